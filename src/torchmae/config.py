@@ -1,0 +1,274 @@
+"""Every setting of a pre-training run and its default: the single place where a default lives.
+
+Plain frozen dataclasses; the command line, YAML files and `torchmae.pretrain` are all made of them. Order of
+precedence: these defaults < recipe < --config file < options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+
+from torchmae.errors import ConfigError
+
+
+def one_of(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raises ConfigError, with the nearest choice, unless `value` is one of `choices`."""
+    known = list(choices)
+    if value in known:
+        return
+    near = get_close_matches(str(value), known, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ConfigError(f"{name} is {value!r}", f"{hint}choose from {', '.join(known)}")
+
+
+def within(
+    name: str, value: float | None, low: float, high: float, *, open_low: bool = False, open_high: bool = False
+) -> None:
+    """Raises ConfigError unless `value` is None or lies between the bounds (inclusive unless said)."""
+    if value is None:
+        return
+    if not (value > low if open_low else value >= low) or not (value < high if open_high else value <= high):
+        bounds = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+        raise ConfigError(f"{name} is {value:g}", f"it must lie in {bounds}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on.
+
+    Attributes:
+        source: "digits", a folder of images, a .npy or .npz file, or a torchvision set (cifar10, stl10, ...).
+        root: where torchvision's sets are kept and downloaded to.
+        val: held-out images: "auto" (the data's own val split, else val_size of the training images), "none",
+            the name of a split ("test"), or a path.
+        val_size: how many training images "auto" holds out when there is no val split; at most a fifth of them.
+        cache: "memory" keeps decoded images as integers, "none" reads files in workers, "auto" decides by size.
+        memory_limit: GiB that "auto" may fill.
+        num_workers: reader processes when images are not in memory; null: one per core, at most 8.
+        crop_scale: area of the random crop as a share of the image, from and to (RandomResizedCrop).
+        crop_ratio: aspect ratio of the crop, relative to the model's input, from and to.
+        flip: mirror left and right half of the time.
+        mean: per-channel mean of values in [0, 1] that is subtracted; null: computed from a sample.
+        std: per-channel deviation that is divided by; null: computed from a sample.
+        max_bad: share of unreadable files at which a run stops (each is skipped, counted and named until then).
+    """
+
+    source: str = "digits"
+    root: str = "data"
+    val: str = "auto"
+    val_size: int = 2000
+    cache: str = "auto"
+    memory_limit: float = 4.0
+    num_workers: int | None = None
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_ratio: tuple[float, float] = (0.75, 1.3333)
+    flip: bool = True
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    max_bad: float = 0.01
+
+    def __post_init__(self) -> None:
+        one_of("data.cache", self.cache, ("auto", "memory", "none"))
+        within("data.val_size", self.val_size, 1, float("inf"))
+        within("data.num_workers", self.num_workers, 0, 256)
+        within("data.max_bad", self.max_bad, 0, 1)
+        within("data.crop_scale", self.crop_scale[0], 0, self.crop_scale[1], open_low=True)
+        within("data.crop_scale", self.crop_scale[1], 0, 1, open_low=True)
+        within("data.crop_ratio", self.crop_ratio[0], 0, self.crop_ratio[1], open_low=True)
+        for value in self.std or ():
+            within("data.std", value, 0, float("inf"), open_low=True)
+        if (self.mean is None) != (self.std is None):
+            raise ConfigError("only one of data.mean and data.std is given", "give both, or neither to compute them")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network. Null takes the preset's value.
+
+    Attributes:
+        preset: a named model: vit_tiny, vit_small, vit_base, vit_large, vit_huge (224 px), vit_tiny_32_p4,
+            vit_tiny_32_p2 (32 px), vit_digits (8 px, patch 2), or mlp (the tutorial's fully connected one).
+        input_size: image size in pixels, height and width ([224, 224]); 1 to 3 numbers, or one for a square.
+        patch_size: patch size in pixels, likewise.
+        in_chans: channels; null: what the data has.
+        embed_dim: encoder width.
+        depth: encoder blocks.
+        num_heads: encoder attention heads.
+        mlp_ratio: hidden width of a block's MLP over its width.
+        class_token: prepend a class token.
+        drop_path: stochastic depth rate of the encoder's last block, rising linearly from 0.
+        decoder: "self" (the paper's) or "cross" (CrossMAE's: masked patches attend to visible ones only).
+        decoder_embed_dim: decoder width.
+        decoder_depth: decoder blocks.
+        decoder_num_heads: decoder attention heads.
+        norm_pix: predict patches normalised by their own mean and deviation (the paper's better target).
+        hidden_dim: width of the mlp preset's one hidden layer.
+        output_relu: end the mlp preset in a ReLU, as the tutorial does (negative targets are out of reach).
+        loss_on: "hidden" values only, or "all" values; the mlp preset's loss.
+    """
+
+    preset: str = "vit_digits"
+    input_size: int | tuple[int, ...] | None = None
+    patch_size: int | tuple[int, ...] | None = None
+    in_chans: int | None = None
+    embed_dim: int | None = None
+    depth: int | None = None
+    num_heads: int | None = None
+    mlp_ratio: float | None = None
+    class_token: bool | None = None
+    drop_path: float | None = None
+    decoder: str | None = None
+    decoder_embed_dim: int | None = None
+    decoder_depth: int | None = None
+    decoder_num_heads: int | None = None
+    norm_pix: bool | None = None
+    hidden_dim: int | None = None
+    output_relu: bool | None = None
+    loss_on: str | None = None
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """What is hidden.
+
+    Attributes:
+        strategy: "random" patches (the paper's), "block" (contiguous), "grid" (evenly spread); for the mlp
+            preset "elements" (each value alone) or "elements_inverted" (the tutorial's: hides 1 - ratio).
+        ratio: share of the patches that is removed, in (0, 1).
+    """
+
+    strategy: str = "random"
+    ratio: float = 0.75
+
+    def __post_init__(self) -> None:
+        one_of("mask.strategy", self.strategy, ("random", "block", "grid", "elements", "elements_inverted"))
+        within("mask.ratio", self.ratio, 0, 1, open_low=True, open_high=True)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimiser and its schedule (paper, table 8).
+
+    Attributes:
+        name: "adamw", "adam" (no decoupled decay), or "muon" (orthogonalised momentum for the hidden matrices,
+            AdamW for the rest).
+        base_lr: learning rate for a global batch of 256; the rate used is base_lr * batch_size / 256.
+        lr: the learning rate itself, whatever the batch; null: from base_lr.
+        muon_lr: learning rate of the hidden matrices with "muon", matched to AdamW's update size.
+        betas: AdamW's moment decay rates.
+        weight_decay: not applied to biases, norms, class token, mask token.
+        schedule: "cosine" (to min_lr) or "constant", after the warm-up.
+        warmup: share of all steps over which the rate rises linearly from 0.
+        min_lr: rate at the end, as a share of the peak.
+        clip_grad: largest gradient norm; null: no clipping.
+    """
+
+    name: str = "adamw"
+    base_lr: float = 1.5e-4
+    lr: float | None = None
+    muon_lr: float = 3e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.05
+    schedule: str = "cosine"
+    warmup: float = 0.05
+    min_lr: float = 0.0
+    clip_grad: float | None = None
+
+    def __post_init__(self) -> None:
+        one_of("optim.name", self.name, ("adamw", "adam", "muon"))
+        one_of("optim.schedule", self.schedule, ("cosine", "constant"))
+        within("optim.base_lr", self.base_lr, 0, 10, open_low=True)
+        within("optim.lr", self.lr, 0, 10, open_low=True)
+        within("optim.muon_lr", self.muon_lr, 0, 10, open_low=True)
+        within("optim.weight_decay", self.weight_decay, 0, 10)
+        within("optim.warmup", self.warmup, 0, 1)
+        within("optim.min_lr", self.min_lr, 0, 1)
+        within("optim.clip_grad", self.clip_grad, 0, float("inf"), open_low=True)
+        for beta in self.betas:
+            within("optim.betas", beta, 0, 1, open_high=True)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is measured while training, on held-out images under one fixed mask.
+
+    Attributes:
+        count: how many times, evenly spread, the last at the end.
+        images: held-out images used, at most.
+        knn_count: how many of these times (evenly spread, the last at the end) kNN runs too, where labels exist.
+        knn_train: labelled training images that vote, at most.
+        knn_val: held-out images that are classified, at most.
+        pictures: images in each reconstruction picture.
+    """
+
+    count: int = 10
+    images: int = 1000
+    knn_count: int = 2
+    knn_train: int = 10000
+    knn_val: int = 5000
+    pictures: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("count", "images", "knn_train", "knn_val", "pictures"):
+            within(f"eval.{name}", getattr(self, name), 1, float("inf"))
+        within("eval.knn_count", self.knn_count, 0, self.count)
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """One pre-training run.
+
+    Attributes:
+        recipe: the named set of values that this run started from (see `torchmae recipes`); "auto" chooses by
+            the data.
+        data: what to train on.
+        model: the network.
+        mask: what is hidden.
+        optim: the optimiser and its schedule.
+        eval: what is measured on the way.
+        out: the run folder; null: runs/<recipe>-<time>.
+        epochs: passes over the training images.
+        max_minutes: minutes of training steps; the speed of the first steps fixes how many there are (validation
+            and start-up come on top). Replaces epochs.
+        batch_size: images per optimiser step, over all ranks and accumulation.
+        accumulate: parts that a batch is computed in, one after the other, to save memory.
+        seed: of weights, order, crops, flips and masks.
+        device: auto, cpu, cuda, cuda:1, mps.
+        precision: auto (bf16 where it is faster, else fp32), bf16 or fp32.
+        threads: processor threads; null: every core.
+        compile: run the model through torch.compile.
+        log_every: optimiser steps between two lines of progress.
+        checkpoint_minutes: minutes between two checkpoints; the last two are kept.
+    """
+
+    recipe: str = "auto"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    out: str | None = None
+    epochs: int = 100
+    max_minutes: float | None = None
+    batch_size: int = 256
+    accumulate: int = 1
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "auto"
+    threads: int | None = None
+    compile: bool = False
+    log_every: int = 10
+    checkpoint_minutes: float = 5.0
+
+    def __post_init__(self) -> None:
+        one_of("precision", self.precision, ("auto", "bf16", "fp32"))
+        within("epochs", self.epochs, 1, 1e6)
+        within("max_minutes", self.max_minutes, 0, 1e6, open_low=True)
+        within("batch_size", self.batch_size, 1, 1e6)
+        within("accumulate", self.accumulate, 1, self.batch_size)
+        within("seed", self.seed, 0, 2**64 - 1)
+        within("threads", self.threads, 1, 1024)
+        within("log_every", self.log_every, 1, float("inf"))
+        within("checkpoint_minutes", self.checkpoint_minutes, 0, float("inf"))

@@ -1,0 +1,158 @@
+"""Transformer blocks. Parameter names and shapes are timm's (`norm1`, `attn.qkv`, `attn.proj`, `mlp.fc1`, ...)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchmae.errors import ConfigError
+
+LAYER_NORM_EPS = 1e-6
+
+
+def _heads(width: int, num_heads: int) -> int:
+    if num_heads < 1 or width % num_heads:
+        raise ConfigError(f"width {width} cannot be divided among {num_heads} heads", "use a divisor of the width")
+    return num_heads
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention.
+
+    Args:
+        dim: width of a token.
+        num_heads: heads; divides `dim`.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = _heads(dim, num_heads)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, D)."""
+        batch, tokens, dim = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # 3, B, heads, N, D/heads
+        out = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
+        return self.proj(out.transpose(1, 2).reshape(batch, tokens, dim))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of queries to a context.
+
+    Args:
+        dim: width of a query.
+        context_dim: width of a context token.
+        num_heads: heads; divides `dim`.
+    """
+
+    def __init__(self, dim: int, context_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = _heads(dim, num_heads)
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(context_dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Queries (B, M, D) and context (B, K, E) to (B, M, D)."""
+        batch, queries, dim = x.shape
+        q = self.q(x).view(batch, queries, self.num_heads, -1).transpose(1, 2)
+        kv = self.kv(context).view(batch, context.shape[1], 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, kv[0], kv[1])
+        return self.proj(out.transpose(1, 2).reshape(batch, queries, dim))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them.
+
+    Args:
+        dim: width of a token.
+        hidden_dim: width between the layers.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016): in training, zeroes a sample's residual with a given probability.
+
+    Args:
+        rate: the probability, in [0, 1).
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ...) to (B, ...)."""
+        if self.rate == 0.0 or not self.training:
+            return x
+        keep = torch.rand(x.shape[0], *(1,) * (x.ndim - 1), device=x.device) >= self.rate
+        return x * keep / (1 - self.rate)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block (Dosovitskiy et al. 2021).
+
+    Args:
+        dim: width of a token.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLP over `dim`.
+        drop_path: stochastic depth rate.
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(dim, round(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, D)."""
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class CrossBlock(nn.Module):
+    """A pre-norm block whose attention reads a context instead of its own tokens (Fu et al. 2024, CrossMAE).
+
+    Args:
+        dim: width of a query.
+        context_dim: width of a context token.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLP over `dim`.
+    """
+
+    def __init__(self, dim: int, context_dim: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.cross_attn = CrossAttention(dim, context_dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(dim, round(dim * mlp_ratio))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Queries (B, M, D) and context (B, K, E) to (B, M, D)."""
+        x = x + self.cross_attn(self.norm1(x), context)
+        return x + self.mlp(self.norm2(x))
+
+
+def init_linear(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases for linear layers, ones and zeros for norms (paper section A.1)."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)

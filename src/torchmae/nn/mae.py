@@ -1,0 +1,209 @@
+"""The masked autoencoder: an encoder of visible patches, a decoder of hidden ones, and the loss between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchmae.config import one_of
+from torchmae.errors import ConfigError
+from torchmae.nn.decoder import DECODERS
+from torchmae.nn.encoder import ViTEncoder
+from torchmae.nn.masking import STRATEGIES, Mask, noise_count
+from torchmae.nn.patches import gather, grid_size, patch_statistics, patchify, unpatchify
+
+POOLS = ("mean", "cls", "tokens")
+
+
+class MAEOutput(NamedTuple):
+    """What a forward pass gives.
+
+    Attributes:
+        loss: scalar float32, mean squared error over what is hidden.
+        pred: (B, M, P) predictions of the masked patches, in the order of `mask.ids_masked` and in the space of the
+            target (pixels, or patches normalised by their own statistics).
+        mask: the mask that was given.
+    """
+
+    loss: Tensor
+    pred: Tensor
+    mask: Mask
+
+
+class Reconstruction(NamedTuple):
+    """A picture of what the model fills in.
+
+    Attributes:
+        images: (B, C, *size), the visible pixels as they were and the hidden ones as predicted.
+        removed: (B, 1, *size) bool, True where a pixel was hidden.
+        note: how the target was undone; a viewer must show it, since it may use the hidden patches themselves.
+    """
+
+    images: Tensor
+    removed: Tensor
+    note: str
+
+
+class MaskedAutoencoder(nn.Module):
+    """MAE (He et al. 2021). Draws no random numbers: masks come from outside, so the forward pass is a function.
+
+    Args:
+        input_size: pixels along each of 1, 2 or 3 axes.
+        patch_size: likewise; divides `input_size`.
+        in_chans: channels.
+        embed_dim: encoder width.
+        depth: encoder blocks.
+        num_heads: encoder heads.
+        mlp_ratio: hidden width of every MLP over its width.
+        class_token: prepend a class token.
+        drop_path: stochastic depth rate of the encoder's last block.
+        decoder: "self" (the paper's) or "cross" (CrossMAE's).
+        decoder_embed_dim: decoder width.
+        decoder_depth: decoder blocks.
+        decoder_num_heads: decoder heads.
+        norm_pix: the target is each patch normalised by its own mean and deviation (paper section 4.1).
+
+    Raises:
+        ConfigError: sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_size: Sequence[int],
+        patch_size: Sequence[int],
+        in_chans: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        class_token: bool = True,
+        drop_path: float = 0.0,
+        decoder: str = "self",
+        decoder_embed_dim: int,
+        decoder_depth: int,
+        decoder_num_heads: int,
+        norm_pix: bool = True,
+    ) -> None:
+        super().__init__()
+        one_of("decoder", decoder, DECODERS)
+        self.norm_pix = norm_pix
+        self.encoder = ViTEncoder(
+            input_size=input_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            class_token=class_token,
+            drop_path=drop_path,
+        )
+        self.decoder = DECODERS[decoder](
+            embed_dim,
+            self.encoder.grid,
+            embed_dim=decoder_embed_dim,
+            depth=decoder_depth,
+            num_heads=decoder_num_heads,
+            patch_dim=prod(patch_size) * in_chans,
+            mlp_ratio=mlp_ratio,
+        )
+
+    @property
+    def patch_size(self) -> tuple[int, ...]:
+        """Pixels of a patch along each axis."""
+        return self.encoder.patch_size
+
+    def forward(self, images: Tensor, mask: Mask) -> MAEOutput:
+        """Predicts the hidden patches and compares them with the target.
+
+        Args:
+            images: (B, C, *size) float, normalised as in training; a size other than the one trained on has its
+                positions resampled.
+            mask: which of their patches are hidden.
+        """
+        grid = grid_size(images.shape[2:], self.patch_size)
+        patches = patchify(images, self.patch_size)
+        encoded = self.encoder.forward_patches(gather(patches, mask.ids_keep), mask.ids_keep, grid)
+        pred = self.decoder(encoded, mask, grid)
+        target = self._target(gather(patches, mask.ids_masked))
+        return MAEOutput(F.mse_loss(pred.float(), target), pred, mask)
+
+    def encode(self, images: Tensor, pool: str = "mean") -> Tensor:
+        """Features of whole images; nothing is ever masked here.
+
+        Args:
+            images: (B, C, *size) float, normalised as in training.
+            pool: "mean" of the patch tokens (B, D), the class token "cls" (B, D), or all patch "tokens" (B, L, D).
+
+        Raises:
+            ConfigError: "cls" of a model that has no class token.
+        """
+        one_of("pool", pool, POOLS)
+        encoded = self.encoder(images)
+        if pool == "tokens":
+            return encoded.patches
+        if pool == "mean":
+            return encoded.patches.mean(1)
+        if not self.encoder.num_prefix_tokens:
+            raise ConfigError("pool is 'cls' but the model has no class token", "use 'mean' or 'tokens'")
+        return encoded.prefix[:, 0]
+
+    def reconstruct(self, images: Tensor, mask: Mask) -> Reconstruction:
+        """Fills in the hidden patches and leaves the visible ones as they are. Arguments as for `forward`."""
+        patches = patchify(images, self.patch_size)
+        pred = self(images, mask).pred.float()
+        note = "hidden patches as predicted"
+        if self.norm_pix:
+            mean, std = patch_statistics(gather(patches, mask.ids_masked))
+            pred = pred * std + mean
+            note = "hidden patches as predicted, with the true mean and contrast of each patch put back"
+        index = mask.ids_masked.unsqueeze(-1).expand_as(pred)
+        pasted = patches.scatter(1, index, pred.to(patches.dtype))
+        filled = unpatchify(pasted, self.patch_size, grid_size(images.shape[2:], self.patch_size))
+        return Reconstruction(filled, self.removed_pixels(mask), note)
+
+    def draw_mask(self, strategy: str, noise: Tensor, ratio: float) -> Mask:
+        """A mask of the grid trained on, from (B, `noise_count(strategy)`) uniform random numbers."""
+        return STRATEGIES[strategy](noise, self.encoder.grid, ratio)
+
+    def noise_count(self, strategy: str) -> int:
+        """Random numbers a mask takes for each sample; ConfigError for a strategy that does not hide patches."""
+        one_of("mask.strategy", strategy, STRATEGIES)
+        return noise_count(strategy, self.encoder.grid)
+
+    def removed_pixels(self, mask: Mask) -> Tensor:
+        """(B, 1, *size) bool, True where a pixel is hidden; the size is the one trained on."""
+        flags = mask.removed().unsqueeze(-1).expand(-1, -1, prod(self.patch_size))
+        return unpatchify(flags, self.patch_size, self.encoder.grid)
+
+    def hidden_values(self, images: Tensor, mask: Mask) -> Tensor:
+        """(B, M, P): what `forward` compares its predictions with."""
+        return self._target(gather(patchify(images, self.patch_size), mask.ids_masked))
+
+    def visible_mean(self, images: Tensor, mask: Mask) -> Tensor:
+        """(B, 1, P): the mean of each image's visible patches in the target's space, the simplest prediction."""
+        return self._target(gather(patchify(images, self.patch_size), mask.ids_keep)).mean(1, keepdim=True)
+
+    def _target(self, patches: Tensor) -> Tensor:
+        patches = patches.float()
+        if not self.norm_pix:
+            return patches
+        mean, std = patch_statistics(patches)
+        return (patches - mean) / std
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """Trained values in the encoder and in the rest of the model."""
+    total = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    encoder = sum(p.numel() for name, p in model.named_parameters() if name.startswith("encoder") and p.requires_grad)
+    return encoder, total - encoder
+
+
+def no_weight_decay(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay leaves a parameter alone: biases, norms, class and mask tokens (paper, table 8)."""
+    return parameter.ndim <= 1 or name.rpartition(".")[2] in ("cls_token", "mask_token")

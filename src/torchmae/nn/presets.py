@@ -1,0 +1,97 @@
+"""Named models. Each preset is a full set of plain arguments; `build` makes the network of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torchmae.config import one_of
+from torchmae.errors import ConfigError
+from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.nn.mlp import MLPAutoencoder
+
+_PAPER_DECODER = {"decoder": "self", "decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
+
+
+def _vit(input_size: int, patch_size: int, embed_dim: int, depth: int, num_heads: int, **others: Any) -> dict[str, Any]:
+    return {
+        "input_size": (input_size, input_size),
+        "patch_size": (patch_size, patch_size),
+        "in_chans": 3,
+        "embed_dim": embed_dim,
+        "depth": depth,
+        "num_heads": num_heads,
+        "mlp_ratio": 4.0,
+        "class_token": True,
+        "drop_path": 0.0,
+        "norm_pix": True,
+        **_PAPER_DECODER,
+        **others,
+    }
+
+
+_SMALL_DECODER = {"decoder_embed_dim": 192, "decoder_depth": 4, "decoder_num_heads": 3}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "vit_tiny": _vit(224, 16, 192, 12, 3),
+    "vit_small": _vit(224, 16, 384, 12, 6),
+    "vit_base": _vit(224, 16, 768, 12, 12),
+    "vit_large": _vit(224, 16, 1024, 24, 16),
+    "vit_huge": _vit(224, 14, 1280, 32, 16),
+    "vit_tiny_32_p4": _vit(32, 4, 192, 12, 3, **_SMALL_DECODER),
+    "vit_tiny_32_p2": _vit(32, 2, 192, 12, 3, **_SMALL_DECODER),
+    "vit_digits": _vit(
+        8, 2, 64, 4, 4, in_chans=1, decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=4, norm_pix=False
+    ),
+    "mlp": {"input_size": (32, 32), "in_chans": 3, "hidden_dim": 128, "output_relu": False, "loss_on": "hidden"},
+}
+
+
+def arguments(preset: str, **overrides: Any) -> dict[str, Any]:
+    """The full arguments of a preset.
+
+    Args:
+        preset: a key of `PRESETS`.
+        **overrides: values to replace; None keeps the preset's. `input_size` and `patch_size` take one number for
+            every axis or a sequence.
+
+    Raises:
+        ConfigError: an unknown preset, or an argument that its model does not have.
+    """
+    one_of("model.preset", preset, PRESETS)
+    values = dict(PRESETS[preset])
+    given = {name: value for name, value in overrides.items() if value is not None}
+    for name in given:
+        if name not in values:
+            raise ConfigError(f"model.{name} does not apply to preset {preset!r}", "leave it out")
+    values.update(given)
+    # One number means every axis; when only one of the two sizes is a sequence, it says how many axes there are.
+    sizes = {name: values[name] for name in ("input_size", "patch_size") if name in values}
+    explicit = [len(given[name]) for name in sizes if isinstance(given.get(name), Sequence)]
+    axes = explicit[0] if explicit else len(PRESETS[preset]["input_size"])
+    for name, size in sizes.items():
+        if isinstance(size, int):
+            values[name] = (size,) * axes
+        elif name not in given and len(size) != axes:
+            values[name] = (size[0],) * axes
+        else:
+            values[name] = tuple(size)
+    for name, value in values.items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and not isinstance(number, bool) and number < 1:
+                raise ConfigError(f"model.{name} is {value}", "it must be 1 or more")
+    return values
+
+
+def construct(values: dict[str, Any]) -> MaskedAutoencoder | MLPAutoencoder:
+    """The network of full arguments, as `arguments` gives them, with fresh weights from torch's generator."""
+    return MLPAutoencoder(**values) if "hidden_dim" in values else MaskedAutoencoder(**values)
+
+
+def build(preset: str, **overrides: Any) -> MaskedAutoencoder | MLPAutoencoder:
+    """A model by name, with fresh weights: `build("vit_base")`, `build("vit_small", in_chans=5, input_size=(96, 160))`.
+
+    Raises:
+        ConfigError: an unknown preset or argument, or sizes that do not fit together.
+    """
+    return construct(arguments(preset, **overrides))
