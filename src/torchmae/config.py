@@ -241,6 +241,8 @@ class PretrainConfig:
         compile: run the model through torch.compile.
         log_every: optimiser steps between two lines of progress.
         checkpoint_minutes: minutes between two checkpoints; the last two are kept.
+        progress: "auto" (a live line on a terminal, else plain lines), "plain", "epochs" (one line an epoch on
+            standard output) or "none".
     """
 
     recipe: str = "auto"
@@ -261,9 +263,11 @@ class PretrainConfig:
     compile: bool = False
     log_every: int = 10
     checkpoint_minutes: float = 5.0
+    progress: str = "auto"
 
     def __post_init__(self) -> None:
         one_of("precision", self.precision, ("auto", "bf16", "fp32"))
+        one_of("progress", self.progress, ("auto", "plain", "epochs", "none"))
         within("epochs", self.epochs, 1, 1e6)
         within("max_minutes", self.max_minutes, 0, 1e6, open_low=True)
         within("batch_size", self.batch_size, 1, 1e6)

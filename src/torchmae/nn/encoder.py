@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchmae.config import within
 from torchmae.errors import ConfigError
 from torchmae.nn.layers import LAYER_NORM_EPS, Block, init_linear
 from torchmae.nn.patches import gather, grid_size, patchify
@@ -86,6 +87,7 @@ class ViTEncoder(nn.Module):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
+        within("drop_path", drop_path, 0, 1, open_high=True)
         self.grid = grid_size(input_size, patch_size)
         self.patch_size = tuple(patch_size)
         self.in_chans = in_chans
@@ -107,11 +109,7 @@ class ViTEncoder(nn.Module):
             images: (B, C, *size) float; a size other than the one trained on has its positions resampled.
             ids_keep: (B, K) int64 patch indices; None: all.
         """
-        if images.ndim != len(self.patch_size) + 2 or images.shape[1] != self.in_chans:
-            raise ConfigError(
-                f"images have shape {tuple(images.shape)}",
-                f"this model takes (batch, {self.in_chans}, {', '.join(['size'] * len(self.patch_size))})",
-            )
+        self.check(images)
         patches = patchify(images, self.patch_size)
         if ids_keep is not None:
             patches = gather(patches, ids_keep)
@@ -138,6 +136,14 @@ class ViTEncoder(nn.Module):
             x = block(x)
         x = self.norm(x)
         return EncoderOutput(x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :])
+
+    def check(self, images: Tensor) -> None:
+        """Raises ConfigError for images of another number of channels or axes."""
+        if images.ndim != len(self.patch_size) + 2 or images.shape[1] != self.in_chans:
+            raise ConfigError(
+                f"images have shape {tuple(images.shape)}",
+                f"this model takes (batch, {self.in_chans}, {', '.join(['size'] * len(self.patch_size))})",
+            )
 
     def positions(self, grid: tuple[int, ...]) -> Tensor:
         """(num_prefix + L, D), resampled where `grid` is not the one trained on."""

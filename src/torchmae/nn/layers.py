@@ -74,6 +74,8 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
+        if hidden_dim < 1:
+            raise ConfigError(f"an MLP of width {dim} has {hidden_dim} hidden values", "use a larger mlp_ratio")
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
@@ -107,7 +109,7 @@ class Block(nn.Module):
     Args:
         dim: width of a token.
         num_heads: attention heads.
-        mlp_ratio: hidden width of the MLP over `dim`.
+        mlp_ratio: hidden width of the MLP over `dim`, rounded down as timm does.
         drop_path: stochastic depth rate.
     """
 
@@ -116,7 +118,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.mlp = Mlp(dim, round(dim * mlp_ratio))
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,7 +134,7 @@ class CrossBlock(nn.Module):
         dim: width of a query.
         context_dim: width of a context token.
         num_heads: attention heads.
-        mlp_ratio: hidden width of the MLP over `dim`.
+        mlp_ratio: hidden width of the MLP over `dim`, rounded down as timm does.
     """
 
     def __init__(self, dim: int, context_dim: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
@@ -140,7 +142,7 @@ class CrossBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.cross_attn = CrossAttention(dim, context_dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.mlp = Mlp(dim, round(dim * mlp_ratio))
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """Queries (B, M, D) and context (B, K, E) to (B, M, D)."""

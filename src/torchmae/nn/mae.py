@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from torchmae.config import one_of
 from torchmae.errors import ConfigError
+from torchmae.nn.autoencoder import Autoencoder, Reconstruction
 from torchmae.nn.decoder import DECODERS
 from torchmae.nn.encoder import ViTEncoder
 from torchmae.nn.masking import STRATEGIES, Mask, noise_count
@@ -34,21 +35,7 @@ class MAEOutput(NamedTuple):
     mask: Mask
 
 
-class Reconstruction(NamedTuple):
-    """A picture of what the model fills in.
-
-    Attributes:
-        images: (B, C, *size), the visible pixels as they were and the hidden ones as predicted.
-        removed: (B, 1, *size) bool, True where a pixel was hidden.
-        note: how the target was undone; a viewer must show it, since it may use the hidden patches themselves.
-    """
-
-    images: Tensor
-    removed: Tensor
-    note: str
-
-
-class MaskedAutoencoder(nn.Module):
+class MaskedAutoencoder(Autoencoder):
     """MAE (He et al. 2021). Draws no random numbers: masks come from outside, so the forward pass is a function.
 
     Args:
@@ -91,6 +78,8 @@ class MaskedAutoencoder(nn.Module):
     ) -> None:
         super().__init__()
         one_of("decoder", decoder, DECODERS)
+        if norm_pix and prod(patch_size) * in_chans < 2:
+            raise ConfigError("norm_pix needs 2 values in a patch to normalise, found 1", "turn norm_pix off")
         self.norm_pix = norm_pix
         self.encoder = ViTEncoder(
             input_size=input_size,
@@ -125,9 +114,11 @@ class MaskedAutoencoder(nn.Module):
             images: (B, C, *size) float, normalised as in training; a size other than the one trained on has its
                 positions resampled.
             mask: which of their patches are hidden.
+
+        Raises:
+            ConfigError: images of another number of channels or axes, or a mask of another batch or grid.
         """
-        grid = grid_size(images.shape[2:], self.patch_size)
-        patches = patchify(images, self.patch_size)
+        patches, grid = self._cut(images, mask)
         encoded = self.encoder.forward_patches(gather(patches, mask.ids_keep), mask.ids_keep, grid)
         pred = self.decoder(encoded, mask, grid)
         target = self._target(gather(patches, mask.ids_masked))
@@ -144,18 +135,18 @@ class MaskedAutoencoder(nn.Module):
             ConfigError: "cls" of a model that has no class token.
         """
         one_of("pool", pool, POOLS)
+        if pool == "cls" and not self.encoder.num_prefix_tokens:
+            raise ConfigError("pool is 'cls' but the model has no class token", "use 'mean' or 'tokens'")
         encoded = self.encoder(images)
         if pool == "tokens":
             return encoded.patches
         if pool == "mean":
             return encoded.patches.mean(1)
-        if not self.encoder.num_prefix_tokens:
-            raise ConfigError("pool is 'cls' but the model has no class token", "use 'mean' or 'tokens'")
         return encoded.prefix[:, 0]
 
     def reconstruct(self, images: Tensor, mask: Mask) -> Reconstruction:
         """Fills in the hidden patches and leaves the visible ones as they are. Arguments as for `forward`."""
-        patches = patchify(images, self.patch_size)
+        patches, grid = self._cut(images, mask)
         pred = self(images, mask).pred.float()
         note = "hidden patches as predicted"
         if self.norm_pix:
@@ -164,11 +155,12 @@ class MaskedAutoencoder(nn.Module):
             note = "hidden patches as predicted, with the true mean and contrast of each patch put back"
         index = mask.ids_masked.unsqueeze(-1).expand_as(pred)
         pasted = patches.scatter(1, index, pred.to(patches.dtype))
-        filled = unpatchify(pasted, self.patch_size, grid_size(images.shape[2:], self.patch_size))
-        return Reconstruction(filled, self.removed_pixels(mask), note)
+        filled = unpatchify(pasted, self.patch_size, grid)
+        return Reconstruction(filled, self.removed_pixels(mask, grid), note)
 
     def draw_mask(self, strategy: str, noise: Tensor, ratio: float) -> Mask:
         """A mask of the grid trained on, from (B, `noise_count(strategy)`) uniform random numbers."""
+        one_of("mask.strategy", strategy, STRATEGIES)
         return STRATEGIES[strategy](noise, self.encoder.grid, ratio)
 
     def noise_count(self, strategy: str) -> int:
@@ -176,18 +168,38 @@ class MaskedAutoencoder(nn.Module):
         one_of("mask.strategy", strategy, STRATEGIES)
         return noise_count(strategy, self.encoder.grid)
 
-    def removed_pixels(self, mask: Mask) -> Tensor:
-        """(B, 1, *size) bool, True where a pixel is hidden; the size is the one trained on."""
+    def num_targets(self, mask: Mask) -> int:
+        """How many values `forward` predicts and averages over."""
+        return mask.ids_masked.numel() * prod(self.patch_size) * self.encoder.in_chans
+
+    def removed_pixels(self, mask: Mask, grid: tuple[int, ...] | None = None) -> Tensor:
+        """(B, 1, *size) bool, True where a pixel is hidden; `grid` is the mask's, None for the one trained on."""
         flags = mask.removed().unsqueeze(-1).expand(-1, -1, prod(self.patch_size))
-        return unpatchify(flags, self.patch_size, self.encoder.grid)
+        return unpatchify(flags, self.patch_size, grid or self.encoder.grid)
 
     def hidden_values(self, images: Tensor, mask: Mask) -> Tensor:
         """(B, M, P): what `forward` compares its predictions with."""
-        return self._target(gather(patchify(images, self.patch_size), mask.ids_masked))
+        return self._target(gather(self._cut(images, mask)[0], mask.ids_masked))
+
+    def hidden_predictions(self, output: MAEOutput) -> Tensor:
+        """(B, M, P) float32: what of a forward pass stands against `hidden_values`."""
+        return output.pred.float()
 
     def visible_mean(self, images: Tensor, mask: Mask) -> Tensor:
         """(B, 1, P): the mean of each image's visible patches in the target's space, the simplest prediction."""
-        return self._target(gather(patchify(images, self.patch_size), mask.ids_keep)).mean(1, keepdim=True)
+        return self._target(gather(self._cut(images, mask)[0], mask.ids_keep)).mean(1, keepdim=True)
+
+    def _cut(self, images: Tensor, mask: Mask) -> tuple[Tensor, tuple[int, ...]]:
+        """Patches and grid of images that fit the model and the mask; ConfigError where they do not."""
+        self.encoder.check(images)
+        grid = grid_size(images.shape[2:], self.patch_size)
+        batch, length = len(mask.ids_keep), mask.ids_keep.shape[1] + mask.ids_masked.shape[1]
+        if (batch, length) != (len(images), prod(grid)):
+            raise ConfigError(
+                f"the mask is for {batch} images of {length} patches, the batch has {len(images)} of {prod(grid)}",
+                "give every image of the batch a mask of its own grid",
+            )
+        return patchify(images, self.patch_size), grid
 
     def _target(self, patches: Tensor) -> Tensor:
         patches = patches.float()

@@ -45,10 +45,9 @@ def num_keep(length: int, ratio: float) -> int:
     Raises:
         ConfigError: a ratio outside (0, 1), or fewer than two patches.
     """
-    if not 0 < ratio < 1:
-        raise ConfigError(f"mask ratio is {ratio:g}", "it must lie between 0 and 1, both excluded; the paper uses 0.75")
+    _check_ratio(ratio)
     if length < 2:
-        raise ConfigError(f"the image has {length} patch", "masking needs at least 2: use a smaller patch")
+        raise ConfigError(f"the image has {length} patches", "masking needs at least 2: use a smaller patch")
     return min(max(round(length * (1 - ratio)), 1), length - 1)
 
 
@@ -67,7 +66,7 @@ def block_mask(noise: Tensor, grid: Sequence[int], ratio: float) -> Mask:
     """Hides one contiguous block (paper, figure 6, "block"), of random centre and proportions.
 
     Patches are hidden in order of their distance from the centre, so the count is exact and the block is connected;
-    the middle of an image is hidden more often than its corners.
+    the middle of an image is hidden more often than its corners, and at ratios from about 0.6 on its very middle always.
 
     Args:
         noise: (B, 2n) uniform random numbers for n axes: centre, then proportions.
@@ -119,7 +118,11 @@ def elements_mask(noise: Tensor, ratio: float, *, inverted: bool = False) -> Ten
 
     Returns:
         (B, N) bool, True where a value is removed. The counts differ from sample to sample.
+
+    Raises:
+        ConfigError: a ratio outside (0, 1).
     """
+    _check_ratio(ratio)
     return noise >= ratio if inverted else noise < ratio
 
 
@@ -132,7 +135,7 @@ def mask_from_tokens(removed: Tensor) -> Mask:
     Raises:
         ConfigError: samples that lose different counts, or a sample that loses nothing or everything.
     """
-    flags = removed if removed.ndim == 2 else removed[None]
+    flags = (removed if removed.ndim == 2 else removed[None]).bool()
     counts = flags.sum(1)
     lost = int(counts[0])
     if not bool((counts == lost).all()):
@@ -171,6 +174,11 @@ STRATEGIES: dict[str, Callable[[Tensor, Sequence[int], float], Mask]] = {
 def noise_count(strategy: str, grid: Sequence[int]) -> int:
     """How many random numbers a strategy takes for each sample."""
     return {"random": prod(grid), "block": 2 * len(grid), "grid": len(grid)}[strategy]
+
+
+def _check_ratio(ratio: float) -> None:
+    if not 0 < ratio < 1:
+        raise ConfigError(f"mask ratio is {ratio:g}", "it must lie between 0 and 1, both excluded; the paper uses 0.75")
 
 
 def _coordinates(grid: Sequence[int], device: torch.device) -> Tensor:

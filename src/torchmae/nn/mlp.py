@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torchmae.config import one_of
 from torchmae.errors import ConfigError
-from torchmae.nn.mae import Reconstruction
+from torchmae.nn.autoencoder import Autoencoder, Reconstruction
 from torchmae.nn.masking import elements_mask
 
 STRATEGIES = ("elements", "elements_inverted")
@@ -35,7 +35,7 @@ class MLPOutput(NamedTuple):
     mask: Tensor
 
 
-class MLPAutoencoder(nn.Module):
+class MLPAutoencoder(Autoencoder):
     """Z = ReLU(W_e (X * M) + b_e); the prediction is W_d Z + b_d, through a ReLU or not. X is the flattened image.
 
     Args:
@@ -66,7 +66,7 @@ class MLPAutoencoder(nn.Module):
             images: (B, C, *size) float.
             mask: (B, C * prod(size)) bool, True where a value is removed (set to zero).
         """
-        x = images.flatten(1)
+        x = self._flat(images)
         pred = self.decoder(self.encoder(x.masked_fill(mask, 0)))
         error = (pred.float() - x.float()).square()
         loss = error.mean() if self.loss_on == "all" else (error * mask).sum() / mask.sum().clamp(min=1)
@@ -76,7 +76,7 @@ class MLPAutoencoder(nn.Module):
         """(B, hidden_dim): Z of whole images; nothing is masked. There are no tokens, so `pool` can only be "mean"."""
         if pool != "mean":
             raise ConfigError(f"pool is {pool!r} but the mlp model has no tokens", "use 'mean'")
-        return self.encoder(images.flatten(1))
+        return self.encoder(self._flat(images))
 
     def reconstruct(self, images: Tensor, mask: Tensor) -> Reconstruction:
         """Fills in the hidden values and leaves the visible ones as they are. Arguments as for `forward`."""
@@ -86,12 +86,17 @@ class MLPAutoencoder(nn.Module):
 
     def draw_mask(self, strategy: str, noise: Tensor, ratio: float) -> Tensor:
         """(B, N) bool from (B, N) uniform random numbers."""
+        one_of("mask.strategy", strategy, STRATEGIES)
         return elements_mask(noise, ratio, inverted=strategy == "elements_inverted")
 
     def noise_count(self, strategy: str) -> int:
         """Random numbers a mask takes for each sample; ConfigError for a strategy that hides patches."""
         one_of("mask.strategy", strategy, STRATEGIES)
         return prod(self.shape)
+
+    def num_targets(self, mask: Tensor) -> int:
+        """How many values the loss averages over."""
+        return mask.numel() if self.loss_on == "all" else int(mask.sum())
 
     def removed_pixels(self, mask: Tensor) -> Tensor:
         """(B, C, *size) bool, True where a value is hidden."""
@@ -101,9 +106,19 @@ class MLPAutoencoder(nn.Module):
         """(H,): the hidden values of all images, one after the other."""
         return images.flatten(1)[mask].float()
 
+    def hidden_predictions(self, output: MLPOutput) -> Tensor:
+        """(H,) float32: what of a forward pass stands against `hidden_values`."""
+        return output.pred[output.mask].float()
+
     def visible_mean(self, images: Tensor, mask: Tensor) -> Tensor:
         """(H,): for each hidden value the mean of its image's visible ones in the same channel."""
         visible = ~self.removed_pixels(mask)
         axes = tuple(range(2, images.ndim))
         mean = (images * visible).sum(axes, keepdim=True) / visible.sum(axes, keepdim=True).clamp(min=1)
         return mean.expand_as(images).flatten(1)[mask].float()
+
+    def _flat(self, images: Tensor) -> Tensor:
+        if images.shape[1:] != self.shape:
+            wanted = ", ".join(str(size) for size in self.shape)
+            raise ConfigError(f"images have shape {tuple(images.shape)}", f"this model takes (batch, {wanted})")
+        return images.flatten(1)

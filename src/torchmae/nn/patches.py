@@ -17,7 +17,7 @@ def grid_size(input_size: Sequence[int], patch_size: Sequence[int]) -> tuple[int
     """How many patches fit along each axis.
 
     Raises:
-        ConfigError: another number of dimensions, or a size that the patch does not divide.
+        ConfigError: another number of dimensions, a patch below 1, or a size that the patch does not divide.
     """
     if len(input_size) != len(patch_size) or not 1 <= len(input_size) <= 3:
         raise ConfigError(
@@ -25,9 +25,11 @@ def grid_size(input_size: Sequence[int], patch_size: Sequence[int]) -> tuple[int
             f"{len(patch_size)}",
             "give both the same 1, 2 or 3 numbers",
         )
+    if min(patch_size) < 1:
+        raise ConfigError(f"patch size is {_text(patch_size)}", "it must be 1 or more along each axis")
     for size, patch in zip(input_size, patch_size, strict=True):
-        if patch < 1 or size < 1 or size % patch:
-            nearest = max(1, round(size / patch)) * patch if patch >= 1 else size
+        if size < 1 or size % patch:
+            nearest = max(1, round(size / patch)) * patch
             raise ConfigError(
                 f"patch size {_text(patch_size)} does not divide input size {_text(input_size)}",
                 f"use an input size that is a multiple of the patch, such as {nearest} in place of {size}",

@@ -29,10 +29,15 @@ def sincos(embed_dim: int, grid: Sequence[int], num_prefix: int = 0) -> Tensor:
 
     Returns:
         (num_prefix + L, embed_dim) float32.
+
+    Raises:
+        ConfigError: a width below 2 per axis.
     """
     per_axis = embed_dim // (2 * len(grid))  # frequencies
     if per_axis < 1:
-        raise ConfigError(f"width {embed_dim} is too small for positions on {len(grid)} axes", "use a larger one")
+        raise ConfigError(
+            f"width {embed_dim} is too small for positions on {len(grid)} axes", f"use {2 * len(grid)} or more"
+        )
     omega = _BASE ** -(torch.arange(per_axis, dtype=torch.float64) / per_axis)
     axes = torch.meshgrid(*(torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij")
     parts = []
@@ -52,7 +57,7 @@ def resample(table: Tensor, old_grid: Sequence[int], new_grid: Sequence[int]) ->
         new_grid: the grid wanted, with as many axes.
 
     Returns:
-        (num_prefix + prod(new_grid), D) float32.
+        (num_prefix + prod(new_grid), D), of the table's type.
     """
     if tuple(old_grid) == tuple(new_grid):
         return table
@@ -60,4 +65,4 @@ def resample(table: Tensor, old_grid: Sequence[int], new_grid: Sequence[int]) ->
     prefix, patches = table[:num_prefix], table[num_prefix:]
     image = patches.float().reshape(*old_grid, -1).movedim(-1, 0)[None]
     image = F.interpolate(image, size=tuple(new_grid), mode=_INTERPOLATION[len(new_grid)], align_corners=False)
-    return torch.cat([prefix.float(), image[0].movedim(0, -1).reshape(prod(new_grid), -1)])
+    return torch.cat([prefix, image[0].movedim(0, -1).reshape(prod(new_grid), -1).to(table.dtype)])

@@ -7,6 +7,7 @@ from typing import Any
 
 from torchmae.config import one_of
 from torchmae.errors import ConfigError
+from torchmae.nn.autoencoder import Autoencoder
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.mlp import MLPAutoencoder
 
@@ -83,12 +84,12 @@ def arguments(preset: str, **overrides: Any) -> dict[str, Any]:
     return values
 
 
-def construct(values: dict[str, Any]) -> MaskedAutoencoder | MLPAutoencoder:
+def construct(values: dict[str, Any]) -> Autoencoder:
     """The network of full arguments, as `arguments` gives them, with fresh weights from torch's generator."""
     return MLPAutoencoder(**values) if "hidden_dim" in values else MaskedAutoencoder(**values)
 
 
-def build(preset: str, **overrides: Any) -> MaskedAutoencoder | MLPAutoencoder:
+def build(preset: str, **overrides: Any) -> Autoencoder:
     """A model by name, with fresh weights: `build("vit_base")`, `build("vit_small", in_chans=5, input_size=(96, 160))`.
 
     Raises:

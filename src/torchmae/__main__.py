@@ -1,0 +1,6 @@
+"""`python -m torchmae`."""
+
+from torchmae.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,134 @@
+"""The command line. Nothing heavy is imported before a command needs it, so `torchmae --help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torchmae import __version__, settings
+from torchmae.errors import ConfigError, TorchmaeError
+
+USAGE = """\
+torchmae: masked autoencoder pre-training in PyTorch
+
+usage: torchmae COMMAND [OPTIONS]
+
+commands:
+  pretrain      train a masked autoencoder on images: a folder, or a name such as digits or cifar10
+  reconstruct   hide part of some images and let a trained model fill it in
+  recipes       list the named sets of settings
+
+  torchmae pretrain                                  digits, on the processor, about a minute, no network
+  torchmae pretrain --data my_images --out runs/a    any folder of images
+  torchmae pretrain --resume runs/a                  go on with a run that was stopped
+  torchmae reconstruct runs/a photo.jpg --out grid.png
+
+  torchmae COMMAND --help    the options of a command
+  torchmae --version         versions, for bug reports
+"""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        args: words after `torchmae`; None: the process's own.
+
+    Returns:
+        The exit status: 0; 2 for a user's mistake, said in one line; 1 for a run that cannot go on; 128 plus the
+        signal's number for one that was stopped.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    try:
+        if not words or words[0] in ("-h", "--help", "help"):
+            print(USAGE, end="")
+            return 0
+        if words[0] == "--version":
+            print(versions())
+            return 0
+        if words[0] not in COMMANDS:
+            near = settings.nearest(words[0], COMMANDS)
+            hint = f"did you mean `torchmae {near}`?" if near else "see torchmae --help"
+            raise ConfigError(f"unknown command {words[0]!r}", hint)
+        return COMMANDS[words[0]](words[1:])
+    except TorchmaeError as error:
+        print(f"torchmae: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("torchmae: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def pretrain(args: list[str]) -> int:
+    """`torchmae pretrain`: trains, then prints a short table and the path of the report."""
+    if "-h" in args or "--help" in args:
+        settings.build_parser().print_help()
+        print(
+            "\nalso:\n  --resume RUN          go on with a run that was stopped\n"
+            "  --json                print the final figures as one JSON object on the last line"
+        )
+        return 0
+    args = settings.normalise(args)
+    as_json = settings.take_flag(args, "json")
+    resume = settings.take_option(args, "resume")
+    if settings.take_flag(args, "print_config"):
+        from torchmae.api import configure
+
+        print(settings.to_yaml(configure(args)), end="")
+        return 0
+    from torchmae import api
+
+    run = api.resume_run(Path(resume), args) if resume is not None else api.start(api.configure(args))
+    from torchmae.report.table import final_table
+
+    print(final_table(run.figures), flush=True)
+    print(f"report: {run.report}")
+    if as_json:
+        print(json.dumps(run.figures))
+    return 0
+
+
+def reconstruct(args: list[str]) -> int:
+    """`torchmae reconstruct`: masked, reconstructed and original images side by side."""
+    from torchmae.reconstruct import main as run
+
+    return run(args)
+
+
+def recipes(args: list[str]) -> int:
+    """`torchmae recipes`: names, one line each."""
+    if args:
+        raise ConfigError(f"recipes takes no options, given {args[0]!r}", "run `torchmae recipes`")
+    names = settings.recipe_names()
+    width = max(map(len, names))
+    for name in names:
+        print(f"{name:<{width}}  {settings.recipe_summary(name)}")
+    return 0
+
+
+def versions() -> str:
+    """torchmae's version and what a bug report needs."""
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
+    cuda = torch.version.cuda or "none"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return (
+        f"torchmae {__version__}\npython {platform.python_version()}, {platform.platform()}\n"
+        f"torch {torch.__version__}, torchvision {version('torchvision')}, CUDA {cuda}, {gpu}"
+    )
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "pretrain": pretrain,
+    "reconstruct": reconstruct,
+    "recipes": recipes,
+}

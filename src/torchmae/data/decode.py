@@ -1,0 +1,177 @@
+"""Encoded bytes to an array of integers, and what happens to a file that cannot be read."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from torchmae.errors import ConfigError, DataError
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+"""What counts as an image file, in lower case; case does not matter."""
+
+MAX_PIXELS = 100_000_000
+"""Width times height beyond which a file is refused: 300 MB once decoded, most likely an attack or a scan to tile."""
+
+_HIGH_PRECISION = ("I", "F")  # Pillow's "I", "I;16", "I;16B", ... and "F": one channel of more than 8 bits
+
+
+@contextmanager
+def quiet_pillow() -> Iterator[None]:
+    """Silences Pillow's warnings (odd metadata, large images): a file either reads or is a DataError.
+
+    Python's warning filters belong to the whole process, so a thread must not change them: off the main thread this
+    does nothing, and whoever starts threads that decode holds it around them.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def decode(raw: bytes | Path, channels: int | None, max_pixels: int = MAX_PIXELS) -> npt.NDArray[Any]:
+    """Decodes one image file.
+
+    The EXIF rotation is applied, transparency is laid on white, palettes and CMYK become RGB, and of an animation
+    the first frame is taken. Precision is kept where Pillow has it: 16-bit greyscale stays uint16, 32-bit float
+    stays float32 (16-bit colour comes as 8 bits).
+
+    Args:
+        raw: the content of the file, or its path.
+        channels: 1 for greyscale, 3 for RGB, None for what the file has (1 if greyscale, else 3).
+        max_pixels: largest width times height that is accepted.
+
+    Returns:
+        (height, width, channels) uint8, uint16 or float32.
+
+    Raises:
+        DataError: the file is missing, empty, cut short, too large or no image; the path leads the message.
+        ConfigError: `channels` is something else.
+    """
+    check_channels(channels)
+    try:
+        with quiet_pillow():
+            return _decode(raw.read_bytes() if isinstance(raw, Path) else raw, channels, max_pixels)
+    except DataError as error:
+        reason = str(error)
+    except OSError as error:
+        reason = error.strerror or _one_line(error)
+    except Exception as error:  # Pillow's format plug-ins raise almost anything on a damaged file
+        reason = _one_line(error)
+    raise DataError(f"{raw}: {reason}" if isinstance(raw, Path) else reason)
+
+
+def check_channels(channels: int | None) -> int | None:
+    """Returns `channels`; ConfigError unless image files can be decoded to so many."""
+    if channels in (None, 1, 3):
+        return channels
+    raise ConfigError(
+        f"image files cannot give {channels} channels",
+        "set model.in_chans to 1 or 3, or save the data as an array (.npy, channels last)",
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _decode(data: bytes, channels: int | None, max_pixels: int) -> npt.NDArray[Any]:
+    if not data:
+        raise DataError("the file is empty")
+    try:
+        image = Image.open(BytesIO(data))
+    except UnidentifiedImageError:
+        raise DataError("not an image, or cut short before its first pixel") from None
+    except Image.DecompressionBombError:
+        raise DataError(f"more than {max_pixels:,} pixels") from None
+    with image:
+        if image.width * image.height > max_pixels:
+            raise DataError(f"{image.width} x {image.height} is more than {max_pixels:,} pixels")
+        image.load()
+        _turn_upright(image)
+        if image.mode.startswith(_HIGH_PRECISION):
+            pixels = _high_precision(image)[..., None]
+            return np.repeat(pixels, 3, axis=-1) if channels == 3 else pixels
+        grey = channels == 1 or (channels is None and _is_grey(image))
+        flat, mode = _flatten(image), "L" if grey else "RGB"
+        pixels = np.array(flat if flat.mode == mode else flat.convert(mode))  # a copy: Pillow's view is read-only
+        return pixels[..., None] if grey else pixels
+
+
+def _turn_upright(image: Image.Image) -> None:
+    """Applies the EXIF rotation; metadata too broken to parse does not make the pixels unreadable."""
+    with suppress(Exception):  # a damaged EXIF block fails in as many ways as a damaged file
+        ImageOps.exif_transpose(image, in_place=True)
+
+
+def _is_grey(image: Image.Image) -> bool:
+    if image.mode != "P":
+        return image.mode in ("1", "L", "LA", "La")
+    palette = np.array(image.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)
+    return bool((palette == palette[:, :1]).all())
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """Lays a picture with transparency on white; any other is returned as it is."""
+    if not image.has_transparency_data:
+        return image
+    canvas = Image.new("RGBA", image.size, "white")
+    canvas.alpha_composite(image.convert("RGBA"))
+    return canvas
+
+
+def _high_precision(image: Image.Image) -> npt.NDArray[Any]:
+    """(height, width) uint16 or float32 of a picture with one channel of more than 8 bits."""
+    pixels = np.array(image)
+    if image.mode == "F":
+        if not np.isfinite(pixels).all():
+            raise DataError("holds values that are not finite")
+        return pixels.astype(np.float32)
+    if image.mode == "I" and (pixels.min() < 0 or pixels.max() > 65535):
+        raise DataError(f"32-bit values from {pixels.min()} to {pixels.max()} do not fit 16 bits")
+    return pixels.astype(np.uint16)
+
+
+class BadFiles:
+    """The files that could not be read, each once, up to the share that the user allows.
+
+    Args:
+        total: how many files there are.
+        max_bad: share of them that may be unreadable, in [0, 1]; 0: none, else one at least.
+    """
+
+    def __init__(self, total: int, max_bad: float) -> None:
+        self.total = total
+        self.max_bad = max_bad
+        self.limit = max(1, int(max_bad * total)) if max_bad > 0 else 0
+        self._reasons: dict[str, str] = {}
+
+    @property
+    def items(self) -> list[tuple[str, str]]:
+        """(name, reason) of every bad file, in the order they were met."""
+        return list(self._reasons.items())
+
+    def add(self, name: str, reason: str) -> None:
+        """Counts a bad file; one that is known already is not counted again.
+
+        Raises:
+            DataError: there are now more than the limit.
+        """
+        self._reasons[name] = reason
+        if len(self._reasons) > self.limit:
+            allowed = f"more than data.max_bad {self.max_bad:g} allows" if self.max_bad else "and data.max_bad is 0"
+            raise DataError(
+                f"{len(self._reasons)} of {self.total} images cannot be read, {allowed}; the last: {name}: {reason}",
+                "mend or remove them, or raise data.max_bad",
+            )

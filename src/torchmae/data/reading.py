@@ -1,0 +1,174 @@
+"""Reading many images: past those that are unreadable, in threads, and what a sample of them looks like."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from torchmae.data.decode import quiet_pillow
+from torchmae.data.sources import Image, Source, spread
+from torchmae.errors import DataError
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is, and how much there is."""
+
+MAX_MISSES = 64
+"""Unreadable images in a row after which a source counts as gone (a disk that went away, say)."""
+
+_AHEAD = 8  # images per thread that are decoded before they are asked for
+_WORTH_THREADS = 128 * 128 * 3  # values in an image
+
+
+def num_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def read_or_next(source: Source, index: int, bad: list[tuple[str, str]]) -> tuple[int, Image]:
+    """The image at `index` or, where it cannot be read, the next one that can (after the last comes the first).
+
+    Args:
+        source: the images.
+        index: which one.
+        bad: takes (name, reason) of what could not be read.
+
+    Returns:
+        the index that was read, and its image.
+
+    Raises:
+        DataError: MAX_MISSES in a row cannot be read.
+    """
+    attempts = min(len(source), MAX_MISSES)
+    for candidate in range(index, index + attempts):
+        candidate %= len(source)
+        try:
+            return candidate, source.read(candidate)
+        except DataError as error:
+            name = source.name(candidate)
+            bad.append((name, str(error).removeprefix(f"{name}: ")))
+    name, reason = bad[-1]
+    raise DataError(f"{attempts} images in a row cannot be read; the last: {name}: {reason}", "check the data")
+
+
+class Reading(NamedTuple):
+    """One image of many.
+
+    Attributes:
+        asked: which one was asked for.
+        read: which one it is: another where that one cannot be read.
+        image: (*size, C).
+        bad: name and reason of the ones that could not be read.
+    """
+
+    asked: int
+    read: int
+    image: Image
+    bad: list[tuple[str, str]]
+
+
+def read_many(source: Source, indices: npt.NDArray[np.int64]) -> Iterator[Reading]:
+    """Reads images in the order of `indices`, on several threads where that pays.
+
+    Raises:
+        DataError: MAX_MISSES in a row cannot be read.
+    """
+
+    def read_one(index: np.int64) -> Reading:
+        bad: list[tuple[str, str]] = []
+        return Reading(int(index), *read_or_next(source, int(index), bad), bad)
+
+    first = read_one(indices[0])
+    yield first
+    threads = num_cores()
+    # Only the decoding proper leaves Python's lock; of a small image that is so little that threads get in each
+    # other's way.
+    if threads == 1 or first.image.size < _WORTH_THREADS:
+        yield from map(read_one, indices[1:])
+        return
+    step = threads * _AHEAD
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(1, len(indices), step):
+            with quiet_pillow():
+                readings = list(pool.map(read_one, indices[start : start + step]))
+            yield from readings
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a sample of a source looks like.
+
+    Attributes:
+        channels: 1 if every image is greyscale; for arrays, what they have; else 3.
+        sizes: the spatial sizes seen.
+        dtype: the type that holds them all: uint8, uint16 or float32.
+    """
+
+    channels: int
+    sizes: frozenset[tuple[int, ...]]
+    dtype: np.dtype[Any]
+
+
+def probe(source: Source, sample: int = 64) -> Probe:
+    """Reads images evenly spread over a source; unreadable ones are passed over.
+
+    Raises:
+        DataError: none of them can be read.
+    """
+    images, failure = [], None
+    for index in spread(len(source), sample):
+        try:
+            images.append(source.read(int(index)))
+        except DataError as error:
+            failure = error
+    if not images:
+        assert failure is not None
+        raise DataError(f"none of {min(sample, len(source))} images can be read; the last: {failure}", "check the data")
+    return Probe(
+        channels=max(image.shape[-1] for image in images),
+        sizes=frozenset(image.shape[:-1] for image in images),
+        dtype=np.result_type(*{image.dtype for image in images}),
+    )
+
+
+def statistics(
+    source: Source, sample: int = 2000, progress: Progress | None = None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each channel, on integers scaled to [0, 1] and floats as they are.
+
+    Every image of an evenly spread sample counts alike, whatever its size. A channel that never changes gets a
+    deviation of 1, so that normalising leaves it at 0.
+
+    Args:
+        source: images with one number of channels.
+        sample: how many to read, at most.
+        progress: told how far it is.
+
+    Returns:
+        means and deviations, one for each channel.
+
+    Raises:
+        DataError: the images hold values that are not finite, or cannot be read.
+    """
+    indices = spread(len(source), sample)
+    first: list[npt.NDArray[np.float64]] = []
+    second: list[npt.NDArray[np.float64]] = []
+    for reading in read_many(source, indices):
+        image = reading.image
+        scale = 1.0 if image.dtype.kind == "f" else 1.0 / np.iinfo(image.dtype).max
+        values = image.reshape(-1, image.shape[-1]).astype(np.float64) * scale
+        first.append(values.mean(axis=0))
+        second.append(np.square(values).mean(axis=0))
+        if not np.isfinite(second[-1]).all():
+            raise DataError(f"{source.name(reading.read)} holds values that are not finite", "remove or replace it")
+        if progress is not None and (len(first) % 100 == 0 or len(first) == len(indices)):
+            progress("measuring mean and deviation", len(first), len(indices))
+    mean = np.mean(first, axis=0)
+    std = np.sqrt(np.maximum(np.mean(second, axis=0) - mean**2, 0))
+    std[std < 1e-6] = 1.0
+    return tuple(mean.tolist()), tuple(std.tolist())

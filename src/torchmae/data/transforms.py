@@ -1,0 +1,178 @@
+"""Crops, flips, resampling and normalisation: functions of given random numbers, for 1 to 3 spatial dimensions."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Boxes = npt.NDArray[np.int64]
+
+_TRIES = 10
+CROP_NUMBERS = 2 * _TRIES + 2
+"""Random numbers that `crop_boxes` takes for each sample: area and aspect of ten tries, and a place on two axes."""
+
+
+def crop_boxes(
+    u: npt.NDArray[np.float32],
+    size: tuple[int, ...],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    target: tuple[int, ...],
+) -> Boxes:
+    """Random crops of images of one size.
+
+    In 2-D, torchvision's RandomResizedCrop: ten tries at an area and an aspect ratio (log-uniform), the first box
+    that fits is placed at random; when none fits, the largest centred box whose aspect is allowed. Unlike there, the
+    aspect ratio (width / height) is relative to the target's, so that images for an input that is not square are
+    not squashed on average, and a scale of (1, 1) takes the centred box at once.
+
+    In 1-D and 3-D there is no one aspect: every axis keeps the same share, size * area ** (1 / n), and `ratio` is
+    not used.
+
+    Args:
+        u: (B, CROP_NUMBERS) uniform in [0, 1).
+        size: spatial size of the images, 1 to 3 numbers.
+        scale: smallest and largest share of the image's area (length, volume), in (0, 1].
+        ratio: smallest and largest aspect ratio relative to the target's.
+        target: spatial size that the crop will be resampled to.
+
+    Returns:
+        (B, n, 2) boxes: start and length in pixels on each axis, inside the image.
+    """
+    numbers = u.astype(np.float64)
+    if len(size) == 2:
+        height, width = size
+        aspect = target[1] / target[0]
+        lengths = _tried_lengths(numbers, (height, width), scale, (ratio[0] * aspect, ratio[1] * aspect))
+        centred = lengths.min(axis=1) == 0
+        lengths[centred] = _centred_lengths((height, width), (ratio[0] * aspect, ratio[1] * aspect))
+    else:
+        share = (scale[0] + (scale[1] - scale[0]) * numbers[:, :1]) ** (1 / len(size))
+        lengths = np.clip(np.rint(np.array(size) * share), 1, size).astype(np.int64)
+        centred = np.zeros(len(u), dtype=bool)
+    free = np.array(size) - lengths  # (B, n)
+    placed = np.floor(numbers[:, -len(size) :] * (free + 1)).astype(np.int64)
+    starts = np.where(centred[:, None], free // 2, placed)
+    return np.stack([starts, lengths], axis=-1)
+
+
+def _tried_lengths(
+    u: npt.NDArray[np.float64], size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]
+) -> Boxes:
+    """(B, 2) height and width of the first try that fits, zeros where none does."""
+    if scale[0] == 1:
+        return np.zeros((len(u), 2), dtype=np.int64)
+    area = size[0] * size[1] * (scale[0] + (scale[1] - scale[0]) * u[:, :_TRIES])
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = np.exp(low + (high - low) * u[:, _TRIES : 2 * _TRIES])
+    lengths = np.stack([np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))], axis=-1)  # (B, tries, 2)
+    fits = (lengths.min(axis=-1) >= 1) & (lengths[..., 0] <= size[0]) & (lengths[..., 1] <= size[1])
+    first = np.take_along_axis(lengths, fits.argmax(axis=1)[:, None, None], axis=1)[:, 0]
+    return np.where(fits.any(axis=1)[:, None], first, 0).astype(np.int64)
+
+
+def _centred_lengths(size: tuple[int, int], ratio: tuple[float, float]) -> tuple[int, int]:
+    """Height and width of the largest box whose width / height lies within `ratio`."""
+    height, width = size
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    return max(1, min(height, round(width / aspect))), max(1, min(width, round(height * aspect)))
+
+
+def eval_box(size: tuple[int, ...], target: tuple[int, ...]) -> Boxes:
+    """The largest centred box with the target's proportions: (n, 2) start and length on each axis."""
+    factor = min(have / want for have, want in zip(size, target, strict=True))
+    lengths = np.clip(np.rint(np.array(target) * factor), 1, size).astype(np.int64)
+    return np.stack([(np.array(size) - lengths) // 2, lengths], axis=-1)
+
+
+def resample(images: Tensor, boxes: Boxes, target: tuple[int, ...], flip: npt.NDArray[np.bool_]) -> Tensor:
+    """Cuts a box out of each image and resamples it: separable, antialiased bicubic (a = -0.5, as in Pillow).
+
+    Only pixels inside the box contribute. One weight matrix per image and axis, applied by one batched product per
+    axis; a flip is the reversed matrix of the last axis.
+
+    Args:
+        images: (B, C, *size), 1 to 3 spatial dimensions, floats or unsigned integers, on any device.
+        boxes: (B, n, 2), start and length in pixels on each axis.
+        target: spatial size of the result.
+        flip: (B,) whether to mirror the last axis.
+
+    Returns:
+        (B, C, *target) float32; of integer images rounded and clamped to their range, as if stored in between.
+    """
+    batch, size = len(images), tuple(images.shape[2:])
+    resampled = images.float()
+    if batch == 0:
+        return resampled.new_empty(0, images.shape[1], *target)
+    # Boxes and flips stay NumPy's up to here, so that this question does not wait for an accelerator.
+    if size == target and (boxes == [(0, length) for length in size]).all() and not flip.any():
+        return resampled
+    box_tensor = torch.from_numpy(boxes).to(images.device, non_blocking=True)
+    mirrored = torch.from_numpy(flip).to(images.device, non_blocking=True)[:, None, None]
+    for axis in reversed(range(len(size))):
+        weights = resample_weights(box_tensor[:, axis], size[axis], target[axis])  # (B, target, source)
+        if axis == len(size) - 1:
+            weights = torch.where(mirrored, weights.flip(1), weights)
+        # The axis in hand is the last; the product moves it to the front, which brings the next one to the end.
+        rest = resampled.shape[1:-1]
+        columns = resampled.reshape(batch, math.prod(rest), size[axis]).transpose(1, 2)
+        resampled = torch.bmm(weights, columns).reshape(batch, target[axis], *rest)
+    resampled = resampled.movedim(-1, 1).contiguous()  # every axis has moved in front of the channels
+    if images.is_floating_point():
+        return resampled
+    return resampled.round_().clamp_(0, value_range(images.dtype))
+
+
+def resample_weights(boxes: Tensor, source: int, target: int) -> Tensor:
+    """Antialiased bicubic weights of one axis, each row taking the source pixels of one target pixel.
+
+    Args:
+        boxes: (B, 2) int64, start and length in pixels.
+        source: pixels along the axis.
+        target: pixels wanted.
+
+    Returns:
+        (B, target, source) float32, each row adding up to 1, zero outside the box.
+    """
+    start, length = boxes[:, 0, None].float(), boxes[:, 1, None].float()
+    step = length / target  # source pixels per target pixel
+    centres = start + (torch.arange(target, device=boxes.device) + 0.5) * step  # (B, target)
+    pixels = torch.arange(source, device=boxes.device) + 0.5
+    distance = (pixels - centres[..., None]).div_(step.clamp(min=1)[..., None]).abs_()
+    weights = _cubic(distance)
+    outside = (pixels < start) | (pixels > start + length)  # (B, source)
+    weights.masked_fill_(outside[:, None], 0)
+    return weights.div_(weights.sum(-1, keepdim=True))
+
+
+def _cubic(x: Tensor) -> Tensor:
+    """Keys' cubic kernel with a = -0.5 at distances x >= 0 (IEEE Trans. ASSP 29, 1981)."""
+    near = ((1.5 * x - 2.5) * x).mul_(x).add_(1)
+    x = x.clamp(max=2)  # zero from 2 on
+    far = ((-0.5 * x + 2.5) * x).sub_(4).mul_(x).add_(2)
+    return torch.where(x < 1, near, far)
+
+
+def value_range(dtype: torch.dtype) -> float:
+    """The value that stands for 1.0: 255 for uint8, 65535 for uint16, 1 for floats."""
+    return float(torch.iinfo(dtype).max) if not dtype.is_floating_point else 1.0
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor, scale: float) -> Tensor:
+    """(images / scale - mean) / std.
+
+    Args:
+        images: (B, C, *size).
+        mean: (C,), of values in [0, 1].
+        std: (C,), of values in [0, 1], above 0.
+        scale: `value_range` of the type that the images were stored in.
+
+    Returns:
+        (B, C, *size) float32.
+    """
+    channels = (-1,) + (1,) * (images.ndim - 2)
+    return (images.float() * (1 / (scale * std)).view(channels)).sub_((mean / std).view(channels))

@@ -1,0 +1,61 @@
+"""What no learning can do: filling a hole from the pixels around it. The yardstick for a reconstruction."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+RELAXATIONS = 64
+_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+_MODE = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+def interpolate(images: Tensor, removed: Tensor) -> Tensor:
+    """Fills removed pixels by smooth interpolation of the visible ones, each channel on its own.
+
+    Averages of the visible pixels on ever coarser grids fill the hole from coarse to fine (pull-push, Gortler et al.
+    1996); relaxation then brings it near the membrane, the surface in which every hidden pixel is the mean of its
+    neighbours.
+
+    Args:
+        images: (B, C, *size) float.
+        removed: (B, 1 or C, *size) bool, True where a pixel is hidden.
+
+    Returns:
+        (B, C, *size): visible pixels unchanged. A channel with nothing visible becomes zero.
+    """
+    visible = (~removed).to(images.dtype).expand_as(images)
+    filled = torch.where(removed, _pull_push(images * visible, visible), images)
+    for _ in range(RELAXATIONS):
+        filled = torch.where(removed, _neighbour_mean(filled), filled)
+    return filled
+
+
+def _pull_push(values: Tensor, weight: Tensor) -> Tensor:
+    """Weighted averages, from coarse to fine: `values` are already multiplied by `weight`, 0 to 1."""
+    size = values.shape[2:]
+    here = values / weight.clamp(min=1e-6)
+    if max(size) == 1:
+        return here
+    pool = _POOL[len(size)]
+    coarse = _pull_push(
+        pool(values, 2, ceil_mode=True, count_include_pad=False),
+        pool(weight, 2, ceil_mode=True, count_include_pad=False),
+    )
+    below = F.interpolate(coarse, size=size, mode=_MODE[len(size)], align_corners=False)
+    return torch.where(weight > 0, here, below)
+
+
+def _neighbour_mean(images: Tensor) -> Tensor:
+    """The mean of the two neighbours along every axis; at a border the pixel itself stands in."""
+    n = images.ndim - 2
+    padded = F.pad(images, (1, 1) * n, mode="replicate")
+    total = torch.zeros_like(images)
+    for axis in range(2, 2 + n):
+        for start in (0, 2):
+            view = padded
+            for other in range(2, 2 + n):
+                view = view.narrow(other, start if other == axis else 1, images.shape[other])
+            total = total + view
+    return total / (2 * n)

@@ -1,0 +1,123 @@
+"""`torchmae reconstruct`: hide part of given images and let a trained model fill it in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from jsonargparse import ArgumentError
+
+from torchmae import settings
+from torchmae.api import Pretrained, denormalise, load
+from torchmae.config import within
+from torchmae.data.decode import decode
+from torchmae.data.transforms import eval_box, resample
+from torchmae.errors import CheckpointError, ConfigError
+from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.nn.masking import Mask, mask_from_pixels
+from torchmae.report.pictures import reconstruction_grid, save_png
+
+DESCRIPTION = "Hides part of some images and lets a trained model fill it in: masked | reconstructed | original."
+
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """What is hidden; null: as the model was trained.
+
+    Attributes:
+        strategy: random, block or grid.
+        ratio: share of the patches that is removed, in (0, 1).
+    """
+
+    strategy: str | None = None
+    ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        within("mask.ratio", self.ratio, 0, 1, open_low=True, open_high=True)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `torchmae reconstruct` takes beside the run and the images.
+
+    Attributes:
+        mask: what is hidden.
+        mask_file: an image whose white (bright) part is the hole, in place of a drawn mask: in-painting.
+        out: the picture to write.
+        seed: another one gives other masks.
+    """
+
+    mask: MaskOptions = field(default_factory=MaskOptions)
+    mask_file: Path | None = None
+    out: Path = Path("reconstruction.png")
+    seed: int = 0
+
+
+def main(args: Sequence[str]) -> int:
+    """Runs the command; returns the exit status."""
+    parser = settings.Parser(prog="torchmae reconstruct", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("run", type=Path, help="run folder of `torchmae pretrain`")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
+    parser.add_class_arguments(Options, None, fail_untyped=True)
+    try:
+        values = parser.parse_args(settings.normalise(args))
+        built = parser.instantiate(values)
+    except ArgumentError as error:
+        raise settings.explain(str(error), parser.option_names()) from error
+    options = Options(**{name: built[name] for name in Options.__dataclass_fields__})
+    note = reconstruct(load(values.run), values.images, options)
+    print(f"{options.out}  ({note})")
+    return 0
+
+
+def reconstruct(pretrained: Pretrained, paths: Sequence[Path], options: Options) -> str:
+    """Writes the picture.
+
+    Args:
+        pretrained: the model.
+        paths: images.
+        options: mask and output.
+
+    Returns:
+        How the target was undone.
+    """
+    images = pretrained.preprocess(*paths)
+    if options.mask_file is not None:
+        mask = hole(pretrained, options.mask_file, len(images))
+    else:
+        mask = pretrained.mask(len(images), strategy=options.mask.strategy, ratio=options.mask.ratio, seed=options.seed)
+    result = pretrained.reconstruct(images, mask)
+    mean, std = pretrained.description.mean, pretrained.description.std
+    original = denormalise(images, mean, std)
+    masked = original.masked_fill(result.removed, torch.nan)
+    grid = reconstruction_grid(masked, denormalise(result.images, mean, std), original, note=result.note)
+    try:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        save_png(grid, options.out)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {options.out}: {error.strerror}", "choose another --out") from error
+    return result.note
+
+
+def hole(pretrained: Pretrained, path: Path, count: int) -> Mask:
+    """The mask of a hole drawn in an image, the same for `count` images.
+
+    Args:
+        pretrained: the model; it must have patches.
+        path: an image whose bright part (above half) is the hole; it is cropped and resized as images are.
+        count: how many images.
+
+    Raises:
+        ConfigError: a model without patches, or a hole that covers no patch or all of them.
+    """
+    if not isinstance(pretrained.model, MaskedAutoencoder):
+        raise ConfigError("the mlp model has no patches to put a hole in", "use a vit model")
+    size = pretrained.description.input_size
+    array = decode(path, 1)[..., 0]
+    values = torch.from_numpy(array.astype(np.float32) / np.iinfo(array.dtype).max)[None, None]
+    resized = resample(values, eval_box(array.shape, size)[None], size, np.zeros(1, dtype=np.bool_))
+    removed = (resized[:, 0] > 0.5).expand(count, *size)
+    return mask_from_pixels(removed, pretrained.model.patch_size)

@@ -1,0 +1,283 @@
+"""A run folder becomes one HTML page that needs nothing else: no network, no script, no font."""
+
+from __future__ import annotations
+
+import base64
+import io
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from torchmae.config import PretrainConfig
+from torchmae.report import charts
+from torchmae.report.facts import describe, facts, hidden_unit, is_finished, setting, state, title
+from torchmae.report.pictures import HEADERS, progress_grid, read_layout, split_columns
+from torchmae.report.run import Record, Run, load_run
+from torchmae.report.verdict import Figures, final_figures, judge, number, percent, trend
+from torchmae.training.checkpoint import replace_file
+
+# Reconstructions shown side by side, from the first to the last.
+_MAX_MOMENTS = 4
+_MAX_BAD_FILES = 20
+# Photographs as PNG would make a page of tens of megabytes; drawn pixels stay far below this as they are.
+_MAX_PNG_BYTES = 300_000
+
+_ENVIRONMENT_LABELS = {
+    "torchmae": "torchmae",
+    "torch": "PyTorch",
+    "torchvision": "torchvision",
+    "python": "Python",
+    "platform": "Platform",
+    "processor": "Processor",
+    "device": "Device",
+    "threads": "Threads",
+    "precision": "Precision",
+    "started": "Started",
+    "command": "Command",
+}
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A picture inside the page.
+
+    Attributes:
+        uri: the picture itself, as a data URI.
+        width: its own width in pixels.
+        height: its own height in pixels.
+    """
+
+    uri: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Reconstructions:
+    """What the model made of held-out images.
+
+    Attributes:
+        step: the optimiser step of the last picture.
+        columns: the last picture, cut in columns: side by side, or on a phone one below the other.
+        headers: what stands above each third of a column; empty where the picture carries its own.
+        pixelated: whether pixels are to be seen as squares.
+        note: how the reconstruction came about.
+        progress: masked, then the reconstruction at each of `progress_steps`, then the original; None if there is
+            only one picture.
+        progress_steps: the steps in it.
+    """
+
+    step: int
+    columns: tuple[Embedded, ...]
+    headers: tuple[str, ...]
+    pixelated: bool
+    note: str
+    progress: Embedded | None
+    progress_steps: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A row of a table of figures.
+
+    Attributes:
+        label: whose figure it is.
+        loss: the loss as text; empty where there is none.
+        share: the figure as text.
+        bar: the same as length, 0 to 100.
+        ours: whether it is the trained model's.
+    """
+
+    label: str
+    loss: str
+    share: str
+    bar: float
+    ours: bool = False
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A line of the configuration as YAML, and whether it differs from torchmae's default."""
+
+    name: str
+    value: str
+    changed: bool
+
+
+def write_report(run: Path) -> Path:
+    """Writes RUN/report.html from what the run folder holds, finished or not; the same folder gives the same bytes.
+
+    Args:
+        run: the run folder; its name appears in the commands on the page as it is given here.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        CheckpointError: the folder is no run, cannot be read, or cannot be written to.
+    """
+    page = run / "report.html"
+    replace_file(page, render(load_run(run)).encode("utf-8"))
+    return page
+
+
+def render(run: Run) -> str:
+    """The page of a run, as HTML."""
+    source = resources.files("torchmae.report").joinpath("template.html").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    unit = hidden_unit(run)
+    figures = final_figures(run.summary, run.val, run.baseline, setting(run, "eval", "knn_val"))
+    folder = run.path.as_posix()
+    return environment.from_string(source).render(
+        title=title(run),
+        state=state(run),
+        sentence=describe(run),
+        facts=facts(run),
+        verdict=judge(figures, unit),
+        trend=trend(run.val),
+        scores=loss_scores(figures, unit),
+        knn_scores=knn_scores(figures),
+        knn_images=figures.knn_images,
+        normalised=run.summary.get("target") == "normalised patches",
+        unit=unit,
+        pictures=load_reconstructions(run),
+        # The drawings are made here, of numbers alone, and are the one thing that is HTML already.
+        charts=[(chart, Markup(chart.svg)) for chart in _charts(run, figures)],
+        settings=settings(run.config),
+        environment=environment_rows(run.environment),
+        bad_files=run.bad_files[:_MAX_BAD_FILES],
+        bad_files_left=max(0, len(run.bad_files) - _MAX_BAD_FILES),
+        finished=is_finished(run),
+        folder=shlex.quote(folder),
+        folder_literal=repr(folder),
+        again=shlex.quote(f"{folder}-again"),
+        version=run.environment.get("torchmae"),
+    )
+
+
+def loss_scores(figures: Figures, unit: str) -> list[Score]:
+    """The model's loss and explained variance beside the trivial predictors', where they were measured."""
+    rows = (
+        ("This model", figures.loss, figures.explained_variance),
+        (f"Interpolation from visible {unit}", figures.loss_interpolation, figures.explained_variance_interpolation),
+        (f"Mean of visible {unit}", figures.loss_mean_patch, figures.explained_variance_mean_patch),
+    )
+    return [
+        Score(
+            label,
+            number(loss),
+            "" if variance is None else percent(variance).replace("-", "\N{MINUS SIGN}"),
+            round(100 * min(max(variance or 0.0, 0.0), 1.0), 1),
+            ours=label == "This model",
+        )
+        for label, loss, variance in rows
+        if loss is not None
+    ]
+
+
+def knn_scores(figures: Figures) -> list[Score]:
+    """The accuracy of kNN on the model's features beside its baselines'; empty where there are no labels."""
+    if figures.knn is None:
+        return []
+    rows = (
+        ("This model's features", figures.knn),
+        ("Raw pixels", figures.knn_pixels),
+        ("The same network, untrained", figures.knn_untrained),
+    )
+    return [
+        Score(label, "", f"{accuracy:.1f}%", round(min(max(accuracy, 0.0), 100.0), 1), ours=label.startswith("This"))
+        for label, accuracy in rows
+        if accuracy is not None
+    ]
+
+
+def load_reconstructions(run: Run) -> Reconstructions | None:
+    """The last picture of a run, and how it came about; None if there is no picture that can be read."""
+    opened = [(step, _open(path)) for step, path in _spread(run.pictures, _MAX_MOMENTS)]
+    readable = [(step, picture) for step, picture in opened if picture is not None]
+    if not readable:
+        return None
+    step, last = readable[-1]
+    layout = read_layout(last)
+    progress = progress_grid([picture for _, picture in readable]) if len(readable) > 1 else None
+    return Reconstructions(
+        step=step,
+        columns=tuple(_embed(column) for column in split_columns(last)),
+        headers=HEADERS if layout else (),
+        pixelated=layout is not None and layout.scale > 1,
+        note=layout.note if layout else "",
+        progress=_embed(progress) if progress else None,
+        progress_steps=tuple(step for step, _ in readable),
+    )
+
+
+def settings(config: Record) -> list[tuple[str, list[Setting]]]:
+    """The configuration as (section, lines of YAML); values at the top level have the empty section."""
+    defaults = asdict(PretrainConfig())
+    top = [_as_setting(name, value, defaults) for name, value in config.items() if not isinstance(value, dict)]
+    sections = [("", top)] if top else []
+    for section, values in config.items():
+        if isinstance(values, dict):
+            of_section = defaults.get(section, {})
+            sections.append((str(section), [_as_setting(name, value, of_section) for name, value in values.items()]))
+    return sections
+
+
+def environment_rows(environment: Record) -> list[tuple[str, str]]:
+    """(label, value) of what the run ran on, the known ones first and in a fixed order."""
+    known = [key for key in _ENVIRONMENT_LABELS if environment.get(key) is not None]
+    others = [key for key in environment if key not in _ENVIRONMENT_LABELS]
+    return [(_ENVIRONMENT_LABELS.get(key, str(key)), str(environment[key])) for key in (*known, *others)]
+
+
+def _spread(items: Sequence[tuple[int, Path]], count: int) -> list[tuple[int, Path]]:
+    """At most `count` of the items, evenly spread, the first and the last among them."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+
+
+def _open(path: Path) -> Image.Image | None:
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except (OSError, SyntaxError):  # Pillow's errors for a file cut short and for one that is no picture
+        return None
+
+
+def _embed(picture: Image.Image) -> Embedded:
+    kind, buffer = "png", io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    if buffer.tell() > _MAX_PNG_BYTES:
+        kind, buffer = "webp", io.BytesIO()
+        picture.save(buffer, format="WEBP", quality=85)
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return Embedded(f"data:image/{kind};base64,{data}", picture.width, picture.height)
+
+
+def _charts(run: Run, figures: Figures) -> list[charts.Chart]:
+    drawn = (
+        charts.loss_chart(run.train, run.val),
+        charts.variance_chart(run.val),
+        charts.knn_chart(run.val, figures.knn_untrained, figures.knn_pixels),
+        charts.learning_rate_chart(run.train),
+        charts.throughput_chart(run.train),
+    )
+    return [chart for chart in drawn if chart is not None]
+
+
+def _as_setting(name: object, value: object, defaults: Mapping[str, Any]) -> Setting:
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    # A default that is a tuple comes back from YAML as a list.
+    default = defaults.get(str(name), ...)
+    same = value == (list(default) if isinstance(default, tuple) else default)
+    return Setting(str(name), text.strip().removesuffix("...").strip(), changed=not same)

@@ -1,0 +1,299 @@
+"""Pictures of what a model reconstructs: masked | reconstructed | original, side by side."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from torchmae.errors import CheckpointError
+from torchmae.training.checkpoint import replace_file
+
+if TYPE_CHECKING:
+    import torch
+
+    Images: TypeAlias = npt.NDArray[np.floating] | torch.Tensor
+
+FloatArray: TypeAlias = npt.NDArray[np.float32]
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
+
+HEADERS = ("masked", "reconstructed", "original")
+# What is hidden: a mid-grey with a touch of blue, so that neither black nor a grey of the picture passes for it.
+HIDDEN = (116, 124, 138)
+# Transparent; white where a viewer knows no transparency.
+_BACKGROUND = (255, 255, 255, 0)
+_LAYOUT_KEY = "torchmae"
+# Readable on white and on near-black alike, for the picture's own background is transparent.
+_HEADER_COLOUR = (118, 122, 128, 255)
+_SIGNAL_COLOUR = (11, 95, 174)
+_SIGNAL_BACKGROUND = 246
+# Width over height of the panel of a 1-D signal.
+_SIGNAL_ASPECT = 3
+
+
+@dataclass(frozen=True)
+class GridLayout:
+    """Where things are in a saved grid, kept in the PNG so that a page can set it anew for a narrow screen.
+
+    Attributes:
+        count: triplets.
+        columns: triplets in a row.
+        panel: width and height of one picture of a triplet, in pixels.
+        gutter: pixels between the pictures of a triplet, and between rows.
+        column_step: pixels from the left edge of one triplet to that of the next.
+        top: pixels above the first row, where the headers are.
+        scale: by how much the images were enlarged.
+        note: how the reconstruction came about; a viewer shows it.
+    """
+
+    count: int
+    columns: int
+    panel: tuple[int, int]
+    gutter: int
+    column_step: int
+    top: int
+    scale: int
+    note: str
+
+    @property
+    def column_width(self) -> int:
+        """Pixels of one triplet, its inner gutters included."""
+        return 3 * self.panel[0] + 2 * self.gutter
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the whole picture."""
+        rows = -(-self.count // self.columns)
+        width = (self.columns - 1) * self.column_step + self.column_width
+        return width, self.top + rows * (self.panel[1] + self.gutter) - self.gutter
+
+    def corner(self, triplet: int, place: int) -> tuple[int, int]:
+        """The upper left corner of a panel: 0, 1 and 2 are masked, reconstructed and original."""
+        row, column = divmod(triplet, self.columns)
+        left = column * self.column_step + place * (self.panel[0] + self.gutter)
+        return left, self.top + row * (self.panel[1] + self.gutter)
+
+
+def reconstruction_grid(
+    masked: Images,
+    reconstructed: Images,
+    original: Images,
+    path: Path | None = None,
+    *,
+    triplets_per_row: int | None = None,
+    min_side: int = 144,
+    note: str = "",
+) -> Image.Image:
+    """Draws rows of triplets: what the model saw, what it made of it, and the truth.
+
+    One channel is drawn grey, two as the grey of their mean, three as RGB, more as the RGB of the first three. Small
+    images grow by a whole factor, without smoothing. Of a volume (3 spatial dimensions) the middle slice along the
+    first of them is drawn; a signal (1 dimension) as one line for each channel, over the range of its original.
+
+    Args:
+        masked: (N, C, *size) with 1 to 3 spatial dimensions; NaN where hidden. Images and volumes in [0, 1] (what
+            lies outside is clipped), signals on any scale.
+        reconstructed: likewise, without NaN.
+        original: likewise, without NaN.
+        path: where to save the picture as PNG; null: nowhere.
+        triplets_per_row: null: one, or two for more than four images.
+        min_side: the longer side of a panel, in pixels, is at least this.
+        note: how the reconstruction came about (`Reconstruction.note`), to be shown wherever the picture is.
+
+    Returns:
+        RGBA with a transparent background, which `split_columns` can cut into its columns, also once saved.
+
+    Raises:
+        CheckpointError: the picture could not be saved.
+    """
+    triplet = [_as_numpy(images) for images in (masked, reconstructed, original)]
+    shape = triplet[0].shape
+    assert all(images.shape == shape for images in triplet) and 3 <= len(shape) <= 5 and shape[0] > 0
+    # A signal is drawn, not enlarged; of a volume only two axes are seen.
+    scale = 1 if len(shape) == 3 else -(-min_side // max(shape[-2:]))
+    if len(shape) == 3:
+        panels = [_signal_panels(sample, min_side) for sample in zip(*triplet, strict=True)]
+    else:
+        panels = [_image_panels(sample, scale) for sample in zip(*triplet, strict=True)]
+    columns = min(triplets_per_row or (2 if shape[0] > 4 else 1), shape[0])
+    grid = _lay_out(panels, columns, scale, note)
+    if path is not None:
+        save_png(grid, path)
+    return grid
+
+
+def split_columns(grid: Image.Image) -> list[Image.Image]:
+    """Cuts a grid into its columns of triplets, without headers; the whole picture if it is no such grid."""
+    layout = read_layout(grid)
+    if layout is None:
+        return [grid]
+    lefts = [i * layout.column_step for i in range(layout.columns)]
+    return [grid.crop((left, layout.top, left + layout.column_width, grid.height)) for left in lefts]
+
+
+def progress_grid(grids: Sequence[Image.Image], num_rows: int = 4) -> Image.Image | None:
+    """Draws how reconstructions came about: a row for each image, a column for each moment.
+
+    Args:
+        grids: pictures of `reconstruction_grid` with the same images under the same masks, earliest first.
+        num_rows: images shown, at most.
+
+    Returns:
+        RGBA: masked, one reconstruction from each grid, original; no headers. None if the grids are not alike.
+    """
+    layouts = {read_layout(grid) for grid in grids}
+    layout = layouts.pop() if len(layouts) == 1 else None
+    if layout is None:
+        return None
+    width, height = layout.panel
+    cells = [(grids[0], 0), *((grid, 1) for grid in grids), (grids[-1], 2)]
+    rows = min(num_rows, layout.count)
+    step = (width + layout.gutter, height + layout.gutter)
+    size = (len(cells) * step[0] - layout.gutter, rows * step[1] - layout.gutter)
+    picture = Image.new("RGBA", size, _BACKGROUND)
+    for row in range(rows):
+        for column, (grid, place) in enumerate(cells):
+            left, top = layout.corner(row, place)
+            panel = grid.crop((left, top, left + width, top + height))
+            picture.paste(panel, (column * step[0], row * step[1]))
+    return picture
+
+
+def read_layout(picture: Image.Image) -> GridLayout | None:
+    """The layout that `reconstruction_grid` left in a picture or its PNG; None in any other picture."""
+    try:
+        values = json.loads(picture.info[_LAYOUT_KEY])
+        return GridLayout(**{**values, "panel": tuple(values["panel"])})
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Saves a picture whole or not at all, with the text in its `info`; makes the folder if need be.
+
+    Raises:
+        CheckpointError: the folder cannot be made or written to.
+    """
+    notes = PngInfo()
+    for key, value in image.info.items():
+        if isinstance(value, str):
+            notes.add_text(str(key), value)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True, pnginfo=notes)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot make folder {path.parent}: {error.strerror}", "mend its permissions") from error
+    replace_file(path, buffer.getvalue())
+
+
+def _as_numpy(images: Images) -> FloatArray:
+    if isinstance(images, np.ndarray):
+        return images.astype(np.float32)
+    array: FloatArray = images.detach().float().cpu().numpy()
+    return array
+
+
+def _image_panels(triplet: Sequence[FloatArray], scale: int) -> list[Image.Image]:
+    """The panels of one image: masked, reconstructed, original, each (C, H, W) or (C, D, H, W)."""
+    images = [image[:, image.shape[1] // 2] if image.ndim == 4 else image for image in triplet]
+    seen, reconstructed, original = (_enlarge(_to_rgb(image), scale) for image in images)
+    seen[_enlarge(_is_hidden(images[0]), scale)] = HIDDEN
+    return [Image.fromarray(pixels) for pixels in (seen, reconstructed, original)]
+
+
+def _is_hidden(masked: FloatArray) -> BoolArray:
+    """(C, *size) to (*size): where no channel is seen."""
+    hidden: BoolArray = np.asarray(np.isnan(masked).all(axis=0))
+    return hidden
+
+
+def _enlarge(pixels: npt.NDArray[np.generic], factor: int) -> npt.NDArray[np.generic]:
+    return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def _to_rgb(image: FloatArray) -> npt.NDArray[np.uint8]:
+    """(C, H, W) in [0, 1] to (H, W, 3) bytes; a hidden value becomes one half."""
+    known = np.nan_to_num(image, nan=0.5)
+    channels = known[:3] if len(known) >= 3 else known.mean(axis=0, keepdims=True).repeat(3, axis=0)
+    return np.round(channels.clip(0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
+
+
+def _signal_panels(triplet: Sequence[FloatArray], min_side: int) -> list[Image.Image]:
+    """The panels of one signal: masked, reconstructed, original, each (C, L), on the original's scale."""
+    low, high = float(triplet[2].min()), float(triplet[2].max())
+    margin = 0.06 * (high - low) or 0.5
+    size = (_SIGNAL_ASPECT * min_side, min_side)
+    return [_signal_panel(signal, size, low - margin, high + margin) for signal in triplet]
+
+
+def _signal_panel(signal: FloatArray, size: tuple[int, int], low: float, high: float) -> Image.Image:
+    """One signal as lines, one for each channel, with grey where it is hidden; `size` is width and height."""
+    width, height = size
+    hidden = _is_hidden(signal)
+    # One column of pixels shows the samples around it.
+    samples = (np.arange(width) * len(hidden)) // width
+    pixels = np.full((height, width, 3), _SIGNAL_BACKGROUND, dtype=np.uint8)
+    pixels[:, hidden[samples]] = HIDDEN
+    panel = Image.fromarray(pixels)
+    pen = ImageDraw.Draw(panel)
+    x = (np.arange(len(hidden)) + 0.5) * width / len(hidden)
+    for channel in signal:
+        y = ((high - channel.clip(low, high)) / (high - low)) * (height - 1)
+        for start, stop in _visible_spans(channel):
+            points = [(float(x[i]), float(y[i])) for i in range(start, stop)]
+            if len(points) == 1:
+                points.append(points[0])
+            pen.line(points, fill=_SIGNAL_COLOUR, width=2)
+    return panel
+
+
+def _visible_spans(channel: FloatArray) -> list[tuple[int, int]]:
+    """Where a signal is no NaN: [start, stop) of each run of samples."""
+    known = np.concatenate([[False], ~np.isnan(channel), [False]])
+    edges = np.flatnonzero(known[1:] != known[:-1])
+    return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
+
+
+def _lay_out(triplets: Sequence[Sequence[Image.Image]], columns: int, scale: int, note: str) -> Image.Image:
+    """Places triplets row by row under headers."""
+    width, height = triplets[0][0].size
+    font = ImageFont.load_default(_header_size(width))
+    _, _, header_width, header_height = (math.ceil(edge) for edge in font.getbbox(max(HEADERS, key=len)))
+    width = max(width, header_width)
+    gutter = max(4, width // 24)
+    layout = GridLayout(
+        count=len(triplets),
+        columns=columns,
+        panel=(width, height),
+        gutter=gutter,
+        column_step=3 * width + 5 * gutter,
+        top=header_height + gutter,
+        scale=scale,
+        note=note,
+    )
+    grid = Image.new("RGBA", layout.size, _BACKGROUND)
+    pen = ImageDraw.Draw(grid)
+    for number, triplet in enumerate(triplets):
+        for place, panel in enumerate(triplet):
+            left, top = layout.corner(number, place)
+            grid.paste(panel, (left, top))
+            if number < columns:
+                pen.text((left, 0), HEADERS[place], fill=_HEADER_COLOUR, font=font)
+    grid.info[_LAYOUT_KEY] = json.dumps(asdict(layout))
+    return grid
+
+
+def _header_size(width: int) -> int:
+    """The font size at which the longest header fills nine tenths of a panel, 10 to 32 pixels."""
+    length_at_100 = ImageFont.load_default(100).getlength(max(HEADERS, key=len))
+    return min(max(int(90 * width / length_at_100), 10), 32)

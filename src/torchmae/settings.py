@@ -1,0 +1,210 @@
+"""From names, files and options to a `PretrainConfig`, and back to YAML. Order: defaults < recipe < file < options."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from torchmae.config import PretrainConfig, one_of
+from torchmae.errors import ConfigError
+
+# What people type for the settings they reach for most.
+ALIASES = {"data": "data.source", "batch": "batch_size"}
+
+DESCRIPTION = "Pre-trains a masked autoencoder and leaves a run folder with a backbone, pictures and a report."
+
+
+class Parser(ArgumentParser):
+    """An argument parser whose complaints are one line with a suggestion, raised as ConfigError."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        """Raises ConfigError in place of printing usage and leaving."""
+        raise explain(message if ex is None else str(ex), self.option_names())
+
+    def option_names(self) -> list[str]:
+        """The options this parser knows, without dashes."""
+        return [option[2:] for action in self._actions for option in action.option_strings if option.startswith("--")]
+
+
+def explain(message: str, known: Sequence[str]) -> ConfigError:
+    """A parser's message as one line: the offending option, the reason, and the nearest option that exists."""
+    text = " ".join(message.split())
+    unknown = re.search(r"[Uu]nrecognized arguments: (\S+)", text)
+    in_file = re.search(r"(?:Group '(?P<group>\S+)' does not accept option|Option) '(?P<leaf>\S+?)'", text)
+    if unknown or (in_file and "accept" in text):
+        name = unknown[1].lstrip("-").partition("=")[0] if unknown else _dotted(in_file)
+        same_leaf = [option for option in known if option.rpartition(".")[2] == name.rpartition(".")[2]]
+        near = nearest(name, known) or next(iter(same_leaf), None)
+        return ConfigError(f"unknown option {name!r}", f"did you mean --{near}?" if near else "see --help")
+    key = re.search(r'Parser key "(\S+?)": (.*)', text)
+    if key:
+        given = re.search(r".*(?:Got|Given) value: (.+?)$", key[2])
+        wanted = sorted(
+            {name.strip("<>") for name in re.findall(r"Expected an? <class '(\w+)'>", key[2])} - {"NoneType"}
+        )
+        return ConfigError(
+            f"{key[1]} is {given[1] if given else 'of the wrong type'}",
+            f"it takes {' or '.join(wanted)}" if wanted else "see --help for what it takes",
+        )
+    return ConfigError(text.removeprefix("error: ").rstrip("."), "see --help for what it takes")
+
+
+def _dotted(match: re.Match[str] | None) -> str:
+    assert match is not None
+    return f"{match['group']}.{match['leaf']}" if match["group"] else match["leaf"]
+
+
+def build_parser() -> Parser:
+    """A parser with one option for every field of PretrainConfig, and --config."""
+    parser = Parser(prog="torchmae pretrain", description=DESCRIPTION, allow_abbrev=False, default_env=False)
+    parser.add_argument("--config", action="config", help="YAML file of settings; options given beside it win.")
+    parser.add_class_arguments(PretrainConfig, None, fail_untyped=True)
+    return parser
+
+
+def recipe_names() -> list[str]:
+    """The recipes that ship with torchmae, sorted."""
+    folder = resources.files("torchmae") / "recipes"
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe; ConfigError for a name that does not exist."""
+    one_of("recipe", name, recipe_names())
+    return Path(str(resources.files("torchmae") / "recipes" / f"{name}.yaml"))
+
+
+def recipe_summary(name: str) -> str:
+    """The first line of a recipe's head: what it is."""
+    return recipe_path(name).read_text(encoding="utf-8").splitlines()[0].lstrip("# ").strip()
+
+
+def normalise(args: Sequence[str]) -> list[str]:
+    """Spells options as the parser does: underscores for dashes, and the aliases' full names."""
+    result = []
+    for arg in args:
+        if arg.startswith("--") and len(arg) > 2:
+            name, equals, value = arg[2:].partition("=")
+            name = name.replace("-", "_")
+            arg = f"--{ALIASES.get(name, name)}{equals}{value}"
+        result.append(arg)
+    return result
+
+
+def as_options(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Settings given in Python as options: `{"mask": {"ratio": 0.5}}` becomes `["--mask.ratio=0.5"]`."""
+    options = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            options += as_options(value, f"{prefix}{name}.")
+        else:
+            plain = list(value) if isinstance(value, tuple) else value
+            text = str(plain) if isinstance(plain, (str, Path)) else json.dumps(plain)
+            options.append(f"--{prefix}{name}={text}")
+    return options
+
+
+def take_option(args: list[str], name: str) -> str | None:
+    """Removes --name VALUE (or --name=VALUE) from `args` and returns the value; None when it is not there."""
+    for i, arg in enumerate(args):
+        if arg == f"--{name}":
+            if i + 1 == len(args):
+                raise ConfigError(f"--{name} has no value", f"give one: --{name} VALUE")
+            value = args[i + 1]
+            del args[i : i + 2]
+            return value
+        if arg.startswith(f"--{name}="):
+            del args[i]
+            return arg.partition("=")[2]
+    return None
+
+
+def take_flag(args: list[str], name: str) -> bool:
+    """Removes --name from `args` and says whether it was there."""
+    found = f"--{name}" in args
+    if found:
+        args.remove(f"--{name}")
+    return found
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The most similar of `known`, if any is similar at all."""
+    near = get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return near[0] if near else None
+
+
+def peek(args: Sequence[str]) -> tuple[str | None, str, str]:
+    """What options and their --config file say of the recipe (None when none is named), data.source and data.root."""
+    rest = normalise(args)
+    file = take_option(rest, "config")
+    values = read_yaml(Path(file)) if file else {}
+    data = values.get("data")
+    data = data if isinstance(data, dict) else {}
+    default = PretrainConfig()
+    recipe = take_option(rest, "recipe") or values.get("recipe") or default.recipe
+    source = take_option(rest, "data.source") or data.get("source") or default.data.source
+    root = take_option(rest, "data.root") or data.get("root") or default.data.root
+    return (None if recipe == "auto" else str(recipe)), str(source), str(root)
+
+
+def parse(args: Sequence[str], recipe: str | None = None) -> PretrainConfig:
+    """Options to settings.
+
+    Args:
+        args: options as on the command line; --config among them names a YAML file.
+        recipe: the recipe to start from; None: the defaults alone.
+
+    Raises:
+        ConfigError: an unknown option or recipe, or a value that does not fit.
+    """
+    parser = build_parser()
+    rest = normalise(args)
+    file = take_option(rest, "config")
+    take_option(rest, "recipe")
+    files = [str(recipe_path(recipe))] if recipe else []
+    if file:
+        read_yaml(Path(file))  # says what is wrong with the file in one line
+        files.append(file)
+    ordered = [part for path in files for part in ("--config", path)]
+    try:
+        values = parser.parse_args([*ordered, *(["--recipe", recipe] if recipe else []), *rest])
+        built = parser.instantiate(values)
+        return PretrainConfig(**{name: built[name] for name in PretrainConfig.__dataclass_fields__})
+    except ArgumentError as error:
+        raise explain(str(error), parser.option_names()) from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping; ConfigError when it is missing, not YAML, or no mapping."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}", "give the path of a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not valid YAML: {reason}", "mend the file") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}", "it must be a mapping of settings to values")
+    return values
+
+
+def to_yaml(config: PretrainConfig) -> str:
+    """All settings as YAML, in their order; `--config` reads it back."""
+    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,172 @@
+"""Checkpoints that are whole or not there.
+
+A checkpoint is a folder `checkpoints/step-00001234` with
+
+    model.safetensors   weights
+    optimizer.pt        optimiser state: tensors and numbers only, read with weights_only=True
+    state.json          step, schedule length, what else the loop must know
+    checksums.json      SHA-256 of the other three
+
+It is written under another name, flushed to disk, and renamed. The one before it stays until the next is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from torchmae.errors import CheckpointError
+
+KEEP = 2
+_WRITING = ".writing-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds.
+
+    Attributes:
+        model: the model's state_dict.
+        optimizers: each optimiser's state_dict.
+        state: JSON values, among them "step".
+        path: where it was read from.
+    """
+
+    model: dict[str, Tensor]
+    optimizers: list[dict[str, Any]]
+    state: dict[str, Any]
+    path: Path
+
+
+def save_checkpoint(
+    folder: Path, model: dict[str, Tensor], optimizers: list[dict[str, Any]], state: dict[str, Any]
+) -> Path:
+    """Writes `folder/step-...` and removes all but the last two.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written; what was there before is untouched.
+    """
+    final = folder / f"step-{state['step']:08d}"
+    writing = folder / f"{_WRITING}{state['step']:08d}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        clean(folder)
+        writing.mkdir()
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.items()}
+        save_file(weights, writing / "model.safetensors")
+        torch.save(optimizers, writing / "optimizer.pt")
+        (writing / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        sums = {path.name: _sha256(path) for path in sorted(writing.iterdir())}
+        (writing / "checksums.json").write_text(json.dumps(sums, indent=1), encoding="utf-8")
+        for path in writing.iterdir():
+            _flush(path)
+        _flush(writing)
+        if final.exists():  # a damaged one of the same step, passed over on resume
+            shutil.rmtree(final)
+        writing.rename(final)
+        _flush(folder)
+    # safetensors and torch.save report a full disk in their own ways
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(writing, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise CheckpointError(
+            f"cannot save the checkpoint of step {state['step']} in {folder}: {reason}",
+            "free space or mend the folder, then resume from the checkpoint before it",
+        ) from error
+    for old in _steps(folder)[:-KEEP]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def load_checkpoint(folder: Path, notice: Callable[[str], None] | None = None) -> Checkpoint | None:
+    """Reads the newest checkpoint that is whole; None when there is none at all.
+
+    Args:
+        folder: where `save_checkpoint` wrote.
+        notice: told, in one line, of each damaged checkpoint that is passed over.
+
+    Raises:
+        CheckpointError: there are checkpoints but all are damaged.
+    """
+    damaged: list[str] = []
+    for path in reversed(_steps(folder)):
+        problem = verify(path)
+        if problem is None:
+            return _read(path)
+        damaged.append(f"{path} is damaged ({problem})")
+        if notice is not None:
+            notice(f"{damaged[-1]}; looking for the one before it")
+    if damaged:
+        raise CheckpointError(f"{damaged[0]} and no whole checkpoint is left", "start again with another --out")
+    return None
+
+
+def verify(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder in a few words, or None."""
+    try:
+        sums = json.loads((path / "checksums.json").read_text(encoding="utf-8"))
+        for name in ("model.safetensors", "optimizer.pt", "state.json"):
+            if _sha256(path / name) != sums[name]:
+                return f"{name} does not match its checksum"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
+    return None
+
+
+def clean(folder: Path) -> None:
+    """Removes what an interrupted write left behind."""
+    for path in folder.glob(f"{_WRITING}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all: under another name, flushed, renamed.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written; an older file of that name is untouched.
+    """
+    writing = path.with_name(f"{_WRITING}{path.name}")
+    try:
+        writing.write_bytes(content)
+        _flush(writing)
+        writing.replace(path)
+    except OSError as error:
+        writing.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {path}: {error.strerror}", "free space or mend the folder") from error
+
+
+def _read(path: Path) -> Checkpoint:
+    return Checkpoint(
+        model=load_file(path / "model.safetensors"),
+        optimizers=torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
+        state=json.loads((path / "state.json").read_text(encoding="utf-8")),
+        path=path,
+    )
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

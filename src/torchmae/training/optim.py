@@ -1,0 +1,90 @@
+"""Parameter groups, optimisers and the learning-rate schedule (paper, table 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import cos, pi
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torchmae.config import OptimConfig
+from torchmae.nn.mae import no_weight_decay
+
+
+def peak_lr(config: OptimConfig, batch_size: int) -> float:
+    """The learning rate after warm-up: `lr` if given, else base_lr * batch_size / 256 (Goyal et al. 2017)."""
+    return config.lr if config.lr is not None else config.base_lr * batch_size / 256
+
+
+def lr_factor(step: int, total: int, config: OptimConfig) -> float:
+    """The learning rate of a step as a share of the peak.
+
+    Linear warm-up over the first `warmup * total` steps (the last of them at the peak), then cosine to `min_lr`, or
+    constant.
+
+    Args:
+        step: 0 to total - 1.
+        total: steps of the whole run.
+        config: the schedule.
+    """
+    warmup = round(config.warmup * total)
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.schedule == "constant":
+        return 1.0
+    progress = (step - warmup) / max(total - warmup, 1)
+    return config.min_lr + (1 - config.min_lr) * 0.5 * (1 + cos(pi * progress))
+
+
+def build_optimizers(model: nn.Module, config: OptimConfig, batch_size: int) -> list[Optimizer]:
+    """The optimisers of a model, each group's "peak_lr" beside its "lr".
+
+    With "muon", the matrices of the transformer blocks are updated by Muon (Jordan et al. 2024) with the update size
+    of AdamW (Liu et al. 2025), everything else by AdamW.
+    """
+    lr = peak_lr(config, batch_size)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimizers: list[Optimizer] = []
+    if config.name == "muon":
+        hidden = [p for name, p in named if _is_hidden_matrix(name, p)]
+        named = [(name, p) for name, p in named if not _is_hidden_matrix(name, p)]
+        optimizers.append(
+            torch.optim.Muon(
+                hidden, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+        )
+    decayed = [p for name, p in named if not no_weight_decay(name, p)]
+    plain = [p for name, p in named if no_weight_decay(name, p)]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    fused = all(p.device.type in ("cpu", "cuda") for _, p in named)
+    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+    optimizers.append(kind([group for group in groups if group["params"]], lr=lr, betas=config.betas, fused=fused))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def set_lr(optimizers: Sequence[Optimizer], factor: float) -> None:
+    """Sets every group's learning rate to `factor` times its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+
+def gradient_norm(model: nn.Module, limit: float | None = None) -> Tensor:
+    """The norm of all gradients together, as a tensor on their device; past `limit` they are scaled down to it."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if limit is not None:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
+    return norm
+
+
+def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    return parameter.ndim == 2 and "blocks." in name

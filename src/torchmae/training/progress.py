@@ -1,0 +1,113 @@
+"""What a person sees while a run goes on: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+
+@dataclass(frozen=True)
+class Status:
+    """One moment of a run.
+
+    Attributes:
+        step: optimiser steps done.
+        total: steps of the run.
+        epoch: passes over the data, with fraction.
+        epochs: passes at the end, with fraction.
+        loss: mean since the last moment.
+        images_per_s: training speed since the last moment.
+        data_wait: share of the time spent waiting for data, 0 to 1.
+        eta_s: seconds of training left at this speed.
+    """
+
+    step: int
+    total: int
+    epoch: float
+    epochs: float
+    loss: float
+    images_per_s: float
+    data_wait: float
+    eta_s: float
+
+    def line(self) -> str:
+        """The moment in one line."""
+        return (
+            f"epoch {self.epoch:.1f}/{self.epochs:.1f}  step {self.step}/{self.total}  loss {self.loss:.4f}  "
+            f"{self.images_per_s:,.0f} images/s  data wait {self.data_wait:.1%}  eta {clock(self.eta_s)}"
+        )
+
+
+class Display:
+    """Shows progress on standard error.
+
+    Args:
+        mode: "auto" (a live bar on a terminal, else plain lines), "plain", "epochs" (one line an epoch, on standard
+            output, nothing else), or "none".
+        stream: where to; None: standard error.
+    """
+
+    PLAIN_INTERVAL_S = 10.0
+
+    def __init__(self, mode: str, stream: TextIO | None = None) -> None:
+        self._console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
+        self._mode = ("live" if self._console.is_terminal else "plain") if mode == "auto" else mode
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._last_line = 0.0
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self._mode not in ("none", "epochs"):
+            self._console.print(text, markup=False)
+
+    def preparing(self, what: str, done: int, total: int) -> None:
+        """Work before the first step, such as reading images: `done` of `total`."""
+        if self._mode == "live":
+            self._show(f"{what} {done:,}/{total:,}", done, total)
+            if done >= total:
+                self._stop()
+        elif done >= total or time.monotonic() - self._last_line > self.PLAIN_INTERVAL_S:
+            self._last_line = time.monotonic()
+            self.say(f"{what}: {done:,} of {total:,}")
+
+    def training(self, status: Status) -> None:
+        """Where training stands."""
+        if self._mode == "live":
+            self._show(status.line(), status.step, status.total)
+        elif status.step >= status.total or time.monotonic() - self._last_line > self.PLAIN_INTERVAL_S:
+            self._last_line = time.monotonic()
+            self.say(status.line())
+
+    def epoch(self, number: int, epochs: int, loss: float) -> None:
+        """An epoch has ended, with this mean loss."""
+        if self._mode == "epochs":
+            print(f"Epoch [{number}/{epochs}], Loss: {loss:.4f}", flush=True)
+
+    def close(self) -> None:
+        """Takes the live bar away."""
+        self._stop()
+
+    def _show(self, text: str, done: int, total: int) -> None:
+        if self._bar is None:
+            self._bar = Progress(BarColumn(24), TextColumn("{task.description}"), console=self._console)
+            self._task = self._bar.add_task(text, total=total)
+            self._bar.start()
+        assert self._task is not None
+        self._bar.update(self._task, description=text, completed=done, total=total)
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def clock(seconds: float) -> str:
+    """1:02:03, or 2:03 below an hour."""
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"

@@ -1,0 +1,84 @@
+"""The folder of one run: its files, and who may write there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torchmae.errors import CheckpointError, ConfigError
+from torchmae.training.checkpoint import replace_file
+
+
+class RunFolder:
+    """Names and writes the files of a run.
+
+    config.yaml, environment.json, metrics.jsonl, checkpoints/, reconstructions/, model.json and model.safetensors,
+    summary.json, report.html, bad_files.txt.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.reconstructions = path / "reconstructions"
+        self.model_json = path / "model.json"
+        self.weights = path / "model.safetensors"
+        self.bad_files = path / "bad_files.txt"
+
+    @classmethod
+    def create(cls, path: Path) -> RunFolder:
+        """A new run's folder.
+
+        Raises:
+            ConfigError: it holds a run or other files already, or cannot be written.
+        """
+        if (path / "config.yaml").exists():
+            raise ConfigError(f"{path} holds a run already", f"resume it with --resume {path}, or choose another --out")
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ConfigError(f"{path} exists and is not an empty folder", "choose another --out")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            probe = path / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ConfigError(f"cannot write to {path}: {error.strerror}", "choose another --out") from error
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """An existing run's folder; CheckpointError when it is none."""
+        if not (path / "config.yaml").is_file():
+            what = "is not a run folder (it has no config.yaml)" if path.exists() else "does not exist"
+            raise CheckpointError(f"{path} {what}", "give the folder that `torchmae pretrain --out` made")
+        return cls(path)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a file of the run, whole or not at all."""
+        replace_file(self.path / name, text.encode("utf-8"))
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        """Writes a JSON file of the run, whole or not at all."""
+        self.write_text(name, json.dumps(value, indent=2) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; a last line that was cut short is left out."""
+        if not self.metrics.exists():
+            return []
+        records = []
+        for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+        return records
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drops the lines of steps after `step`, which a resumed run will write again."""
+        kept = [record for record in self.read_metrics() if record.get("step", 0) <= step]
+        self.write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))

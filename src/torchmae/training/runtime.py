@@ -1,0 +1,112 @@
+"""Where and how to compute: device, precision, threads."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+import torchmae
+from torchmae.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A resolved place to compute.
+
+    Attributes:
+        device: the torch device.
+        precision: "bf16" (autocast; weights stay fp32) or "fp32".
+        threads: processor threads.
+    """
+
+    device: torch.device
+    precision: str
+    threads: int
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The context that forward passes run in."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+def open_runtime(device: str, precision: str, threads: int | None) -> Runtime:
+    """Resolves "auto" and sets the number of threads.
+
+    Args:
+        device: "auto" (cuda, else mps, else cpu) or a torch device.
+        precision: "auto", "bf16" or "fp32".
+        threads: processor threads; None: every core this process may use.
+
+    Raises:
+        ConfigError: a device that is not there.
+    """
+    chosen = _device(device)
+    count = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or os.cpu_count()
+    torch.set_num_threads(count or 1)
+    resolved = precision if precision != "auto" else ("bf16" if has_fast_bf16(chosen) else "fp32")
+    return Runtime(chosen, resolved, count or 1)
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 matrix products run faster than fp32 ones: CUDA's Ampere and later, x86 with AMX or AVX-512 bf16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return bool(flags.get("amx_bf16") or flags.get("avx512_bf16"))
+    return False
+
+
+def environment(runtime: Runtime) -> dict[str, str | int]:
+    """What a reader needs to repeat a figure: versions, machine, command."""
+    try:
+        vision = version("torchvision")
+    except PackageNotFoundError:
+        vision = "not installed"
+    gpu = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else ""
+    return {
+        "torchmae": torchmae.__version__,
+        "torch": torch.__version__,
+        "torchvision": vision,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": gpu or _processor(),
+        "device": str(runtime.device),
+        "threads": runtime.threads,
+        "precision": runtime.precision,
+        "command": " ".join(["torchmae", *sys.argv[1:]]) if sys.argv and "torchmae" in sys.argv[0] else "Python API",
+    }
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {name!r}", "use auto, cpu, cuda, cuda:0 or mps") from error
+    there = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+    }.get(device.type, 0)
+    if (device.index or 0) >= there:
+        raise ConfigError(f"device is {name!r} but this machine has {there} of type {device.type}", "use --device auto")
+    return device
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.machine()

@@ -1,0 +1,102 @@
+"""A model on disk: model.json says what it is, model.safetensors holds its weights. No pickled classes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from torchmae.errors import CheckpointError, ConfigError
+from torchmae.nn import presets
+from torchmae.nn.autoencoder import Autoencoder
+from torchmae.training.checkpoint import load_checkpoint, replace_file
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Description:
+    """Everything needed to rebuild a model and to feed it.
+
+    Attributes:
+        arguments: of `nn.presets.construct`.
+        mean: per-channel mean that images, scaled to [0, 1], are reduced by.
+        std: per-channel deviation that they are divided by.
+        mask: the mask strategy and ratio trained with.
+        classes: class names of the training data, if it had any; the model knows nothing of them.
+        torchmae: version that wrote it.
+        format: of this file.
+    """
+
+    arguments: dict[str, Any]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    mask: dict[str, Any]
+    classes: tuple[str, ...] | None
+    torchmae: str
+    format: int = FORMAT
+
+    @property
+    def input_size(self) -> tuple[int, ...]:
+        """Pixels along each axis."""
+        return tuple(self.arguments["input_size"])
+
+
+def write_description(path: Path, description: Description) -> None:
+    """Writes model.json."""
+    replace_file(path, (json.dumps(asdict(description), indent=2) + "\n").encode("utf-8"))
+
+
+def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
+    """Writes model.safetensors."""
+    replace_file(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}))
+
+
+def load_model(folder: Path) -> tuple[Autoencoder, Description]:
+    """The model of a run folder or of any folder with model.json and model.safetensors.
+
+    A run that has not ended gives its newest checkpoint.
+
+    Raises:
+        CheckpointError: nothing there that is whole.
+    """
+    description = _read_description(folder / "model.json")
+    weights_path = folder / "model.safetensors"
+    try:
+        if weights_path.exists():
+            weights = load_file(weights_path)
+        else:
+            checkpoint = load_checkpoint(folder / "checkpoints")
+            if checkpoint is None:
+                raise CheckpointError(f"{folder} has no weights yet", "let the run save a checkpoint first")
+            weights = checkpoint.model
+        model = presets.construct(description.arguments)
+        model.load_state_dict(weights)
+    except (OSError, SafetensorError, RuntimeError, TypeError, ConfigError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"cannot load the model in {folder}: {reason}", "copy the folder again") from error
+    return model.eval(), description
+
+
+def _read_description(path: Path) -> Description:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{path} has format {values.get('format')!r}; this torchmae reads {FORMAT}", "update torchmae"
+            )
+        for name in ("input_size", "patch_size"):
+            if name in values["arguments"]:
+                values["arguments"][name] = tuple(values["arguments"][name])
+        return Description(**values)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path.parent} holds no model: cannot read {path.name}", "give a run folder of `torchmae pretrain`"
+        ) from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}", "copy the folder again") from error

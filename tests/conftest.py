@@ -1,0 +1,34 @@
+"""What every test runs under, and where larger test data lies."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Deadlines would make slow machines fail; derandomised examples make two runs of the suite the same.
+settings.register_profile("torchmae", deadline=None, derandomize=True, max_examples=40)
+settings.load_profile("torchmae")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of data sets that are too large for the repository."""
+    given = os.environ.get("TORCHMAE_TEST_DATA")
+    folder = Path(given) if given else Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no test data at {folder}: set TORCHMAE_TEST_DATA to a folder of data sets")
+    return folder

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ElementTree
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_run import train_records, val_records
+
+from torchmae.report.charts import (
+    Chart,
+    knn_chart,
+    learning_rate_chart,
+    loss_chart,
+    throughput_chart,
+    variance_chart,
+)
+
+
+def all_charts(train: list[dict[str, Any]], val: list[dict[str, Any]]) -> list[Chart]:
+    charts = [
+        loss_chart(train, val),
+        variance_chart(val),
+        knn_chart(val, 40.0, 60.0),
+        learning_rate_chart(train),
+        throughput_chart(train),
+    ]
+    return [chart for chart in charts if chart is not None]
+
+
+def test_every_chart_is_a_labelled_well_formed_drawing() -> None:
+    charts = all_charts(train_records(), val_records())
+    assert len(charts) == 5
+    for chart in charts:
+        root = ElementTree.fromstring(chart.svg.replace("<svg ", '<svg xmlns:xlink="x" ', 1))
+        assert root.attrib["role"] == "img"
+        assert root.attrib["aria-label"] == chart.alt
+        assert root.attrib["viewBox"] == "0 0 360 209"
+
+
+def test_charts_take_colours_and_font_from_the_page() -> None:
+    for chart in all_charts(train_records(), val_records()):
+        assert not re.search(r"(?:fill|stroke): #", chart.svg)
+        assert "currentColor" in chart.svg and "var(--model)" in chart.svg
+        assert "font-family" not in chart.svg
+        assert "<style" not in chart.svg
+
+
+def test_identifiers_are_unique_over_a_page_and_every_reference_has_one() -> None:
+    page = "".join(chart.svg for chart in all_charts(train_records(), val_records()))
+    identifiers = re.findall(r'id="([^"]*)"', page)
+    references = set(re.findall(r"(?:url\(|href=\")#([^)\"]*)", page))
+    assert len(identifiers) == len(set(identifiers)) > 0
+    assert references <= set(identifiers)
+
+
+def test_the_same_records_give_the_same_drawing() -> None:
+    assert all_charts(train_records(), val_records()) == all_charts(train_records(), val_records())
+
+
+def test_alt_texts_state_the_numbers() -> None:
+    loss, variance, knn, rate, throughput = all_charts(train_records(), val_records())
+    assert loss.alt == (
+        "Loss over steps: training from 2.400 to 0.600; held-out images from 0.700 to 0.500; "
+        "interpolation 0.600; mean patch 1.000."
+    )
+    assert "this model from 30.0% to 50.0%; interpolation 40.0%" in variance.alt
+    assert "this model from 70.0% to 80.0%; raw pixels 60.0%; untrained network 40.0%" in knn.alt
+    assert "highest at step 10 with 0.000909, at the end 9.09e-05" in rate.alt
+    assert "median 355 images per second, from 310 to 400" in throughput.alt
+    assert "1.0% of the time" in throughput.alt
+
+
+def test_long_runs_stay_small() -> None:
+    noise = np.random.default_rng(0).normal(size=20_000)
+    train = [
+        {"step": i, "loss": 1 + noise[i], "lr": 1e-3, "images_per_s": 300 + noise[i], "data_wait": 0.1}
+        for i in range(20_000)
+    ]
+    charts = all_charts(train, val_records())
+    assert len(charts) == 5
+    assert all(len(chart.svg) < 40_000 for chart in charts)
+
+
+def test_labels_keep_their_digits() -> None:
+    val = [{**record, "loss": 0.11, "loss_mean_patch": 0.12, "loss_interpolation": 0.12} for record in val_records()]
+    chart = loss_chart([], val)
+    assert chart is not None
+    labels = re.findall(r">([\d.]+)</text>", chart.svg)
+    assert {"0.00", "0.03", "0.06"} <= set(labels)
+
+
+def test_the_spike_of_the_first_steps_does_not_flatten_the_rest() -> None:
+    calm = [{"step": i, "loss": 0.5} for i in range(1, 201)]
+    spiked = [{"step": 0, "loss": 1000.0}, *calm]
+    assert y_labels(loss_chart(spiked, val_records())) == y_labels(loss_chart(calm, val_records()))
+
+
+def y_labels(chart: Chart | None) -> list[str]:
+    assert chart is not None
+    return re.findall(r"text-anchor: end[^>]*>([^<]*)</text>", chart.svg)
+
+
+def test_negative_explained_variance_is_inside_the_chart() -> None:
+    val = [{**record, "explained_variance_interpolation": -0.5} for record in val_records()]
+    labels = y_labels(variance_chart(val))
+    assert any(label.startswith("-") for label in labels)
+
+
+@pytest.mark.parametrize("key", ["loss", "images_per_s", "lr"])
+def test_values_that_are_no_numbers_are_left_out(key: str) -> None:
+    good = train_records()
+    bad = [*good, {**good[-1], "step": 110, key: float("nan")}, {**good[-1], "step": 120, key: None}]
+    chart_of = {"loss": lambda t: loss_chart(t, []), "images_per_s": throughput_chart, "lr": learning_rate_chart}[key]
+    first, second = chart_of(good), chart_of(bad)
+    assert first is not None and second is not None
+    assert "nan" not in second.svg
+    if key != "images_per_s":
+        assert second.alt == first.alt
+
+
+def test_nothing_to_draw_is_no_chart() -> None:
+    no_labels = [{key: value for key, value in record.items() if key != "knn"} for record in val_records()]
+    assert knn_chart(no_labels, None, None) is None
+    assert all_charts([], []) == []
+
+
+def test_one_point_is_enough() -> None:
+    assert len(all_charts(train_records()[:1], val_records()[:1])) == 5

@@ -1,0 +1,114 @@
+"""Imports point down only, and what the command line imports at its start is light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import torchmae
+
+ROOT = Path(torchmae.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+
+# From the bottom up. Units of one layer do not import each other; the files of one unit may.
+LAYERS = (
+    ("errors",),
+    ("config", "random"),
+    ("settings", "data", "nn"),
+    ("training",),
+    ("evaluation", "report", "interop"),
+    ("api",),
+    ("reconstruct", "app"),
+    ("cli",),
+    ("__main__",),
+)
+RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
+
+# Modules that `torchmae --help` loads, and what none of them may load.
+LIGHT = ("torchmae", "torchmae.errors", "torchmae.config", "torchmae.random", "torchmae.settings", "torchmae.cli")
+HEAVY = ("torch", "torchvision", "matplotlib", "sklearn", "PIL", "safetensors")
+NUMPY_FREE = ("torchmae", "torchmae.errors", "torchmae.config")
+
+
+def module_name(path: Path) -> str:
+    parts = ("torchmae", *path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(tree: ast.AST, package: str) -> Iterator[str]:
+    """Every module that the code imports, inside functions and under TYPE_CHECKING too.
+
+    Args:
+        tree: the parsed file.
+        package: the package the file is in, for relative imports.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            source = ".".join([*above, *([node.module] if node.module else [])])
+            # `from torchmae import nn` imports the module torchmae.nn.
+            yield from (f"{source}.{alias.name}" for alias in node.names)
+
+
+def violations(tree: ast.AST, module: str, package: str) -> list[str]:
+    """Imports of `module` that do not point down, each as a sentence."""
+    unit = module.split(".")[1] if "." in module else ""
+    found = []
+    for name in imported(tree, package):
+        if name.split(".")[0] != "torchmae" or name in ("torchmae", "torchmae.__version__"):
+            continue
+        other = name.split(".")[1]
+        if other not in RANK:
+            found.append(f"{module} imports {name}: import it from the module it lives in")
+        elif unit == "" or (other != unit and RANK[other] >= RANK[unit]):
+            found.append(f"{module} imports {name}: not below it")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    module = module_name(path)
+    unit = module.partition(".")[2].partition(".")[0]
+    assert unit == "" or unit in RANK, f"give {unit!r} a place in LAYERS"
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    assert violations(ast.parse(path.read_text(encoding="utf-8")), module, package) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "module", "count"),
+    [
+        ("from torchmae.nn.mae import Mask", "torchmae.training.loop", 0),
+        ("from torchmae.nn.mae import Mask", "torchmae.nn.decoder", 0),
+        ("from torchmae import __version__, nn", "torchmae.training.loop", 0),
+        ("import torchmae", "torchmae.training.loop", 0),
+        ("from torchmae.nn.mae import Mask", "torchmae.data.plan", 1),
+        ("import torchmae.data.plan", "torchmae.nn.mae", 1),
+        ("from torchmae import api", "torchmae.training.loop", 1),
+        ("from torchmae import build", "torchmae.training.loop", 1),
+        ("from torchmae.report import html", "torchmae.evaluation.knn", 1),
+        ("def f():\n    from torchmae.cli import main", "torchmae.api", 1),
+        ("if TYPE_CHECKING:\n    from torchmae.training.loop import Loop", "torchmae.nn.mae", 1),
+        ("from ..data import plan", "torchmae.nn.mae", 1),
+        ("from . import masking\nfrom .patches import gather", "torchmae.nn.mae", 0),
+        ("from torchmae.errors import ConfigError", "torchmae", 1),
+    ],
+)
+def test_the_check_itself(source: str, module: str, count: int) -> None:
+    package = module.rpartition(".")[0] or module
+    assert len(violations(ast.parse(source), module, package)) == count
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_modules_load_nothing_heavy(module: str) -> None:
+    barred = [*HEAVY, *(["numpy"] if module in NUMPY_FREE else [])]
+    code = f"import sys, {module}; print(*[name for name in {barred!r} if name in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == []
