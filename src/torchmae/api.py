@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ class Run:
 
 
 def pretrain(
-    data: str | Path | None = None,
+    data: str | Path | Mapping[str, Any] | None = None,
     *,
     config: PretrainConfig | None = None,
     resume: str | Path | None = None,
@@ -84,7 +84,7 @@ def pretrain(
         torchmae.pretrain(resume="runs/a")
 
     Args:
-        data: as the option --data: a folder, a .npy file, or a name.
+        data: as the option --data: a folder, a .npy file, or a name; or a dictionary of data settings.
         config: all settings at once, in place of `data` and `options`.
         resume: a run folder to go on with.
         **options: any setting of `PretrainConfig` by name, groups as dictionaries.
@@ -99,7 +99,9 @@ def pretrain(
         if data is not None or options or resume is not None:
             raise ConfigError("config is given beside other settings", "give either config or the settings")
         return start(config)
-    args = settings.as_options(options) + ([f"--data={data}"] if data is not None else [])
+    if data is not None:
+        options["data"] = data if isinstance(data, Mapping) else {"source": data}
+    args = settings.as_options(options)
     return resume_run(Path(resume), args) if resume is not None else start(configure(args))
 
 

@@ -32,13 +32,13 @@ def test_one_sentence_says_what_was_trained() -> None:
 @pytest.mark.parametrize(
     ("size", "patch", "words"),
     [
-        ([400], [20], "1,500 signals from digits (400 samples), with 75% of their 20-sample patches hidden"),
+        ([400], [20], "signals from digits (400 samples), with 75% of their 20-sample patches hidden"),
         (
             [4, 8, 8],
             [2, 2, 2],
-            "1,500 volumes from digits (4×8×8 voxels), with 75% of their 2×2×2-voxel patches hidden",
+            "volumes from digits (4×8×8 voxels), with 75% of their 2×2×2-voxel patches hidden",
         ),
-        ([32, 64], [4, 8], "1,500 images from digits (32×64 pixels), with 75% of their 4×8-pixel patches hidden"),
+        ([32, 64], [4, 8], "images from digits (32×64 pixels), with 75% of their 4×8-pixel patches hidden"),
     ],
 )
 def test_other_dimensions_have_other_names(size: list[int], patch: list[int], words: str) -> None:

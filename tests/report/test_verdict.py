@@ -63,9 +63,13 @@ def test_close_calls_depend_on_the_number_of_images() -> None:
     assert judge(replace(close, knn=60.0, knn_images=None)).sentences[1].endswith("no difference.")
 
 
-def test_a_negative_share_is_not_called_explained() -> None:
-    (reason,) = judge(replace(GOOD, loss=0.9, explained_variance=-0.01, knn=None)).sentences
-    assert "explains" not in reason
+def test_a_model_no_better_than_a_constant_is_not_good() -> None:
+    verdict = judge(
+        replace(GOOD, loss=1.1, loss_mean_patch=1.3, loss_interpolation=1.2, explained_variance=-0.1, knn=None)
+    )
+    assert (verdict.level, verdict.answer) == ("poor", "Not yet")
+    assert "one constant for everything" in verdict.sentences[0]
+    assert "the mean of the visible patches (1.000)" in judge(replace(GOOD, loss=1.1)).sentences[0]
 
 
 def test_explained_variance_of_the_mean_follows_from_the_losses() -> None:
@@ -80,7 +84,7 @@ def test_figures_come_from_the_summary_then_from_the_last_validation_that_has_th
     val = [*val_records(), {"step": 110, "loss": 0.45, "knn": None}]
     figures = final_figures({}, val, [{"step": 0, "knn_pixels": 55.0}])
     assert (figures.loss, figures.knn, figures.explained_variance, figures.knn_pixels) == (0.45, 80.0, 0.5, 55.0)
-    assert figures.knn_images is None
+    assert (figures.knn_images, figures.step) == (None, 110)
     assert final_figures(summary(loss=0.3), val).loss == 0.3
     assert final_figures({}, []) == Figures()
 

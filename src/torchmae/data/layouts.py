@@ -98,7 +98,8 @@ def folder_splits(folder: Path, channels: int | None = None) -> dict[str, Source
     if not names and others[".parquet"]:
         return parquet_splits(folder, channels)
     if not names:
-        seen = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in others.most_common(5))
+        most = sorted(others.items(), key=lambda item: (-item[1], item[0]))[:5]
+        seen = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in most)
         found = f"holds no images, only {others.total()} other files ({seen})" if others else "is empty"
         raise DataError(f"{folder} {found}", _ACCEPTED)
     groups: dict[str, list[str]] = defaultdict(list)
@@ -137,7 +138,7 @@ def list_images(folder: Path) -> tuple[list[str], Counter[str]]:
     images: list[str] = []
     others: Counter[str] = Counter()
     visited: set[tuple[int, int]] = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for place, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
         status = os.stat(place)  # noqa: PTH116 (os.walk gives strings, and a Path for each folder of a million is slow)
         if (status.st_dev, status.st_ino) in visited:  # a link back up, or a second link to the same folder
             folders.clear()
@@ -154,6 +155,10 @@ def list_images(folder: Path) -> tuple[list[str], Counter[str]]:
             else:
                 others[suffix] += 1
     return sorted(images), others
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(f"cannot read folder {error.filename}: {error.strerror}", "mend its permissions, or move it away")
 
 
 def parquet_splits(folder: Path, channels: int | None = None) -> dict[str, Source]:
@@ -174,7 +179,7 @@ def parquet_splits(folder: Path, channels: int | None = None) -> dict[str, Sourc
 def npz_splits(path: Path, spatial_dims: int | None = None) -> dict[str, Source]:
     """The splits of an .npz file: arrays `images` and `labels`, or train_images, val_images, test_images and so on."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             held = {name: arrays[name] for name in arrays.files if name.endswith(("images", "labels"))}
             names = ", ".join(arrays.files)
     except Exception as error:  # a damaged zip file fails as zlib, struct, zipfile or NumPy see fit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import weakref
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -78,7 +78,7 @@ class Request(NamedTuple):
     epoch: int
 
 
-def draw_views(request: Request, sizes: Iterable[tuple[int, ...]], view: View) -> tuple[Boxes, npt.NDArray[np.bool_]]:
+def draw_views(request: Request, sizes: Sequence[tuple[int, ...]], view: View) -> tuple[Boxes, npt.NDArray[np.bool_]]:
     """The box and the flip of each image of a request: functions of (seed, epoch, index) and its size.
 
     Args:
@@ -90,21 +90,19 @@ def draw_views(request: Request, sizes: Iterable[tuple[int, ...]], view: View) -
         (B, n, 2) boxes and (B,) flips.
     """
     count, target = len(request.indices), view.input_size
-    sizes = list(sizes)
+    if count == 0:  # a rank's part of a batch smaller than the world
+        return np.empty((0, len(target), 2), dtype=np.int64), np.empty(0, dtype=bool)
     if request.seed is None:
-        boxes = [eval_box(size, target)[None] for size in sizes]
-        flips = np.zeros(count, dtype=bool)
-    else:
-        u = uniform(request.seed, request.epoch, request.indices, Purpose.CROP, CROP_NUMBERS)
-        parts = [u] if len(sizes) == 1 else [u[i : i + 1] for i in range(count)]
-        boxes = [
-            crop_boxes(part, size, view.crop_scale, view.crop_ratio, target)
-            for part, size in zip(parts, sizes, strict=True)
-        ]
-        drawn = uniform(request.seed, request.epoch, request.indices, Purpose.FLIP, 1)[:, 0]
-        flips = (drawn < 0.5) & view.flip
-    joined = np.concatenate(boxes) if boxes else np.empty((0, len(target), 2), dtype=np.int64)
-    return np.broadcast_to(joined, (count, *joined.shape[1:])).copy(), flips
+        boxes = np.stack([eval_box(size, target) for size in sizes])
+        return np.repeat(boxes, count // len(boxes), axis=0), np.zeros(count, dtype=bool)
+    u = uniform(request.seed, request.epoch, request.indices, Purpose.CROP, CROP_NUMBERS)
+    parts = np.split(u, len(sizes))
+    crops = [
+        crop_boxes(part, size, view.crop_scale, view.crop_ratio, target)
+        for part, size in zip(parts, sizes, strict=True)
+    ]
+    drawn = uniform(request.seed, request.epoch, request.indices, Purpose.FLIP, 1)[:, 0]
+    return np.concatenate(crops), (drawn < 0.5) & view.flip
 
 
 class Fetched(NamedTuple):
@@ -300,8 +298,9 @@ class ImageLoader:
             num_workers=workers,
             worker_init_fn=_start_worker,
             pin_memory=self._device.type == "cuda",
+            generator=torch.Generator(),  # else starting workers would advance the global one
         )
-        for fetched in loader:
+        for fetched in _survivors(loader):
             for name, reason in fetched.bad:
                 self._bad.add(name, reason)
             if fetched.failure is not None:
@@ -317,6 +316,19 @@ class ImageLoader:
     def _batch(self, images: Tensor, scale: float, labels: Tensor, request: Request) -> Batch:
         normalised = normalise(images, self._mean, self._std, scale)
         return Batch(normalised, self._to_device(labels), request.indices, request.epoch)
+
+
+def _survivors(loader: DataLoader[Fetched]) -> Iterator[Fetched]:
+    """What the workers hand back; DataError when one of them dies."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a process that reads images ended unexpectedly ({' '.join(str(error).split())[:100]})",
+            "most often memory ran out: lower data.num_workers or batch_size",
+        ) from error
 
 
 def _as_it_is(fetched: Any) -> Any:
@@ -372,15 +384,14 @@ def open_data(
     train, val = choose_splits(
         config, open_splits(config.source, config.root, spatial_dims=len(input_size)), input_size
     )
-    seen = probe(train)
-    _check_dimensions(seen, input_size, config.source)
+    seen = _checked_probe(train, input_size)
     channels = seen.channels if channels is None else channels
     train, val = train.with_channels(channels), None if val is None else val.with_channels(channels)
     bad = BadFiles(len(train) + (0 if val is None else len(val)), config.max_bad)
     limit = config.memory_limit * _GIB
     held = _hold(train, config, limit, seen, bad, progress)
     val_limit = limit - held.nbytes if held else limit
-    val_held = None if val is None else _hold(val, config, val_limit, probe(val), bad, progress)
+    val_held = None if val is None else _hold(val, config, val_limit, _checked_probe(val, input_size), bad, progress)
     mean, std = _mean_and_std(config, train, held, channels, progress)
     num_workers = min(num_cores(), _MAX_WORKERS) if config.num_workers is None else config.num_workers
     view = View(input_size, config.crop_scale, config.crop_ratio, config.flip)
@@ -431,13 +442,16 @@ def choose_splits(
     return train, val if train.classes is None else relabel(val, train.classes)
 
 
-def _check_dimensions(seen: Probe, input_size: tuple[int, ...], spec: str) -> None:
+def _checked_probe(source: Source, input_size: tuple[int, ...]) -> Probe:
+    """`probe`; ConfigError when the images have not as many spatial dimensions as the model's input."""
+    seen = probe(source)
     for size in seen.sizes:
         if len(size) != len(input_size):
             raise ConfigError(
-                f"model.input_size has {len(input_size)} numbers and the images of {spec} {len(size)}",
+                f"model.input_size has {len(input_size)} numbers and {source.name(0)} has {len(size)} dimensions",
                 f"set model.input_size to {len(size)} numbers",
             )
+    return seen
 
 
 def _hold(

@@ -123,7 +123,7 @@ def _eurosat(root: str) -> Splits:
     return {"train": FileSource(Path(root), names, dataset.targets, dataset.classes)}
 
 
-_IDX = "{train,t10k}-{images-idx3,labels-idx1}-ubyte"
+_IDX = "{train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz]"
 
 NAMED: dict[str, Named] = {
     "digits": Named(digits, "nothing"),
@@ -156,7 +156,7 @@ def open_named(name: str, root: str) -> Splits:
     """
     named = NAMED[name]
     try:
-        return named.build(root)
+        return named.build(str(Path(root).expanduser()))
     except (OSError, RuntimeError, ValueError, EOFError) as error:  # URLError is an OSError
         reason = " ".join(str(error).split())[:200]
         raise DataError(

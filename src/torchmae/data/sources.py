@@ -145,8 +145,9 @@ def map_array(path: Path) -> Image:
     try:
         array: Image = np.load(path, mmap_mode="c", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        reason = "it holds Python objects" if "pickle" in str(error).lower() else " ".join(str(error).split())
-        raise DataError(f"cannot read {path}: {reason}", "save one numeric array with numpy.save") from error
+        raise DataError(
+            f"cannot read {path}: {' '.join(str(error).split())}", "save one numeric array with numpy.save"
+        ) from error
     return array
 
 
@@ -262,7 +263,7 @@ class ParquetSource:
         column = table.column(image)
         self._starts = np.cumsum([0] + [part.num_rows for part in tables])  # first row of each file
         self._encoded = compute.struct_field(column, "bytes") if arrow.types.is_struct(column.type) else column
-        self.labels = None if label is None else table.column(label).fill_null(-1).to_numpy().astype(np.int64)
+        self.labels = None if label is None else table.column(label).cast("int64").fill_null(-1).to_numpy()
         self.classes = None if label is None else _label_names(schema.metadata, label)
 
     def __len__(self) -> int:

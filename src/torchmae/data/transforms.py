@@ -12,6 +12,7 @@ from torch import Tensor
 Boxes = npt.NDArray[np.int64]
 
 _TRIES = 10
+_MAX_WEIGHTS = 2**24  # of one axis at a time: 64 MB, and a few times that in passing
 CROP_NUMBERS = 2 * _TRIES + 2
 """Random numbers that `crop_boxes` takes for each sample: area and aspect of ten tries, and a place on two axes."""
 
@@ -111,6 +112,10 @@ def resample(images: Tensor, boxes: Boxes, target: tuple[int, ...], flip: npt.ND
     # Boxes and flips stay NumPy's up to here, so that this question does not wait for an accelerator.
     if size == target and (boxes == [(0, length) for length in size]).all() and not flip.any():
         return resampled
+    part = max(1, _MAX_WEIGHTS // max(have * want for have, want in zip(size, target, strict=True)))
+    if batch > part:
+        starts = [slice(i, i + part) for i in range(0, batch, part)]
+        return torch.cat([resample(images[i], boxes[i], target, flip[i]) for i in starts])
     box_tensor = torch.from_numpy(boxes).to(images.device, non_blocking=True)
     mirrored = torch.from_numpy(flip).to(images.device, non_blocking=True)[:, None, None]
     for axis in reversed(range(len(size))):

@@ -146,6 +146,7 @@ def render(run: Run) -> str:
         scores=loss_scores(figures, unit),
         knn_scores=knn_scores(figures),
         knn_images=figures.knn_images,
+        measured_at=figures.step,
         normalised=run.summary.get("target") == "normalised patches",
         unit=unit,
         pictures=load_reconstructions(run),

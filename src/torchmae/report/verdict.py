@@ -20,8 +20,9 @@ class Figures:
     """The final figures of a run; None where a figure was not measured.
 
     Attributes:
+        step: when the loss was last measured.
         loss: on hidden patches of held-out images, under one fixed mask.
-        loss_mean_patch: of predicting the mean patch everywhere.
+        loss_mean_patch: of predicting the mean of each image's visible patches.
         loss_interpolation: of interpolating from the visible patches.
         explained_variance: 1 - loss / variance of the hidden targets, at most 1, negative when worse than their mean.
         explained_variance_interpolation: the same for interpolation.
@@ -31,6 +32,7 @@ class Figures:
         knn_images: held-out images classified.
     """
 
+    step: int | None = None
     loss: float | None = None
     loss_mean_patch: float | None = None
     loss_interpolation: float | None = None
@@ -91,9 +93,11 @@ def final_figures(
         candidates = (finite(record, key) for record in (summary, *reversed(val), *reversed(baseline)))
         return next((value for value in candidates if value is not None), None)
 
+    measured = [int(record["step"]) for record in val if finite(record, "loss") is not None]
     num_val = finite(summary, "num_val")
     limits = [int(limit) for limit in (num_val, knn_limit) if limit is not None]
     return Figures(
+        step=measured[-1] if measured else None,
         loss=last("loss"),
         loss_mean_patch=last("loss_mean_patch"),
         loss_interpolation=last("loss_interpolation"),
@@ -131,16 +135,17 @@ def _judge_reconstruction(figures: Figures, unit: str) -> Verdict:
     if loss is None or mean is None or interpolation is None:
         unmeasured = "Nothing was measured on held-out images, and a training loss alone does not tell."
         return Verdict("unknown", "Cannot say", (unmeasured,))
-    if loss >= mean:
+    variance = figures.explained_variance
+    # The mean of each image's own patches can do worse than one constant for all, which explains nothing at all.
+    if loss >= mean or (variance is not None and variance <= 0):
+        trivial = f"the mean of the visible {unit} ({number(mean)})" if loss >= mean else "one constant for everything"
         reason = (
-            f"The loss of {number(loss)} is no better than predicting the mean each time ({number(mean)}). "
+            f"The loss of {number(loss)} is no better than that of predicting {trivial}. "
             "The model has not learned to use what is visible: train longer, or try another learning rate."
         )
         return Verdict("poor", "Not yet", (reason,))
     start = f"The loss of {number(loss)} is {percent(1 - loss / mean)} below predicting the mean ({number(mean)})"
-    share = ""
-    if figures.explained_variance is not None and figures.explained_variance > 0:
-        share = f" It explains {percent(figures.explained_variance)} of the variance of the hidden {unit}."
+    share = "" if variance is None else f" It explains {percent(variance)} of the variance of the hidden {unit}."
     if loss >= interpolation:
         reason = (
             f"{start}, but not below interpolation from the visible {unit} ({number(interpolation)}).{share} "

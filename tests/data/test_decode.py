@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import threading
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from picture_files import encoded, picture
+from PIL import Image
+
+from torchmae.data.decode import BadFiles, decode
+from torchmae.errors import ConfigError, DataError
+
+RGB = picture()
+GREY = np.array(Image.fromarray(RGB).convert("L"))
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "GIF", "WEBP", "JPEG"])
+def test_every_format_gives_height_width_channels(format: str) -> None:
+    lossless = {"lossless": True} if format == "WEBP" else {}
+    pixels = decode(encoded(Image.fromarray(RGB), format, **lossless), 3)
+    assert pixels.dtype == np.uint8
+    assert pixels.shape == (12, 16, 3)
+    tolerance = {"JPEG": 8, "GIF": 8}.get(format, 0)
+    assert np.abs(pixels.astype(int) - RGB).mean() <= tolerance
+
+
+@pytest.mark.parametrize(
+    ("mode", "channels"), [("L", 1), ("1", 1), ("LA", 1), ("RGB", 3), ("RGBA", 3), ("P", 3), ("CMYK", 3)]
+)
+def test_without_a_wish_the_file_decides(mode: str, channels: int) -> None:
+    format = "TIFF" if mode == "CMYK" else "PNG"
+    raw = encoded(Image.fromarray(RGB).convert(mode), format)
+    assert decode(raw, None).shape == (12, 16, channels)
+    assert decode(raw, 1).shape == (12, 16, 1)
+    assert decode(raw, 3).shape == (12, 16, 3)
+
+
+def test_a_palette_of_greys_is_greyscale() -> None:
+    image = Image.fromarray(GREY).convert("P", palette=Image.Palette.ADAPTIVE)
+    image.putpalette(np.repeat(np.arange(256, dtype=np.uint8), 3).tobytes())
+    assert decode(encoded(image), None).shape[-1] == 1
+
+
+def test_grey_keeps_its_values() -> None:
+    raw = encoded(Image.fromarray(GREY))
+    np.testing.assert_array_equal(decode(raw, 1)[..., 0], GREY)
+    np.testing.assert_array_equal(decode(raw, 3), np.repeat(GREY[..., None], 3, axis=-1))
+
+
+def test_cmyk_jpeg_has_the_colours_it_was_made_of() -> None:
+    raw = encoded(Image.fromarray(RGB).convert("CMYK"), "JPEG", quality=100)
+    assert np.abs(decode(raw, 3).astype(int) - RGB).mean() < 4
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_lies_on_white(mode: str) -> None:
+    rgba = np.zeros((4, 4, 4), np.uint8)  # black, and invisible but for the left column
+    rgba[:, 0, 3] = 255
+    image = Image.fromarray(rgba)
+    options = {}
+    if mode == "P":
+        image = Image.fromarray(np.where(rgba[..., 3] > 0, 0, 1).astype(np.uint8), "L").convert("P")
+        options = {"transparency": 1}
+    elif mode == "LA":
+        image = image.convert("LA")
+    pixels = decode(encoded(image, **options), 3)
+    assert (pixels[:, 0] == image.convert("RGBA").getpixel((0, 0))[0]).all()
+    assert (pixels[:, 1:] == 255).all()
+
+
+def test_half_transparent_is_half_white() -> None:
+    pixels = decode(encoded(Image.new("RGBA", (2, 2), (0, 100, 200, 128))), 3)
+    np.testing.assert_allclose(pixels[0, 0], [127, 177, 227], atol=1)
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_sixteen_bits_stay(format: str) -> None:
+    values = np.linspace(0, 65535, 48).round().astype(np.uint16).reshape(6, 8)
+    raw = encoded(Image.fromarray(values), format)
+    for channels in (None, 1, 3):
+        pixels = decode(raw, channels)
+        assert pixels.dtype == np.uint16
+        assert pixels.shape == (6, 8, channels or 1)
+        assert (pixels == values[..., None]).all()
+
+
+def test_thirty_two_bit_tiff() -> None:
+    values = np.arange(48, dtype=np.int32).reshape(6, 8) * 1000
+    np.testing.assert_array_equal(decode(encoded(Image.fromarray(values), "TIFF"), 1)[..., 0], values)
+    with pytest.raises(DataError, match="32-bit values from 0 to 4700000 do not fit 16 bits"):
+        decode(encoded(Image.fromarray(values * 100), "TIFF"), 1)
+
+
+def test_float_tiff_stays_float() -> None:
+    values = np.linspace(-1, 2, 48, dtype=np.float32).reshape(6, 8)
+    pixels = decode(encoded(Image.fromarray(values), "TIFF"), None)
+    assert pixels.dtype == np.float32
+    np.testing.assert_array_equal(pixels[..., 0], values)
+    values[0, 0] = np.nan
+    with pytest.raises(DataError, match="not finite"):
+        decode(encoded(Image.fromarray(values), "TIFF"), None)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "turned"),
+    [(3, np.rot90(RGB, 2)), (6, np.rot90(RGB, -1)), (8, np.rot90(RGB)), (2, RGB[:, ::-1])],
+)
+def test_exif_rotation_is_applied(orientation: int, turned: np.ndarray) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    np.testing.assert_array_equal(decode(encoded(Image.fromarray(RGB), exif=exif), 3), turned)
+
+
+def test_broken_exif_does_not_make_pixels_unreadable() -> None:
+    raw = encoded(Image.fromarray(RGB), exif=b"Exif\0\0not a TIFF header at all")
+    np.testing.assert_array_equal(decode(raw, 3), RGB)
+
+
+def test_first_frame_of_an_animation() -> None:
+    frames = [Image.new("L", (5, 4), value) for value in (10, 200)]
+    raw = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert (decode(raw, 1) == 10).all()
+
+
+def test_the_array_is_the_callers_own() -> None:
+    pixels = decode(encoded(Image.fromarray(RGB)), 3)
+    assert pixels.flags.writeable
+    assert pixels.flags.c_contiguous
+
+
+PNG = encoded(Image.fromarray(picture(64, 64)))
+JPEG = encoded(Image.fromarray(picture(64, 64)), "JPEG")
+
+
+DAMAGED = {
+    "empty": (b"", "the file is empty"),
+    "page": (b"<html>not found</html>", "not an image"),
+    "jpeg-header": (JPEG[:5], "not an image"),
+    "jpeg": (JPEG[: len(JPEG) * 2 // 3], "truncated"),
+    "png": (PNG[: len(PNG) // 2], "truncated|broken"),
+    "tiff": (encoded(Image.fromarray(RGB), "TIFF")[:60], None),
+    "bmp": (encoded(Image.fromarray(RGB), "BMP")[:100], "truncated"),
+    "gif": (encoded(Image.fromarray(RGB), "GIF")[:40], None),
+    "webp": (encoded(Image.fromarray(RGB), "WEBP")[:50], None),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_damage_is_one_line(what: str, tmp_path: Path) -> None:
+    raw, reason = DAMAGED[what]
+    with pytest.raises(DataError, match=reason) as caught:
+        decode(raw, 3)
+    assert str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "object at" not in str(caught.value)
+    path = tmp_path / "damaged.png"
+    path.write_bytes(raw)
+    with pytest.raises(DataError) as named:
+        decode(path, 3)
+    assert str(named.value) == f"{path}: {caught.value}"
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_noise_in_a_file_is_an_image_or_a_data_error(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    raw = bytearray([PNG, JPEG, encoded(Image.fromarray(RGB), "TIFF"), encoded(Image.fromarray(RGB), "GIF")][seed % 4])
+    for position in rng.integers(4, len(raw), 20):
+        raw[position] = rng.integers(256)
+    try:
+        assert decode(bytes(raw), 3, max_pixels=10**6).shape[-1] == 3
+    except DataError as error:
+        assert "\n" not in str(error)
+
+
+def test_missing_and_unreadable_paths(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"gone\.png: No such file"):
+        decode(tmp_path / "gone.png", 3)
+    with pytest.raises(DataError, match="Is a directory"):
+        decode(tmp_path, 3)
+
+
+def test_a_bomb_is_refused_unopened() -> None:
+    raw = encoded(Image.new("1", (2000, 2000)))
+    with pytest.raises(DataError, match="2000 x 2000 is more than 1,000,000 pixels"):
+        decode(raw, 1, max_pixels=1_000_000)
+    header = bytearray(encoded(Image.new("1", (8, 8))))
+    header[16:24] = (30_000).to_bytes(4, "big") * 2  # width and height, and the checksum of the block
+    header[29:33] = zlib.crc32(bytes(header[12:29])).to_bytes(4, "big")
+    with pytest.raises(DataError, match="more than 100,000,000 pixels"):
+        decode(bytes(header), 1)
+
+
+def test_other_channel_counts_name_the_way_out() -> None:
+    with pytest.raises(ConfigError, match=r"4 channels; set model.in_chans to 1 or 3, or .*\.npy"):
+        decode(PNG, 4)
+
+
+def test_warning_filters_are_left_alone_in_threads() -> None:
+    # Nested catch_warnings of several threads, left in another order than entered, would silence the process.
+    before = list(warnings.filters)
+    threads = [threading.Thread(target=lambda: [decode(PNG, 3) for _ in range(20)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert warnings.filters == before
+
+
+def test_bad_files_end_the_run_beyond_the_limit() -> None:
+    bad = BadFiles(200, 0.01)
+    assert bad.limit == 2
+    bad.add("a.png", "empty")
+    bad.add("a.png", "empty")
+    bad.add("b.png", "cut short")
+    assert bad.items == [("a.png", "empty"), ("b.png", "cut short")]
+    with pytest.raises(DataError, match=r"3 of 200 images cannot be read, more than data.max_bad 0.01 .* c.png: odd;"):
+        bad.add("c.png", "odd")
+
+
+def test_one_bad_file_is_allowed_however_few_there_are_unless_none_is() -> None:
+    BadFiles(5, 0.01).add("a", "b")
+    with pytest.raises(DataError, match=r"1 of 5 images cannot be read, and data.max_bad is 0"):
+        BadFiles(5, 0.0).add("a", "b")

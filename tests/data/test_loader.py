@@ -1,0 +1,413 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from picture_files import picture
+from PIL import Image
+
+from torchmae.config import DataConfig
+from torchmae.data.loader import Batch, Data, cut, open_data, stack
+from torchmae.data.plan import Plan
+from torchmae.data.sources import ArraySource, FileSource
+from torchmae.data.transforms import normalise, resample
+from torchmae.errors import ConfigError, DataError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),  # Python 3.12 and 3.13
+    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),  # on a single core
+]
+
+CPU = torch.device("cpu")
+
+
+def opened(
+    source: object = "digits", input_size: tuple[int, ...] = (8, 8), channels: int | None = None, **rest
+) -> Data:
+    return open_data(DataConfig(source=str(source), **rest), input_size=input_size, channels=channels, device=CPU)
+
+
+def steps(data: Data, start: int = 0, stop: int = 6, batch_size: int = 8, **rank: int) -> list[Batch]:
+    return list(data.train.train_batches(Plan(len(data.train), batch_size, 7), start, stop, **rank))
+
+
+def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
+        np.testing.assert_array_equal(a.indices, b.indices)
+        assert a.epoch == b.epoch
+
+
+@pytest.fixture
+def mixed(write_pictures, tmp_path: Path) -> Path:
+    """Two classes of ten pictures in three sizes."""
+    write_pictures(*(f"a/{i}.png" for i in range(8)), size=(20, 30))
+    write_pictures(*(f"b/{i}.jpg" for i in range(8)), size=(40, 30))
+    write_pictures(*(f"b/{i}.png" for i in range(4)), size=(15, 15))
+    return tmp_path
+
+
+@pytest.fixture
+def uniform_size(write_pictures, tmp_path: Path) -> Path:
+    """Two classes of ten pictures of one size."""
+    write_pictures(*(f"a/{i}.png" for i in range(10)), *(f"b/{i}.png" for i in range(10)), size=(24, 32))
+    return tmp_path
+
+
+def test_digits_by_default() -> None:
+    data = opened()
+    assert (len(data.train), len(data.val), data.channels) == (1437, 360, 1)
+    assert data.train.in_memory
+    assert data.classes == tuple("0123456789")
+    assert data.bad.items == []
+    batches = steps(data, 0, 12, 256)
+    assert [len(batch.indices) for batch in batches[:6]] == [256] * 5 + [1437 - 5 * 256]
+    assert [batch.epoch for batch in batches] == [0] * 6 + [1] * 6
+    images = torch.cat([batch.images for batch in batches])
+    assert images.dtype == torch.float32
+    assert images.shape[1:] == (1, 8, 8)
+    assert images.std() == pytest.approx(1, abs=0.1)
+    for batch in batches:
+        np.testing.assert_array_equal(batch.labels.numpy(), data.train.labels[batch.indices])
+
+
+def test_evaluation_is_in_order_and_whole() -> None:
+    data = opened()
+    batches = list(data.val.eval_batches(np.arange(360)[::-1].copy(), 100))
+    assert [len(batch.labels) for batch in batches] == [100, 100, 100, 60]
+    images = torch.cat([batch.images for batch in batches])
+    source = data.val.source
+    stored = torch.stack([torch.from_numpy(source.read(i)) for i in reversed(range(360))]).permute(0, 3, 1, 2)
+    expected = normalise(stored, torch.tensor(data.mean), torch.tensor(data.std), 255.0)
+    torch.testing.assert_close(images, expected)
+    assert torch.cat([batch.labels for batch in batches]).tolist() == source.labels[::-1].tolist()
+    assert list(data.val.eval_batches(np.arange(0), 5)) == []
+
+
+@pytest.mark.parametrize("input_size", [(16, 16), (24, 32), (40, 24)])
+def test_memory_and_workers_give_the_same_batches(uniform_size: Path, input_size: tuple[int, int]) -> None:
+    from_memory = opened(uniform_size, input_size, cache="memory", val="none")
+    from_files = opened(uniform_size, input_size, cache="none", val="none", num_workers=0)
+    assert (from_memory.train.in_memory, from_files.train.in_memory) == (True, False)
+    assert from_memory.fingerprint == from_files.fingerprint
+    assert from_memory.mean == pytest.approx(from_files.mean)
+    indices = np.arange(20)
+    pairs = [
+        *zip(steps(from_memory), steps(from_files), strict=True),
+        *zip(from_memory.train.eval_batches(indices, 6), from_files.train.eval_batches(indices, 6), strict=True),
+    ]
+    for a, b in pairs:
+        np.testing.assert_array_equal(a.indices, b.indices)
+        assert torch.equal(a.labels, b.labels)
+        levels = (a.images - b.images).abs() * torch.tensor(from_memory.std).view(-1, 1, 1) * 255
+        assert levels.mean() < 0.5
+        assert levels.max() < 3
+
+
+def test_worker_count_changes_nothing(mixed: Path) -> None:
+    batches = {
+        workers: steps(opened(mixed, (16, 16), val="none", num_workers=workers), batch_size=6) for workers in (0, 1, 2)
+    }
+    assert batches[0][0].images.shape == (6, 3, 16, 16)
+    assert_same(batches[1], batches[0])
+    assert_same(batches[2], batches[0])
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("cache", ["memory", "none"])
+def test_starting_later_changes_nothing(uniform_size: Path, cache: str) -> None:
+    data = opened(uniform_size, (16, 16), cache=cache, val="none", num_workers=0)
+    assert_same(steps(data, 4, 6), steps(data, 0, 6)[4:])
+
+
+@pytest.mark.parametrize("cache", ["memory", "none"])
+def test_ranks_share_out_the_batch(uniform_size: Path, cache: str) -> None:
+    data = opened(uniform_size, (16, 16), cache=cache, val="none", num_workers=0)
+    whole = steps(data, batch_size=9)  # 9, 9, 2: three ranks, one of which has none of the last
+    ranks = [steps(data, batch_size=9, rank=rank, world_size=3) for rank in range(3)]
+    joined = [
+        Batch(
+            torch.cat([part.images for part in parts]),
+            torch.cat([part.labels for part in parts]),
+            np.concatenate([part.indices for part in parts]),
+            parts[0].epoch,
+        )
+        for parts in zip(*ranks, strict=True)
+    ]
+    assert [len(part.indices) for part in ranks[0]] == [3, 3, 0, 3, 3, 0]
+    for ours, theirs in zip(joined, whole, strict=True):
+        torch.testing.assert_close(ours.images, theirs.images, atol=0.02, rtol=0)  # a level, where rounding tips
+        assert (ours.images != theirs.images).float().mean() < 0.001
+        assert torch.equal(ours.labels, theirs.labels)
+        np.testing.assert_array_equal(ours.indices, theirs.indices)
+
+
+def test_epochs_and_seeds_see_other_crops_and_half_the_flips() -> None:
+    data = opened(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
+    plan = Plan(len(data.train), 1437, 0)
+    (first, second) = data.train.train_batches(plan, 0, 2)
+    (plain,) = data.train.eval_batches(np.arange(1437), 1437)
+    flipped = []
+    for batch in (first, second):
+        original = plain.images[torch.from_numpy(batch.indices)]
+        is_same = torch.isclose(batch.images, original, atol=1e-4).flatten(1).all(1)
+        is_mirrored = torch.isclose(batch.images, original.flip(-1), atol=1e-4).flatten(1).all(1)
+        assert (is_same | is_mirrored).all()
+        assert 0.45 < is_mirrored.float().mean() < 0.55
+        flipped.append(is_mirrored[torch.from_numpy(np.argsort(batch.indices))])
+    assert 0.4 < (flipped[0] != flipped[1]).float().mean() < 0.6
+    never = opened(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=False)
+    (batch,) = never.train.train_batches(plan, 0, 1)
+    assert torch.equal(batch.images, plain.images[torch.from_numpy(batch.indices)])
+
+
+@pytest.mark.parametrize("cache", ["memory", "none"])
+def test_torchs_own_random_numbers_are_not_touched(uniform_size: Path, cache: str) -> None:
+    before = torch.get_rng_state()
+    steps(opened(uniform_size, (16, 16), cache=cache, num_workers=1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("cache", ["memory", "none"])
+def test_evaluating_while_training(uniform_size: Path, cache: str) -> None:
+    data = opened(uniform_size, (16, 16), cache=cache, val="none", num_workers=1)
+    seen = []
+    for batch in data.train.train_batches(Plan(20, 8, 7), 0, 6):
+        seen.append(batch)
+        assert sum(len(part.labels) for part in data.train.eval_batches(np.arange(5), 2)) == 5
+    assert_same(seen, steps(data))
+
+
+def test_closing_ends_the_workers(mixed: Path) -> None:
+    data = opened(mixed, (16, 16), val="none", num_workers=2)
+    batches = data.train.train_batches(Plan(20, 2, 0), 0, 1000)
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    data.train.close()
+    assert multiprocessing.active_children() == []
+    assert next(batches, None) is None
+
+
+def test_a_signal_to_all_processes_leaves_the_workers_alone(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    main, read = os.getpid(), FileSource.read
+
+    def interrupted(self: FileSource, index: int) -> np.ndarray:
+        if os.getpid() != main:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+        return read(self, index)
+
+    data = opened(mixed, (16, 16), val="none", num_workers=1)
+    if multiprocessing.get_start_method() != "fork":
+        pytest.skip("the changed class does not reach the workers")
+    monkeypatch.setattr(FileSource, "read", interrupted)
+    assert len(steps(data)) == 6
+
+
+def test_a_worker_that_dies_is_said_so(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = opened(mixed, (16, 16), val="none", num_workers=1)
+    if multiprocessing.get_start_method() != "fork":
+        pytest.skip("the changed class does not reach the workers")
+    monkeypatch.setattr(FileSource, "read", lambda self, index: os._exit(1))
+    with pytest.raises(DataError, match=r"ended unexpectedly .*lower data.num_workers"):
+        steps(data)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_files_are_skipped_counted_and_named(mixed: Path, workers: int) -> None:
+    (mixed / "a" / "3.png").write_bytes(b"")
+    (mixed / "b" / "0.png").write_bytes(b"rubbish")
+    data = opened(mixed, (16, 16), val="none", num_workers=workers, max_bad=0.1)
+    batches = steps(data, 0, 10, 4)  # two epochs
+    assert sum(len(batch.images) for batch in batches) == 40
+    assert sorted(data.bad.items) == [
+        (str(mixed / "a" / "3.png"), "the file is empty"),
+        (str(mixed / "b" / "0.png"), "not an image, or cut short before its first pixel"),
+    ]
+    strict = opened(mixed, (16, 16), val="none", num_workers=workers, max_bad=0.05)
+    with pytest.raises(
+        DataError, match=r"^2 of 20 images cannot be read, more than data.max_bad 0.05 allows; "
+    ) as caught:
+        steps(strict, 0, 5, 4)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_that_all_went_away(write_pictures, tmp_path: Path, workers: int) -> None:
+    paths = write_pictures(*(f"{i}.png" for i in range(6)))
+    data = opened(tmp_path, (16, 16), cache="none", val="none", num_workers=workers, max_bad=1.0)
+    for path in paths:
+        path.unlink()
+    with pytest.raises(DataError, match="6 images in a row cannot be read") as caught:
+        steps(data, 0, 1)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("cache", ["memory", "none"])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "input_size"),
+    [
+        ((12, 40, 2), "float32", (32,)),
+        ((12, 40), "uint16", (64,)),
+        ((12, 9, 12), "float64", (6, 8)),
+        ((12, 20, 16, 5), "uint8", (8, 8)),
+        ((12, 6, 8, 10, 2), "uint8", (4, 4, 5)),
+    ],
+)
+def test_arrays_of_any_dimension(
+    tmp_path: Path, cache: str, shape: tuple[int, ...], dtype: str, input_size: tuple[int, ...]
+) -> None:
+    high = 1 if dtype.startswith("float") else np.iinfo(dtype).max
+    np.save(tmp_path / "x.npy", (np.random.default_rng(0).random(shape) * high).astype(dtype))
+    data = opened(tmp_path / "x.npy", input_size, cache=cache, num_workers=1)
+    assert (len(data.train), len(data.val)) == (10, 2)
+    assert data.channels == (shape[-1] if len(shape) == len(input_size) + 2 else 1)
+    assert data.mean == pytest.approx((0.5,) * data.channels, abs=0.1)
+    images = torch.cat([batch.images for batch in steps(data)])
+    assert images.shape[1:] == (data.channels, *input_size)
+    assert images.mean() == pytest.approx(0, abs=0.3)
+    other = opened(tmp_path / "x.npy", input_size, cache="memory" if cache == "none" else "none", num_workers=0)
+    # Noise is where bytes differ most: the integer kernel clamps between its two passes, as Pillow does.
+    difference = (images - torch.cat([batch.images for batch in steps(other)])).abs()
+    assert difference.mean() < (0.01 if dtype == "uint8" else 1e-4)
+
+
+def test_bytes_beside_sixteen_bits_and_floats() -> None:
+    small, large = torch.tensor([0, 128, 255], dtype=torch.uint8), torch.tensor([0, 1, 65535], dtype=torch.uint16)
+    both = stack([small, large])
+    assert both.dtype == torch.uint16
+    assert both.tolist() == [[0, 128 * 257, 65535], [0, 1, 65535]]
+    mixed = stack([small, torch.tensor([0.0, 0.25, 1.0])])
+    torch.testing.assert_close(mixed, torch.tensor([[0, 128 / 255, 1], [0, 0.25, 1]]))
+
+
+def test_a_folder_of_mixed_precision(tmp_path: Path) -> None:
+    Image.fromarray(np.full((10, 10), 255, np.uint8)).save(tmp_path / "a.png")
+    Image.fromarray(np.full((10, 10), 65535, np.uint16)).save(tmp_path / "b.png")
+    data = opened(tmp_path, (8, 8), val="none", num_workers=0, mean=(0.0,), std=(1.0,))
+    assert not data.train.in_memory
+    (batch,) = data.train.eval_batches(np.arange(2), 2)
+    torch.testing.assert_close(batch.images, torch.ones(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_cutting_one_image_is_resampling_it(dtype: type) -> None:
+    high = 1 if dtype is np.float32 else np.iinfo(dtype).max
+    image = (picture(30, 40) / 255 * high).astype(dtype)
+    box, target = np.array([[3, 20], [5, 31]]), (16, 48)
+    ours = cut(image, box, True, target)
+    batch = torch.from_numpy(image).permute(2, 0, 1)[None]
+    theirs = resample(batch, box[None], target, np.array([True]))[0]
+    assert ours.dtype == batch.dtype
+    assert (ours.float() - theirs).abs().max() <= {np.uint8: 2, np.uint16: 1, np.float32: 1e-5}[dtype]
+
+
+def test_cache_settings(mixed: Path, tmp_path: Path) -> None:
+    assert not opened(mixed, (16, 16), num_workers=0).train.in_memory
+    with pytest.raises(ConfigError, match=r"data.cache is 'memory', but the images differ: .*; set data.cache to auto"):
+        opened(mixed, (16, 16), cache="memory")
+    assert not opened(memory_limit=1e-6, num_workers=0).train.in_memory
+    assert opened(memory_limit=1e-6, cache="memory").train.in_memory
+
+
+def test_the_memory_limit_is_for_training_and_validation_together() -> None:
+    size = 1437 * 64 / 2**30
+    data = opened(memory_limit=size * 1.01, num_workers=0)
+    assert data.train.in_memory
+    assert not data.val.in_memory
+
+
+def test_val_auto_holds_out_where_there_is_no_val(uniform_size: Path) -> None:
+    data = opened(uniform_size, (16, 16), val_size=3)
+    names = [loader.source.name(i) for loader in (data.train, data.val) for i in range(len(loader))]
+    assert (len(data.train), len(data.val)) == (17, 3)
+    assert len(set(names)) == 20
+    assert data.fingerprint != opened(uniform_size, (16, 16), val_size=2).fingerprint
+
+
+def test_val_never_takes_the_test_split_by_itself(write_pictures, tmp_path: Path) -> None:
+    write_pictures(*(f"train/{i}.png" for i in range(10)), "test/1.png", "test/2.png")
+    assert len(opened(tmp_path, (16, 16)).val) == 2
+    assert "train" in opened(tmp_path, (16, 16)).val.source.name(0)
+    test = opened(tmp_path, (16, 16), val="test")
+    assert (len(test.train), len(test.val)) == (10, 2)
+    assert opened(tmp_path, (16, 16), val="none").val is None
+
+
+def test_too_few_images_to_hold_any_out(write_pictures, tmp_path: Path) -> None:
+    write_pictures("1.png", "2.png", "3.png")
+    assert opened(tmp_path, (16, 16)).val is None
+
+
+def test_val_from_another_path_goes_by_class_names(write_pictures, tmp_path: Path) -> None:
+    write_pictures("one/ape/1.png", "one/cat/1.png", "one/dog/1.png", "two/cat/1.png", "two/eel/1.png")
+    data = opened(tmp_path / "one", (16, 16), val=str(tmp_path / "two"))
+    assert data.val.labels.tolist() == [1, -1]
+
+
+def test_val_that_does_not_exist(uniform_size: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"data.val 'tset' cannot be used: .*; choose from auto, none, val, or a path"
+    ):
+        opened(val="tset")
+    with pytest.raises(ConfigError, match=r"data.val is 'train'"):
+        opened(val="train")
+
+
+def test_channels_come_from_the_data_unless_given(write_pictures, tmp_path: Path) -> None:
+    write_pictures(*(f"{i}.png" for i in range(5)))
+    assert opened(tmp_path, (16, 16)).channels == 3
+    grey = opened(tmp_path, (16, 16), channels=1)
+    assert (grey.channels, len(grey.mean)) == (1, 1)
+    assert steps(grey, 0, 1)[0].images.shape[1] == 1
+    with pytest.raises(ConfigError, match=r"digits has 1 channels and the model takes 3; set model.in_chans to 1"):
+        opened(channels=3)
+
+
+def test_dimensions_have_to_agree(uniform_size: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model.input_size has 1 numbers and .*a/1.png has 2 dimensions; set"):
+        opened(uniform_size, (64,))
+    with pytest.raises(ConfigError, match="digits/0 has 2 dimensions"):
+        opened(input_size=(8, 8, 8))
+
+
+def test_given_mean_and_deviation() -> None:
+    data = opened(mean=(0.5,), std=(0.25,))
+    assert (data.mean, data.std) == ((0.5,), (0.25,))
+    (batch,) = data.train.eval_batches(np.arange(2), 2)
+    stored = torch.from_numpy(data.train.source.read(1)[..., 0]) / 255
+    torch.testing.assert_close(batch.images[1, 0], (stored - 0.5) / 0.25)
+    with pytest.raises(ConfigError, match=r"data.mean has 3 numbers and the images 1 channels; give 1, or leave"):
+        opened(mean=(0.5, 0.5, 0.5), std=(1.0, 1.0, 1.0))
+
+
+def test_small_images_are_enlarged(write_pictures, tmp_path: Path) -> None:
+    write_pictures("a.png", size=(4, 5))
+    data = opened(tmp_path, (32, 48))
+    assert steps(data, 0, 1, 256)[0].images.shape == (1, 3, 32, 48)
+
+
+def test_no_image_is_changed_by_training() -> None:
+    data = opened()
+    before = [data.train.source.read(i) for i in range(20)]
+    steps(data)
+    assert isinstance(data.train.source, ArraySource)
+    for i, image in enumerate(before):
+        np.testing.assert_array_equal(data.train.source.read(i), image)
+
+
+def test_the_shared_photographs(shared_data: Path) -> None:
+    data = opened(shared_data / "photos", (64, 96), num_workers=2, mean=(0.5,) * 3, std=(0.25,) * 3)
+    assert (len(data.train), len(data.val), data.channels) == (240, 60, 3)
+    assert not data.train.in_memory
+    batches = steps(data, 0, 3, 16)
+    assert all(batch.images.shape == (16, 3, 64, 96) for batch in batches)
+    assert torch.isfinite(batches[0].images).all()
+    assert data.bad.items == []

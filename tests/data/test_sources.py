@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from picture_files import encoded, picture
+from PIL import Image
+
+from torchmae.data.sources import ArraySource, FileSource, ParquetSource, Subset, map_array, relabel, spread
+from torchmae.errors import ConfigError, DataError
+
+
+@pytest.mark.parametrize(
+    ("shape", "spatial_dims", "image"),
+    [
+        ((5, 7), None, (7, 1)),
+        ((5, 7, 9), None, (7, 9, 1)),
+        ((5, 7, 9, 2), None, (7, 9, 2)),
+        ((5, 7, 8, 9, 2), None, (7, 8, 9, 2)),
+        ((5, 7, 9), 1, (7, 9)),
+        ((5, 7, 8, 9), 3, (7, 8, 9, 1)),
+        ((5, 8, 8, 64), None, (8, 8, 64)),
+    ],
+)
+def test_axes_of_an_array(shape: tuple[int, ...], spatial_dims: int | None, image: tuple[int, ...]) -> None:
+    source = ArraySource(np.zeros(shape, np.uint8), spatial_dims=spatial_dims)
+    assert len(source) == 5
+    assert source.read(4).shape == image
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 32, 32), (5, 16, 17, 17)])
+def test_channels_first_is_told_apart(shape: tuple[int, ...]) -> None:
+    with pytest.raises(DataError, match=r"shape \(5, .* looks like channels first; save numpy.moveaxis"):
+        ArraySource(np.zeros(shape, np.uint8))
+
+
+def test_arrays_that_are_no_images() -> None:
+    with pytest.raises(DataError, match=r"x.npy has shape \(5,\); it should be \(images, \*size\)"):
+        ArraySource(np.zeros(5, np.uint8), title="x.npy")
+    with pytest.raises(DataError, match="it is empty"):
+        ArraySource(np.zeros((0, 8, 8), np.uint8))
+    with pytest.raises(DataError, match="holds int64; save uint8"):
+        ArraySource(np.zeros((2, 8, 8), np.int64))
+    with pytest.raises(ConfigError, match=r"shape \(5, 7\), which does not fit the 2 numbers of model.input_size"):
+        ArraySource(np.zeros((5, 7), np.uint8), spatial_dims=2)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "read"),
+    [("bool", "uint8"), ("uint8", "uint8"), ("uint16", "uint16"), ("float16", "float32"), ("float64", "float32")],
+)
+def test_types_that_are_read(dtype: str, read: str) -> None:
+    images = np.eye(4, dtype=dtype)[None]
+    image = ArraySource(images).read(0)
+    assert image.dtype == read
+    assert image[1, 1, 0] == (255 if dtype == "bool" else 1)
+    image[:] = 7
+    assert images.max() == 1  # a copy
+
+
+def test_labels_are_checked() -> None:
+    images = np.zeros((3, 4, 4), np.uint8)
+    assert ArraySource(images, np.array([[1], [2], [-1]], np.int8)).labels.tolist() == [1, 2, -1]
+    with pytest.raises(DataError, match=r"labels of x have shape \(2,\).* they should be 3 integers"):
+        ArraySource(images, [1, 2], title="x")
+    with pytest.raises(DataError, match="type float64"):
+        ArraySource(images, [1.0, 2.0, 3.0])
+
+
+def test_array_channels_are_what_they_are() -> None:
+    source = ArraySource(np.zeros((3, 4, 4, 2), np.uint8), title="x.npy")
+    assert source.with_channels(2) is source
+    with pytest.raises(ConfigError, match=r"x.npy has 2 channels and the model takes 3; set model.in_chans to 2"):
+        source.with_channels(3)
+
+
+def test_fingerprints_tell_changed_arrays() -> None:
+    images = np.arange(200 * 16, dtype=np.uint16).reshape(200, 4, 4)
+    changed = images.copy()
+    changed[-1] += 1
+    prints = [
+        ArraySource(item).fingerprint() for item in (images, changed, images[:-1], images.astype(np.float32), images)
+    ]
+    assert len(set(prints)) == 4
+    assert prints[0] == prints[4]
+    assert len(prints[0]) == 32
+
+
+def test_mapped_arrays_are_mapped_again_in_another_process(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (50, 40, 40), dtype=np.uint8)
+    np.save(tmp_path / "x.npy", images)
+    source = ArraySource(map_array(tmp_path / "x.npy"), file=tmp_path / "x.npy")
+    sent = pickle.dumps(source)
+    assert len(sent) < 2000
+    np.testing.assert_array_equal(pickle.loads(sent).read(33), images[33][..., None])
+
+
+def test_writing_to_a_mapped_array_leaves_the_file_alone(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((2, 4, 4), np.uint8))
+    map_array(tmp_path / "x.npy")[:] = 1
+    assert map_array(tmp_path / "x.npy").max() == 0
+
+
+def test_arrays_that_cannot_be_mapped(tmp_path: Path) -> None:
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(DataError, match=r"Python objects.*; save one numeric array"):
+        map_array(tmp_path / "objects.npy")
+    (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY\x01")
+    with pytest.raises(DataError, match=r"cannot read .*cut.npy"):
+        map_array(tmp_path / "cut.npy")
+
+
+def test_files_are_read_with_fixed_channels(write_pictures, tmp_path: Path) -> None:
+    write_pictures("a.png", "b/c.png")
+    Image.fromarray(picture()).convert("L").save(tmp_path / "grey.png")
+    source = FileSource(tmp_path, ["a.png", "b/c.png", "grey.png"])
+    assert [source.read(i).shape[-1] for i in range(3)] == [3, 3, 1]
+    assert [source.with_channels(3).read(i).shape[-1] for i in range(3)] == [3, 3, 3]
+    assert [source.with_channels(1).read(i).shape[-1] for i in range(3)] == [1, 1, 1]
+    assert source.name(1) == str(tmp_path / "b" / "c.png")
+    with pytest.raises(ConfigError, match="cannot give 4 channels"):
+        source.with_channels(4)
+
+
+def test_fingerprint_of_files_tells_names_and_sizes(write_pictures, tmp_path: Path) -> None:
+    paths = write_pictures("a.png", "b.png")
+    names = ["a.png", "b.png"]
+    first = FileSource(tmp_path, names).fingerprint()
+    assert FileSource(tmp_path, names, [0, 1]).fingerprint() == first
+    assert FileSource(tmp_path, names[:1]).fingerprint() != first
+    paths[0].write_bytes(paths[0].read_bytes() + b"more")
+    changed = FileSource(tmp_path, names).fingerprint()
+    paths[0].unlink()
+    assert len({first, changed, FileSource(tmp_path, names).fingerprint()}) == 3
+
+
+def test_names_of_any_bytes(tmp_path: Path) -> None:
+    name = "caf\udce9.png"  # how Python shows a Latin-1 name on a UTF-8 system
+    try:
+        (tmp_path / name).write_bytes(encoded(Image.fromarray(picture())))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    source = FileSource(tmp_path, [name, "größe.png"])
+    assert source.read(0).shape == (12, 16, 3)
+    assert source.name(0).encode()
+    assert source.name(1).endswith("größe.png")
+    assert source.fingerprint()
+
+
+def write_parquet(path: Path, rows: list[dict], metadata: bytes | None = None) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = arrow.Table.from_pylist(rows)
+    if metadata is not None:
+        table = table.replace_schema_metadata({b"huggingface": metadata})
+    parquet.write_table(table, path)
+
+
+def rows_of(count: int, seed: int = 0) -> list[dict]:
+    return [
+        {"image": {"bytes": encoded(Image.fromarray(picture(seed=seed + i))), "path": f"{i}.png"}, "label": i % 3}
+        for i in range(count)
+    ]
+
+
+def test_parquet_in_the_datasets_schema(tmp_path: Path) -> None:
+    metadata = b'{"info": {"features": {"label": {"names": ["cat", "dog", "eel"], "_type": "ClassLabel"}}}}'
+    write_parquet(tmp_path / "a.parquet", rows_of(4), metadata)
+    write_parquet(tmp_path / "b.parquet", [*rows_of(2, seed=4), {"image": {"bytes": None, "path": "x"}, "label": None}])
+    source = ParquetSource([tmp_path / "a.parquet", tmp_path / "b.parquet"])
+    assert len(source) == 7
+    np.testing.assert_array_equal(source.read(5), picture(seed=5))
+    assert source.with_channels(1).read(5).shape == (12, 16, 1)
+    assert source.labels.tolist() == [0, 1, 2, 0, 0, 1, -1]
+    assert source.classes == ("cat", "dog", "eel")
+    assert [source.name(i) for i in (0, 3, 4)] == ["a.parquet/0", "a.parquet/3", "b.parquet/0"]
+    with pytest.raises(DataError, match=r"^b.parquet/2: the table holds no bytes for it"):
+        source.read(6)
+    assert source.fingerprint() != ParquetSource([tmp_path / "a.parquet"]).fingerprint()
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(source)).read(5), source.read(5))
+
+
+def test_parquet_of_plain_bytes_without_labels(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", [{"id": 1, "img": b"rubbish"}])
+    source = ParquetSource([tmp_path / "a.parquet"])
+    assert source.labels is None
+    with pytest.raises(DataError, match=r"^a.parquet/0: not an image"):
+        source.read(0)
+
+
+def test_parquet_without_images(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", [{"text": "a", "label": 1}])
+    with pytest.raises(DataError, match="none of the columns text, label holds images"):
+        ParquetSource([tmp_path / "a.parquet"])
+    (tmp_path / "b.parquet").write_bytes(b"no parquet at all")
+    with pytest.raises(DataError, match=r"cannot read .*b.parquet"):
+        ParquetSource([tmp_path / "b.parquet"])
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match="parquet files need pyarrow; pip install pyarrow"):
+        ParquetSource([tmp_path / "a.parquet"])
+
+
+def test_subset() -> None:
+    images = np.arange(10, dtype=np.uint8)[:, None, None] * np.ones((1, 2, 2), np.uint8)
+    source = ArraySource(images, np.arange(10), [str(i) for i in range(10)], title="x")
+    subset = Subset(source, np.array([7, 2]))
+    assert len(subset) == 2
+    assert subset.read(0).max() == 7
+    assert subset.name(1) == "x/2"
+    assert subset.labels.tolist() == [7, 2]
+    assert subset.classes == source.classes
+    assert subset.fingerprint() != Subset(source, np.array([2, 7])).fingerprint()
+    with pytest.raises(ConfigError):
+        subset.with_channels(3)
+
+
+def test_relabel_goes_by_class_names() -> None:
+    source = ArraySource(np.zeros((4, 2, 2), np.uint8), [0, 1, 2, -1], ["bee", "cat", "dog"])
+    assert relabel(source, ("ape", "cat", "bee")).labels.tolist() == [2, 1, -1, -1]
+    assert relabel(source, ("bee", "cat", "dog")) is source
+    nameless = ArraySource(np.zeros((2, 2, 2), np.uint8), [0, 1])
+    assert relabel(nameless, ("ape",)) is nameless
+
+
+@pytest.mark.parametrize(("length", "count"), [(1, 5), (5, 5), (100, 7), (3, 64)])
+def test_spread_reaches_both_ends(length: int, count: int) -> None:
+    indices = spread(length, count)
+    assert len(indices) == min(length, count)
+    assert indices[0] == 0
+    assert indices[-1] == length - 1 or count == 1
+    assert len(set(indices.tolist())) == len(indices)
