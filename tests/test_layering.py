@@ -112,3 +112,14 @@ def test_light_modules_load_nothing_heavy(module: str) -> None:
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split() == []
+
+
+@pytest.mark.parametrize("name", torchmae.__all__)
+def test_every_public_name_exists(name: str) -> None:
+    assert getattr(torchmae, name) is not None
+    assert name in dir(torchmae)
+
+
+def test_a_name_that_does_not_exist() -> None:
+    with pytest.raises(AttributeError, match="'torchmae' has no attribute 'pretrian'"):
+        torchmae.pretrian  # noqa: B018

@@ -39,10 +39,11 @@ class DataConfig:
     """What to train on.
 
     Attributes:
-        source: "digits", a folder of images, a .npy or .npz file, or a torchvision set (cifar10, stl10, ...).
+        source: "digits", a folder of images (class sub-folders give labels), a folder of parquet files, a .parquet,
+            .npy or .npz file, or a torchvision set by name (cifar10, stl10, fashion_mnist, ...).
         root: where torchvision's sets are kept and downloaded to.
         val: held-out images: "auto" (the data's own val split, else val_size of the training images), "none",
-            the name of a split ("test"), or a path.
+            the name of a split ("test"), or a path (its training split).
         val_size: how many training images "auto" holds out when there is no val split; at most a fifth of them.
         cache: "memory" keeps decoded images as integers, "none" reads files in workers, "auto" decides by size.
         memory_limit: GiB that "auto" may fill.

@@ -80,7 +80,7 @@ def bits(
     counter[2] = np.uint64(epoch)
     counter[3] = np.uint64(int(purpose))
     words = philox(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
-    return words.transpose(1, 2, 0).reshape(len(index), -1)[:, :count]
+    return words.transpose(1, 2, 0).reshape(len(index), 4 * len(blocks))[:, :count]
 
 
 def uniform(

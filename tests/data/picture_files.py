@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 
@@ -18,3 +20,19 @@ def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes
     buffer = BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
+
+
+def write_parquet(path: Path, rows: list[dict], metadata: bytes | None = None) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = arrow.Table.from_pylist(rows)
+    if metadata is not None:
+        table = table.replace_schema_metadata({b"huggingface": metadata})
+    parquet.write_table(table, path)
+
+
+def rows_of(count: int, seed: int = 0) -> list[dict]:
+    return [
+        {"image": {"bytes": encoded(Image.fromarray(picture(seed=seed + i))), "path": f"{i}.png"}, "label": i % 3}
+        for i in range(count)
+    ]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_sources import rows_of, write_parquet
+from picture_files import rows_of, write_parquet
 
 from torchmae.data.layouts import folder_splits, list_images, open_splits
 from torchmae.errors import ConfigError, DataError

@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from picture_files import picture
 from PIL import Image
 
 from torchmae.config import DataConfig
-from torchmae.data.loader import Batch, Data, cut, open_data, stack
+from torchmae.data.loader import Batch, Data, open_data
 from torchmae.data.plan import Plan
 from torchmae.data.sources import ArraySource, FileSource
-from torchmae.data.transforms import normalise, resample
+from torchmae.data.transforms import normalise
 from torchmae.errors import ConfigError, DataError
 
 pytestmark = [
@@ -279,15 +278,6 @@ def test_arrays_of_any_dimension(
     assert difference.mean() < (0.01 if dtype == "uint8" else 1e-4)
 
 
-def test_bytes_beside_sixteen_bits_and_floats() -> None:
-    small, large = torch.tensor([0, 128, 255], dtype=torch.uint8), torch.tensor([0, 1, 65535], dtype=torch.uint16)
-    both = stack([small, large])
-    assert both.dtype == torch.uint16
-    assert both.tolist() == [[0, 128 * 257, 65535], [0, 1, 65535]]
-    mixed = stack([small, torch.tensor([0.0, 0.25, 1.0])])
-    torch.testing.assert_close(mixed, torch.tensor([[0, 128 / 255, 1], [0, 0.25, 1]]))
-
-
 def test_a_folder_of_mixed_precision(tmp_path: Path) -> None:
     Image.fromarray(np.full((10, 10), 255, np.uint8)).save(tmp_path / "a.png")
     Image.fromarray(np.full((10, 10), 65535, np.uint16)).save(tmp_path / "b.png")
@@ -295,18 +285,6 @@ def test_a_folder_of_mixed_precision(tmp_path: Path) -> None:
     assert not data.train.in_memory
     (batch,) = data.train.eval_batches(np.arange(2), 2)
     torch.testing.assert_close(batch.images, torch.ones(2, 1, 8, 8))
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
-def test_cutting_one_image_is_resampling_it(dtype: type) -> None:
-    high = 1 if dtype is np.float32 else np.iinfo(dtype).max
-    image = (picture(30, 40) / 255 * high).astype(dtype)
-    box, target = np.array([[3, 20], [5, 31]]), (16, 48)
-    ours = cut(image, box, True, target)
-    batch = torch.from_numpy(image).permute(2, 0, 1)[None]
-    theirs = resample(batch, box[None], target, np.array([True]))[0]
-    assert ours.dtype == batch.dtype
-    assert (ours.float() - theirs).abs().max() <= {np.uint8: 2, np.uint16: 1, np.float32: 1e-5}[dtype]
 
 
 def test_cache_settings(mixed: Path, tmp_path: Path) -> None:

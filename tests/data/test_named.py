@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gzip
 import pickle
 from pathlib import Path
 
@@ -158,20 +157,6 @@ def test_offline_says_what_to_put_where(name: str, tmp_path: Path, monkeypatch: 
     assert message.startswith(f"{name} is not in {tmp_path}/sets/ and cannot be downloaded (")
     assert f"put {named.NAMED[name].files} into {tmp_path}/sets/, or set data.root" in message
     assert "\n" not in message
-
-
-def test_the_packed_files_do_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # What Debian's dataset-fashion-mnist installs; torchvision unpacks them once their checksum is right.
-    monkeypatch.setattr("torchvision.datasets.utils.check_md5", lambda path, md5: True)
-    raw = tmp_path / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    for prefix in ("train", "t10k"):
-        for kind, array in (("images-idx3", np.ones((2, 28, 28), np.uint8)), ("labels-idx1", np.zeros(2, np.uint8))):
-            write_idx(raw / "plain", array)
-            packed = gzip.compress((raw / "plain").read_bytes())
-            (raw / f"{prefix}-{kind}-ubyte.gz").write_bytes(packed)
-    splits = open_splits("fashion_mnist", str(tmp_path))
-    assert {split: len(item) for split, item in splits.items()} == {"train": 2, "test": 2}
 
 
 def test_a_home_folder_is_expanded(write_pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

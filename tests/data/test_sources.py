@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from picture_files import encoded, picture
+from picture_files import encoded, picture, rows_of, write_parquet
 from PIL import Image
 
 from torchmae.data.sources import ArraySource, FileSource, ParquetSource, Subset, map_array, relabel, spread
@@ -147,22 +147,6 @@ def test_names_of_any_bytes(tmp_path: Path) -> None:
     assert source.name(0).encode()
     assert source.name(1).endswith("größe.png")
     assert source.fingerprint()
-
-
-def write_parquet(path: Path, rows: list[dict], metadata: bytes | None = None) -> None:
-    arrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    table = arrow.Table.from_pylist(rows)
-    if metadata is not None:
-        table = table.replace_schema_metadata({b"huggingface": metadata})
-    parquet.write_table(table, path)
-
-
-def rows_of(count: int, seed: int = 0) -> list[dict]:
-    return [
-        {"image": {"bytes": encoded(Image.fromarray(picture(seed=seed + i))), "path": f"{i}.png"}, "label": i % 3}
-        for i in range(count)
-    ]
 
 
 def test_parquet_in_the_datasets_schema(tmp_path: Path) -> None:

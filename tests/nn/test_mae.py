@@ -63,6 +63,8 @@ def test_the_loss_is_the_formula(decoder: str, norm_pix: bool) -> None:
             total += float(((pred[sample, m] - target) ** 2).sum())
     assert out.loss.dtype == torch.float32
     assert out.loss.item() == pytest.approx(total / pred.size, rel=1e-5)
+    assert model.num_targets(mask) == pred.size
+    assert torch.equal(model.hidden_predictions(out), out.pred)
     targets = model.hidden_values(images, mask)
     assert torch.nn.functional.mse_loss(out.pred, targets).item() == pytest.approx(out.loss.item(), rel=1e-6)
 
@@ -105,6 +107,18 @@ def test_predictions_of_the_cross_decoder_do_not_see_each_other() -> None:
         encoded = model.encoder(images, mask.ids_keep)
         few, all_ = model.decoder(encoded, fewer), model.decoder(encoded, mask)
         assert torch.allclose(few, all_[:, 2:5], atol=1e-5) is same
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_the_cross_decoder_reads_class_token_and_visible_tokens_with_their_positions(class_token: bool) -> None:
+    model = tiny(decoder="cross", decoder_depth=1, class_token=class_token)
+    images, mask = images_and_mask(model)
+    encoded, decoder = model.encoder(images, mask.ids_keep), model.decoder
+    context = decoder.embed(encoded.patches) + decoder.pos_embed[0][mask.ids_keep]
+    context = torch.cat([decoder.embed(encoded.prefix), context], dim=1)
+    queries = decoder.mask_token + decoder.pos_embed[0][mask.ids_masked]
+    wanted = decoder.pred(decoder.norm(decoder.blocks[0](queries, context)))
+    torch.testing.assert_close(decoder(encoded, mask), wanted)
 
 
 def test_samples_do_not_see_each_other() -> None:
@@ -335,8 +349,19 @@ def test_reduced_precision_keeps_the_loss_in_full(decoder: str) -> None:
     full = model(images, mask)
     with torch.autocast("cpu", torch.bfloat16):
         reduced = model(images, mask)
-    assert reduced.loss.dtype == torch.float32
+    assert reduced.loss.dtype == model.hidden_predictions(reduced).dtype == torch.float32
     assert reduced.loss.item() == pytest.approx(full.loss.item(), rel=0.02)
+
+
+def test_a_model_of_reduced_precision_has_a_loss_in_full() -> None:
+    model = tiny().bfloat16()
+    images, mask = images_and_mask(model)
+    images = images.bfloat16()
+    out = model(images, mask)
+    assert out.pred.dtype == torch.bfloat16
+    assert out.loss.dtype == torch.float32
+    wanted = torch.nn.functional.mse_loss(out.pred.float(), model.hidden_values(images, mask))
+    assert out.loss.item() == pytest.approx(wanted.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("decoder", DECODERS)

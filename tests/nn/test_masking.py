@@ -14,6 +14,7 @@ from torchmae.errors import ConfigError
 from torchmae.nn.masking import (
     STRATEGIES,
     Mask,
+    block_mask,
     elements_mask,
     grid_mask,
     mask_from_pixels,
@@ -165,12 +166,27 @@ def test_block_hides_and_keeps_every_patch_sometimes(grid: tuple[int, ...]) -> N
     assert rate.mean() == pytest.approx(1 - num_keep(prod(grid), 0.4) / prod(grid))
 
 
-def test_block_proportions_vary() -> None:
-    removed = draw("block", (16, 16), 0.25, 5, 500).removed().reshape(-1, 16, 16)
-    height = removed.any(2).sum(1)
-    width = removed.any(1).sum(1)
-    assert (height >= 1.5 * width).any()
-    assert (width >= 1.5 * height).any()
+@pytest.mark.parametrize("ratio", np.arange(0.02, 1, 0.04))
+def test_a_block_around_the_very_middle_of_a_patch_is_connected(ratio: float) -> None:
+    # Whole rings of patches are equally far away here.
+    mask = block_mask(torch.full((1, 4), 0.5), (5, 5), ratio)
+    assert is_connected({divmod(i, 5) for i in mask.ids_masked[0].tolist()})
+
+
+@pytest.mark.parametrize(
+    ("proportions", "height", "width"), [((0.0, 1.0), 16, 4), ((0.5, 0.5), 8, 8), ((1.0, 0.0), 4, 16)]
+)
+def test_block_proportions(proportions: tuple[float, float], height: int, width: int) -> None:
+    removed = block_mask(torch.tensor([[0.5, 0.5, *proportions]]), (16, 16), 0.25).removed().reshape(16, 16)
+    assert removed.any(1).sum() == height
+    assert removed.any(0).sum() == width
+    assert removed.sum() == 64
+
+
+def test_the_centre_of_a_block_moves() -> None:
+    noise = torch.tensor([[0.1, 0.9, 0.5, 0.5]])  # first axis, second axis, proportions
+    removed = block_mask(noise, (10, 10), 0.09).removed().reshape(10, 10)
+    assert removed.nonzero().tolist() == [[row, column] for row in range(3) for column in range(7, 10)]
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (14, 14), (6, 10)])

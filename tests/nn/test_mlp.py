@@ -125,6 +125,7 @@ def test_defect_three_the_literal_loss_counts_what_was_visible() -> None:
     out = everything(images, mask)
     error = (out.pred - images.flatten(1)).square()
     assert out.loss.item() == pytest.approx(error.mean().item(), rel=1e-6)
+    assert (everything.num_targets(mask), hidden_only.num_targets(mask)) == (mask.numel(), int(mask.sum()))
     corrected = hidden_only(images, mask).loss.item()
     assert corrected == pytest.approx(error[mask].mean().item(), rel=1e-6)
     assert abs(corrected - out.loss.item()) > 1e-3
@@ -169,6 +170,8 @@ def test_hidden_values_and_their_simplest_prediction() -> None:
     mask = torch.rand(7, 90) < 0.75
     mask[0, :30] = True  # a channel of which nothing is seen
     values, means = model.hidden_values(images, mask), model.visible_mean(images, mask)
+    out = model(images, mask)
+    assert torch.equal(model.hidden_predictions(out), out.pred[mask])
     assert values.shape == means.shape == (int(mask.sum()),)
     flat = images.flatten(1)
     k = 0

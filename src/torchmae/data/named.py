@@ -123,7 +123,7 @@ def _eurosat(root: str) -> Splits:
     return {"train": FileSource(Path(root), names, dataset.targets, dataset.classes)}
 
 
-_IDX = "{train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz]"
+_IDX = "{train,t10k}-{images-idx3,labels-idx1}-ubyte (unpacked)"
 
 NAMED: dict[str, Named] = {
     "digits": Named(digits, "nothing"),
