@@ -6,32 +6,9 @@ precedence: these defaults < recipe < --config file < options.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 
-from torchmae.errors import ConfigError
-
-
-def one_of(name: str, value: object, choices: Iterable[str]) -> None:
-    """Raises ConfigError, with the nearest choice, unless `value` is one of `choices`."""
-    known = list(choices)
-    if value in known:
-        return
-    near = get_close_matches(str(value), known, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ConfigError(f"{name} is {value!r}", f"{hint}choose from {', '.join(known)}")
-
-
-def within(
-    name: str, value: float | None, low: float, high: float, *, open_low: bool = False, open_high: bool = False
-) -> None:
-    """Raises ConfigError unless `value` is None or lies between the bounds (inclusive unless said)."""
-    if value is None:
-        return
-    if not (value > low if open_low else value >= low) or not (value < high if open_high else value <= high):
-        bounds = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
-        raise ConfigError(f"{name} is {value:g}", f"it must lie in {bounds}")
+from torchmae.errors import ConfigError, one_of, within
 
 
 @dataclass(frozen=True)
@@ -73,6 +50,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         one_of("data.cache", self.cache, ("auto", "memory", "none"))
         within("data.val_size", self.val_size, 1, float("inf"))
+        within("data.memory_limit", self.memory_limit, 0, float("inf"))
         within("data.num_workers", self.num_workers, 0, 256)
         within("data.max_bad", self.max_bad, 0, 1)
         within("data.crop_scale", self.crop_scale[0], 0, self.crop_scale[1], open_low=True)
@@ -82,6 +60,10 @@ class DataConfig:
             within("data.std", value, 0, float("inf"), open_low=True)
         if (self.mean is None) != (self.std is None):
             raise ConfigError("only one of data.mean and data.std is given", "give both, or neither to compute them")
+        if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
+            raise ConfigError(
+                f"data.mean has {len(self.mean)} values and data.std {len(self.std)}", "give both one for each channel"
+            )
 
 
 @dataclass(frozen=True)

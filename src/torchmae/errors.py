@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class TorchmaeError(Exception):
     """Base of every error that ends a command with one line instead of a traceback.
@@ -47,3 +50,33 @@ class Interrupted(TorchmaeError):
     def __init__(self, problem: str, fix: str, signal_number: int) -> None:
         super().__init__(problem, fix)
         self.exit_status = 128 + signal_number
+
+
+def one_of(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raises ConfigError, with the nearest choice, unless `value` is one of `choices`."""
+    known = list(choices)
+    if value in known:
+        return
+    near = get_close_matches(str(value), known, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ConfigError(f"{name} is {value!r}", f"{hint}choose from {', '.join(known)}")
+
+
+def within(
+    name: str, value: float | None, low: float, high: float, *, open_low: bool = False, open_high: bool = False
+) -> None:
+    """Raises ConfigError unless `value` is None or lies between the bounds (inclusive unless said)."""
+    if value is None:
+        return
+    if not (value > low if open_low else value >= low) or not (value < high if open_high else value <= high):
+        if high == float("inf"):
+            limit = f"it must be above {_number(low)}" if open_low else f"it must be {_number(low)} or more"
+        else:
+            left, right = "(" if open_low else "[", ")" if open_high else "]"
+            limit = f"it must lie in {left}{_number(low)}, {_number(high)}{right}"
+        raise ConfigError(f"{name} is {_number(value)}", limit)
+
+
+def _number(value: float) -> str:
+    # Every digit that matters: a seed or a batch of 1000001 must not read as 1e+06.
+    return f"{value:.12g}" if isinstance(value, float) else str(value)

@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from torchmae.config import PretrainConfig, one_of
-from torchmae.errors import ConfigError
+from torchmae.config import PretrainConfig
+from torchmae.errors import ConfigError, one_of
 
 # What people type for the settings they reach for most.
 ALIASES = {"data": "data.source", "batch": "batch_size"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ class Reconstruction(NamedTuple):
     note: str
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(nn.Module, ABC):
     """A model that predicts what a mask hides. `mask` is whatever its own `draw_mask` gives, one for each image.
 
     Calling it with (images, mask) gives an output whose `loss` is a scalar float32.

@@ -78,7 +78,17 @@ class SelfDecoder(_Decoder):
 class CrossDecoder(_Decoder):
     """CrossMAE's decoder (Fu et al. 2024, arXiv 2401.14391): masked patches attend to visible tokens, not each other.
 
-    Args: as `SelfDecoder`.
+    Departure: its blocks all read the encoder's last layer, not learned mixtures of several; and the visible tokens
+    are given their positions again, as in the paper's own decoder.
+
+    Args:
+        encoder_dim: width of the encoder's tokens.
+        grid: patches along each axis.
+        embed_dim: width.
+        depth: blocks.
+        num_heads: attention heads; divides `embed_dim`.
+        patch_dim: values in a patch, P.
+        mlp_ratio: hidden width of a block's MLP over `embed_dim`.
     """
 
     def __init__(

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchmae.config import within
-from torchmae.errors import ConfigError
+from torchmae.errors import ConfigError, within
 from torchmae.nn.layers import LAYER_NORM_EPS, Block, init_linear
 from torchmae.nn.patches import gather, grid_size, patchify
 from torchmae.nn.positions import resample, sincos

@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchmae.config import one_of
-from torchmae.errors import ConfigError
+from torchmae.errors import ConfigError, one_of
 from torchmae.nn.autoencoder import Autoencoder, Reconstruction
 from torchmae.nn.decoder import DECODERS
 from torchmae.nn.encoder import ViTEncoder

@@ -66,7 +66,7 @@ def block_mask(noise: Tensor, grid: Sequence[int], ratio: float) -> Mask:
     """Hides one contiguous block (paper, figure 6, "block"), of random centre and proportions.
 
     Patches are hidden in order of their distance from the centre, so the count is exact and the block is connected;
-    the middle of an image is hidden more often than its corners, and from a ratio of about 0.6 on its very middle always.
+    the middle of an image is hidden more often than its corners, and at ratios above about 0.6 its very middle always.
 
     Args:
         noise: (B, 2n) uniform random numbers for n axes: centre, then proportions.

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchmae.config import one_of
-from torchmae.errors import ConfigError
+from torchmae.errors import ConfigError, one_of
 from torchmae.nn.autoencoder import Autoencoder, Reconstruction
 from torchmae.nn.masking import elements_mask
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torchmae.config import one_of
-from torchmae.errors import ConfigError
+from torchmae.errors import ConfigError, one_of
 from torchmae.nn.autoencoder import Autoencoder
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.mlp import MLPAutoencoder

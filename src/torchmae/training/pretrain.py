@@ -132,6 +132,8 @@ def pretrain(
         for batch in timed(batches, window):
             factor = lr_factor(state.step, state.total_steps, config.optim)
             set_lr(optimizers, factor)
+            if config.model.drop_path:  # the one thing a model draws itself: from the step, so that a run can go on
+                torch.manual_seed(config.seed % 2**32 * 2**31 + state.step)
             mask = draw_mask(model, config.mask, config.seed, batch, runtime.device)
             state.step += 1
             log_due = state.step % config.log_every == 0
@@ -190,12 +192,12 @@ def train_step(
     """
     images_parts = images.tensor_split(min(config.accumulate, len(images)))
     mask_parts = split_mask(mask, len(images_parts))
-    whole = model.num_targets(mask)
     total = torch.zeros((), device=images.device)
     for part, part_mask in zip(images_parts, mask_parts, strict=True):
         with runtime.autocast():
             loss = model(part, part_mask).loss
-        loss = loss * (model.num_targets(part_mask) / whole)
+        if len(images_parts) > 1:
+            loss = loss * (model.num_targets(part_mask) / model.num_targets(mask))
         loss.backward()
         total += loss.detach()
     clip = config.optim.clip_grad
