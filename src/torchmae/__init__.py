@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "build": "torchmae.nn.presets",
-    "load": "torchmae.api",
+    "load": "torchmae.training.pretrained",
     "pretrain": "torchmae.api",
     "DataConfig": "torchmae.config",
     "EvalConfig": "torchmae.config",

@@ -1,4 +1,4 @@
-"""What the command line does, from Python: `pretrain`, `load`."""
+"""What `torchmae pretrain` does, from Python."""
 
 from __future__ import annotations
 
@@ -16,17 +16,15 @@ from torch import Tensor
 import torchmae
 from torchmae import settings
 from torchmae.config import PretrainConfig
-from torchmae.data.decode import decode
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import Batch, Data, ImageLoader, open_data
 from torchmae.data.reading import probe
-from torchmae.data.transforms import eval_box, normalise, resample, value_range
 from torchmae.errors import ConfigError, DataError, Interrupted
 from torchmae.evaluation.features import extract, pixels
 from torchmae.evaluation.knn import knn_accuracy
 from torchmae.evaluation.reconstruction import HoldOut
 from torchmae.nn import presets
-from torchmae.nn.autoencoder import Autoencoder, Reconstruction
+from torchmae.nn.autoencoder import Autoencoder
 from torchmae.nn.mae import parameter_counts
 from torchmae.random import Purpose, permutation, uniform
 from torchmae.report.html import write_report
@@ -34,10 +32,11 @@ from torchmae.report.pictures import reconstruction_grid
 from torchmae.training.checkpoint import Checkpoint, load_checkpoint
 from torchmae.training.pretrain import Evaluator
 from torchmae.training.pretrain import pretrain as train
+from torchmae.training.pretrained import denormalise
 from torchmae.training.progress import Display
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime, environment, open_runtime
-from torchmae.training.saved_model import Description, load_model, write_description, write_weights
+from torchmae.training.saved_model import Description, write_description, write_weights
 from torchmae.training.tracking import Tracker, open_trackers
 
 EVAL_BATCH = 250
@@ -334,13 +333,6 @@ def draw_pictures(model: Autoencoder, data: Data, images: Tensor, mask: Any, pat
     reconstruction_grid(masked, filled, original, path, note=result.note)
 
 
-def denormalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(B, C, *size) back to values in [0, 1], on the CPU; those outside are clamped."""
-    shape = (1, -1, *(1,) * (images.ndim - 2))
-    scale = torch.tensor(std).view(shape)
-    return (images.float().cpu() * scale + torch.tensor(mean).view(shape)).clamp(0, 1)
-
-
 def summarise(
     config: PretrainConfig, model: Autoencoder, arguments: dict[str, Any], data: Data, folder: RunFolder, state: str
 ) -> dict[str, Any]:
@@ -384,82 +376,3 @@ def summarise(
 
 def _overrides(config: PretrainConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(config.model).items() if name != "preset"}
-
-
-class Pretrained:
-    """A trained model with what it needs to be fed.
-
-    Attributes:
-        model: the network, in eval mode.
-        description: its arguments, normalisation and mask.
-    """
-
-    def __init__(self, model: Autoencoder, description: Description) -> None:
-        self.model = model
-        self.description = description
-
-    def preprocess(self, *images: str | Path | npt.NDArray[Any]) -> Tensor:
-        """Images as the model wants them: centred crop of the model's proportions, resized, normalised.
-
-        Args:
-            *images: image files, or arrays (H, W, C) (or any number of spatial axes, channels last) of uint8, uint16
-                or float.
-
-        Returns:
-            (B, C, *input_size) float32.
-
-        Raises:
-            DataError: a file that cannot be read.
-            ConfigError: another number of channels or axes than the model's.
-        """
-        return torch.cat([self._preprocess(image) for image in images])
-
-    def _preprocess(self, image: str | Path | npt.NDArray[Any]) -> Tensor:
-        size = self.description.input_size
-        channels = self.description.arguments["in_chans"]
-        array = image if isinstance(image, np.ndarray) else decode(Path(image), channels)
-        if array.ndim != len(size) + 1 or array.shape[-1] != channels:
-            raise ConfigError(
-                f"an image has shape {array.shape}", f"this model takes {len(size)} axes and {channels} channels, last"
-            )
-        pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 0)))[None]
-        resized = resample(pixels, eval_box(array.shape[:-1], size)[None], size, np.zeros(1, dtype=np.bool_))
-        mean, std = torch.tensor(self.description.mean), torch.tensor(self.description.std)
-        return normalise(resized, mean, std, value_range(pixels.dtype))
-
-    @torch.no_grad()
-    def encode(self, images: Tensor, pool: str = "mean") -> Tensor:
-        """Features of whole images; nothing is masked.
-
-        Args:
-            images: (B, C, *size) as `preprocess` gives them.
-            pool: "mean" of the patch tokens (B, D), the class token "cls" (B, D), or all patch "tokens" (B, L, D).
-        """
-        return self.model.encode(images, pool)
-
-    @torch.no_grad()
-    def reconstruct(self, images: Tensor, mask: Any) -> Reconstruction:
-        """Fills in what `mask` hides; images as `preprocess` gives them."""
-        return self.model.reconstruct(images, mask)
-
-    def mask(self, count: int, *, strategy: str | None = None, ratio: float | None = None, seed: int = 0) -> Any:
-        """Masks for `count` images.
-
-        Args:
-            count: images.
-            strategy: "random", "block", "grid" ("elements" for the mlp model); None: as trained.
-            ratio: share that is hidden, in (0, 1); None: as trained.
-            seed: another one gives other masks.
-        """
-        strategy = strategy or self.description.mask["strategy"]
-        noise = uniform(seed, 0, np.arange(count), Purpose.MASK, self.model.noise_count(strategy))
-        return self.model.draw_mask(strategy, torch.from_numpy(noise), ratio or self.description.mask["ratio"])
-
-
-def load(run: str | Path) -> Pretrained:
-    """The model of a run folder: `torchmae.load("runs/a").encode(images)`.
-
-    Raises:
-        CheckpointError: nothing there that can be loaded.
-    """
-    return Pretrained(*load_model(Path(run)))

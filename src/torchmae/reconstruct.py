@@ -11,13 +11,13 @@ import torch
 from jsonargparse import ArgumentError
 
 from torchmae import settings
-from torchmae.api import Pretrained, denormalise, load
 from torchmae.data.decode import decode
 from torchmae.data.transforms import eval_box, resample
 from torchmae.errors import CheckpointError, ConfigError, within
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Mask, mask_from_pixels
 from torchmae.report.pictures import reconstruction_grid, save_png
+from torchmae.training.pretrained import Pretrained, denormalise, load
 
 DESCRIPTION = "Hides part of some images and lets a trained model fill it in: masked | reconstructed | original."
 

@@ -1,0 +1,15 @@
+# What a change must pass; .ci/run does the same in an environment of its own.
+PYTHON ?= .venv/bin/python
+
+.PHONY: check lint types test
+check: lint types test
+
+lint:
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+types:
+	$(PYTHON) -m mypy
+
+test:
+	$(PYTHON) -m pytest
