@@ -48,7 +48,7 @@ RECIPE_FOR_SIDE = ((48, "cifar10"), (128, "images-96"), (float("inf"), "images")
 VALIDATION_SEED = 0
 # What a resumed run may be given anew: where and how fast it computes, and the learning rate, for runs that diverged.
 MAY_CHANGE = frozenset({
-    *("device", "threads", "compile", "precision", "log_every", "checkpoint_minutes", "progress", "out"),
+    *("device", "threads", "compile", "precision", "log_every", "checkpoint_minutes", "progress"),
     *("data.num_workers", "data.cache", "data.memory_limit", "data.root", "data.max_bad"),
     *("optim.lr", "optim.base_lr", "optim.muon_lr", "optim.clip_grad"),
 })  # fmt: skip
@@ -142,7 +142,7 @@ def resume_run(path: Path, args: Sequence[str] = ()) -> Run:
     config = settings.parse(["--config", str(folder.config), *args], None)
     for name in sorted(differences(saved, config) - MAY_CHANGE):
         raise ConfigError(
-            f"{name} cannot change in a resumed run", f"leave --{name} out, or start a new run with another --out"
+            f"{name} cannot change in a resumed run", f"drop --{name}, or start a new run in another folder"
         )
     return _run(config, path, resume=True)
 
@@ -161,16 +161,15 @@ def differences(one: Any, other: Any, prefix: str = "") -> set[str]:
 
 def _run(config: PretrainConfig, path: Path, *, resume: bool) -> Run:
     display = Display(config.progress)
+    folder = RunFolder(path) if resume else RunFolder.create(path)
     try:
-        checkpoint = load_checkpoint(path / "checkpoints", display.say) if resume else None
-        runtime = open_runtime(
-            config.device, config.precision if checkpoint is None else checkpoint.state["precision"], config.threads
-        )
+        checkpoint = load_checkpoint(folder.checkpoints, display.warn) if resume else None
+        # A resumed run keeps what "auto" meant when it began.
+        saved_precision = checkpoint.state["precision"] if checkpoint is not None else "auto"
+        precision = saved_precision if config.precision == "auto" else config.precision
+        runtime = open_runtime(config.device, precision, config.threads)
         arguments = presets.arguments(config.model.preset, **_overrides(config))
-        torch.manual_seed(config.seed)
-        presets.construct(arguments).noise_count(
-            config.mask.strategy
-        )  # sizes and strategy fit, before any data is read
+        check_model(config, arguments)
         data = open_data(
             config.data,
             input_size=arguments["input_size"],
@@ -179,14 +178,30 @@ def _run(config: PretrainConfig, path: Path, *, resume: bool) -> Run:
             progress=display.preparing,
         )
         if checkpoint is not None and checkpoint.state["data"] != data.fingerprint:
-            raise DataError(f"{config.data.source} changed since the checkpoint", "bring the same images back")
+            raise DataError(
+                f"the images of {config.data.source} have changed since the checkpoint",
+                "bring the same images back, or start a new run in another folder",
+            )
         torch.manual_seed(config.seed)
         arguments["in_chans"] = data.channels
         model = presets.construct(arguments).to(runtime.device)
-        folder = RunFolder(path) if resume else RunFolder.create(path)
-        return _train(config, model, arguments, data, runtime, folder, display, checkpoint)
+        try:
+            return _train(config, model, arguments, data, runtime, folder, display, checkpoint)
+        finally:
+            data.train.close()
     finally:
         display.close()
+        folder.discard()
+
+
+def check_model(config: PretrainConfig, arguments: dict[str, Any]) -> None:
+    """ConfigError where sizes or the mask strategy do not fit; without data and without memory for weights."""
+    with torch.device("meta"):
+        model = presets.construct(arguments)
+    try:
+        model.noise_count(config.mask.strategy)
+    except ConfigError as error:
+        raise ConfigError(f"{error.problem} and the preset {config.model.preset!r}", error.fix) from error
 
 
 def _train(
@@ -201,15 +216,16 @@ def _train(
 ) -> Run:
     """Writes the run folder around one call of the training loop."""
     folder.write_text("config.yaml", settings.to_yaml(config))
-    folder.write_json("environment.json", environment(runtime))
+    folder.remove_results()
+    folder.write_json("environment.json", {**environment(runtime), **folder.first_start()})
     description = Description(arguments, data.mean, data.std, asdict(config.mask), data.classes, torchmae.__version__)
     write_description(folder.model_json, description)
-    folder.rewind_metrics(checkpoint.state["step"] if checkpoint else -1)
-    tracker = open_trackers(folder.metrics, folder.path / "tensorboard")
-    with tracker:
+    start = checkpoint.state["step"] if checkpoint else 0
+    folder.rewind_metrics(start if checkpoint else -1)
+    display.say(f"run folder {folder.path}  ({runtime.device}, {runtime.precision}, {runtime.threads} threads)")
+    interruption: Interrupted | None = None
+    with open_trackers(folder.metrics, folder.path / "tensorboard", start) as tracker:
         evaluators = build_evaluators(config, model, data, runtime, folder, tracker, fresh=checkpoint is None)
-        display.say(f"run folder {folder.path}  ({runtime.device}, {runtime.precision}, {runtime.threads} threads)")
-        outcome: Interrupted | None = None
         try:
             train(
                 config,
@@ -223,17 +239,17 @@ def _train(
                 evaluators=evaluators,
                 checkpoint=checkpoint,
             )
-        except Interrupted as interruption:
-            outcome = interruption
-    data.train.close()
+        except Interrupted as error:
+            interruption = error
     if data.bad.items:
         folder.write_text("bad_files.txt", "".join(f"{name}\t{reason}\n" for name, reason in data.bad.items))
+        display.warn(f"{len(data.bad.items)} images could not be read and were skipped: see {folder.bad_files}")
     write_weights(folder.weights, model.state_dict())
-    figures = summarise(config, model, arguments, data, folder, "interrupted" if outcome else "finished")
+    figures = summarise(config, model, arguments, data, folder, "interrupted" if interruption else "finished")
     folder.write_json("summary.json", figures)
     report = write_report(folder.path)
-    if outcome:
-        raise outcome
+    if interruption:
+        raise interruption
     return Run(folder.path, figures, report)
 
 

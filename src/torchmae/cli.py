@@ -19,6 +19,8 @@ usage: torchmae COMMAND [OPTIONS]
 commands:
   pretrain      train a masked autoencoder on images: a folder, or a name such as digits or cifar10
   reconstruct   hide part of some images and let a trained model fill it in
+  evaluate      measure what a model learned: nearest neighbours, linear and attentive probes, and more
+  embed         write the features of many images to a file
   recipes       list the named sets of settings
 
   torchmae pretrain                                  digits, on the processor, about a minute, no network
@@ -104,8 +106,27 @@ def reconstruct(args: list[str]) -> int:
     return run(args)
 
 
+def evaluate(args: list[str]) -> int:
+    """`torchmae evaluate`: figures beside those of an untrained network and of raw pixels."""
+    from torchmae.commands.evaluate import main as run
+
+    return run(args)
+
+
+def embed(args: list[str]) -> int:
+    """`torchmae embed`: features of many images, in a file."""
+    from torchmae.commands.embed import main as run
+
+    return run(args)
+
+
 def recipes(args: list[str]) -> int:
     """`torchmae recipes`: names, one line each."""
+    if args in (["-h"], ["--help"]):
+        print(
+            "usage: torchmae recipes\n\nLists the recipes, one a line; use one with `torchmae pretrain --recipe NAME`."
+        )
+        return 0
     if args:
         raise ConfigError(f"recipes takes no options, given {args[0]!r}", "run `torchmae recipes`")
     names = settings.recipe_names()
@@ -133,5 +154,7 @@ def versions() -> str:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "pretrain": pretrain,
     "reconstruct": reconstruct,
+    "evaluate": evaluate,
+    "embed": embed,
     "recipes": recipes,
 }

@@ -11,13 +11,12 @@ import torch
 from jsonargparse import ArgumentError
 
 from torchmae import settings
-from torchmae.data.decode import decode
-from torchmae.data.transforms import eval_box, resample
-from torchmae.errors import CheckpointError, ConfigError, within
+from torchmae.data.transforms import eval_box, resample, value_range
+from torchmae.errors import ConfigError, within
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Mask, mask_from_pixels
 from torchmae.report.pictures import reconstruction_grid, save_png
-from torchmae.training.pretrained import Pretrained, denormalise, load
+from torchmae.training.pretrained import Pretrained, denormalise, load, read_image
 
 DESCRIPTION = "Hides part of some images and lets a trained model fill it in: masked | reconstructed | original."
 
@@ -45,7 +44,7 @@ class Options:
     Attributes:
         mask: what is hidden.
         mask_file: an image whose white (bright) part is the hole, in place of a drawn mask: in-painting.
-        out: the picture to write.
+        out: the picture to write, a PNG file.
         seed: another one gives other masks.
     """
 
@@ -54,10 +53,20 @@ class Options:
     out: Path = Path("reconstruction.png")
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.out.suffix.lower() != ".png":
+            raise ConfigError(f"out is {str(self.out)!r}", "the picture is a PNG file: give a name that ends in .png")
+        within("seed", self.seed, 0, 2**64 - 1)
+
 
 def main(args: Sequence[str]) -> int:
     """Runs the command; returns the exit status."""
-    parser = settings.Parser(prog="torchmae reconstruct", description=DESCRIPTION, allow_abbrev=False)
+    parser = settings.Parser(
+        prog="torchmae reconstruct",
+        usage="torchmae reconstruct RUN IMAGE... [OPTIONS]",
+        description=DESCRIPTION,
+        allow_abbrev=False,
+    )
     parser.add_argument("run", type=Path, help="run folder of `torchmae pretrain`")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
     parser.add_class_arguments(Options, None, fail_untyped=True)
@@ -93,11 +102,7 @@ def reconstruct(pretrained: Pretrained, paths: Sequence[Path], options: Options)
     original = denormalise(images, mean, std)
     masked = original.masked_fill(result.removed, torch.nan)
     grid = reconstruction_grid(masked, denormalise(result.images, mean, std), original, note=result.note)
-    try:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        save_png(grid, options.out)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {options.out}: {error.strerror}", "choose another --out") from error
+    save_png(grid, options.out)
     return result.note
 
 
@@ -110,13 +115,20 @@ def hole(pretrained: Pretrained, path: Path, count: int) -> Mask:
         count: how many images.
 
     Raises:
-        ConfigError: a model without patches, or a hole that covers no patch or all of them.
+        ConfigError: a model without patches or not of images, or a hole that covers no patch or all of them.
     """
     if not isinstance(pretrained.model, MaskedAutoencoder):
         raise ConfigError("the mlp model has no patches to put a hole in", "use a vit model")
     size = pretrained.description.input_size
-    array = decode(path, 1)[..., 0]
-    values = torch.from_numpy(array.astype(np.float32) / np.iinfo(array.dtype).max)[None, None]
-    resized = resample(values, eval_box(array.shape, size)[None], size, np.zeros(1, dtype=np.bool_))
+    if len(size) != 2:
+        raise ConfigError(
+            f"this model takes {len(size)} axes and mask_file is an image", "hide patches with --mask.ratio"
+        )
+    array = torch.from_numpy(read_image(path, 1)[..., 0])
+    values = (array.float() / value_range(array.dtype))[None, None]
+    resized = resample(values, eval_box(tuple(array.shape), size)[None], size, np.zeros(1, dtype=np.bool_))
     removed = (resized[:, 0] > 0.5).expand(count, *size)
-    return mask_from_pixels(removed, pretrained.model.patch_size)
+    try:
+        return mask_from_pixels(removed, pretrained.model.patch_size)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.problem}", "paint the hole white, and what stays black") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
@@ -19,6 +19,15 @@ from torchmae.errors import ConfigError, one_of
 
 # What people type for the settings they reach for most.
 ALIASES = {"data": "data.source", "batch": "batch_size"}
+
+# What the parser's types are called in messages.
+KINDS = {
+    "bool": "true or false",
+    "float": "a number",
+    "int": "a whole number",
+    "str": "text",
+    "tuple": "a list such as [1, 2]",
+}
 
 DESCRIPTION = "Pre-trains a masked autoencoder and leaves a run folder with a backbone, pictures and a report."
 
@@ -38,24 +47,46 @@ class Parser(ArgumentParser):
 def explain(message: str, known: Sequence[str]) -> ConfigError:
     """A parser's message as one line: the offending option, the reason, and the nearest option that exists."""
     text = " ".join(message.split())
+    keys = re.findall(r'Parser key "(\S+?)"', text)
     unknown = re.search(r"[Uu]nrecognized arguments: (\S+)", text)
     in_file = re.search(r"(?:Group '(?P<group>\S+)' does not accept option|Option) '(?P<leaf>\S+?)'", text)
+    if unknown and not unknown[1].startswith("-"):
+        return ConfigError(f"unexpected word {unknown[1]!r}", "options begin with two dashes, such as --data PATH")
     if unknown or (in_file and "accept" in text):
-        name = unknown[1].lstrip("-").partition("=")[0] if unknown else _dotted(in_file)
-        same_leaf = [option for option in known if option.rpartition(".")[2] == name.rpartition(".")[2]]
-        near = nearest(name, known) or next(iter(same_leaf), None)
-        return ConfigError(f"unknown option {name!r}", f"did you mean --{near}?" if near else "see --help")
-    key = re.search(r'Parser key "(\S+?)": (.*)', text)
-    if key:
-        given = re.search(r".*(?:Got|Given) value: (.+?)$", key[2])
-        wanted = sorted(
-            {name.strip("<>") for name in re.findall(r"Expected an? <class '(\w+)'>", key[2])} - {"NoneType"}
-        )
-        return ConfigError(
-            f"{key[1]} is {given[1] if given else 'of the wrong type'}",
-            f"it takes {' or '.join(wanted)}" if wanted else "see --help for what it takes",
-        )
+        return _unknown_option(unknown[1].lstrip("-").partition("=")[0] if unknown else _dotted(in_file), known)
+    missing = re.search(r"arguments are required: (.+)", text)
+    if missing:
+        return ConfigError(f"not given: {missing[1]}", "see --help")
+    group = re.search(r'Unable to load config "(.+)"$', text)
+    if group:
+        options = [f"--{name}" for name in known if name.startswith(f"{keys[-1]}.")]
+        return ConfigError(f"{keys[-1]} is {group[1]}", f"set its parts one by one: {', '.join(options)}")
+    no_value = re.search(r"argument (--\S+): expected", text)
+    if no_value:
+        return _no_value(no_value[1])
+    if keys:
+        given = re.search(r".*(?:Got|Given) value: (.+?)$", text)
+        return ConfigError(f"{keys[-1]} is {given[1] if given else 'of the wrong type'}", _wanted(text))
     return ConfigError(text.removeprefix("error: ").rstrip("."), "see --help for what it takes")
+
+
+def _unknown_option(name: str, known: Sequence[str]) -> ConfigError:
+    same_leaf = [option for option in known if option.rpartition(".")[2] == name.rpartition(".")[2]]
+    near = nearest(name, known) or next(iter(same_leaf), None)
+    return ConfigError(f"unknown option {name!r}", f"did you mean --{near}?" if near else "see --help")
+
+
+def _no_value(option: str) -> ConfigError:
+    return ConfigError(f"{option} has no value", f"give one: {option} VALUE")
+
+
+def _wanted(text: str) -> str:
+    """What a parser's message says that an option takes, in words."""
+    length = re.search(r"Expected a tuple with (\d+) elements", text)
+    if length:
+        return f"it takes a list of {length[1]} values"
+    kinds = sorted(set(re.findall(r"Expected an? <class '(\w+)'>", text)) - {"NoneType"})
+    return f"it takes {' or '.join(KINDS.get(kind, kind) for kind in kinds)}" if kinds else "see --help"
 
 
 def _dotted(match: re.Match[str] | None) -> str:
@@ -65,7 +96,13 @@ def _dotted(match: re.Match[str] | None) -> str:
 
 def build_parser() -> Parser:
     """A parser with one option for every field of PretrainConfig, and --config."""
-    parser = Parser(prog="torchmae pretrain", description=DESCRIPTION, allow_abbrev=False, default_env=False)
+    parser = Parser(
+        prog="torchmae pretrain",
+        usage="torchmae pretrain [OPTIONS]",
+        description=DESCRIPTION,
+        allow_abbrev=False,
+        default_env=False,
+    )
     parser.add_argument("--config", action="config", help="YAML file of settings; options given beside it win.")
     parser.add_class_arguments(PretrainConfig, None, fail_untyped=True)
     return parser
@@ -101,31 +138,50 @@ def normalise(args: Sequence[str]) -> list[str]:
 
 
 def as_options(values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Settings given in Python as options: `{"mask": {"ratio": 0.5}}` becomes `["--mask.ratio=0.5"]`."""
+    """Settings given in Python as options: `{"mask": {"ratio": 0.5}}` becomes `["--mask.ratio=0.5"]`.
+
+    Raises:
+        ConfigError: a value that no option can take.
+    """
     options = []
     for name, value in values.items():
-        if isinstance(value, Mapping):
+        if is_dataclass(value) and not isinstance(value, type):
+            options += as_options(asdict(value), f"{prefix}{name}.")
+        elif isinstance(value, Mapping):
             options += as_options(value, f"{prefix}{name}.")
         else:
-            plain = list(value) if isinstance(value, tuple) else value
-            text = str(plain) if isinstance(plain, (str, Path)) else json.dumps(plain)
+            try:
+                text = str(value) if isinstance(value, (str, Path)) else json.dumps(value)
+            except TypeError as error:
+                raise ConfigError(
+                    f"{prefix}{name} is a {type(value).__name__}", "give a number, text, a list or a dictionary"
+                ) from error
             options.append(f"--{prefix}{name}={text}")
     return options
 
 
-def take_option(args: list[str], name: str) -> str | None:
-    """Removes --name VALUE (or --name=VALUE) from `args` and returns the value; None when it is not there."""
-    for i, arg in enumerate(args):
+def take_options(args: list[str], name: str) -> list[str]:
+    """Removes every --name VALUE and --name=VALUE from `args` and returns the values in their order."""
+    values = []
+    rest = iter(args.copy())
+    args.clear()
+    for arg in rest:
         if arg == f"--{name}":
-            if i + 1 == len(args):
-                raise ConfigError(f"--{name} has no value", f"give one: --{name} VALUE")
-            value = args[i + 1]
-            del args[i : i + 2]
-            return value
-        if arg.startswith(f"--{name}="):
-            del args[i]
-            return arg.partition("=")[2]
-    return None
+            value = next(rest, None)
+            if value is None:
+                raise _no_value(arg)
+            values.append(value)
+        elif arg.startswith(f"--{name}="):
+            values.append(arg.partition("=")[2])
+        else:
+            args.append(arg)
+    return values
+
+
+def take_option(args: list[str], name: str) -> str | None:
+    """As `take_options`, of which the last counts; None when there is none."""
+    values = take_options(args, name)
+    return values[-1] if values else None
 
 
 def take_flag(args: list[str], name: str) -> bool:
@@ -143,12 +199,13 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 
 def peek(args: Sequence[str]) -> tuple[str | None, str, str]:
-    """What options and their --config file say of the recipe (None when none is named), data.source and data.root."""
+    """What options and their --config files say of the recipe (None when none is named), data.source and data.root."""
     rest = normalise(args)
-    file = take_option(rest, "config")
-    values = read_yaml(Path(file)) if file else {}
-    data = values.get("data")
-    data = data if isinstance(data, dict) else {}
+    values: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    for file in take_options(rest, "config"):
+        values |= read_settings(Path(file))
+        data |= values.get("data", {})
     default = PretrainConfig()
     recipe = take_option(rest, "recipe") or values.get("recipe") or default.recipe
     source = take_option(rest, "data.source") or data.get("source") or default.data.source
@@ -160,27 +217,40 @@ def parse(args: Sequence[str], recipe: str | None = None) -> PretrainConfig:
     """Options to settings.
 
     Args:
-        args: options as on the command line; --config among them names a YAML file.
-        recipe: the recipe to start from; None: the defaults alone.
+        args: options as on the command line; --config among them names a YAML file, and options win over it wherever
+            they stand.
+        recipe: the recipe to start from, whatever the options say; None: the defaults alone.
 
     Raises:
         ConfigError: an unknown option or recipe, or a value that does not fit.
     """
     parser = build_parser()
     rest = normalise(args)
-    file = take_option(rest, "config")
-    take_option(rest, "recipe")
     files = [str(recipe_path(recipe))] if recipe else []
-    if file:
-        read_yaml(Path(file))  # says what is wrong with the file in one line
+    for file in take_options(rest, "config"):
+        read_settings(Path(file))  # says what is wrong with the file in one line
         files.append(file)
-    ordered = [part for path in files for part in ("--config", path)]
+    if recipe:
+        take_options(rest, "recipe")
+        rest.append(f"--recipe={recipe}")
     try:
-        values = parser.parse_args([*ordered, *(["--recipe", recipe] if recipe else []), *rest])
+        values = parser.parse_args([*(f"--config={path}" for path in files), *rest])
         built = parser.instantiate(values)
         return PretrainConfig(**{name: built[name] for name in PretrainConfig.__dataclass_fields__})
     except ArgumentError as error:
         raise explain(str(error), parser.option_names()) from error
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A YAML file of settings; ConfigError where it is no mapping, or has a value in place of a group."""
+    values = read_yaml(path)
+    for item in fields(PretrainConfig):
+        if is_dataclass(item.default_factory) and not isinstance(values.get(item.name, {}), dict):
+            first = fields(item.default_factory)[0].name
+            raise ConfigError(
+                f"{item.name} is {values[item.name]!r} in {path}", f"write {item.name}: {{{first}: VALUE}}"
+            )
+    return values
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -190,8 +260,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}", "give the path of a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} is not valid YAML: {reason}", "mend the file") from error
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f" in line {mark.line + 1}" if mark is not None else ""
+        reason = " ".join(str(problem or error).split())
+        raise ConfigError(f"{path} is not valid YAML: {reason}{where}", "mend the file") from error
     if values is None:
         return {}
     if not isinstance(values, dict):

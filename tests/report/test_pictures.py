@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from torchmae.errors import CheckpointError
+from torchmae.report.panels import HIDDEN
 from torchmae.report.pictures import (
-    HIDDEN,
     GridLayout,
     progress_grid,
     read_layout,

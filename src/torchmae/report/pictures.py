@@ -8,36 +8,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from torchmae.errors import CheckpointError
+from torchmae.report.panels import BACKGROUND, TEXT, as_numpy, panel_scale, sample_panels
 from torchmae.training.checkpoint import replace_file
 
 if TYPE_CHECKING:
-    import torch
-
-    Images: TypeAlias = npt.NDArray[np.floating] | torch.Tensor
-
-FloatArray: TypeAlias = npt.NDArray[np.float32]
-BoolArray: TypeAlias = npt.NDArray[np.bool_]
+    from torchmae.report.panels import Images
 
 HEADERS = ("masked", "reconstructed", "original")
-# What is hidden: a mid-grey with a touch of blue, so that neither black nor a grey of the picture passes for it.
-HIDDEN = (116, 124, 138)
-# Transparent; white where a viewer knows no transparency.
-_BACKGROUND = (255, 255, 255, 0)
 _LAYOUT_KEY = "torchmae"
-# Readable on white and on near-black alike, for the picture's own background is transparent.
-_HEADER_COLOUR = (118, 122, 128, 255)
-_SIGNAL_COLOUR = (11, 95, 174)
-_SIGNAL_BACKGROUND = 246
-# Width over height of the panel of a 1-D signal.
-_SIGNAL_ASPECT = 3
 
 
 @dataclass(frozen=True)
@@ -115,15 +99,11 @@ def reconstruction_grid(
     Raises:
         CheckpointError: the picture could not be saved.
     """
-    triplet = [_as_numpy(images) for images in (masked, reconstructed, original)]
+    triplet = [as_numpy(images) for images in (masked, reconstructed, original)]
     shape = triplet[0].shape
     assert all(images.shape == shape for images in triplet) and 3 <= len(shape) <= 5 and shape[0] > 0
-    # A signal is drawn, not enlarged; of a volume only two axes are seen.
-    scale = 1 if len(shape) == 3 else -(-min_side // max(shape[-2:]))
-    if len(shape) == 3:
-        panels = [_signal_panels(sample, min_side) for sample in zip(*triplet, strict=True)]
-    else:
-        panels = [_image_panels(sample, scale) for sample in zip(*triplet, strict=True)]
+    scale = panel_scale(shape[2:], min_side)
+    panels = [sample_panels(sample, min_side) for sample in zip(*triplet, strict=True)]
     columns = min(triplets_per_row or (2 if shape[0] > 4 else 1), shape[0])
     grid = _lay_out(panels, columns, scale, note)
     if path is not None:
@@ -159,7 +139,7 @@ def progress_grid(grids: Sequence[Image.Image], num_rows: int = 4) -> Image.Imag
     rows = min(num_rows, layout.count)
     step = (width + layout.gutter, height + layout.gutter)
     size = (len(cells) * step[0] - layout.gutter, rows * step[1] - layout.gutter)
-    picture = Image.new("RGBA", size, _BACKGROUND)
+    picture = Image.new("RGBA", size, BACKGROUND)
     for row in range(rows):
         for column, (grid, place) in enumerate(cells):
             left, top = layout.corner(row, place)
@@ -196,74 +176,6 @@ def save_png(image: Image.Image, path: Path) -> None:
     replace_file(path, buffer.getvalue())
 
 
-def _as_numpy(images: Images) -> FloatArray:
-    if isinstance(images, np.ndarray):
-        return images.astype(np.float32)
-    array: FloatArray = images.detach().float().cpu().numpy()
-    return array
-
-
-def _image_panels(triplet: Sequence[FloatArray], scale: int) -> list[Image.Image]:
-    """The panels of one image: masked, reconstructed, original, each (C, H, W) or (C, D, H, W)."""
-    images = [image[:, image.shape[1] // 2] if image.ndim == 4 else image for image in triplet]
-    seen, reconstructed, original = (_enlarge(_to_rgb(image), scale) for image in images)
-    seen[_enlarge(_is_hidden(images[0]), scale)] = HIDDEN
-    return [Image.fromarray(pixels) for pixels in (seen, reconstructed, original)]
-
-
-def _is_hidden(masked: FloatArray) -> BoolArray:
-    """(C, *size) to (*size): where no channel is seen."""
-    hidden: BoolArray = np.asarray(np.isnan(masked).all(axis=0))
-    return hidden
-
-
-def _enlarge(pixels: npt.NDArray[np.generic], factor: int) -> npt.NDArray[np.generic]:
-    return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
-
-
-def _to_rgb(image: FloatArray) -> npt.NDArray[np.uint8]:
-    """(C, H, W) in [0, 1] to (H, W, 3) bytes; a hidden value becomes one half."""
-    known = np.nan_to_num(image, nan=0.5)
-    channels = known[:3] if len(known) >= 3 else known.mean(axis=0, keepdims=True).repeat(3, axis=0)
-    return np.round(channels.clip(0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
-
-
-def _signal_panels(triplet: Sequence[FloatArray], min_side: int) -> list[Image.Image]:
-    """The panels of one signal: masked, reconstructed, original, each (C, L), on the original's scale."""
-    low, high = float(triplet[2].min()), float(triplet[2].max())
-    margin = 0.06 * (high - low) or 0.5
-    size = (_SIGNAL_ASPECT * min_side, min_side)
-    return [_signal_panel(signal, size, low - margin, high + margin) for signal in triplet]
-
-
-def _signal_panel(signal: FloatArray, size: tuple[int, int], low: float, high: float) -> Image.Image:
-    """One signal as lines, one for each channel, with grey where it is hidden; `size` is width and height."""
-    width, height = size
-    hidden = _is_hidden(signal)
-    # One column of pixels shows the samples around it.
-    samples = (np.arange(width) * len(hidden)) // width
-    pixels = np.full((height, width, 3), _SIGNAL_BACKGROUND, dtype=np.uint8)
-    pixels[:, hidden[samples]] = HIDDEN
-    panel = Image.fromarray(pixels)
-    pen = ImageDraw.Draw(panel)
-    x = (np.arange(len(hidden)) + 0.5) * width / len(hidden)
-    for channel in signal:
-        y = ((high - channel.clip(low, high)) / (high - low)) * (height - 1)
-        for start, stop in _visible_spans(channel):
-            points = [(float(x[i]), float(y[i])) for i in range(start, stop)]
-            if len(points) == 1:
-                points.append(points[0])
-            pen.line(points, fill=_SIGNAL_COLOUR, width=2)
-    return panel
-
-
-def _visible_spans(channel: FloatArray) -> list[tuple[int, int]]:
-    """Where a signal is no NaN: [start, stop) of each run of samples."""
-    known = np.concatenate([[False], ~np.isnan(channel), [False]])
-    edges = np.flatnonzero(known[1:] != known[:-1])
-    return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
-
-
 def _lay_out(triplets: Sequence[Sequence[Image.Image]], columns: int, scale: int, note: str) -> Image.Image:
     """Places triplets row by row under headers."""
     width, height = triplets[0][0].size
@@ -281,14 +193,14 @@ def _lay_out(triplets: Sequence[Sequence[Image.Image]], columns: int, scale: int
         scale=scale,
         note=note,
     )
-    grid = Image.new("RGBA", layout.size, _BACKGROUND)
+    grid = Image.new("RGBA", layout.size, BACKGROUND)
     pen = ImageDraw.Draw(grid)
     for number, triplet in enumerate(triplets):
         for place, panel in enumerate(triplet):
             left, top = layout.corner(number, place)
             grid.paste(panel, (left, top))
             if number < columns:
-                pen.text((left, 0), HEADERS[place], fill=_HEADER_COLOUR, font=font)
+                pen.text((left, 0), HEADERS[place], fill=TEXT, font=font)
     grid.info[_LAYOUT_KEY] = json.dumps(asdict(layout))
     return grid
 

@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path, model: dict[str, Tensor], optimizers: list[dict[str, Any]], state: dict[str, Any]
 ) -> Path:
-    """Writes `folder/step-...` and removes all but the last two.
+    """Writes `folder/step-...` and removes all others but the one before it.
 
     Raises:
         CheckpointError: the disk is full or cannot be written; what was there before is untouched.
@@ -65,7 +66,8 @@ def save_checkpoint(
         writing.mkdir()
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.items()}
         save_file(weights, writing / "model.safetensors")
-        torch.save(optimizers, writing / "optimizer.pt")
+        with (writing / "optimizer.pt").open("wb") as file:  # given a path, torch would not say that the disk is full
+            torch.save(optimizers, file)
         (writing / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         sums = {path.name: _sha256(path) for path in sorted(writing.iterdir())}
         (writing / "checksums.json").write_text(json.dumps(sums, indent=1), encoding="utf-8")
@@ -82,10 +84,11 @@ def save_checkpoint(
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise CheckpointError(
             f"cannot save the checkpoint of step {state['step']} in {folder}: {reason}",
-            "free space or mend the folder, then resume from the checkpoint before it",
+            "free space or mend the folder, then resume the run",
         ) from error
-    for old in _steps(folder)[:-KEEP]:
-        shutil.rmtree(old, ignore_errors=True)
+    steps = _steps(folder)
+    for other in set(steps) - set(steps[: steps.index(final) + 1][-KEEP:]):  # later ones were passed over as damaged
+        shutil.rmtree(other, ignore_errors=True)
     return final
 
 
@@ -103,12 +106,12 @@ def load_checkpoint(folder: Path, notice: Callable[[str], None] | None = None) -
     for path in reversed(_steps(folder)):
         problem = verify(path)
         if problem is None:
+            for text in damaged if notice is not None else ():
+                notice(f"{text}; going on from {path.name}")
             return _read(path)
         damaged.append(f"{path} is damaged ({problem})")
-        if notice is not None:
-            notice(f"{damaged[-1]}; looking for the one before it")
     if damaged:
-        raise CheckpointError(f"{damaged[0]} and no whole checkpoint is left", "start again with another --out")
+        raise CheckpointError(f"no whole checkpoint is left: {damaged[0]}", "start again in another folder")
     return None
 
 
@@ -142,7 +145,8 @@ def replace_file(path: Path, content: bytes) -> None:
         _flush(writing)
         writing.replace(path)
     except OSError as error:
-        writing.unlink(missing_ok=True)
+        with suppress(OSError):
+            writing.unlink()
         raise CheckpointError(f"cannot write {path}: {error.strerror}", "free space or mend the folder") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -110,28 +111,18 @@ def pretrain(
     if checkpoint is None:
         total = plan_steps(config, model, loader, plan, runtime, display)
         state = State(0, total, 0.0, 0.0, runtime.precision, fingerprint)
+        save(folder, model, optimizers, state)
     else:
-        state = restore(checkpoint, model, optimizers)
+        state = restore(checkpoint, model, optimizers, runtime.precision)
     if config.compile:
-        model.compile()
+        model.compile(dynamic=False)  # an epoch's last, smaller batch is a second graph, not a slower one for all
     due = [(frozenset(due_steps(state.total_steps, item.count)), item.run) for item in evaluators]
-    window = Window(time.perf_counter())
-    saved_at = time.monotonic()
-
-    def save() -> None:
-        check_weights(model, state)
-        save_checkpoint(
-            folder.checkpoints, model.state_dict(), [item.state_dict() for item in optimizers], asdict(state)
-        )
-
-    if checkpoint is None:
-        save()
     model.train()
+    saved_at = time.monotonic()
+    window = Window(time.perf_counter())
     with stop_signals() as stop:
-        batches = loader.train_batches(plan, state.step, state.total_steps)
-        for batch in timed(batches, window):
-            factor = lr_factor(state.step, state.total_steps, config.optim)
-            set_lr(optimizers, factor)
+        for batch in timed(loader.train_batches(plan, state.step, state.total_steps), window):
+            set_lr(optimizers, lr_factor(state.step, state.total_steps, config.optim))
             if config.model.drop_path:  # the one thing a model draws itself: from the step, so that a run can go on
                 torch.manual_seed(config.seed % 2**32 * 2**31 + state.step)
             mask = draw_mask(model, config.mask, config.seed, batch, runtime.device)
@@ -141,32 +132,22 @@ def pretrain(
             window.add(loss, norm, len(batch.images))
 
             epoch_ends = state.step % plan.steps_per_epoch == 0
-            last = state.step == state.total_steps
-            evaluate = [run for steps, run in due if state.step in steps]
-            save_due = last or time.monotonic() - saved_at > config.checkpoint_minutes * 60 or stop.number is not None
-            if log_due or epoch_ends or evaluate or save_due:
-                close_window(window, state, plan, optimizers, tracker, display)
+            evaluations = [run for steps, run in due if state.step in steps]
+            if log_due or epoch_ends or evaluations:
+                close_window(window, state, plan, optimizers, tracker, display, folder)
             if epoch_ends:
-                mean = state.epoch_loss / plan.steps_per_epoch
-                state.epoch_loss = 0.0
-                tracker.log("epoch", state.step, {"epoch": state.step / plan.steps_per_epoch, "loss": mean})
-                display.epoch(
-                    state.step // plan.steps_per_epoch, math.ceil(state.total_steps / plan.steps_per_epoch), mean
-                )
-            if evaluate:
-                figures = {name: value for run in evaluate for name, value in run(state.step).items()}
-                tracker.log("val", state.step, {"epoch": state.step / plan.steps_per_epoch, **figures})
+                end_epoch(state, plan, tracker, display)
+            if evaluations:
+                evaluate(evaluations, state, plan, tracker)
                 model.train()
-            if save_due:
-                save()
+            last = state.step == state.total_steps
+            stopped_by = stop.number  # read once: a signal may come at any moment from here on
+            if last or stopped_by is not None or time.monotonic() - saved_at > config.checkpoint_minutes * 60:
+                close_window(window, state, plan, optimizers, tracker, display, folder)
+                save(folder, model, optimizers, state)
                 saved_at = time.monotonic()
-            if stop.number is not None and not last:
-                raise Interrupted(
-                    f"stopped by {signal.Signals(stop.number).name} after step {state.step} of {state.total_steps}, "
-                    "all saved",
-                    f"go on with: torchmae pretrain --resume {folder.path}",
-                    stop.number,
-                )
+            if stopped_by is not None and not last:
+                raise interrupted(stopped_by, state, folder)
             window.restart()
     return state
 
@@ -197,7 +178,7 @@ def train_step(
         with runtime.autocast():
             loss = model(part, part_mask).loss
         if len(images_parts) > 1:
-            loss = loss * (model.num_targets(part_mask) / model.num_targets(mask))
+            loss = loss * (model.num_targets(part_mask) / max(model.num_targets(mask), 1))
         loss.backward()
         total += loss.detach()
     clip = config.optim.clip_grad
@@ -249,6 +230,8 @@ def measure_speed(
     It takes PROBE_STEPS steps and `at_least` so many seconds, after a warm-up.
     """
     copied = copy.deepcopy(model).train()
+    if config.compile:
+        copied.compile(dynamic=False)
     optimizers = build_optimizers(copied, config.optim, config.batch_size)
     set_lr(optimizers, 0.0)
     warm_up = PROBE_STEPS // 2
@@ -266,8 +249,17 @@ def measure_speed(
     return elapsed / (done - warm_up)
 
 
-def restore(checkpoint: Checkpoint, model: nn.Module, optimizers: Sequence[Optimizer]) -> State:
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizers: Sequence[Optimizer], precision: str) -> State:
     """Puts a checkpoint's weights and optimiser state in place; the learning rates stay the configuration's.
+
+    Args:
+        checkpoint: where to go on from.
+        model: takes the weights.
+        optimizers: as `build_optimizers` made them for `model`.
+        precision: of the steps to come.
+
+    Returns:
+        The state to go on from.
 
     Raises:
         CheckpointError: it was made by another model or optimiser.
@@ -277,7 +269,8 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizers: Sequence[Optim
         model.load_state_dict(checkpoint.model)
         for optimizer, saved in zip(optimizers, checkpoint.optimizers, strict=True):
             optimizer.load_state_dict(saved)
-    except (RuntimeError, ValueError, KeyError) as error:
+        state = State(**{**checkpoint.state, "precision": precision})
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"{checkpoint.path} does not fit the model: {reason}", "resume with the run's own settings"
@@ -285,7 +278,45 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizers: Sequence[Optim
     for optimizer, group_peaks in zip(optimizers, peaks, strict=True):
         for group, (lr, decay) in zip(optimizer.param_groups, group_peaks, strict=True):
             group.update(peak_lr=lr, weight_decay=decay)
-    return State(**checkpoint.state)
+    return state
+
+
+def save(folder: RunFolder, model: nn.Module, optimizers: Sequence[Optimizer], state: State) -> None:
+    """Saves a checkpoint.
+
+    Raises:
+        TrainingError: a weight or a moment of the optimiser is not finite; no such checkpoint is ever written.
+        CheckpointError: the disk is full or cannot be written.
+    """
+    moments = [
+        value
+        for optimizer in optimizers
+        for values in optimizer.state.values()
+        for value in values.values()
+        if isinstance(value, Tensor)
+    ]
+    largest = torch.nn.utils.get_total_norm([*(p.detach() for p in model.parameters()), *moments], math.inf)
+    if not math.isfinite(largest.item()):
+        raise diverged(f"the weights are not finite after step {state.step}", folder)
+    save_checkpoint(folder.checkpoints, model.state_dict(), [item.state_dict() for item in optimizers], asdict(state))
+
+
+def interrupted(signal_number: int, state: State, folder: RunFolder) -> Interrupted:
+    """The error of a run that was stopped and saved."""
+    return Interrupted(
+        f"stopped by {signal.Signals(signal_number).name} after step {state.step} of {state.total_steps}, all saved",
+        f"go on with: torchmae pretrain --resume {shlex.quote(str(folder.path))}",
+        signal_number,
+    )
+
+
+def diverged(problem: str, folder: RunFolder) -> TrainingError:
+    """The error of a run whose numbers are no longer finite."""
+    return TrainingError(
+        f"{problem}; the last good checkpoint was kept",
+        f"go on from it with a smaller step: torchmae pretrain --resume {shlex.quote(str(folder.path))} --optim.lr LR "
+        "(or --optim.clip_grad 1, or --precision fp32)",
+    )
 
 
 class Window:
@@ -332,21 +363,20 @@ def close_window(
     optimizers: Sequence[Optimizer],
     tracker: Tracker,
     display: Display,
+    folder: RunFolder,
 ) -> None:
-    """Waits for the device, checks the losses, logs the window's figures.
+    """Waits for the device, checks the losses, logs the window's figures; without a step in it, does nothing.
 
     Raises:
         TrainingError: a loss that is not finite, with the step it came from.
     """
+    if not window.losses:
+        return
     losses = torch.stack(window.losses).tolist()
     window.stop_clock()
     for i, loss in enumerate(losses):
         if not math.isfinite(loss):
-            step = state.step - len(losses) + i + 1
-            raise TrainingError(
-                f"the loss is {loss} at step {step}; the last good checkpoint was kept",
-                "resume with a lower --optim.lr, --optim.clip_grad 1, or --precision fp32",
-            )
+            raise diverged(f"the loss is {loss} at step {state.step - len(losses) + i + 1}", folder)
     state.seconds += window.seconds
     state.epoch_loss += sum(losses)
     speed = window.images / window.seconds
@@ -371,14 +401,22 @@ def close_window(
     window.clear()
 
 
-def check_weights(model: nn.Module, state: State) -> None:
-    """Raises TrainingError when a weight is not finite, so that no such checkpoint is ever written."""
-    norm = torch.nn.utils.get_total_norm([p.detach() for p in model.parameters()])
-    if not math.isfinite(norm.item()):
-        raise TrainingError(
-            f"the weights are not finite after step {state.step}; the last good checkpoint was kept",
-            "resume with a lower --optim.lr, --optim.clip_grad 1, or --precision fp32",
-        )
+def end_epoch(state: State, plan: Plan, tracker: Tracker, display: Display) -> None:
+    """Logs the mean loss of the epoch that has just ended."""
+    number = state.step // plan.steps_per_epoch
+    mean = state.epoch_loss / plan.steps_per_epoch
+    state.epoch_loss = 0.0
+    tracker.log("epoch", state.step, {"epoch": number, "loss": mean})
+    display.epoch(number, math.ceil(state.total_steps / plan.steps_per_epoch), mean)
+
+
+def evaluate(
+    evaluations: Sequence[Callable[[int], dict[str, float]]], state: State, plan: Plan, tracker: Tracker
+) -> None:
+    """Runs evaluations and logs their figures together; those that only draw pictures have none."""
+    figures = {name: value for run in evaluations for name, value in run(state.step).items()}
+    if figures:
+        tracker.log("val", state.step, {"epoch": state.step / plan.steps_per_epoch, **figures})
 
 
 def timed(batches: Iterator[Batch], window: Window) -> Iterator[Batch]:

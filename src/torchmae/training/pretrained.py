@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torchmae.data.decode import decode
 from torchmae.data.transforms import eval_box, normalise, resample, value_range
-from torchmae.errors import ConfigError
+from torchmae.errors import ConfigError, DataError
 from torchmae.nn.autoencoder import Autoencoder, Reconstruction
 from torchmae.random import Purpose, uniform
 from torchmae.training.saved_model import Description, load_model
@@ -43,14 +43,18 @@ class Pretrained:
 
         Raises:
             DataError: a file that cannot be read.
-            ConfigError: another number of channels or axes than the model's.
+            ConfigError: no image, or one of another type or number of channels or axes than the model takes.
         """
+        if not images:
+            raise ConfigError("no images were given", "give one or more files or arrays")
         return torch.cat([self._preprocess(image) for image in images])
 
     def _preprocess(self, image: str | Path | npt.NDArray[Any]) -> Tensor:
         size = self.description.input_size
         channels = self.description.arguments["in_chans"]
-        array = image if isinstance(image, np.ndarray) else decode(Path(image), channels)
+        array = image if isinstance(image, np.ndarray) else read_image(Path(image), channels)
+        if array.dtype.kind != "f" and array.dtype not in (np.uint8, np.uint16):
+            raise ConfigError(f"an image has type {array.dtype}", "give uint8, uint16 or floats from 0 to 1")
         if array.ndim != len(size) + 1 or array.shape[-1] != channels:
             raise ConfigError(
                 f"an image has shape {array.shape}", f"this model takes {len(size)} axes and {channels} channels, last"
@@ -84,9 +88,10 @@ class Pretrained:
             ratio: share that is hidden, in (0, 1); None: as trained.
             seed: another one gives other masks.
         """
-        strategy = strategy or self.description.mask["strategy"]
+        strategy = self.description.mask["strategy"] if strategy is None else strategy
+        ratio = self.description.mask["ratio"] if ratio is None else ratio
         noise = uniform(seed, 0, np.arange(count), Purpose.MASK, self.model.noise_count(strategy))
-        return self.model.draw_mask(strategy, torch.from_numpy(noise), ratio or self.description.mask["ratio"])
+        return self.model.draw_mask(strategy, torch.from_numpy(noise), ratio)
 
 
 def load(run: str | Path) -> Pretrained:
@@ -96,6 +101,14 @@ def load(run: str | Path) -> Pretrained:
         CheckpointError: nothing there that can be loaded.
     """
     return Pretrained(*load_model(Path(run)))
+
+
+def read_image(path: Path, channels: int | None) -> npt.NDArray[Any]:
+    """One image file as `decode` gives it; DataError where it cannot be read."""
+    try:
+        return decode(path, channels)
+    except DataError as error:
+        raise DataError(f"cannot read {error}", "give image files, such as PNG or JPEG") from error
 
 
 def denormalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -36,10 +36,10 @@ class Status:
     eta_s: float
 
     def line(self) -> str:
-        """The moment in one line."""
+        """The moment in one line, what matters most first: a narrow terminal cuts off its end."""
         return (
             f"epoch {self.epoch:.1f}/{self.epochs:.1f}  step {self.step}/{self.total}  loss {self.loss:.4f}  "
-            f"{self.images_per_s:,.0f} images/s  data wait {self.data_wait:.1%}  eta {clock(self.eta_s)}"
+            f"eta {clock(self.eta_s)}  {self.images_per_s:,.0f} images/s  data wait {self.data_wait:.1%}"
         )
 
 
@@ -59,12 +59,16 @@ class Display:
         self._mode = ("live" if self._console.is_terminal else "plain") if mode == "auto" else mode
         self._bar: Progress | None = None
         self._task: TaskID | None = None
-        self._last_line = 0.0
+        self._last_line = time.monotonic()
 
     def say(self, text: str) -> None:
         """A line that stays."""
         if self._mode not in ("none", "epochs"):
             self._console.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """A line that stays, whatever the mode."""
+        self._console.print(text, markup=False)
 
     def preparing(self, what: str, done: int, total: int) -> None:
         """Work before the first step, such as reading images: `done` of `total`."""
@@ -90,12 +94,15 @@ class Display:
             print(f"Epoch [{number}/{epochs}], Loss: {loss:.4f}", flush=True)
 
     def close(self) -> None:
-        """Takes the live bar away."""
+        """Ends the live bar; its last state stays."""
         self._stop()
 
     def _show(self, text: str, done: int, total: int) -> None:
         if self._bar is None:
-            self._bar = Progress(BarColumn(24), TextColumn("{task.description}"), console=self._console)
+            # Drawing takes time from training: twice a second is enough.
+            self._bar = Progress(
+                BarColumn(24), TextColumn("{task.description}"), console=self._console, refresh_per_second=2
+            )
             self._task = self._bar.add_task(text, total=total)
             self._bar.start()
         assert self._task is not None

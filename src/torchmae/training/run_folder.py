@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,15 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._is_new = False
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.reconstructions = path / "reconstructions"
         self.model_json = path / "model.json"
         self.weights = path / "model.safetensors"
+        self.summary = path / "summary.json"
+        self.environment = path / "environment.json"
         self.bad_files = path / "bad_files.txt"
 
     @classmethod
@@ -39,8 +43,10 @@ class RunFolder:
         """
         if (path / "config.yaml").exists():
             raise ConfigError(f"{path} holds a run already", f"resume it with --resume {path}, or choose another --out")
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and not (path.is_dir() and _is_empty(path)):
             raise ConfigError(f"{path} exists and is not an empty folder", "choose another --out")
+        folder = cls(path)
+        folder._is_new = not path.exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
             probe = path / ".writable"
@@ -48,7 +54,7 @@ class RunFolder:
             probe.unlink()
         except OSError as error:
             raise ConfigError(f"cannot write to {path}: {error.strerror}", "choose another --out") from error
-        return cls(path)
+        return folder
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -58,6 +64,12 @@ class RunFolder:
             raise CheckpointError(f"{path} {what}", "give the folder that `torchmae pretrain --out` made")
         return cls(path)
 
+    def discard(self) -> None:
+        """Removes the folder again if `create` made it and nothing was written to it."""
+        if self._is_new:
+            with suppress(OSError):  # not empty
+                self.path.rmdir()
+
     def write_text(self, name: str, text: str) -> None:
         """Writes a file of the run, whole or not at all."""
         replace_file(self.path / name, text.encode("utf-8"))
@@ -65,6 +77,22 @@ class RunFolder:
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """Writes a JSON file of the run, whole or not at all."""
         self.write_text(name, json.dumps(value, indent=2) + "\n")
+
+    def remove_results(self) -> None:
+        """Removes what an earlier part of the run, that was interrupted, took for its end: weights and summary.
+
+        Until it ends again, the newest checkpoint is what the run has.
+        """
+        for path in (self.weights, self.summary):
+            path.unlink(missing_ok=True)
+
+    def first_start(self) -> dict[str, Any]:
+        """When and by what command the run was started, of an environment.json that is there already."""
+        try:
+            values = json.loads(self.environment.read_text(encoding="utf-8"))
+            return {name: values[name] for name in ("command", "started")}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a last line that was cut short is left out."""
@@ -82,3 +110,8 @@ class RunFolder:
         """Drops the lines of steps after `step`, which a resumed run will write again."""
         kept = [record for record in self.read_metrics() if record.get("step", 0) <= step]
         self.write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a write that was cut short left behind."""
+    return all(item.name.startswith(".") for item in folder.iterdir())

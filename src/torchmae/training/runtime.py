@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import platform
+import shlex
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 import torchmae
+from torchmae.data.reading import num_cores
 from torchmae.errors import ConfigError
 
 
@@ -47,10 +49,10 @@ def open_runtime(device: str, precision: str, threads: int | None) -> Runtime:
         ConfigError: a device that is not there.
     """
     chosen = _device(device)
-    count = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or os.cpu_count()
-    torch.set_num_threads(count or 1)
+    count = threads or num_cores()
+    torch.set_num_threads(count)
     resolved = precision if precision != "auto" else ("bf16" if has_fast_bf16(chosen) else "fp32")
-    return Runtime(chosen, resolved, count or 1)
+    return Runtime(chosen, resolved, count)
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -58,29 +60,26 @@ def has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
-        flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # older ones lack it
         return bool(flags.get("amx_bf16") or flags.get("avx512_bf16"))
     return False
 
 
 def environment(runtime: Runtime) -> dict[str, str | int]:
-    """What a reader needs to repeat a figure: versions, machine, command."""
-    try:
-        vision = version("torchvision")
-    except PackageNotFoundError:
-        vision = "not installed"
+    """What a reader needs to repeat a figure: versions, machine, command, and when it was given (UTC)."""
     gpu = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else ""
     return {
         "torchmae": torchmae.__version__,
         "torch": torch.__version__,
-        "torchvision": vision,
+        "torchvision": version("torchvision"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": gpu or _processor(),
         "device": str(runtime.device),
         "threads": runtime.threads,
         "precision": runtime.precision,
-        "command": " ".join(["torchmae", *sys.argv[1:]]) if sys.argv and "torchmae" in sys.argv[0] else "Python API",
+        "command": _command(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
@@ -99,8 +98,17 @@ def _device(name: str) -> torch.device:
         "mps": int(torch.backends.mps.is_available()),
     }.get(device.type, 0)
     if (device.index or 0) >= there:
-        raise ConfigError(f"device is {name!r} but this machine has {there} of type {device.type}", "use --device auto")
+        raise ConfigError(
+            f"device is {name!r} but torch finds {there} {device.type} devices here", "use --device auto, or cpu"
+        )
     return device
+
+
+def _command() -> str:
+    """The command line, if it was ours."""
+    program = Path(sys.argv[0]) if sys.argv else Path()
+    ours = program.stem == "torchmae" or (program.name == "__main__.py" and program.parent.name == "torchmae")
+    return shlex.join(["torchmae", *sys.argv[1:]]) if ours else "Python API"
 
 
 def _processor() -> str:

@@ -93,6 +93,9 @@ def _read_description(path: Path) -> Description:
         for name in ("input_size", "patch_size"):
             if name in values["arguments"]:
                 values["arguments"][name] = tuple(values["arguments"][name])
+        for name in ("mean", "std", "classes"):
+            if values[name] is not None:
+                values[name] = tuple(values[name])
         return Description(**values)
     except OSError as error:
         raise CheckpointError(

@@ -1,0 +1,96 @@
+"""Does pre-training help when labels are few? One recipe from pre-trained and from random weights, several draws.
+
+    python benchmarks/finetune_few_labels.py --data PATH_OR_NAME --run RUN [--labels-per-class 100] [--seeds 3]
+
+Every seed draws its own labelled images, order and augmentation, the same for both; it trains on them alone and
+classifies the whole test split. "random, one rate" is the recipe from scratch without layer-wise decay, which was made
+for pre-trained weights. The margin is that of pre-trained weights over the better of the two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+
+from torchmae.config import DataConfig
+from torchmae.data.loader import open_data
+from torchmae.evaluation import finetune
+from torchmae.evaluation.finetune_config import FinetuneConfig
+from torchmae.evaluation.images import Normalisation
+from torchmae.training.runtime import open_runtime
+from torchmae.training.saved_model import load_model
+
+ROWS: dict[str, dict[str, Any]] = {
+    "pretrained": {"init": "pretrained"},
+    "random": {"init": "random"},
+    "random, one rate": {"init": "random", "layer_decay": 1.0},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--labels-per-class", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings such as epochs=50")
+    parser.add_argument("--threads", type=int)
+    args = parser.parse_args()
+    runtime = open_runtime("auto", "auto", args.threads)
+    model, description = load_model(args.run)
+    given = {name: json.loads(value) for name, value in (item.split("=") for item in args.set)}
+    size, channels = description.input_size, description.arguments["in_chans"]
+    normalisation = Normalisation(description.mean, description.std)
+    settings = finetune.data_settings(
+        DataConfig(source=args.data, val="test"), FinetuneConfig(**given), description.arguments, normalisation
+    )
+    data = open_data(settings, input_size=size, channels=channels, device=runtime.device)
+    if data.val is None:
+        raise SystemExit(f"{args.data} has no test split")
+    print(f"torch {torch.__version__}, {runtime.device}, {runtime.precision}, {runtime.threads} threads")
+    print(f"{platform.platform()}")
+    print(f"{FinetuneConfig(**given)}\n{FinetuneConfig(**given).for_input(size, channels)}\n")
+    print(f"{'weights':18} {'seed':>4} {'top-1':>6} {'loss':>6} {'train s':>8}", flush=True)
+    scores: dict[str, list[float]] = {}
+    for row in args.rows:
+        for seed in range(args.seeds):
+            with tempfile.TemporaryDirectory() as out:
+                figures = finetune.run(
+                    model,
+                    description.arguments,
+                    normalisation,
+                    data.train,
+                    data.val,
+                    config=FinetuneConfig(**{**given, **ROWS[row]}),
+                    runtime=runtime,
+                    out=Path(out),
+                    labels_per_class=args.labels_per_class,
+                    seed=seed,
+                )
+            scores.setdefault(row, []).append(figures["finetune"])
+            print(
+                f"{row:18} {seed:4} {figures['finetune']:6.2f} {figures['finetune_loss']:6.3f} "
+                f"{figures['finetune_seconds']:8.1f}",
+                flush=True,
+            )
+    print()
+    for row, values in scores.items():
+        deviation = stdev(values) if len(values) > 1 else float("nan")
+        print(f"{row:18} top-1 {mean(values):.2f} ± {deviation:.2f} over {len(values)} seeds")
+    others = [values for row, values in scores.items() if row != "pretrained"]
+    if others and "pretrained" in scores:
+        best = max(others, key=mean)
+        margins = [a - b for a, b in zip(scores["pretrained"], best, strict=True)]
+        print(f"margin {mean(margins):+.2f}, from {min(margins):+.2f} to {max(margins):+.2f}")
+
+
+if __name__ == "__main__":
+    main()

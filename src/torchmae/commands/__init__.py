@@ -1,0 +1,1 @@
+"""The commands beside `pretrain`, a module each; every one is imported only when it is asked for."""

@@ -1,0 +1,455 @@
+"""Anomaly detection: what does not look like the normal images that a model has seen.
+
+Two kinds of scores, each for images and for patches: how badly a patch is predicted from others around it, and how far
+the features lie from those of normal images. No anomaly is needed for either; labels only say how good they are.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from torchmae.data.decode import BadFiles
+from torchmae.data.layouts import open_splits
+from torchmae.data.loader import Batch
+from torchmae.data.reading import probe
+from torchmae.data.sources import Source, Subset
+from torchmae.errors import ConfigError, DataError
+from torchmae.evaluation.images import ImageSet, Normalisation, check_sizes, eval_loader, with_channels
+from torchmae.evaluation.options import DataOptions
+from torchmae.nn.autoencoder import Autoencoder
+from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.nn.masking import Mask
+from torchmae.random import Purpose, permutation, uniform
+from torchmae.training.checkpoint import replace_file
+from torchmae.training.pretrained import denormalise
+from torchmae.training.progress import Display
+from torchmae.training.runtime import Runtime
+
+GOOD = "good"
+"""The folder of normal images among others to test, as in MVTec AD (Bergmann et al. 2019)."""
+
+SCORES = ("reconstruction", "reconstruction_max", "knn", "patch_knn")
+MAX_MASKS = 16
+MAX_TOKENS = 20000
+NEIGHBOURS = 5
+PICTURED = 16
+
+_MODE = {1: "linear", 2: "bilinear", 3: "trilinear"}
+_MAX_VALUES = 2**24  # cosines that are held at a time: 64 MB
+_PANEL = 96
+_GAP = 4
+_HEADER = 16
+_COLOURS = "inferno"
+
+
+class Detection(NamedTuple):
+    """How unusual test images are, on the CPU; larger is more unusual.
+
+    Attributes:
+        scores: (N,) float32 by name:
+            reconstruction: mean squared error of an image's patches, each predicted from others;
+            reconstruction_max: that of its worst patch;
+            knn: mean cosine distance of its mean feature to the nearest ones of normal images;
+            patch_knn: distance of its oddest patch to the nearest patch of normal images.
+        maps: (N, L) float32 by name, "reconstruction" and "patch_knn": the same for each patch.
+        anomalous: (N,) bool, the truth.
+    """
+
+    scores: dict[str, Tensor]
+    maps: dict[str, Tensor]
+    anomalous: Tensor
+
+
+def run(
+    model: Autoencoder,
+    normal: ImageSet,
+    test: ImageSet,
+    *,
+    runtime: Runtime,
+    ratio: float = 0.75,
+    rounds: int = 2,
+    seed: int = 0,
+    normalisation: Normalisation | None = None,
+    out: Path | None = None,
+    display: Display | None = None,
+) -> dict[str, float]:
+    """How well a model tells anomalous test images from normal ones.
+
+    Args:
+        model: the pre-trained model.
+        normal: normal images, which need no labels.
+        test: images labelled 0 for normal and 1 for anomalous, as `open_anomaly_data` gives them.
+        runtime: where to compute.
+        ratio: share of the patches that is hidden at a time, in (0, 1); that of training is the one to take.
+        rounds: how many times every image is cut into groups of patches anew; more are steadier.
+        seed: of the masks, and of the normal patches that are kept.
+        normalisation: of the images; needed for `out`.
+        out: a folder for anomaly_scores.csv and, of 2-D images, anomaly.png: the most unusual images with maps of
+            what is unusual in them. None: nothing is written.
+        display: shows progress.
+
+    Returns:
+        anomaly_NAME, the area under the ROC curve in [0, 1], for each name in `SCORES`: how likely an anomalous image
+        gets a higher score than a normal one; 0.5 is chance.
+
+    Raises:
+        ConfigError: a model without patches.
+        DataError: test images of one kind only.
+        CheckpointError: `out` cannot be written.
+    """
+    detection = detect(model, normal, test, runtime=runtime, ratio=ratio, rounds=rounds, seed=seed, display=display)
+    figures = {name: auroc(values, detection.anomalous) for name, values in detection.scores.items()}
+    if out is not None:
+        assert normalisation is not None
+        out.mkdir(parents=True, exist_ok=True)
+        write_scores(out / "anomaly_scores.csv", test.source, detection)
+        best = max(figures, key=lambda name: figures[name])
+        shown = detection.scores[best].argsort(descending=True, stable=True)[:PICTURED]
+        images = torch.cat([batch.images.cpu() for batch in test.batches(shown.numpy())])
+        if images.ndim == 4:
+            pixels = denormalise(images, normalisation.mean, normalisation.std)
+            assert isinstance(model, MaskedAutoencoder)
+            picture = heat_map_grid(pixels, detection, shown, model.encoder.grid)
+            buffer = io.BytesIO()
+            picture.save(buffer, "PNG")
+            replace_file(out / "anomaly.png", buffer.getvalue())
+    return {f"anomaly_{name}": value for name, value in figures.items()}
+
+
+@torch.no_grad()
+def detect(
+    model: Autoencoder,
+    normal: ImageSet,
+    test: ImageSet,
+    *,
+    runtime: Runtime,
+    ratio: float = 0.75,
+    rounds: int = 2,
+    seed: int = 0,
+    display: Display | None = None,
+) -> Detection:
+    """Scores of all test images; arguments and errors as for `run`."""
+    if not isinstance(model, MaskedAutoencoder):
+        raise ConfigError("the mlp model has no patches to find anomalies by", "use a vit model")
+    display = display or Display("none")
+    model.eval()
+    means, tokens = normal_features(model, normal, runtime, seed, display)
+    scores: dict[str, list[Tensor]] = {name: [] for name in SCORES}
+    maps: dict[str, list[Tensor]] = {"reconstruction": [], "patch_knn": []}
+    labels = []
+    for batch in counted(test, "test images", display):
+        with runtime.autocast():
+            features = model.encode(batch.images, "tokens").float()
+        noise = [uniform(seed, i, batch.indices, Purpose.MASK, model.noise_count("random")) for i in range(rounds)]
+        errors = torch.stack(
+            [patch_errors(model, batch.images, torch.from_numpy(u).to(runtime.device), ratio, runtime) for u in noise]
+        ).mean(0)
+        distances = tokens.distance(features.flatten(0, 1), 1).view(errors.shape)
+        values = (errors.mean(1), errors.amax(1), means.distance(features.mean(1), NEIGHBOURS), distances.amax(1))
+        for name, value in zip(SCORES, values, strict=True):
+            scores[name].append(value.cpu())
+        maps["reconstruction"].append(errors.cpu())
+        maps["patch_knn"].append(distances.cpu())
+        labels.append(batch.labels.cpu())
+    return Detection(
+        {name: torch.cat(values) for name, values in scores.items()},
+        {name: torch.cat(values) for name, values in maps.items()},
+        torch.cat(labels) == 1,
+    )
+
+
+def mask_groups(length: int, ratio: float) -> tuple[int, int]:
+    """Into how many equal groups patches are cut, and how many of these are hidden at a time.
+
+    Of the divisors of `length` up to `MAX_MASKS`, the one whose share comes nearest to `ratio`, the smallest of
+    equals; a length without any (a prime, say) is cut by its smallest.
+
+    Args:
+        length: patches, at least 2.
+        ratio: share to hide, in (0, 1).
+    """
+    divisors = [d for d in range(2, length + 1) if length % d == 0]
+    choices = [(d, min(max(round(d * ratio), 1), d - 1)) for d in divisors if d <= MAX_MASKS or d == divisors[0]]
+    return min(choices, key=lambda choice: abs(choice[1] / choice[0] - ratio))
+
+
+def covering_masks(noise: Tensor, ratio: float) -> list[Mask]:
+    """Masks that together hide every patch exactly equally often.
+
+    The patches of each image are dealt into equal groups at random; each mask hides a run of these groups in a ring,
+    beginning with another one.
+
+    Args:
+        noise: (B, L) uniform random numbers.
+        ratio: share to hide, in (0, 1); the nearest that equal groups allow is taken (`mask_groups`).
+    """
+    count, hidden = mask_groups(noise.shape[1], ratio)
+    groups = noise.argsort(dim=1, stable=True).view(len(noise), count, -1)
+    rings = [groups.roll(-first, dims=1) for first in range(count)]
+    return [Mask(ring[:, hidden:].flatten(1), ring[:, :hidden].flatten(1)) for ring in rings]
+
+
+def patch_errors(model: MaskedAutoencoder, images: Tensor, noise: Tensor, ratio: float, runtime: Runtime) -> Tensor:
+    """How badly each patch is predicted: (B, L) mean squared error over all masks that hide it.
+
+    Errors are in the space of the model's target; where that is patches normalised by their own statistics, a patch
+    of the wrong brightness is no anomaly.
+
+    Args:
+        model: in eval mode.
+        images: (B, C, *size).
+        noise: (B, L) uniform random numbers.
+        ratio: as for `covering_masks`.
+        runtime: where to compute.
+    """
+    masks = covering_masks(noise, ratio)
+    total = torch.zeros(noise.shape, device=images.device)
+    for mask in masks:
+        with runtime.autocast():
+            output = model(images, mask)
+        error = (model.hidden_predictions(output) - model.hidden_values(images, mask)).square().mean(-1)
+        total.scatter_add_(1, mask.ids_masked, error)
+    times = len(masks) * masks[0].ids_masked.shape[1] // noise.shape[1]
+    return total / times
+
+
+class Memory:
+    """Features of normal images, to measure the distance to.
+
+    Args:
+        features: (N, D).
+    """
+
+    def __init__(self, features: Tensor) -> None:
+        self._mean = features.mean(0)
+        self._directions = F.normalize(features - self._mean, dim=1)
+
+    def distance(self, queries: Tensor, k: int) -> Tensor:
+        """Mean cosine distance, 0 to 2, to the k nearest; features are centred on the mean of the normal ones.
+
+        Args:
+            queries: (M, D).
+            k: neighbours; all N when there are fewer.
+
+        Returns:
+            (M,).
+        """
+        block = max(1, _MAX_VALUES // len(self._directions))
+        found = [
+            (F.normalize(part - self._mean, dim=1) @ self._directions.T).topk(min(k, len(self._directions)), dim=1)
+            for part in torch.split(queries, block)
+        ]
+        return 1 - torch.cat([item.values for item in found]).mean(1)
+
+
+def normal_features(
+    model: MaskedAutoencoder, normal: ImageSet, runtime: Runtime, seed: int, display: Display
+) -> tuple[Memory, Memory]:
+    """The mean features of all normal images, and `MAX_TOKENS` of their patch features, evenly from all images."""
+    per_image = min(max(-(-MAX_TOKENS // len(normal)), 1), model.encoder.num_patches)
+    means, tokens = [], []
+    for batch in counted(normal, "normal images", display):
+        with runtime.autocast():
+            features = model.encode(batch.images, "tokens").float()
+        order = uniform(seed, 0, batch.indices, Purpose.SUBSET, features.shape[1]).argsort(axis=1)[:, :per_image]
+        chosen = torch.from_numpy(order).to(features.device).unsqueeze(-1).expand(-1, -1, features.shape[2])
+        means.append(features.mean(1))
+        tokens.append(features.gather(1, chosen).flatten(0, 1))
+    kept = torch.cat(tokens)
+    subset = permutation(seed, 1, len(kept), Purpose.SUBSET)[:MAX_TOKENS]
+    return Memory(torch.cat(means)), Memory(kept[torch.from_numpy(subset).to(kept.device)])
+
+
+def counted(images: ImageSet, what: str, display: Display) -> Iterator[Batch]:
+    """The batches of all images; the display is told how far they are."""
+    done = 0
+    for batch in images.batches():
+        yield batch
+        done += len(batch.indices)
+        display.preparing(what, done, len(images))
+
+
+def auroc(scores: Tensor, anomalous: Tensor) -> float:
+    """Area under the ROC curve, in [0, 1]; DataError when the images are all normal or all anomalous."""
+    if bool(anomalous.all()) or not bool(anomalous.any()):
+        kind = "anomalous" if bool(anomalous.any()) else "normal"
+        raise DataError(f"all {len(anomalous)} test images are {kind}", "give normal and anomalous ones")
+    return float(roc_auc_score(anomalous.numpy(), scores.numpy()))
+
+
+# Data.
+
+
+def open_anomaly_data(
+    normal: str,
+    test: str,
+    normal_classes: Sequence[str] | None = None,
+    *,
+    options: DataOptions,
+    input_size: tuple[int, ...],
+    channels: int,
+    normalisation: Normalisation,
+    device: torch.device,
+    batch_size: int = 250,
+) -> tuple[ImageSet, ImageSet]:
+    """The normal images, and those to test, labelled 0 for normal and 1 for anomalous.
+
+    Args:
+        normal: what `torchmae pretrain --data` takes; its training split.
+        test: likewise; its test split, else val, else all of it. A class (sub-folder) is normal when it is named
+            "good", or as a class of `normal`, or as a folder that images of `normal` lie in; any other is anomalous.
+        normal_classes: take only these classes of `normal`; then these alone are the normal ones of `test`.
+        options: how images are read.
+        input_size: pixels along each axis of the model's input.
+        channels: that the model takes.
+        normalisation: that it was trained with.
+        device: where batches go.
+        batch_size: images in a batch.
+
+    Raises:
+        ConfigError: images that do not fit the model, a class that does not exist, or the same images twice.
+        DataError: data that is missing, without classes, or without normal or without anomalous images.
+    """
+    sources = open_splits(normal, options.root, spatial_dims=len(input_size))
+    tests = open_splits(test, options.root, spatial_dims=len(input_size))
+    split = next(name for name in ("test", "val", "train") if name in tests)
+    if test == normal and split == "train":
+        raise ConfigError(f"{test} has no test split, and its images are the normal ones", "give others to test")
+    known = sources["train"] if normal_classes is None else only_classes(sources["train"], normal_classes)
+    names = {GOOD} | folder_names(known) if normal_classes is None else set(normal_classes)
+    pair = []
+    for source in (known, mark_anomalous(tests[split], names)):
+        fitting = with_channels(source, channels)
+        check_sizes(probe(fitting), fitting, input_size)
+        loader = eval_loader(
+            fitting,
+            None,
+            input_size=input_size,
+            normalisation=normalisation,
+            device=device,
+            data=options,
+            bad=BadFiles(len(fitting), options.max_bad),
+        )
+        pair.append(ImageSet(fitting, loader, batch_size))
+    return pair[0], pair[1]
+
+
+def only_classes(source: Source, names: Sequence[str]) -> Source:
+    """The images of some classes; ConfigError for a name that is not one."""
+    known = source.classes or ()
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"no class of {source.name(0)} is called {name!r}", f"choose from {', '.join(known) or '(none)'}"
+            )
+    assert source.labels is not None
+    wanted = [known.index(name) for name in names]
+    return Subset(source, np.flatnonzero(np.isin(source.labels, wanted)))
+
+
+def folder_names(source: Source) -> set[str]:
+    """The classes of images; without any, the folders that they lie in."""
+    if source.classes is not None:
+        return set(source.classes)
+    return {Path(source.name(i)).parent.name for i in range(len(source))}
+
+
+def mark_anomalous(source: Source, normal: set[str]) -> Source:
+    """The images labelled 0 where the name of their class is in `normal`, else 1.
+
+    Raises:
+        DataError: no classes, or none that is normal, or none that is not.
+    """
+    if source.classes is None or source.labels is None:
+        raise DataError(
+            f"the test images have no classes ({source.name(0)})",
+            f"put normal ones in a folder named {GOOD}, and each kind of anomaly in one beside it",
+        )
+    is_normal = np.array([name in normal for name in source.classes])
+    labelled = np.flatnonzero(source.labels >= 0)
+    marks = np.where(is_normal[source.labels], 0, 1)
+    if len(np.unique(marks[labelled])) < 2:
+        found = "normal" if is_normal.any() else "anomalous"
+        raise DataError(
+            f"the test images are all {found}: their classes are {', '.join(source.classes)}",
+            f"normal is what is named {', '.join(sorted(normal))}; give both kinds",
+        )
+    marked = Subset(source, np.arange(len(source)), marks, ("normal", "anomalous"))
+    return Subset(marked, labelled)
+
+
+# Files.
+
+
+def write_scores(path: Path, source: Source, detection: Detection) -> None:
+    """A table of all test images: path, anomalous (0 or 1), and each score; CheckpointError if it cannot be written."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["path", "anomalous", *detection.scores])
+    columns = torch.stack(list(detection.scores.values()), dim=1).tolist()
+    for i, (values, anomalous) in enumerate(zip(columns, detection.anomalous.tolist(), strict=True)):
+        table.writerow([source.name(i), int(anomalous), *(f"{value:.6g}" for value in values)])
+    replace_file(path, text.getvalue().encode("utf-8"))
+
+
+def upsample(maps: Tensor, grid: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
+    """Values of patches as values of pixels, smoothly: (N, L) to (N, *size)."""
+    assert maps.shape[1] == prod(grid)
+    return F.interpolate(maps.view(len(maps), 1, *grid), size=size, mode=_MODE[len(size)], align_corners=False)[:, 0]
+
+
+def heat_map_grid(pixels: Tensor, detection: Detection, shown: Tensor, grid: tuple[int, ...]) -> Image.Image:
+    """Images beside maps of what is unusual in them: two in a row, each as image | reconstruction | patch_knn.
+
+    A colour means the same in all maps of one kind: black is the 1st percentile of all test images, yellow the 99.9th.
+
+    Args:
+        pixels: (M, C, H, W) in [0, 1]; one channel is drawn grey, of more than three the first three.
+        detection: its maps.
+        shown: (M,) which test images these are.
+        grid: patches along each axis.
+    """
+    size = (pixels.shape[2], pixels.shape[3])
+    pictures = pixels[:, :3] if pixels.shape[1] >= 3 else pixels.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    columns = {"image": pictures.movedim(1, -1).numpy()}
+    palette = matplotlib.colormaps[_COLOURS]
+    for name, maps in detection.maps.items():
+        low, high = np.percentile(maps.numpy(), [1, 99.9])
+        values = (upsample(maps[shown], grid, size).numpy() - low) / max(high - low, 1e-12)
+        columns[name] = palette(values.clip(0, 1))[..., :3].astype(np.float32)
+    return _lay_out(columns, ["anomalous" if flag else "normal" for flag in detection.anomalous[shown].tolist()])
+
+
+def _lay_out(
+    columns: Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]], truth: Sequence[str]
+) -> Image.Image:
+    """Panels of equal height, two images in a row, under a line that says what they are."""
+    first = next(iter(columns.values()))
+    height = max(_PANEL, first.shape[1])
+    width = round(first.shape[2] * height / first.shape[1])
+    step, rise = len(columns) * (width + _GAP) + 4 * _GAP, height + _HEADER + _GAP
+    canvas = Image.new("RGB", (2 * step, -(-len(truth) // 2) * rise), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, word in enumerate(truth):
+        top, left = i // 2 * rise, i % 2 * step
+        for j, (name, panels) in enumerate(columns.items()):
+            place = left + j * (width + _GAP)
+            panel = Image.fromarray((panels[i] * 255).round().astype(np.uint8)).resize(
+                (width, height), Image.Resampling.NEAREST
+            )
+            canvas.paste(panel, (place, top + _HEADER))
+            draw.text((place, top + 2), word if j == 0 else name, fill="black")
+    return canvas

@@ -1,0 +1,248 @@
+"""Attentive probing: a learned query gathers an image's frozen patch tokens by attention, a linear layer classifies.
+
+Patch tokens of masked autoencoders hold more than their mean shows; this reads it out without changing the encoder
+(Chen et al. 2022, "Context Autoencoder", arXiv 2202.03026, section 4.1, there with a full cross-attention layer).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchmae.data.reading import Progress
+from torchmae.evaluation.images import ImageSet
+from torchmae.evaluation.options import AttentiveOptions
+from torchmae.evaluation.scores import rank, score
+from torchmae.evaluation.subject import Subject
+from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.random import Purpose, permutation
+from torchmae.training.runtime import Runtime
+
+_GIB = 2**30
+_STATISTICS_IMAGES = 500
+_WARMUP = 0.1
+_EPOCHS = 30
+_STEPS = 2000
+
+
+class AttentiveProbe(nn.Module):
+    """Standardised tokens, one learned query with multi-head attention to them, layer norm, linear.
+
+    Args:
+        mean: (D,) of the tokens.
+        std: (D,) of the tokens, above 0.
+        num_heads: divides D.
+        num_classes: C.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Tensor, std: Tensor, num_heads: int, num_classes: int) -> None:
+        super().__init__()
+        dim = len(mean)
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+        self.query = nn.Parameter(torch.empty(num_heads, dim // num_heads).normal_())
+        self.key = nn.Parameter(torch.empty(num_heads, dim // num_heads, dim).normal_(std=dim**-0.5))
+        self.value = nn.Parameter(torch.empty(num_heads, dim // num_heads, dim).normal_(std=dim**-0.5))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, num_classes)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, L, D) to (B, C) logits."""
+        tokens = (tokens - self.mean) / self.std
+        # A single query allows the products to be taken in another order, with the same result: the query meets the
+        # key matrix once instead of every token's key, and tokens are averaged before they meet the value matrix.
+        # That leaves two products with `num_heads` columns where there were two with D.
+        directions = torch.einsum("hk,hkd->hd", self.query, self.key) * self.query.shape[1] ** -0.5
+        weights = F.linear(tokens, directions).softmax(1)  # (B, L, heads)
+        gathered = weights.transpose(1, 2) @ tokens  # (B, heads, D)
+        pooled = torch.einsum("bhd,hkd->bhk", gathered, self.value).flatten(1)
+        return self.head(self.norm(pooled))
+
+
+class Tokens(Protocol):
+    """Patch tokens of labelled images."""
+
+    def batches(self, indices: npt.NDArray[np.int64], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(B, L, D) tokens and (B,) labels of the images named, `size` at a time."""
+
+
+class HeldTokens:
+    """Tokens in memory, in half precision.
+
+    Args:
+        tokens: (N, L, D) float16.
+        labels: (N,).
+        device: where batches go.
+    """
+
+    def __init__(self, tokens: Tensor, labels: Tensor, device: torch.device) -> None:
+        self._tokens = tokens
+        self._labels = labels
+        self._device = device
+
+    def batches(self, indices: npt.NDArray[np.int64], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `Tokens.batches`."""
+        for rows in torch.split(torch.from_numpy(indices), size):
+            yield self._tokens[rows].to(self._device).float(), self._labels[rows].to(self._device)
+
+
+class EncodedTokens:
+    """Tokens that are computed each time they are asked for.
+
+    Args:
+        subject: what encodes.
+        images: the images.
+        runtime: where to compute.
+    """
+
+    def __init__(self, subject: Subject, images: ImageSet, runtime: Runtime) -> None:
+        self._subject = subject
+        self._images = images
+        self._runtime = runtime
+
+    def batches(self, indices: npt.NDArray[np.int64], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `Tokens.batches`, rounded to half precision too, so that both ways give the same figures."""
+        for batch in self._images.batches(indices, size):
+            with self._runtime.autocast():
+                tokens = self._subject.encode(batch.images, "tokens")
+            yield tokens.half().float(), batch.labels
+
+
+def token_gib(subject: Subject, count: int) -> float:
+    """GiB that the tokens of `count` images fill in half precision."""
+    assert isinstance(subject.model, MaskedAutoencoder)
+    encoder = subject.model.encoder
+    return 2.0 * count * encoder.num_patches * encoder.embed_dim / _GIB
+
+
+def open_tokens(subject: Subject, images: ImageSet, runtime: Runtime, memory_limit: float) -> Tokens:
+    """The tokens of all images, in memory where they take no more than `memory_limit` GiB."""
+    encoded = EncodedTokens(subject, images, runtime)
+    if token_gib(subject, len(images)) > memory_limit:
+        return encoded
+    parts = [
+        (tokens.half().cpu(), labels.cpu())
+        for tokens, labels in encoded.batches(np.arange(len(images)), images.batch_size)
+    ]
+    tokens, labels = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+    return HeldTokens(tokens, labels, runtime.device)
+
+
+def run(
+    subject: Subject,
+    train: ImageSet,
+    test: ImageSet,
+    *,
+    num_classes: int,
+    runtime: Runtime,
+    options: AttentiveOptions | None = None,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Accuracy in percent: attentive, attentive_top5, attentive_low, attentive_high.
+
+    Args:
+        subject: a model with patch tokens.
+        train: labelled images to learn from.
+        test: labelled images to classify.
+        num_classes: how many classes there are.
+        runtime: where to compute.
+        options: how to train; None: the defaults.
+        seed: of the weights and the order.
+    """
+    ranking, labels = classify(subject, train, test, num_classes, runtime=runtime, options=options, seed=seed)
+    return score(ranking, labels, num_classes).figures("attentive")
+
+
+def classify(
+    subject: Subject,
+    train: ImageSet,
+    test: ImageSet,
+    num_classes: int,
+    *,
+    runtime: Runtime,
+    options: AttentiveOptions | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Guesses and labels of the test images.
+
+    Arguments as for `run`, and `progress`, which is told how far training is.
+
+    Returns:
+        (M, at most 5) classes, the likeliest first, and (M,) labels.
+    """
+    options = options or AttentiveOptions()
+    tokens = open_tokens(subject, train, runtime, options.memory_limit)
+    mean, std = _statistics(tokens, len(train), train.batch_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        probe = AttentiveProbe(mean.cpu(), std.cpu(), _num_heads(len(mean)), num_classes)
+    probe.to(runtime.device)
+    epochs = options.epochs or max(_EPOCHS, -(-_STEPS // -(-len(train) // options.batch_size)))
+    for epoch in _train(probe, tokens, len(train), epochs, options, seed):
+        if progress is not None:
+            progress(f"attentive probe, {subject.name}, epochs", epoch, epochs)
+    rankings, labels = [], []
+    with torch.no_grad():
+        encoded = EncodedTokens(subject, test, runtime)
+        for block, wanted in encoded.batches(np.arange(len(test)), test.batch_size):
+            rankings.append(rank(probe(block)))
+            labels.append(wanted)
+    return torch.cat(rankings), torch.cat(labels)
+
+
+def _num_heads(dim: int) -> int:
+    """Heads of about 64 values, as in the vision transformers of the paper."""
+    return next(heads for heads in range(max(1, dim // 64), 0, -1) if dim % heads == 0)
+
+
+def _statistics(tokens: Tokens, count: int, size: int) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each of the D values, over the tokens of a sample of images."""
+    sample = np.sort(permutation(0, 0, count, Purpose.SUBSET)[:_STATISTICS_IMAGES])
+    blocks = [block.flatten(0, 1) for block, _ in tokens.batches(sample, size)]
+    total = sum(len(block) for block in blocks)
+    mean = torch.stack([block.mean(0) * (len(block) / total) for block in blocks]).sum(0)
+    variance = torch.stack([(block - mean).square().mean(0) * (len(block) / total) for block in blocks]).sum(0)
+    return mean, torch.where(variance > 1e-12, variance, torch.ones_like(variance)).sqrt()
+
+
+def _train(
+    probe: AttentiveProbe, tokens: Tokens, count: int, epochs: int, options: AttentiveOptions, seed: int
+) -> Iterator[int]:
+    """Trains, and says after each epoch how many are done."""
+    decayed = [parameter for parameter in probe.parameters() if parameter.ndim > 1]
+    plain = [parameter for parameter in probe.parameters() if parameter.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=options.lr)
+    steps = epochs * -(-count // options.batch_size)
+    step = 0
+    for epoch in range(epochs):
+        order = permutation(seed, epoch, count, Purpose.ORDER)
+        for block, labels in tokens.batches(order, options.batch_size):
+            for group in optimizer.param_groups:
+                group["lr"] = options.lr * _schedule(step / steps)
+            loss = F.cross_entropy(probe(block), labels)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            step += 1
+        yield epoch + 1
+
+
+def _schedule(progress: float) -> float:
+    """The share of the peak rate after this share of the steps."""
+    if progress < _WARMUP:
+        return progress / _WARMUP
+    return 0.5 * (1 + math.cos(math.pi * (progress - _WARMUP) / (1 - _WARMUP)))

@@ -1,0 +1,228 @@
+"""What a model's features look like: colours for patches, attention, neighbours, and a map of a data set.
+
+Numbers in, numbers out; `report.feature_pictures` draws them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from importlib import import_module
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchmae.errors import ConfigError, one_of
+from torchmae.nn.autoencoder import Autoencoder
+from torchmae.nn.layers import Attention, Block
+from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.nn.patches import grid_size
+from torchmae.random import Purpose, permutation
+
+FloatArray = npt.NDArray[np.float32]
+
+# Queries compared at once.
+_BLOCK = 1024
+EMBEDDINGS = ("tsne", "pca", "umap")
+# Shares of the patches outside the range of colours, on either side, so that one odd patch does not grey the rest.
+_CLIPPED = 1.0
+# Shifts of an image that its places are averaged over; of a finer grid, a sample is as good.
+_SHIFTS = 16
+# What t-SNE and UMAP are given: noise in the hundreds of directions beyond only slows them down.
+_MAP_DIMS = 50
+
+
+def require_patches(model: Autoencoder) -> MaskedAutoencoder:
+    """The model as one that has patches; ConfigError for one that has none."""
+    if not isinstance(model, MaskedAutoencoder):
+        raise ConfigError("the mlp model has no patches to look at", "use a vit model")
+    return model
+
+
+def patch_colours(tokens: Tensor) -> FloatArray:
+    """Patch features as colours: their first three principal components (as Oquab et al. 2023, DINOv2, show them).
+
+    The components are those of all patches of all images together, so a colour means the same in every image. Each is
+    scaled to [0, 1] between its 1st and 99th percentile; of its two directions it takes the one in which its largest
+    weight is positive, so the same features always have the same colours.
+
+    Args:
+        tokens: (B, L, D) patch features; B * L is 2 or more.
+
+    Returns:
+        (B, L, 3) in [0, 1]. A component that does not exist, or on which all patches agree, is 0.5.
+    """
+    from sklearn.decomposition import PCA
+
+    batch, length, dim = tokens.shape
+    assert batch * length >= 2
+    rows = tokens.detach().double().cpu().reshape(-1, dim).numpy()
+    pca = PCA(min(3, *rows.shape), svd_solver="full")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # shares of a variance of zero, which are not used here
+        scores = pca.fit_transform(rows)
+    largest = np.abs(pca.components_).argmax(1)
+    scores *= np.where(pca.components_[np.arange(len(largest)), largest] < 0, -1.0, 1.0)
+    low, high = np.percentile(scores, [_CLIPPED, 100 - _CLIPPED], axis=0)
+    # A spread at the level of rounding errors is none.
+    spread = np.where(high - low > 1e-9 * max(float(np.abs(rows).max()), 1e-30), high - low, np.inf)
+    colours = np.full((len(rows), 3), 0.5, dtype=np.float32)
+    colours[:, : scores.shape[1]] = ((scores - (low + high) / 2) / spread + 0.5).clip(0, 1)
+    return colours.reshape(batch, length, 3)
+
+
+@torch.no_grad()
+def content_tokens(model: Autoencoder, images: Tensor) -> Tensor:
+    """Patch features without what depends on a patch's place alone.
+
+    Place is most of what a masked autoencoder's patch features differ in, and would drown what they say of the image.
+    At each place the mean over 16 cyclic shifts of the images is subtracted, by whole patches: the same content seen
+    everywhere. One image is enough for that.
+
+    Args:
+        model: in eval mode, on the images' device.
+        images: (B, C, *size) float, normalised as in training.
+
+    Returns:
+        (B, L, D).
+
+    Raises:
+        ConfigError: a model without patches.
+    """
+    vit = require_patches(model)
+    grid = grid_size(images.shape[2:], vit.patch_size)
+    axes = tuple(range(2, images.ndim))
+    places = permutation(0, 0, prod(grid), Purpose.SUBSET)[:_SHIFTS]
+    mean = torch.zeros((), device=images.device)
+    for place in places:
+        steps = [int(step) for step in np.unravel_index(place, grid)]
+        shift = [step * patch for step, patch in zip(steps, vit.patch_size, strict=True)]
+        mean = mean + vit.encode(images.roll(shift, axes), "tokens").float().mean(0) / len(places)
+    return vit.encode(images, "tokens").float() - mean
+
+
+@torch.no_grad()
+def class_attention(model: Autoencoder, images: Tensor) -> FloatArray:
+    """How much the class token attends to each patch in the encoder's last block.
+
+    Args:
+        model: in eval mode, on the images' device.
+        images: (B, C, *size) float, normalised as in training.
+
+    Returns:
+        (B, heads, L): the softmax weights of each head, which sum to 1 less what the token gives to itself.
+
+    Raises:
+        ConfigError: a model without patches or without a class token.
+    """
+    encoder = require_patches(model).encoder
+    if not encoder.num_prefix_tokens:
+        raise ConfigError(
+            "the model has no class token whose attention could be shown",
+            "look at --kind pca, or train with --model.class_token true",
+        )
+    block = encoder.blocks[-1]
+    assert isinstance(block, Block)
+    seen: list[Tensor] = []
+    # The fused attention never forms these weights, so they are worked out again from what it was given.
+    hook = block.attn.register_forward_pre_hook(lambda module, args: seen.append(attention_weights(module, *args)))
+    try:
+        encoder(images)
+    finally:
+        hook.remove()
+    weights: FloatArray = seen[0][:, :, 0, 1:].float().cpu().numpy()
+    return weights
+
+
+def attention_weights(attention: Attention, x: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D / heads)) of self-attention: (B, N, D) tokens to (B, heads, N, N), rows that sum to 1."""
+    batch, tokens, _ = x.shape
+    q, k, _ = attention.qkv(x).view(batch, tokens, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    weights: Tensor = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1)
+    return weights
+
+
+def nearest(features: Tensor, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The nearest neighbours of queries, as kNN classification sees them: by cosine, centred on the features' mean.
+
+    Queries are taken in blocks of 1024, so memory is bounded by 1024 * N.
+
+    Args:
+        features: (N, D).
+        queries: (M, D).
+        count: neighbours; all N when there are fewer.
+
+    Returns:
+        (M, count) int64 indices into `features`, nearest first, and their cosines.
+    """
+    mean = features.mean(0)
+    bank = F.normalize(features - mean, dim=1)
+    found = [
+        (F.normalize(block - mean, dim=1) @ bank.T).topk(min(count, len(bank)), dim=1)
+        for block in torch.split(queries, _BLOCK)
+    ]
+    return torch.cat([item.indices for item in found]), torch.cat([item.values for item in found])
+
+
+def embed_2d(features: Tensor, method: str = "tsne", seed: int = 0) -> FloatArray:
+    """Places images on a plane so that similar features lie close together.
+
+    Features are scaled to unit length after centring, as kNN compares them, and reduced to their first 50 principal
+    components. "pca" shows the first two of these; "tsne" (van der Maaten and Hinton 2008) and "umap" (McInnes et
+    al. 2018) keep neighbours together and give distances between groups no meaning.
+
+    Args:
+        features: (N, D) with N 3 or more.
+        method: "tsne", "pca" or "umap".
+        seed: of UMAP; t-SNE starts from the principal components.
+
+    Returns:
+        (N, 2).
+
+    Raises:
+        ConfigError: UMAP is not installed, or there are too few images.
+    """
+    from sklearn.decomposition import PCA
+
+    one_of("method", method, EMBEDDINGS)
+    count = len(features)
+    if count < 3:
+        raise ConfigError(f"a map of {count} images says nothing", "give 3 or more")
+    rows = F.normalize((features - features.mean(0)).double().cpu(), dim=1).numpy()
+    reduced = PCA(min(_MAP_DIMS, count - 1, rows.shape[1]), svd_solver="full").fit_transform(rows)
+    if method == "pca":
+        place = np.zeros((count, 2))
+        place[:, : reduced.shape[1]] = reduced[:, :2]
+    elif method == "umap":
+        place = _umap(reduced, seed)
+    else:
+        place = _tsne(reduced)
+    return place.astype(np.float32)
+
+
+def _tsne(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    from sklearn.manifold import TSNE
+
+    count, dims = rows.shape
+    # The first two components as a start, small, as Kobak and Berens 2019 advise; one feature alone is its own map.
+    start = np.zeros((count, 2))
+    start[:, : min(dims, 2)] = rows[:, :2]
+    start *= 1e-4 / max(float(start[:, 0].std()), 1e-12)
+    perplexity = min(30.0, (count - 1) / 3)
+    placed: npt.NDArray[np.float64] = TSNE(perplexity=perplexity, init=start, n_jobs=1).fit_transform(rows)
+    return placed
+
+
+def _umap(rows: npt.NDArray[np.float64], seed: int) -> npt.NDArray[np.float64]:
+    try:
+        umap = import_module("umap")
+    except ImportError as error:
+        raise ConfigError("method is 'umap', which is not installed", "pip install umap-learn, or use tsne") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a seed costs it its threads
+        mapper = umap.UMAP(n_neighbors=min(15, len(rows) - 1), random_state=seed)
+        placed: npt.NDArray[np.float64] = mapper.fit_transform(rows)
+    return placed

@@ -1,0 +1,122 @@
+"""The settings of a fine-tuning, and which of them suit which images. Light: nothing here imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torchmae.errors import one_of, within
+
+SMALL_SIDE = 64
+"""Images up to this many pixels along their longer side are small."""
+
+
+class InputSettings(NamedTuple):
+    """The settings that depend on the model's input; as in `FinetuneConfig`.
+
+    Attributes:
+        batch_size: images per optimiser step.
+        crop_scale: area of the random crop as a share of the image, from and to.
+        randaugment: strength, 0 to 10.
+        mixup: of its Beta distribution; 0: none.
+        cutmix: likewise.
+    """
+
+    batch_size: int
+    crop_scale: tuple[float, float]
+    randaugment: int
+    mixup: float
+    cutmix: float
+
+
+PAPER = InputSettings(batch_size=1024, crop_scale=(0.08, 1.0), randaugment=9, mixup=0.8, cutmix=1.0)
+# A crop of 8% of a small image shows nothing, and strong distortions leave as little.
+SMALL = InputSettings(batch_size=128, crop_scale=(0.6, 1.0), randaugment=3, mixup=0.8, cutmix=1.0)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How a classifier is trained end to end. The defaults are the paper's (table 9, ViT-B).
+
+    What is null depends on the input: the paper's value, or a milder one for images of up to 64 pixels (`for_input`).
+
+    Attributes:
+        init: "pretrained" weights, or "random" ones: the same network from scratch, for comparison.
+        epochs: passes over the labelled images.
+        batch_size: images per optimiser step (1024; small images 128); all there are, when there are fewer.
+        accumulate: parts that a batch is computed in, one after the other, to save memory.
+        base_lr: learning rate of the head for a batch of 256; the rate used is base_lr * batch_size / 256.
+        layer_decay: factor on the learning rate from each layer to the one below it; 1: the same for all.
+        betas: AdamW's moment decay rates.
+        weight_decay: not applied to biases, norms and the class token.
+        warmup: share of all steps over which the rate rises linearly from 0; after that it falls as a cosine.
+        min_lr: rate at the end, as a share of the peak.
+        drop_path: stochastic depth rate of the last block, rising linearly from 0.
+        label_smoothing: share of the target that is spread over all classes.
+        mixup: of the Beta distribution that images are blended by; 0: none (0.8).
+        cutmix: of the Beta distribution of the area that is taken from another image; 0: none (1). A batch gets
+            either mixup or cutmix.
+        randaugment: strength of RandAugment's two operations, 0 (none) to 10 (9; small images 3).
+        crop_scale: area of the random crop as a share of the image, from and to ([0.08, 1]; small images [0.6, 1]).
+        ema: decay of a moving average of the weights, which is then what is measured and saved; null: none.
+        evaluations: how many times the test images are classified, evenly spread, the last at the end.
+        checkpoint_minutes: minutes between two checkpoints.
+    """
+
+    init: str = "pretrained"
+    epochs: int = 100
+    batch_size: int | None = None
+    accumulate: int = 1
+    base_lr: float = 1e-3
+    layer_decay: float = 0.75
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.05
+    warmup: float = 0.05
+    min_lr: float = 0.0
+    drop_path: float = 0.1
+    label_smoothing: float = 0.1
+    mixup: float | None = None
+    cutmix: float | None = None
+    randaugment: int | None = None
+    crop_scale: tuple[float, float] | None = None
+    ema: float | None = None
+    evaluations: int = 1
+    checkpoint_minutes: float = 5.0
+
+    def __post_init__(self) -> None:
+        one_of("finetune.init", self.init, ("pretrained", "random"))
+        for name in ("epochs", "batch_size", "accumulate", "evaluations"):
+            within(f"finetune.{name}", getattr(self, name), 1, float("inf"))
+        for name in ("weight_decay", "mixup", "cutmix", "randaugment"):
+            within(f"finetune.{name}", getattr(self, name), 0, 10)
+        for name in ("drop_path", "label_smoothing", "ema", "betas"):
+            values = getattr(self, name)
+            for value in values if isinstance(values, tuple) else (values,):
+                within(f"finetune.{name}", value, 0, 1, open_high=True)
+        within("finetune.base_lr", self.base_lr, 0, 10, open_low=True)
+        within("finetune.layer_decay", self.layer_decay, 0, 1, open_low=True)
+        within("finetune.warmup", self.warmup, 0, 1)
+        within("finetune.min_lr", self.min_lr, 0, 1)
+        if self.crop_scale is not None:
+            within("finetune.crop_scale", self.crop_scale[0], 0, self.crop_scale[1], open_low=True)
+            within("finetune.crop_scale", self.crop_scale[1], 0, 1, open_low=True)
+        within("finetune.checkpoint_minutes", self.checkpoint_minutes, 0, float("inf"))
+
+    def for_input(self, input_size: Sequence[int], in_chans: int) -> InputSettings:
+        """What is null here, filled in for a model's input.
+
+        What torchvision has for pictures only is left out for other input: RandAugment unless it has 1 or 3 channels,
+        and mixup and cutmix too unless it has 2 spatial dimensions.
+
+        Args:
+            input_size: pixels along each axis.
+            in_chans: channels.
+        """
+        values = (SMALL if max(input_size) <= SMALL_SIDE else PAPER)._asdict()
+        if len(input_size) != 2:
+            values |= {"mixup": 0.0, "cutmix": 0.0}
+        if len(input_size) != 2 or in_chans not in (1, 3):
+            values["randaugment"] = 0
+        given = {name: getattr(self, name) for name in values}
+        return InputSettings(**values | {name: value for name, value in given.items() if value is not None})

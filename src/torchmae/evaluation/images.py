@@ -1,0 +1,282 @@
+"""The labelled images of an evaluation: those that probes learn from and those that they classify."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import numpy as np
+import torch
+
+from torchmae.config import DataConfig
+from torchmae.data.decode import BadFiles
+from torchmae.data.layouts import open_splits
+from torchmae.data.loader import Batch, ImageLoader
+from torchmae.data.memory import DoesNotFitError, Held, hold
+from torchmae.data.plan import Indices, hold_out
+from torchmae.data.reading import Probe, Progress, num_cores, probe, statistics
+from torchmae.data.sources import Source, Subset, relabel
+from torchmae.data.worker import View
+from torchmae.errors import ConfigError, DataError
+from torchmae.evaluation.options import DataOptions, EvaluateOptions
+from torchmae.random import Purpose, permutation
+
+HELD_OUT = "held-out"
+_MAX_WORKERS = 8
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """What the model was trained with.
+
+    Attributes:
+        mean: one for each channel, of values in [0, 1].
+        std: likewise.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class ImageSet:
+    """Images of one split, without augmentation; read into memory, if they fit, when they are first asked for.
+
+    Args:
+        source: the images.
+        data: how they are read.
+        batch_size: images in a batch.
+        input_size: pixels along each axis of the model's input.
+        normalisation: what the model was trained with.
+        device: where batches go.
+        bad: takes the images that cannot be read.
+        progress: told how far reading is.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        data: DataOptions,
+        batch_size: int,
+        input_size: tuple[int, ...],
+        normalisation: Normalisation,
+        device: torch.device,
+        bad: BadFiles,
+        progress: Progress | None = None,
+    ) -> None:
+        self.source = source
+        self.batch_size = batch_size
+        self._data = data
+        self._input_size = input_size
+        self._normalisation = normalisation
+        self._device = device
+        self._bad = bad
+        self._progress = progress
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @cached_property
+    def loader(self) -> ImageLoader:
+        """Batches of these images."""
+        augmentation = DataConfig()  # of no effect on eval_batches
+        num_workers = min(num_cores(), _MAX_WORKERS) if self._data.num_workers is None else self._data.num_workers
+        return ImageLoader(
+            self.source,
+            hold_if_it_fits(self.source, self._data.memory_limit * _GIB, self._bad, self._progress),
+            view=View(self._input_size, augmentation.crop_scale, augmentation.crop_ratio, augmentation.flip),
+            mean=self._normalisation.mean,
+            std=self._normalisation.std,
+            device=self._device,
+            num_workers=num_workers,
+            bad=self._bad,
+        )
+
+    def batches(self, indices: Indices | None = None, batch_size: int | None = None) -> Iterator[Batch]:
+        """All images in order, or those named."""
+        chosen = np.arange(len(self)) if indices is None else indices
+        return self.loader.eval_batches(chosen, self.batch_size if batch_size is None else batch_size)
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """An opened data set.
+
+    Attributes:
+        train: the images that probes learn from.
+        test: the images that they classify.
+        normalisation: of both.
+        channels: of every image.
+        classes: the name of each label.
+        notes: what a reader of the figures should know, a sentence each.
+        bad: the images that could not be read so far.
+    """
+
+    train: ImageSet
+    test: ImageSet
+    normalisation: Normalisation
+    channels: int
+    classes: tuple[str, ...]
+    notes: tuple[str, ...]
+    bad: BadFiles
+
+    def fingerprints(self) -> dict[str, str]:
+        """Digests that change when the images do."""
+        return {"train": self.train.source.fingerprint(), "test": self.test.source.fingerprint()}
+
+
+def open_evaluation_data(
+    options: EvaluateOptions,
+    *,
+    batch_size: int,
+    input_size: tuple[int, ...],
+    channels: int | None,
+    normalisation: Normalisation | None,
+    device: torch.device,
+    labelled: bool = True,
+    progress: Progress | None = None,
+) -> EvaluationData:
+    """Opens both sets of an evaluation.
+
+    Args:
+        options: `options.data.source` is not None.
+        batch_size: images in a batch.
+        input_size: pixels along each axis of the model's input; images of any other size are resampled to it.
+        channels: that the model takes; None: what the data has.
+        normalisation: None: measured on the training images.
+        device: where batches go.
+        labelled: take only images with a label, and insist on two classes.
+        progress: told how far reading and measuring are.
+
+    Raises:
+        ConfigError: options that do not fit the data, or data that does not fit the model.
+        DataError: data that is missing, empty, unreadable, or without the labels needed.
+    """
+    train, test = choose_sources(options, spatial_dims=len(input_size))
+    if labelled:
+        train, test = only_labelled(train, "training"), only_labelled(test, "test")
+    train, test = first_of_fixed_order(train, options.train_images), first_of_fixed_order(test, options.test_images)
+    classes = class_names(train, test)
+    if labelled:
+        check_classes(train, classes)
+    seen = probe(train)
+    notes = check_sizes(seen, train, input_size) or check_sizes(probe(test), test, input_size)
+    channels = seen.channels if channels is None else channels
+    train, test = with_channels(train, channels), with_channels(test, channels)
+    bad = BadFiles(len(train) + len(test), options.data.max_bad)
+    if normalisation is None:
+        normalisation = Normalisation(*statistics(train, progress=progress))
+    image_set = partial(
+        ImageSet,
+        data=options.data,
+        batch_size=batch_size,
+        input_size=input_size,
+        normalisation=normalisation,
+        device=device,
+        bad=bad,
+        progress=progress,
+    )
+    return EvaluationData(
+        train=image_set(train),
+        test=image_set(test),
+        normalisation=normalisation,
+        channels=channels,
+        classes=classes,
+        notes=notes,
+        bad=bad,
+    )
+
+
+def choose_sources(options: EvaluateOptions, spatial_dims: int) -> tuple[Source, Source]:
+    """Training and test images, as `EvaluateOptions.test_data` says."""
+    assert options.data.source is not None
+    splits = open_splits(options.data.source, options.data.root, spatial_dims=spatial_dims)
+    train = splits["train"]
+    name = options.test_data or next((name for name in ("test", "val") if name in splits), HELD_OUT)
+    if name == "train":
+        raise ConfigError("test_data is 'train'", "probes must be tested on other images: test, val or held-out")
+    if name == HELD_OUT:
+        kept, held_out = hold_out(len(train), options.data.val_size)
+        if not len(held_out):
+            raise DataError(f"{options.data.source} has too few images to hold some out", "give --test-data too")
+        return Subset(train, kept), Subset(train, held_out)
+    if name in splits:
+        return train, splits[name]
+    try:
+        others = open_splits(name, options.data.root, spatial_dims=spatial_dims)
+    except DataError as error:
+        known = ", ".join([*(split for split in splits if split != "train"), HELD_OUT, "or a path"])
+        raise ConfigError(f"test_data {name!r} cannot be used: {error.problem}", f"choose from {known}") from error
+    test = next(others[split] for split in ("test", "val", "train") if split in others)
+    return train, test if train.classes is None else relabel(test, train.classes)
+
+
+def only_labelled(source: Source, what: str) -> Source:
+    """The images that have a label; DataError when none has."""
+    known = np.flatnonzero(np.empty(0) if source.labels is None else source.labels >= 0)
+    if not len(known):
+        raise DataError(
+            f"the {what} images have no labels ({source.name(0)})",
+            "put each class into a folder of its own, or use --method reconstruction",
+        )
+    return source if len(known) == len(source) else Subset(source, known)
+
+
+def first_of_fixed_order(source: Source, count: int | None) -> Source:
+    """`count` images, the same ones each time, evenly mixed; all of them when there are no more."""
+    if count is None or count >= len(source):
+        return source
+    return Subset(source, np.sort(permutation(0, 0, len(source), Purpose.SUBSET)[:count]))
+
+
+def class_names(train: Source, test: Source) -> tuple[str, ...]:
+    """The name of each label; its number where it has none."""
+    if train.classes is not None:
+        return train.classes
+    labels = [item.labels for item in (train, test) if item.labels is not None and len(item.labels)]
+    return tuple(str(i) for i in range(max((int(item.max()) + 1 for item in labels), default=0)))
+
+
+def check_classes(train: Source, classes: tuple[str, ...]) -> None:
+    """DataError unless the training images are of two classes or more."""
+    assert train.labels is not None
+    present = np.unique(train.labels)
+    if len(present) < 2:
+        raise DataError(
+            f"all {len(train)} labelled training images are of one class, {classes[present[0]]!r}",
+            "give images of two classes or more",
+        )
+
+
+def check_sizes(seen: Probe, source: Source, input_size: tuple[int, ...]) -> tuple[str, ...]:
+    """A note where images have to be resampled; ConfigError where they have another number of axes."""
+    for size in seen.sizes:
+        if len(size) != len(input_size):
+            raise ConfigError(
+                f"{source.name(0)} has {len(size)} dimensions and the model takes {len(input_size)}",
+                "give images of the kind that the model was trained on",
+            )
+    if seen.sizes == {input_size}:
+        return ()
+    found = "x".join(map(str, next(iter(seen.sizes)))) if len(seen.sizes) == 1 else "several sizes"
+    return (f"images of {found} are cropped and resampled to the model's {'x'.join(map(str, input_size))}",)
+
+
+def with_channels(source: Source, channels: int) -> Source:
+    """The images with the model's number of channels; ConfigError where that cannot be."""
+    try:
+        return source.with_channels(channels)
+    except ConfigError as error:
+        raise ConfigError(error.problem, f"give images that have, or convert to, {channels} channels") from error
+
+
+def hold_if_it_fits(source: Source, limit: float, bad: BadFiles, progress: Progress | None) -> Held | None:
+    """The images in memory, if they take less than `limit` bytes and are of one size."""
+    if len(probe(source).sizes) > 1:
+        return None
+    try:
+        return hold(source, limit, bad, progress)
+    except DoesNotFitError:
+        return None

@@ -1,0 +1,221 @@
+"""Linear probing: a linear classifier on frozen features.
+
+Two protocols. `classify` fits a multinomial logistic regression to the optimum and chooses the strength of its
+penalty on a part of the training images: nothing to tune, the same figure each time. `classify_paper` is the paper's
+(He et al. 2021, table 10): batch norm without affine and a linear layer, trained by LARS.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchmae.evaluation.scores import Labelled, num_classes_of, rank, score
+from torchmae.random import Purpose, permutation
+
+SWEEP = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+FIXED_C = 0.1
+VALIDATION_SHARE = 0.2
+MAX_VALUES = 2**26
+"""Logits that are held at a time: 256 MB."""
+
+_MAX_ITERATIONS = 1000
+_GRADIENT_TOLERANCE = 1e-6
+
+# The paper's table 10.
+_EPOCHS = 90
+_WARMUP_EPOCHS = 10
+_BATCH = 16384
+_LR = 0.1 * _BATCH / 256
+_STEPS_PER_EPOCH = 78  # of that batch, on ImageNet
+_MIN_BATCH = 32
+_MOMENTUM = 0.9
+_TRUST = 1e-3  # You et al. 2017, arXiv 1708.03888
+
+
+class Linear(NamedTuple):
+    """A linear classifier.
+
+    Attributes:
+        weight: (C, D).
+        bias: (C,), minus infinity for a class that training never saw.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(N, D) to (N, C)."""
+        return F.linear(features, self.weight, self.bias)
+
+
+def run(train: Labelled, test: Labelled, *, protocol: str = "sweep", seed: int = 0) -> dict[str, float]:
+    """Accuracy in percent: linear, linear_top5, linear_low, linear_high.
+
+    Args:
+        train: what is learned from.
+        test: what is classified.
+        protocol: "sweep" or "paper".
+        seed: of the part of `train` that chooses, or of the weights and the order.
+    """
+    num_classes = num_classes_of(train, test)
+    method = classify_paper if protocol == "paper" else classify
+    return score(method(train, test, num_classes, seed=seed), test.labels, num_classes).figures("linear")
+
+
+def classify(train: Labelled, test: Labelled, num_classes: int, *, c: float | None = None, seed: int = 0) -> Tensor:
+    """Guesses of a logistic regression on standardised features: (M, at most 5) classes, the likeliest first.
+
+    Args:
+        train: what is learned from.
+        test: what is classified; it has no part in any choice.
+        num_classes: how many classes there are.
+        c: strength of the fit, scikit-learn's C; None: chosen by `choose_c`.
+        seed: of that choice.
+    """
+    c = choose_c(train, num_classes, seed=seed) if c is None else c
+    scaled, others = standardise(train.features, test.features)
+    return rank(fit(scaled, train.labels, num_classes, (c,))[0].logits(others))
+
+
+def choose_c(train: Labelled, num_classes: int, *, seed: int = 0, sweep: Sequence[float] = SWEEP) -> float:
+    """The C whose classifier, learned from four fifths of the images, is right most often on the others.
+
+    Of equals the smallest; `FIXED_C` where no class has two images.
+    """
+    is_val = torch.from_numpy(_every_fifth(train.labels, seed)).to(train.labels.device)
+    if not bool(is_val.any()):
+        return FIXED_C
+    labels, val_labels = train.labels[~is_val], train.labels[is_val]
+    features, val_features = standardise(train.features[~is_val], train.features[is_val])
+    classifiers = fit(features, labels, num_classes, sweep)
+    right = [(item.logits(val_features).argmax(1) == val_labels).sum().item() for item in classifiers]
+    return sweep[right.index(max(right))]
+
+
+def standardise(features: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """All tensors less the mean of the first, over its deviation; a column that never changes becomes zero there."""
+    mean, std = features.mean(0), features.std(0, correction=0)
+    std = torch.where(std > 1e-6 * mean.abs().clamp(min=1e-6), std, torch.ones_like(std))
+    return tuple((item - mean) / std for item in (features, *others))
+
+
+def fit(features: Tensor, labels: Tensor, num_classes: int, cs: Sequence[float]) -> list[Linear]:
+    """Multinomial logistic regressions, each fitted to its optimum by L-BFGS.
+
+    The objective is scikit-learn's: C times the summed cross-entropy plus half the squared weights, biases free (with
+    two classes one vector of weights stands for both, which halves their penalty).
+
+    Args:
+        features: (N, D) float32, standardised.
+        labels: (N,) int64.
+        num_classes: how many classes there are; those without an image are never predicted.
+        cs: values of C, rising: each fit starts from the one before it.
+    """
+    present, targets = torch.unique(labels, return_inverse=True)
+    weight = features.new_zeros(len(present), features.shape[1])
+    bias = features.new_zeros(len(present))
+    fitted = []
+    for c in cs:
+        penalty = (2 if len(present) == 2 else 1) / (c * len(features))
+        weight, bias = _minimise(features, targets, weight, bias, penalty)
+        full = Linear(features.new_zeros(num_classes, features.shape[1]), features.new_full((num_classes,), -torch.inf))
+        full.weight[present], full.bias[present] = weight, bias
+        fitted.append(full)
+    return fitted
+
+
+def _minimise(features: Tensor, targets: Tensor, weight: Tensor, bias: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
+    """The weights and biases with the least mean cross-entropy plus penalty / 2 times the squared weights."""
+    weight, bias = weight.clone(), bias.clone()
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=_MAX_ITERATIONS,
+        tolerance_grad=_GRADIENT_TOLERANCE,
+        tolerance_change=1e-10,
+        line_search_fn="strong_wolfe",
+    )
+    rows = max(1, MAX_VALUES // len(bias))  # a million images times a thousand classes would not fit
+
+    def closure() -> Tensor:
+        loss = 0.5 * penalty * weight.square().sum()
+        weight.grad, bias.grad = penalty * weight, torch.zeros_like(bias)
+        for block, wanted in zip(torch.split(features, rows), torch.split(targets, rows), strict=True):
+            log_probability = F.log_softmax(F.linear(block, weight, bias), dim=1)
+            loss = loss - log_probability.gather(1, wanted[:, None]).sum() / len(features)
+            error = log_probability.exp() / len(features)  # becomes the gradient with respect to the logits
+            error[torch.arange(len(block), device=block.device), wanted] -= 1 / len(features)
+            weight.grad += error.T @ block
+            bias.grad += error.sum(0)
+        return loss
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    return weight, bias
+
+
+def _every_fifth(labels: Tensor, seed: int) -> npt.NDArray[np.bool_]:
+    """(N,) whether an image is held out: a fifth of each class, at least one of a class with two."""
+    classes = labels.cpu().numpy()
+    order = permutation(seed, 0, len(classes), Purpose.HOLD_OUT)
+    held_out = np.zeros(len(classes), dtype=np.bool_)
+    for label in np.unique(classes):
+        members = order[classes[order] == label]
+        held_out[members[: max(round(VALIDATION_SHARE * len(members)), int(len(members) > 1))]] = True
+    return held_out
+
+
+def classify_paper(train: Labelled, test: Labelled, num_classes: int, *, seed: int = 0) -> Tensor:
+    """Guesses by the paper's protocol, on features without augmentation: (M, at most 5) classes.
+
+    90 epochs of LARS with momentum 0.9 and no weight decay; the rate is 0.1 x 16,384 / 256, with 10 epochs of warm-up
+    and a cosine. The paper's batch of 16,384 means 78 steps an epoch on ImageNet; smaller data takes the smaller batch
+    that gives as many, down to 32. The rate stays: the length of a LARS step does not depend on the gradient's.
+
+    Args:
+        train: what is learned from.
+        test: what is classified.
+        num_classes: how many classes there are.
+        seed: of the weights and the order.
+    """
+    count, device = len(train.labels), train.features.device
+    batch = min(count, max(_MIN_BATCH, min(_BATCH, count // _STEPS_PER_EPOCH)))
+    steps_per_epoch = -(-count // batch)
+    norm = nn.BatchNorm1d(train.features.shape[1], affine=False, eps=1e-6).to(device)
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.empty(num_classes, train.features.shape[1]).normal_(std=0.01, generator=generator).to(device)
+    classifier = Linear(weight, torch.zeros(num_classes, device=device))
+    momenta = [torch.zeros_like(item) for item in classifier]
+    for epoch in range(_EPOCHS):
+        order = torch.from_numpy(permutation(seed, epoch, count, Purpose.ORDER)).to(device)
+        for step, rows in enumerate(torch.split(order, batch)):
+            if len(rows) < 2:  # batch statistics need two
+                continue
+            x = norm(train.features[rows])
+            error = classifier.logits(x).softmax(1) - F.one_hot(train.labels[rows], num_classes)
+            lr = _LR * _schedule(epoch + step / steps_per_epoch)
+            _lars_step(classifier, (error.T @ x / len(rows), error.mean(0)), momenta, lr)
+    norm.eval()
+    return rank(torch.cat([classifier.logits(norm(block)) for block in torch.split(test.features, _BATCH)]))
+
+
+def _schedule(epoch: float) -> float:
+    """The share of the peak rate at a fractional epoch."""
+    if epoch < _WARMUP_EPOCHS:
+        return epoch / _WARMUP_EPOCHS
+    return 0.5 * (1 + math.cos(math.pi * (epoch - _WARMUP_EPOCHS) / (_EPOCHS - _WARMUP_EPOCHS)))
+
+
+def _lars_step(classifier: Linear, gradients: tuple[Tensor, Tensor], momenta: list[Tensor], lr: float) -> None:
+    """Momentum on gradients scaled to the size of what they change (You et al. 2017); biases take them as they are."""
+    for parameter, gradient, momentum in zip(classifier, gradients, momenta, strict=True):
+        if parameter.ndim > 1:
+            gradient = gradient * (_TRUST * parameter.norm() / gradient.norm().clamp(min=1e-12))
+        momentum.mul_(_MOMENTUM).add_(gradient)
+        parameter.sub_(lr * momentum)

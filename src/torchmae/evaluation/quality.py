@@ -1,0 +1,146 @@
+"""How well a model fills in what is hidden: PSNR and SSIM of whole pictures, explained variance of hidden pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchmae.errors import ConfigError, one_of
+from torchmae.evaluation.inpainting import interpolate
+from torchmae.evaluation.reconstruction import HoldOut
+from torchmae.evaluation.scores import Result
+from torchmae.nn.autoencoder import Autoencoder
+from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.nn.masking import STRATEGIES
+from torchmae.random import Purpose, uniform
+from torchmae.training.pretrained import denormalise
+from torchmae.training.runtime import Runtime
+
+_WINDOW = 7  # scikit-image's default side of SSIM's window
+_PSNR_LIMIT = 100.0  # dB, an error of 1e-5: stands for infinity, which would spoil a mean
+_BATCH = 250
+
+
+def strategies_of(model: Autoencoder) -> tuple[str, ...]:
+    """The mask strategies that a model has."""
+    return tuple(STRATEGIES) if isinstance(model, MaskedAutoencoder) else ("elements",)
+
+
+def run(
+    model: Autoencoder,
+    images: Tensor,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    runtime: Runtime,
+    ratios: Sequence[float] = (0.5, 0.75, 0.9),
+    strategies: Sequence[str] | None = None,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Figures for every strategy and ratio, each beside the same of interpolation. Arguments as for `measure`."""
+    return measure(
+        model, images, mean=mean, std=std, runtime=runtime, ratios=ratios, strategies=strategies, seed=seed
+    ).figures
+
+
+def measure(
+    model: Autoencoder,
+    images: Tensor,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    runtime: Runtime,
+    ratios: Sequence[float] = (0.5, 0.75, 0.9),
+    strategies: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Result:
+    """PSNR and SSIM (scikit-image's) of whole pictures with the visible part pasted, and explained variance.
+
+    Args:
+        model: the model.
+        images: (B, C, *size) float32, normalised, on the device.
+        mean: what was subtracted from each channel, of values in [0, 1].
+        std: what it was divided by.
+        runtime: where to compute.
+        ratios: shares that are hidden, each in (0, 1).
+        strategies: how; None: all that the model has.
+        seed: another one gives other masks.
+
+    Returns:
+        figures `<strategy>_<ratio>_psnr` (dB, mean over images), `_ssim`, `_explained_variance` (of the hidden values,
+        in the target's space), and each of them once more with `_interpolation`.
+
+    Raises:
+        ConfigError: scikit-image is not installed, or a strategy that the model does not have.
+    """
+    metrics = _import_metrics()
+    known = strategies_of(model)
+    figures: dict[str, float] = {}
+    notes: list[str] = []
+    rows: list[dict[str, Any]] = []
+    for strategy in strategies or known:
+        one_of("reconstruction.strategies", strategy, known)
+        noise = uniform(seed, 0, np.arange(len(images)), Purpose.MASK, model.noise_count(strategy))
+        for ratio in ratios:
+            batches = [
+                (part, model.draw_mask(strategy, numbers.to(runtime.device), ratio))
+                for part, numbers in zip(
+                    torch.split(images, _BATCH), torch.split(torch.from_numpy(noise), _BATCH), strict=True
+                )
+            ]
+            values, note = _measure_one(model, batches, mean, std, runtime, metrics)
+            figures |= {f"{strategy}_{ratio:g}_{name}": value for name, value in values.items()}
+            rows.append({"strategy": strategy, "ratio": ratio, **values})
+            notes.append(f"PSNR and SSIM: {note}")
+    return Result(figures, {"images": len(images), "rows": rows}, tuple(dict.fromkeys(notes)))
+
+
+@torch.no_grad()
+def _measure_one(
+    model: Autoencoder,
+    batches: Sequence[tuple[Tensor, Any]],
+    mean: Sequence[float],
+    std: Sequence[float],
+    runtime: Runtime,
+    metrics: Any,
+) -> tuple[dict[str, float], str]:
+    by_name: dict[str, list[float]] = {}
+    note = ""
+    for images, mask in batches:
+        with runtime.autocast():
+            result = model.reconstruct(images, mask)
+        note = result.note
+        original = denormalise(images, mean, std).numpy()
+        guesses = {"": result.images, "_interpolation": interpolate(images, result.removed)}
+        for suffix, guess in guesses.items():
+            for true, filled in zip(original, denormalise(guess, mean, std).numpy(), strict=True):
+                for name, value in _compare(metrics, true, filled).items():
+                    by_name.setdefault(f"{name}{suffix}", []).append(value)
+    hold_out = HoldOut(model, batches, runtime).run()
+    variance = {name: hold_out[name] for name in ("explained_variance", "explained_variance_interpolation")}
+    return {**{name: float(np.mean(values)) for name, values in by_name.items()}, **variance}, note
+
+
+def _compare(metrics: Any, true: np.ndarray[Any, Any], filled: np.ndarray[Any, Any]) -> dict[str, float]:
+    """PSNR and SSIM of one image (C, *size) with values in [0, 1]; SSIM from 3 pixels a side."""
+    smallest = min(true.shape[1:])
+    window = min(_WINDOW, smallest - 1 + smallest % 2)  # an odd number of pixels
+    with np.errstate(divide="ignore"):  # equal pictures have no noise at all
+        ratio = float(metrics.peak_signal_noise_ratio(true, filled, data_range=1.0))
+    values = {"psnr": min(ratio, _PSNR_LIMIT)}
+    if window >= 3:
+        similarity = metrics.structural_similarity(true, filled, win_size=window, data_range=1.0, channel_axis=0)
+        values["ssim"] = float(similarity)
+    return values
+
+
+def _import_metrics() -> Any:
+    try:
+        return import_module("skimage.metrics")
+    except ImportError as error:
+        raise ConfigError("PSNR and SSIM need scikit-image", "pip install 'torchmae[eval]'") from error

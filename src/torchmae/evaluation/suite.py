@@ -1,0 +1,365 @@
+"""One evaluation from the options to the figures: what is opened, which methods measure which subjects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchmae import settings
+from torchmae.data.loader import Batch
+from torchmae.errors import ConfigError, one_of
+from torchmae.evaluation import attentive, few_shot, knn, linear
+from torchmae.evaluation.images import EvaluationData, ImageSet, Normalisation, open_evaluation_data
+from torchmae.evaluation.options import ComputeOptions, EvaluateOptions
+from torchmae.evaluation.records import append_record
+from torchmae.evaluation.scores import Labelled, Result, combine, score
+from torchmae.evaluation.subject import PIXELS, RANDOM, Subject, extract_features, pixels, untrained
+from torchmae.nn import presets
+from torchmae.training.pretrained import load
+from torchmae.training.progress import Display
+from torchmae.training.runtime import Runtime, environment, open_runtime
+
+ALL = "all"
+
+
+class Bench:
+    """Data, a place to compute, and the features computed so far: each image is encoded once a subject.
+
+    Args:
+        data: the images.
+        runtime: where to compute.
+        display: shows progress.
+    """
+
+    def __init__(self, data: EvaluationData, runtime: Runtime, display: Display) -> None:
+        self.data = data
+        self.runtime = runtime
+        self.display = display
+        self._cache: dict[tuple[str, str], Labelled] = {}
+
+    def features(self, subject: Subject, pool: str) -> tuple[Labelled, Labelled]:
+        """Features of the training and of the test images."""
+        return self._features(subject, "train", pool), self._features(subject, "test", pool)
+
+    def _features(self, subject: Subject, split: str, pool: str) -> Labelled:
+        widest = subject.pools[-1]  # "both" holds the other two: one pass over the images serves all three
+        if (subject.name, split) not in self._cache:
+            images: ImageSet = getattr(self.data, split)
+            batches = self._shown(images, f"encoding {split} images, {subject.name}")
+            self._cache[subject.name, split] = extract_features(subject, batches, self.runtime, widest)
+        held = self._cache[subject.name, split]
+        if pool == widest:
+            return held
+        width = held.features.shape[1] // 2
+        part = held.features[:, :width] if pool == "mean" else held.features[:, width:]
+        return Labelled(part, held.labels)
+
+    def _shown(self, images: ImageSet, what: str) -> Iterator[Batch]:
+        done = 0
+        for batch in images.batches():
+            yield batch
+            done += len(batch.labels)
+            self.display.preparing(what, done, len(images))
+
+
+Method = Callable[[Bench, Subject, EvaluateOptions], Result]
+
+
+def _knn(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
+    train, test = bench.features(subject, chosen_pool(subject, options) or "mean")
+    return _classified(train, test, knn.classify, bench, options)
+
+
+def _linear(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
+    pool = chosen_pool(subject, options)
+    results = []
+    for kind in (pool,) if pool else subject.pools:
+
+        def classify(train: Labelled, test: Labelled, num_classes: int, kind: str = kind) -> dict[str, Tensor]:
+            if options.protocol == "paper":
+                return {f"linear_paper_{kind}": linear.classify_paper(train, test, num_classes, seed=options.seed)}
+            guesses = {f"linear_{kind}": linear.classify(train, test, num_classes, seed=options.seed)}
+            if kind == "mean":
+                guesses[f"linear_c{linear.FIXED_C}"] = linear.classify(train, test, num_classes, c=linear.FIXED_C)
+            return guesses
+
+        results.append(_classified(*bench.features(subject, kind), classify, bench, options))
+    return _joined(results)
+
+
+def _attentive(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
+    if not subject.has_tokens:
+        raise ConfigError("attentive probing needs patch tokens", "evaluate a vit model, or use knn or linear")
+    classes = bench.data.classes
+    ranking, labels = attentive.classify(
+        subject,
+        bench.data.train,
+        bench.data.test,
+        len(classes),
+        runtime=bench.runtime,
+        options=options.attentive,
+        seed=options.seed,
+        progress=bench.display.preparing,
+    )
+    return combine({"attentive": score(ranking, labels, len(classes))}, classes)
+
+
+def _reconstruction(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
+    from torchmae.evaluation import quality  # scikit-image is optional
+
+    if subject.model is None:
+        raise ConfigError("pixels reconstruct nothing", "evaluate a run, or random with --preset")
+    data = bench.data
+    indices = torch.arange(len(data.test))[: options.reconstruction.images].numpy()
+    images = torch.cat([batch.images for batch in data.test.batches(indices)])
+    return quality.measure(
+        subject.model,
+        images,
+        mean=data.normalisation.mean,
+        std=data.normalisation.std,
+        runtime=bench.runtime,
+        ratios=options.reconstruction.ratios,
+        strategies=options.reconstruction.strategies,
+        seed=options.seed,
+    )
+
+
+METHODS: dict[str, Method] = {
+    "knn": _knn,
+    "linear": _linear,
+    "attentive": _attentive,
+    "reconstruction": _reconstruction,
+}
+"""Every method by name: what `--method` takes, beside "all"."""
+
+WITHOUT_LABELS = frozenset({"reconstruction"})
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures and all that made them.
+
+    Attributes:
+        results: of each method, of each subject.
+        data: the images.
+        notes: what a reader of the figures should know, a sentence each.
+        record: the same as JSON values, as evaluations.jsonl has it.
+    """
+
+    results: dict[str, dict[str, Result]]
+    data: EvaluationData
+    notes: tuple[str, ...]
+    record: dict[str, Any]
+
+    def figures(self) -> dict[str, dict[str, float]]:
+        """Of each subject, every figure by name."""
+        merged: dict[str, dict[str, float]] = {}
+        for by_subject in self.results.values():
+            for name, result in by_subject.items():
+                merged.setdefault(name, {}).update(result.figures)
+        return merged
+
+
+def run(
+    run: str | Path, options: EvaluateOptions | None = None, compute: ComputeOptions | None = None
+) -> dict[str, float]:
+    """Evaluates and records: the figures in one flat dictionary, those of baselines as "random.knn20".
+
+    Arguments and errors as for `evaluate`.
+    """
+    evaluation = evaluate(run, options or EvaluateOptions(), compute or ComputeOptions(progress="none"))
+    record_evaluation(run, evaluation)
+    by_subject = evaluation.figures()
+    first = next(iter(by_subject))
+    return {
+        (key if name == first else f"{name}.{key}"): value
+        for name, figures in by_subject.items()
+        for key, value in figures.items()
+    }
+
+
+def evaluate(run: str | Path, options: EvaluateOptions, compute: ComputeOptions) -> Evaluation:
+    """Measures a run.
+
+    Args:
+        run: a run folder, or a folder with model.json and model.safetensors; or "random" or "pixels" with
+            `options.preset`, which go through the very same code.
+        options: what to measure, on which images.
+        compute: where.
+
+    Raises:
+        TorchmaeError: a run, options or data that do not fit.
+    """
+    one_of("method", options.method, (*METHODS, ALL))
+    runtime = open_runtime(compute.device, compute.precision, compute.threads)
+    display = Display(compute.progress)
+    try:
+        bench, subjects, options = open_bench(str(run), options, compute.batch_size, runtime, display)
+        results, left_out = measure(bench, subjects, options)
+    finally:
+        display.close()
+    bad = bench.data.bad.items
+    unread = (f"{len(bad)} images could not be read, the first: {': '.join(bad[0])}",) if bad else ()
+    of_methods = (note for by_subject in results.values() for result in by_subject.values() for note in result.notes)
+    notes = tuple(dict.fromkeys([*bench.data.notes, *unread, *left_out, *of_methods]))
+    return Evaluation(results, bench.data, notes, make_record(str(run), bench, subjects, options, results, notes))
+
+
+def record_evaluation(run: str | Path, evaluation: Evaluation) -> None:
+    """Adds the evaluation to RUN/evaluations.jsonl, where there is a run; CheckpointError when that cannot be done."""
+    if str(run) not in (RANDOM, PIXELS):
+        append_record(Path(run), evaluation.record)
+
+
+def open_bench(
+    run: str, options: EvaluateOptions, batch_size: int, runtime: Runtime, display: Display
+) -> tuple[Bench, list[Subject], EvaluateOptions]:
+    """Opens what is evaluated and the images, and says which data the options came to mean.
+
+    The first subject is the one asked for; with the method "all" an untrained network and pixels stand beside a run.
+    """
+    arguments: dict[str, Any]
+    normalisation: Normalisation | None
+    if run in (RANDOM, PIXELS):
+        if options.preset is None:
+            raise ConfigError(f"{run!r} needs a preset", "add --preset vit_tiny_32_p4, or another name")
+        arguments, normalisation, trained = presets.arguments(options.preset), None, None
+    else:
+        pretrained = load(run)
+        description = pretrained.description
+        arguments, normalisation = description.arguments, Normalisation(description.mean, description.std)
+        trained = Subject("model", pretrained.model.to(runtime.device))
+    options = with_own_data(run, options)
+    data = open_evaluation_data(
+        options,
+        batch_size=batch_size,
+        input_size=tuple(arguments["input_size"]),
+        channels=None if trained is None else arguments["in_chans"],
+        normalisation=normalisation,
+        device=runtime.device,
+        labelled=options.method not in WITHOUT_LABELS,
+        progress=display.preparing,
+    )
+    arguments = {**arguments, "in_chans": data.channels}
+    if run == PIXELS:
+        subjects = [pixels()]
+    elif run == RANDOM:
+        subjects = [untrained(arguments, options.seed, runtime.device)]
+    else:
+        assert trained is not None
+        baselines = [untrained(arguments, options.seed, runtime.device), pixels()] if options.method == ALL else []
+        subjects = [trained, *baselines]
+    return Bench(data, runtime, display), subjects, options
+
+
+def with_own_data(run: str, options: EvaluateOptions) -> EvaluateOptions:
+    """The options with the run's own data in place of none; ConfigError where the run does not say."""
+    if options.data.source is not None:
+        return options
+    config = Path(run) / "config.yaml"
+    if run in (RANDOM, PIXELS) or not config.is_file():
+        raise ConfigError(f"data is not given and {run} does not say which", "add --data PATH_OR_NAME")
+    own = settings.parse(["--config", str(config)]).data
+    data = replace(options.data, source=own.source, root=own.root, val_size=own.val_size)
+    return replace(options, data=data)
+
+
+def measure(
+    bench: Bench, subjects: Sequence[Subject], options: EvaluateOptions
+) -> tuple[dict[str, dict[str, Result]], tuple[str, ...]]:
+    """Results by method and subject; with the method "all" also what was left out and why, a sentence each."""
+    if options.method != ALL:
+        method = METHODS[options.method]
+        return {options.method: {item.name: method(bench, item, options) for item in subjects}}, ()
+    left_out: tuple[str, ...] = ()
+    methods = ["knn", "linear"]
+    if options.labels_per_class is None and subjects[0].has_tokens:
+        need = attentive.token_gib(subjects[0], len(bench.data.train))
+        if need <= options.attentive.memory_limit:
+            methods.append("attentive")
+        else:
+            left_out = (f"attentive is left out: its tokens take {need:.1f} GiB; run it alone with --method attentive",)
+    results = {
+        name: {
+            item.name: METHODS[name](bench, item, options)
+            for item in subjects
+            if name != "attentive" or item.has_tokens
+        }
+        for name in methods
+    }
+    return results, left_out
+
+
+def make_record(
+    run: str,
+    bench: Bench,
+    subjects: Sequence[Subject],
+    options: EvaluateOptions,
+    results: dict[str, dict[str, Result]],
+    notes: Sequence[str],
+) -> dict[str, Any]:
+    """Figures, what is behind them, and all that made them, as JSON values."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "run": run,
+        "method": options.method,
+        "options": asdict(options),
+        "data": {
+            "train_images": len(bench.data.train),
+            "test_images": len(bench.data.test),
+            "classes": list(bench.data.classes),
+            **{f"{split}_fingerprint": value for split, value in bench.data.fingerprints().items()},
+        },
+        "weights": {item.name: item.fingerprint() for item in subjects},
+        "environment": environment(bench.runtime),
+        "notes": list(notes),
+        "results": [
+            {"method": method, "subject": name, "figures": result.figures, "details": result.details}
+            for method, by_subject in results.items()
+            for name, result in by_subject.items()
+        ],
+    }
+
+
+def chosen_pool(subject: Subject, options: EvaluateOptions) -> str | None:
+    """The pool asked for, which a baseline that has only one kind of features does not have to have.
+
+    Raises:
+        ConfigError: the evaluated model does not have it.
+    """
+    if options.pool is None or options.pool in subject.pools:
+        return options.pool
+    if subject.model is None:
+        return "mean"
+    raise ConfigError(f"pool is {options.pool!r} but the model has no class token", "use --pool mean")
+
+
+def _classified(
+    train: Labelled, test: Labelled, classify: few_shot.Classify, bench: Bench, options: EvaluateOptions
+) -> Result:
+    """A probe's result: on all training images, or few-shot."""
+    classes = bench.data.classes
+    if options.labels_per_class is not None:
+        return few_shot.run(
+            train,
+            test,
+            classify,
+            classes=classes,
+            labels_per_class=options.labels_per_class,
+            draws=options.draws,
+            seed=options.seed,
+        )
+    guesses = classify(train, test, len(classes))
+    return combine({name: score(item, test.labels, len(classes)) for name, item in guesses.items()}, classes)
+
+
+def _joined(results: Sequence[Result]) -> Result:
+    """Several results of one subject as one."""
+    figures = {name: value for result in results for name, value in result.figures.items()}
+    return Result(figures, {name: value for result in results for name, value in result.details.items()})

@@ -1,0 +1,92 @@
+"""What a run's figures say is wrong, in plain words and with what to do about it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torchmae.report.verdict import finite, number, percent
+
+Records = Sequence[Mapping[str, Any]]
+
+# Share of time spent waiting for data above which a faster reader is worth having.
+_DATA_WAIT = 0.2
+# A gradient norm so many times its usual value has left the range in which a step can be trusted.
+_EXPLODING = 10.0
+_FEWEST_RECORDS = 10
+# Features that use fewer directions than this, or than this share of what they once used, have collapsed. On CIFAR-10
+# a ViT of width 192 begins at 34 and ends at 50 to 60.
+_COLLAPSED_RANK = 3.0
+_COLLAPSED_SHARE = 0.25
+
+
+def hints(records: Records) -> list[str]:
+    """Everything that looks wrong, a sentence or two each; empty where nothing does.
+
+    Args:
+        records: the objects of metrics.jsonl, by rising step, or of any part of a run.
+    """
+    found = (loss_hint(records), collapse_hint(records), gradient_hint(records), data_hint(records))
+    return [text for text in found if text]
+
+
+def loss_hint(records: Records) -> str:
+    """Whether the last loss on held-out images is no better than interpolation's; empty if it is."""
+    loss, interpolation = _last(records, "val", "loss"), _last(records, "val", "loss_interpolation")
+    if loss is None or interpolation is None or loss < interpolation:
+        return ""
+    return (
+        f"The loss of {number(loss)} is no better than interpolating from what is visible ({number(interpolation)}): "
+        "train longer, or try a higher learning rate."
+    )
+
+
+def collapse_hint(records: Records) -> str:
+    """Whether the features use almost no directions any more, by "effective_rank"; empty if not, or not measured."""
+    ranks = [*_values(records, "baseline", "effective_rank_untrained"), *_values(records, "val", "effective_rank")]
+    if not _values(records, "val", "effective_rank"):
+        return ""
+    last, highest = ranks[-1], max(ranks)
+    if last >= _COLLAPSED_RANK and last >= _COLLAPSED_SHARE * highest:
+        return ""
+    fell = f", down from {highest:.1f}" if highest > 1.1 * last else ""
+    return (
+        f"The features are collapsing: they use {last:.1f} directions in effect{fell}, so that images look alike to "
+        "them. Lower the learning rate, or hide more."
+    )
+
+
+def gradient_hint(records: Records) -> str:
+    """Whether the gradient norm has left its range at the end; empty if not, or not measured often enough."""
+    norms = _values(records, "train", "grad_norm")
+    if len(norms) < _FEWEST_RECORDS:
+        return ""
+    usual, last = statistics.median(norms), max(norms[-3:])
+    if last <= _EXPLODING * usual:
+        return ""
+    return (
+        f"The gradient norm rose to {number(last)}, {last / max(usual, 1e-12):,.0f} times its median: lower the "
+        "learning rate, or set --optim.clip_grad 1."
+    )
+
+
+def data_hint(records: Records) -> str:
+    """Whether training waits for data for more than a fifth of the time; empty if not, or not measured."""
+    # Starting workers is no lasting wait.
+    waits = _values(records, "train", "data_wait")[1:]
+    if not waits or (wait := sum(waits) / len(waits)) <= _DATA_WAIT:
+        return ""
+    return (
+        f"Training waited for data for {percent(wait)} of the time: raise --data.num_workers, keep the images in "
+        "memory (--data.cache memory), or make the files smaller."
+    )
+
+
+def _values(records: Records, kind: str, key: str) -> list[float]:
+    return [value for record in records if record.get("kind") == kind and (value := finite(record, key)) is not None]
+
+
+def _last(records: Records, kind: str, key: str) -> float | None:
+    values = _values(records, kind, key)
+    return values[-1] if values else None

@@ -1,0 +1,69 @@
+"""A fine-tuned classifier on disk: model.json says what it is, model.safetensors holds weights under timm's names."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from torchmae.errors import CheckpointError, ConfigError
+from torchmae.nn.classifier import Classifier
+from torchmae.training.checkpoint import replace_file
+from torchmae.training.saved_model import write_weights
+
+FORMAT = 1
+KIND = "classifier"
+
+
+@dataclass(frozen=True)
+class ClassifierDescription:
+    """Everything needed to rebuild a classifier and to feed it.
+
+    Attributes:
+        arguments: of `nn.classifier.Classifier`.
+        mean: per-channel mean that images, scaled to [0, 1], are reduced by.
+        std: per-channel deviation that they are divided by.
+        classes: the name of each logit, where known.
+        torchmae: version that wrote it.
+        kind: of model, so that none is taken for another.
+        format: of this file.
+    """
+
+    arguments: dict[str, Any]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: tuple[str, ...] | None
+    torchmae: str
+    kind: str = KIND
+    format: int = FORMAT
+
+
+def save_classifier(folder: Path, model: Classifier, description: ClassifierDescription) -> None:
+    """Writes model.json and model.safetensors; CheckpointError when the disk is full or cannot be written."""
+    replace_file(folder / "model.json", (json.dumps(asdict(description), indent=2) + "\n").encode("utf-8"))
+    write_weights(folder / "model.safetensors", model.state_dict())
+
+
+def load_classifier(folder: Path) -> tuple[Classifier, ClassifierDescription]:
+    """The classifier of a fine-tuning's folder, in eval mode.
+
+    Raises:
+        CheckpointError: no classifier there, or a damaged one.
+    """
+    try:
+        values = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        if values.get("kind") != KIND or values.get("format") != FORMAT:
+            raise CheckpointError(f"{folder} holds no classifier", "give the folder that fine-tuning wrote")
+        for name in ("mean", "std", "classes"):
+            values[name] = None if values[name] is None else tuple(values[name])
+        description = ClassifierDescription(**values)
+        model = Classifier(**description.arguments)
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, ConfigError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"cannot load the classifier in {folder}: {reason}", "copy the folder again") from error
+    return model.eval(), description

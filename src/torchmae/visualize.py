@@ -1,0 +1,235 @@
+"""Pictures of what a trained model learned: computed by `evaluation.feature_maps`, drawn by `report`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from torchmae import settings
+from torchmae.config import DataConfig
+from torchmae.data.loader import Data, ImageLoader, open_data
+from torchmae.data.plan import Indices
+from torchmae.errors import ConfigError
+from torchmae.evaluation.feature_maps import (
+    class_attention,
+    content_tokens,
+    embed_2d,
+    nearest,
+    patch_colours,
+    require_patches,
+)
+from torchmae.evaluation.features import extract
+from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.random import Purpose, permutation
+from torchmae.report.feature_pictures import attention_picture, neighbours_picture, pca_picture, ratios_picture
+from torchmae.report.pictures import save_png
+from torchmae.report.scatter import class_name, map_picture
+from torchmae.training.pretrained import Pretrained, denormalise
+from torchmae.training.runtime import Runtime
+
+RATIOS = (0.25, 0.5, 0.75, 0.9)
+NEIGHBOURS = 7
+EVAL_BATCH = 250
+METHOD_NAMES = {"tsne": "t-SNE", "pca": "the first two principal components", "umap": "UMAP"}
+# Images of the run's own data that its report shows, and those that neighbours are looked for among and that a map
+# is made of: enough to say something, few enough to take seconds on a processor.
+REPORT_IMAGES = 8
+REPORT_ROWS = 4
+REPORT_BANK = 2000
+REPORT_POINTS = 1000
+
+
+def write_pictures(folder: Path, pretrained: Pretrained, data: Data, runtime: Runtime) -> list[Path]:
+    """Draws every kind of picture from a run's own data, for its report.
+
+    Images are held-out ones, the same in every run on the same data; neighbours are training images.
+
+    Args:
+        folder: RUN/pictures; made if need be.
+        pretrained: the model, on the runtime's device.
+        data: the run's.
+        runtime: where to compute.
+
+    Returns:
+        The files written, in the order a report shows them. Kinds that the model or the data cannot have are left out.
+
+    Raises:
+        CheckpointError: the folder cannot be written to.
+        DataError: images that cannot be read any more.
+    """
+    loader = held_out(data)
+    images, labels = sample(loader, REPORT_IMAGES)
+    few, few_labels = images[:REPORT_ROWS], labels[:REPORT_ROWS]
+    model = pretrained.model
+    pictures: dict[str, Image.Image] = {}
+    if isinstance(model, MaskedAutoencoder):
+        pictures["1-features"] = draw_pca(pretrained, images)
+        if model.encoder.num_prefix_tokens:
+            pictures["2-attention"] = draw_attention(pretrained, few)
+    captions = [name_of(label, data.classes) for label in few_labels.tolist()]
+    pictures["3-neighbours"] = draw_neighbours(pretrained, few, captions, data, runtime, REPORT_BANK)
+    if len(loader) > NEIGHBOURS:  # fewer points are no map
+        pictures["4-map"] = draw_map(pretrained, data, runtime, REPORT_POINTS)
+    pictures["5-ratios"] = draw_ratios(pretrained, few)
+    paths = [folder / f"{name}.png" for name in pictures]
+    for path, picture in zip(paths, pictures.values(), strict=True):
+        save_png(picture, path)
+    return paths
+
+
+def draw_pca(pretrained: Pretrained, images: Tensor) -> Image.Image:
+    """Images beside their patches' features as colours.
+
+    Args:
+        pretrained: the model.
+        images: (B, C, *input_size) as `Pretrained.preprocess` gives them, on the model's device.
+
+    Raises:
+        ConfigError: a model without patches.
+    """
+    grid = require_patches(pretrained.model).encoder.grid
+    colours = patch_colours(content_tokens(pretrained.model, images))
+    return pca_picture(_to_show(pretrained, images), colours.reshape(len(images), *grid, 3))
+
+
+def draw_attention(pretrained: Pretrained, images: Tensor) -> Image.Image:
+    """Images beside the class token's attention. Arguments as for `draw_pca`.
+
+    Raises:
+        ConfigError: a model without patches or without a class token.
+    """
+    attention = class_attention(pretrained.model, images)
+    grid = require_patches(pretrained.model).encoder.grid
+    return attention_picture(_to_show(pretrained, images), attention.reshape(*attention.shape[:2], *grid))
+
+
+def draw_ratios(pretrained: Pretrained, images: Tensor, ratios: Sequence[float] = RATIOS, seed: int = 0) -> Image.Image:
+    """Images, and what the model makes of them as more is hidden.
+
+    Args:
+        pretrained: the model.
+        images: as for `draw_pca`.
+        ratios: share that is hidden, in (0, 1); with random masks, what a lower one hides a higher one hides too.
+        seed: another one gives other masks.
+    """
+    # The tutorial's own strategy hides the share that its ratio keeps.
+    strategy = pretrained.description.mask["strategy"].removesuffix("_inverted")
+    masked, filled, note = [], [], ""
+    for ratio in ratios:
+        mask = pretrained.mask(len(images), strategy=strategy, ratio=ratio, seed=seed)
+        result = pretrained.reconstruct(images, mask.to(images.device))
+        masked.append(_to_show(pretrained, images).masked_fill(result.removed.cpu(), torch.nan))
+        filled.append(_to_show(pretrained, result.images))
+        note = result.note
+    return ratios_picture(_to_show(pretrained, images), masked, filled, ratios, note)
+
+
+def draw_neighbours(
+    pretrained: Pretrained, images: Tensor, captions: Sequence[str], data: Data, runtime: Runtime, num_images: int
+) -> Image.Image:
+    """Images beside the training images whose features are nearest.
+
+    Args:
+        pretrained: the model, on the runtime's device.
+        images: as for `draw_pca`.
+        captions: a line below each of them.
+        data: where neighbours are looked for.
+        runtime: where to compute.
+        num_images: training images among which neighbours are looked for, at most.
+    """
+    bank = chosen(data.train, num_images)
+    features, labels = extract(pretrained.model, data.train.eval_batches(bank, EVAL_BATCH), runtime)
+    found, cosines = (item.cpu() for item in nearest(features, pretrained.encode(images), NEIGHBOURS))
+    shape = (*found.shape, *images.shape[1:])
+    batches = data.train.eval_batches(bank[found.flatten().numpy()], EVAL_BATCH)
+    neighbours = torch.cat([_to_show(pretrained, batch.images) for batch in batches]).view(shape)
+    lines = [
+        [f"{cosine:.2f} {name_of(label, data.classes)}".rstrip() for cosine, label in zip(row, names, strict=True)]
+        for row, names in zip(cosines.tolist(), labels.cpu()[found].tolist(), strict=True)
+    ]
+    return neighbours_picture(_to_show(pretrained, images), neighbours, lines, captions)
+
+
+def draw_map(
+    pretrained: Pretrained, data: Data, runtime: Runtime, num_images: int, method: str = "tsne", seed: int = 0
+) -> Image.Image:
+    """The held-out images as points, close together where their features are alike.
+
+    Args:
+        pretrained: the model, on the runtime's device.
+        data: the images.
+        runtime: where to compute.
+        num_images: images placed, at most.
+        method: "tsne", "pca" or "umap".
+        seed: of UMAP.
+
+    Raises:
+        ConfigError: UMAP is not installed, or there are too few images.
+    """
+    loader = held_out(data)
+    features, labels = extract(pretrained.model, loader.eval_batches(chosen(loader, num_images), EVAL_BATCH), runtime)
+    points = embed_2d(features, method, seed)
+    return map_picture(points, labels.cpu().numpy(), data.classes, METHOD_NAMES[method])
+
+
+def open_run_data(run: Path, pretrained: Pretrained, runtime: Runtime, source: str | None, root: str | None) -> Data:
+    """The data set that pictures are made from, fed as the model was.
+
+    Args:
+        run: the run folder; its config.yaml says what it was trained on.
+        pretrained: its model.
+        runtime: where batches go.
+        source: another data set, as `torchmae pretrain --data` takes it; None: the run's own.
+        root: where torchvision's sets are kept; None: as the run had it.
+
+    Raises:
+        ConfigError: no source given, and the folder does not say what the model was trained on.
+        DataError: data that is missing or cannot be used.
+    """
+    file = run / "config.yaml"
+    own = settings.parse(["--config", str(file)]).data if file.is_file() else DataConfig(source="")
+    if source is None and not own.source:
+        raise ConfigError(f"{run} does not say what the model was trained on", "name the images: --data PATH_OR_NAME")
+    # A split or path that the run held out need not exist beside other data.
+    chosen_data = own if source is None else replace(own, source=source, val="auto")
+    description = pretrained.description
+    config = replace(
+        chosen_data,
+        root=own.root if root is None else root,
+        mean=description.mean,
+        std=description.std,
+        cache="none",  # a few images are drawn from what may be a million
+    )
+    channels = description.arguments["in_chans"]
+    return open_data(config, input_size=description.input_size, channels=channels, device=runtime.device)
+
+
+def held_out(data: Data) -> ImageLoader:
+    """The held-out images; the training images where there are none."""
+    return data.train if data.val is None else data.val
+
+
+def sample(loader: ImageLoader, count: int) -> tuple[Tensor, Tensor]:
+    """A fixed choice of images (at most `count`) and their labels, -1 where unknown, on the loader's device."""
+    batches = list(loader.eval_batches(chosen(loader, count), EVAL_BATCH))
+    return torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches])
+
+
+def chosen(loader: ImageLoader, count: int) -> Indices:
+    """At most `count` indices: the same ones each time, in an order that mixes classes."""
+    return permutation(0, 0, len(loader), Purpose.SUBSET)[:count].astype(np.int64)
+
+
+def name_of(label: int, classes: Sequence[str] | None) -> str:
+    """A label in words; empty where it is unknown."""
+    return "" if label < 0 else class_name(label, classes)
+
+
+def _to_show(pretrained: Pretrained, images: Tensor) -> Tensor:
+    return denormalise(images, pretrained.description.mean, pretrained.description.std)

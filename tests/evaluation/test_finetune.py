@@ -1,0 +1,361 @@
+"""Fine-tuning: rates by hand, draws of labels, and runs that repeat, resume, learn and refuse."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from torchmae.config import DataConfig
+from torchmae.data.loader import Data, open_data
+from torchmae.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError
+from torchmae.evaluation import finetune
+from torchmae.evaluation.finetune_config import PAPER, SMALL, FinetuneConfig
+from torchmae.evaluation.images import Normalisation
+from torchmae.nn import presets
+from torchmae.nn.classifier import Classifier
+from torchmae.training.runtime import Runtime
+from torchmae.training.saved_classifier import load_classifier
+from torchmae.training.saved_model import Description, write_description
+
+RUNTIME = Runtime(torch.device("cpu"), "fp32", 1)
+TINY = {"embed_dim": 16, "depth": 2, "num_heads": 2, "decoder_embed_dim": 16, "decoder_depth": 1}
+ARGUMENTS = presets.arguments("vit_digits", in_chans=1, decoder_num_heads=2, **TINY)
+NORMALISATION = Normalisation((0.5,), (0.25,))
+# Everything that draws random numbers is on.
+CONFIG = FinetuneConfig(
+    epochs=3, batch_size=16, base_lr=0.02, randaugment=5, drop_path=0.2, crop_scale=(0.6, 1.0), checkpoint_minutes=0
+)
+
+
+def model(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    return presets.construct(ARGUMENTS)
+
+
+def data_of(folder: Path, images: Any, labels: Any, config: FinetuneConfig = CONFIG, **tests: Any) -> Data:
+    path = folder / f"{len(list(folder.glob('*.npz')))}.npz"
+    tests = {"test_images": images, "test_labels": labels, **tests}
+    np.savez(path, train_images=images, train_labels=labels, **tests)
+    settings = finetune.data_settings(
+        DataConfig(source=str(path), val="test", flip=False), config, ARGUMENTS, NORMALISATION
+    )
+    return open_data(settings, input_size=(8, 8), channels=1, device=RUNTIME.device)
+
+
+def bars(count: int = 45) -> tuple[Any, Any]:
+    """Images of three classes: bright above, bright below, or dark; with noise."""
+    random = np.random.default_rng(0)
+    labels = np.arange(count) % 3
+    images = random.integers(0, 100, (count, 8, 8, 1))
+    images[labels == 0, :4] += 150
+    images[labels == 1, 4:] += 150
+    return images.astype(np.uint8), labels
+
+
+def run(data: Data, out: Path, config: FinetuneConfig = CONFIG, **options: Any) -> dict[str, float]:
+    assert data.val is not None
+    return finetune.run(
+        model(seed=99),
+        ARGUMENTS,
+        NORMALISATION,
+        data.train,
+        data.val,
+        config=config,
+        runtime=RUNTIME,
+        out=out,
+        **options,
+    )
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_classifier(out)[0].state_dict()
+
+
+def same(one: Path, other: Path) -> bool:
+    a, b = weights(one), weights(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+# What stands still: settings, rates, draws.
+
+
+def test_layers_from_the_bottom_up() -> None:
+    names = {"cls_token": 0, "patch_embed.proj.weight": 0, "blocks.0.attn.qkv.bias": 1, "blocks.11.norm1.weight": 12}
+    names |= {"fc_norm.weight": 13, "head.bias": 13}
+    assert {name: finetune.layer_index(name, 12) for name in names} == names
+
+
+def test_layerwise_rates_by_hand() -> None:
+    classifier = Classifier(3, **{name: ARGUMENTS[name] for name in finetune._ENCODER_ARGUMENTS})
+    groups = finetune.parameter_groups(classifier, lr=0.8, layer_decay=0.5, weight_decay=0.05)
+    rate = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    found = {name: rate[id(p)] for name, p in classifier.named_parameters()}
+    assert found["head.weight"] == (0.8, 0.05)
+    assert found["head.bias"] == (0.8, 0.0)
+    assert found["fc_norm.weight"] == (0.8, 0.0)
+    assert found["blocks.1.mlp.fc1.weight"] == (0.4, 0.05)
+    assert found["blocks.0.mlp.fc1.weight"] == (0.2, 0.05)
+    assert found["blocks.0.norm1.weight"] == (0.2, 0.0)
+    assert found["patch_embed.proj.weight"] == (0.1, 0.05)
+    assert found["cls_token"] == (0.1, 0.0)
+    assert all(group["peak_lr"] == group["lr"] for group in groups)
+    assert sum(len(group["params"]) for group in groups) == len(list(classifier.parameters()))
+
+
+def test_the_papers_settings_and_those_of_small_images() -> None:
+    assert FinetuneConfig().for_input((224, 224), 3) == PAPER
+    assert FinetuneConfig().for_input((65, 32), 1) == PAPER
+    assert FinetuneConfig().for_input((64, 32), 3) == SMALL
+    assert FinetuneConfig(randaugment=0, batch_size=7).for_input((64, 64), 3) == SMALL._replace(
+        randaugment=0, batch_size=7
+    )
+
+
+def test_what_other_input_cannot_have_is_off() -> None:
+    assert FinetuneConfig().for_input((224, 224), 5) == PAPER._replace(randaugment=0)
+    assert FinetuneConfig().for_input((128,), 3) == PAPER._replace(randaugment=0, mixup=0, cutmix=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init": "pretraned"}, "finetune.init is 'pretraned'; did you mean 'pretrained'"),
+        ({"batch_size": 0}, "finetune.batch_size is 0; it must be 1 or more"),
+        ({"layer_decay": 1.5}, r"finetune.layer_decay is 1.5; it must lie in \(0, 1]"),
+        ({"betas": (0.9, 1.0)}, r"finetune.betas is 1; it must lie in \[0, 1\)"),
+        ({"crop_scale": (0.5, 1.5)}, r"finetune.crop_scale is 1.5; it must lie in \(0, 1]"),
+        ({"randaugment": 11}, r"finetune.randaugment is 11; it must lie in \[0, 10]"),
+    ],
+)
+def test_settings_that_cannot_work(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FinetuneConfig(**changes)
+
+
+def test_images_without_a_label_are_left_out(tmp_path: Path) -> None:
+    images, labels = bars()
+    labels[::2] = -1
+    loader = data_of(tmp_path, images, labels).train
+    assert finetune.labelled_rows(loader, "training").tolist() == list(range(1, 45, 2))
+
+
+def test_a_plan_of_a_subset_goes_through_all_of_it() -> None:
+    plan = finetune.SubsetPlan(4, 3, 0, rows=np.array([3, 5, 7, 9]))
+    epochs = [np.concatenate([plan.indices(step)[1] for step in steps]) for steps in ((0, 1), (2, 3))]
+    assert [sorted(epoch.tolist()) for epoch in epochs] == [[3, 5, 7, 9]] * 2
+    assert plan.steps_per_epoch == 2
+
+
+def test_accumulation_takes_the_same_step() -> None:
+    images, targets = torch.randn(10, 1, 8, 8), torch.arange(10) % 3
+    results = []
+    for parts in (1, 3):
+        torch.manual_seed(0)
+        config = replace(CONFIG, accumulate=parts, drop_path=0.0)
+        classifier, _ = finetune.build_classifier(model(), ARGUMENTS, 3, config)
+        learner = finetune.Learner(classifier, config, 10)
+        losses = [learner.step(images, targets, config, RUNTIME) for _ in range(3)]
+        results.append((torch.stack(losses), learner.result.blocks[0].attn.qkv.weight))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+    assert results[0][0][2] < results[0][0][0]
+
+
+# Runs.
+
+
+def test_it_learns_and_leaves_a_classifier_that_gives_the_same_figures(tmp_path: Path) -> None:
+    data = data_of(tmp_path, *bars())
+    config = replace(CONFIG, epochs=20, mixup=0.0, cutmix=0.0, randaugment=0)
+    figures = run(data, tmp_path / "out", config)
+    assert figures["finetune"] > 90
+    assert figures["finetune_low"] <= figures["finetune"] <= figures["finetune_high"]
+    assert figures["finetune_images"] == 45
+    loaded, description = load_classifier(tmp_path / "out")
+    assert (description.mean, description.std) == (NORMALISATION.mean, NORMALISATION.std)
+    assert data.val is not None
+    logits, labels = finetune.predict(loaded, data.val.eval_batches(np.arange(45), 10), RUNTIME)
+    assert 100 * (logits.argmax(1) == labels).sum().item() / 45 == figures["finetune"]
+    lines = metrics(tmp_path / "out")
+    assert [line["epoch"] for line in lines if line["kind"] == "epoch"] == list(range(1, 21))
+    assert lines[-1]["finetune"] == figures["finetune"]
+    assert lines[-2]["loss"] == figures["finetune_loss"] < lines[0]["loss"]
+
+
+def test_the_same_settings_give_the_same_bits_and_another_seed_others(tmp_path: Path) -> None:
+    data = data_of(tmp_path, *bars())
+    figures = [run(data, tmp_path / name, seed=seed) for name, seed in (("a", 1), ("b", 1), ("c", 2))]
+    assert same(tmp_path / "a", tmp_path / "b")
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+    assert not same(tmp_path / "a", tmp_path / "c")
+    assert figures[0]["finetune_loss"] != figures[2]["finetune_loss"]
+
+
+def test_few_labels_are_exact_and_by_seed_and_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = bars()
+    labels[::5] = -1
+    data = data_of(tmp_path, images, labels)
+    seen: list[set[int]] = []
+    original = finetune.fit
+
+    def fit(learner: Any, loader: Any, plan: Any, *rest: Any) -> None:
+        seen.append(set(plan.rows.tolist()))
+        original(learner, loader, plan, *rest)
+
+    monkeypatch.setattr(finetune, "fit", fit)
+    config = replace(CONFIG, epochs=1)
+    for i, (seed, draw) in enumerate(((0, 0), (0, 0), (0, 1), (1, 0))):
+        figures = run(data, tmp_path / f"{i}", config, labels_per_class=4, seed=seed, draw=draw)
+        assert figures["finetune_images"] == 12
+    assert [np.bincount(labels[sorted(rows)]).tolist() for rows in seen] == [[4, 4, 4]] * 4
+    assert seen[0] == seen[1]
+    assert len({frozenset(rows) for rows in seen}) == 3
+
+
+def test_scratch_and_pretrained_differ_where_they_begin(tmp_path: Path) -> None:
+    pretrained = model()
+    for init in ("pretrained", "random"):
+        torch.manual_seed(3)
+        classifier, arguments = finetune.build_classifier(pretrained, ARGUMENTS, 3, replace(CONFIG, init=init))
+        own = classifier.blocks[0].attn.qkv.weight
+        assert torch.equal(own, pretrained.encoder.blocks[0].attn.qkv.weight) == (init == "pretrained")
+        assert arguments["drop_path"] == 0.2
+    data = data_of(tmp_path, *bars())
+    run(data, tmp_path / "a")
+    run(data, tmp_path / "b", replace(CONFIG, init="random"))
+    assert not same(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_killed_and_resumed_equals_uninterrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ema: float | None
+) -> None:
+    data = data_of(tmp_path, *bars())
+    config = replace(CONFIG, ema=ema, evaluations=3)
+    whole = run(data, tmp_path / "whole", config)
+    with monkeypatch.context() as patch:
+        fail_at(patch, 5, KeyError("killed"))
+        with pytest.raises(KeyError, match="killed"):
+            run(data, tmp_path / "parts", config)
+    with pytest.raises(CheckpointError, match="cannot load the classifier"):
+        load_classifier(tmp_path / "parts")
+    parts = run(data, tmp_path / "parts", config, resume=True)
+    assert {**parts, "finetune_seconds": 0} == {**whole, "finetune_seconds": 0}
+    assert same(tmp_path / "whole", tmp_path / "parts")
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+    assert [line["step"] for line in metrics(tmp_path / "parts") if line["kind"] == "val"] == [3, 6, 9]
+    again = run(data, tmp_path / "parts", config, resume=True)  # one that has ended is measured once more
+    assert again["finetune"] == whole["finetune"]
+    assert metrics(tmp_path / "parts")[-1] == metrics(tmp_path / "whole")[-1]
+
+
+def test_a_signal_saves_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = data_of(tmp_path, *bars())
+    config = replace(CONFIG, checkpoint_minutes=5)
+    run(data, tmp_path / "whole", config)
+    with monkeypatch.context() as patch:
+        fail_at(patch, 4, signal.SIGTERM)
+        with pytest.raises(Interrupted, match="stopped by SIGTERM after step 4 of 9, all saved") as caught:
+            run(data, tmp_path / "parts", config)
+    assert caught.value.exit_status == 143
+    run(data, tmp_path / "parts", config, resume=True)
+    assert same(tmp_path / "whole", tmp_path / "parts")
+
+
+def fail_at(patch: pytest.MonkeyPatch, call: int, what: Exception | signal.Signals) -> None:
+    """Makes the call-th training step raise, or send a signal."""
+    original, calls = finetune.Learner.step, []
+
+    def step(self: Any, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            if isinstance(what, Exception):
+                raise what
+            signal.raise_signal(what)
+        return original(self, *args)
+
+    patch.setattr(finetune.Learner, "step", step)
+
+
+def test_the_average_is_what_is_kept(tmp_path: Path) -> None:
+    data = data_of(tmp_path, *bars())
+    run(data, tmp_path / "plain")
+    run(data, tmp_path / "average", replace(CONFIG, ema=0.5))
+    run(data, tmp_path / "last", replace(CONFIG, ema=0.0))
+    assert not same(tmp_path / "plain", tmp_path / "average")
+    assert same(tmp_path / "plain", tmp_path / "last")  # an average with no memory
+
+
+def test_a_loss_that_is_not_finite_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = data_of(tmp_path, *bars())
+    original = finetune.Learner.step
+    monkeypatch.setattr(finetune.Learner, "step", lambda self, *args: original(self, *args) * torch.nan)
+    with pytest.raises(TrainingError, match="the loss is nan at step 1; fine-tune with a smaller base_lr"):
+        run(data, tmp_path / "out")
+
+
+# What a user can get wrong.
+
+
+def test_wrong_labels(tmp_path: Path) -> None:
+    images, labels = bars()
+    with pytest.raises(ConfigError, match="labels_per_class is 16 and class '0' has 15 labelled training images"):
+        run(data_of(tmp_path, images, labels), tmp_path / "a", labels_per_class=16)
+    with pytest.raises(DataError, match="are of one class, '0'"):
+        run(data_of(tmp_path, images, np.zeros(45, dtype=int)), tmp_path / "b")
+    with pytest.raises(DataError, match="none of the training images has a label; put them in one folder for each"):
+        run(data_of(tmp_path, images, np.full(45, -1)), tmp_path / "c")
+    with pytest.raises(DataError, match="none of the test images has a label"):
+        run(data_of(tmp_path, images, labels, test_labels=np.full(45, -1)), tmp_path / "d")
+    assert not list(tmp_path.glob("[abcd]"))  # and nothing is left behind
+
+
+def test_test_images_of_no_class_do_not_count(tmp_path: Path) -> None:
+    images, labels = bars()
+    data = data_of(tmp_path, images, labels, test_labels=np.where(np.arange(45) < 5, -1, labels))
+    assert data.val is not None
+    result = finetune.finetune(
+        model(), ARGUMENTS, NORMALISATION, data.train, data.val, config=CONFIG, runtime=RUNTIME, out=tmp_path / "a"
+    )
+    assert sum(item["images"] for item in result.details["finetune"]["per_class"]) == 40
+
+
+def test_wrong_folders_and_settings_when_resuming(tmp_path: Path) -> None:
+    data = data_of(tmp_path, *bars())
+    with pytest.raises(CheckpointError, match="holds no fine-tuning to go on with"):
+        run(data, tmp_path / "a", resume=True)
+    run(data, tmp_path / "a", replace(CONFIG, epochs=1))
+    with pytest.raises(ConfigError, match="is not an empty folder"):
+        run(data, tmp_path / "a")
+    with pytest.raises(ConfigError, match=r"epochs is 3 and was 1 in .*; resume with the settings it began with"):
+        run(data, tmp_path / "a", resume=True)
+    with pytest.raises(ConfigError, match="seed is 1 and was 0 in"):
+        run(data, tmp_path / "a", replace(CONFIG, epochs=1), resume=True, seed=1)
+    images, labels = bars()
+    other = data_of(tmp_path, images + np.uint8(1), labels)
+    with pytest.raises(DataError, match="the training images have changed"):
+        run(other, tmp_path / "a", replace(CONFIG, epochs=1), resume=True)
+
+
+def test_the_mlp_model_cannot(tmp_path: Path) -> None:
+    mlp = presets.build("mlp", in_chans=1, input_size=(8, 8))
+    with pytest.raises(ConfigError, match="the mlp model cannot be fine-tuned; use a vit model"):
+        finetune.build_classifier(mlp, {}, 3, CONFIG)
+
+
+def test_a_pretrained_model_is_no_classifier(tmp_path: Path) -> None:
+    description = Description(ARGUMENTS, (0.5,), (0.25,), {"strategy": "random", "ratio": 0.75}, None, "0")
+    write_description(tmp_path / "model.json", description)
+    with pytest.raises(CheckpointError, match="holds no classifier; give the folder that fine-tuning wrote"):
+        load_classifier(tmp_path)

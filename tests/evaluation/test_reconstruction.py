@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor, nn
+
+from torchmae.evaluation.inpainting import interpolate
+from torchmae.evaluation.reconstruction import HoldOut
+from torchmae.nn import presets
+from torchmae.nn.autoencoder import Autoencoder
+from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.nn.masking import Mask
+from torchmae.training.runtime import Runtime
+
+RUNTIME = Runtime(torch.device("cpu"), "fp32", 1)
+
+
+def vit(norm_pix: bool) -> Autoencoder:
+    return presets.build(
+        "vit_digits", in_chans=2, depth=1, embed_dim=16, norm_pix=norm_pix, decoder_embed_dim=16, decoder_depth=1
+    )
+
+
+def held_out(model: Autoencoder, strategy: str = "random") -> list[tuple[Tensor, Any]]:
+    """Two batches of smooth images, of different sizes."""
+    parts = []
+    for count in (5, 3):
+        noise = torch.rand(count, 2, 8, 8)
+        images = torch.nn.functional.avg_pool2d(noise, 3, 1, 1) * 3
+        parts.append((images, model.draw_mask(strategy, torch.rand(count, model.noise_count(strategy)), 0.6)))
+    return parts
+
+
+def patches(images: Tensor) -> npt.NDArray[np.float64]:
+    """(B, 16, 8): 2 x 2 patches of two channels, each with its channels last."""
+    array = images.double().numpy().reshape(-1, 2, 4, 2, 4, 2)
+    return array.transpose(0, 2, 4, 3, 5, 1).reshape(-1, 16, 8)
+
+
+def normalise(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    deviation = np.sqrt(values.var(-1, ddof=1, keepdims=True) + 1e-6)
+    return (values - values.mean(-1, keepdims=True)) / deviation
+
+
+def pick(values: npt.NDArray[np.float64], ids: Tensor) -> npt.NDArray[np.float64]:
+    return np.take_along_axis(values, ids.numpy()[..., None], axis=1)
+
+
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_against_plain_numpy(norm_pix: bool) -> None:
+    model = vit(norm_pix)
+    parts = held_out(model)
+    figures = HoldOut(model, parts, RUNTIME).run()
+
+    target_space = normalise if norm_pix else lambda values: values
+    targets, guesses, means, predictions = [], [], [], []
+    for images, mask in parts:
+        values = target_space(patches(images))
+        targets.append(pick(values, mask.ids_masked))
+        means.append(np.broadcast_to(pick(values, mask.ids_keep).mean(1, keepdims=True), targets[-1].shape))
+        filled = interpolate(images, model.removed_pixels(mask))
+        guesses.append(pick(target_space(patches(filled)), mask.ids_masked))
+        predictions.append(model(images, mask).pred.detach().double().numpy())
+    target, guess, mean, prediction = (
+        np.concatenate([a.ravel() for a in x]) for x in (targets, guesses, means, predictions)
+    )
+    if norm_pix:
+        guess = guess * max((guess @ target) / (guess @ guess), 0)
+    variance = target.var()
+    loss, loss_guess, loss_mean = (np.mean((x - target) ** 2) for x in (prediction, guess, mean))
+    assert figures == pytest.approx(
+        {
+            "loss": loss,
+            "loss_mean_patch": loss_mean,
+            "loss_interpolation": loss_guess,
+            "explained_variance": 1 - loss / variance,
+            "explained_variance_interpolation": 1 - loss_guess / variance,
+        },
+        rel=1e-4,
+    )
+    assert figures["loss_interpolation"] < variance  # on smooth images it is a real yardstick
+
+
+def test_the_kindest_scale_of_interpolation() -> None:
+    # No other factor brings the interpolated patches nearer to a normalised target.
+    model = vit(norm_pix=True)
+    parts = held_out(model)
+    best = HoldOut(model, parts, RUNTIME).loss_interpolation
+    target = torch.cat([model.hidden_values(*part).flatten() for part in parts]).double()
+    guess = torch.cat(
+        [model.hidden_values(interpolate(x, model.removed_pixels(m)), m).flatten() for x, m in parts]
+    ).double()
+    others = [(scale * guess - target).square().mean().item() for scale in np.linspace(0, 2, 41)]
+    assert best <= min(others) + 1e-12
+    assert best == pytest.approx(min(others), abs=1e-3)
+
+
+class Stub(MaskedAutoencoder):
+    """A model whose predictions are given."""
+
+    def __init__(self, predict: str) -> None:
+        nn.Module.__init__(self)
+        vit_parts = vit(norm_pix=False)
+        self.encoder, self.decoder, self.norm_pix = vit_parts.encoder, vit_parts.decoder, False
+        self.predict = predict
+
+    def forward(self, images: Tensor, mask: Mask) -> Any:
+        target = self.hidden_values(images, mask)
+        pred = target if self.predict == "truth" else torch.full_like(target, 1.5)
+        return type("Output", (), {"pred": pred})()
+
+
+def test_a_perfect_prediction_explains_everything() -> None:
+    model = Stub("truth")
+    figures = HoldOut(model, held_out(model), RUNTIME).run()
+    assert figures["loss"] == 0
+    assert figures["explained_variance"] == 1
+
+
+def test_a_constant_explains_nothing() -> None:
+    model = Stub("constant")
+    parts = held_out(model)
+    mean = torch.cat([model.hidden_values(*part).flatten() for part in parts]).mean().item()
+    figures = HoldOut(model, parts, RUNTIME).run()
+    variance = HoldOut(model, parts, RUNTIME).variance
+    assert figures["explained_variance"] == pytest.approx(-((1.5 - mean) ** 2) / variance, rel=1e-4)
+    assert abs(figures["explained_variance"]) < 0.1  # 1.5 is near the mean
+
+
+def test_the_model_is_measured_as_it_is_now() -> None:
+    model = vit(norm_pix=False).train()
+    measured = HoldOut(model, held_out(model), RUNTIME)
+    before = measured.run()
+    assert not model.training
+    nn.init.constant_(model.get_parameter("decoder.pred.bias"), 1.5)
+    after = measured.run()
+    assert after["loss"] < before["loss"]
+    assert after["loss_interpolation"] == before["loss_interpolation"]
+
+
+def test_values_hidden_one_by_one() -> None:
+    model = presets.build("mlp", input_size=(8, 8), in_chans=2, hidden_dim=4)
+    parts = held_out(model, "elements")
+    figures = HoldOut(model, parts, RUNTIME).run()
+    target = np.concatenate([x.flatten(1)[m].numpy() for x, m in parts]).astype(np.float64)
+    filled = [interpolate(x, m.view(-1, 2, 8, 8)).flatten(1)[m].numpy() for x, m in parts]
+    assert figures["loss_interpolation"] == pytest.approx(np.mean((np.concatenate(filled) - target) ** 2), rel=1e-4)
+    errors = [(model(x, m).pred - x.flatten(1))[m].detach().numpy() for x, m in parts]
+    assert figures["loss"] == pytest.approx(np.mean(np.concatenate(errors) ** 2), rel=1e-4)
+    means = []
+    for images, mask in parts:
+        seen = ~mask.view(-1, 2, 8, 8)
+        mean = (images * seen).sum((2, 3)) / seen.sum((2, 3))
+        means.append(mean[:, :, None].expand(-1, -1, 64).flatten(1)[mask].numpy())
+    assert figures["loss_mean_patch"] == pytest.approx(np.mean((np.concatenate(means) - target) ** 2), rel=1e-4)
+
+
+def test_images_without_any_variance() -> None:
+    model = vit(norm_pix=True)
+    images = torch.full((2, 2, 8, 8), 0.5)
+    mask = model.draw_mask("random", torch.rand(2, 16), 0.5)
+    figures = HoldOut(model, [(images, mask)], RUNTIME).run()
+    assert figures["loss_interpolation"] == 0
+    assert all(np.isfinite(value) for value in figures.values())

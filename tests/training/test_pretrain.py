@@ -1,0 +1,474 @@
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small import RUNTIME, Images, images, mlp, train, vit
+from torch import Tensor
+
+from torchmae.config import MaskConfig, ModelConfig, OptimConfig, PretrainConfig
+from torchmae.data.loader import Batch
+from torchmae.data.plan import Plan
+from torchmae.errors import CheckpointError, Interrupted, TrainingError
+from torchmae.nn.autoencoder import Autoencoder
+from torchmae.training import pretrain as module
+from torchmae.training.checkpoint import load_checkpoint
+from torchmae.training.optim import build_optimizers, lr_factor
+from torchmae.training.pretrain import Evaluator, State, draw_mask, due_steps, restore, split_mask, train_step
+from torchmae.training.progress import Display
+from torchmae.training.runtime import Runtime
+
+# 10 images in batches of 4: an epoch is 4, 4, 2.
+CONFIG = PretrainConfig(epochs=3, batch_size=4, log_every=2, optim=OptimConfig(lr=1e-3))
+
+
+def test_the_loop_is_the_plain_one(tmp_path: Path) -> None:
+    model, loader = vit(), images(10)
+    state, tracker = train(replace(CONFIG, log_every=1), model, loader, tmp_path)
+
+    plain, plan = vit(), Plan(10, 4, 0)
+    (optimizer,) = build_optimizers(plain, CONFIG.optim, 4)
+    losses = []
+    for batch in loader.train_batches(plan, 0, 9):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * lr_factor(len(losses), 9, CONFIG.optim)
+        loss = plain(batch.images, draw_mask(plain, CONFIG.mask, 0, batch, torch.device("cpu"))).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert (state.step, state.total_steps) == (9, 9)
+    assert [record["loss"] for record in tracker.of("train")] == losses
+    assert [record["lr"] for record in tracker.of("train")] == [1e-3 * lr_factor(i, 9, CONFIG.optim) for i in range(9)]
+    assert [record["epoch"] for record in tracker.of("train")] == [(i + 1) / 3 for i in range(9)]
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+    epochs = tracker.of("epoch")
+    assert [(record["step"], record["epoch"]) for record in epochs] == [(3, 1), (6, 2), (9, 3)]
+    assert [record["loss"] for record in epochs] == pytest.approx([sum(losses[i : i + 3]) / 3 for i in (0, 3, 6)])
+    assert losses[-1] < losses[0]
+
+
+def test_a_line_of_progress_is_the_mean_since_the_last(tmp_path: Path) -> None:
+    _, every = train(replace(CONFIG, log_every=1), vit(), images(10), tmp_path / "a")
+    _, some = train(replace(CONFIG, log_every=4), vit(), images(10), tmp_path / "b")
+    losses = [record["loss"] for record in every.of("train")]
+    lines = some.of("train")
+    assert [line["step"] for line in lines] == [3, 4, 6, 8, 9]  # every fourth step, and where an epoch ends
+    ends = [0, *(line["step"] for line in lines)]
+    means = [sum(losses[a:b]) / (b - a) for a, b in pairwise(ends)]
+    assert [line["loss"] for line in lines] == pytest.approx(means)
+    assert [line["step"] for line in lines if "grad_norm" in line] == [4, 8]
+    assert {"epoch", "loss", "lr", "images_per_s", "data_wait", "seconds"} < set(lines[0])
+
+
+@pytest.mark.parametrize(
+    ("total", "count", "steps"),
+    [
+        (10, 1, [10]),
+        (10, 2, [5, 10]),
+        (10, 3, [4, 7, 10]),
+        (9, 4, [3, 5, 7, 9]),
+        (2, 4, [1, 1, 2, 2]),
+        (1, 1, [1]),
+        (5, 0, []),
+    ],
+)
+def test_due_steps(total: int, count: int, steps: list[int]) -> None:
+    assert due_steps(total, count) == steps
+
+
+def test_evaluators_run_when_due_and_in_order(tmp_path: Path) -> None:
+    seen: list[tuple[str, int, bool]] = []
+    model = vit()
+
+    def evaluator(name: str, figures: dict[str, float]) -> Callable[[int], dict[str, float]]:
+        def run(step: int) -> dict[str, float]:
+            seen.append((name, step, model.training))
+            model.eval()
+            return figures
+
+        return run
+
+    evaluators = [
+        Evaluator(3, evaluator("loss", {"loss": 0.5})),
+        Evaluator(2, evaluator("knn", {"knn": 70.0})),
+        Evaluator(9, evaluator("pictures", {})),
+    ]
+    _, tracker = train(CONFIG, model, images(10), tmp_path, evaluators=evaluators)
+    assert [step for name, step, _ in seen if name == "loss"] == [3, 6, 9]
+    assert [step for name, step, _ in seen if name == "knn"] == [5, 9]
+    assert [step for name, step, _ in seen if name == "pictures"] == list(range(1, 10))
+    assert tracker.of("val") == [
+        {"kind": "val", "step": 3, "epoch": 1.0, "loss": 0.5},
+        {"kind": "val", "step": 5, "epoch": 5 / 3, "knn": 70.0},
+        {"kind": "val", "step": 6, "epoch": 2.0, "loss": 0.5},
+        {"kind": "val", "step": 9, "epoch": 3.0, "loss": 0.5, "knn": 70.0},
+    ]
+    firsts = {step: training for name, step, training in reversed(seen)}
+    assert all(firsts.values())  # back in training mode after each evaluation
+    assert model.training
+
+
+class Clock:
+    """Time that passes only when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    monotonic = perf_counter
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(module, "time", made)
+    return made
+
+
+class Slow(Images):
+    """Each batch takes a second to come."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(images(10).images)
+        self.clock = clock
+
+    def train_batches(self, plan: Plan, start: int, stop: int) -> Iterator[Batch]:
+        for batch in super().train_batches(plan, start, stop):
+            self.clock.now += 1
+            yield batch
+
+
+def test_seconds_are_those_of_training(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        clock.now += 3
+        return train_step(*args, **kwargs)
+
+    def slow_save(*args: Any) -> None:
+        clock.now += 50
+        save(*args)
+
+    def evaluate(_: int) -> dict[str, float]:
+        clock.now += 100
+        return {"loss": 1.0}
+
+    save = module.save
+    monkeypatch.setattr(module, "train_step", step)
+    monkeypatch.setattr(module, "save", slow_save)
+    config = replace(CONFIG, checkpoint_minutes=4.5)
+    state, tracker = train(config, vit(), Slow(clock), tmp_path, evaluators=[Evaluator(4, evaluate)])
+    assert state.seconds == 9 * 4
+    assert [line["seconds"] for line in tracker.of("train")] == [4 * line["step"] for line in tracker.of("train")]
+    assert {line["data_wait"] for line in tracker.of("train")} == {0.25}
+    assert tracker.of("train")[0]["images_per_s"] == 8 / 8
+    assert clock.now == 1000 + 9 * 4 + 4 * 100 + 3 * 50  # saved at the start and after steps 7 and 9
+
+
+def test_checkpoints_come_by_the_clock(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = []
+    monkeypatch.setattr(module, "save", lambda folder, model, optimizers, state: saved.append(state.step))
+
+    def evaluate(_: int) -> dict[str, float]:
+        clock.now += 30
+        return {}
+
+    train(replace(CONFIG, checkpoint_minutes=1), vit(), Slow(clock), tmp_path, evaluators=[Evaluator(9, evaluate)])
+    assert saved == [0, 2, 4, 6, 8, 9]  # 31 seconds a step, and always after the last
+
+
+class Recording(Display):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__("none")
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_minutes_become_steps(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = vit()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    probing = []
+
+    def step(network: Autoencoder, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        # The first steps are slow, as those of a cold machine are; they do not count.
+        probing.append(network is not model)
+        clock.now += 5.0 if len(probing) <= 5 else 0.25
+        return train_step(network, *args, **kwargs)
+
+    monkeypatch.setattr(module, "train_step", step)
+    config = replace(CONFIG, max_minutes=0.1, log_every=100)
+    display = Recording()
+    state, _ = train(config, model, images(10), tmp_path, display=display)
+    assert state.total_steps == 6 / 0.25
+    assert probing == [True] * 15 + [False] * 24
+    assert display.said[:1] == ["250 ms a step: 24 steps in 0.1 minutes"]
+    assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_measuring_takes_a_share_of_the_time_and_changes_nothing(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = vit()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    calls = []
+
+    def step(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        calls.append(1)
+        clock.now += 1.0
+        return train_step(*args, **kwargs)
+
+    monkeypatch.setattr(module, "train_step", step)
+    seconds = module.measure_speed(CONFIG, model, images(10), Plan(10, 4, 0), RUNTIME, at_least=21)  # type: ignore[arg-type]
+    assert (seconds, len(calls)) == (1.0, 5 + 21)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("accumulate", [3, 4, 7])
+@pytest.mark.parametrize(
+    ("make", "strategy"),
+    [
+        (vit, "random"),
+        (lambda: vit(norm_pix=True), "block"),
+        (lambda: mlp(loss_on="hidden"), "elements"),
+        (lambda: mlp(loss_on="all"), "elements_inverted"),
+    ],
+)
+def test_parts_of_a_batch_make_the_step_of_the_whole(
+    make: Callable[[], Autoencoder], strategy: str, accumulate: int
+) -> None:
+    batch = next(images(7).train_batches(Plan(7, 7, 0), 0, 1))
+    results = []
+    for parts in (1, accumulate):
+        model = make()
+        config = PretrainConfig(
+            batch_size=7,
+            accumulate=parts,
+            mask=MaskConfig(strategy=strategy),
+            optim=OptimConfig(lr=0.01, clip_grad=0.5),
+        )
+        (optimizer,) = build_optimizers(model, replace(config.optim, name="adam"), 7)
+        for group in optimizer.param_groups:
+            group["eps"] = 1.0  # else Adam's division by tiny gradients would enlarge what rounding leaves
+        mask = draw_mask(model, config.mask, 0, batch, torch.device("cpu"))
+        loss, norm = train_step(model, [optimizer], batch.images, mask, config, RUNTIME)
+        assert norm is not None
+        assert all(p.grad is None for p in model.parameters())
+        results.append((loss.item(), norm.item(), [p.detach() for p in model.parameters()]))
+    (loss, norm, weights), (parts_loss, parts_norm, parts_weights) = results
+    assert parts_loss == pytest.approx(loss, abs=1e-6)
+    assert parts_norm == pytest.approx(norm, abs=1e-6)
+    for one, other in zip(weights, parts_weights, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_accumulation_reaches_the_last_partial_batch(tmp_path: Path) -> None:
+    losses = []
+    for parts in (1, 3):
+        config = replace(CONFIG, accumulate=parts, log_every=1)
+        _, tracker = train(config, vit(), images(10), tmp_path / str(parts))
+        losses.append([line["loss"] for line in tracker.of("train")])
+    assert len(losses[0]) == 9
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_masks_are_cut_as_batches_are() -> None:
+    model = vit()
+    batch = next(images(7).train_batches(Plan(7, 7, 0), 0, 1))
+    mask = draw_mask(model, MaskConfig(), 0, batch, torch.device("cpu"))
+    parts = split_mask(mask, 3)
+    assert [len(part.ids_keep) for part in parts] == [len(part) for part in batch.images.tensor_split(3)] == [3, 2, 2]
+    assert torch.equal(torch.cat([part.ids_masked for part in parts]), mask.ids_masked)
+
+
+def test_a_mask_depends_on_seed_epoch_and_index_alone() -> None:
+    model, cpu = vit(), torch.device("cpu")
+    one = Batch(torch.zeros(3, 1, 8, 8), torch.zeros(3), torch.tensor([5, 1, 9]).numpy(), 2)
+    other = Batch(torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.tensor([9, 5]).numpy(), 2)
+    first = draw_mask(model, MaskConfig(), 3, one, cpu).ids_keep
+    assert torch.equal(first[[2, 0]], draw_mask(model, MaskConfig(), 3, other, cpu).ids_keep)
+    assert not torch.equal(first, draw_mask(model, MaskConfig(), 4, one, cpu).ids_keep)
+    assert not torch.equal(first, draw_mask(model, MaskConfig(), 3, replace(one, epoch=3), cpu).ids_keep)
+
+
+def finite(folder: Path) -> bool:
+    """Whether every number in every checkpoint is finite."""
+    numbers: list[Tensor] = []
+    for path in (folder / "checkpoints").iterdir():
+        numbers += load_file(path / "model.safetensors").values()
+        for optimizer in torch.load(path / "optimizer.pt", weights_only=True):
+            numbers += (value for values in optimizer["state"].values() for value in values.values())
+    return all(torch.isfinite(value).all() for value in numbers)
+
+
+@pytest.mark.parametrize("log_every", [1, 2, 100])
+def test_a_loss_that_is_not_finite_names_its_step(tmp_path: Path, log_every: int) -> None:
+    loader = images(10)
+    _, indices = Plan(10, 4, 0).indices(4)  # the fifth step's
+    loader.images[int(indices[0])] = torch.nan
+    first = next(i for i in range(9) if int(indices[0]) in Plan(10, 4, 0).indices(i)[1]) + 1
+    config = replace(CONFIG, log_every=log_every, checkpoint_minutes=0)
+    with pytest.raises(TrainingError) as caught:
+        train(config, vit(), loader, tmp_path)
+    assert str(caught.value) == (
+        f"the loss is nan at step {first}; the last good checkpoint was kept; go on from it with a smaller step: "
+        f"torchmae pretrain --resume {tmp_path} --optim.lr LR (or --optim.clip_grad 1, or --precision fp32)"
+    )
+    assert caught.value.exit_status == 1
+    checkpoint = load_checkpoint(tmp_path / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.state["step"] == first - 1
+    assert finite(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["weights", "moments"])
+def test_nothing_that_is_not_finite_is_saved(tmp_path: Path, where: str) -> None:
+    model = vit()
+    held: list[torch.optim.Optimizer] = []
+
+    def spoil(_: int) -> dict[str, float]:
+        with torch.no_grad():
+            if where == "weights":
+                model.get_parameter("decoder.mask_token")[..., 0] = torch.inf
+            else:
+                next(iter(held[0].state.values()))["exp_avg_sq"][0] = torch.inf
+        return {}
+
+    with pytest.MonkeyPatch.context() as patch:
+        build = build_optimizers
+        patch.setattr(module, "build_optimizers", lambda *args: held.extend(build(*args)) or held)
+        with pytest.raises(TrainingError, match=r"^the weights are not finite after step 9; the last good"):
+            train(CONFIG, model, images(10), tmp_path, evaluators=[Evaluator(1, spoil)])
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000000"]
+    assert finite(tmp_path)
+
+
+def interrupted_and_resumed(config: PretrainConfig, make: Callable[[], Autoencoder], out: Path) -> Autoencoder:
+    """A run that is stopped after each third of its steps and goes on with a new model each time."""
+    loader = images(10)
+    for _ in range(3):
+        checkpoint = load_checkpoint(out / "checkpoints")
+        evaluators = [Evaluator(3, lambda _: signal.raise_signal(signal.SIGTERM) or {})]
+        model = make()
+        with pytest.raises(Interrupted) if checkpoint is None or checkpoint.state["step"] < 6 else nullcontext():
+            train(config, model, loader, out, evaluators=evaluators, checkpoint=checkpoint)
+    return model
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        replace(CONFIG, accumulate=2, optim=OptimConfig(name="muon", clip_grad=0.1)),
+        replace(CONFIG, model=ModelConfig(drop_path=0.5)),
+        replace(CONFIG, batch_size=16, epochs=9),
+    ],
+    ids=["adamw", "muon", "drop_path", "one step an epoch"],
+)
+def test_resumed_equals_uninterrupted(tmp_path: Path, config: PretrainConfig) -> None:
+    def make() -> Autoencoder:
+        return vit(drop_path=config.model.drop_path, depth=2)
+
+    whole = make()
+    state, _ = train(config, whole, images(10), tmp_path / "a")
+    resumed = interrupted_and_resumed(config, make, tmp_path / "b")
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+    checkpoints = [load_checkpoint(tmp_path / name / "checkpoints") for name in "ab"]
+    assert checkpoints[0] is not None
+    assert checkpoints[1] is not None
+    assert {**checkpoints[0].state, "seconds": 0} == {**checkpoints[1].state, "seconds": 0}
+    assert asdict(state)["epoch_loss"] == 0.0
+
+
+def test_drop_path_draws_by_the_step(tmp_path: Path) -> None:
+    plain, dropped = vit(depth=2), vit(depth=2, drop_path=0.9)
+    train(CONFIG, plain, images(10), tmp_path / "a")
+    train(replace(CONFIG, model=ModelConfig(drop_path=0.9)), dropped, images(10), tmp_path / "b")
+    assert not torch.equal(*(model.get_parameter("encoder.blocks.1.mlp.fc1.weight") for model in (plain, dropped)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_an_evaluation_is_saved_too(tmp_path: Path, number: signal.Signals) -> None:
+    evaluators = [Evaluator(2, lambda _: signal.raise_signal(number) or {"loss": 1.0})]
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted) as caught:
+        train(CONFIG, vit(), images(10), tmp_path / "my run", evaluators=evaluators)
+    assert str(caught.value) == (
+        f"stopped by {number.name} after step 5 of 9, all saved; "
+        f"go on with: torchmae pretrain --resume '{tmp_path}/my run'"
+    )
+    assert caught.value.exit_status == 128 + number
+    checkpoint = load_checkpoint(tmp_path / "my run" / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.state["step"] == 5
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+
+def test_a_signal_in_the_last_step_finishes(tmp_path: Path) -> None:
+    evaluators = [Evaluator(1, lambda _: signal.raise_signal(signal.SIGINT) or {})]
+    state, _ = train(CONFIG, vit(), images(10), tmp_path, evaluators=evaluators)
+    assert state.step == 9
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+    def twice(_: int) -> dict[str, float]:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("not reached")
+
+    with pytest.raises(KeyboardInterrupt):
+        train(CONFIG, vit(), images(10), tmp_path, evaluators=[Evaluator(2, twice)])
+
+
+def test_a_run_that_was_done_is_done(tmp_path: Path) -> None:
+    model = vit()
+    train(CONFIG, model, images(10), tmp_path)
+    again = vit()
+    state, tracker = train(CONFIG, again, images(10), tmp_path, checkpoint=load_checkpoint(tmp_path / "checkpoints"))
+    assert (state.step, tracker.records) == (9, [])
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_a_resumed_run_keeps_its_steps_and_takes_new_rates(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(CONFIG, vit(), images(10), tmp_path, evaluators=[Evaluator(3, lambda _: signal.raise_signal(2) or {})])
+    checkpoint = load_checkpoint(tmp_path / "checkpoints")
+    config = replace(CONFIG, max_minutes=1.0, epochs=50, log_every=1, optim=OptimConfig(lr=1e-4))
+    runtime = Runtime(torch.device("cpu"), "bf16", 1)
+    state, tracker = train(config, vit(), images(10), tmp_path, checkpoint=checkpoint, runtime=runtime)
+    assert (state.step, state.total_steps, state.precision) == (9, 9, "bf16")
+    assert [line["lr"] for line in tracker.of("train")] == [1e-4 * lr_factor(i, 9, config.optim) for i in range(3, 9)]
+    saved = json.loads((tmp_path / "checkpoints" / "step-00000009" / "state.json").read_text())
+    assert saved == asdict(state)
+    assert saved["data"] == "abc"
+
+
+def test_a_checkpoint_of_another_model(tmp_path: Path) -> None:
+    train(CONFIG, vit(), images(10), tmp_path)
+    checkpoint = load_checkpoint(tmp_path / "checkpoints")
+    assert checkpoint is not None
+    for model, optim in ((vit(embed_dim=32), CONFIG.optim), (vit(), OptimConfig(name="muon"))):
+        with pytest.raises(
+            CheckpointError, match=r"^\S+step-00000009 does not fit the model: .*own settings$"
+        ) as caught:
+            restore(checkpoint, model, build_optimizers(model, optim, 4), "fp32")
+        assert "\n" not in str(caught.value)
+    strange = replace(checkpoint, state={"step": 3})
+    with pytest.raises(CheckpointError, match="does not fit"):
+        restore(strange, vit(), build_optimizers(vit(), CONFIG.optim, 4), "fp32")
+
+
+def test_state_is_what_a_checkpoint_holds() -> None:
+    state = State(3, 9, 1.5, 0.25, "fp32", "abc")
+    assert State(**json.loads(json.dumps(asdict(state)))) == state
