@@ -50,7 +50,7 @@ def main() -> None:
     size, channels = description.input_size, description.arguments["in_chans"]
     normalisation = Normalisation(description.mean, description.std)
     settings = finetune.data_settings(
-        DataConfig(source=args.data, val="test"), FinetuneConfig(**given), description.arguments, normalisation
+        DataConfig(source=args.data, val="test"), FinetuneConfig(**given), model, normalisation
     )
     data = open_data(settings, input_size=size, channels=channels, device=runtime.device)
     if data.val is None:
@@ -65,7 +65,6 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as out:
                 figures = finetune.run(
                     model,
-                    description.arguments,
                     normalisation,
                     data.train,
                     data.val,

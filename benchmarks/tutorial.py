@@ -48,6 +48,7 @@ SHOWN = 4
 PATCH_RATIO = 0.75
 LABEL_COLOUR = (118, 122, 128, 255)  # readable on white and on near-black: the background is transparent
 HIDDEN_GREY = (116, 124, 138)
+Column = tuple[str, Tensor, Tensor | None]  # of a picture: label, images, what is hidden in them
 
 
 def main() -> None:
@@ -79,10 +80,9 @@ def measure_all(source: str, minutes: float, title: str) -> dict[str, Any]:
             run = train(source, minutes, options, Path(folder) / name)
             keys = ("seconds", "epochs", "steps", "knn", "knn_untrained", "knn_pixels", "num_train", "num_val")
             results["models"][name] = {key: run.figures[key] for key in keys}
-            results["environment"] = json.loads((run.path / "environment.json").read_text(encoding="utf-8"))
+            environment = json.loads((run.path / "environment.json").read_text(encoding="utf-8"))
             trained[name] = torchmae.load(run.path)
-    for key in ("command", "started"):
-        results["environment"].pop(key, None)
+    results["environment"] = {key: environment[key] for key in ("torchmae", "torch", "processor", "threads")}
     test = open_splits(source, "data")["test"]
     arrays = [test.read(int(index)) for index in spread(len(test), HELD_OUT)]
     images = trained["vit"].preprocess(*arrays)  # all three have the same normalisation
@@ -104,7 +104,7 @@ def train(source: str, minutes: float, options: dict[str, Any], out: Path) -> An
     """One run of a recipe, on all training images, for so many minutes of training."""
     options = {**options, "data": {"source": source, "val": "test", **options.get("data", {})}}
     once = {"count": 1, "knn_count": 1}
-    return torchmae.pretrain(**options, max_minutes=minutes, eval=once, out=out, progress="plain", precision="fp32")
+    return torchmae.pretrain(**options, max_minutes=minutes, eval=once, out=out, progress="plain")
 
 
 def figures(model: Pretrained, images: Tensor, mask: Any) -> dict[str, float]:
@@ -149,8 +149,7 @@ def draw_all(trained: dict[str, Pretrained], images: Tensor, patches: Any, hidde
     few, removed = images[:SHOWN], hidden[:SHOWN]
     elements = removed.expand_as(few).flatten(1)
     some = type(patches)(*(ids[:SHOWN] for ids in patches))
-    columns = [("masked", few, removed)]
-    columns.append(("interpolated", interpolate(few, removed), None))
+    columns: list[Column] = [("masked", few, removed), ("interpolated", interpolate(few, removed), None)]
     columns += [(name, trained[name].reconstruct(few, elements).images, None) for name in ("literal", "corrected")]
     columns.append(("ViT-MAE", trained["vit"].reconstruct(few, some).images, None))
     draw([*columns, ("original", few, None)], PICTURES / "tutorial-patches.png")
@@ -163,7 +162,7 @@ def draw_all(trained: dict[str, Pretrained], images: Tensor, patches: Any, hidde
     draw(columns, PICTURES / "tutorial-outputs.png")
 
 
-def draw(columns: Sequence[tuple[str, Tensor, Tensor | None]], path: Path) -> None:
+def draw(columns: Sequence[Column], path: Path) -> None:
     """Images in labelled columns, each pixel enlarged to a square; what is hidden is grey."""
     scale, gap, top = 5, 10, 30
     font = ImageFont.load_default(18)

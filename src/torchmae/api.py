@@ -168,7 +168,7 @@ def _run(config: PretrainConfig, path: Path, *, resume: bool) -> Run:
         saved_precision = checkpoint.state["precision"] if checkpoint is not None else "auto"
         precision = saved_precision if config.precision == "auto" else config.precision
         runtime = open_runtime(config.device, precision, config.threads)
-        arguments = presets.arguments(config.model.preset, **_overrides(config))
+        arguments = presets.arguments(config.model.preset, **overrides(config))
         check_model(config, arguments)
         data = open_data(
             config.data,
@@ -390,5 +390,6 @@ def summarise(
     }
 
 
-def _overrides(config: PretrainConfig) -> dict[str, Any]:
+def overrides(config: PretrainConfig) -> dict[str, Any]:
+    """The model settings that replace the preset's values."""
     return {name: value for name, value in asdict(config.model).items() if name != "preset"}

@@ -41,7 +41,7 @@ METHOD_NAMES = {"tsne": "t-SNE", "pca": "the first two principal components", "u
 # is made of: enough to say something, few enough to take seconds on a processor.
 REPORT_IMAGES = 8
 REPORT_ROWS = 4
-REPORT_BANK = 2000
+REPORT_BANK = 1000
 REPORT_POINTS = 1000
 
 

@@ -19,7 +19,7 @@ from torchmae.evaluation import finetune
 from torchmae.evaluation.finetune_config import PAPER, SMALL, FinetuneConfig
 from torchmae.evaluation.images import Normalisation
 from torchmae.nn import presets
-from torchmae.nn.classifier import Classifier
+from torchmae.nn.classifier import Classifier, encoder_arguments
 from torchmae.training.runtime import Runtime
 from torchmae.training.saved_classifier import load_classifier
 from torchmae.training.saved_model import Description, write_description
@@ -44,7 +44,7 @@ def data_of(folder: Path, images: Any, labels: Any, config: FinetuneConfig = CON
     tests = {"test_images": images, "test_labels": labels, **tests}
     np.savez(path, train_images=images, train_labels=labels, **tests)
     settings = finetune.data_settings(
-        DataConfig(source=str(path), val="test", flip=False), config, ARGUMENTS, NORMALISATION
+        DataConfig(source=str(path), val="test", flip=False), config, model(), NORMALISATION
     )
     return open_data(settings, input_size=(8, 8), channels=1, device=RUNTIME.device)
 
@@ -63,7 +63,6 @@ def run(data: Data, out: Path, config: FinetuneConfig = CONFIG, **options: Any) 
     assert data.val is not None
     return finetune.run(
         model(seed=99),
-        ARGUMENTS,
         NORMALISATION,
         data.train,
         data.val,
@@ -98,7 +97,7 @@ def test_layers_from_the_bottom_up() -> None:
 
 
 def test_layerwise_rates_by_hand() -> None:
-    classifier = Classifier(3, **{name: ARGUMENTS[name] for name in finetune._ENCODER_ARGUMENTS})
+    classifier = Classifier(3, **encoder_arguments(model().encoder))
     groups = finetune.parameter_groups(classifier, lr=0.8, layer_decay=0.5, weight_decay=0.05)
     rate = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     found = {name: rate[id(p)] for name, p in classifier.named_parameters()}
@@ -164,7 +163,7 @@ def test_accumulation_takes_the_same_step() -> None:
     for parts in (1, 3):
         torch.manual_seed(0)
         config = replace(CONFIG, accumulate=parts, drop_path=0.0)
-        classifier, _ = finetune.build_classifier(model(), ARGUMENTS, 3, config)
+        classifier, _ = finetune.build_classifier(model(), 3, config)
         learner = finetune.Learner(classifier, config, 10)
         losses = [learner.step(images, targets, config, RUNTIME) for _ in range(3)]
         results.append((torch.stack(losses), learner.result.blocks[0].attn.qkv.weight))
@@ -227,7 +226,7 @@ def test_scratch_and_pretrained_differ_where_they_begin(tmp_path: Path) -> None:
     pretrained = model()
     for init in ("pretrained", "random"):
         torch.manual_seed(3)
-        classifier, arguments = finetune.build_classifier(pretrained, ARGUMENTS, 3, replace(CONFIG, init=init))
+        classifier, arguments = finetune.build_classifier(pretrained, 3, replace(CONFIG, init=init))
         own = classifier.blocks[0].attn.qkv.weight
         assert torch.equal(own, pretrained.encoder.blocks[0].attn.qkv.weight) == (init == "pretrained")
         assert arguments["drop_path"] == 0.2
@@ -326,7 +325,7 @@ def test_test_images_of_no_class_do_not_count(tmp_path: Path) -> None:
     data = data_of(tmp_path, images, labels, test_labels=np.where(np.arange(45) < 5, -1, labels))
     assert data.val is not None
     result = finetune.finetune(
-        model(), ARGUMENTS, NORMALISATION, data.train, data.val, config=CONFIG, runtime=RUNTIME, out=tmp_path / "a"
+        model(), NORMALISATION, data.train, data.val, config=CONFIG, runtime=RUNTIME, out=tmp_path / "a"
     )
     assert sum(item["images"] for item in result.details["finetune"]["per_class"]) == 40
 
@@ -351,7 +350,7 @@ def test_wrong_folders_and_settings_when_resuming(tmp_path: Path) -> None:
 def test_the_mlp_model_cannot(tmp_path: Path) -> None:
     mlp = presets.build("mlp", in_chans=1, input_size=(8, 8))
     with pytest.raises(ConfigError, match="the mlp model cannot be fine-tuned; use a vit model"):
-        finetune.build_classifier(mlp, {}, 3, CONFIG)
+        finetune.build_classifier(mlp, 3, CONFIG)
 
 
 def test_a_pretrained_model_is_no_classifier(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import torch
 
 from torchmae.evaluation.inpainting import _neighbour_mean, interpolate
 
-SIZES = [(40,), (24, 18), (8, 9, 10), (7, 5)]
+SIZES = [(40,), (24, 18), (8, 9, 10), (7, 5), (2, 32), (16, 1, 5)]
 
 
 def hole(size: tuple[int, ...], count: int = 2, share: float = 0.75) -> torch.Tensor:

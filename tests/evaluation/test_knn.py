@@ -14,7 +14,7 @@ def clusters(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, 5, (count,), generator=generator)
     centres = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
-    return centres[labels] + 1.2 * torch.randn(count, 16, generator=generator) + 10, labels
+    return centres[labels] + 1.6 * torch.randn(count, 16, generator=generator) + 10, labels
 
 
 @pytest.mark.parametrize(("k", "temperature"), [(20, 0.07), (1, 0.07), (5, 1.0)])
@@ -38,7 +38,7 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = clusters(100, 1)
     queries, _ = clusters(50, 2)
     whole = knn_predict(features, labels, queries, num_classes=5)
-    monkeypatch.setattr(module, "BLOCK", 7)
+    monkeypatch.setattr(module, "MAX_VALUES", 700)  # blocks of 7
     torch.testing.assert_close(knn_predict(features, labels, queries, num_classes=5), whole)
 
 

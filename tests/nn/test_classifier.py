@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from torchmae.nn.classifier import Classifier
+from torchmae.nn.classifier import Classifier, encoder_arguments
 from torchmae.nn.encoder import ViTEncoder
 
 ENCODER = {
@@ -72,3 +72,16 @@ def test_copy_encoder_takes_all_but_the_last_norm() -> None:
 def test_any_number_of_axes() -> None:
     signal = Classifier(3, **{**ENCODER, "input_size": (12,), "patch_size": (4,)})
     assert signal(torch.randn(2, 2, 12)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("changes", [{}, {"class_token": False}, {"input_size": (12,), "patch_size": (4,)}])
+def test_arguments_of_an_encoder(changes: dict[str, object]) -> None:
+    given = {"class_token": True, "mlp_ratio": 2.5, **ENCODER, **changes}
+    assert encoder_arguments(ViTEncoder(**given, drop_path=0.3)) == given
+
+
+def test_hidden_widths_survive_rounding() -> None:
+    for hidden in range(1, 120):  # 49 * (1 / 49) is below 1
+        encoder = ViTEncoder(**{**ENCODER, "embed_dim": 98, "num_heads": 2, "depth": 1}, mlp_ratio=(hidden + 0.5) / 98)
+        again = ViTEncoder(**encoder_arguments(encoder))
+        assert again.blocks[0].mlp.fc1.out_features == encoder.blocks[0].mlp.fc1.out_features == hidden

@@ -18,6 +18,8 @@ FINISHED = Run(
     summary=summary(),
     environment={"device": "cpu"},
     pictures=(),
+    feature_pictures=(),
+    evaluations=(),
     bad_files=(),
 )
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentError
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from torchmae import settings
+from torchmae.commands.parsing import parse
 from torchmae.evaluation.options import ComputeOptions, EvaluateOptions
 
 if TYPE_CHECKING:
@@ -34,17 +34,9 @@ def main(args: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("run", type=str, help="run folder or exported model; or random or pixels, with --preset")
-    parser.add_class_arguments(EvaluateOptions, None, fail_untyped=True)
-    parser.add_class_arguments(ComputeOptions, None, fail_untyped=True)
     args = settings.normalise(args)
     as_json = settings.take_flag(args, "json")
-    try:
-        values = parser.parse_args(args)
-        built = parser.instantiate(values)
-    except ArgumentError as error:
-        raise settings.explain(str(error), parser.option_names()) from error
-    options = EvaluateOptions(**{name: built[name] for name in EvaluateOptions.__dataclass_fields__})
-    compute = ComputeOptions(**{name: built[name] for name in ComputeOptions.__dataclass_fields__})
+    values, options, compute = parse(parser, args, EvaluateOptions, ComputeOptions)
 
     from torchmae.evaluation.suite import evaluate, record_evaluation
 

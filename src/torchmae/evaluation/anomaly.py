@@ -27,7 +27,7 @@ from torchmae.data.loader import Batch
 from torchmae.data.reading import probe
 from torchmae.data.sources import Source, Subset
 from torchmae.errors import ConfigError, DataError
-from torchmae.evaluation.images import ImageSet, Normalisation, check_sizes, eval_loader, with_channels
+from torchmae.evaluation.images import ImageSet, Normalisation, check_sizes, with_channels
 from torchmae.evaluation.options import DataOptions
 from torchmae.nn.autoencoder import Autoencoder
 from torchmae.nn.mae import MaskedAutoencoder
@@ -41,7 +41,7 @@ from torchmae.training.runtime import Runtime
 GOOD = "good"
 """The folder of normal images among others to test, as in MVTec AD (Bergmann et al. 2019)."""
 
-SCORES = ("reconstruction", "reconstruction_max", "knn", "patch_knn")
+SCORES = ("reconstruction", "reconstruction_max", "knn", "patch_knn", "patch_knn_max")
 MAX_MASKS = 16
 MAX_TOKENS = 20000
 NEIGHBOURS = 5
@@ -61,9 +61,10 @@ class Detection(NamedTuple):
     Attributes:
         scores: (N,) float32 by name:
             reconstruction: mean squared error of an image's patches, each predicted from others;
-            reconstruction_max: that of its worst patch;
+            reconstruction_max: that of its worst patch, for small defects;
             knn: mean cosine distance of its mean feature to the nearest ones of normal images;
-            patch_knn: distance of its oddest patch to the nearest patch of normal images.
+            patch_knn: mean over its patches of the distance to the nearest patch of normal images;
+            patch_knn_max: that of its oddest patch, for small defects.
         maps: (N, L) float32 by name, "reconstruction" and "patch_knn": the same for each patch.
         anomalous: (N,) bool, the truth.
     """
@@ -158,7 +159,8 @@ def detect(
             [patch_errors(model, batch.images, torch.from_numpy(u).to(runtime.device), ratio, runtime) for u in noise]
         ).mean(0)
         distances = tokens.distance(features.flatten(0, 1), 1).view(errors.shape)
-        values = (errors.mean(1), errors.amax(1), means.distance(features.mean(1), NEIGHBOURS), distances.amax(1))
+        nearest = means.distance(features.mean(1), NEIGHBOURS)
+        values = (errors.mean(1), errors.amax(1), nearest, distances.mean(1), distances.amax(1))
         for name, value in zip(SCORES, values, strict=True):
             scores[name].append(value.cpu())
         maps["reconstruction"].append(errors.cpu())
@@ -229,16 +231,21 @@ def patch_errors(model: MaskedAutoencoder, images: Tensor, noise: Tensor, ratio:
 class Memory:
     """Features of normal images, to measure the distance to.
 
+    They are not centred, as kNN classification does: seen from the middle of the normal ones, an image far outside
+    lies in the same direction as many that are normal.
+
     Args:
         features: (N, D).
     """
 
     def __init__(self, features: Tensor) -> None:
-        self._mean = features.mean(0)
-        self._directions = F.normalize(features - self._mean, dim=1)
+        self._directions = F.normalize(features, dim=1)
+
+    def __len__(self) -> int:
+        return len(self._directions)
 
     def distance(self, queries: Tensor, k: int) -> Tensor:
-        """Mean cosine distance, 0 to 2, to the k nearest; features are centred on the mean of the normal ones.
+        """Mean cosine distance, 0 to 2, to the k nearest.
 
         Args:
             queries: (M, D).
@@ -247,12 +254,11 @@ class Memory:
         Returns:
             (M,).
         """
-        block = max(1, _MAX_VALUES // len(self._directions))
         found = [
-            (F.normalize(part - self._mean, dim=1) @ self._directions.T).topk(min(k, len(self._directions)), dim=1)
-            for part in torch.split(queries, block)
+            (F.normalize(part, dim=1) @ self._directions.T).topk(min(k, len(self)), dim=1).values.mean(1)
+            for part in torch.split(queries, max(1, _MAX_VALUES // len(self)))
         ]
-        return 1 - torch.cat([item.values for item in found]).mean(1)
+        return 1 - torch.cat(found)
 
 
 def normal_features(
@@ -334,37 +340,41 @@ def open_anomaly_data(
     for source in (known, mark_anomalous(tests[split], names)):
         fitting = with_channels(source, channels)
         check_sizes(probe(fitting), fitting, input_size)
-        loader = eval_loader(
+        images = ImageSet(
             fitting,
-            None,
+            data=options,
+            batch_size=batch_size,
             input_size=input_size,
             normalisation=normalisation,
             device=device,
-            data=options,
             bad=BadFiles(len(fitting), options.max_bad),
         )
-        pair.append(ImageSet(fitting, loader, batch_size))
+        pair.append(images)
     return pair[0], pair[1]
 
 
 def only_classes(source: Source, names: Sequence[str]) -> Source:
     """The images of some classes; ConfigError for a name that is not one."""
-    known = source.classes or ()
+    known = class_list(source)
     for name in names:
         if name not in known:
-            raise ConfigError(
-                f"no class of {source.name(0)} is called {name!r}", f"choose from {', '.join(known) or '(none)'}"
-            )
+            raise ConfigError(f"no class of the normal images is called {name!r}", f"choose from {', '.join(known)}")
     assert source.labels is not None
-    wanted = [known.index(name) for name in names]
+    assert source.classes is not None
+    wanted = [source.classes.index(name) for name in names]
     return Subset(source, np.flatnonzero(np.isin(source.labels, wanted)))
 
 
 def folder_names(source: Source) -> set[str]:
-    """The classes of images; without any, the folders that they lie in."""
-    if source.classes is not None:
-        return set(source.classes)
-    return {Path(source.name(i)).parent.name for i in range(len(source))}
+    """The classes that the images are of; without any, the folders that they lie in."""
+    return set(class_list(source)) or {Path(source.name(i)).parent.name for i in range(len(source))}
+
+
+def class_list(source: Source) -> list[str]:
+    """The names of the classes that have images here; those of another split do not count."""
+    if source.classes is None or source.labels is None:
+        return []
+    return [source.classes[label] for label in np.unique(source.labels) if label >= 0]
 
 
 def mark_anomalous(source: Source, normal: set[str]) -> Source:
@@ -382,9 +392,9 @@ def mark_anomalous(source: Source, normal: set[str]) -> Source:
     labelled = np.flatnonzero(source.labels >= 0)
     marks = np.where(is_normal[source.labels], 0, 1)
     if len(np.unique(marks[labelled])) < 2:
-        found = "normal" if is_normal.any() else "anomalous"
+        found = "normal" if (marks[labelled] == 0).all() else "anomalous"
         raise DataError(
-            f"the test images are all {found}: their classes are {', '.join(source.classes)}",
+            f"the test images are all {found}: their classes are {', '.join(class_list(source))}",
             f"normal is what is named {', '.join(sorted(normal))}; give both kinds",
         )
     marked = Subset(source, np.arange(len(source)), marks, ("normal", "anomalous"))

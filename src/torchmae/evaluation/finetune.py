@@ -10,7 +10,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ from torchmae.evaluation.finetune_config import FinetuneConfig
 from torchmae.evaluation.images import Normalisation, check_classes, class_names
 from torchmae.evaluation.scores import Result, Scores, rank, score
 from torchmae.nn.autoencoder import Autoencoder
-from torchmae.nn.classifier import Classifier
+from torchmae.nn.classifier import Classifier, encoder_arguments
+from torchmae.nn.encoder import ViTEncoder
 from torchmae.nn.mae import MaskedAutoencoder, no_weight_decay
 from torchmae.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from torchmae.training.optim import lr_factor, set_lr
@@ -49,15 +50,9 @@ NAME = "finetune"
 EVAL_BATCH = 250
 LOG_EVERY = 10
 
-# Of a MaskedAutoencoder's arguments, those of its encoder; drop_path is the fine-tuning's own.
-_ENCODER_ARGUMENTS = (
-    *("input_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token"),
-)
-
 
 def run(
     model: Autoencoder,
-    arguments: Mapping[str, Any],
     normalisation: Normalisation,
     train: ImageLoader,
     test: ImageLoader,
@@ -68,14 +63,11 @@ def run(
     **options: Any,
 ) -> dict[str, float]:
     """The figures of `finetune` alone; arguments as there."""
-    return finetune(
-        model, arguments, normalisation, train, test, config=config, runtime=runtime, out=out, **options
-    ).figures
+    return finetune(model, normalisation, train, test, config=config, runtime=runtime, out=out, **options).figures
 
 
 def finetune(
     model: Autoencoder,
-    arguments: Mapping[str, Any],
     normalisation: Normalisation,
     train: ImageLoader,
     test: ImageLoader,
@@ -95,7 +87,6 @@ def finetune(
 
     Args:
         model: the pre-trained model; of its weights, the encoder's are used, and with `init="random"` none.
-        arguments: that `model` was constructed from.
         normalisation: that `model` was trained with.
         train: labelled images, opened with `data_settings`.
         test: images to classify; those without a label, or of a class that `train` does not know, are left out.
@@ -131,7 +122,7 @@ def finetune(
         rows = rows[draw_images(train.labels[rows], labels_per_class, seed, draw)]
     job = Job(asdict(config), labels_per_class, draw, seed, train.source.fingerprint())
     torch.manual_seed(job.step_seed(0))
-    classifier, classifier_arguments = build_classifier(model, arguments, len(classes), config)
+    classifier, arguments = build_classifier(model, len(classes), config)
     fitting = config.for_input(arguments["input_size"], arguments["in_chans"])
     plan = SubsetPlan(len(rows), min(fitting.batch_size, len(rows)), seed, rows=rows)
     augment = build_augment(fitting, arguments["input_size"], normalisation.mean, normalisation.std, len(classes))
@@ -154,22 +145,19 @@ def finetune(
         fit(learner, train, plan, augment, config, state, measure, runtime, folder, tracker, display)
         scores = measure()
         tracker.log("val", state.step, scores.figures(NAME))
-    save_classifier(
-        out,
-        learner.result,
-        ClassifierDescription(
-            classifier_arguments, normalisation.mean, normalisation.std, train.source.classes, torchmae.__version__
-        ),
-    )
+    mean, std = normalisation.mean, normalisation.std
+    described = ClassifierDescription(arguments, mean, std, train.source.classes, torchmae.__version__)
+    save_classifier(out, learner.result, described)
     training = {"loss": state.loss, "images": float(len(rows)), "seconds": state.seconds}
     figures = scores.figures(NAME) | {f"{NAME}_{name}": value for name, value in training.items()}
     return Result(figures, {NAME: scores.details(classes)})
 
 
 def data_settings(
-    data: DataConfig, config: FinetuneConfig, arguments: Mapping[str, Any], normalisation: Normalisation
+    data: DataConfig, config: FinetuneConfig, model: Autoencoder, normalisation: Normalisation
 ) -> DataConfig:
     """The same data, cropped as `config` says and normalised as the model was trained with."""
+    arguments = encoder_arguments(require_encoder(model))
     crop_scale = config.for_input(arguments["input_size"], arguments["in_chans"]).crop_scale
     return replace(data, crop_scale=crop_scale, mean=normalisation.mean, std=normalisation.std)
 
@@ -221,9 +209,14 @@ def labelled_rows(loader: ImageLoader, what: str) -> Indices:
     return rows
 
 
-def build_classifier(
-    model: Autoencoder, arguments: Mapping[str, Any], num_classes: int, config: FinetuneConfig
-) -> tuple[Classifier, dict[str, Any]]:
+def require_encoder(model: Autoencoder) -> ViTEncoder:
+    """The model's encoder of patches; ConfigError for one that has none."""
+    if not isinstance(model, MaskedAutoencoder):
+        raise ConfigError("the mlp model cannot be fine-tuned", "use a vit model")
+    return model.encoder
+
+
+def build_classifier(model: Autoencoder, num_classes: int, config: FinetuneConfig) -> tuple[Classifier, dict[str, Any]]:
     """The classifier that training starts from, and the arguments that rebuild it.
 
     Random weights are drawn from torch's generator.
@@ -231,14 +224,12 @@ def build_classifier(
     Raises:
         ConfigError: a model without an encoder of patches.
     """
-    if not isinstance(model, MaskedAutoencoder):
-        raise ConfigError("the mlp model cannot be fine-tuned", "use a vit model")
-    own = {name: arguments[name] for name in _ENCODER_ARGUMENTS}
-    own |= {"drop_path": config.drop_path, "num_classes": num_classes}
-    classifier = Classifier(**own)
+    encoder = require_encoder(model)
+    arguments = {**encoder_arguments(encoder), "drop_path": config.drop_path, "num_classes": num_classes}
+    classifier = Classifier(**arguments)
     if config.init == "pretrained":
-        classifier.copy_encoder(model.encoder)
-    return classifier, own
+        classifier.copy_encoder(encoder)
+    return classifier, arguments
 
 
 def layer_index(name: str, depth: int) -> int:

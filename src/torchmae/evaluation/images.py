@@ -18,7 +18,7 @@ from torchmae.data.plan import Indices, hold_out
 from torchmae.data.reading import Probe, Progress, num_cores, probe, statistics
 from torchmae.data.sources import Source, Subset, relabel
 from torchmae.data.worker import View
-from torchmae.errors import ConfigError, DataError
+from torchmae.errors import ConfigError, DataError, one_of
 from torchmae.evaluation.options import DataOptions, EvaluateOptions
 from torchmae.random import Purpose, permutation
 
@@ -68,11 +68,11 @@ class ImageSet:
     ) -> None:
         self.source = source
         self.batch_size = batch_size
+        self.bad = bad
         self._data = data
         self._input_size = input_size
         self._normalisation = normalisation
         self._device = device
-        self._bad = bad
         self._progress = progress
 
     def __len__(self) -> int:
@@ -85,13 +85,28 @@ class ImageSet:
         num_workers = min(num_cores(), _MAX_WORKERS) if self._data.num_workers is None else self._data.num_workers
         return ImageLoader(
             self.source,
-            hold_if_it_fits(self.source, self._data.memory_limit * _GIB, self._bad, self._progress),
+            hold_if_it_fits(self.source, self._data.memory_limit * _GIB, self.bad, self._progress),
             view=View(self._input_size, augmentation.crop_scale, augmentation.crop_ratio, augmentation.flip),
             mean=self._normalisation.mean,
             std=self._normalisation.std,
             device=self._device,
             num_workers=num_workers,
-            bad=self._bad,
+            bad=self.bad,
+        )
+
+    def since(self, start: int) -> ImageSet:
+        """The images from `start` on; those before it are not read."""
+        if start == 0:
+            return self
+        return ImageSet(
+            Subset(self.source, np.arange(start, len(self))),
+            data=self._data,
+            batch_size=self.batch_size,
+            input_size=self._input_size,
+            normalisation=self._normalisation,
+            device=self._device,
+            bad=self.bad,
+            progress=self._progress,
         )
 
     def batches(self, indices: Indices | None = None, batch_size: int | None = None) -> Iterator[Batch]:
@@ -155,14 +170,19 @@ def open_evaluation_data(
         DataError: data that is missing, empty, unreadable, or without the labels needed.
     """
     train, test = choose_sources(options, spatial_dims=len(input_size))
+    notes: tuple[str, ...] = ()
     if labelled:
+        given = len(train), len(test)
         train, test = only_labelled(train, "training"), only_labelled(test, "test")
+        for what, before, after in zip(("training", "test"), given, (len(train), len(test)), strict=True):
+            if after < before:
+                notes += (f"{before - after:,} {what} images without a label (or of an unknown class) are left out",)
     train, test = first_of_fixed_order(train, options.train_images), first_of_fixed_order(test, options.test_images)
     classes = class_names(train, test)
     if labelled:
         check_classes(train, classes)
     seen = probe(train)
-    notes = check_sizes(seen, train, input_size) or check_sizes(probe(test), test, input_size)
+    notes += check_sizes(seen, train, input_size) or check_sizes(probe(test), test, input_size)
     channels = seen.channels if channels is None else channels
     train, test = with_channels(train, channels), with_channels(test, channels)
     bad = BadFiles(len(train) + len(test), options.data.max_bad)
@@ -187,6 +207,60 @@ def open_evaluation_data(
         notes=notes,
         bad=bad,
     )
+
+
+def open_parts(
+    data: DataOptions,
+    split: str,
+    *,
+    batch_size: int,
+    input_size: tuple[int, ...],
+    channels: int,
+    normalisation: Normalisation,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> tuple[list[ImageSet], tuple[str, ...]]:
+    """All images of a data set, labelled or not, a set for each split.
+
+    Args:
+        data: `source` is not None.
+        split: "train", "val", "test", or "all" that there are.
+        batch_size: images in a batch.
+        input_size: pixels along each axis of the model's input.
+        channels: that the model takes.
+        normalisation: what the model was trained with.
+        device: where batches go.
+        progress: told how far reading is.
+
+    Returns:
+        the sets, and notes as in `EvaluationData`.
+
+    Raises:
+        ConfigError: a split that the data does not have, or data that does not fit the model.
+        DataError: data that is missing, empty or unreadable.
+    """
+    assert data.source is not None
+    splits = open_splits(data.source, data.root, spatial_dims=len(input_size))
+    if split != "all":
+        one_of("split", split, splits)
+    sources = [splits[name] for name in ("train", "val", "test") if name in splits and split in (name, "all")]
+    notes: tuple[str, ...] = ()
+    for source in sources:
+        notes = notes or check_sizes(probe(source), source, input_size)
+    parts = [
+        ImageSet(
+            with_channels(source, channels),
+            data=data,
+            batch_size=batch_size,
+            input_size=input_size,
+            normalisation=normalisation,
+            device=device,
+            bad=BadFiles(len(source), data.max_bad),
+            progress=progress,
+        )
+        for source in sources
+    ]
+    return parts, notes
 
 
 def choose_sources(options: EvaluateOptions, spatial_dims: int) -> tuple[Source, Source]:

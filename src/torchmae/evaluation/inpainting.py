@@ -39,9 +39,10 @@ def _pull_push(values: Tensor, weight: Tensor) -> Tensor:
     if max(size) == 1:
         return here
     pool = _POOL[len(size)]
+    window = [min(side, 2) for side in size]  # an axis that is down to one pixel waits for the others
     coarse = _pull_push(
-        pool(values, 2, ceil_mode=True, count_include_pad=False),
-        pool(weight, 2, ceil_mode=True, count_include_pad=False),
+        pool(values, window, ceil_mode=True, count_include_pad=False),
+        pool(weight, window, ceil_mode=True, count_include_pad=False),
     )
     below = F.interpolate(coarse, size=size, mode=_MODE[len(size)], align_corners=False)
     return torch.where(weight > 0, here, below)

@@ -174,18 +174,15 @@ class EmbedOptions:
         pool: features of an image: mean (of its patch tokens), cls (the class token), both (one after the other), or
             tokens (every patch token).
         split: train, val, test, or all: whatever the data has.
-        block: images in each piece that is saved on the way, and that a killed command does not have to do again.
     """
 
     data: DataOptions = field(default_factory=DataOptions)
     out: str = "features.npz"
     pool: str = "mean"
     split: str = "all"
-    block: int = 10000
 
     def __post_init__(self) -> None:
         one_of("pool", self.pool, (*POOLS, "tokens"))
         one_of("split", self.split, ("train", "val", "test", "all"))
-        within("block", self.block, 1, UNLIMITED)
         if not self.out.endswith((".npz", ".parquet")):
             raise ConfigError(f"out is {self.out!r}", "give a name that ends in .npz or .parquet")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -21,16 +22,14 @@ def append_record(folder: Path, record: Mapping[str, Any]) -> None:
     """
     path = folder / NAME
     try:
-        unfinished = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
-        line = ("\n" if unfinished else "") + json.dumps(record) + "\n"
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            content = line.encode("utf-8")
-            if os.write(descriptor, content) < len(content):
-                raise OSError(28, "no space left on device")
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with path.open("a+b", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - 1, 0))
+            start = b"\n" if file.read(1) not in (b"", b"\n") else b""
+            line = start + json.dumps(record).encode("utf-8") + b"\n"
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
     except OSError as error:
         raise CheckpointError(
             f"cannot write {path}: {error.strerror}", "the figures stand above; free space or mend the folder"

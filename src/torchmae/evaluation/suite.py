@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,11 +17,12 @@ from torchmae.data.loader import Batch
 from torchmae.errors import ConfigError, one_of
 from torchmae.evaluation import attentive, few_shot, knn, linear
 from torchmae.evaluation.images import EvaluationData, ImageSet, Normalisation, open_evaluation_data
-from torchmae.evaluation.options import ComputeOptions, EvaluateOptions
+from torchmae.evaluation.options import ComputeOptions, DataOptions, EvaluateOptions
 from torchmae.evaluation.records import append_record
 from torchmae.evaluation.scores import Labelled, Result, combine, score
 from torchmae.evaluation.subject import PIXELS, RANDOM, Subject, extract_features, pixels, untrained
 from torchmae.nn import presets
+from torchmae.random import Purpose, permutation
 from torchmae.training.pretrained import load
 from torchmae.training.progress import Display
 from torchmae.training.runtime import Runtime, environment, open_runtime
@@ -116,8 +118,8 @@ def _reconstruction(bench: Bench, subject: Subject, options: EvaluateOptions) ->
     if subject.model is None:
         raise ConfigError("pixels reconstruct nothing", "evaluate a run, or random with --preset")
     data = bench.data
-    indices = torch.arange(len(data.test))[: options.reconstruction.images].numpy()
-    images = torch.cat([batch.images for batch in data.test.batches(indices)])
+    mixed = np.sort(permutation(0, 0, len(data.test), Purpose.SUBSET)[: options.reconstruction.images])
+    images = torch.cat([batch.images for batch in data.test.batches(mixed)])
     return quality.measure(
         subject.model,
         images,
@@ -235,7 +237,7 @@ def open_bench(
         description = pretrained.description
         arguments, normalisation = description.arguments, Normalisation(description.mean, description.std)
         trained = Subject("model", pretrained.model.to(runtime.device))
-    options = with_own_data(run, options)
+    options = replace(options, data=own_data(run, options.data))
     data = open_evaluation_data(
         options,
         batch_size=batch_size,
@@ -246,6 +248,9 @@ def open_bench(
         labelled=options.method not in WITHOUT_LABELS,
         progress=display.preparing,
     )
+    labels = data.train.source.labels
+    if options.labels_per_class is not None and labels is not None:
+        few_shot.check_counts(labels, data.classes, options.labels_per_class)  # before hours of encoding, not after
     arguments = {**arguments, "in_chans": data.channels}
     if run == PIXELS:
         subjects = [pixels()]
@@ -258,16 +263,15 @@ def open_bench(
     return Bench(data, runtime, display), subjects, options
 
 
-def with_own_data(run: str, options: EvaluateOptions) -> EvaluateOptions:
+def own_data(run: str, data: DataOptions) -> DataOptions:
     """The options with the run's own data in place of none; ConfigError where the run does not say."""
-    if options.data.source is not None:
-        return options
+    if data.source is not None:
+        return data
     config = Path(run) / "config.yaml"
     if run in (RANDOM, PIXELS) or not config.is_file():
         raise ConfigError(f"data is not given and {run} does not say which", "add --data PATH_OR_NAME")
     own = settings.parse(["--config", str(config)]).data
-    data = replace(options.data, source=own.source, root=own.root, val_size=own.val_size)
-    return replace(options, data=data)
+    return replace(data, source=own.source, root=own.root, val_size=own.val_size)
 
 
 def measure(

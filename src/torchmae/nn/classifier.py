@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
 
 from torchmae.nn.encoder import ViTEncoder
-from torchmae.nn.layers import LAYER_NORM_EPS
+from torchmae.nn.layers import LAYER_NORM_EPS, Block
 
 
 class Classifier(ViTEncoder):
@@ -50,3 +51,23 @@ class Classifier(ViTEncoder):
         missing, unexpected = self.load_state_dict(weights, strict=False)
         assert not unexpected
         assert {name.partition(".")[0] for name in missing} == {"fc_norm", "head"}
+
+
+def encoder_arguments(encoder: ViTEncoder) -> dict[str, Any]:
+    """Arguments that construct an encoder of the same shape; without its `drop_path`."""
+    block = encoder.blocks[0]
+    assert isinstance(block, Block)
+    hidden, dim = block.mlp.fc1.out_features, encoder.embed_dim
+    mlp_ratio = hidden / dim
+    if int(dim * mlp_ratio) < hidden:  # the quotient came out a hair too low
+        mlp_ratio = math.nextafter(mlp_ratio, math.inf)
+    return {
+        "input_size": tuple(g * p for g, p in zip(encoder.grid, encoder.patch_size, strict=True)),
+        "patch_size": encoder.patch_size,
+        "in_chans": encoder.in_chans,
+        "embed_dim": dim,
+        "depth": len(encoder.blocks),
+        "num_heads": block.attn.num_heads,
+        "mlp_ratio": mlp_ratio,
+        "class_token": encoder.num_prefix_tokens == 1,
+    }

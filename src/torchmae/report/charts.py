@@ -25,7 +25,14 @@ Points: TypeAlias = npt.NDArray[np.float64]
 # survives, so the same SVG serves light and dark pages.
 _TEXT, _GRID = "#010101", "#020202"
 _SERIES = {"model": "#030303", "train": "#040404", "mean": "#050505", "interpolation": "#060606"}
-_CSS = {_TEXT: "currentColor", _GRID: "var(--grid)", **{colour: f"var(--{name})" for name, colour in _SERIES.items()}}
+LEVEL_COLOUR = _SERIES["mean"]
+RUN_COLOURS = tuple(f"#0a0b{i:02x}" for i in range(8))
+_CSS = {
+    _TEXT: "currentColor",
+    _GRID: "var(--grid)",
+    **{colour: f"var(--{name})" for name, colour in _SERIES.items()},
+    **{colour: f"var(--run-{i})" for i, colour in enumerate(RUN_COLOURS)},
+}
 
 _MAX_POINTS = 400
 # Inches at 72 to the inch: a narrow drawing, so that its text is still legible on a phone.
@@ -88,10 +95,10 @@ class Chart:
 def loss_chart(train: Records, val: Records) -> Chart | None:
     """Training and validation loss over steps, beside the losses of the trivial predictors; None without data."""
     series = {
-        Line("training", "train"): _series(train, "loss"),
-        Line("held-out images", "model"): _series(val, "loss"),
-        Line("interpolation", "interpolation", dashed=True): _series(val, "loss_interpolation"),
-        Line("mean patch", "mean", dashed=True): _series(val, "loss_mean_patch"),
+        Line("training", "train"): series_of(train, "loss"),
+        Line("held-out images", "model"): series_of(val, "loss"),
+        Line("interpolation", "interpolation", dashed=True): series_of(val, "loss_interpolation"),
+        Line("mean patch", "mean", dashed=True): series_of(val, "loss_mean_patch"),
     }
     series = _non_empty(series)
     if not series:
@@ -99,19 +106,19 @@ def loss_chart(train: Records, val: Records) -> Chart | None:
     alt = _sentence("Loss over steps", series, number)
 
     def draw(figure: Figure) -> None:
-        axes = _step_axes(figure.add_subplot())
+        axes = step_axes(figure.add_subplot())
         _draw_lines(axes, series)
         axes.set_ylim(0, 1.06 * max(_ceiling(line, y) for line, (_, y) in series.items()))
 
-    return Chart("Loss", alt, _svg(draw, "loss", alt), tuple(series))
+    return Chart("Loss", alt, to_svg(draw, "loss", alt), tuple(series))
 
 
 def variance_chart(val: Records) -> Chart | None:
     """Explained variance over steps, beside interpolation's; None without data."""
     series = _non_empty(
         {
-            Line("this model", "model"): _series(val, "explained_variance"),
-            Line("interpolation", "interpolation", dashed=True): _series(val, "explained_variance_interpolation"),
+            Line("this model", "model"): series_of(val, "explained_variance"),
+            Line("interpolation", "interpolation", dashed=True): series_of(val, "explained_variance_interpolation"),
         }
     )
     if not series:
@@ -119,14 +126,14 @@ def variance_chart(val: Records) -> Chart | None:
     alt = _sentence("Explained variance of what is hidden over steps", series, percent)
 
     def draw(figure: Figure) -> None:
-        axes = _step_axes(figure.add_subplot())
+        axes = step_axes(figure.add_subplot())
         _draw_lines(axes, series)
         low = min(float(y.min()) for _, y in series.values())
         high = max(float(y.max()) for _, y in series.values())
         axes.set_ylim(min(0.0, 1.1 * low), max(min(1.0, 1.15 * high), 0.1))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.0f}%"))
 
-    return Chart("Explained variance", alt, _svg(draw, "variance", alt), tuple(series))
+    return Chart("Explained variance", alt, to_svg(draw, "variance", alt), tuple(series))
 
 
 def knn_chart(val: Records, untrained: float | None, pixels: float | None) -> Chart | None:
@@ -137,7 +144,7 @@ def knn_chart(val: Records, untrained: float | None, pixels: float | None) -> Ch
         untrained: percent, for the network before training, drawn as a level line.
         pixels: percent, for raw pixels, likewise.
     """
-    steps, knn = _series(val, "knn")
+    steps, knn = series_of(val, "knn")
     if not len(steps):
         return None
     series = {Line("this model", "model"): (steps, knn)}
@@ -148,7 +155,7 @@ def knn_chart(val: Records, untrained: float | None, pixels: float | None) -> Ch
     alt = _sentence("kNN accuracy over steps", series, lambda y: f"{y:.1f}%")
 
     def draw(figure: Figure) -> None:
-        axes = _step_axes(figure.add_subplot())
+        axes = step_axes(figure.add_subplot())
         _draw_lines(axes, series)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0f}%"))
         low = min(float(y.min()) for _, y in series.values())
@@ -156,12 +163,12 @@ def knn_chart(val: Records, untrained: float | None, pixels: float | None) -> Ch
         margin = max(0.15 * (high - low), 2.0)
         axes.set_ylim(max(0.0, low - margin), min(100.0, high + margin))
 
-    return Chart("kNN accuracy of the features", alt, _svg(draw, "knn", alt), tuple(series))
+    return Chart("kNN accuracy of the features", alt, to_svg(draw, "knn", alt), tuple(series))
 
 
 def learning_rate_chart(train: Records) -> Chart | None:
     """Learning rate over steps; None without data."""
-    steps, rate = _series(train, "lr")
+    steps, rate = series_of(train, "lr")
     if not len(steps):
         return None
     peak = int(rate.argmax())
@@ -171,18 +178,18 @@ def learning_rate_chart(train: Records) -> Chart | None:
     )
 
     def draw(figure: Figure) -> None:
-        axes = _step_axes(figure.add_subplot())
+        axes = step_axes(figure.add_subplot())
         _draw_lines(axes, {Line("learning rate", "model"): (steps, rate)})
         axes.set_ylim(0, 1.1 * float(rate.max()) or 1.0)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.2g}"))
 
-    return Chart("Learning rate", alt, _svg(draw, "rate", alt))
+    return Chart("Learning rate", alt, to_svg(draw, "rate", alt))
 
 
 def throughput_chart(train: Records) -> Chart | None:
     """Images a second and the share of time spent waiting for data, one above the other; None without data."""
-    steps, speed = _series(train, "images_per_s")
-    wait_steps, wait = _series(train, "data_wait")
+    steps, speed = series_of(train, "images_per_s")
+    wait_steps, wait = series_of(train, "data_wait")
     if not len(steps) or not len(wait_steps):
         return None
     alt = (
@@ -193,7 +200,7 @@ def throughput_chart(train: Records) -> Chart | None:
     def draw(figure: Figure) -> None:
         upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 2]})
         _draw_lines(upper, {Line("images per second", "model"): (steps, speed)})
-        _draw_lines(_step_axes(lower), {Line("waiting for data", "interpolation"): (wait_steps, wait)})
+        _draw_lines(step_axes(lower), {Line("waiting for data", "interpolation"): (wait_steps, wait)})
         upper.set_ylim(0, 1.15 * float(speed.max()) or 1.0)
         upper.yaxis.set_major_locator(MaxNLocator(3))
         upper.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
@@ -202,10 +209,10 @@ def throughput_chart(train: Records) -> Chart | None:
         lower.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.0f}%"))
 
     legend = (Line("images per second", "model"), Line("share of time waiting for data", "interpolation"))
-    return Chart("Throughput", alt, _svg(draw, "throughput", alt), legend)
+    return Chart("Throughput", alt, to_svg(draw, "throughput", alt), legend)
 
 
-def _series(records: Records, key: str) -> tuple[Points, Points]:
+def series_of(records: Records, key: str) -> tuple[Points, Points]:
     """(steps, values) of the records that have a finite value under `key`."""
     pairs = [(float(record["step"]), value) for record in records if (value := finite(record, key)) is not None]
     points = np.array(pairs, dtype=np.float64).reshape(-1, 2)
@@ -216,8 +223,8 @@ def _non_empty(series: Mapping[Line, tuple[Points, Points]]) -> dict[Line, tuple
     return {line: points for line, points in series.items() if len(points[0])}
 
 
-def _thin(points: tuple[Points, Points]) -> tuple[Points, Points]:
-    """At most _MAX_POINTS points: each the mean of its neighbours, which is also a kinder view of a noisy loss."""
+def thin(points: tuple[Points, Points]) -> tuple[Points, Points]:
+    """At most 400 points: each the mean of its neighbours, which is also a kinder view of a noisy loss."""
     steps, values = points
     if len(steps) <= _MAX_POINTS:
         return points
@@ -241,8 +248,9 @@ def _sentence(subject: str, series: Mapping[Line, tuple[Points, Points]], show: 
     return f"{subject}: {'; '.join(parts)}."
 
 
-def _step_axes(axes: Axes) -> Axes:
-    axes.set_xlabel("step")
+def step_axes(axes: Axes, label: str = "step") -> Axes:
+    """Gives axes a horizontal axis of counts in few characters, and room for their labels; returns them."""
+    axes.set_xlabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: _short(step)))
     axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -250,7 +258,7 @@ def _step_axes(axes: Axes) -> Axes:
 
 
 def _short(step: float) -> str:
-    """A step count in few characters: 800, 1.2k, 40k, 1.5M."""
+    """A count in few characters: 800, 9500, 40k, 1.5M."""
     if step >= 1e6:
         return f"{step / 1e6:g}M"
     return f"{step / 1e3:g}k" if step >= 1e4 else f"{step:g}"
@@ -262,7 +270,7 @@ def _draw_lines(axes: Axes, series: Mapping[Line, tuple[Points, Points]]) -> Non
         if line.dashed:
             axes.axhline(float(points[1][-1]), color=_SERIES[line.series], linewidth=1.5, linestyle="--")
             continue
-        steps, values = _thin(points)
+        steps, values = thin(points)
         marker = "o" if line.series == "model" and len(steps) <= 30 else ""
         width = 1.2 if line.series == "train" else 1.8
         axes.plot(steps, values, color=_SERIES[line.series], linewidth=width, marker=marker, markersize=3.5)
@@ -270,7 +278,7 @@ def _draw_lines(axes: Axes, series: Mapping[Line, tuple[Points, Points]]) -> Non
     axes.set_xlim(left=0)
 
 
-def _svg(draw: Callable[[Figure], None], name: str, alt: str) -> str:
+def to_svg(draw: Callable[[Figure], None], name: str, alt: str) -> str:
     """Renders a figure and makes its SVG fit to stand inside a page.
 
     Args:

@@ -35,20 +35,20 @@ def describe(run: Run) -> str:
 
 def facts(run: Run) -> list[tuple[str, str, str]]:
     """The run in figures: (name, figure, remark); what is unknown is left out."""
-    num_val = _latest(run, "num_val")
-    decoder = _latest(run, "params_decoder")
-    seen = _latest(run, "images_seen")
-    speed = _latest(run, "images_per_s")
+    num_val = latest(run, "num_val")
+    decoder = latest(run, "params_decoder")
+    seen = latest(run, "images_seen")
+    speed = latest(run, "images_per_s")
     rows = (
-        ("Training set", _latest(run, "num_train"), "{:,.0f}".format, f"{num_val:,.0f} held out" if num_val else ""),
+        ("Training set", latest(run, "num_train"), "{:,.0f}".format, f"{num_val:,.0f} held out" if num_val else ""),
         (
             "Encoder parameters",
-            _latest(run, "params_encoder"),
+            latest(run, "params_encoder"),
             short_count,
             f"decoder {short_count(decoder)}" if decoder else "",
         ),
         ("Steps", _steps(run), "{:,.0f}".format, f"{short_count(seen)} images seen" if seen else ""),
-        ("Training time", _latest(run, "seconds"), duration, f"{speed:,.0f} images per second" if speed else ""),
+        ("Training time", latest(run, "seconds"), duration, f"{speed:,.0f} images per second" if speed else ""),
     )
     return [(name, show(value), remark) for name, value, show, remark in rows if value is not None]
 
@@ -90,6 +90,12 @@ def setting(run: Run, section: str, name: str) -> Any:
     return values.get(name) if isinstance(values, dict) else None
 
 
+def latest(run: Run, key: str) -> float | None:
+    """A figure of the summary, or while there is none, of the last line of progress."""
+    value = finite(run.summary, key)
+    return finite(run.train[-1], key) if value is None and run.train else value
+
+
 def duration(seconds: float) -> str:
     """A time for people: 4.1 s, 47 s, 12 min 5 s, 3 h 20 min."""
     whole = round(seconds)
@@ -108,20 +114,14 @@ def short_count(count: float) -> str:
     return f"{count:.0f}"
 
 
-def _latest(run: Run, key: str) -> float | None:
-    """A figure of the summary, or while there is none, of the last line of progress."""
-    value = finite(run.summary, key)
-    return finite(run.train[-1], key) if value is None and run.train else value
-
-
 def _steps(run: Run) -> float | None:
-    return _latest(run, "steps") or _latest(run, "step")
+    return latest(run, "steps") or latest(run, "step")
 
 
 def _extent(run: Run) -> str:
     """How long, on what: ", for 100 epochs in 47 s on the CPU"."""
-    epochs = _latest(run, "epochs") or _latest(run, "epoch")
-    seconds = _latest(run, "seconds")
+    epochs = latest(run, "epochs") or latest(run, "epoch")
+    seconds = latest(run, "seconds")
     if epochs is None or seconds is None:
         return ""
     device = run.environment.get("device")

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
 
 from torchmae.config import PretrainConfig
 from torchmae.report import charts
+from torchmae.report.evaluations import evaluation_tables
 from torchmae.report.facts import describe, facts, hidden_unit, is_finished, setting, state, title
+from torchmae.report.hints import collapse_hint, data_hint, gradient_hint
+from torchmae.report.page import Embedded, embed, load_titled, open_picture, render_page
 from torchmae.report.pictures import HEADERS, progress_grid, read_layout, split_columns
 from torchmae.report.run import Record, Run, load_run
 from torchmae.report.verdict import Figures, final_figures, judge, number, percent, trend
@@ -27,8 +25,6 @@ from torchmae.training.checkpoint import replace_file
 # Reconstructions shown side by side, from the first to the last.
 _MAX_MOMENTS = 4
 _MAX_BAD_FILES = 20
-# Photographs as PNG would make a page of tens of megabytes; drawn pixels stay far below this as they are.
-_MAX_PNG_BYTES = 300_000
 
 _ENVIRONMENT_LABELS = {
     "torchmae": "torchmae",
@@ -43,21 +39,6 @@ _ENVIRONMENT_LABELS = {
     "started": "Started",
     "command": "Command",
 }
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """A picture inside the page.
-
-    Attributes:
-        uri: the picture itself, as a data URI.
-        width: its own width in pixels.
-        height: its own height in pixels.
-    """
-
-    uri: str
-    width: int
-    height: int
 
 
 @dataclass(frozen=True)
@@ -112,11 +93,12 @@ class Setting:
     changed: bool
 
 
-def write_report(run: Path) -> Path:
-    """Writes RUN/report.html from what the run folder holds, finished or not; the same folder gives the same bytes.
+def write_report(run: Path, page: Path | None = None) -> Path:
+    """Writes a page from what the run folder holds, finished or not; the same folder gives the same bytes.
 
     Args:
         run: the run folder; its name appears in the commands on the page as it is given here.
+        page: the file to write; None: RUN/report.html.
 
     Returns:
         The path of the page.
@@ -124,25 +106,29 @@ def write_report(run: Path) -> Path:
     Raises:
         CheckpointError: the folder is no run, cannot be read, or cannot be written to.
     """
-    page = run / "report.html"
+    page = run / "report.html" if page is None else page
     replace_file(page, render(load_run(run)).encode("utf-8"))
     return page
 
 
 def render(run: Run) -> str:
     """The page of a run, as HTML."""
-    source = resources.files("torchmae.report").joinpath("template.html").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     unit = hidden_unit(run)
     figures = final_figures(run.summary, run.val, run.baseline, setting(run, "eval", "knn_val"))
     folder = run.path.as_posix()
-    return environment.from_string(source).render(
+    evaluations, evaluations_left = evaluation_tables(run.evaluations)
+    return render_page(
+        "run.html",
         title=title(run),
         state=state(run),
         sentence=describe(run),
         facts=facts(run),
         verdict=judge(figures, unit),
         trend=trend(run.val),
+        # The verdict above has weighed the loss already.
+        hints=[
+            hint for hint in (collapse_hint(run.records), gradient_hint(run.records), data_hint(run.records)) if hint
+        ],
         scores=loss_scores(figures, unit),
         knn_scores=knn_scores(figures),
         knn_images=figures.knn_images,
@@ -150,6 +136,9 @@ def render(run: Run) -> str:
         normalised=run.summary.get("target") == "normalised patches",
         unit=unit,
         pictures=load_reconstructions(run),
+        evaluations=evaluations,
+        evaluations_left=evaluations_left,
+        learned=[picture for path in run.feature_pictures if (picture := load_titled(path)) is not None],
         # The drawings are made here, of numbers alone, and are the one thing that is HTML already.
         charts=[(chart, Markup(chart.svg)) for chart in _charts(run, figures)],
         settings=settings(run.config),
@@ -202,7 +191,7 @@ def knn_scores(figures: Figures) -> list[Score]:
 
 def load_reconstructions(run: Run) -> Reconstructions | None:
     """The last picture of a run, and how it came about; None if there is no picture that can be read."""
-    opened = [(step, _open(path)) for step, path in _spread(run.pictures, _MAX_MOMENTS)]
+    opened = [(step, open_picture(path)) for step, path in _spread(run.pictures, _MAX_MOMENTS)]
     readable = [(step, picture) for step, picture in opened if picture is not None]
     if not readable:
         return None
@@ -211,11 +200,11 @@ def load_reconstructions(run: Run) -> Reconstructions | None:
     progress = progress_grid([picture for _, picture in readable]) if len(readable) > 1 else None
     return Reconstructions(
         step=step,
-        columns=tuple(_embed(column) for column in split_columns(last)),
+        columns=tuple(embed(column) for column in split_columns(last)),
         headers=HEADERS if layout else (),
         pixelated=layout is not None and layout.scale > 1,
         note=layout.note if layout else "",
-        progress=_embed(progress) if progress else None,
+        progress=embed(progress) if progress else None,
         progress_steps=tuple(step for step, _ in readable),
     )
 
@@ -244,25 +233,6 @@ def _spread(items: Sequence[tuple[int, Path]], count: int) -> list[tuple[int, Pa
     if len(items) <= count:
         return list(items)
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
-
-
-def _open(path: Path) -> Image.Image | None:
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            return picture
-    except (OSError, SyntaxError):  # Pillow's errors for a file cut short and for one that is no picture
-        return None
-
-
-def _embed(picture: Image.Image) -> Embedded:
-    kind, buffer = "png", io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    if buffer.tell() > _MAX_PNG_BYTES:
-        kind, buffer = "webp", io.BytesIO()
-        picture.save(buffer, format="WEBP", quality=85)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return Embedded(f"data:image/{kind};base64,{data}", picture.width, picture.height)
 
 
 def _charts(run: Run, figures: Figures) -> list[charts.Chart]:

@@ -6,7 +6,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -132,20 +132,48 @@ def progress_grid(grids: Sequence[Image.Image], num_rows: int = 4) -> Image.Imag
     """
     layouts = {read_layout(grid) for grid in grids}
     layout = layouts.pop() if len(layouts) == 1 else None
-    if layout is None:
+    return None if layout is None else _strip(grids, layout, min(num_rows, layout.count))
+
+
+def comparison_grid(grids: Sequence[Image.Image], num_rows: int = 4) -> Image.Image | None:
+    """Draws how several models fill in the same images: as `progress_grid`, a column for each model.
+
+    Args:
+        grids: pictures of `reconstruction_grid`, one from each model.
+        num_rows: images shown, at most.
+
+    Returns:
+        RGBA: masked, one reconstruction from each grid, original; no headers. None if the images or the masks of the
+        grids are not the same.
+    """
+    layouts = [read_layout(grid) for grid in grids]
+    known = [replace(layout, note="") for layout in layouts if layout is not None]
+    if len(known) < len(grids) or len(set(known)) != 1:
         return None
-    width, height = layout.panel
-    cells = [(grids[0], 0), *((grid, 1) for grid in grids), (grids[-1], 2)]
+    layout = known[0]
     rows = min(num_rows, layout.count)
-    step = (width + layout.gutter, height + layout.gutter)
+    for row in range(rows):
+        for place in (0, 2):  # what reconstructions are of
+            if len({_panel(grid, layout, row, place).tobytes() for grid in grids}) > 1:
+                return None
+    return _strip(grids, layout, rows)
+
+
+def _strip(grids: Sequence[Image.Image], layout: GridLayout, rows: int) -> Image.Image:
+    """Masked, each grid's reconstruction, original, for the first `rows` images."""
+    cells = [(grids[0], 0), *((grid, 1) for grid in grids), (grids[-1], 2)]
+    step = (layout.panel[0] + layout.gutter, layout.panel[1] + layout.gutter)
     size = (len(cells) * step[0] - layout.gutter, rows * step[1] - layout.gutter)
     picture = Image.new("RGBA", size, BACKGROUND)
     for row in range(rows):
         for column, (grid, place) in enumerate(cells):
-            left, top = layout.corner(row, place)
-            panel = grid.crop((left, top, left + width, top + height))
-            picture.paste(panel, (column * step[0], row * step[1]))
+            picture.paste(_panel(grid, layout, row, place), (column * step[0], row * step[1]))
     return picture
+
+
+def _panel(grid: Image.Image, layout: GridLayout, triplet: int, place: int) -> Image.Image:
+    left, top = layout.corner(triplet, place)
+    return grid.crop((left, top, left + layout.panel[0], top + layout.panel[1]))
 
 
 def read_layout(picture: Image.Image) -> GridLayout | None:

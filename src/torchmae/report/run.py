@@ -28,6 +28,8 @@ class Run:
         summary: summary.json; empty while the run has not ended.
         environment: environment.json; empty if it is missing.
         pictures: (step, file) of reconstructions/*.png, by rising step.
+        feature_pictures: pictures/*.png, by name: what the features look like.
+        evaluations: the objects of evaluations.jsonl, the oldest first.
         bad_files: lines of bad_files.txt, the input files that could not be read.
     """
 
@@ -39,7 +41,14 @@ class Run:
     summary: Record
     environment: Record
     pictures: tuple[tuple[int, Path], ...]
+    feature_pictures: tuple[Path, ...]
+    evaluations: tuple[Record, ...]
     bad_files: tuple[str, ...]
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """All records of metrics.jsonl, those of a kind by rising step."""
+        return (*self.baseline, *self.train, *self.val)
 
 
 def load_run(run: Path) -> Run:
@@ -65,6 +74,8 @@ def load_run(run: Path) -> Run:
             summary=_read_mapping(run / "summary.json"),
             environment=_read_mapping(run / "environment.json"),
             pictures=_find_pictures(run / "reconstructions"),
+            feature_pictures=tuple(sorted((run / "pictures").glob("*.png"))),
+            evaluations=tuple(_read_lines(run / "evaluations.jsonl")),
             bad_files=tuple(line for line in _read_text(run / "bad_files.txt").splitlines() if line.strip()),
         )
     except OSError as error:
@@ -87,6 +98,11 @@ def _read_mapping(path: Path) -> Record:
 
 
 def _read_records(path: Path) -> list[Record]:
+    """The records of metrics.jsonl that have a step."""
+    return [record for record in _read_lines(path) if isinstance(record.get("step"), int)]
+
+
+def _read_lines(path: Path) -> list[Record]:
     """The objects of a JSON-lines file. A line that a killed process left half-written is passed over."""
     records: list[Record] = []
     for line in _read_text(path).split("\n"):
@@ -94,7 +110,7 @@ def _read_records(path: Path) -> list[Record]:
             record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+        if isinstance(record, dict):
             records.append(record)
     return records
 

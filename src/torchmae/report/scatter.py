@@ -31,9 +31,12 @@ _COLOURS = (
 )
 _MARKERS = ("o", "^")
 _MAX_CLASSES = len(_COLOURS) * len(_MARKERS)
-_SIZE = (7.0, 5.6)
-_DPI = 144
-_STYLE = {"font.size": 10, "text.color": [value / 255 for value in TEXT[:3]]}
+# Inches: narrow, so that names are still legible on a phone.
+_SIZE = (5.0, 5.4)
+_DPI = 160
+_LEGEND_COLUMNS = 3
+_LONGEST_NAME = 15
+_STYLE = {"font.size": 12, "text.color": [value / 255 for value in TEXT[:3]]}
 
 
 def map_picture(points: FloatArray, labels: Labels | None, classes: Sequence[str] | None, method: str) -> Image.Image:
@@ -80,10 +83,12 @@ def _scatter(axes: Axes, points: FloatArray, labels: Labels, shown: list[int], c
             marker=_MARKERS[order // len(_COLOURS)],
             alpha=0.8,
             linewidths=0,
-            label=class_name(label, classes),
+            label=_cut(class_name(label, classes)),
         )
     if shown:
-        legend = axes.figure.legend(loc="outside right center", frameon=False, handletextpad=0.3)
+        legend = axes.figure.legend(
+            loc="outside lower center", ncols=_LEGEND_COLUMNS, frameon=False, handletextpad=0.2, columnspacing=1
+        )
         for handle in legend.legend_handles:
             handle.set_sizes([40])  # type: ignore[union-attr]
             handle.set_alpha(1)  # type: ignore[union-attr]
@@ -94,6 +99,10 @@ def class_name(label: int, classes: Sequence[str] | None) -> str:
     name = classes[label] if classes is not None and label < len(classes) else ""
     drawable = name and not name.startswith("_") and all(ord(letter) < 0x250 for letter in name)
     return name if drawable else f"class {label}"
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1].rstrip()}…"
 
 
 def _describe(count: int, method: str, shown: list[int], num_classes: int) -> str:

@@ -106,8 +106,9 @@ def load_checkpoint(folder: Path, notice: Callable[[str], None] | None = None) -
     for path in reversed(_steps(folder)):
         problem = verify(path)
         if problem is None:
-            for text in damaged if notice is not None else ():
-                notice(f"{text}; going on from {path.name}")
+            if notice is not None:
+                for text in damaged:
+                    notice(f"{text}; going on from {path.name}")
             return _read(path)
         damaged.append(f"{path} is damaged ({problem})")
     if damaged:

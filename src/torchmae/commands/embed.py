@@ -1,0 +1,77 @@
+"""`torchmae embed`: features of many images, in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torchmae import settings
+from torchmae.commands.parsing import parse
+from torchmae.evaluation.options import ComputeOptions, EmbedOptions
+
+DESCRIPTION = (
+    "Writes the features of all images of a data set to a file; nothing is masked. A command that was stopped goes on "
+    "where it was when it is given again."
+)
+
+
+def main(args: Sequence[str]) -> int:
+    """Runs the command; returns the exit status."""
+    parser = settings.Parser(
+        prog="torchmae embed",
+        usage="torchmae embed RUN [OPTIONS]",
+        description=DESCRIPTION,
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", type=str, help="run folder or exported model")
+    values, options, compute = parse(parser, args, EmbedOptions, ComputeOptions)
+    print(write(values.run, options, compute))
+    return 0
+
+
+def write(run: str, options: EmbedOptions, compute: ComputeOptions) -> str:
+    """Writes the file.
+
+    Args:
+        run: a run folder, or a folder with model.json and model.safetensors.
+        options: which images, which features, where to.
+        compute: where to compute.
+
+    Returns:
+        What was written, in a line.
+    """
+    from torchmae.evaluation.embedding import embed
+    from torchmae.evaluation.images import Normalisation, open_parts
+    from torchmae.evaluation.subject import Subject
+    from torchmae.evaluation.suite import own_data
+    from torchmae.training.pretrained import load
+    from torchmae.training.progress import Display
+    from torchmae.training.runtime import open_runtime
+
+    runtime = open_runtime(compute.device, compute.precision, compute.threads)
+    pretrained = load(run)
+    description = pretrained.description
+    display = Display(compute.progress)
+    try:
+        parts, notes = open_parts(
+            own_data(run, options.data),
+            options.split,
+            batch_size=compute.batch_size,
+            input_size=description.input_size,
+            channels=description.arguments["in_chans"],
+            normalisation=Normalisation(description.mean, description.std),
+            device=runtime.device,
+            progress=display.preparing,
+        )
+        for note in notes:
+            display.say(note)
+        subject = Subject("model", pretrained.model.to(runtime.device))
+        written = embed(
+            subject, parts, Path(options.out), pool=options.pool, runtime=runtime, progress=display.preparing
+        )
+    finally:
+        display.close()
+    shape = " x ".join(f"{number:,}" for number in (written.count, *written.shape))
+    extra = f", {written.left_out} unreadable images left out" if written.left_out else ""
+    resumed = f", {written.resumed:,} images were done already" if written.resumed else ""
+    return f"{written.path}  ({shape} features{extra}{resumed})"

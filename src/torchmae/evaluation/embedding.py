@@ -1,0 +1,353 @@
+"""Features of many images in one file, written piece by piece so that a command that was killed can go on.
+
+While it runs, OUT.partial/ holds manifest.json, which says what is being computed, and one file for each block that is
+done. At the end they become OUT, which is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from torchmae.data.reading import Progress
+from torchmae.errors import CheckpointError, ConfigError, DataError
+from torchmae.evaluation.images import ImageSet
+from torchmae.evaluation.subject import Subject
+from torchmae.training.checkpoint import replace_file
+from torchmae.training.runtime import Runtime
+
+BLOCK_IMAGES = 2000
+BLOCK_BYTES = 2**26
+"""A block ends at so many images or bytes, whichever comes first, and holds one batch at least."""
+
+_MANIFEST = "manifest.json"
+Array = npt.NDArray[Any]
+
+
+class Features(NamedTuple):
+    """The content of a file of features.
+
+    Attributes:
+        features: (N, D) float32; (N, L, D) of patch tokens.
+        labels: (N,) int64, -1 where unknown.
+        paths: (N,) text, where each image is from.
+    """
+
+    features: Array
+    labels: Array
+    paths: Array
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `embed` wrote.
+
+    Attributes:
+        path: the file.
+        count: images in it.
+        shape: of one image's features.
+        left_out: images that could not be read and are not in it.
+        resumed: images that an earlier call had done.
+    """
+
+    path: Path
+    count: int
+    shape: tuple[int, ...]
+    left_out: int
+    resumed: int
+
+
+class Block(NamedTuple):
+    """A piece of the work.
+
+    Attributes:
+        number: of the block, from 0.
+        part: which set of images.
+        start: first image in it.
+        stop: after the last one.
+    """
+
+    number: int
+    part: int
+    start: int
+    stop: int
+
+
+def embed(
+    subject: Subject,
+    parts: Sequence[ImageSet],
+    out: Path,
+    *,
+    pool: str,
+    runtime: Runtime,
+    progress: Progress | None = None,
+    block_images: int = BLOCK_IMAGES,
+) -> Written:
+    """Writes the features of all images, in order; nothing is masked. Goes on where an earlier call was stopped.
+
+    Args:
+        subject: what encodes.
+        parts: the images, one set after the other.
+        out: .npz (arrays features, labels and paths) or .parquet (columns path, label and features).
+        pool: as for `Subject.encode`.
+        runtime: where to compute.
+        progress: told how far it is.
+        block_images: images in a block, at most.
+
+    Raises:
+        ConfigError: `out` exists, cannot be written, or another embedding to it was begun; features that the subject
+            does not have; parquet without pyarrow.
+        DataError: too many unreadable images.
+        CheckpointError: the disk is full; what is done stays.
+    """
+    if out.suffix == ".parquet":
+        _import_pyarrow()
+    shape = feature_shape(subject, parts[0], pool, runtime)
+    size = parts[0].batch_size
+    in_bytes = BLOCK_BYTES // (4 * int(np.prod(shape)))
+    step = size * max(1, min(block_images, in_bytes) // size)
+    partial = open_partial(out, _identity(subject, parts, pool, runtime, step))
+    blocks = plan_blocks([len(part) for part in parts], step)
+    total = sum(len(part) for part in parts)
+    first = next((block.number for block in blocks if not _is_whole(_block_path(partial, block))), len(blocks))
+    resumed = sum(block.stop - block.start for block in blocks[:first])
+    for block in compute(subject, parts, blocks[first:], partial, pool, runtime):
+        if progress is not None:
+            progress("embedding", resumed + sum(b.stop - b.start for b in blocks[first : block.number + 1]), total)
+    count = assemble(out, partial, parts, blocks, shape)
+    return Written(out, count, shape, total - count, resumed)
+
+
+def feature_shape(subject: Subject, images: ImageSet, pool: str, runtime: Runtime) -> tuple[int, ...]:
+    """The shape of one image's features; ConfigError for features that the subject does not have."""
+    batch = next(iter(images.batches(np.arange(1), 1)))
+    with runtime.autocast():
+        return tuple(subject.encode(batch.images, pool).shape[1:])
+
+
+def plan_blocks(lengths: Sequence[int], step: int) -> list[Block]:
+    """Blocks of `step` images, the last one of each part with what is left."""
+    spans = [
+        (part, start, min(start + step, length))
+        for part, length in enumerate(lengths)
+        for start in range(0, length, step)
+    ]
+    return [Block(number, *span) for number, span in enumerate(spans)]
+
+
+def open_partial(out: Path, identity: dict[str, Any]) -> Path:
+    """OUT.partial, new or of the same embedding.
+
+    Raises:
+        ConfigError: `out` exists or cannot be written, or OUT.partial is of another embedding.
+    """
+    partial = out.with_name(f"{out.name}.partial")
+    if out.exists():
+        raise ConfigError(f"{out} exists already", "remove it, or choose another --out")
+    manifest = partial / _MANIFEST
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        if not manifest.exists():
+            replace_file(manifest, json.dumps(identity).encode())
+    except (OSError, CheckpointError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"cannot write {partial}: {reason}", "choose another --out") from error
+    if json.loads(manifest.read_text(encoding="utf-8")) != identity:
+        raise ConfigError(
+            f"{partial} holds part of another embedding (another model, data or option)",
+            "remove it, or choose another --out",
+        )
+    return partial
+
+
+def compute(
+    subject: Subject, parts: Sequence[ImageSet], blocks: Sequence[Block], partial: Path, pool: str, runtime: Runtime
+) -> Iterator[Block]:
+    """Encodes blocks in order and yields each that is on disk. Images that cannot be read are left out."""
+    for number, part in enumerate(parts):
+        mine = [block for block in blocks if block.part == number]
+        if not mine:
+            continue
+        rest = part.since(mine[0].start)  # one pass over all that is left, so that workers start once
+        batches = rest.batches()
+        for block in mine:
+            features: list[Array] = []
+            labels: list[Array] = []
+            while sum(map(len, labels)) < block.stop - block.start:
+                batch = next(batches)
+                with runtime.autocast():
+                    features.append(subject.encode(batch.images, pool).float().cpu().numpy())
+                labels.append(batch.labels.cpu().numpy())
+            # A stand-in takes the place of an image that cannot be read; here it must not pass for that image.
+            unread = {name for name, _ in rest.bad.items}
+            rows = np.arange(block.start, block.stop)
+            kept = np.array([part.source.name(int(row)) not in unread for row in rows]) if unread else rows >= 0
+            content = BytesIO()
+            np.savez(
+                content, features=np.concatenate(features)[kept], labels=np.concatenate(labels)[kept], rows=rows[kept]
+            )
+            replace_file(_block_path(partial, block), content.getvalue())
+            yield block
+
+
+def assemble(
+    out: Path, partial: Path, parts: Sequence[ImageSet], blocks: Sequence[Block], shape: tuple[int, ...]
+) -> int:
+    """Makes OUT of the blocks, removes OUT.partial, and says how many images OUT holds.
+
+    Raises:
+        CheckpointError: the disk is full; the blocks stay.
+    """
+    writing = partial / f"whole{out.suffix}"
+    write = _write_parquet if out.suffix == ".parquet" else _write_npz
+    try:
+        count = write(writing, partial, parts, blocks, shape)
+        with writing.open("rb") as file:
+            os.fsync(file.fileno())
+        writing.replace(out)
+    except OSError as error:
+        with suppress(OSError):
+            writing.unlink()
+        raise CheckpointError(
+            f"cannot write {out}: {error.strerror or error}", "free space, then give the same command again"
+        ) from error
+    shutil.rmtree(partial, ignore_errors=True)
+    return count
+
+
+def read_features(path: Path) -> Features:
+    """The content of a file that `embed` wrote.
+
+    Raises:
+        DataError: the file is missing, half written or damaged.
+        ConfigError: parquet without pyarrow.
+    """
+    if not path.exists():
+        if path.with_name(f"{path.name}.partial").exists():
+            raise DataError(f"{path} is half written", "give the same `torchmae embed` command again to finish it")
+        raise DataError(f"no such file: {path}", "write it with `torchmae embed`")
+    try:
+        return _read_parquet(path) if path.suffix == ".parquet" else _read_npz(path)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:  # pyarrow's errors are ValueErrors
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path} is damaged: {reason}", "write it again with `torchmae embed`") from error
+
+
+def _identity(subject: Subject, parts: Sequence[ImageSet], pool: str, runtime: Runtime, step: int) -> dict[str, Any]:
+    """All that decides what the blocks hold."""
+    return {
+        "weights": subject.fingerprint(),
+        "data": [part.source.fingerprint() for part in parts],
+        "images": [len(part) for part in parts],
+        "pool": pool,
+        "precision": runtime.precision,
+        "block": step,
+    }
+
+
+def _block_path(partial: Path, block: Block) -> Path:
+    return partial / f"block-{block.number:06d}.npz"
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a block is there and can be read to its end."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name].shape for name in arrays.files}.keys() == {"features", "labels", "rows"}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return False
+
+
+def _load(partial: Path, block: Block) -> dict[str, Array]:
+    with np.load(_block_path(partial, block), allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def _names(parts: Sequence[ImageSet], block: Block, rows: Array) -> list[str]:
+    return [parts[block.part].source.name(int(row)) for row in rows]
+
+
+def _write_npz(
+    path: Path, partial: Path, parts: Sequence[ImageSet], blocks: Sequence[Block], shape: tuple[int, ...]
+) -> int:
+    """Streams the blocks into an .npz: only one is in memory at a time."""
+    rows = [_load(partial, block)["rows"] for block in blocks]
+    count = sum(map(len, rows))
+    names = (name for block, mine in zip(blocks, rows, strict=True) for name in _names(parts, block, mine))
+    width = max((len(name) for name in names), default=1)
+    arrays: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
+        "features": (np.dtype(np.float32), (count, *shape)),
+        "labels": (np.dtype(np.int64), (count,)),
+        "paths": (np.dtype(f"<U{width}"), (count,)),
+    }
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for name, (dtype, full) in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                header = {"descr": dtype.str, "fortran_order": False, "shape": full}
+                np.lib.format.write_array_header_2_0(file, header)
+                for block, mine in zip(blocks, rows, strict=True):
+                    piece = _names(parts, block, mine) if name == "paths" else _load(partial, block)[name]
+                    file.write(np.ascontiguousarray(piece, dtype=dtype).tobytes())
+    return count
+
+
+def _write_parquet(
+    path: Path, partial: Path, parts: Sequence[ImageSet], blocks: Sequence[Block], shape: tuple[int, ...]
+) -> int:
+    """A row group for each block."""
+    arrow, parquet = _import_pyarrow()
+    kind = arrow.float32()
+    for length in reversed(shape):
+        kind = arrow.list_(kind, length)
+    schema = arrow.schema([("path", arrow.string()), ("label", arrow.int64()), ("features", kind)])
+    count = 0
+    with parquet.ParquetWriter(path, schema) as writer:
+        for block in blocks:
+            held = _load(partial, block)
+            features = arrow.array(held["features"].reshape(-1))
+            for length in reversed(shape):
+                features = arrow.FixedSizeListArray.from_arrays(features, length)
+            columns = [arrow.array(_names(parts, block, held["rows"])), arrow.array(held["labels"]), features]
+            writer.write_table(arrow.table(columns, schema=schema))
+            count += len(held["rows"])
+    return count
+
+
+def _read_npz(path: Path) -> Features:
+    with np.load(path, allow_pickle=False) as arrays:
+        return Features(arrays["features"], arrays["labels"], arrays["paths"])
+
+
+def _read_parquet(path: Path) -> Features:
+    _, parquet = _import_pyarrow()
+    table = parquet.read_table(path, columns=["path", "label", "features"]).combine_chunks()
+    column = table.column("features").combine_chunks()
+    shape: list[int] = []
+    while hasattr(column.type, "list_size"):
+        shape.append(column.type.list_size)
+        column = column.flatten()
+    features = column.to_numpy().reshape(-1, *shape)
+    return Features(
+        features, table.column("label").to_numpy(), np.array(table.column("path").to_pylist(), dtype=np.str_)
+    )
+
+
+def _import_pyarrow() -> tuple[Any, Any]:
+    try:
+        return import_module("pyarrow"), import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise ConfigError(
+            "parquet files need pyarrow", "pip install pyarrow, or give a name that ends in .npz"
+        ) from error

@@ -1,0 +1,355 @@
+"""Several runs side by side on one HTML page: figures, curves, pictures, and the settings in which they differ."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+import yaml
+from markupsafe import Markup
+
+from torchmae.errors import ConfigError
+from torchmae.report.charts import RUN_COLOURS, Chart, Points, series_of
+from torchmae.report.evaluations import figures_of_run
+from torchmae.report.facts import duration, hidden_unit, latest, setting, short_count, state, title
+from torchmae.report.hints import collapse_hint, data_hint, gradient_hint
+from torchmae.report.overlays import Curve, overlay
+from torchmae.report.page import Embedded, Titled, embed, load_titled, open_picture, render_page
+from torchmae.report.pictures import comparison_grid, split_columns
+from torchmae.report.run import Run, load_run
+from torchmae.report.verdict import Figures, Verdict, final_figures, finite, judge, number, percent
+from torchmae.training.checkpoint import replace_file
+
+MAX_RUNS = 16
+
+# Where these differ, losses are of different tasks and cannot be ranked; the second are what kNN depends on.
+_TASK = ("data.source", "data.val", "data.val_size", "eval.images", "mask.strategy", "mask.ratio")
+_KNN = ("data.source", "data.val", "data.val_size", "eval.knn_train", "eval.knn_val")
+# Differs always, and says nothing.
+_IDLE = ("out",)
+_ENVIRONMENT = ("torchmae", "torch", "processor", "device", "threads", "precision")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A run, as it stands on the page.
+
+    Attributes:
+        letter: its short name.
+        order: among the runs.
+        colour: number of its colour in the style sheet.
+        name: of its folder, or the whole path where two folders have one name.
+        title: what was trained on what.
+        state: a sentence for a run that has not finished; empty for one that has.
+        verdict: is its loss good?
+        hints: what looks wrong.
+        run: the run.
+        figures: what it ended with.
+    """
+
+    letter: str
+    order: int
+    colour: int
+    name: str
+    title: str
+    state: str
+    verdict: Verdict
+    hints: tuple[str, ...]
+    run: Run
+    figures: Figures
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table of figures.
+
+    Attributes:
+        label: the figure.
+        values: of each run, as text; empty where unknown.
+        best: whether a run's is the best of those that can be compared.
+    """
+
+    label: str
+    values: tuple[str, ...]
+    best: tuple[bool, ...]
+
+
+def write_comparison(runs: Sequence[Path], page: Path) -> Path:
+    """Writes one page of several runs.
+
+    Args:
+        runs: the run folders, finished or not, in the order of the page.
+        page: the file to write.
+
+    Returns:
+        `page`.
+
+    Raises:
+        ConfigError: fewer than two runs or more than 16, or one given twice.
+        CheckpointError: a folder that is no run or cannot be read, or a page that cannot be written.
+    """
+    if not 2 <= len(runs) <= MAX_RUNS:
+        raise ConfigError(f"{len(runs)} runs cannot be compared on one page", f"give 2 to {MAX_RUNS}")
+    resolved = [run.resolve() for run in runs]
+    for run, path in zip(runs, resolved, strict=True):
+        if resolved.count(path) > 1:
+            raise ConfigError(f"{run} is given twice", "name each run once")
+    replace_file(page, render_comparison([load_run(run) for run in runs]).encode("utf-8"))
+    return page
+
+
+def render_comparison(runs: Sequence[Run]) -> str:
+    """The page of several runs, as HTML."""
+    columns = _columns(runs)
+    configs = [flat(run.config) for run in runs]
+    differing = _differing(columns, _TASK, configs)
+    return render_page(
+        "comparison.html",
+        title=f"{len(runs)} runs compared",
+        columns=columns,
+        rows=figure_rows(columns, same_task=not differing, same_knn=not _differing(columns, _KNN, configs)),
+        task_differences=differing,
+        knn_images=columns[0].figures.knn_images,
+        knn_noise=_knn_noise(columns),
+        costs=cost_rows(columns),
+        evaluations=evaluation_rows(columns),
+        # The drawings are made here, of numbers alone, and are the one thing that is HTML already.
+        charts=[(chart, Markup(chart.svg)) for chart in _charts(columns)],
+        reconstructions=_reconstructions(columns),
+        own_reconstructions=_own_reconstructions(columns),
+        learned=_learned(columns),
+        differences=setting_rows(configs),
+        environments=setting_rows([{key: run.environment.get(key) for key in _ENVIRONMENT} for run in runs]),
+        folders=" ".join(shlex.quote(run.path.as_posix()) for run in runs),
+        version=next((run.environment["torchmae"] for run in runs if run.environment.get("torchmae")), None),
+    )
+
+
+def figure_rows(columns: Sequence[Column], *, same_task: bool, same_knn: bool) -> list[Row]:
+    """What the runs reached, beside what takes no learning.
+
+    Args:
+        columns: the runs.
+        same_task: whether losses are of one task and can be ranked.
+        same_knn: whether kNN accuracies can be.
+    """
+    figures = [column.figures for column in columns]
+    rows = [
+        _row("Explained variance", [item.explained_variance for item in figures], percent, max if same_task else None),
+        _row("of interpolation", [item.explained_variance_interpolation for item in figures], percent),
+        _row("Loss", [item.loss for item in figures], number, min if same_task else None),
+        _row("of interpolation", [item.loss_interpolation for item in figures], number),
+        _row("kNN accuracy", [item.knn for item in figures], _accuracy, max if same_knn else None, _knn_noise(columns)),
+        _row("of raw pixels", [item.knn_pixels for item in figures], _accuracy),
+        _row("of the untrained network", [item.knn_untrained for item in figures], _accuracy),
+    ]
+    return [row for row in rows if any(row.values)]
+
+
+def cost_rows(columns: Sequence[Column]) -> list[Row]:
+    """What the runs took."""
+
+    def of(key: str) -> list[float | None]:
+        return [latest(column.run, key) for column in columns]
+
+    rows = [
+        _row("Encoder parameters", of("params_encoder"), short_count),
+        _row("Decoder parameters", of("params_decoder"), short_count),
+        _row("Steps", [latest(c.run, "steps") or latest(c.run, "step") for c in columns], "{:,.0f}".format),
+        _row("Images seen", of("images_seen"), short_count),
+        _row("Training time", of("seconds"), duration),
+        _row("Images per second", of("images_per_s"), "{:,.0f}".format),
+    ]
+    return [row for row in rows if any(row.values)]
+
+
+def evaluation_rows(columns: Sequence[Column]) -> list[Row]:
+    """The figures of `torchmae evaluate` that any of the runs has."""
+    texts = [figures_of_run(column.run.evaluations) for column in columns]
+    names = dict.fromkeys(name for figures in texts for name in figures)
+    return [Row(name, tuple(figures.get(name, "") for figures in texts), (False,) * len(columns)) for name in names]
+
+
+def setting_rows(settings: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """The settings in which runs differ, as YAML.
+
+    Args:
+        settings: of each run, flat: name to value.
+    """
+    names = dict.fromkeys(name for values in settings for name in values)
+    rows = []
+    for name in names:
+        if name not in _IDLE and len({repr(values.get(name)) for values in settings}) > 1:
+            texts = tuple(_yaml(values[name]) if name in values else "" for values in settings)
+            rows.append(Row(name, texts, (False,) * len(settings)))
+    return rows
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names."""
+    values: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            values |= flat(value, f"{prefix}{name}.")
+        else:
+            values[f"{prefix}{name}"] = value
+    return values
+
+
+def _columns(runs: Sequence[Run]) -> list[Column]:
+    # The folder's own name, also where it is given as "." or with a slash behind it.
+    names = [run.path.resolve().name for run in runs]
+    clear = Counter(names)
+    columns = []
+    for order, (run, name) in enumerate(zip(runs, names, strict=True)):
+        figures = final_figures(run.summary, run.val, run.baseline, setting(run, "eval", "knn_val"))
+        found = (collapse_hint(run.records), gradient_hint(run.records), data_hint(run.records))
+        columns.append(
+            Column(
+                letter=ascii_uppercase[order],
+                order=order,
+                colour=order % len(RUN_COLOURS),
+                name=name if clear[name] == 1 else run.path.as_posix(),
+                title=title(run),
+                state=state(run).partition(". ")[0],
+                verdict=judge(figures, hidden_unit(run)),
+                hints=tuple(hint for hint in found if hint),
+                run=run,
+                figures=figures,
+            )
+        )
+    return columns
+
+
+def _row(
+    label: str,
+    values: Sequence[float | None],
+    show: Callable[[float], str],
+    best_of: Callable[[Sequence[float]], float] | None = None,
+    noise: float = 0.0,
+) -> Row:
+    """A row; the best are those that read like the best or are within noise of it, where that is not everyone."""
+    texts = tuple("" if value is None else show(value).replace("-", "\N{MINUS SIGN}") for value in values)
+    known = [value for value in values if value is not None]
+    marked = (False,) * len(values)
+    if best_of is not None and known:
+        best = best_of(known)
+        marked = tuple(v is not None and (show(v) == show(best) or abs(v - best) < noise) for v in values)
+    return Row(label, texts, marked if sum(marked) < len(known) else (False,) * len(values))
+
+
+def _knn_noise(columns: Sequence[Column]) -> float:
+    """Two standard errors, at most, of the difference of two kNN accuracies, in points; 0 where that is unknown."""
+    images = columns[0].figures.knn_images
+    return 2 * 100 * math.sqrt(2 * 0.25 / images) if images else 0.0
+
+
+def _accuracy(value: float) -> str:
+    return f"{value:.1f}%"
+
+
+def _differing(columns: Sequence[Column], names: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which of some settings differ, the target and the patch, which a preset may set, among them."""
+    found = [name for name in names if len({repr(config.get(name)) for config in configs}) > 1]
+    if names is _TASK:
+        for key, label in (("target", "target"), ("patch_size", "patch size"), ("input_size", "input size")):
+            if len({repr(column.run.summary.get(key)) for column in columns if column.run.summary}) > 1:
+                found.append(label)
+    return found
+
+
+def _yaml(value: object) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.strip().removesuffix("...").strip()
+
+
+def _charts(columns: Sequence[Column]) -> Iterator[Chart]:
+    """Curves over the images seen, or over steps where a run does not say its batch size."""
+    sizes = [finite(column.run.config, "batch_size") for column in columns]
+    along = "step" if None in sizes else "images seen"
+
+    def curves(kind: str, key: str) -> list[Curve]:
+        result = []
+        for column, size in zip(columns, sizes, strict=True):
+            steps, values = series_of(column.run.val if kind == "val" else column.run.train, key)
+            points: tuple[Points, Points] = (steps * (1 if along == "step" or size is None else size), values)
+            result.append(Curve(column.letter, column.order, points))
+        return result
+
+    level = _common([column.figures.explained_variance_interpolation for column in columns])
+    pixels = _common([column.figures.knn_pixels for column in columns])
+    drawn = (
+        overlay(
+            "Explained variance",
+            "variance",
+            curves("val", "explained_variance"),
+            show=lambda y: f"{100 * y:.3g}%",
+            along=along,
+            level=None if level is None else ("interpolation", level),
+        ),
+        overlay(
+            "kNN accuracy",
+            "knn",
+            curves("val", "knn"),
+            show=lambda y: f"{y:.3g}%",
+            along=along,
+            level=None if pixels is None else ("raw pixels", pixels),
+        ),
+        overlay("Loss on held-out images", "loss", curves("val", "loss"), show=number, along=along),
+        overlay("Training loss", "train", curves("train", "loss"), show=number, along=along),
+        overlay("Effective rank", "rank", curves("val", "effective_rank"), show=lambda y: f"{y:.3g}", along=along),
+        overlay("Learning rate", "rate", curves("train", "lr"), show=lambda y: f"{y:.2g}", along=along, from_zero=True),
+        overlay(
+            "Images per second",
+            "speed",
+            curves("train", "images_per_s"),
+            show=lambda y: f"{y:,.0f}",
+            along=along,
+            from_zero=True,
+        ),
+    )
+    return (chart for chart in drawn if chart is not None)
+
+
+def _common(values: Sequence[float | None]) -> float | None:
+    """The value that all runs share, to the fourth digit; None where they do not."""
+    texts = {None if value is None else f"{value:.4g}" for value in values}
+    return values[0] if len(texts) == 1 else None
+
+
+def _reconstructions(columns: Sequence[Column]) -> Embedded | None:
+    """The same held-out images as every run filled them in; None where runs saw different images or masks."""
+    opened = [open_picture(column.run.pictures[-1][1]) if column.run.pictures else None for column in columns]
+    grids = [picture for picture in opened if picture is not None]
+    if len(grids) < len(columns):
+        return None
+    picture = comparison_grid(grids)
+    return None if picture is None else embed(picture)
+
+
+def _own_reconstructions(columns: Sequence[Column]) -> list[Titled]:
+    """Each run's last reconstructions."""
+    found = []
+    for column in columns:
+        picture = open_picture(column.run.pictures[-1][1]) if column.run.pictures else None
+        if picture is not None:
+            name = f"run {column.letter}, {column.name}"
+            found.append(Titled(embed(split_columns(picture)[0]), "Masked, reconstructed, original", "", of=name))
+    return found
+
+
+def _learned(columns: Sequence[Column]) -> list[tuple[str, str, list[Titled]]]:
+    """(title, description, pictures) of what the runs' features look like, one for each kind of picture."""
+    found: dict[str, list[Titled]] = {}
+    for column in columns:
+        for path in column.run.feature_pictures:
+            picture = load_titled(path, of=f"run {column.letter}, {column.name}")
+            if picture is not None:
+                found.setdefault(path.stem, []).append(picture)
+    return [(found[stem][0].title, found[stem][0].description, found[stem]) for stem in sorted(found)]

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+
+from torchmae.evaluation import attentive
+from torchmae.evaluation.attentive import AttentiveProbe, EncodedTokens, HeldTokens, open_tokens
+from torchmae.evaluation.options import AttentiveOptions
+
+
+def test_the_order_of_products_does_not_change_attention() -> None:
+    mean, std = torch.randn(12), torch.rand(12) + 0.5
+    probe = AttentiveProbe(mean, std, num_heads=3, num_classes=5)
+    torch.nn.init.normal_(probe.head.weight)
+    tokens = torch.randn(2, 7, 12)
+    # As written in the textbooks: every token's key and value, then the weighted sum of values.
+    x = (tokens - mean) / std
+    keys, values = (torch.einsum("bld,hkd->bhlk", x, matrix) for matrix in (probe.key, probe.value))
+    pooled = F.scaled_dot_product_attention(probe.query.expand(2, -1, -1).unsqueeze(2), keys, values)
+    expected = probe.head(probe.norm(pooled.flatten(1)))
+    torch.testing.assert_close(probe(tokens), expected)
+
+
+def test_the_probe_finds_what_the_mean_hides() -> None:
+    """The class is written on one token of 16, whose place changes; the others outweigh it in the mean."""
+    labels = torch.arange(400) % 2
+    tokens = torch.randn(400, 16, 8)
+    place = torch.randint(16, (400,))
+    tokens[torch.arange(400), place, 0] = 8.0  # says "here"
+    tokens[torch.arange(400), place, 1] = 3.0 * (2 * labels - 1)
+    held = HeldTokens(tokens[:300].half(), labels[:300], tiny.CPU)
+    probe = AttentiveProbe(torch.zeros(8), torch.ones(8), 1, 2)
+    for _ in attentive._train(probe, held, 300, 60, AttentiveOptions(lr=1e-2, batch_size=100), 0):
+        pass
+    with torch.no_grad():
+        assert (probe(tokens[300:]).argmax(1) == labels[300:]).float().mean() > 0.9
+
+
+def test_held_and_encoded_tokens_give_the_same_figures() -> None:
+    subject, train, test = tiny.subject(), tiny.digits("train", 120), tiny.digits("val", 60)
+    assert isinstance(open_tokens(subject, train, tiny.RUNTIME, 1.0), HeldTokens)
+    assert isinstance(open_tokens(subject, train, tiny.RUNTIME, 1e-6), EncodedTokens)
+    figures = [
+        attentive.run(
+            subject,
+            train,
+            test,
+            num_classes=10,
+            runtime=tiny.RUNTIME,
+            options=AttentiveOptions(epochs=3, memory_limit=limit),
+        )
+        for limit in (1.0, 1e-6)
+    ]
+    assert figures[0] == figures[1]
+    assert set(figures[0]) == {"attentive", "attentive_top5", "attentive_low", "attentive_high"}
+
+
+def test_it_repeats_and_depends_on_its_seed() -> None:
+    subject, train, test = tiny.subject(), tiny.digits("train", 100), tiny.digits("val", 50)
+    before = torch.random.get_rng_state()
+    rankings = [
+        attentive.classify(
+            subject, train, test, 10, runtime=tiny.RUNTIME, options=AttentiveOptions(epochs=2), seed=seed
+        )[0]
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(rankings[0], rankings[1])
+    assert not torch.equal(rankings[0], rankings[2])
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_memory_is_half_precision() -> None:
+    subject = tiny.subject()
+    held = open_tokens(subject, tiny.digits("train", 64), tiny.RUNTIME, 1.0)
+    assert isinstance(held, HeldTokens)
+    assert held._tokens.nbytes == attentive.token_gib(subject, 64) * 2**30 == 64 * 16 * 16 * 2
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(4, 4), (None, 1000)])
+def test_the_number_of_epochs(epochs: int | None, expected: int) -> None:
+    told: list[tuple[int, int]] = []
+    subject, train = tiny.subject(), tiny.digits("train", 30)
+    attentive.classify(
+        subject,
+        train,
+        train,
+        10,
+        runtime=tiny.RUNTIME,
+        options=AttentiveOptions(epochs=epochs, batch_size=15),  # by default 2,000 steps at least, of 2 an epoch
+        progress=lambda what, done, total: told.append((done, total)),
+    )
+    assert told == [(done, expected) for done in range(1, expected + 1)]
+
+
+@pytest.mark.parametrize(("dim", "heads"), [(192, 3), (768, 12), (64, 1), (16, 1), (200, 2), (203, 1)])
+def test_heads_are_of_about_64_values(dim: int, heads: int) -> None:
+    assert attentive._num_heads(dim) == heads
+
+
+def test_statistics_are_those_of_the_tokens() -> None:
+    tokens = torch.randn(40, 6, 5) * 3 + torch.arange(5.0)
+    tokens[..., 4] = 2.0
+    held = HeldTokens(tokens.half(), torch.zeros(40, dtype=torch.int64), tiny.CPU)
+    mean, std = attentive._statistics(held, 40, size=16)
+    flat = tokens.half().float().flatten(0, 1)
+    torch.testing.assert_close(mean, flat.mean(0))
+    torch.testing.assert_close(std[:4], flat.std(0, correction=0)[:4])
+    assert std[4] == 1.0
+    assert np.isfinite(std.numpy()).all()

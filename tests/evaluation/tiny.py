@@ -1,0 +1,70 @@
+"""A network small enough for tests, and digits for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchmae.data.decode import BadFiles
+from torchmae.data.layouts import open_splits
+from torchmae.data.sources import Source, Subset
+from torchmae.evaluation.images import ImageSet, Normalisation
+from torchmae.evaluation.options import DataOptions
+from torchmae.evaluation.subject import Subject, untrained
+from torchmae.nn import presets
+from torchmae.random import Purpose, permutation
+from torchmae.training.runtime import Runtime
+from torchmae.training.saved_model import Description, write_description, write_weights
+
+CPU = torch.device("cpu")
+RUNTIME = Runtime(CPU, "fp32", 1)
+NORMALISATION = Normalisation((0.3,), (0.38,))
+
+
+def arguments(**overrides: Any) -> dict[str, Any]:
+    """Of a network with 16 values a token, of digits."""
+    tiny = {"embed_dim": 16, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16, "decoder_depth": 1}
+    return presets.arguments("vit_digits", **{**tiny, **overrides})
+
+
+def subject(**overrides: Any) -> Subject:
+    """An untrained network."""
+    return untrained(arguments(**overrides), seed=0, device=CPU)
+
+
+def some(source: Source, count: int) -> Source:
+    """`count` images, evenly mixed."""
+    return Subset(source, permutation(0, 0, len(source), Purpose.SUBSET)[:count])
+
+
+def digits(split: str, count: int) -> ImageSet:
+    """Some of the digits."""
+    return image_set(some(open_splits("digits", "")[split], count))
+
+
+def image_set(source: Source, *, batch_size: int = 50, max_bad: float = 0.5) -> ImageSet:
+    """Any images, 8 x 8 for the network."""
+    return ImageSet(
+        source,
+        data=DataOptions(num_workers=0),
+        batch_size=batch_size,
+        input_size=(8, 8),
+        normalisation=NORMALISATION,
+        device=CPU,
+        bad=BadFiles(len(source), max_bad),
+    )
+
+
+def write_run(folder: Path, **overrides: Any) -> Path:
+    """A folder with an untrained model, as exported: no config.yaml."""
+    folder.mkdir(parents=True)
+    model = subject(**overrides).model
+    assert model is not None
+    description = Description(
+        arguments(**overrides), NORMALISATION.mean, NORMALISATION.std, {"strategy": "random", "ratio": 0.75}, None, "0"
+    )
+    write_description(folder / "model.json", description)
+    write_weights(folder / "model.safetensors", model.state_dict())
+    return folder

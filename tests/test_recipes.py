@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from torchmae.api import check_model, choose_recipe, overrides
+from torchmae.cli import main
+from torchmae.config import DataConfig, MaskConfig, ModelConfig, OptimConfig
+from torchmae.data.loader import open_data
+from torchmae.data.plan import Plan
+from torchmae.nn import presets
+from torchmae.nn.mlp import MLPAutoencoder
+from torchmae.settings import parse, recipe_names, recipe_path, recipe_summary
+from torchmae.training.checkpoint import load_checkpoint
+from torchmae.training.pretrain import draw_mask
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_parses_and_makes_its_model(name: str) -> None:
+    config = parse([], name)
+    assert config.recipe == name
+    check_model(config, presets.arguments(config.model.preset, **overrides(config)))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_the_head_of_every_recipe_says_what_it_is_and_how_to_run_it(name: str) -> None:
+    head = [line for line in recipe_path(name).read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert len(recipe_summary(name)) > 30
+    assert head[0] == f"# {recipe_summary(name)}"
+    commands = [line.removeprefix("# command:").strip() for line in head if line.startswith("# command:")]
+    assert len(commands) == 1
+    command = commands[0].split()
+    assert command[:2] == ["torchmae", "pretrain"]
+    if name == "digits":
+        assert command[2:] == []
+        return
+    assert command[command.index("--recipe") + 1] == name
+    parse(command[2:], name)
+
+
+@pytest.mark.parametrize(
+    ("side", "recipe"), [(8, "cifar10"), (32, "cifar10"), (64, "images-96"), (96, "images-96"), (200, "images")]
+)
+def test_a_recipe_is_chosen_by_the_size_of_the_images(tmp_path: Path, side: int, recipe: str) -> None:
+    np.save(tmp_path / "images.npy", np.zeros((4, side - 4, side, 3), dtype=np.uint8))
+    assert choose_recipe(str(tmp_path / "images.npy"), "data") == recipe
+    assert choose_recipe("digits", "data") == "digits"
+
+
+def test_the_tutorials_numbers() -> None:
+    config = parse([], "tutorial")
+    arguments = presets.arguments(config.model.preset, **overrides(config))
+    assert arguments == {
+        "input_size": (32, 32), "in_chans": 3, "hidden_dim": 128, "output_relu": True, "loss_on": "all"
+    }  # fmt: skip
+    assert config.optim == OptimConfig(
+        name="adam", lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, schedule="constant", warmup=0.0
+    )
+    assert config.mask == MaskConfig("elements_inverted", 0.75)
+    assert (config.epochs, config.batch_size, config.accumulate) == (10, 128, 1)
+    assert config.data == DataConfig(
+        source="cifar10", val="test", crop_scale=(1.0, 1.0), flip=False, mean=(0.5,) * 3, std=(0.5,) * 3, num_workers=2
+    )
+    assert (config.precision, config.progress) == ("fp32", "epochs")
+    model = presets.construct(arguments)
+    assert [tuple(p.shape) for p in model.parameters()] == [(128, 3072), (128,), (3072, 128), (3072,)]
+    noise = torch.rand(2, 3072)
+    keep = ~model.draw_mask("elements_inverted", noise, 0.75)
+    assert torch.equal(keep, noise < 0.75)  # X * M with M = 1 where rand < 0.75
+
+
+def test_the_corrected_one_differs_in_the_three_defects_alone() -> None:
+    literal, corrected = parse([], "tutorial"), parse([], "tutorial-corrected")
+    assert corrected.model == ModelConfig(preset="mlp", hidden_dim=128, output_relu=False, loss_on="hidden")
+    assert corrected.mask == MaskConfig("elements", 0.75)
+    for name in ("data", "optim", "eval", "epochs", "batch_size", "precision", "progress", "accumulate"):
+        assert getattr(corrected, name) == getattr(literal, name)
+
+
+@pytest.fixture
+def cifar(tmp_path: Path) -> Path:
+    """A folder as CIFAR-10 unpacks to, of two classes and few images."""
+    chance = np.random.default_rng(0)
+    for split, count in (("train", 80), ("test", 10)):
+        for label, colour in (("cat", (200, 80, 60)), ("ship", (40, 90, 210))):
+            folder = tmp_path / "cifar" / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(chance.normal(colour, 40, (32, 32, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i:03d}.png")
+    return tmp_path / "cifar"
+
+
+def test_the_tutorial_prints_its_ten_lines(cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert main(["pretrain", "--recipe", "tutorial", "--data", str(cifar), "--out", str(out), "--threads=1"]) == 0
+    printed = capsys.readouterr()
+    lines = [line for line in printed.out.splitlines() if line.startswith("Epoch")]
+    matches = [re.fullmatch(r"Epoch \[(\d+)/10\], Loss: (\d+\.\d{4})", line) for line in lines]
+    assert all(matches)
+    assert [int(match[1]) for match in matches if match] == list(range(1, 11))
+    losses = [float(match[2]) for match in matches if match]
+    assert losses[-1] < 0.8 * losses[0]
+    assert printed.err == ""
+    checkpoint = load_checkpoint(out / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.state["total_steps"] == 10 * 2  # 160 images in batches of 128
+
+
+def test_the_tutorials_first_loss_is_the_formula(cifar: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    options = ["--data", str(cifar), "--out", str(out), "--threads=1", "--epochs=1", "--log-every=1", "--seed=5"]
+    assert main(["pretrain", "--recipe", "tutorial", *options, "--progress=none"]) == 0
+    config = parse(["--config", str(out / "config.yaml")])
+
+    data = open_data(config.data, input_size=(32, 32), channels=None, device=torch.device("cpu"))
+    batch = next(data.train.train_batches(Plan(len(data.train), 128, 5), 0, 1))
+    files = [data.train.source.name(int(index)) for index in batch.indices]
+    x = np.stack([np.asarray(Image.open(file), dtype=np.float64) for file in files])
+    x = ((x / 255 - 0.5) / 0.5).transpose(0, 3, 1, 2).reshape(128, -1)  # ToTensor, Normalize(0.5, 0.5), flat
+    torch.manual_seed(5)
+    model = MLPAutoencoder(input_size=(32, 32), in_chans=3, hidden_dim=128, output_relu=True, loss_on="all")
+    we, be, wd, bd = (p.detach().double().numpy() for p in model.parameters())
+    mask = ~draw_mask(model, config.mask, 5, batch, torch.device("cpu")).numpy()
+    assert mask.mean() == pytest.approx(0.75, abs=0.005)
+    z = np.maximum((x * mask) @ we.T + be, 0)
+    prediction = np.maximum(z @ wd.T + bd, 0)
+    logged = (out / "metrics.jsonl").read_text().splitlines()
+    first = next(line for line in logged if '"train"' in line)
+    assert '"step": 1,' in first
+    assert float(re.findall(r'"loss": ([\d.e-]+)', first)[0]) == pytest.approx(np.mean((x - prediction) ** 2), rel=1e-5)
