@@ -266,7 +266,7 @@ def test_reconstruct(run: Path, place: Path, capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "1", "I;16", "F"])
 def test_in_painting_hides_what_is_white(mode: str, run: Path, place: Path) -> None:
-    from torchmae.reconstruct import hole
+    from torchmae.commands.reconstruct import hole
 
     pixels = np.zeros((8, 8))
     pixels[2:4, 4:8] = 1

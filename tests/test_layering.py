@@ -23,7 +23,7 @@ LAYERS = (
     ("training",),
     ("evaluation", "report", "interop"),
     ("api",),
-    ("reconstruct", "app"),
+    ("commands", "app"),
     ("cli",),
     ("__main__",),
 )

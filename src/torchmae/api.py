@@ -296,7 +296,7 @@ def build_evaluators(
         def knn(_: int) -> dict[str, float]:
             return {"knn": knn_accuracy(*extract(model, bank(), runtime), *extract(model, queries(), runtime))}
 
-        evaluators.append(Evaluator(config.eval.knn_count, knn))
+        evaluators.append(Evaluator(min(config.eval.knn_count, config.eval.count), knn))
     return evaluators
 
 

@@ -21,6 +21,8 @@ commands:
   reconstruct   hide part of some images and let a trained model fill it in
   evaluate      measure what a model learned: nearest neighbours, linear and attentive probes, and more
   embed         write the features of many images to a file
+  visualize     draw what a model learned: features as colours, attention, neighbours, a map
+  report        write the page of a run, or of several side by side
   recipes       list the named sets of settings
 
   torchmae pretrain                                  digits, on the processor, about a minute, no network
@@ -101,7 +103,7 @@ def pretrain(args: list[str]) -> int:
 
 def reconstruct(args: list[str]) -> int:
     """`torchmae reconstruct`: masked, reconstructed and original images side by side."""
-    from torchmae.reconstruct import main as run
+    from torchmae.commands.reconstruct import main as run
 
     return run(args)
 
@@ -116,6 +118,20 @@ def evaluate(args: list[str]) -> int:
 def embed(args: list[str]) -> int:
     """`torchmae embed`: features of many images, in a file."""
     from torchmae.commands.embed import main as run
+
+    return run(args)
+
+
+def visualize(args: list[str]) -> int:
+    """`torchmae visualize`: pictures of what a model learned."""
+    from torchmae.commands.visualize import main as run
+
+    return run(args)
+
+
+def report(args: list[str]) -> int:
+    """`torchmae report`: the page of a run, or of several side by side."""
+    from torchmae.commands.report import main as run
 
     return run(args)
 
@@ -156,5 +172,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "reconstruct": reconstruct,
     "evaluate": evaluate,
     "embed": embed,
+    "visualize": visualize,
+    "report": report,
     "recipes": recipes,
 }

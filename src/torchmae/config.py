@@ -180,7 +180,7 @@ class EvalConfig:
     Attributes:
         count: how many times, evenly spread, the last at the end.
         images: held-out images used, at most.
-        knn_count: how many of these times (evenly spread, the last at the end) kNN runs too, where labels exist.
+        knn_count: how many times kNN is run, likewise, where labels exist; `count` at most.
         knn_train: labelled training images that vote, at most.
         knn_val: held-out images that are classified, at most.
         pictures: images in each reconstruction picture.
@@ -196,7 +196,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         for name in ("count", "images", "knn_train", "knn_val", "pictures"):
             within(f"eval.{name}", getattr(self, name), 1, float("inf"))
-        within("eval.knn_count", self.knn_count, 0, self.count)
+        within("eval.knn_count", self.knn_count, 0, float("inf"))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from torchmae.data.decode import BadFiles
 from torchmae.data.sources import ArraySource, Source
-from torchmae.errors import ConfigError, DataError
+from torchmae.errors import CheckpointError, ConfigError, DataError
 from torchmae.evaluation import anomaly
 from torchmae.evaluation.images import ImageSet, Normalisation
 from torchmae.evaluation.options import DataOptions
@@ -185,6 +185,12 @@ def test_an_odd_patch_is_found_and_located(tmp_path: Path) -> None:
     assert rows[29]["path"] == "array/29"
     worst = [float(row["reconstruction_max"]) for row in rows]
     assert min(worst[20:]) > max(worst[:20])
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"cannot write to .*file.*; choose another folder"):
+        anomaly.run(model(), *sets(), runtime=RUNTIME, normalisation=NORMALISATION, out=tmp_path / "file" / "new")
 
 
 def test_maps_point_at_the_patch() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from torchmae.config import DataConfig, PretrainConfig
 from torchmae.data.decode import BadFiles
 from torchmae.data.layouts import open_splits
 from torchmae.data.sources import Source, Subset
@@ -15,6 +16,7 @@ from torchmae.evaluation.options import DataOptions
 from torchmae.evaluation.subject import Subject, untrained
 from torchmae.nn import presets
 from torchmae.random import Purpose, permutation
+from torchmae.settings import to_yaml
 from torchmae.training.runtime import Runtime
 from torchmae.training.saved_model import Description, write_description, write_weights
 
@@ -57,9 +59,12 @@ def image_set(source: Source, *, batch_size: int = 50, max_bad: float = 0.5) -> 
     )
 
 
-def write_run(folder: Path, **overrides: Any) -> Path:
-    """A folder with an untrained model, as exported: no config.yaml."""
+def write_run(folder: Path, *, source: str | None = "digits", **overrides: Any) -> Path:
+    """The folder of a run on `source` that learned nothing; None: as exported, without config.yaml."""
     folder.mkdir(parents=True)
+    if source is not None:
+        config = PretrainConfig(data=DataConfig(source=source))
+        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     model = subject(**overrides).model
     assert model is not None
     description = Description(

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jsonargparse import ArgumentError
-
 from torchmae import settings
+from torchmae.commands.parsing import parse
 from torchmae.errors import ConfigError
 
 DESCRIPTION = "Writes one self-contained HTML page of a run, or of several runs side by side."
@@ -39,13 +38,7 @@ def main(args: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders of `torchmae pretrain`")
-    parser.add_class_arguments(Options, None, fail_untyped=True)
-    try:
-        values = parser.parse_args(settings.normalise(args))
-        built = parser.instantiate(values)
-    except ArgumentError as error:
-        raise settings.explain(str(error), parser.option_names()) from error
-    options = Options(built["out"])
+    values, options = parse(parser, args, Options)
     if len(values.runs) == 1:
         from torchmae.report.html import write_report
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jsonargparse import ArgumentError
-
 from torchmae import settings
+from torchmae.commands.parsing import parse
 from torchmae.errors import ConfigError, one_of, within
 
 if TYPE_CHECKING:
@@ -82,13 +81,7 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument(
         "images", type=Path, nargs="*", metavar="IMAGE", help="image files; without any, some of the held-out images"
     )
-    parser.add_class_arguments(Options, None, fail_untyped=True)
-    try:
-        values = parser.parse_args(settings.normalise(args))
-        built = parser.instantiate(values)
-    except ArgumentError as error:
-        raise settings.explain(str(error), parser.option_names()) from error
-    options = Options(**{name: built[name] for name in Options.__dataclass_fields__})
+    values, options = parse(parser, args, Options)
     paths = values.images or []
     if options.kind == "map" and paths:
         raise ConfigError(f"a map is of a whole data set, not of {paths[0]}", "name the data set: --data PATH_OR_NAME")

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -26,7 +27,7 @@ from torchmae.data.layouts import open_splits
 from torchmae.data.loader import Batch
 from torchmae.data.reading import probe
 from torchmae.data.sources import Source, Subset
-from torchmae.errors import ConfigError, DataError
+from torchmae.errors import CheckpointError, ConfigError, DataError
 from torchmae.evaluation.images import ImageSet, Normalisation, check_sizes, with_channels
 from torchmae.evaluation.options import DataOptions
 from torchmae.nn.autoencoder import Autoencoder
@@ -37,6 +38,8 @@ from torchmae.training.checkpoint import replace_file
 from torchmae.training.pretrained import denormalise
 from torchmae.training.progress import Display
 from torchmae.training.runtime import Runtime
+
+FloatArray = npt.NDArray[np.float32]
 
 GOOD = "good"
 """The folder of normal images among others to test, as in MVTec AD (Bergmann et al. 2019)."""
@@ -115,10 +118,12 @@ def run(
     figures = {name: auroc(values, detection.anomalous) for name, values in detection.scores.items()}
     if out is not None:
         assert normalisation is not None
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot write to {out}: {error.strerror}", "choose another folder") from error
         write_scores(out / "anomaly_scores.csv", test.source, detection)
-        best = max(figures, key=lambda name: figures[name])
-        shown = detection.scores[best].argsort(descending=True, stable=True)[:PICTURED]
+        shown = detection.scores["patch_knn"].argsort(descending=True, stable=True)[:PICTURED]
         images = torch.cat([batch.images.cpu() for batch in test.batches(shown.numpy())])
         if images.ndim == 4:
             pixels = denormalise(images, normalisation.mean, normalisation.std)
@@ -443,9 +448,7 @@ def heat_map_grid(pixels: Tensor, detection: Detection, shown: Tensor, grid: tup
     return _lay_out(columns, ["anomalous" if flag else "normal" for flag in detection.anomalous[shown].tolist()])
 
 
-def _lay_out(
-    columns: Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]], truth: Sequence[str]
-) -> Image.Image:
+def _lay_out(columns: Mapping[str, FloatArray], truth: Sequence[str]) -> Image.Image:
     """Panels of equal height, two images in a row, under a line that says what they are."""
     first = next(iter(columns.values()))
     height = max(_PANEL, first.shape[1])

@@ -264,14 +264,14 @@ def _block_path(partial: Path, block: Block) -> Path:
 def _is_whole(path: Path) -> bool:
     """Whether a block is there and can be read to its end."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name].shape for name in arrays.files}.keys() == {"features", "labels", "rows"}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return False
 
 
 def _load(partial: Path, block: Block) -> dict[str, Array]:
-    with np.load(_block_path(partial, block), allow_pickle=False) as arrays:
+    with _block_path(partial, block).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}
 
 
@@ -326,7 +326,7 @@ def _write_parquet(
 
 
 def _read_npz(path: Path) -> Features:
-    with np.load(path, allow_pickle=False) as arrays:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         return Features(arrays["features"], arrays["labels"], arrays["paths"])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -310,7 +309,6 @@ def make_record(
 ) -> dict[str, Any]:
     """Figures, what is behind them, and all that made them, as JSON values."""
     return {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "run": run,
         "method": options.method,
         "options": asdict(options),

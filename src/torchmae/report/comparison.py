@@ -13,15 +13,16 @@ from typing import Any
 
 import yaml
 from markupsafe import Markup
+from PIL import Image
 
 from torchmae.errors import ConfigError
 from torchmae.report.charts import RUN_COLOURS, Chart, Points, series_of
-from torchmae.report.evaluations import figures_of_run
+from torchmae.report.evaluations import Figure, figures_of_run
 from torchmae.report.facts import duration, hidden_unit, latest, setting, short_count, state, title
 from torchmae.report.hints import collapse_hint, data_hint, gradient_hint
 from torchmae.report.overlays import Curve, overlay
 from torchmae.report.page import Embedded, Titled, embed, load_titled, open_picture, render_page
-from torchmae.report.pictures import comparison_grid, split_columns
+from torchmae.report.pictures import comparison_grid, read_layout, split_columns
 from torchmae.report.run import Run, load_run
 from torchmae.report.verdict import Figures, Verdict, final_figures, finite, judge, number, percent
 from torchmae.training.checkpoint import replace_file
@@ -78,6 +79,19 @@ class Row:
     label: str
     values: tuple[str, ...]
     best: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """The same held-out images as every run filled them in.
+
+    Attributes:
+        picture: masked, one column for each run, original.
+        notes: how the reconstructions came about, and the runs of which that holds.
+    """
+
+    picture: Embedded
+    notes: tuple[tuple[str, str], ...]
 
 
 def write_comparison(runs: Sequence[Path], page: Path) -> Path:
@@ -169,11 +183,11 @@ def cost_rows(columns: Sequence[Column]) -> list[Row]:
     return [row for row in rows if any(row.values)]
 
 
-def evaluation_rows(columns: Sequence[Column]) -> list[Row]:
-    """The figures of `torchmae evaluate` that any of the runs has."""
-    texts = [figures_of_run(column.run.evaluations) for column in columns]
-    names = dict.fromkeys(name for figures in texts for name in figures)
-    return [Row(name, tuple(figures.get(name, "") for figures in texts), (False,) * len(columns)) for name in names]
+def evaluation_rows(columns: Sequence[Column]) -> list[tuple[str, tuple[Figure, ...]]]:
+    """The figures of `torchmae evaluate` that any of the runs has: name, and one for each run."""
+    of_runs = [figures_of_run(column.run.evaluations) for column in columns]
+    names = dict.fromkeys(name for figures in of_runs for name in figures)
+    return [(name, tuple(figures.get(name, Figure()) for figures in of_runs)) for name in names]
 
 
 def setting_rows(settings: Sequence[Mapping[str, Any]]) -> list[Row]:
@@ -323,25 +337,38 @@ def _common(values: Sequence[float | None]) -> float | None:
     return values[0] if len(texts) == 1 else None
 
 
-def _reconstructions(columns: Sequence[Column]) -> Embedded | None:
-    """The same held-out images as every run filled them in; None where runs saw different images or masks."""
-    opened = [open_picture(column.run.pictures[-1][1]) if column.run.pictures else None for column in columns]
-    grids = [picture for picture in opened if picture is not None]
-    if len(grids) < len(columns):
+def _reconstructions(columns: Sequence[Column]) -> SideBySide | None:
+    """None where runs saw different images or masks, or have no pictures."""
+    grids = [_last_grid(column.run) for column in columns]
+    known = [grid for grid in grids if grid is not None]
+    picture = comparison_grid(known) if len(known) == len(columns) else None
+    if picture is None:
         return None
-    picture = comparison_grid(grids)
-    return None if picture is None else embed(picture)
+    letters: dict[str, list[str]] = {}
+    for column, grid in zip(columns, known, strict=True):
+        letters.setdefault(_note(grid), []).append(column.letter)
+    return SideBySide(embed(picture), tuple((", ".join(names), note) for note, names in letters.items() if note))
 
 
 def _own_reconstructions(columns: Sequence[Column]) -> list[Titled]:
-    """Each run's last reconstructions."""
+    """Each run's last reconstructions, with how they came about."""
     found = []
     for column in columns:
-        picture = open_picture(column.run.pictures[-1][1]) if column.run.pictures else None
-        if picture is not None:
+        grid = _last_grid(column.run)
+        if grid is not None:
             name = f"run {column.letter}, {column.name}"
-            found.append(Titled(embed(split_columns(picture)[0]), "Masked, reconstructed, original", "", of=name))
+            title = "Masked, reconstructed, original"
+            found.append(Titled(embed(split_columns(grid)[0]), title, _note(grid), of=name))
     return found
+
+
+def _last_grid(run: Run) -> Image.Image | None:
+    return open_picture(run.pictures[-1][1]) if run.pictures else None
+
+
+def _note(grid: Image.Image) -> str:
+    layout = read_layout(grid)
+    return layout.note if layout else ""
 
 
 def _learned(columns: Sequence[Column]) -> list[tuple[str, str, list[Titled]]]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 from torchmae.report.run import Record
 from torchmae.report.verdict import finite
@@ -15,6 +15,18 @@ _MAX_TABLES = 6
 _SUBJECTS = {"model": "This model", "random": "Untrained", "pixels": "Raw pixels"}
 
 
+class Figure(NamedTuple):
+    """A figure as text.
+
+    Attributes:
+        value: the figure; empty where there is none.
+        interval: its confidence interval; may be empty.
+    """
+
+    value: str = ""
+    interval: str = ""
+
+
 @dataclass(frozen=True)
 class FigureTable:
     """One evaluation.
@@ -22,13 +34,13 @@ class FigureTable:
     Attributes:
         title: the method.
         columns: whose figures they are.
-        rows: name of a figure, and one text for each column.
+        rows: name of a figure, and one for each column.
         remark: on how many images; may be empty.
     """
 
     title: str
     columns: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[str, ...]], ...]
+    rows: tuple[tuple[str, tuple[Figure, ...]], ...]
     remark: str
 
 
@@ -49,9 +61,9 @@ def evaluation_tables(records: Sequence[Record]) -> tuple[list[FigureTable], int
     return shown, len(latest) - len(shown)
 
 
-def figures_of_run(records: Sequence[Record]) -> dict[str, str]:
-    """Every figure of the run's own model as text, by its name; of one measured twice, the later."""
-    merged: dict[str, str] = {}
+def figures_of_run(records: Sequence[Record]) -> dict[str, Figure]:
+    """Every figure of the run's own model, by its name; of one measured twice, the later."""
+    merged: dict[str, Figure] = {}
     for record in records:
         by_subject = figures_of(record)
         own = by_subject.get("model") or next(iter(by_subject.values()), {})
@@ -80,7 +92,7 @@ def _table(record: Record, by_subject: Mapping[str, Mapping[str, float]]) -> Fig
     return FigureTable(
         title=_title(record),
         columns=tuple(_SUBJECTS.get(name, name) for name in subjects),
-        rows=tuple((name, tuple(column.get(name, "") for column in texts)) for name in names),
+        rows=tuple((name, tuple(column.get(name, Figure()) for column in texts)) for name in names),
         remark=_remark(record),
     )
 
@@ -111,20 +123,17 @@ def _remark(record: Record) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _texts(figures: Mapping[str, float]) -> dict[str, str]:
-    """Figures as text; name_low and name_high stand in brackets behind the figure of that name."""
-    return dict(_texts_of(figures))
-
-
-def _texts_of(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _texts(figures: Mapping[str, float]) -> dict[str, Figure]:
+    """Figures as text; name_low and name_high are the interval of the figure of that name."""
+    texts = {}
     for name, value in figures.items():
         stem = name.removesuffix("_low").removesuffix("_high")
         if stem != name and stem in figures:
             continue
-        text = _number(value)
-        if f"{name}_low" in figures and f"{name}_high" in figures:
-            text += f" ({_number(figures[f'{name}_low'])} to {_number(figures[f'{name}_high'])})"
-        yield name, text
+        ends = [figures.get(f"{name}_low"), figures.get(f"{name}_high")]
+        known = [_number(end) for end in ends if end is not None]
+        texts[name] = Figure(_number(value), " to ".join(known) if len(known) == 2 else "")
+    return texts
 
 
 def _number(value: float) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jsonargparse import ArgumentError
 
 from torchmae import settings
+from torchmae.commands.parsing import parse
 from torchmae.data.transforms import eval_box, resample, value_range
 from torchmae.errors import ConfigError, within
 from torchmae.nn.mae import MaskedAutoencoder
@@ -69,13 +69,7 @@ def main(args: Sequence[str]) -> int:
     )
     parser.add_argument("run", type=Path, help="run folder of `torchmae pretrain`")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
-    parser.add_class_arguments(Options, None, fail_untyped=True)
-    try:
-        values = parser.parse_args(settings.normalise(args))
-        built = parser.instantiate(values)
-    except ArgumentError as error:
-        raise settings.explain(str(error), parser.option_names()) from error
-    options = Options(**{name: built[name] for name in Options.__dataclass_fields__})
+    values, options = parse(parser, args, Options)
     note = reconstruct(load(values.run), values.images, options)
     print(f"{options.out}  ({note})")
     return 0

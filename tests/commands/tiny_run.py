@@ -1,0 +1,24 @@
+"""The folder of a run on digits that learned nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from torchmae.config import PretrainConfig
+from torchmae.nn import presets
+from torchmae.settings import to_yaml
+from torchmae.training.saved_model import Description, write_description, write_weights
+
+
+def write_run(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    arguments = presets.arguments("vit_digits", embed_dim=16, depth=1, num_heads=2, decoder_depth=1)
+    torch.manual_seed(0)
+    weights = presets.construct(arguments).state_dict()
+    mask = {"strategy": "random", "ratio": 0.75}
+    write_description(folder / "model.json", Description(arguments, (0.3,), (0.38,), mask, None, "0"))
+    write_weights(folder / "model.safetensors", weights)
+    (folder / "config.yaml").write_text(to_yaml(PretrainConfig()), encoding="utf-8")
+    return folder

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from torchmae.errors import ConfigError, DataError
+from torchmae.evaluation.images import EvaluationData, open_evaluation_data, open_parts
+from torchmae.evaluation.options import DataOptions, EvaluateOptions
+
+Save = Callable[..., str]
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Save:
+    """Writes images of 8 x 8, with these labels, to an .npz file."""
+
+    def write(labels: list[int] | None = None, *, shape: tuple[int, ...] = (8, 8, 1), **splits: list[int]) -> str:
+        arrays: dict[str, Any] = {}
+        for prefix, values in {"": labels, **{f"{name}_": item for name, item in splits.items()}}.items():
+            count = 20 if values is None else len(values)
+            arrays[f"{prefix}images"] = np.random.default_rng(count).integers(0, 255, (count, *shape), dtype=np.uint8)
+            if values is not None:
+                arrays[f"{prefix}labels"] = np.array(values)
+        path = tmp_path / f"data-{len(list(tmp_path.iterdir()))}.npz"
+        np.savez(path, **arrays)
+        return str(path)
+
+    return write
+
+
+def opened(source: str, *, labelled: bool = True, channels: int | None = 1, **options: Any) -> EvaluationData:
+    return open_evaluation_data(
+        EvaluateOptions(data=DataOptions(source=source, num_workers=0), **options),
+        batch_size=32,
+        input_size=(8, 8),
+        channels=channels,
+        normalisation=tiny.NORMALISATION,
+        device=tiny.CPU,
+        labelled=labelled,
+    )
+
+
+def test_the_test_images_are_the_test_split_else_val_else_held_out(save: Save) -> None:
+    labels = [0, 1] * 10
+    data = opened(save(labels, val=[0, 1] * 3, test=[1, 0] * 2))
+    assert (len(data.train), len(data.test)) == (20, 4)
+    data = opened(save(labels, val=[0, 1] * 3))
+    assert (len(data.train), len(data.test)) == (20, 6)
+    data = opened(save(labels))
+    assert (len(data.train), len(data.test)) == (16, 4)
+    shown = torch.cat([batch.images for batch in data.train.batches()]).flatten(1)
+    held_out = torch.cat([batch.images for batch in data.test.batches()]).flatten(1)
+    assert (torch.cdist(held_out, shown) > 1e-3).all()
+
+
+def test_test_data_names_a_split_or_other_data(save: Save) -> None:
+    source = save([0, 1] * 10, val=[0, 1] * 3, test=[1, 0] * 2)
+    assert len(opened(source, test_data="val").test) == 6
+    assert len(opened(source, test_data="held-out").test) == 4
+    other = save([1, 0, 1], test=[0, 0, 1, 1, 1])
+    assert len(opened(source, test_data=other).test) == 5  # of other data too, the test split
+    with pytest.raises(ConfigError, match="test_data is 'train'; probes must be tested on other images"):
+        opened(source, test_data="train")
+    with pytest.raises(ConfigError, match="'tset' cannot be used: .*; choose from val, test, held-out, or a path"):
+        opened(source, test_data="tset")
+
+
+def test_limits_take_a_fixed_mixed_subset(save: Save) -> None:
+    source = save([0] * 50 + [1] * 50)
+    some, again = (opened(source, train_images=20, test_images=5) for _ in range(2))
+    assert (len(some.train), len(some.test)) == (20, 5)
+    assert some.fingerprints() == again.fingerprints()
+    labels = next(iter(some.train.batches())).labels
+    assert 4 <= int(labels.sum()) <= 16
+    assert len(opened(source, train_images=10_000).train) == 80
+
+
+def test_images_without_a_label_are_left_out_and_said(save: Save) -> None:
+    data = opened(save([0, 1, -1, 0, 1, -1, 2, -1], test=[0, 1, -1]))
+    assert (len(data.train), len(data.test)) == (5, 2)
+    assert data.notes == (
+        "3 training images without a label (or of an unknown class) are left out",
+        "1 test images without a label (or of an unknown class) are left out",
+    )
+    assert data.classes == ("0", "1", "2")
+
+
+def test_labels_that_are_missing_or_all_alike(save: Save) -> None:
+    with pytest.raises(DataError, match="the training images have no labels .*; put each class into a folder"):
+        opened(save(None))
+    with pytest.raises(DataError, match="all 16 labelled training images are of one class, '0'"):
+        opened(save([0] * 20))
+    assert len(opened(save(None), labelled=False).test) == 4
+
+
+def test_images_of_another_kind(save: Save) -> None:
+    with pytest.raises(ConfigError, match="has 5 channels and the model takes 1; give images that have"):
+        opened(save([0, 1] * 5, shape=(8, 8, 5)))
+    with pytest.raises(ConfigError, match="does not fit the 2 numbers"):
+        opened(save([0, 1] * 5, shape=(8, 8, 8, 1)))
+    assert opened(save([0, 1] * 5, shape=(8, 8, 5)), channels=None).channels == 5
+
+
+def test_images_of_another_size_are_resampled_and_said(save: Save) -> None:
+    data = opened(save([0, 1] * 10, shape=(12, 20, 1)))
+    assert data.notes == ("images of 12x20 are cropped and resampled to the model's 8x8",)
+    assert next(iter(data.test.batches())).images.shape == (4, 1, 8, 8)
+
+
+def test_nothing_is_read_before_it_is_asked_for(save: Save) -> None:
+    data = opened(save([0, 1] * 10))
+    next(iter(data.test.batches()))
+    assert "loader" in vars(data.test)
+    assert "loader" not in vars(data.train)
+    assert data.test.loader.in_memory
+
+
+def test_the_images_since_one_are_those_after_it() -> None:
+    images = tiny.digits("val", 30)
+    whole, rest = (torch.cat([batch.images for batch in item.batches()]) for item in (images, images.since(12)))
+    assert torch.equal(whole[12:], rest)
+    assert images.since(0) is images
+
+
+def test_parts_are_the_splits(save: Save) -> None:
+    def sizes(split: str) -> list[int]:
+        parts, notes = open_parts(
+            DataOptions(source=source),
+            split,
+            batch_size=8,
+            input_size=(8, 8),
+            channels=1,
+            normalisation=tiny.NORMALISATION,
+            device=tiny.CPU,
+        )
+        assert notes == ()
+        return [len(part) for part in parts]
+
+    source = save([0, 1, 2, 1], test=[0, 1], val=[0, 1, 0])
+    assert sizes("all") == [4, 3, 2]
+    assert sizes("test") == [2]
+    source = save([0, 1])
+    with pytest.raises(ConfigError, match="split is 'test'; choose from train"):
+        sizes("test")

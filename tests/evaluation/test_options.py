@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from torchmae.errors import ConfigError
+from torchmae.evaluation.options import (
+    AttentiveOptions,
+    ComputeOptions,
+    DataOptions,
+    EmbedOptions,
+    EvaluateOptions,
+    ReconstructionOptions,
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (DataOptions, {"max_bad": 2}, "data.max_bad is 2; it must lie in [0, 1]"),
+        (DataOptions, {"val_size": 0}, "data.val_size is 0; it must be 1 or more"),
+        (ComputeOptions, {"batch_size": 0}, "batch_size is 0"),
+        (ComputeOptions, {"precision": "fp16"}, "precision is 'fp16'; did you mean 'bf16'?"),
+        (AttentiveOptions, {"lr": 0.0}, "attentive.lr is 0; it must lie in (0, 10]"),
+        (AttentiveOptions, {"epochs": 0}, "attentive.epochs is 0"),
+        (ReconstructionOptions, {"ratios": (0.5, 1.0)}, "reconstruction.ratios is 1; it must lie in (0, 1)"),
+        (ReconstructionOptions, {"ratios": ()}, "reconstruction.ratios is empty"),
+        (EvaluateOptions, {"pool": "max"}, "pool is 'max'; did you mean 'mean'? choose from mean, cls, both"),
+        (EvaluateOptions, {"labels_per_class": 0}, "labels_per_class is 0; it must be 1 or more"),
+        (EvaluateOptions, {"labels_per_class": 5, "method": "attentive"}, "labels_per_class does not apply to method"),
+        (EmbedOptions, {"out": "features.csv"}, "out is 'features.csv'; give a name that ends in .npz or .parquet"),
+        (EmbedOptions, {"split": "dev"}, "split is 'dev'"),
+    ],
+)
+def test_values_that_cannot_work(kind: type[Any], values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        kind(**values)
+    assert message in str(caught.value)
+
+
+def test_they_load_nothing_heavy() -> None:
+    code = "import sys, torchmae.commands.evaluate, torchmae.commands.embed; print('torch' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "False\n"

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from torchmae.errors import CheckpointError, ConfigError
+from torchmae.evaluation import suite
+from torchmae.evaluation.options import (
+    AttentiveOptions,
+    ComputeOptions,
+    DataOptions,
+    EvaluateOptions,
+    ReconstructionOptions,
+)
+from torchmae.evaluation.records import read_records
+from torchmae.evaluation.subject import Subject
+
+COMPUTE = ComputeOptions(device="cpu", precision="fp32", threads=1, progress="none")
+FEW = {"train_images": 150, "test_images": 80}
+
+
+def evaluate(run: str | Path, **options: Any) -> suite.Evaluation:
+    return suite.evaluate(run, EvaluateOptions(**{**FEW, **options}), COMPUTE)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_run(tmp_path_factory.mktemp("runs") / "a")
+
+
+def test_all_stands_beside_an_untrained_network_and_pixels(run: Path) -> None:
+    evaluation = evaluate(run, attentive=AttentiveOptions(epochs=2))
+    figures = evaluation.figures()
+    assert list(figures) == ["model", "random", "pixels"]
+    tables = {name: {key for key in values if "_top5" not in key} for name, values in figures.items()}
+    accuracies = {"knn10", "knn20", "knn100", "linear_mean", "linear_c0.1"}
+    bounded = {name + end for name in accuracies for end in ("", "_low", "_high")}
+    assert tables["pixels"] == bounded
+    more = {name + end for name in ("linear_cls", "linear_both", "attentive") for end in ("", "_low", "_high")}
+    assert tables["model"] == tables["random"] == bounded | more
+    # The run's model is untrained too, with the same seed and the same normalisation.
+    assert figures["model"] == figures["random"]
+    assert evaluation.record["weights"]["model"] == evaluation.record["weights"]["random"]
+    assert evaluation.record["weights"]["pixels"] == ""
+    assert figures["pixels"]["knn20"] > 80
+
+
+def test_the_same_command_twice(run: Path) -> None:
+    one, other = (evaluate(run, attentive=AttentiveOptions(epochs=2)) for _ in range(2))
+    assert one.figures() == other.figures()
+    assert {**one.record, "environment": {}} == {**other.record, "environment": {}}  # which has the time
+
+
+def test_random_alone_is_the_baseline_of_the_same_preset() -> None:
+    data = DataOptions(source="digits")
+    alone = evaluate("random", method="knn", preset="vit_digits", data=data, seed=3)
+    again = evaluate("random", method="knn", preset="vit_digits", data=data, seed=3)
+    other = evaluate("random", method="knn", preset="vit_digits", data=data, seed=4)
+    assert list(alone.figures()) == ["random"]
+    assert alone.figures() == again.figures() != other.figures()
+    assert alone.data.normalisation.mean == pytest.approx((0.3,), abs=0.02)  # measured, where no run says
+
+
+def test_pixels_alone() -> None:
+    evaluation = evaluate("pixels", method="linear", preset="vit_digits", data=DataOptions(source="digits"))
+    assert set(evaluation.figures()["pixels"]) >= {"linear_mean", "linear_c0.1"}
+    assert "linear_cls" not in evaluation.figures()["pixels"]
+
+
+def test_names_need_a_preset_and_data() -> None:
+    with pytest.raises(ConfigError, match="'random' needs a preset; add --preset vit_tiny_32_p4"):
+        evaluate("random", data=DataOptions(source="digits"))
+    with pytest.raises(ConfigError, match="data is not given and pixels does not say which; add --data"):
+        evaluate("pixels", preset="vit_digits")
+
+
+def test_an_exported_model_needs_data(tmp_path: Path) -> None:
+    exported = tiny.write_run(tmp_path / "exported", source=None)
+    with pytest.raises(ConfigError, match="data is not given and .*exported does not say which"):
+        evaluate(exported)
+    evaluation = evaluate(exported, method="knn", data=DataOptions(source="digits"))
+    assert set(evaluation.figures()) == {"model"}
+    with pytest.raises(CheckpointError, match="holds no model"):
+        evaluate(tmp_path)
+
+
+def test_images_are_encoded_once_a_subject(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+    encode = Subject.encode
+
+    def counted(self: Subject, images: torch.Tensor, pool: str) -> torch.Tensor:
+        asked.extend([(self.name, pool)] * len(images))
+        return encode(self, images, pool)
+
+    monkeypatch.setattr(Subject, "encode", counted)
+    evaluate(run, attentive=AttentiveOptions(memory_limit=1e-9))
+    assert {item: asked.count(item) for item in set(asked)} == {
+        ("model", "both"): 230,
+        ("random", "both"): 230,
+        ("pixels", "mean"): 230,
+    }
+
+
+def test_attentive_is_left_out_of_all_where_its_tokens_do_not_fit(run: Path) -> None:
+    options = {"attentive": AttentiveOptions(epochs=1, memory_limit=1e-9)}
+    evaluation = evaluate(run, **options)
+    assert "attentive" not in evaluation.results
+    assert any(note.startswith("attentive is left out: its tokens take 0.0 GiB") for note in evaluation.notes)
+    assert "attentive" in evaluate(run, method="attentive", **options).figures()["model"]
+
+
+def test_pools(run: Path, tmp_path: Path) -> None:
+    by_pool = {pool: evaluate(run, method="knn", pool=pool).figures()["model"] for pool in ("mean", "cls", "both")}
+    assert by_pool["mean"] == evaluate(run, method="knn").figures()["model"]
+    assert len({values["knn20"] for values in by_pool.values()}) > 1
+    assert set(evaluate(run, method="linear", pool="cls").results["linear"]["model"].details) == {"linear_cls"}
+    without = tiny.write_run(tmp_path / "without", class_token=False)
+    with pytest.raises(ConfigError, match="pool is 'cls' but the model has no class token; use --pool mean"):
+        evaluate(without, method="knn", pool="cls")
+
+
+def test_few_shot(run: Path) -> None:
+    evaluation = evaluate(run, labels_per_class=3, draws=2, train_images=None)
+    assert list(evaluation.results) == ["knn", "linear"]
+    figures = evaluation.figures()["pixels"]
+    assert figures["knn20_std"] > 0
+    assert 40 < figures["knn20"] < 95
+    with pytest.raises(ConfigError, match="labels_per_class is 5000 and class '.' has 1.. labelled"):
+        evaluate(run, labels_per_class=5000, train_images=None)
+
+
+def test_the_paper_protocol(run: Path) -> None:
+    figures = evaluate(run, method="linear", protocol="paper", pool="mean").figures()["model"]
+    assert set(figures) == {f"linear_paper_mean{end}" for end in ("", "_top5", "_low", "_high")}
+
+
+def test_what_is_recorded(run: Path) -> None:
+    figures = suite.run(run, EvaluateOptions(method="knn", **FEW), COMPUTE)
+    record = read_records(run)[-1]
+    assert record["results"][0]["figures"] == figures
+    assert record["method"] == "knn"
+    assert record["options"]["data"]["source"] == "digits"
+    assert record["data"]["train_images"] == 150
+    assert record["data"]["test_images"] == 80
+    assert record["environment"]["precision"] == "fp32"
+    per_class = record["results"][0]["details"]["knn20"]["per_class"]
+    assert sum(item["images"] for item in per_class) == 80
+    right = sum(item["images"] * item["top1"] / 100 for item in per_class)
+    assert 100 * right / 80 == pytest.approx(figures["knn20"])
+    confusion = torch.tensor(record["results"][0]["details"]["knn20"]["confusion"])
+    assert confusion.diagonal().sum() == pytest.approx(right)
+
+
+def test_figures_of_several_subjects_in_one_record(run: Path) -> None:
+    figures = suite.run(run, EvaluateOptions(labels_per_class=1, draws=1, **FEW), COMPUTE)
+    assert {"knn20", "random.knn20", "pixels.knn20", "linear_cls"} <= set(figures)
+
+
+def test_methods_that_do_not_apply(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="method is 'knnn'; did you mean 'knn'"):
+        evaluate(run, method="knnn")
+    named = {"preset": "vit_digits", "data": DataOptions(source="digits")}
+    with pytest.raises(ConfigError, match="attentive probing needs patch tokens"):
+        evaluate("pixels", method="attentive", **named)
+    with pytest.raises(ConfigError, match="pixels reconstruct nothing"):
+        evaluate("pixels", method="reconstruction", **named)
+
+
+def test_reconstruction_needs_no_labels(run: Path) -> None:
+    pytest.importorskip("skimage.metrics", reason="pip install 'torchmae[eval]'")
+    options = ReconstructionOptions(ratios=(0.5,), strategies=("random",), images=20)
+    evaluation = evaluate(run, method="reconstruction", reconstruction=options)
+    assert evaluation.results["reconstruction"]["model"].details["images"] == 20
+    assert evaluation.notes == ("PSNR and SSIM: hidden patches as predicted",)
