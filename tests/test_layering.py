@@ -22,6 +22,7 @@ LAYERS = (
     ("settings", "data", "nn"),
     ("training",),
     ("evaluation", "report", "interop"),
+    ("visualize",),
     ("api",),
     ("commands", "app"),
     ("cli",),

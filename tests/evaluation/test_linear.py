@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,7 @@ def digits() -> tuple[Labelled, Labelled]:
 
 def probabilities(train: Labelled, test: Labelled, num_classes: int, c: float) -> np.ndarray:
     scaled, others = linear.standardise(train.features, test.features)
-    return linear.fit(scaled, train.labels, num_classes, (c,))[0].logits(others).softmax(1).numpy()
+    return next(linear.fit(scaled, train.labels, num_classes, (c,))).logits(others).softmax(1).numpy()
 
 
 def sklearn_probabilities(train: Labelled, test: Labelled, c: float) -> np.ndarray:
@@ -77,6 +79,27 @@ def test_the_sweep_finds_a_strong_penalty_for_noise_and_a_weak_one_for_a_clear_c
     assert linear.choose_c(Labelled(clear, labels), 2) >= 1.0
 
 
+def test_the_sweep_ends_when_it_only_gets_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = torch.arange(40) % 2
+    right_of = {1e-4: 5, 1e-3: 7, 1e-2: 6, 1e-1: 7, 1.0: 6, 10.0: 6, 100.0: 8}
+    fitted: list[float] = []
+
+    def fit(
+        features: torch.Tensor, labels: torch.Tensor, num_classes: int, cs: Sequence[float]
+    ) -> Iterator[linear.Linear]:
+        for c in cs:
+            fitted.append(c)
+            right = labels_of_val[: right_of[c]]
+            guesses = torch.cat([right, 1 - labels_of_val[len(right) :]])
+            yield linear.Linear(guesses, torch.zeros(2))
+
+    labels_of_val = labels[torch.from_numpy(linear._every_fifth(labels, 0))]
+    monkeypatch.setattr(linear, "fit", fit)
+    monkeypatch.setattr(linear.Linear, "logits", lambda self, _: torch.eye(2)[self.weight])
+    assert linear.choose_c(Labelled(torch.randn(40, 1), labels), 2) == 1e-3
+    assert fitted == [1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0]  # only the last two in a row are both worse than the best
+
+
 def test_the_held_out_part_is_a_fifth_of_each_class() -> None:
     labels = torch.tensor([0] * 50 + [1] * 10 + [2] * 2 + [3])
     held_out = torch.from_numpy(linear._every_fifth(labels, seed=0))
@@ -89,9 +112,7 @@ def test_one_image_a_class_leaves_nothing_to_sweep() -> None:
 
 
 @pytest.mark.parametrize(("protocol", "least"), [("sweep", 90), ("paper", 88)])
-def test_both_protocols_learn_digits_and_repeat(
-    digits: tuple[Labelled, Labelled], protocol: str, least: float
-) -> None:
+def test_both_protocols_learn_digits_and_repeat(digits: tuple[Labelled, Labelled], protocol: str, least: float) -> None:
     figures = linear.run(*digits, protocol=protocol)
     assert set(figures) == {"linear", "linear_top5", "linear_low", "linear_high"}
     assert least < figures["linear_low"] + 3 < figures["linear"] + 3

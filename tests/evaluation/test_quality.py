@@ -24,9 +24,7 @@ def run(**options: object) -> dict[str, float]:
     assert model is not None
     images = next(iter(tiny.digits("val", 12).batches())).images
     normalisation = tiny.NORMALISATION
-    return quality.run(
-        model, images, mean=normalisation.mean, std=normalisation.std, runtime=tiny.RUNTIME, **options
-    )
+    return quality.run(model, images, mean=normalisation.mean, std=normalisation.std, runtime=tiny.RUNTIME, **options)
 
 
 @pytest.mark.usefixtures("metrics")

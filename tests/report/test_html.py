@@ -15,8 +15,9 @@ from fake_run import NOTE, environment, summary, train_records, val_records, wri
 from PIL import Image
 
 from torchmae.errors import CheckpointError
+from torchmae.report.feature_pictures import pca_picture
 from torchmae.report.html import load_reconstructions, settings, write_report
-from torchmae.report.pictures import reconstruction_grid, split_columns
+from torchmae.report.pictures import reconstruction_grid, save_png, split_columns
 from torchmae.report.run import load_run
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -305,3 +306,45 @@ def test_bars_stay_inside_their_cells(run_folder: Path, variance: float) -> None
     widths = [float(width) for width in re.findall(r"width: ([-\d.]+)%\"></span>", page_of(run_folder).html)]
     assert len(widths) == 6
     assert all(0 <= width <= 100 for width in widths)
+
+
+def test_what_looks_wrong_stands_below_the_verdict(run_folder: Path) -> None:
+    assert "Worth a look." not in page_of(run_folder).words()
+    records = [{**record, "data_wait": 0.3} for record in train_records()]
+    write_metrics(run_folder, [*records, *[{**record, "loss": 0.7} for record in val_records()]])
+    words = page_of(run_folder).words()
+    # The loss is the verdict's business.
+    assert words.count("Worth a look.") == 1
+    assert "Worth a look. Training waited for data for 30.0% of the time" in words
+
+
+def test_pictures_of_the_features_with_their_own_words(run_folder: Path) -> None:
+    images, colours = np.zeros((2, 1, 8, 8), dtype=np.float32), np.ones((2, 4, 4, 3), dtype=np.float32)
+    save_png(pca_picture(images, colours), run_folder / "pictures" / "1-features.png")
+    Image.new("RGB", (30, 20), "red").save(run_folder / "pictures" / "my_own.png")
+    (run_folder / "pictures" / "damaged.png").write_bytes(b"nothing")
+    page = page_of(run_folder)
+    assert page.headings()[2] == "What it learned"
+    assert re.findall(r'<figure class="learned">\s*<h3>([^<]*)', page.html) == ["Patch features as colours", "my own"]
+    assert "Patches of the same colour look alike to the model." in page.words()
+    alts = [image["alt"] for image in page.all("img")][-2:]
+    assert all(len(alt) > 30 for alt in alts) and len(set(alts)) == 2
+
+
+def test_evaluations_stand_in_a_table_each(run_folder: Path) -> None:
+    results = [
+        {"method": "knn", "subject": subject, "figures": {"knn20": value, "knn20_low": 1.0, "knn20_high": 2.0}}
+        for subject, value in (("model", 81.0), ("random", 41.0))
+    ]
+    lines = [{"method": "knn", "results": results}, {"method": "finetune", "figures": {"top1": 89.77}}]
+    (run_folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"method"')
+    page = page_of(run_folder)
+    assert "Evaluations" in page.headings()
+    assert "knn Figure This model Untrained knn20 81.0 1 to 2 41.0 1 to 2" in page.words()
+    assert "finetune Figure This model top1 89.8" in page.words()
+
+
+def test_a_page_elsewhere_leaves_the_run_alone(run_folder: Path, tmp_path: Path) -> None:
+    assert write_report(run_folder, tmp_path / "page.html") == tmp_path / "page.html"
+    assert not (run_folder / "report.html").exists()
+    assert (tmp_path / "page.html").read_bytes() == write_report(run_folder).read_bytes()

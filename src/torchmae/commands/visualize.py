@@ -79,7 +79,12 @@ def main(args: Sequence[str]) -> int:
     )
     parser.add_argument("run", type=Path, help="run folder of `torchmae pretrain`")
     parser.add_argument(
-        "images", type=Path, nargs="*", metavar="IMAGE", help="image files; without any, some of the held-out images"
+        "images",
+        type=Path,
+        nargs="*",
+        default=[],
+        metavar="IMAGE",
+        help="image files; without any, some of the held-out images",
     )
     values, options = parse(parser, args, Options)
     paths = values.images or []
