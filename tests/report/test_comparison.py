@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import yaml
 from fake_run import environment, summary, write_run
+from parsed_page import HOSTILE, Page
 from PIL import Image
-from test_html import HOSTILE, Page
 
 from torchmae.errors import CheckpointError, ConfigError
 from torchmae.report.comparison import flat, setting_rows, write_comparison

@@ -4,14 +4,13 @@ import base64
 import io
 import json
 import re
-from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from fake_run import NOTE, environment, summary, train_records, val_records, write_metrics, write_pictures
+from parsed_page import HOSTILE, Page
 from PIL import Image
 
 from torchmae.errors import CheckpointError
@@ -20,45 +19,7 @@ from torchmae.report.html import load_reconstructions, settings, write_report
 from torchmae.report.pictures import reconstruction_grid, save_png, split_columns
 from torchmae.report.run import load_run
 
-VOID = {"meta", "link", "img", "br", "hr", "input"}
 FETCHING = {"src", "srcset", "poster", "data", "action", "background", "ping"}
-
-
-class Page(HTMLParser):
-    """Every tag and the text of a page; fails on tags that are not closed in order."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.html = html
-        self.tags: list[tuple[str, dict[str, str]]] = []
-        self.text: list[str] = []
-        self._open: list[str] = []
-        self.feed(html)
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, {name: value or "" for name, value in attrs}))
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, {name: value or "" for name, value in attrs}))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self._open:
-            self.text.append(data)
-
-    def all(self, *names: str) -> Iterator[dict[str, str]]:
-        return (attributes for tag, attributes in self.tags if tag in names)
-
-    def headings(self) -> list[str]:
-        return re.findall(r"<h2[^>]*>([^<]*)</h2>", self.html)
-
-    def words(self) -> str:
-        return " ".join(" ".join(self.text).split())
 
 
 def page_of(run: Path) -> Page:
@@ -184,9 +145,6 @@ def test_a_picture_that_cannot_be_read_is_left_out(run_folder: Path) -> None:
     (run_folder / "reconstructions" / "step-00000050.png").write_bytes(b"nothing")
     assert load_reconstructions(load_run(run_folder)) is None
     assert "What it reconstructs" not in page_of(run_folder).headings()
-
-
-HOSTILE = "\"><script>alert(1)</script><img src=x onerror=alert(1)>&'"
 
 
 def test_names_from_outside_are_text_and_nothing_else(run_folder: Path) -> None:
