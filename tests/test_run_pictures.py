@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from torchmae import visualize
 from torchmae.config import DataConfig
 from torchmae.data.loader import Data, open_data
 from torchmae.nn import presets
@@ -18,6 +19,12 @@ from torchmae.visualize import chosen, draw_ratios, held_out, sample, write_pict
 
 CPU = torch.device("cpu")
 RUNTIME = Runtime(CPU, "fp32", 1)
+
+
+@pytest.fixture(autouse=True)
+def _few_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    # t-SNE of the usual thousand takes seconds.
+    monkeypatch.setattr(visualize, "REPORT_POINTS", 60)
 
 
 def pretrained(preset: str = "vit_digits", strategy: str = "random", **overrides: Any) -> Pretrained:

@@ -9,6 +9,7 @@ from PIL import Image
 from tiny_run import write_run
 
 from torchmae.cli import main
+from torchmae.commands.visualize import words_first
 
 CPU = ["--device", "cpu"]
 
@@ -59,7 +60,14 @@ def test_every_kind_of_an_image(
 def test_without_images_some_of_the_held_out_ones_are_drawn(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.png"
     assert main(["visualize", str(run), "--out", str(out), *CPU]) == 0
-    assert (picture_of(out).width // 112, picture_of(out).height // 112) == (9, 2)  # 4 pairs and what is between them
+    assert (picture_of(out).width // 112, picture_of(out).height // 112) == (8, 2)
+
+
+def test_images_may_stand_anywhere(run: Path, photo: Path) -> None:
+    out = photo.with_name("out.png")
+    assert main(["visualize", str(run), "--out", str(out), str(photo), "--kind=pca", str(photo), *CPU]) == 0
+    assert picture_of(out).width // 112 == 4
+    assert words_first(["a", "--x", "1", "b", "--y=2", "c", "--z"]) == ["a", "b", "c", "--x", "1", "--y=2", "--z"]
 
 
 @pytest.mark.parametrize("method", ["tsne", "pca"])

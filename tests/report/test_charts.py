@@ -13,6 +13,7 @@ from torchmae.report.charts import (
     knn_chart,
     learning_rate_chart,
     loss_chart,
+    rank_chart,
     throughput_chart,
     variance_chart,
 )
@@ -128,3 +129,14 @@ def test_nothing_to_draw_is_no_chart() -> None:
 
 def test_one_point_is_enough() -> None:
     assert len(all_charts(train_records()[:1], val_records()[:1])) == 5
+
+
+def test_the_effective_rank_is_drawn_where_it_was_measured() -> None:
+    assert rank_chart(val_records(), 34.0) is None
+    measured = [{**record, "effective_rank": rank} for record, rank in zip(val_records(), (40.0, 55.0), strict=True)]
+    chart = rank_chart(measured, 34.0)
+    assert chart is not None
+    assert chart.alt.endswith("this model from 40.0 to 55.0; untrained network 34.0.")
+    assert [line.label for line in chart.legend] == ["this model", "untrained network"]
+    alone = rank_chart(measured, None)
+    assert alone is not None and len(alone.legend) == 1

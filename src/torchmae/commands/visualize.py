@@ -86,7 +86,7 @@ def main(args: Sequence[str]) -> int:
         metavar="IMAGE",
         help="image files; without any, some of the held-out images",
     )
-    values, options = parse(parser, args, Options)
+    values, options = parse(parser, words_first(args), Options)
     paths = values.images or []
     if options.kind == "map" and paths:
         raise ConfigError(f"a map is of a whole data set, not of {paths[0]}", "name the data set: --data PATH_OR_NAME")
@@ -99,6 +99,23 @@ def main(args: Sequence[str]) -> int:
     save_png(picture, options.out)
     print(f"{options.out}  ({picture.info['Title']})")
     return 0
+
+
+def words_first(args: Sequence[str]) -> list[str]:
+    """Moves options, each with its value, behind the other words; argparse takes images in one place only.
+
+    Every option of the command has a value but --help.
+    """
+    words, options = [], []
+    rest = iter(args)
+    for arg in rest:
+        if arg == "--" or not arg.startswith("-"):
+            words.append(arg)
+            continue
+        options.append(arg)
+        if arg.startswith("--") and "=" not in arg and arg != "--help":
+            options += [value for value in (next(rest, None),) if value is not None]
+    return [*words, *options]
 
 
 def draw(run: Path, paths: Sequence[Path], options: Options) -> Image.Image:

@@ -166,6 +166,28 @@ def knn_chart(val: Records, untrained: float | None, pixels: float | None) -> Ch
     return Chart("kNN accuracy of the features", alt, to_svg(draw, "knn", alt), tuple(series))
 
 
+def rank_chart(val: Records, untrained: float | None) -> Chart | None:
+    """Effective rank of the features over steps; None where it was never measured.
+
+    Args:
+        val: validation records; those with "effective_rank" are drawn.
+        untrained: of the network before training, drawn as a level line.
+    """
+    series = _non_empty({Line("this model", "model"): series_of(val, "effective_rank")})
+    if not series:
+        return None
+    if untrained is not None:
+        series[Line("untrained network", "mean", dashed=True)] = (np.zeros(1), np.array([untrained]))
+    alt = _sentence("Directions that the features use, in effect, over steps", series, lambda y: f"{y:.1f}")
+
+    def draw(figure: Figure) -> None:
+        axes = step_axes(figure.add_subplot())
+        _draw_lines(axes, series)
+        axes.set_ylim(0, 1.15 * max(float(y.max()) for _, y in series.values()) or 1.0)
+
+    return Chart("Effective rank of the features", alt, to_svg(draw, "rank", alt), tuple(series))
+
+
 def learning_rate_chart(train: Records) -> Chart | None:
     """Learning rate over steps; None without data."""
     steps, rate = series_of(train, "lr")

@@ -19,7 +19,7 @@ from torchmae.report.hints import collapse_hint, data_hint, gradient_hint
 from torchmae.report.page import Embedded, embed, load_titled, open_picture, render_page
 from torchmae.report.pictures import HEADERS, progress_grid, read_layout, split_columns
 from torchmae.report.run import Record, Run, load_run
-from torchmae.report.verdict import Figures, final_figures, judge, number, percent, trend
+from torchmae.report.verdict import Figures, final_figures, finite, judge, number, percent, trend
 from torchmae.training.checkpoint import replace_file
 
 # Reconstructions shown side by side, from the first to the last.
@@ -240,6 +240,7 @@ def _charts(run: Run, figures: Figures) -> list[charts.Chart]:
         charts.loss_chart(run.train, run.val),
         charts.variance_chart(run.val),
         charts.knn_chart(run.val, figures.knn_untrained, figures.knn_pixels),
+        charts.rank_chart(run.val, next((finite(item, "effective_rank_untrained") for item in run.baseline), None)),
         charts.learning_rate_chart(run.train),
         charts.throughput_chart(run.train),
     )

@@ -33,7 +33,7 @@ _MARKERS = ("o", "^")
 _MAX_CLASSES = len(_COLOURS) * len(_MARKERS)
 # Inches: narrow, so that names are still legible on a phone.
 _SIZE = (5.0, 5.4)
-_DPI = 160
+_DPI = 136
 _LEGEND_COLUMNS = 3
 _LONGEST_NAME = 15
 _STYLE = {"font.size": 12, "text.color": [value / 255 for value in TEXT[:3]]}
