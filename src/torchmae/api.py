@@ -19,7 +19,8 @@ from torchmae.config import PretrainConfig
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import Batch, Data, ImageLoader, open_data
 from torchmae.data.reading import probe
-from torchmae.errors import ConfigError, DataError, Interrupted
+from torchmae.errors import ConfigError, DataError, Interrupted, TorchmaeError
+from torchmae.evaluation.diagnostics import effective_rank
 from torchmae.evaluation.features import extract, pixels
 from torchmae.evaluation.knn import knn_accuracy
 from torchmae.evaluation.reconstruction import HoldOut
@@ -27,17 +28,19 @@ from torchmae.nn import presets
 from torchmae.nn.autoencoder import Autoencoder
 from torchmae.nn.mae import parameter_counts
 from torchmae.random import Purpose, permutation, uniform
+from torchmae.report.hints import hints
 from torchmae.report.html import write_report
 from torchmae.report.pictures import reconstruction_grid
 from torchmae.training.checkpoint import Checkpoint, load_checkpoint
 from torchmae.training.pretrain import Evaluator
 from torchmae.training.pretrain import pretrain as train
-from torchmae.training.pretrained import denormalise
+from torchmae.training.pretrained import Pretrained, denormalise
 from torchmae.training.progress import Display
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime, environment, open_runtime
 from torchmae.training.saved_model import Description, write_description, write_weights
 from torchmae.training.tracking import Tracker, open_trackers
+from torchmae.visualize import write_pictures
 
 EVAL_BATCH = 250
 PICTURE_COUNT = 4
@@ -62,11 +65,13 @@ class Run:
         path: its folder.
         figures: what summary.json holds.
         report: the HTML report.
+        hints: what in the figures looks wrong, in plain words.
     """
 
     path: Path
     figures: dict[str, Any]
     report: Path
+    hints: tuple[str, ...] = ()
 
 
 def pretrain(
@@ -247,10 +252,15 @@ def _train(
     write_weights(folder.weights, model.state_dict())
     figures = summarise(config, model, arguments, data, folder, "interrupted" if interruption else "finished")
     folder.write_json("summary.json", figures)
+    if not interruption and data.val is not None:
+        try:
+            write_pictures(folder.path / "pictures", Pretrained(model.eval(), description), data, runtime)
+        except TorchmaeError as error:  # the run is done and saved; a picture that cannot be drawn must not hide that
+            display.warn(f"no pictures of the features: {error}")
     report = write_report(folder.path)
     if interruption:
         raise interruption
-    return Run(folder.path, figures, report)
+    return Run(folder.path, figures, report, tuple(hints(folder.read_metrics())))
 
 
 def build_evaluators(
@@ -288,15 +298,19 @@ def build_evaluators(
     probe = knn_probe(config, data)
     if probe is not None and config.eval.knn_count:
         bank, queries = probe
+
+        def measure_features(_: int = 0) -> dict[str, float]:
+            classified = extract(model, queries(), runtime)
+            accuracy = knn_accuracy(*extract(model, bank(), runtime), *classified)
+            rank = {"effective_rank": effective_rank(classified[0])} if len(classified[0]) > 1 else {}
+            return {"knn": accuracy, **rank}
+
         if fresh:
             by_pixels = knn_accuracy(*pixels(bank()), *pixels(queries()))
-            untrained = knn_accuracy(*extract(model, bank(), runtime), *extract(model, queries(), runtime))
-            tracker.log("baseline", 0, {"knn_pixels": by_pixels, "knn_untrained": untrained})
+            untrained = {f"{name}_untrained": value for name, value in measure_features().items()}
+            tracker.log("baseline", 0, {"knn_pixels": by_pixels, **untrained})
 
-        def knn(_: int) -> dict[str, float]:
-            return {"knn": knn_accuracy(*extract(model, bank(), runtime), *extract(model, queries(), runtime))}
-
-        evaluators.append(Evaluator(min(config.eval.knn_count, config.eval.count), knn))
+        evaluators.append(Evaluator(min(config.eval.knn_count, config.eval.count), measure_features))
     return evaluators
 
 

@@ -95,6 +95,8 @@ def pretrain(args: list[str]) -> int:
     from torchmae.report.table import final_table
 
     print(final_table(run.figures), flush=True)
+    for hint in run.hints:
+        print(f"hint: {hint}")
     print(f"report: {run.report}")
     if as_json:
         print(json.dumps(run.figures))

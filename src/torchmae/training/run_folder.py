@@ -14,8 +14,8 @@ from torchmae.training.checkpoint import replace_file
 class RunFolder:
     """Names and writes the files of a run.
 
-    config.yaml, environment.json, metrics.jsonl, checkpoints/, reconstructions/, model.json and model.safetensors,
-    summary.json, report.html, bad_files.txt.
+    config.yaml, environment.json, metrics.jsonl, checkpoints/, reconstructions/, pictures/, evaluations.jsonl,
+    model.json and model.safetensors, summary.json, report.html, bad_files.txt.
 
     Args:
         path: the folder.
