@@ -387,7 +387,7 @@ def fit(
             # Augmentation and drop-path draw from torch's generator: seeded by the step, a run can go on from any.
             torch.manual_seed(job.step_seed(state.step))
             images, targets = augment(batch.images, batch.labels)
-            window.add(learner.step(images, targets, config, runtime), None, len(images))
+            window.add(learner.step(images, targets, config, runtime), len(images))
             state.step += 1
 
             epoch, position = divmod(state.step, plan.steps_per_epoch)

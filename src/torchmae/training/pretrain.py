@@ -29,6 +29,7 @@ from torchmae.training.progress import Display, Status
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime
 from torchmae.training.tracking import Tracker
+from torchmae.training.update_size import copy_matrices, update_to_weight
 
 PROBE_STEPS = 10
 PROBE_SHARE = 0.02  # of max_minutes, at least, is spent on measuring the speed
@@ -128,8 +129,11 @@ def pretrain(
             mask = draw_mask(model, config.mask, config.seed, batch, runtime.device)
             state.step += 1
             log_due = state.step % config.log_every == 0
+            before = copy_matrices(model) if log_due else None
             loss, norm = train_step(model, optimizers, batch.images, mask, config, runtime, measure_norm=log_due)
-            window.add(loss, norm, len(batch.images))
+            window.add(loss, len(batch.images))
+            if before is not None and norm is not None:
+                window.figures = {"grad_norm": norm, "update_to_weight": update_to_weight(before, model)}
 
             epoch_ends = state.step % plan.steps_per_epoch == 0
             evaluations = [run for steps, run in due if state.step in steps]
@@ -328,16 +332,15 @@ class Window:
 
     def __init__(self, now: float) -> None:
         self.losses: list[Tensor] = []
-        self.norm: Tensor | None = None
+        self.figures: dict[str, Tensor] = {}  # scalars of its last step
         self.images = 0
         self.waiting = 0.0
         self.seconds = 0.0
         self._since = now
 
-    def add(self, loss: Tensor, norm: Tensor | None, images: int) -> None:
+    def add(self, loss: Tensor, images: int) -> None:
         """A step is done."""
         self.losses.append(loss)
-        self.norm = norm
         self.images += images
 
     def stop_clock(self) -> None:
@@ -353,7 +356,7 @@ class Window:
 
     def clear(self) -> None:
         """Begins anew."""
-        self.losses, self.images, self.waiting, self.seconds = [], 0, 0.0, 0.0
+        self.losses, self.images, self.waiting, self.seconds, self.figures = [], 0, 0.0, 0.0, {}
 
 
 def close_window(
@@ -391,7 +394,7 @@ def close_window(
             "epoch": epoch,
             "loss": mean,
             "lr": optimizers[-1].param_groups[0]["lr"],
-            **({} if window.norm is None else {"grad_norm": window.norm.item()}),
+            **{name: figure.item() for name, figure in window.figures.items()},
             "images_per_s": speed,
             "data_wait": wait,
             "seconds": state.seconds,
