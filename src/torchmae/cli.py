@@ -19,7 +19,7 @@ usage: torchmae COMMAND [OPTIONS]
 commands:
   pretrain      train a masked autoencoder on images: a folder, or a name such as digits or cifar10
   reconstruct   hide part of some images and let a trained model fill it in
-  evaluate      measure what a model learned: nearest neighbours, linear and attentive probes, and more
+  evaluate      measure what a model learned: nearest neighbours, probes, fine-tuning, anomaly detection
   embed         write the features of many images to a file
   visualize     draw what a model learned: features as colours, attention, neighbours, a map
   report        write the page of a run, or of several side by side

@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from torchmae.evaluation.suite import Evaluation
 
 DESCRIPTION = (
-    "Measures the features of a trained model: nearest neighbours, linear and attentive probes, reconstruction."
+    "Measures a trained model: nearest neighbours, linear and attentive probes (--method all, the default). What has "
+    "to be asked for by --method: reconstruction, finetune (a classifier trained end to end, for minutes to hours), "
+    "and anomaly (with --normal DIR --test DIR)."
+)
+NO_ACCURACY = ("_top5", "_low", "_high", "_std", "_loss", "_images", "_seconds")
+EPILOG = (
+    "--json prints the figures as one JSON object on the last line; --init is short for --finetune.init, and --resume "
+    "alone for --resume true."
 )
 HEADINGS = {"model": "this model", "random": "untrained", "pixels": "raw pixels"}
 
@@ -30,11 +37,11 @@ def main(args: Sequence[str]) -> int:
         prog="torchmae evaluate",
         usage="torchmae evaluate RUN [OPTIONS]",
         description=DESCRIPTION,
-        epilog="--json prints the figures as one JSON object on the last line.",
+        epilog=EPILOG,
         allow_abbrev=False,
     )
     parser.add_argument("run", type=str, help="run folder or exported model; or random or pixels, with --preset")
-    args = settings.normalise(args)
+    args = spell_out(settings.normalise(args))
     as_json = settings.take_flag(args, "json")
     values, options, compute = parse(parser, args, EvaluateOptions, ComputeOptions)
 
@@ -48,6 +55,18 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
+def spell_out(args: Sequence[str]) -> list[str]:
+    """Words with --finetune.init for --init, and --resume=true for --resume without a value."""
+    words = []
+    for i, arg in enumerate(args):
+        name, equals, value = arg.partition("=")
+        if arg == "--resume" and args[i + 1 : i + 2] not in (["true"], ["false"]):
+            words.append("--resume=true")
+        else:
+            words.append(f"--finetune.init{equals}{value}" if name == "--init" else arg)
+    return words
+
+
 def report(evaluation: Evaluation) -> str:
     """The figures as a table, what they were measured on, and the notes."""
     data = evaluation.data
@@ -56,6 +75,12 @@ def report(evaluation: Evaluation) -> str:
     if reconstructions:
         images = f"{reconstructions[0].details['images']:,} test images"
         table = reconstruction_table(reconstructions[0].details["rows"])
+    elif "anomaly" in evaluation.results:
+        labels = data.test.source.labels
+        assert labels is not None
+        anomalous = int(labels.sum())
+        images = f"{len(data.train):,} normal images, {len(data.test):,} to test, {anomalous:,} of them anomalous"
+        table = anomaly_table(by_subject["model"])
     else:
         images = f"{len(data.train):,} training and {len(data.test):,} test images of {len(data.classes)} classes"
         table = accuracy_table(by_subject)
@@ -71,8 +96,17 @@ def accuracy_table(by_subject: Mapping[str, Mapping[str, float]]) -> Table:
     for name in by_subject:
         table.add_column(HEADINGS.get(name, name), justify="right")
     for name in dict.fromkeys(name for figures in by_subject.values() for name in figures):
-        if not name.endswith(("_top5", "_low", "_high", "_std")):
+        if not name.endswith(NO_ACCURACY):
             table.add_row(name, *(cell(figures, name) for figures in by_subject.values()))
+    return table
+
+
+def anomaly_table(figures: Mapping[str, float]) -> Table:
+    """A row for each score."""
+    table = Table("anomaly score", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("AUROC (0.5: chance)", justify="right")
+    for name in figures:
+        table.add_row(name.removeprefix("anomaly_"), cell(figures, name))
     return table
 
 

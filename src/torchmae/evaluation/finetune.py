@@ -144,7 +144,8 @@ def finetune(
     with Trackers(JsonLines(folder.metrics)) as tracker:
         fit(learner, train, plan, augment, config, state, measure, runtime, folder, tracker, display)
         scores = measure()
-        tracker.log("val", state.step, scores.figures(NAME))
+        if not any(line["kind"] == "val" and line["step"] == state.step for line in folder.read_metrics()):
+            tracker.log("val", state.step, scores.figures(NAME))  # a training that had ended has its line already
     mean, std = normalisation.mean, normalisation.std
     described = ClassifierDescription(arguments, mean, std, train.source.classes, torchmae.__version__)
     save_classifier(out, learner.result, described)
@@ -408,7 +409,7 @@ def fit(
                 raise Interrupted(
                     f"stopped by {signal.Signals(stopped_by).name} after step {state.step} of {state.total_steps}, "
                     "all saved",
-                    f"go on by resuming {folder.path}",
+                    "give the same settings with --resume to go on",
                     stopped_by,
                 )
             window.restart()

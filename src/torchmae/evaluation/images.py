@@ -80,8 +80,11 @@ class ImageSet:
 
     @cached_property
     def loader(self) -> ImageLoader:
-        """Batches of these images."""
-        augmentation = DataConfig()  # of no effect on eval_batches
+        """Batches of these images, without augmentation."""
+        return self.augmented(DataConfig())  # of no effect on eval_batches
+
+    def augmented(self, augmentation: DataConfig) -> ImageLoader:
+        """A loader to train with, whose crops and flips are those of `augmentation`; nothing else of it counts."""
         num_workers = min(num_cores(), _MAX_WORKERS) if self._data.num_workers is None else self._data.num_workers
         return ImageLoader(
             self.source,

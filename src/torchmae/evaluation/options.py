@@ -5,9 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from torchmae.errors import ConfigError, one_of, within
+from torchmae.evaluation.finetune_config import FinetuneConfig
 
 POOLS = ("mean", "cls", "both")
 UNLIMITED = float("inf")
+APPLIES_TO = {
+    "labels_per_class": ("knn", "linear", "finetune", "all"),
+    "out": ("finetune", "anomaly"),
+    "resume": ("finetune",),
+    "normal": ("anomaly",),
+    "test": ("anomaly",),
+    "normal_classes": ("anomaly",),
+}
+"""The methods that an option of an evaluation is for, where it is not for all."""
 
 
 @dataclass(frozen=True)
@@ -117,15 +127,16 @@ class EvaluateOptions:
     """What `torchmae evaluate` takes beside the run.
 
     Attributes:
-        method: knn, linear, attentive, reconstruction; or all: knn, linear and attentive, beside an untrained network
-            and raw pixels.
+        method: knn, linear, attentive, reconstruction, finetune or anomaly; or all: knn, linear and attentive, beside
+            an untrained network and raw pixels (the others have to be asked for).
         data: the labelled images that probes learn from.
         test_data: the labelled images that are classified: "test" or "val" (that split of the data), "held-out" (some
             of the training images), or what --data takes; null: the test split, else val, else held-out.
         train_images: use so many training images, a fixed subset; null: all.
         test_images: use so many test images, a fixed subset; null: all.
-        labels_per_class: few-shot: learn from so many images of each class, for knn and linear.
-        draws: few-shot: how many times they are drawn; mean and deviation are given.
+        labels_per_class: few-shot: learn from so many images of each class, for knn, linear and finetune.
+        draws: few-shot: how many times they are drawn; mean and deviation are given. With finetune each draw is a
+            training of its own.
         pool: features of an image: mean (of its patch tokens), cls (the class token), both (one after the other);
             null: mean for knn, each of them for linear.
         protocol: of linear: "sweep" (logistic regression, its strength chosen on a part of the training images) or
@@ -133,7 +144,15 @@ class EvaluateOptions:
         preset: the network when RUN is random or pixels (for the size of its input).
         attentive: how the attentive probe is trained.
         reconstruction: what is hidden.
-        seed: of the untrained network, of held-out parts and of probes that start at random.
+        finetune: how a classifier is trained end to end; its images are flipped only if the run's were.
+        out: folder that finetune makes for the classifier (null: RUN/finetune-...), or that anomaly writes to (null:
+            RUN).
+        resume: of finetune: go on with the training in that folder.
+        normal: of anomaly: images of what is normal; their training split. It needs no labels.
+        test: of anomaly: images to test, in one folder for each class: "good", or a class of the normal ones, is normal
+            and any other anomalous.
+        normal_classes: of anomaly: take only these classes of the normal images, with commas between them.
+        seed: of the untrained network, of draws, masks, and whatever starts at random.
     """
 
     method: str = "all"
@@ -148,6 +167,12 @@ class EvaluateOptions:
     preset: str | None = None
     attentive: AttentiveOptions = field(default_factory=AttentiveOptions)
     reconstruction: ReconstructionOptions = field(default_factory=ReconstructionOptions)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    out: str | None = None
+    resume: bool = False
+    normal: str | None = None
+    test: str | None = None
+    normal_classes: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -158,10 +183,13 @@ class EvaluateOptions:
             within(name, getattr(self, name), 1, UNLIMITED)
         within("draws", self.draws, 1, 1000)
         within("seed", self.seed, 0, 2**63 - 1)
-        if self.labels_per_class is not None and self.method not in ("knn", "linear", "all"):
-            raise ConfigError(
-                f"labels_per_class does not apply to method {self.method!r}", "use --method knn, linear or all"
-            )
+        if self.method == "anomaly" and (self.normal is None or self.test is None):
+            missing = " and ".join(name for name in ("normal", "test") if getattr(self, name) is None)
+            raise ConfigError(f"method anomaly has no {missing} images", "give --normal DIR --test DIR")
+        for name, methods in APPLIES_TO.items():
+            if getattr(self, name) not in (None, False) and self.method not in methods:
+                listed = " or ".join(filter(None, [", ".join(methods[:-1]), methods[-1]]))
+                raise ConfigError(f"{name} does not apply to method {self.method!r}", f"use --method {listed}")
 
 
 @dataclass(frozen=True)

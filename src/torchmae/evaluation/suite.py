@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor
 
 from torchmae import settings
+from torchmae.config import DataConfig
 from torchmae.data.loader import Batch
-from torchmae.errors import ConfigError, one_of
-from torchmae.evaluation import attentive, few_shot, knn, linear
-from torchmae.evaluation.images import EvaluationData, ImageSet, Normalisation, open_evaluation_data
+from torchmae.data.reading import probe
+from torchmae.errors import CheckpointError, ConfigError, one_of
+from torchmae.evaluation import anomaly, attentive, few_shot, finetune, knn, linear
+from torchmae.evaluation.images import EvaluationData, ImageSet, Normalisation, check_sizes, open_evaluation_data
 from torchmae.evaluation.options import ComputeOptions, DataOptions, EvaluateOptions
 from torchmae.evaluation.records import append_record
 from torchmae.evaluation.scores import Labelled, Result, combine, score
@@ -25,8 +28,10 @@ from torchmae.random import Purpose, permutation
 from torchmae.training.pretrained import load
 from torchmae.training.progress import Display
 from torchmae.training.runtime import Runtime, environment, open_runtime
+from torchmae.training.saved_model import Description
 
 ALL = "all"
+ANOMALY = "anomaly"
 
 
 class Bench:
@@ -36,12 +41,18 @@ class Bench:
         data: the images.
         runtime: where to compute.
         display: shows progress.
+        run: what is evaluated: a folder, "random" or "pixels".
+        mask_ratio: share of the patches that was hidden when the model was trained.
     """
 
-    def __init__(self, data: EvaluationData, runtime: Runtime, display: Display) -> None:
+    def __init__(
+        self, data: EvaluationData, runtime: Runtime, display: Display, run: str, mask_ratio: float = 0.75
+    ) -> None:
         self.data = data
         self.runtime = runtime
         self.display = display
+        self.run = run
+        self.mask_ratio = mask_ratio
         self._cache: dict[tuple[str, str], Labelled] = {}
 
     def features(self, subject: Subject, pool: str) -> tuple[Labelled, Labelled]:
@@ -131,11 +142,78 @@ def _reconstruction(bench: Bench, subject: Subject, options: EvaluateOptions) ->
     )
 
 
+def _finetune(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
+    if subject.model is None:
+        raise ConfigError("pixels cannot be fine-tuned", "evaluate a run, or random with --preset")
+    model, data, config = subject.model, bench.data, options.finetune
+    out = finetune_folder(bench.run, options)
+    augmentation = finetune.data_settings(run_data(bench.run) or DataConfig(), config, model, data.normalisation)
+    check_folder(out, options.resume)
+    train = data.train.augmented(augmentation)
+
+    def trained(folder: Path, draw: int, resume: bool) -> Result:
+        return finetune.finetune(
+            model,
+            data.normalisation,
+            train,
+            data.test.loader,
+            config=config,
+            runtime=bench.runtime,
+            out=folder,
+            labels_per_class=options.labels_per_class,
+            draw=draw,
+            seed=options.seed,
+            resume=resume,
+            display=bench.display,
+        )
+
+    if options.labels_per_class is None:
+        figures, details, _ = trained(out, 0, options.resume)
+    else:
+        folders = [out / f"draw-{draw}" for draw in range(options.draws)]
+        results = [
+            trained(folder, draw, options.resume and (folder / "finetune.json").exists())
+            for draw, folder in enumerate(folders)
+        ]
+        figures, details = over_draws([result.figures for result in results])
+    count = f"{figures[f'{finetune.NAME}_images']:,.0f}"
+    left = "the classifier is" if options.labels_per_class is None else "the classifier of each draw is"
+    notes: tuple[str, ...] = (f"fine-tuned on {count} labelled images; {left} in {out}",)
+    if config.init == "random":
+        # Under a name of its own: in a report it must not be taken for what the pre-trained weights gave.
+        figures, details = (
+            {name.replace(finetune.NAME, f"{finetune.NAME}_random", 1): value for name, value in item.items()}
+            for item in (figures, details)
+        )
+        notes += ("trained from random weights: of the model only its architecture is used",)
+    return Result(figures, details, notes)
+
+
+def _anomaly(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
+    assert subject.model is not None
+    out = Path(bench.run if options.out is None else options.out)
+    figures = anomaly.run(
+        subject.model,
+        bench.data.train,
+        bench.data.test,
+        runtime=bench.runtime,
+        ratio=bench.mask_ratio,
+        seed=options.seed,
+        normalisation=bench.data.normalisation,
+        out=out,
+        display=bench.display,
+    )
+    written = [name for name in ("anomaly.png", "anomaly_scores.csv") if (out / name).exists()]
+    return Result(figures, {}, (f"{' and '.join(written)} {'are' if len(written) > 1 else 'is'} in {out}",))
+
+
 METHODS: dict[str, Method] = {
     "knn": _knn,
     "linear": _linear,
     "attentive": _attentive,
     "reconstruction": _reconstruction,
+    "finetune": _finetune,
+    ANOMALY: _anomaly,
 }
 """Every method by name: what `--method` takes, beside "all"."""
 
@@ -205,7 +283,7 @@ def evaluate(run: str | Path, options: EvaluateOptions, compute: ComputeOptions)
         results, left_out = measure(bench, subjects, options)
     finally:
         display.close()
-    bad = bench.data.bad.items
+    bad = list(dict.fromkeys([*bench.data.train.bad.items, *bench.data.test.bad.items]))
     unread = (f"{len(bad)} images could not be read, the first: {': '.join(bad[0])}",) if bad else ()
     of_methods = (note for by_subject in results.values() for result in by_subject.values() for note in result.notes)
     notes = tuple(dict.fromkeys([*bench.data.notes, *unread, *left_out, *of_methods]))
@@ -226,23 +304,29 @@ def open_bench(
     The first subject is the one asked for; with the method "all" an untrained network and pixels stand beside a run.
     """
     arguments: dict[str, Any]
-    normalisation: Normalisation | None
+    description: Description | None = None
     if run in (RANDOM, PIXELS):
+        if options.method == ANOMALY:
+            raise ConfigError(f"{run!r} is no trained model", "give anomaly a run folder")
         if options.preset is None:
             raise ConfigError(f"{run!r} needs a preset", "add --preset vit_tiny_32_p4, or another name")
-        arguments, normalisation, trained = presets.arguments(options.preset), None, None
+        arguments, trained = presets.arguments(options.preset), None
     else:
         pretrained = load(run)
-        description = pretrained.description
-        arguments, normalisation = description.arguments, Normalisation(description.mean, description.std)
+        description, arguments = pretrained.description, pretrained.description.arguments
         trained = Subject("model", pretrained.model.to(runtime.device))
+    if options.method == ANOMALY:
+        assert description is not None
+        assert trained is not None
+        normal_and_test = open_normal_and_test(options, batch_size, description, runtime)
+        return Bench(normal_and_test, runtime, display, run, mask_ratio(description)), [trained], options
     options = replace(options, data=own_data(run, options.data))
     data = open_evaluation_data(
         options,
         batch_size=batch_size,
         input_size=tuple(arguments["input_size"]),
         channels=None if trained is None else arguments["in_chans"],
-        normalisation=normalisation,
+        normalisation=None if description is None else Normalisation(description.mean, description.std),
         device=runtime.device,
         labelled=options.method not in WITHOUT_LABELS,
         progress=display.preparing,
@@ -259,17 +343,80 @@ def open_bench(
         assert trained is not None
         baselines = [untrained(arguments, options.seed, runtime.device), pixels()] if options.method == ALL else []
         subjects = [trained, *baselines]
-    return Bench(data, runtime, display), subjects, options
+    return Bench(data, runtime, display, run), subjects, options
+
+
+def open_normal_and_test(
+    options: EvaluateOptions, batch_size: int, description: Description, runtime: Runtime
+) -> EvaluationData:
+    """The images of anomaly detection, the normal ones as training images; errors as of `open_anomaly_data`."""
+    assert options.normal is not None
+    assert options.test is not None
+    normalisation, channels = Normalisation(description.mean, description.std), description.arguments["in_chans"]
+    names = None if options.normal_classes is None else [name.strip() for name in options.normal_classes.split(",")]
+    normal, test = anomaly.open_anomaly_data(
+        options.normal,
+        options.test,
+        names,
+        options=options.data,
+        input_size=description.input_size,
+        channels=channels,
+        normalisation=normalisation,
+        device=runtime.device,
+        batch_size=batch_size,
+    )
+    resampled = (check_sizes(probe(part.source), part.source, description.input_size) for part in (normal, test))
+    notes = next(filter(None, resampled), ())
+    return EvaluationData(normal, test, normalisation, channels, ("normal", "anomalous"), notes, test.bad)
+
+
+def mask_ratio(description: Description) -> float:
+    """The share of the patches that was hidden in training; 0.75 where that is not known."""
+    return float(description.mask.get("ratio", 0.75))
+
+
+def finetune_folder(run: str, options: EvaluateOptions) -> Path:
+    """The folder of a fine-tuning: the one asked for, or one in the run that is named after the main settings."""
+    if options.out is not None:
+        return Path(options.out)
+    if run == RANDOM:
+        raise ConfigError("out is not given, and random has no folder", "add --out DIR")
+    count = options.labels_per_class
+    parts = [options.finetune.init, *([f"{count}-per-class"] if count else [])]
+    return Path(run) / "-".join([finetune.NAME, *parts, *([f"seed{options.seed}"] if options.seed else [])])
+
+
+def check_folder(out: Path, resume: bool) -> None:
+    """Raises unless `out` holds a fine-tuning when one is resumed, and nothing when one is begun."""
+    begun = out.is_dir() and any(not item.name.startswith(".") for item in out.iterdir())
+    if begun and not resume:
+        raise ConfigError(f"{out} exists already", "go on with --resume, or choose another --out")
+    if resume and not begun:
+        raise CheckpointError(f"{out} holds no fine-tuning to go on with", "leave --resume out to begin one")
+
+
+def over_draws(draws: Sequence[dict[str, float]]) -> tuple[dict[str, float], dict[str, Any]]:
+    """Figures of several fine-tunings as their means, the deviation of top-1, and as details its values."""
+    names = [name for name in draws[0] if not name.endswith(("_low", "_high"))]
+    figures = {name: mean(figures[name] for figures in draws) for name in names}
+    shares = [figures[finetune.NAME] for figures in draws]
+    deviation = {f"{finetune.NAME}_std": stdev(shares) if len(shares) > 1 else 0.0}
+    return figures | deviation, {finetune.NAME: {"draws": shares}}
+
+
+def run_data(run: str) -> DataConfig | None:
+    """The data that a run was trained on; None where that is not known."""
+    config = Path(run) / "config.yaml"
+    return None if run in (RANDOM, PIXELS) or not config.is_file() else settings.parse(["--config", str(config)]).data
 
 
 def own_data(run: str, data: DataOptions) -> DataOptions:
     """The options with the run's own data in place of none; ConfigError where the run does not say."""
     if data.source is not None:
         return data
-    config = Path(run) / "config.yaml"
-    if run in (RANDOM, PIXELS) or not config.is_file():
+    own = run_data(run)
+    if own is None:
         raise ConfigError(f"data is not given and {run} does not say which", "add --data PATH_OR_NAME")
-    own = settings.parse(["--config", str(config)]).data
     return replace(data, source=own.source, root=own.root, val_size=own.val_size)
 
 
@@ -311,7 +458,7 @@ def make_record(
     return {
         "run": run,
         "method": options.method,
-        "options": asdict(options),
+        "options": asdict(replace(options, resume=False)),  # interrupted or not, the figures are the same
         "data": {
             "train_images": len(bench.data.train),
             "test_images": len(bench.data.test),

@@ -63,7 +63,7 @@ def load_model(folder: Path) -> tuple[Autoencoder, Description]:
     A run that has not ended gives its newest checkpoint.
 
     Raises:
-        CheckpointError: nothing there that is whole.
+        CheckpointError: nothing there that is whole, or a fine-tuned classifier.
     """
     description = _read_description(folder / "model.json")
     weights_path = folder / "model.safetensors"
@@ -86,6 +86,11 @@ def load_model(folder: Path) -> tuple[Autoencoder, Description]:
 def _read_description(path: Path) -> Description:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if values.get("kind") == "classifier":  # as saved_classifier, which stands above this module, marks its own
+            raise CheckpointError(
+                f"{path.parent} holds a fine-tuned classifier",
+                "give the run it was made from; torchmae.training.saved_classifier.load_classifier reads classifiers",
+            )
         if values.get("format") != FORMAT:
             raise CheckpointError(
                 f"{path} has format {values.get('format')!r}; this torchmae reads {FORMAT}", "update torchmae"
