@@ -198,12 +198,12 @@ def test_the_run_folder(run: Path) -> None:
     names = {path.name for path in run.iterdir()} - {"tensorboard"}
     assert names == {
         *("config.yaml", "metrics.jsonl", "checkpoints", "model.safetensors", "model.json", "reconstructions"),
-        *("report.html", "summary.json", "environment.json"),
+        *("pictures", "report.html", "summary.json", "environment.json"),
     }
     assert len(list((run / "checkpoints").iterdir())) == 2
     assert len(list((run / "reconstructions").glob("*.png"))) == 2
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert records[0].keys() == {"kind", "step", "knn_pixels", "knn_untrained"}
+    assert records[0].keys() == {"kind", "step", "knn_pixels", "knn_untrained", "effective_rank_untrained"}
     assert {record["kind"] for record in records} == {"baseline", "train", "epoch", "val"}
     assert all(len(record) > 3 for record in records if record["kind"] == "val")
     environment = json.loads((run / "environment.json").read_text())
