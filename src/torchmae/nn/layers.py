@@ -20,7 +20,7 @@ def _heads(width: int, num_heads: int) -> int:
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for (B, heads, N, D) queries and (B, heads, M, D) keys and values.
 
-    PyTorch's fused attention, but for bf16 gradients on a processor: its backward pass there takes 2 to 6 times as
+    PyTorch's fused attention, but for bf16 gradients on a processor: its backward pass there takes up to 6 times as
     long as plain matrix products, from 17 to 257 tokens (benchmarks/attention.py).
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
