@@ -123,3 +123,11 @@ def test_losses_are_short(value: float, text: str) -> None:
 
 def test_percent() -> None:
     assert percent(0.6184) == "61.8%"
+
+
+def test_data_that_pixels_alone_can_tell_apart_is_said_to_be_so() -> None:
+    figures = final_figures({"knn": 92.5, "knn_pixels": 98.3, "knn_untrained": 46.4, "num_val": 360}, (), ())
+    verdict = judge(figures)
+    assert any("Pixels alone tell these classes apart" in text for text in verdict.sentences)
+    harder = judge(final_figures({"knn": 32.5, "knn_pixels": 38.3, "num_val": 5000}, (), ()))
+    assert any("not worth having yet" in text for text in harder.sentences)

@@ -159,6 +159,10 @@ def _judge_reconstruction(figures: Figures, unit: str) -> Verdict:
     return Verdict("good", "Yes", (reason,))
 
 
+# From this kNN accuracy of raw pixels on, in percent, there is no room above them.
+_EASY = 95.0
+
+
 def _judge_features(figures: Figures) -> Verdict:
     knn = figures.knn
     baselines = {"raw pixels": figures.knn_pixels, "the untrained network": figures.knn_untrained}
@@ -175,6 +179,8 @@ def _judge_features(figures: Figures) -> Verdict:
         return Verdict("good", "its features are good", (f"{start}: the features are worth having.",))
     if best - knn > noise:
         advice = f"{start}: as features they are not worth having yet. Train longer, or on more images."
+        if name == "raw pixels" and best >= _EASY:
+            advice = f"{start}. Pixels alone tell these classes apart, so it cannot show what features are worth."
         return Verdict("poor", f"its features are worse than {name}", (advice,))
     reason = f"{start}: no difference."
     if noise:
