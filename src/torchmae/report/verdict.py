@@ -180,7 +180,7 @@ def _judge_features(figures: Figures) -> Verdict:
     if best - knn > noise:
         advice = f"{start}: as features they are not worth having yet. Train longer, or on more images."
         if name == "raw pixels" and best >= _EASY:
-            advice = f"{start}. Pixels alone tell these classes apart, so it cannot show what features are worth."
+            advice = f"{start}. Pixels alone tell these classes apart: a poor test of features."
         return Verdict("poor", f"its features are worse than {name}", (advice,))
     reason = f"{start}: no difference."
     if noise:
