@@ -20,6 +20,7 @@ _WEYL_1 = 0xBB67AE85
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 _ROUNDS = 10
+_AT_A_TIME = 2**15  # indices of a permutation: what is computed on the way stays in the processor's cache
 
 
 class Purpose(IntEnum):
@@ -58,13 +59,17 @@ def philox(counter: npt.NDArray[np.uint64], key: tuple[int, int]) -> npt.NDArray
 
 
 def bits(
-    seed: int, epoch: int, indices: npt.NDArray[np.integer] | int, purpose: Purpose, count: int
+    seed: int,
+    epoch: npt.NDArray[np.integer] | int,
+    indices: npt.NDArray[np.integer] | int,
+    purpose: Purpose,
+    count: int,
 ) -> npt.NDArray[np.uint64]:
     """`count` random 32-bit words for each index.
 
     Args:
         seed: 0 to 2**64 - 1.
-        epoch: 0 to 2**32 - 1.
+        epoch: 0 to 2**32 - 1; one for all, or (N,).
         indices: (N,) sample indices below 2**32, or one index.
         purpose: what the numbers are for.
         count: words per index.
@@ -77,14 +82,18 @@ def bits(
     counter = np.empty((4, len(index), len(blocks)), dtype=np.uint64)
     counter[0] = blocks[None, :]
     counter[1] = index[:, None]
-    counter[2] = np.uint64(epoch)
+    counter[2] = np.asarray(epoch).astype(np.uint64).reshape(-1, 1)
     counter[3] = np.uint64(int(purpose))
     words = philox(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
     return words.transpose(1, 2, 0).reshape(len(index), 4 * len(blocks))[:, :count]
 
 
 def uniform(
-    seed: int, epoch: int, indices: npt.NDArray[np.integer] | int, purpose: Purpose, count: int
+    seed: int,
+    epoch: npt.NDArray[np.integer] | int,
+    indices: npt.NDArray[np.integer] | int,
+    purpose: Purpose,
+    count: int,
 ) -> npt.NDArray[np.float32]:
     """`count` numbers in [0, 1) for each index: (N, count) float32, multiples of 2**-24. Arguments as for `bits`."""
     top_24 = bits(seed, epoch, indices, purpose, count) >> np.uint64(8)
@@ -96,6 +105,8 @@ def permutation(seed: int, epoch: int, length: int, purpose: Purpose = Purpose.O
 
     Sorted by 64-bit random keys; equal keys (chance below 1e-7 for a million samples) keep index order.
     """
-    words = bits(seed, epoch, np.arange(length), purpose, 2)
-    keys = (words[:, 0] << np.uint64(32)) | words[:, 1]
+    keys = np.empty(length, dtype=np.uint64)
+    for start in range(0, length, _AT_A_TIME):
+        words = bits(seed, epoch, np.arange(start, min(start + _AT_A_TIME, length)), purpose, 2)
+        keys[start : start + _AT_A_TIME] = (words[:, 0] << np.uint64(32)) | words[:, 1]
     return np.argsort(keys, kind="stable").astype(np.int64)

@@ -10,7 +10,8 @@ import pytest
 from picture_files import encoded, picture
 from PIL import Image
 
-from torchmae.data.decode import BadFiles, decode
+from torchmae.data import decode as module
+from torchmae.data.decode import BadFiles, Picture, decode
 from torchmae.errors import ConfigError, DataError
 
 RGB = picture()
@@ -112,6 +113,47 @@ def test_exif_rotation_is_applied(orientation: int, turned: np.ndarray) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     np.testing.assert_array_equal(decode(encoded(Image.fromarray(RGB), exif=exif), 3), turned)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("reduction", [1, 2, 4, 8])
+def test_a_jpeg_has_the_same_pixels_with_simplejpeg_and_without(
+    orientation: int, mode: str, reduction: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("simplejpeg")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    raw = encoded(Image.fromarray(picture(45, 67)).convert(mode), "JPEG", quality=90, exif=exif)
+    for channels in (None, 1, 3):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_import_simplejpeg", lambda: None)
+            slow = Picture(raw, channels).read(reduction)
+        fast = Picture(raw, channels)
+        assert fast.size == decode(raw, channels).shape[:2]
+        np.testing.assert_array_equal(fast.read(reduction), slow)
+        height, width = fast.size
+        assert slow.shape[:2] == (-(-height // reduction), -(-width // reduction))
+
+
+def test_simplejpeg_is_used_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("simplejpeg")
+    assert module.jpeg_decoder().startswith("simplejpeg ")
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("Pillow decoded"))
+    assert decode(JPEG, 3).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "WEBP"])
+def test_other_formats_come_whole(format: str) -> None:
+    whole = Picture(encoded(Image.fromarray(RGB), format), 3)
+    assert whole.size == (12, 16)
+    assert whole.read(4).shape == (12, 16, 3)
+
+
+@pytest.mark.parametrize("format", ["EPS", "PPM", "ICO", "PCX"])
+def test_formats_that_are_not_promised_are_not_opened(format: str) -> None:
+    with pytest.raises(DataError, match="not an image"):
+        decode(encoded(Image.fromarray(RGB), format), 3)
 
 
 def test_broken_exif_does_not_make_pixels_unreadable() -> None:

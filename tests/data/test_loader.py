@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 
 from torchmae.config import DataConfig
-from torchmae.data.loader import Batch, Data, open_data
+from torchmae.data.decode import BadFiles
+from torchmae.data.loader import Batch, Data, _on_device, open_data
+from torchmae.data.memory import hold
 from torchmae.data.plan import Plan
 from torchmae.data.sources import ArraySource, FileSource
 from torchmae.data.transforms import normalise
@@ -41,7 +43,7 @@ def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.labels, b.labels)
         np.testing.assert_array_equal(a.indices, b.indices)
-        assert a.epoch == b.epoch
+        np.testing.assert_array_equal(a.epoch, b.epoch)
 
 
 @pytest.fixture
@@ -195,18 +197,18 @@ def test_closing_ends_the_workers(mixed: Path) -> None:
 
 
 def test_a_signal_to_all_processes_leaves_the_workers_alone(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    main, read = os.getpid(), FileSource.read
+    main, encoded = os.getpid(), FileSource.encoded
 
-    def interrupted(self: FileSource, index: int) -> np.ndarray:
+    def interrupted(self: FileSource, index: int) -> bytes:
         if os.getpid() != main:
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGINT)
-        return read(self, index)
+        return encoded(self, index)
 
     data = opened(mixed, (16, 16), val="none", num_workers=1)
     if multiprocessing.get_start_method() != "fork":
         pytest.skip("the changed class does not reach the workers")
-    monkeypatch.setattr(FileSource, "read", interrupted)
+    monkeypatch.setattr(FileSource, "encoded", interrupted)
     assert len(steps(data)) == 6
 
 
@@ -214,7 +216,7 @@ def test_a_worker_that_dies_is_said_so(mixed: Path, monkeypatch: pytest.MonkeyPa
     data = opened(mixed, (16, 16), val="none", num_workers=1)
     if multiprocessing.get_start_method() != "fork":
         pytest.skip("the changed class does not reach the workers")
-    monkeypatch.setattr(FileSource, "read", lambda self, index: os._exit(1))
+    monkeypatch.setattr(FileSource, "encoded", lambda self, index: os._exit(1))
     with pytest.raises(DataError, match=r"ended unexpectedly .*lower data.num_workers"):
         steps(data)
 
@@ -389,3 +391,52 @@ def test_the_shared_photographs(shared_data: Path) -> None:
     assert all(batch.images.shape == (16, 3, 64, 96) for batch in batches)
     assert torch.isfinite(batches[0].images).all()
     assert data.bad.items == []
+
+
+@pytest.mark.parametrize("cache", ["memory", "none"])
+def test_repeats_draw_what_the_epochs_would_have(uniform_size: Path, cache: str) -> None:
+    plain = opened(uniform_size, (16, 16), cache=cache, val="none", num_workers=0)
+    repeats = opened(uniform_size, (16, 16), cache=cache, val="none", num_workers=0, repeats=3)
+
+    def views(data: Data) -> dict[tuple[int, int], torch.Tensor]:
+        batches = steps(data, 0, 18, 8)  # six epochs of 20: batches of 8, 8, 4
+        assert [len(batch.images) for batch in batches] == [8, 8, 4] * 6
+        return {
+            (epoch, index): image
+            for batch in batches
+            for epoch, index, image in zip(
+                np.broadcast_to(batch.epoch, batch.indices.shape).tolist(),
+                batch.indices.tolist(),
+                batch.images,
+                strict=True,
+            )
+        }
+
+    expected, ours = views(plain), views(repeats)
+    assert len(ours) == 6 * 20
+    assert ours.keys() == expected.keys()
+    for key, image in ours.items():
+        torch.testing.assert_close(image, expected[key], atol=0.02, rtol=0)  # a level, where rounding tips
+    first = steps(repeats, 0, 1, 8)[0]
+    assert first.epoch.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert first.indices[:3].tolist() == [first.indices[0]] * 3
+
+
+@pytest.mark.parametrize("cache", ["memory", "none"])
+def test_repeats_start_later_and_go_over_ranks(uniform_size: Path, cache: str) -> None:
+    data = opened(uniform_size, (16, 16), cache=cache, val="none", num_workers=0, repeats=3)
+    whole = steps(data, 0, 9)
+    assert_same(steps(data, 5, 9), whole[5:])
+    parts = [steps(data, 0, 9, rank=rank, world_size=2) for rank in range(2)]
+    for batch, one, other in zip(whole, *parts, strict=True):
+        np.testing.assert_array_equal(np.concatenate([one.indices, other.indices]), batch.indices)
+        np.testing.assert_array_equal(np.concatenate([one.epoch, other.epoch]), batch.epoch)
+
+
+def test_images_move_to_the_device_where_asked() -> None:
+    held = hold(opened().train.source, float("inf"), BadFiles(1437, 0))
+    meta = torch.device("meta")
+    assert _on_device(held, DataConfig(cache="device"), meta).images.device == meta
+    for cache in ("memory", "auto"):
+        assert _on_device(held, DataConfig(cache=cache), meta) is held
+    assert_same(steps(opened(cache="device")), steps(opened(cache="memory")))

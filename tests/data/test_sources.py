@@ -1,14 +1,15 @@
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
-from picture_files import encoded, picture, rows_of, write_parquet
+from picture_files import encoded, picture
 from PIL import Image
 
-from torchmae.data.sources import ArraySource, FileSource, ParquetSource, Subset, map_array, relabel, spread
+from torchmae.data.sources import ArraySource, FileSource, Subset, map_array, relabel, spread
 from torchmae.errors import ConfigError, DataError
 
 
@@ -112,6 +113,26 @@ def test_arrays_that_cannot_be_mapped(tmp_path: Path) -> None:
         map_array(tmp_path / "cut.npy")
 
 
+@pytest.mark.parametrize(("old", "new"), [(b"False", b"1/0  "), (b"(2, 4", b"(-2,4")])
+def test_damaged_headers(tmp_path: Path, old: bytes, new: bytes) -> None:
+    path = tmp_path / "x.npy"
+    np.save(path, np.zeros((2, 4, 4), np.uint8))
+    path.write_bytes(path.read_bytes().replace(old, new))
+    with pytest.raises(
+        DataError, match=r"cannot read .*x.npy: (its header is damaged|negative dimensions.*); save one numeric array"
+    ):
+        map_array(path)
+
+
+def test_what_is_no_regular_file_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    source = FileSource(tmp_path, ["pipe.png", "folder.png", "gone.png", "nul\0l.png"])
+    for index, reason in enumerate(["no regular file", "Is a directory", "No such file or directory", "null byte"]):
+        with pytest.raises(DataError, match=reason):
+            source.read(index)
+
+
 def test_files_are_read_with_fixed_channels(write_pictures, tmp_path: Path) -> None:
     write_pictures("a.png", "b/c.png")
     Image.fromarray(picture()).convert("L").save(tmp_path / "grey.png")
@@ -147,46 +168,6 @@ def test_names_of_any_bytes(tmp_path: Path) -> None:
     assert source.name(0).encode()
     assert source.name(1).endswith("größe.png")
     assert source.fingerprint()
-
-
-def test_parquet_in_the_datasets_schema(tmp_path: Path) -> None:
-    metadata = b'{"info": {"features": {"label": {"names": ["cat", "dog", "eel"], "_type": "ClassLabel"}}}}'
-    write_parquet(tmp_path / "a.parquet", rows_of(4), metadata)
-    write_parquet(tmp_path / "b.parquet", [*rows_of(2, seed=4), {"image": {"bytes": None, "path": "x"}, "label": None}])
-    source = ParquetSource([tmp_path / "a.parquet", tmp_path / "b.parquet"])
-    assert len(source) == 7
-    np.testing.assert_array_equal(source.read(5), picture(seed=5))
-    assert source.with_channels(1).read(5).shape == (12, 16, 1)
-    assert source.labels.tolist() == [0, 1, 2, 0, 0, 1, -1]
-    assert source.classes == ("cat", "dog", "eel")
-    assert [source.name(i) for i in (0, 3, 4)] == ["a.parquet/0", "a.parquet/3", "b.parquet/0"]
-    with pytest.raises(DataError, match=r"^b.parquet/2: the table holds no bytes for it"):
-        source.read(6)
-    assert source.fingerprint() != ParquetSource([tmp_path / "a.parquet"]).fingerprint()
-    np.testing.assert_array_equal(pickle.loads(pickle.dumps(source)).read(5), source.read(5))
-
-
-def test_parquet_of_plain_bytes_without_labels(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "a.parquet", [{"id": 1, "img": b"rubbish"}])
-    source = ParquetSource([tmp_path / "a.parquet"])
-    assert source.labels is None
-    with pytest.raises(DataError, match=r"^a.parquet/0: not an image"):
-        source.read(0)
-
-
-def test_parquet_without_images(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "a.parquet", [{"text": "a", "label": 1}])
-    with pytest.raises(DataError, match="none of the columns text, label holds images"):
-        ParquetSource([tmp_path / "a.parquet"])
-    (tmp_path / "b.parquet").write_bytes(b"no parquet at all")
-    with pytest.raises(DataError, match=r"cannot read .*b.parquet"):
-        ParquetSource([tmp_path / "b.parquet"])
-
-
-def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(ConfigError, match="parquet files need pyarrow; pip install pyarrow"):
-        ParquetSource([tmp_path / "a.parquet"])
 
 
 def test_subset() -> None:

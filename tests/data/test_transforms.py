@@ -12,7 +12,16 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from torchmae.data.transforms import CROP_NUMBERS, crop_boxes, eval_box, normalise, resample, value_range
+from torchmae.data.transforms import (
+    CROP_NUMBERS,
+    crop_boxes,
+    eval_box,
+    mirror,
+    normalise,
+    reduction,
+    resample,
+    value_range,
+)
 from torchmae.random import Purpose, uniform
 
 
@@ -182,3 +191,22 @@ def test_normalise() -> None:
     expected = (images.double() / 255 - mean.view(2, 1, 1)) / std.view(2, 1, 1)
     torch.testing.assert_close(normalise(images, mean, std, 255.0), expected.float(), atol=1e-6, rtol=1e-6)
     assert [value_range(dtype) for dtype in (torch.uint8, torch.uint16, torch.float32)] == [255, 65535, 1]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "target", "expected"),
+    [([(671, 900)], 224, 1), ([(672, 900)], 224, 2), ([(2688, 2688)], 224, 8), ([(9000, 9000), (700, 9000)], 224, 2)],
+)
+def test_the_reduction_leaves_half_as_many_pixels_again_as_are_wanted(
+    lengths: list[tuple[int, int]], target: int, expected: int
+) -> None:
+    boxes = np.array([[[5, height], [7, width]] for height, width in lengths])
+    assert reduction(boxes, (target, target)) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
+def test_mirror_turns_some_images_round(dtype: torch.dtype) -> None:
+    images = torch.arange(2 * 3 * 4 * 2).reshape(2, 3, 4, 2).to(dtype)
+    expected = images.clone()
+    expected[1] = torch.from_numpy(images[1].numpy()[:, ::-1].copy())
+    assert torch.equal(mirror(images, torch.tensor([1])), expected)

@@ -1,35 +1,61 @@
 from __future__ import annotations
 
+import io
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from picture_files import picture
+from picture_files import encoded, picture
+from PIL import Image
 
+from torchmae.data.layouts import folder_splits
 from torchmae.data.transforms import eval_box, resample
-from torchmae.data.worker import Request, View, cut, draw_views, labels_of, stack
+from torchmae.data.worker import (
+    Reader,
+    Request,
+    View,
+    boxes_of,
+    crop_numbers,
+    cut,
+    cut_between_pixels,
+    draw_flips,
+    labels_of,
+    stack,
+)
 
 VIEW = View((8, 8), (0.2, 1.0), (0.75, 1.3333), True)
 
 
 def test_a_view_depends_on_seed_epoch_and_index_alone() -> None:
-    sizes = [(30, 40), (20, 20), (30, 40), (64, 32)]
-    boxes, flips = draw_views(Request(np.array([5, 0, 9, 2]), 3, 1), sizes, VIEW)
+    request = Request(np.array([5, 0, 9, 2]), 3, 1)
+    numbers, flips = crop_numbers(request), draw_flips(request, VIEW)
     for i, index in enumerate((5, 0, 9, 2)):
-        alone = draw_views(Request(np.array([index]), 3, 1), sizes[i : i + 1], VIEW)
-        np.testing.assert_array_equal(boxes[i], alone[0][0])
-        assert flips[i] == alone[1][0]
-    same_size = Request(np.arange(50), 3, 1)
-    np.testing.assert_array_equal(
-        draw_views(same_size, [(30, 40)], VIEW)[0], draw_views(same_size, [(30, 40)] * 50, VIEW)[0]
-    )
-    for other in (Request(np.arange(50), 4, 1), Request(np.arange(50), 3, 2)):
-        assert (draw_views(other, [(30, 40)], VIEW)[0] != draw_views(same_size, [(30, 40)], VIEW)[0]).any()
+        alone = Request(np.array([index]), 3, 1)
+        np.testing.assert_array_equal(numbers[i : i + 1], crop_numbers(alone))
+        assert flips[i] == draw_flips(alone, VIEW)[0]
+    for other in (request._replace(seed=4), request._replace(epoch=2)):
+        assert (crop_numbers(other) != numbers).any()
+
+
+def test_one_epoch_for_each_image() -> None:
+    mixed = Request(np.array([5, 5, 2]), 3, np.array([1, 7, 1]))
+    parts = [Request(np.array([index]), 3, epoch) for index, epoch in ((5, 1), (5, 7), (2, 1))]
+    np.testing.assert_array_equal(crop_numbers(mixed), np.concatenate([crop_numbers(part) for part in parts]))
+    np.testing.assert_array_equal(draw_flips(mixed, VIEW), np.concatenate([draw_flips(part, VIEW) for part in parts]))
 
 
 def test_the_view_of_an_evaluation_is_the_centre() -> None:
-    boxes, flips = draw_views(Request(np.arange(3), None, 0), [(30, 40)], VIEW)
+    request = Request(np.arange(3), None, 0)
+    boxes = boxes_of(crop_numbers(request), (30, 40), VIEW)
+    assert boxes.shape == (3, 2, 2)
     assert (boxes == eval_box((30, 40), (8, 8))).all()
-    assert not flips.any()
+    assert not draw_flips(request, VIEW).any()
 
 
 def test_labels_of_nothing_are_unknown() -> None:
@@ -46,13 +72,89 @@ def test_bytes_beside_sixteen_bits_and_floats() -> None:
     torch.testing.assert_close(mixed, torch.tensor([[0, 128 / 255, 1], [0, 0.25, 1]]))
 
 
+@pytest.mark.parametrize("channels", [1, 3, 5])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
-def test_cutting_one_image_is_resampling_it(dtype: type) -> None:
+def test_cutting_one_image_is_resampling_it(dtype: type, channels: int) -> None:
     high = 1 if dtype is np.float32 else np.iinfo(dtype).max
-    image = (picture(30, 40) / 255 * high).astype(dtype)
+    image = (np.tile(picture(30, 40), 2)[..., :channels] / 255 * high).astype(dtype)
     box, target = np.array([[3, 20], [5, 31]]), (16, 48)
-    ours = cut(image, box, True, target)
+    ours = cut(image, box, target)
     batch = torch.from_numpy(image).permute(2, 0, 1)[None]
-    theirs = resample(batch, box[None], target, np.array([True]))[0]
+    theirs = resample(batch, box[None], target, np.array([False]))[0].permute(1, 2, 0)
     assert ours.dtype == batch.dtype
+    assert ours.shape == (*target, channels)
     assert (ours.float() - theirs).abs().max() <= {np.uint8: 2, np.uint16: 1, np.float32: 1e-5}[dtype]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_cutting_between_pixels_is_cutting_where_the_edges_meet_pixels(channels: int) -> None:
+    image = picture(30, 40)[..., :channels].copy()
+    box = np.array([[3, 20], [5, 31]])
+    exact = cut_between_pixels(image, box.astype(float), (16, 12))
+    assert exact.shape == (16, 12, channels)
+    assert (exact.float() - cut(image, box, (16, 12)).float()).abs().max() <= 1
+    # A ramp of 4 levels a pixel: half a pixel further is 2 levels more.
+    ramp = np.broadcast_to(np.arange(0, 160, 4, dtype=np.uint8)[None, :, None], (30, 40, channels)).copy()
+    on, between = (cut_between_pixels(ramp, np.array([[3.0, 8.0], [x, 16.0]]), (4, 8)).float() for x in (5.0, 5.5))
+    assert (between - on)[:, 1:-1].mean() == pytest.approx(2, abs=0.3)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_large_jpeg_is_cut_as_if_it_were_decoded_whole(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = picture(640, 480)
+    (tmp_path / "a.jpg").write_bytes(encoded(Image.fromarray(pixels), "JPEG", quality=95, exif=exif))
+    (tmp_path / "b.png").write_bytes(encoded(Image.open(io.BytesIO((tmp_path / "a.jpg").read_bytes())), exif=exif))
+    reader = Reader(folder_splits(tmp_path)["train"], 3, View((32, 24), (0.2, 1.0), (0.75, 1.3333), True))
+    for request in (Request(np.array([0]), 0, 0), Request(np.array([0]), None, 0)):
+        jpeg = reader[request].images
+        png = reader._cut_out(crop_numbers(request), 1)[0]  # the same crop of a file that is never reduced
+        assert jpeg.shape == (1, 32, 24, 3)
+        difference = (jpeg[0].float() - png.float()).abs()
+        assert 0 < difference.mean() < 0.01 * 255
+
+
+def test_an_image_that_follows_itself_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(3):
+        Image.fromarray(picture(seed=i)).save(tmp_path / f"{i}.png")
+    source = folder_splits(tmp_path)["train"]
+    reads: list[int] = []
+    original = type(source).encoded
+    monkeypatch.setattr(type(source), "encoded", lambda self, i: reads.append(i) or original(self, i))
+    request = Request(np.array([2, 2, 2, 0, 1, 1]), 0, np.array([4, 5, 6, 4, 4, 5]))
+    views = Reader(source, 3, VIEW)[request].images
+    assert reads == [2, 0, 1]
+    for i in range(6):
+        alone = Request(request.indices[i : i + 1], 0, int(request.epoch[i]))
+        assert torch.equal(Reader(source, 3, VIEW)[alone].images[0], views[i])
+
+
+MAIN = """
+import sys
+from torch.utils.data import DataLoader
+from torchmae.data.worker import start_worker
+
+if __name__ == "__main__":
+    loader = DataLoader(
+        range(10**9), num_workers=1, worker_init_fn=start_worker, multiprocessing_context="forkserver"
+    )
+    batches = iter(loader)
+    next(batches)
+    print(batches._workers[0].pid, flush=True)
+    next(iter(sys.stdin))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs Linux")
+def test_a_worker_ends_with_a_main_process_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "main.py").write_text(MAIN)
+    main = subprocess.Popen(
+        [sys.executable, tmp_path / "main.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with main:
+        worker = os.pidfd_open(int(main.stdout.readline()))
+        main.send_signal(signal.SIGKILL)
+        ended, _, _ = select.select([worker], [], [], 60)
+        os.close(worker)
+    assert ended

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
+from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from torchmae.errors import ConfigError, DataError
 
@@ -23,6 +26,22 @@ MAX_PIXELS = 100_000_000
 """Width times height beyond which a file is refused: 300 MB once decoded, most likely an attack or a scan to tile."""
 
 _HIGH_PRECISION = ("I", "F")  # Pillow's "I", "I;16", "I;16B", ... and "F": one channel of more than 8 bits
+# Pillow reads many more: for some it starts other programs (Ghostscript), and few of the rest are tested as well.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+_JPEG_FORMATS = ("JPEG", "MPO")  # MPO: several JPEGs in one file, as cameras write; the first counts
+
+# What the EXIF orientations ask for, on (height, width, channels).
+_UPRIGHT: dict[int, Callable[[npt.NDArray[Any]], npt.NDArray[Any]]] = {
+    1: lambda pixels: pixels,
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: pixels[::-1].swapaxes(0, 1),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: lambda pixels: pixels[:, ::-1].swapaxes(0, 1),
+}
+_SIDEWAYS = (5, 6, 7, 8)
 
 
 @contextmanager
@@ -59,17 +78,118 @@ def decode(raw: bytes | Path, channels: int | None, max_pixels: int = MAX_PIXELS
         DataError: the file is missing, empty, cut short, too large or no image; the path leads the message.
         ConfigError: `channels` is something else.
     """
-    check_channels(channels)
+    if isinstance(raw, bytes):
+        return Picture(raw, channels, max_pixels).read()
+    try:
+        with _one_line_errors():
+            data = raw.read_bytes()
+        return Picture(data, channels, max_pixels).read()
+    except DataError as error:
+        raise DataError(f"{raw}: {error}") from None
+
+
+class Picture:
+    """An image file whose size is known before its pixels are: a JPEG is decoded by `read`, any other at once.
+
+    simplejpeg decodes JPEGs where it is installed, Pillow where it is not, or cannot: both are libjpeg-turbo and
+    give the same pixels (`benchmarks/decode.py` says how fast).
+
+    Args:
+        data: the content of the file.
+        channels: as in `decode`.
+        max_pixels: as in `decode`.
+
+    Attributes:
+        size: height and width, after the EXIF rotation.
+
+    Raises:
+        DataError: as in `decode`.
+        ConfigError: as in `decode`.
+    """
+
+    def __init__(self, data: bytes, channels: int | None, max_pixels: int = MAX_PIXELS) -> None:
+        self._data = data
+        self._channels = check_channels(channels)
+        with _one_line_errors():
+            self._image = _open(data, max_pixels)
+            self._is_jpeg = self._image.format in _JPEG_FORMATS
+            if not self._is_jpeg:
+                self._image.load()
+                _turn_upright(self._image)
+            self._orientation = _orientation(self._image) if self._is_jpeg else 1
+        width, height = self._image.size
+        self.size = (width, height) if self._orientation in _SIDEWAYS else (height, width)
+
+    def read(self, reduction: int = 1) -> npt.NDArray[Any]:
+        """The pixels; may be called once.
+
+        Args:
+            reduction: 1, 2, 4 or 8: decode a JPEG to 1/reduction of its size, rounded up, along each axis, which its
+                inverse cosine transform does for less than the full size takes. Other formats come whole.
+
+        Returns:
+            (height, width, channels), as from `decode`.
+
+        Raises:
+            DataError: the pixels cannot be read.
+        """
+        with _one_line_errors(), self._image as image:
+            fast = self._simplejpeg(reduction)
+            if fast is not None:
+                return np.ascontiguousarray(_UPRIGHT[self._orientation](fast))
+            if self._is_jpeg:
+                image.draft(None, (max(1, image.width // reduction), max(1, image.height // reduction)))
+                image.load()
+                _turn_upright(image)
+            return _pixels(image, self._channels)
+
+    def _simplejpeg(self, reduction: int) -> npt.NDArray[Any] | None:
+        """The pixels as stored, by simplejpeg; None: Pillow has to decode them, or say what is wrong."""
+        image, module = self._image, _import_simplejpeg()
+        grey = image.mode == "L"
+        if module is None or not self._is_jpeg or not (grey or (image.mode == "RGB" and self._channels != 1)):
+            return None
+        height, width = -(-image.height // reduction), -(-image.width // reduction)
+        try:
+            if module.decode_jpeg_header(self._data)[:2] != (image.height, image.width):
+                return None  # before anything is allocated for it: Pillow's is the size that was checked
+            pixels: npt.NDArray[Any] = module.decode_jpeg(
+                self._data, "GRAY" if grey else "RGB", min_height=height, min_width=width
+            )
+        except ValueError:  # damage, some of which Pillow reads past
+            return None
+        return np.repeat(pixels, 3, axis=-1) if grey and self._channels == 3 else pixels
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Whatever goes wrong in reading a file becomes a DataError of one line."""
     try:
         with quiet_pillow():
-            return _decode(raw.read_bytes() if isinstance(raw, Path) else raw, channels, max_pixels)
-    except DataError as error:
-        reason = str(error)
+            yield
+        return
+    except DataError:
+        raise
     except OSError as error:
         reason = error.strerror or _one_line(error)
     except Exception as error:  # Pillow's format plug-ins raise almost anything on a damaged file
         reason = _one_line(error)
-    raise DataError(f"{raw}: {reason}" if isinstance(raw, Path) else reason)
+    raise DataError(reason)
+
+
+@cache
+def _import_simplejpeg() -> Any:
+    """The module; None where it is not installed."""
+    try:
+        return importlib.import_module("simplejpeg")
+    except ImportError:
+        return None
+
+
+def jpeg_decoder() -> str:
+    """What decodes JPEG files in this installation, with its version: it decides how fast, not what they look like."""
+    name = "pillow" if _import_simplejpeg() is None else "simplejpeg"
+    return f"{name} {version(name)}"
 
 
 def check_channels(channels: int | None) -> int | None:
@@ -86,27 +206,38 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _decode(data: bytes, channels: int | None, max_pixels: int) -> npt.NDArray[Any]:
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    """The picture, its header read."""
     if not data:
         raise DataError("the file is empty")
     try:
-        image = Image.open(BytesIO(data))
+        image = Image.open(BytesIO(data), formats=_FORMATS)
     except UnidentifiedImageError:
         raise DataError("not an image, or cut short before its first pixel") from None
     except Image.DecompressionBombError:
         raise DataError(f"more than {max_pixels:,} pixels") from None
-    with image:
-        if image.width * image.height > max_pixels:
-            raise DataError(f"{image.width} x {image.height} is more than {max_pixels:,} pixels")
-        image.load()
-        _turn_upright(image)
-        if image.mode.startswith(_HIGH_PRECISION):
-            pixels = _high_precision(image)[..., None]
-            return np.repeat(pixels, 3, axis=-1) if channels == 3 else pixels
-        grey = channels == 1 or (channels is None and _is_grey(image))
-        flat, mode = _flatten(image), "L" if grey else "RGB"
-        pixels = np.array(flat if flat.mode == mode else flat.convert(mode))  # a copy: Pillow's view is read-only
-        return pixels[..., None] if grey else pixels
+    if image.width * image.height > max_pixels:
+        raise DataError(f"{image.width} x {image.height} is more than {max_pixels:,} pixels")
+    return image
+
+
+def _pixels(image: Image.Image, channels: int | None) -> npt.NDArray[Any]:
+    """(height, width, channels) of a loaded picture."""
+    if image.mode.startswith(_HIGH_PRECISION):
+        pixels = _high_precision(image)[..., None]
+        return np.repeat(pixels, 3, axis=-1) if channels == 3 else pixels
+    grey = channels == 1 or (channels is None and _is_grey(image))
+    flat, mode = _flatten(image), "L" if grey else "RGB"
+    pixels = np.array(flat if flat.mode == mode else flat.convert(mode))  # a copy: Pillow's view is read-only
+    return pixels[..., None] if grey else pixels
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; metadata too broken to parse does not make the pixels unreadable."""
+    with suppress(Exception):
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return value if value in _UPRIGHT else 1
+    return 1
 
 
 def _turn_upright(image: Image.Image) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -18,12 +21,24 @@ from torchmae.data.memory import DoesNotFitError, Held, hold
 from torchmae.data.plan import Indices, Plan, hold_out, shard
 from torchmae.data.reading import Probe, Progress, num_cores, probe, statistics
 from torchmae.data.sources import ArraySource, Source, Subset, relabel
-from torchmae.data.transforms import normalise, resample, value_range
-from torchmae.data.worker import Fetched, Reader, Request, View, draw_views, labels_of, start_worker
+from torchmae.data.transforms import mirror, normalise, resample, value_range
+from torchmae.data.worker import (
+    Fetched,
+    Reader,
+    Request,
+    View,
+    boxes_of,
+    crop_numbers,
+    draw_flips,
+    labels_of,
+    start_worker,
+)
 from torchmae.errors import ConfigError, DataError
+from torchmae.random import permutation
 
 _MAX_WORKERS = 8
 _GIB = 2**30
+_DEVICE_SHARE = 0.1  # of a GPU's free memory that images may take unasked: the model is not there yet
 
 
 @dataclass(frozen=True)
@@ -34,30 +49,32 @@ class Batch:
         images: (B, C, *input_size) float32, normalised, on the device.
         labels: (B,) int64 on the device, -1 where unknown.
         indices: (B,) which images of the loader these are.
-        epoch: the epoch they were drawn in; 0 in evaluation.
+        epoch: the epoch they were drawn in, one for all or, with data.repeats, (B,); 0 in evaluation.
     """
 
     images: Tensor
     labels: Tensor
     indices: Indices
-    epoch: int
+    epoch: int | Indices
 
 
 class ImageLoader:
     """Batches of one set of images.
 
     What a batch holds is a function of the plan (or the indices) alone: neither the number of workers, nor the
-    step that iteration starts at, nor holding images in memory or not (but for rounding) changes it.
+    step that iteration starts at, nor where images are held (but for rounding, and for JPEGs much larger than the
+    crop, which workers decode at a fraction of their size: see `transforms.reduction`) changes it.
 
     Args:
         source: the images.
-        held: the same images in memory; None: they are read by worker processes.
+        held: the same images in memory, the processor's or the device's; None: they are read by worker processes.
         view: how they become the model's input.
         mean: one for each channel, of values in [0, 1].
         std: one for each channel, of values in [0, 1].
         device: where batches go.
         num_workers: processes that read, where images are not held; 0: this one.
         bad: takes the images that cannot be read.
+        repeats: as in DataConfig.
     """
 
     def __init__(
@@ -71,6 +88,7 @@ class ImageLoader:
         device: torch.device,
         num_workers: int,
         bad: BadFiles,
+        repeats: int = 1,
     ) -> None:
         self.source = source
         self.labels = source.labels if held is None else held.labels
@@ -81,6 +99,7 @@ class ImageLoader:
         self._device = device
         self._num_workers = num_workers
         self._bad = bad
+        self._repeats = repeats
         self._running: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
 
     def __len__(self) -> int:
@@ -101,9 +120,10 @@ class ImageLoader:
         """
 
         def requests() -> Iterator[Request]:
-            for step in range(start, stop):
-                epoch, indices = plan.indices(step)
-                yield Request(shard(indices, rank, world_size), plan.seed, epoch)
+            planned = map(plan.indices, range(start, stop))
+            for epoch, indices in planned if self._repeats == 1 else repeated(plan, start, stop, self._repeats):
+                mine = epoch if isinstance(epoch, int) else shard(epoch, rank, world_size)
+                yield Request(shard(indices, rank, world_size), plan.seed, mine)
 
         return self._batches(requests(), stop - start)
 
@@ -130,9 +150,10 @@ class ImageLoader:
         size = tuple(held.images.shape[2:])
         scale = value_range(held.images.dtype)
         for request in requests:
-            boxes, flips = draw_views(request, [size], self._view)
+            boxes, flips = boxes_of(crop_numbers(request), size, self._view), draw_flips(request, self._view)
             images = resample(self._to_device(held.gather(request.indices)), boxes, self._view.input_size, flips)
-            yield self._batch(images, scale, labels_of(held.labels, request.indices), request)
+            labels = self._to_device(labels_of(held.labels, request.indices))
+            yield self._batch(images, scale, labels, request)
 
     def _from_workers(self, requests: Iterator[Request], count: int) -> Generator[Batch, None, None]:
         asked: list[Request] = []
@@ -153,22 +174,71 @@ class ImageLoader:
             pin_memory=self._device.type == "cuda",
             generator=torch.Generator(),  # else starting workers would advance the global one
         )
-        for fetched in _survivors(loader):
+        for fetched, images, labels in self._sent(_survivors(loader)):
             for name, reason in fetched.bad:
                 self._bad.add(name, reason)
             if fetched.failure is not None:
                 raise DataError(fetched.failure)
-            images = self._to_device(fetched.images)
-            yield self._batch(images, value_range(fetched.images.dtype), fetched.labels, asked.pop(0))
+            request = asked.pop(0)
+            mirrored = self._to_device(torch.from_numpy(np.flatnonzero(draw_flips(request, self._view))))
+            images = mirror(images, mirrored).movedim(-1, 1)
+            yield self._batch(images, value_range(fetched.images.dtype), labels, request)
+
+    def _sent(self, batches: Iterator[Fetched]) -> Iterator[tuple[Fetched, Tensor, Tensor]]:
+        """Each batch with its images and labels on the device; on CUDA, the next one is on its way there by then."""
+        if self._device.type != "cuda":
+            yield from ((item, self._to_device(item.images), self._to_device(item.labels)) for item in batches)
+            return
+        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        under_way: deque[tuple[Fetched, Tensor, Tensor, torch.cuda.Event]] = deque()
+        for item in chain(batches, [None]):
+            if item is not None:
+                with torch.cuda.stream(side):
+                    under_way.append(
+                        (item, self._to_device(item.images), self._to_device(item.labels), side.record_event())
+                    )
+            if len(under_way) == 2 or (item is None and under_way):
+                fetched, images, labels, copied = under_way.popleft()
+                current = torch.cuda.current_stream(self._device)
+                current.wait_event(copied)
+                images.record_stream(current)  # else the side stream would reuse their memory too early
+                labels.record_stream(current)
+                yield fetched, images, labels
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        if self._device.type == "cuda" and not tensor.is_pinned():
+        if self._device.type == "cuda" and not tensor.is_cuda and not tensor.is_pinned():
             tensor = tensor.pin_memory()  # else the copy would wait for the steps before it
         return tensor.to(self._device, non_blocking=True)
 
     def _batch(self, images: Tensor, scale: float, labels: Tensor, request: Request) -> Batch:
         normalised = normalise(images, self._mean, self._std, scale)
-        return Batch(normalised, self._to_device(labels), request.indices, request.epoch)
+        return Batch(normalised, labels, request.indices, request.epoch)
+
+
+def repeated(plan: Plan, start: int, stop: int, repeats: int) -> Iterator[tuple[Indices, Indices]]:
+    """The epochs and indices, (B,) each, of steps whose images come in runs of `repeats` views (repeated sampling).
+
+    Epochs form groups of `repeats`. A group goes once through the images, in the order of its first epoch, and takes
+    of each the views (crop, flip, mask) that it would have in every epoch of the group, one after the other. So
+    steps, batch sizes and what is drawn for (epoch, index) are the plan's, and in the end every image was seen as
+    often; only which views share a batch differs. A run that a batch's end cuts is decoded in both.
+
+    Args:
+        plan: of the run without repeats.
+        start: first step.
+        stop: the step after the last.
+        repeats: views of an image that follow each other.
+    """
+    group, order = -1, np.empty(0, dtype=np.int64)
+    for step in range(start, stop):
+        epoch, position = divmod(step, plan.steps_per_epoch)
+        if epoch // repeats != group:
+            group = epoch // repeats
+            order = permutation(plan.seed, group * repeats, plan.num_samples)
+        first = position * plan.batch_size
+        in_epoch = np.arange(first, min(first + plan.batch_size, plan.num_samples))
+        views = epoch % repeats * plan.num_samples + in_epoch
+        yield group * repeats + views % repeats, order[views // repeats]
 
 
 def _survivors(loader: DataLoader[Fetched]) -> Iterator[Fetched]:
@@ -246,12 +316,21 @@ def open_data(
     val_limit = limit - held.nbytes if held else limit
     val_held = None if val is None else _hold(val, config, val_limit, _checked_probe(val, input_size), bad, progress)
     mean, std = _mean_and_std(config, train, held, channels, progress)
+    held, val_held = (None if item is None else _on_device(item, config, device) for item in (held, val_held))
     num_workers = min(num_cores(), _MAX_WORKERS) if config.num_workers is None else config.num_workers
     view = View(input_size, config.crop_scale, config.crop_ratio, config.flip)
 
     def loader(source: Source, in_memory: Held | None) -> ImageLoader:
         return ImageLoader(
-            source, in_memory, view=view, mean=mean, std=std, device=device, num_workers=num_workers, bad=bad
+            source,
+            in_memory,
+            view=view,
+            mean=mean,
+            std=std,
+            device=device,
+            num_workers=num_workers,
+            bad=bad,
+            repeats=config.repeats,
         )
 
     return Data(
@@ -318,7 +397,24 @@ def _hold(
     except DoesNotFitError as error:
         if config.cache == "auto":
             return None
-        raise ConfigError(f"data.cache is 'memory', but {error}", "set data.cache to auto or none") from error
+        raise ConfigError(f"data.cache is {config.cache!r}, but {error}", "set data.cache to auto or none") from error
+
+
+def _on_device(held: Held, config: DataConfig, device: torch.device) -> Held:
+    """The same images in the device's own memory, where `config.cache` asks for that or it costs little of it."""
+    if config.cache == "auto":
+        wanted = device.type == "cuda" and held.nbytes <= torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE
+    else:
+        wanted = config.cache == "device"
+    if not wanted:
+        return held
+    try:
+        return replace(held, images=held.images.to(device))
+    except torch.OutOfMemoryError:
+        raise ConfigError(
+            f"data.cache is {config.cache!r}, but the images take {held.nbytes / _GIB:.1f} GiB, more than {device} has",
+            "set data.cache to memory",
+        ) from None
 
 
 def _mean_and_std(

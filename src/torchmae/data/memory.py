@@ -26,7 +26,7 @@ class Held:
     """All images of a source.
 
     Attributes:
-        images: (M, C, *size), uint8, uint16 or float32, on the CPU.
+        images: (M, C, *size), uint8, uint16 or float32; on the CPU, unless they were moved.
         rows: (N,) the row of each image; None: they are in order.
         labels: (N,), None where nothing has a label. The label of an unreadable image is its stand-in's.
     """
@@ -43,7 +43,7 @@ class Held:
     def gather(self, indices: npt.NDArray[np.int64]) -> Tensor:
         """(B, C, *size) copies of some images."""
         rows = indices if self.rows is None else self.rows[indices]
-        return self.images[torch.from_numpy(rows)]
+        return self.images[torch.from_numpy(rows).to(self.images.device, non_blocking=True)]
 
 
 def hold(source: Source, limit: float, bad: BadFiles, progress: Progress | None = None) -> Held:

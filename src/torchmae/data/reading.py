@@ -6,14 +6,17 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from torchmae.data.decode import quiet_pillow
-from torchmae.data.sources import Image, Source, spread
+from torchmae.data.sources import Image, Source, read_ahead, spread
 from torchmae.errors import DataError
+
+Result = TypeVar("Result")
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is, and how much there is."""
@@ -22,6 +25,7 @@ MAX_MISSES = 64
 """Unreadable images in a row after which a source counts as gone (a disk that went away, say)."""
 
 _AHEAD = 8  # images per thread that are decoded before they are asked for
+_ANNOUNCED = 256  # images at a time that a source is told of
 _WORTH_THREADS = 128 * 128 * 3  # values in an image
 
 
@@ -31,15 +35,25 @@ def num_cores() -> int:
 
 
 def read_or_next(source: Source, index: int, bad: list[tuple[str, str]]) -> tuple[int, Image]:
-    """The image at `index` or, where it cannot be read, the next one that can (after the last comes the first).
+    """`first_readable`, of whole images."""
+    return first_readable(source, index, bad, source.read)
+
+
+def first_readable(
+    source: Source, index: int, bad: list[tuple[str, str]], read: Callable[[int], Result]
+) -> tuple[int, Result]:
+    """What `read` makes of the image at `index` or, where it cannot be read, of the next one that can.
+
+    After the last image comes the first.
 
     Args:
         source: the images.
         index: which one.
         bad: takes (name, reason) of what could not be read.
+        read: takes an index; raises DataError.
 
     Returns:
-        the index that was read, and its image.
+        the index that was read, and what came of it.
 
     Raises:
         DataError: MAX_MISSES in a row cannot be read.
@@ -48,7 +62,7 @@ def read_or_next(source: Source, index: int, bad: list[tuple[str, str]]) -> tupl
     for candidate in range(index, index + attempts):
         candidate %= len(source)
         try:
-            return candidate, source.read(candidate)
+            return candidate, read(candidate)
         except DataError as error:
             name = source.name(candidate)
             bad.append((name, str(error).removeprefix(f"{name}: ")))
@@ -83,20 +97,28 @@ def read_many(source: Source, indices: npt.NDArray[np.int64]) -> Iterator[Readin
         bad: list[tuple[str, str]] = []
         return Reading(int(index), *read_or_next(source, int(index), bad), bad)
 
-    first = read_one(indices[0])
+    wanted = _announced(source, indices)
+    first = read_one(next(wanted))
     yield first
     threads = num_cores()
     # Only the decoding proper leaves Python's lock; of a small image that is so little that threads get in each
     # other's way.
     if threads == 1 or first.image.size < _WORTH_THREADS:
-        yield from map(read_one, indices[1:])
+        yield from map(read_one, wanted)
         return
-    step = threads * _AHEAD
     with ThreadPoolExecutor(threads) as pool:
-        for start in range(1, len(indices), step):
+        while part := list(islice(wanted, threads * _AHEAD)):
             with quiet_pillow():
-                readings = list(pool.map(read_one, indices[start : start + step]))
+                readings = list(pool.map(read_one, part))
             yield from readings
+
+
+def _announced(source: Source, indices: npt.NDArray[np.int64]) -> Iterator[np.int64]:
+    """The same indices; the source is told of each some time before it is its turn."""
+    for start in range(0, len(indices), _ANNOUNCED):
+        part = indices[start : start + _ANNOUNCED]
+        read_ahead(source, part)
+        yield from part
 
 
 @dataclass(frozen=True)

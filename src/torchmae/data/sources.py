@@ -1,24 +1,30 @@
-"""What images come from: arrays, files and parquet tables behind one small protocol."""
+"""What images come from: arrays and encoded files behind one small protocol."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import importlib
-import json
 import os
+import stat
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from torchmae.data.decode import check_channels, decode
+from torchmae.data.strings import Strings, pack_strings
 from torchmae.errors import ConfigError, DataError
 
 Image = npt.NDArray[Any]
 Labels = npt.NDArray[np.int64]
+
+MAX_BYTES = 512 * 2**20
+"""Largest image file that is read: as many bytes as a hundred million pixels seldom take."""
+
+_SIZES_ASKED = 10_000
 
 
 class Source(Protocol):
@@ -48,11 +54,37 @@ class Source(Protocol):
         """The same images read with so many channels; ConfigError where that cannot be."""
 
 
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A source that is faster when it knows what will be wanted next."""
+
+    def read_ahead(self, indices: npt.NDArray[np.int64]) -> None:
+        """Starts to bring these images near; returns at once, and fails for none of them."""
+
+
+def read_ahead(source: Source, indices: npt.NDArray[np.int64]) -> None:
+    """Tells a source which images will be read next; of no effect where they are at hand."""
+    while isinstance(source, Subset):
+        indices = source.indices[indices]
+        source = source.source
+    if isinstance(source, ReadsAhead):
+        source.read_ahead(indices)
+
+
+def resolve(source: Source, index: int) -> tuple[Source, int]:
+    """The source that an image of subsets of subsets is in the end read from, and its index there."""
+    while isinstance(source, Subset):
+        index = int(source.indices[index])
+        source = source.source
+    return source, index
+
+
 def digest(parts: Iterable[object]) -> str:
-    """32 hexadecimal digits of the texts (or bytes) of `parts`, the same on every machine."""
+    """32 hexadecimal digits of the texts (or bytes, or contiguous arrays) of `parts`, the same on every machine."""
     state = hashlib.blake2b(digest_size=16)
     for part in parts:
-        state.update(part if isinstance(part, bytes) else str(part).encode("utf-8", "backslashreplace"))
+        is_plain = isinstance(part, (bytes, bytearray, np.ndarray))
+        state.update(part if is_plain else str(part).encode("utf-8", "backslashreplace"))  # type: ignore[arg-type]
         state.update(b"\0")
     return state.hexdigest()
 
@@ -88,13 +120,10 @@ class ArraySource:
         spatial_dims: int | None = None,
         file: Path | None = None,
     ) -> None:
-        if images.dtype.kind not in "bf" and images.dtype not in (np.uint8, np.uint16):
-            raise DataError(
-                f"{title} holds {images.dtype}", "save uint8 (0 to 255), uint16 (0 to 65535) or floats (0 to 1)"
-            )
-        dims = _spatial_dims(images.shape, spatial_dims, title)
+        check_type(images.dtype, title)
+        dims = spatial_axes(images.shape, spatial_dims, title)
         self.images = images if images.ndim == dims + 2 else images[..., None]
-        self.labels = None if labels is None else _checked_labels(labels, len(images), title)
+        self.labels = None if labels is None else checked_labels(labels, len(images), title)
         self.classes = None if classes is None else tuple(classes)
         self._title = title
         self._file = file
@@ -104,10 +133,7 @@ class ArraySource:
 
     def read(self, index: int) -> Image:
         """(*size, C): bool becomes uint8 0 and 255, any float float32."""
-        image = self.images[index]
-        if image.dtype == np.bool_:
-            return image.astype(np.uint8) * np.uint8(255)
-        return image.astype(np.float32 if image.dtype.kind == "f" else image.dtype)  # a copy in either case
+        return plain_type(self.images[index])
 
     def name(self, index: int) -> str:
         """The title and the index."""
@@ -140,19 +166,33 @@ class ArraySource:
             self.images = map_array(self._file).reshape(state["images"])
 
 
+def check_type(dtype: np.dtype[Any], title: str) -> None:
+    """DataError unless images can be of this type."""
+    if dtype.kind not in "bf" and dtype not in (np.uint8, np.uint16):
+        raise DataError(f"{title} holds {dtype}", "save uint8 (0 to 255), uint16 (0 to 65535) or floats (0 to 1)")
+
+
+def plain_type(image: Image) -> Image:
+    """A copy of an image in a type that a source may give: bool becomes uint8 0 and 255, any float float32."""
+    if image.dtype == np.bool_:
+        return image.astype(np.uint8) * np.uint8(255)
+    return image.astype(np.float32 if image.dtype.kind == "f" else image.dtype.newbyteorder("="))
+
+
 def map_array(path: Path) -> Image:
     """Maps a .npy file into memory; nothing is read before it is used, and writing does not reach the file."""
     try:
         array: Image = np.load(path, mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(
-            f"cannot read {path}: {' '.join(str(error).split())}", "save one numeric array with numpy.save"
-        ) from error
+    except Exception as error:  # a damaged header fails as NumPy's parser, or the memory it asks for, sees fit
+        reason = " ".join(str(error).split())
+        if not isinstance(error, OSError) and (" at 0x" in reason or not isinstance(error, (ValueError, EOFError))):
+            reason = "its header is damaged"
+        raise DataError(f"cannot read {path}: {reason}", "save one numeric array with numpy.save") from error
     return array
 
 
-def _spatial_dims(shape: tuple[int, ...], given: int | None, title: str) -> int:
-    """How many axes of an array of images are spatial; DataError when it does not look like one."""
+def spatial_axes(shape: tuple[int, ...], given: int | None, title: str) -> int:
+    """How many axes of an array of images are spatial, as `ArraySource` says; DataError when it looks like none."""
     dims = given if given is not None else {2: 1, 3: 2, 4: 2, 5: 3}.get(len(shape), 0)
     if dims == 0 or len(shape) not in (dims + 1, dims + 2):
         form = "it should be (images, *size) or (images, *size, channels)"
@@ -171,7 +211,8 @@ def _spatial_dims(shape: tuple[int, ...], given: int | None, title: str) -> int:
     return dims
 
 
-def _checked_labels(labels: npt.ArrayLike, count: int, title: str) -> Labels:
+def checked_labels(labels: npt.ArrayLike, count: int, title: str) -> Labels:
+    """Labels as (N,) int64, a second axis of length 1 taken off; DataError unless they are `count` integers."""
     array = np.asarray(labels)
     if array.shape == (count, 1):
         array = array[:, 0]
@@ -180,15 +221,67 @@ def _checked_labels(labels: npt.ArrayLike, count: int, title: str) -> Labels:
             f"the labels of {title} have shape {array.shape} and type {array.dtype}",
             f"they should be {count} integers, one an image, -1 where unknown",
         )
-    return array.astype(np.int64)
+    return array.astype(np.int64, copy=False)
 
 
-class FileSource:
-    """Image files, decoded when they are read.
+class EncodedSource(ABC):
+    """Images that are stored as the bytes of image files and decoded when they are read.
+
+    Args:
+        channels: 1 or 3; None: what each image has.
+        labels: (N,) integers, -1 where unknown.
+        classes: the name of each label.
+        title: what to call the images in messages.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        labels: npt.ArrayLike | None,
+        classes: Sequence[str] | None,
+        channels: int | None,
+        title: str,
+    ) -> None:
+        self.channels = check_channels(channels)
+        self.labels = None if labels is None else checked_labels(labels, length, title)
+        self.classes = None if classes is None else tuple(classes)
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    @abstractmethod
+    def encoded(self, index: int) -> bytes:
+        """The bytes of an image file; DataError with the reason, without the name, where they cannot be had."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Where an image is from."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """As in `Source`."""
+
+    def read(self, index: int) -> Image:
+        """(H, W, C), as `decode` gives it."""
+        try:
+            return decode(self.encoded(index), self.channels)
+        except DataError as error:
+            raise DataError(f"{self.name(index)}: {error}") from None
+
+    def with_channels(self, channels: int) -> Self:
+        """The same images, all decoded to 1 or 3 channels."""
+        same = copy.copy(self)
+        same.channels = check_channels(channels)
+        return same
+
+
+class FileSource(EncodedSource):
+    """Image files.
 
     Args:
         root: the folder that `names` are relative to.
-        names: paths of the files.
+        names: paths of the files, with "/".
         labels: (N,) integers, -1 where unknown.
         classes: the name of each label.
         channels: 1 or 3; None: what each file has.
@@ -197,141 +290,58 @@ class FileSource:
     def __init__(
         self,
         root: Path,
-        names: Sequence[str],
+        names: Sequence[str] | Strings,
         labels: npt.ArrayLike | None = None,
         classes: Sequence[str] | None = None,
         channels: int | None = None,
     ) -> None:
+        super().__init__(len(names), labels, classes, channels, str(root))
         self._root = root
-        # One block of bytes: a list of a million strings would be copied into every worker process, string by
-        # string, as the reference counts that live beside them change.
-        self._names = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
-        self._channels = channels
-        self.labels = None if labels is None else _checked_labels(labels, len(names), str(root))
-        self.classes = None if classes is None else tuple(classes)
-
-    def __len__(self) -> int:
-        return len(self._names)
+        self._names = names if isinstance(names, Strings) else pack_strings(os.fsencode(name) for name in names)
 
     def _path(self, index: int) -> Path:
-        return self._root / os.fsdecode(bytes(self._names[index]))
+        return self._root / os.fsdecode(self._names[index])
 
-    def read(self, index: int) -> Image:
-        """(H, W, C), as `decode` gives it."""
-        return decode(self._path(index), self._channels)
+    def encoded(self, index: int) -> bytes:
+        """The content of the file."""
+        try:
+            path = self._path(index)
+            mode = path.stat().st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a pipe would block, a device never end
+                raise DataError("no regular file")
+            with path.open("rb") as file:
+                return check_size(file.read(MAX_BYTES + 1))
+        except (OSError, ValueError) as error:  # ValueError: a null byte in a path
+            raise DataError(getattr(error, "strerror", None) or str(error)) from None
 
     def name(self, index: int) -> str:
         """The path of the file."""
-        return str(self._path(index)).encode("utf-8", "backslashreplace").decode("utf-8")
+        return printable(os.fsencode(self._path(index)))
 
     def fingerprint(self) -> str:
-        """Of the names and sizes of the files."""
-        return digest(part for i in range(len(self)) for part in (bytes(self._names[i]), _file_size(self._path(i))))
-
-    def with_channels(self, channels: int) -> FileSource:
-        """The same files, all decoded to 1 or 3 channels."""
-        same = copy.copy(self)
-        same._channels = check_channels(channels)
-        return same
+        """Of the names of all files, and the sizes of 10,000 at most: on a network, a million take minutes."""
+        sizes = (file_size(self._path(int(i))) for i in spread(len(self), _SIZES_ASKED))
+        return digest([*self._names.parts, *sizes])
 
 
-class ParquetSource:
-    """Encoded images in the tables of the Hugging Face `datasets` library, kept in memory as they are.
-
-    Args:
-        files: parquet files with one and the same schema: a column of images (a struct with `bytes`, or plain
-            binary), and integers called label, labels or fine_label.
-        channels: 1 or 3; None: what each image has.
-
-    Raises:
-        ConfigError: pyarrow is not installed.
-        DataError: a file that is not parquet, or has no column of images.
-    """
-
-    def __init__(self, files: Sequence[Path], channels: int | None = None) -> None:
-        arrow, compute, parquet = _import_pyarrow()
-        self._files = [(file.name, _file_size(file)) for file in files]
-        self._channels = channels
-        try:
-            schema = parquet.read_schema(files[0])
-            image, label = _image_column(arrow, schema), _label_column(arrow, schema)
-            columns = [image, label] if label else [image]
-            tables = [parquet.read_table(file, columns=columns) for file in files]
-            table = arrow.concat_tables(tables)
-        except (OSError, arrow.ArrowException) as error:
-            raise DataError(f"cannot read {files[0]}: {' '.join(str(error).split())[:200]}") from error
-        column = table.column(image)
-        self._starts = np.cumsum([0] + [part.num_rows for part in tables])  # first row of each file
-        self._encoded = compute.struct_field(column, "bytes") if arrow.types.is_struct(column.type) else column
-        self.labels = None if label is None else table.column(label).cast("int64").fill_null(-1).to_numpy()
-        self.classes = None if label is None else _label_names(schema.metadata, label)
-
-    def __len__(self) -> int:
-        return len(self._encoded)
-
-    def read(self, index: int) -> Image:
-        """(H, W, C), as `decode` gives it."""
-        raw = self._encoded[index].as_py()
-        if raw is None:
-            raise DataError(f"{self.name(index)}: the table holds no bytes for it")
-        try:
-            return decode(raw, self._channels)
-        except DataError as error:
-            raise DataError(f"{self.name(index)}: {error}") from None
-
-    def name(self, index: int) -> str:
-        """The file and the row in it."""
-        file = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return f"{self._files[file][0]}/{index - self._starts[file]}"
-
-    def fingerprint(self) -> str:
-        """Of the names and sizes of the files."""
-        return digest([self._files, len(self)])
-
-    def with_channels(self, channels: int) -> ParquetSource:
-        """The same images, all decoded to 1 or 3 channels."""
-        same = copy.copy(self)
-        same._channels = check_channels(channels)
-        return same
+def printable(name: bytes) -> str:
+    """A name as one line of text: what is not printable (line ends, a terminal's escape codes) is escaped."""
+    text = name.decode("utf-8", "backslashreplace")
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def _import_pyarrow() -> tuple[Any, Any, Any]:
-    try:
-        arrow = importlib.import_module("pyarrow")
-        return arrow, importlib.import_module("pyarrow.compute"), importlib.import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise ConfigError("parquet files need pyarrow", "pip install pyarrow") from error
+def check_size(raw: bytes) -> bytes:
+    """Returns the bytes of an image file; DataError when there are more than MAX_BYTES."""
+    if len(raw) > MAX_BYTES:
+        raise DataError(f"the file has more than {MAX_BYTES // 2**20:,} MiB")
+    return raw
 
 
-def _image_column(arrow: Any, schema: Any) -> str:
-    for field in schema:
-        struct = arrow.types.is_struct(field.type) and "bytes" in [child.name for child in field.type]
-        if struct or arrow.types.is_binary(field.type) or arrow.types.is_large_binary(field.type):
-            return str(field.name)
-    raise DataError(
-        f"none of the columns {', '.join(schema.names)} holds images",
-        "a column of {bytes, path} is needed, as the datasets library writes for its Image feature",
-    )
-
-
-def _label_column(arrow: Any, schema: Any) -> str | None:
-    for name in ("label", "labels", "fine_label"):
-        if name in schema.names and arrow.types.is_integer(schema.field(name).type):
-            return name
-    return None
-
-
-def _label_names(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, ...] | None:
-    """The class names that the `datasets` library stores beside the schema."""
-    stored = json.loads((metadata or {}).get(b"huggingface", b"{}"))
-    names = stored.get("info", {}).get("features", {}).get(label, {}).get("names")
-    return None if names is None else tuple(names)
-
-
-def _file_size(path: Path) -> int:
+def file_size(path: Path) -> int:
+    """Bytes of a file; -1 where there is none."""
     try:
         return path.stat().st_size
-    except OSError:
+    except (OSError, ValueError):
         return -1
 
 
@@ -371,7 +381,7 @@ class Subset:
 
     def fingerprint(self) -> str:
         """Of the source's and the indices."""
-        return digest([self.source.fingerprint(), self.indices.tobytes()])
+        return digest([self.source.fingerprint(), np.ascontiguousarray(self.indices)])
 
     def with_channels(self, channels: int) -> Subset:
         """The same subset of the source with `channels`."""

@@ -90,6 +90,21 @@ def eval_box(size: tuple[int, ...], target: tuple[int, ...]) -> Boxes:
     return np.stack([(np.array(size) - lengths) // 2, lengths], axis=-1)
 
 
+def reduction(boxes: Boxes, target: tuple[int, ...]) -> int:
+    """The largest of 1, 2, 4 and 8 that images may be divided by before boxes are cut out and resampled to `target`.
+
+    Every box keeps one and a half times the target's pixels along each axis. Measured on photographs, decoding at
+    1/2 and 1/4 then moves a resampled crop by 0.4% of full scale in the mean, 1% at most; down to the target's own
+    pixels it would be 1% and 2.4%.
+
+    Args:
+        boxes: (B, n, 2), start and length in pixels on each axis.
+        target: spatial size of the result.
+    """
+    room = (boxes[..., 1].min(axis=0) / np.array(target)).min()
+    return next((factor for factor in (8, 4, 2) if room >= 1.5 * factor), 1)
+
+
 def resample(images: Tensor, boxes: Boxes, target: tuple[int, ...], flip: npt.NDArray[np.bool_]) -> Tensor:
     """Cuts a box out of each image and resamples it: separable, antialiased bicubic (a = -0.5, as in Pillow).
 
@@ -162,6 +177,21 @@ def _cubic(x: Tensor) -> Tensor:
     return torch.where(x < 1, near, far)
 
 
+def mirror(images: Tensor, rows: Tensor) -> Tensor:
+    """Mirrors the last spatial axis of some images, in place.
+
+    Args:
+        images: (B, *size, C).
+        rows: (M,) int64, which of them.
+
+    Returns:
+        `images`.
+    """
+    bits = images.view(torch.int16) if images.dtype == torch.uint16 else images  # few kernels know uint16
+    bits[rows] = bits[rows].flip(-2)
+    return images
+
+
 def value_range(dtype: torch.dtype) -> float:
     """The value that stands for 1.0: 255 for uint8, 65535 for uint16, 1 for floats."""
     return float(torch.iinfo(dtype).max) if not dtype.is_floating_point else 1.0
@@ -177,7 +207,8 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor, scale: float) -> Tensor
         scale: `value_range` of the type that the images were stored in.
 
     Returns:
-        (B, C, *size) float32.
+        (B, C, *size) float32, contiguous whatever `images` is.
     """
     channels = (-1,) + (1,) * (images.ndim - 2)
-    return (images.float() * (1 / (scale * std)).view(channels)).sub_((mean / std).view(channels))
+    floats = images.to(torch.float32, memory_format=torch.contiguous_format)
+    return (floats * (1 / (scale * std)).view(channels)).sub_((mean / std).view(channels))

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import math
+import multiprocessing
+import os
 import signal
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from multiprocessing import connection
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image as PillowImage
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
+from torchmae.data.decode import Picture
 from torchmae.data.plan import Indices
-from torchmae.data.reading import read_or_next
-from torchmae.data.sources import Image, Labels, Source
-from torchmae.data.transforms import CROP_NUMBERS, Boxes, crop_boxes, eval_box, resample, value_range
+from torchmae.data.reading import first_readable
+from torchmae.data.sources import EncodedSource, Image, Labels, Source, read_ahead, resolve
+from torchmae.data.transforms import CROP_NUMBERS, Boxes, crop_boxes, eval_box, reduction, resample, value_range
 from torchmae.errors import DataError
 from torchmae.random import Purpose, uniform
 
@@ -43,48 +52,54 @@ class Request(NamedTuple):
     """A batch to make.
 
     Attributes:
-        indices: (B,) which images.
+        indices: (B,) which images; one that follows itself is decoded once.
         seed: of crops and flips; None: evaluation, without either.
-        epoch: of crops and flips.
+        epoch: of crops and flips; one for all, or (B,).
     """
 
     indices: Indices
     seed: int | None
-    epoch: int
+    epoch: int | Indices
 
 
-def draw_views(request: Request, sizes: Sequence[tuple[int, ...]], view: View) -> tuple[Boxes, npt.NDArray[np.bool_]]:
-    """The box and the flip of each image of a request: functions of (seed, epoch, index) and its size.
+def crop_numbers(request: Request) -> npt.NDArray[np.float32]:
+    """The random numbers that `boxes_of` takes: (B, CROP_NUMBERS), a function of (seed, epoch, index).
+
+    In evaluation (B, 0): nothing is drawn.
+    """
+    if request.seed is None:
+        return np.empty((len(request.indices), 0), dtype=np.float32)
+    return uniform(request.seed, request.epoch, request.indices, Purpose.CROP, CROP_NUMBERS)
+
+
+def boxes_of(numbers: npt.NDArray[np.float32], size: tuple[int, ...], view: View) -> Boxes:
+    """Where images of one size are cropped.
 
     Args:
-        request: the images.
-        sizes: the spatial size of each, or one for all.
-        view: what to draw from.
+        numbers: (B, CROP_NUMBERS) or (B, 0), as `crop_numbers` gives them.
+        size: spatial size of the images.
+        view: what crops are like.
 
     Returns:
-        (B, n, 2) boxes and (B,) flips.
+        (B, n, 2), start and length in pixels on each axis; without numbers the centred box of evaluation.
     """
-    count, target = len(request.indices), view.input_size
-    if count == 0:  # a rank's part of a batch smaller than the world
-        return np.empty((0, len(target), 2), dtype=np.int64), np.empty(0, dtype=bool)
-    if request.seed is None:
-        boxes = np.stack([eval_box(size, target) for size in sizes])
-        return np.repeat(boxes, count // len(boxes), axis=0), np.zeros(count, dtype=bool)
-    u = uniform(request.seed, request.epoch, request.indices, Purpose.CROP, CROP_NUMBERS)
-    parts = np.split(u, len(sizes))
-    crops = [
-        crop_boxes(part, size, view.crop_scale, view.crop_ratio, target)
-        for part, size in zip(parts, sizes, strict=True)
-    ]
-    drawn = uniform(request.seed, request.epoch, request.indices, Purpose.FLIP, 1)[:, 0]
-    return np.concatenate(crops), (drawn < 0.5) & view.flip
+    if numbers.shape[1] == 0:
+        return np.repeat(eval_box(size, view.input_size)[None], len(numbers), axis=0)
+    return crop_boxes(numbers, size, view.crop_scale, view.crop_ratio, view.input_size)
+
+
+def draw_flips(request: Request, view: View) -> npt.NDArray[np.bool_]:
+    """(B,) whether each image is mirrored: a function of (seed, epoch, index), never in evaluation."""
+    if request.seed is None or not view.flip:
+        return np.zeros(len(request.indices), dtype=bool)
+    return uniform(request.seed, request.epoch, request.indices, Purpose.FLIP, 1)[:, 0] < 0.5
 
 
 class Fetched(NamedTuple):
     """What a worker process hands back.
 
     Attributes:
-        images: (B, C, *input_size), uint8, uint16 or float32.
+        images: (B, *input_size, C), uint8, uint16 or float32, not yet mirrored.
         labels: (B,) int64.
         bad: name and reason of each image that could not be read.
         failure: why there is no batch; None: there is.
@@ -111,40 +126,88 @@ class Reader(Dataset[Fetched]):
         self.view = view
 
     def __getitem__(self, request: Request) -> Fetched:
+        read_ahead(self.source, request.indices)
+        numbers = crop_numbers(request)
         bad: list[tuple[str, str]] = []
+        images: list[Tensor] = []
+        read: list[int] = []
         try:
-            readings = [read_or_next(self.source, int(index), bad) for index in request.indices]
+            for rows in _runs(request.indices):
+                cut_out = partial(self._cut_out, numbers[rows])
+                index, crops = first_readable(self.source, int(request.indices[rows.start]), bad, cut_out)
+                images += crops
+                read += [index] * len(crops)
         except DataError as error:  # as text: an exception from a worker arrives with its traceback for a message
             return Fetched(torch.empty(0), torch.empty(0), bad, str(error))
-        images = [image for _, image in readings]
-        boxes, flips = draw_views(request, [image.shape[:-1] for image in images], self.view)
+        labels = labels_of(self.source.labels, np.array(read, dtype=np.int64))
+        if not images:  # a rank's part of a batch smaller than the world
+            return Fetched(torch.empty(0, *self.view.input_size, self.channels), labels, bad, None)
+        return Fetched(stack(images), labels, bad, None)
+
+    def _cut_out(self, numbers: npt.NDArray[np.float32], index: int) -> list[Tensor]:
+        """One crop for each row of numbers, (*input_size, C) each, of one image that is decoded once."""
         target = self.view.input_size
-        cut_out = [cut(*item, target) for item in zip(images, boxes, flips.tolist(), strict=True)]
-        labels = labels_of(self.source.labels, np.array([read for read, _ in readings], dtype=np.int64))
-        if not cut_out:
-            return Fetched(torch.empty(0, self.channels, *target), labels, bad, None)
-        return Fetched(stack(cut_out), labels, bad, None)
+        base, position = resolve(self.source, index)
+        if not isinstance(base, EncodedSource):
+            image = base.read(position)
+            return [cut(image, box, target) for box in boxes_of(numbers, image.shape[:-1], self.view)]
+        picture = Picture(base.encoded(position), base.channels)
+        boxes = boxes_of(numbers, picture.size, self.view)
+        factor = reduction(boxes, target)
+        image = picture.read(factor)
+        if factor == 1 or image.shape[:-1] == picture.size:
+            return [cut(image, box, target) for box in boxes]
+        return [cut_between_pixels(image, box / factor, target) for box in boxes]
 
 
-def cut(image: Image, box: npt.NDArray[np.int64], flip: bool, target: tuple[int, ...]) -> Tensor:
-    """Crops one image and resamples it as `resample` does: (*size, C) to (C, *target), of the same type."""
-    cropped = image[tuple(slice(start, start + length) for start, length in box)]
-    tensor = torch.from_numpy(np.ascontiguousarray(np.moveaxis(cropped, -1, 0)))
-    if tensor.shape[1:] != target:
-        if tensor.dtype == torch.uint8 and len(target) == 2:
-            # PyTorch's integer kernel: many times faster on photographs, and within a level or so on natural images.
-            tensor = F.interpolate(tensor[None], size=target, mode="bicubic", antialias=True)[0]
-        else:
-            whole = np.array([[[0, length] for length in tensor.shape[1:]]])
-            tensor = resample(tensor[None], whole, target, np.array([False]))[0].to(tensor.dtype)
-    return tensor.flip(-1) if flip else tensor
+def _runs(indices: Indices) -> Iterator[slice]:
+    """Where an index follows itself: slices that cover all positions, with one index each."""
+    starts = [0, *(np.flatnonzero(np.diff(indices)) + 1).tolist(), len(indices)]
+    return (slice(start, stop) for start, stop in pairwise(starts) if start < stop)
+
+
+def cut(image: Image, box: Boxes, target: tuple[int, ...]) -> Tensor:
+    """Crops one image and resamples it as `resample` does: (*size, C) to (*target, C), of the same type."""
+    cropped = np.ascontiguousarray(image[tuple(slice(start, start + length) for start, length in box)])
+    tensor = torch.from_numpy(cropped)
+    if tensor.shape[:-1] == target:
+        return tensor
+    channels_first = tensor.movedim(-1, 0)[None]
+    if tensor.dtype == torch.uint8 and len(target) == 2:
+        # PyTorch's integer kernel: many times faster on photographs, and within a level or so on natural images.
+        resized = F.interpolate(channels_first, size=target, mode="bicubic", antialias=True)
+    else:
+        whole = np.array([[[0, length] for length in tensor.shape[:-1]]])
+        resized = resample(channels_first, whole, target, np.array([False])).to(tensor.dtype)
+    return resized[0].movedim(0, -1).contiguous()
+
+
+def cut_between_pixels(image: Image, box: npt.NDArray[np.float64], target: tuple[int, ...]) -> Tensor:
+    """`cut` for a box whose edges lie between pixels, as they do in a picture decoded at a fraction of its size.
+
+    Args:
+        image: (height, width, C) uint8, C of 1 or 3.
+        box: (2, 2), start and length in pixels on each axis.
+        target: height and width of the result.
+
+    Returns:
+        (*target, C) uint8.
+    """
+    (top, height), (left, width) = box.tolist()
+    first_row, first_column = int(top), int(left)
+    outer = image[first_row : math.ceil(top + height), first_column : math.ceil(left + width)]
+    within = (left - first_column, top - first_row, left - first_column + width, top - first_row + height)
+    picture = PillowImage.fromarray(outer[..., 0] if outer.shape[-1] == 1 else outer)
+    resized = picture.resize((target[1], target[0]), PillowImage.Resampling.BICUBIC, box=within)
+    return torch.from_numpy(np.array(resized).reshape(*target, -1))
 
 
 def stack(images: list[Tensor]) -> Tensor:
     """Stacks images that may differ in type: bytes beside 16 bits are widened, integers beside floats scaled."""
     kinds = {image.dtype for image in images}
     if len(kinds) == 1:
-        return torch.stack(images)
+        stacked: Tensor = default_collate(images)  # in a worker straight into memory that the main process shares
+        return stacked
     if any(kind.is_floating_point for kind in kinds):
         return torch.stack([image.float() / value_range(image.dtype) for image in images])
     wide = [image.int() * (257 if image.dtype == torch.uint8 else 1) for image in images]  # 255 * 257 = 65535
@@ -157,8 +220,21 @@ def labels_of(labels: Labels | None, indices: Indices) -> Tensor:
 
 
 def start_worker(worker: int) -> None:
-    """One thread a worker; and the main process alone decides what Ctrl-C and SIGTERM, sent to all, mean."""
+    """One thread a worker; the main process alone decides what Ctrl-C and SIGTERM, sent to all, mean; none outlives it.
+
+    PyTorch's own watch asks whether a worker's parent is still there. Under the forkserver start method, Python
+    3.14's default, that parent is the fork server, which lives as long as its workers do.
+    """
     del worker
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    main = multiprocessing.parent_process()
+    if main is not None:
+        threading.Thread(target=_end_with, args=(main.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    """Waits for the main process to end, however it does, and ends this one."""
+    connection.wait([sentinel])
+    os._exit(1)

@@ -1,0 +1,65 @@
+"""The folder for what is made once from data that lies elsewhere: indexes, unpacked tables, parts of remote files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+from torchmae.errors import ConfigError, DataError
+
+_DEFAULT_GIB = 50.0
+
+
+def cache_folder() -> Path:
+    """TORCHMAE_CACHE; else torchmae/ in XDG_CACHE_HOME; else ~/.cache/torchmae. Need not exist."""
+    if given := os.environ.get("TORCHMAE_CACHE"):
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "torchmae"
+
+
+def cache_limit() -> int:
+    """Bytes that parts of remote files may take in the cache folder: TORCHMAE_CACHE_GIB, 50 GiB if not set.
+
+    Raises:
+        ConfigError: TORCHMAE_CACHE_GIB is no positive number.
+    """
+    given = os.environ.get("TORCHMAE_CACHE_GIB")
+    try:
+        gib = float(given) if given else _DEFAULT_GIB
+    except ValueError:
+        gib = -1.0
+    if not 0 < gib < float("inf"):
+        raise ConfigError(f"TORCHMAE_CACHE_GIB is {given!r}", "set it to a number of GiB above 0, or unset it")
+    return int(gib * 2**30)
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+    """Writes a file whole or not at all: under another name, flushed, renamed. Makes its folder.
+
+    Args:
+        path: the file; one that is there is replaced.
+        write: puts the content into an open file, which it may seek in.
+
+    Raises:
+        DataError: the folder cannot be made or written to, or the disk is full.
+    """
+    writing = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with writing.open("wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            writing.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                writing.unlink()
+            raise
+    except OSError as error:
+        raise DataError(
+            f"cannot write {path}: {error.strerror or error}", "free space, or name another folder"
+        ) from error

@@ -1,0 +1,129 @@
+"""Data sets of the Hugging Face `datasets` library: names on the hub, and folders that it can load."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from torchmae.data.sources import MAX_BYTES, EncodedSource, Source, digest, file_size
+from torchmae.errors import ConfigError, DataError
+
+HUB_PREFIX = "hf:"
+"""What a data source of this kind begins with: hf:user/name, hf:user/name:configuration, hf:./folder."""
+
+_LABEL_COLUMNS = ("label", "labels", "fine_label")
+
+
+class HubSource(EncodedSource):
+    """Images of one split, in its order; mapped into memory from the library's own cache.
+
+    Args:
+        rows: a `datasets.Dataset` whose column `image` is not decoded.
+        image: the column of images.
+        label: the column of labels, if there is one.
+        title: what to call the images in messages.
+        folder: the only folder, beside the library's cache, that a table may name files in.
+        channels: 1 or 3; None: what each image has.
+    """
+
+    def __init__(
+        self, rows: Any, image: str, label: str | None, title: str, folder: Path | None, channels: int | None
+    ) -> None:
+        labels = None
+        if label is not None:
+            column = rows.data.column(label).cast("int64").fill_null(-1).to_numpy()
+            indices = getattr(rows, "_indices", None)
+            labels = column if indices is None else column[indices.column(0).to_numpy()]
+        names = getattr(rows.features[label], "names", None) if label is not None else None
+        super().__init__(len(rows), labels, names, channels, title)
+        self._rows = rows.select_columns([image])
+        self._image = image
+        self._title = title
+        self._folders = [path.resolve() for path in (folder, _cache_of(rows)) if path is not None]
+
+    def encoded(self, index: int) -> bytes:
+        """The bytes in the table, or those of the file that it names."""
+        cell: dict[str, Any] = self._rows[index][self._image] or {}
+        if cell.get("bytes"):
+            return bytes(cell["bytes"])
+        if not cell.get("path"):
+            raise DataError("the table holds no bytes for it")
+        path = Path(cell["path"]).resolve()
+        if not any(path.is_relative_to(folder) for folder in self._folders):
+            raise DataError(f"the table names {path}, which lies outside of its folder")
+        if file_size(path) > MAX_BYTES:
+            raise DataError(f"the file has more than {MAX_BYTES // 2**20:,} MiB")
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise DataError(error.strerror or str(error)) from None
+
+    def name(self, index: int) -> str:
+        """The data set, the split and the row."""
+        return f"{self._title}/{index}"
+
+    def fingerprint(self) -> str:
+        """The library's own, of the data and of all that was done to it; and how many images there are."""
+        return digest([self._title, self._rows.info.version, len(self), *self._sample()])
+
+    def _sample(self) -> list[object]:
+        """What 64 rows hold: the library's own fingerprint differs between two loads of one folder."""
+        cells = [self._rows[int(i)][self._image] or {} for i in np.linspace(0, len(self) - 1, 64).astype(int)]
+        return [cell.get("bytes") or Path(cell.get("path") or "").name for cell in cells]
+
+
+def _cache_of(rows: Any) -> Path | None:
+    files = rows.cache_files
+    return Path(files[0]["filename"]).parents[0] if files else None
+
+
+def hub_splits(spec: str, split_names: Mapping[str, str], channels: int | None = None) -> dict[str, Source]:
+    """The splits of a data set that the `datasets` library loads; it downloads what it does not have.
+
+    Args:
+        spec: what follows the prefix: user/name, user/name:configuration, or the path of a folder.
+        split_names: what the names of its splits mean; others are left out, unless nothing else is there to train on.
+        channels: 1 or 3; None: what each image has.
+
+    Raises:
+        ConfigError: the library is not installed.
+        DataError: it cannot be loaded, or has no column of images.
+    """
+    library = _import_datasets()
+    name, _, configuration = spec.partition(":")
+    local = Path(name).expanduser()
+    folder = local if local.is_dir() else None
+    try:
+        loaded = library.load_dataset(str(folder or name), configuration or None)
+    except Exception as error:  # network, parsers, builders: each has errors of its own
+        raise DataError(
+            f"{HUB_PREFIX}{spec} cannot be loaded: {' '.join(str(error).split())[:200]}",
+            "check the name, the network and HF_HOME",
+        ) from error
+    groups = {split_names[key.lower()]: rows for key, rows in loaded.items() if key.lower() in split_names}
+    if "train" not in groups:
+        first = next(iter(loaded))
+        groups["train"] = loaded[first]
+    return {split: _source(library, rows, f"{name}/{split}", folder, channels) for split, rows in groups.items()}
+
+
+def _source(library: Any, rows: Any, title: str, folder: Path | None, channels: int | None) -> HubSource:
+    images = [name for name, feature in rows.features.items() if isinstance(feature, library.Image)]
+    if not images:
+        raise DataError(f"none of the columns {', '.join(rows.features)} of {title} holds images")
+    label = next((name for name in _LABEL_COLUMNS if name in rows.features), None)
+    if label is not None and getattr(rows.features[label], "dtype", "") not in ("int8", "int16", "int32", "int64"):
+        label = None
+    encoded = rows.cast_column(images[0], library.Image(decode=False))
+    return HubSource(encoded, images[0], label, title, folder, channels)
+
+
+def _import_datasets() -> Any:
+    try:
+        return importlib.import_module("datasets")
+    except ImportError as error:
+        raise ConfigError("hf: needs the datasets library", "pip install 'torchmae[datasets]'") from error

@@ -1,0 +1,216 @@
+"""What a data set holds: how many images of what size and kind, which are broken, which are there twice."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from io import BytesIO
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image as Pillow
+
+from torchmae.data.decode import decode, quiet_pillow
+from torchmae.data.reading import Progress, num_cores
+from torchmae.data.sources import EncodedSource, Source, read_ahead, resolve, spread
+from torchmae.errors import DataError
+
+_CHUNK = 64  # images under way at a time
+_MAX_PATCHES = 256  # in an image, for a suggested patch size: what 224 pixels in patches of 16 come close to
+
+
+class Examined(NamedTuple):
+    """One image.
+
+    Attributes:
+        size: spatial size; () where it cannot be read.
+        channels: values in a pixel.
+        dtype: "uint8", "uint16" or "float32".
+        format: of the file, as Pillow calls it; "array" where there is none.
+        digest: of its values.
+        low: smallest value.
+        high: largest value.
+        failure: why it cannot be read.
+    """
+
+    size: tuple[int, ...] = ()
+    channels: int = 0
+    dtype: str = ""
+    format: str = ""
+    digest: bytes = b""
+    low: float = 0.0
+    high: float = 0.0
+    failure: str | None = None
+
+
+@dataclass
+class SplitFacts:
+    """What one split holds.
+
+    Attributes:
+        images: how many there are.
+        examined: how many were read.
+        sizes: how many of each spatial size.
+        channels: how many with so many channels.
+        dtypes: how many of each type.
+        formats: how many of each file format.
+        low: smallest value of any.
+        high: largest value of any.
+        corrupt: (name, reason) of those that cannot be read.
+        classes: images of each class, by name or number; "unlabelled" for the rest; empty where nothing has a label.
+    """
+
+    images: int
+    examined: int = 0
+    sizes: Counter[tuple[int, ...]] = field(default_factory=Counter)
+    channels: Counter[int] = field(default_factory=Counter)
+    dtypes: Counter[str] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
+    low: float = math.inf
+    high: float = -math.inf
+    corrupt: list[tuple[str, str]] = field(default_factory=list)
+    classes: dict[str, int] = field(default_factory=dict)
+
+    def add(self, item: Examined) -> None:
+        """Counts a readable image."""
+        self.sizes[item.size] += 1
+        self.channels[item.channels] += 1
+        self.dtypes[item.dtype] += 1
+        self.formats[item.format] += 1
+        self.low, self.high = min(self.low, item.low), max(self.high, item.high)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "images": self.images,
+            "examined": self.examined,
+            "sizes": {"x".join(map(str, size)): count for size, count in self.sizes.most_common()},
+            "median_size": list(median_size(self.sizes)) if self.sizes else None,
+            "channels": {str(number): count for number, count in self.channels.most_common()},
+            "dtypes": dict(self.dtypes.most_common()),
+            "formats": dict(self.formats.most_common()),
+            "range": [self.low, self.high] if self.sizes else None,
+            "corrupt": [{"name": name, "reason": reason} for name, reason in self.corrupt],
+            "classes": self.classes,
+        }
+
+
+class Inspection(NamedTuple):
+    """What a data set holds.
+
+    Attributes:
+        splits: by name.
+        duplicates: names of images with the same pixels, a list for each group of two or more; "split: name".
+        leaked: how many groups span two splits: a held-out figure on them is worth nothing.
+    """
+
+    splits: dict[str, SplitFacts]
+    duplicates: list[list[str]]
+    leaked: int
+
+
+def inspect_splits(
+    splits: Mapping[str, Source], limit: int | None = None, progress: Progress | None = None
+) -> Inspection:
+    """Reads the images of every split.
+
+    Args:
+        splits: split name to source.
+        limit: how many images of each split to read, evenly spread; None: all.
+        progress: told how far it is.
+    """
+    chosen = {split: spread(len(source), limit or len(source)) for split, source in splits.items()}
+    total, done = sum(map(len, chosen.values())), 0
+    facts: dict[str, SplitFacts] = {}
+    places: dict[bytes, list[tuple[str, int]]] = defaultdict(list)
+    for split, source in splits.items():
+        found = facts[split] = SplitFacts(len(source), len(chosen[split]), classes=class_balance(source))
+        for index, item in _examine_all(source, chosen[split]):
+            if item.failure is None:
+                found.add(item)
+                places[item.digest].append((split, index))
+            else:
+                found.corrupt.append((source.name(index), item.failure))
+            done += 1
+            if progress is not None:
+                progress("inspecting", done, total)
+    groups = [group for group in places.values() if len(group) > 1]
+    return Inspection(
+        facts,
+        [[f"{split}: {splits[split].name(index)}" for split, index in group] for group in groups],
+        sum(len({split for split, _ in group}) > 1 for group in groups),
+    )
+
+
+def class_balance(source: Source) -> dict[str, int]:
+    """Images of each class, in the order of their numbers; empty where nothing has a label."""
+    if source.labels is None:
+        return {}
+    numbers, counts = np.unique(source.labels, return_counts=True)
+    names = {-1: "unlabelled", **dict(enumerate(source.classes or ()))}
+    return {names.get(int(number), str(number)): int(count) for number, count in zip(numbers, counts, strict=True)}
+
+
+def _examine_all(source: Source, indices: np.ndarray[Any, np.dtype[np.int64]]) -> Iterator[tuple[int, Examined]]:
+    with ThreadPoolExecutor(num_cores()) as pool:
+        for start in range(0, len(indices), _CHUNK):
+            part = indices[start : start + _CHUNK]
+            read_ahead(source, part)
+            with quiet_pillow():
+                items = list(pool.map(lambda index: examine(source, int(index)), part))
+            yield from zip(part.tolist(), items, strict=True)
+
+
+def examine(source: Source, index: int) -> Examined:
+    """Reads one image."""
+    base, own = resolve(source, index)
+    name = source.name(index)
+    try:
+        if isinstance(base, EncodedSource):
+            raw = base.encoded(own)
+            image = decode(raw, base.channels)
+            with Pillow.open(BytesIO(raw)) as opened:
+                form = opened.format or "unknown"
+        else:
+            image, form = source.read(index), "array"
+    except DataError as error:
+        return Examined(failure=str(error).removeprefix(f"{name}: "))
+    if image.dtype.kind == "f" and not np.isfinite(image).all():
+        return Examined(failure="holds values that are not finite")
+    state = hashlib.blake2b(f"{image.shape}{image.dtype}".encode(), digest_size=16)
+    state.update(np.ascontiguousarray(image).data)
+    return Examined(
+        size=image.shape[:-1],
+        channels=image.shape[-1],
+        dtype=str(image.dtype),
+        format=form,
+        digest=state.digest(),
+        low=float(image.min()),
+        high=float(image.max()),
+    )
+
+
+def median_size(sizes: Counter[tuple[int, ...]]) -> tuple[int, ...]:
+    """The median along each axis, for the number of axes that most images have."""
+    dims = Counter(len(size) for size in sizes.elements()).most_common(1)[0][0]
+    table = np.array([size for size in sizes.elements() if len(size) == dims])
+    return tuple(int(length) for length in np.median(table, axis=0))
+
+
+def suggested_input(size: Sequence[int]) -> tuple[tuple[int, ...], int]:
+    """An input size close to that of the images, and a patch size that divides it, for any number of axes.
+
+    Args:
+        size: spatial size of the images.
+
+    Returns:
+        input size; and the smallest patch, a power of two, that gives no more than 256 patches.
+    """
+    patch = 1
+    while math.prod(max(1, length // patch) for length in size) > _MAX_PATCHES:
+        patch *= 2
+    return tuple(max(1, length // patch) * patch for length in size), patch

@@ -1,0 +1,201 @@
+"""Encoded images in parquet files, with the columns of the Hugging Face `datasets` library."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from torchmae.data.blobs import Blobs
+from torchmae.data.cache import cache_folder, write_whole
+from torchmae.data.reading import Progress
+from torchmae.data.remote import Place, last_name, open_place, place_version
+from torchmae.data.sources import EncodedSource, digest
+from torchmae.errors import ConfigError, DataError
+
+IN_MEMORY = 256 * 2**20
+"""Bytes of encoded images up to which a table is kept in memory; each worker process has a copy of them."""
+
+_ROWS = 256  # read at a time
+
+
+class ParquetSource(EncodedSource):
+    """Encoded images in parquet files, in the order of the files and of the rows in them.
+
+    Up to `IN_MEMORY` bytes are kept in memory. A parquet file is no format for random access, so larger tables are
+    unpacked once, into a file in the cache folder that is mapped into memory. Paths that a table names are never
+    opened.
+
+    Args:
+        files: parquet files (or their URLs) with one and the same schema: a column of images (a struct with `bytes`,
+            or plain binary), and integers called label, labels or fine_label.
+        channels: 1 or 3; None: what each image has.
+        progress: told how far unpacking is.
+
+    Raises:
+        ConfigError: pyarrow is not installed.
+        DataError: a file that is not parquet, or has no column of images.
+    """
+
+    def __init__(self, files: Sequence[Place], channels: int | None = None, progress: Progress | None = None) -> None:
+        self._names = [last_name(file) for file in files]
+        tables = [ParquetTable(file) for file in files]
+        self._versions = [place_version(file) for file in files]
+        self._starts = np.cumsum([0] + [table.num_rows for table in tables])  # first row of each file
+        first = tables[0]
+        for table in tables:
+            if (table.leaf, table.label) != (first.leaf, first.label):
+                raise DataError(
+                    f"{last_name(table.file)} has other columns than {self._names[0]}", "give files of one data set"
+                )
+        labels = None if first.label is None else np.concatenate([table.labels() for table in tables])
+        names = None if first.label is None else _label_names(first.metadata, first.label)
+        super().__init__(int(self._starts[-1]), labels, names, channels, self._names[0])
+        if not len(self):
+            raise DataError(f"{self._names[0]} holds no rows", "give a table of images")
+        self._encoded = _load(tables, digest([*files, *self._versions]), progress)
+
+    def encoded(self, index: int) -> bytes:
+        """The bytes in the table."""
+        raw = self._encoded[index]
+        if not raw:
+            raise DataError("the table holds no bytes for it")
+        return raw
+
+    def name(self, index: int) -> str:
+        """The file and the row in it."""
+        file = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return f"{self._names[file]}/{index - self._starts[file]}"
+
+    def fingerprint(self) -> str:
+        """Of the names and sizes of the files."""
+        return digest([list(zip(self._names, [size for size, _ in self._versions], strict=True)), len(self)])
+
+
+class ParquetTable:
+    """One parquet file, read from its beginning to its end.
+
+    Attributes:
+        leaf: the column of bytes, as parquet names it ("image.bytes").
+        label: the column of labels, if there is one.
+        metadata: what stands beside the schema.
+        file: where it is.
+        num_rows: images in it.
+        nbytes: of its encoded images, roughly.
+    """
+
+    def __init__(self, file: Place) -> None:
+        arrow, parquet = import_pyarrow()
+        self.file = file
+        self._failures = (OSError, arrow.ArrowException)
+        self._parquet = parquet
+        try:
+            with open_place(file) as opened, parquet.ParquetFile(opened) as table:
+                schema, facts = table.schema_arrow, table.metadata
+        except self._failures as error:
+            raise self._unreadable(error) from error
+        self.metadata: dict[bytes, bytes] | None = schema.metadata
+        self.leaf = _image_leaf(arrow, schema)
+        self.label = _label_column(arrow, schema)
+        self.num_rows: int = facts.num_rows
+        column = next(i for i in range(facts.num_columns) if facts.schema.column(i).path == self.leaf)
+        self.nbytes = sum(
+            facts.row_group(i).column(column).total_uncompressed_size for i in range(facts.num_row_groups)
+        )
+
+    def labels(self) -> npt.NDArray[np.int64]:
+        """(N,), -1 where the table says nothing."""
+        try:
+            with open_place(self.file) as opened:
+                column = self._parquet.read_table(opened, columns=[self.label]).column(0)
+        except self._failures as error:
+            raise self._unreadable(error) from error
+        labels: npt.NDArray[np.int64] = column.cast("int64").fill_null(-1).to_numpy()
+        return labels
+
+    def images(self) -> Iterator[list[bytes]]:
+        """The encoded images, some rows at a time; b"" where there is none."""
+        try:
+            with open_place(self.file) as opened, self._parquet.ParquetFile(opened) as table:
+                for batch in table.iter_batches(_ROWS, columns=[self.leaf]):
+                    column = batch.column(0)
+                    values = column.field("bytes") if "." in self.leaf else column
+                    yield [value or b"" for value in values.to_pylist()]
+        except self._failures as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> DataError:
+        return DataError(f"cannot read {self.file}: {' '.join(str(error).split())[:200]}")
+
+
+def _load(tables: Sequence[ParquetTable], key: str, progress: Progress | None) -> Blobs:
+    """The encoded images of all tables, in memory or in the cache folder."""
+    if sum(table.nbytes for table in tables) <= IN_MEMORY:
+        content = BytesIO()
+        ends = _unpack(tables, content, progress)
+        return Blobs(ends, content.getvalue())
+    stem = cache_folder() / "parquet" / key
+    images, index = stem.with_suffix(".bin"), stem.with_suffix(".npy")
+    if not (index.exists() and images.exists()):
+        found: list[npt.NDArray[np.int64]] = []
+        write_whole(images, lambda file: found.append(_unpack(tables, file, progress)))
+        write_whole(index, lambda file: np.save(file, found[0]))  # last: where it is, the other is whole
+    ends = np.load(index, allow_pickle=False)
+    if images.stat().st_size != ends[-1]:
+        raise DataError(f"{images} is damaged", "remove it; it is made anew")
+    return Blobs(ends, images)
+
+
+def _unpack(tables: Sequence[ParquetTable], file: IO[bytes], progress: Progress | None) -> npt.NDArray[np.int64]:
+    """Writes the images of all tables one after the other; returns the end of each."""
+    total = sum(table.num_rows for table in tables)
+    lengths: list[int] = []
+    for table in tables:
+        for images in table.images():
+            file.write(b"".join(images))
+            lengths += map(len, images)
+            if progress is not None:
+                progress("unpacking parquet", len(lengths), total)
+    return np.cumsum(lengths, dtype=np.int64)
+
+
+def import_pyarrow() -> tuple[Any, Any]:
+    """The modules pyarrow and pyarrow.parquet; ConfigError where they are not installed."""
+    try:
+        return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise ConfigError("parquet files need pyarrow", "pip install 'torchmae[parquet]'") from error
+
+
+def _image_leaf(arrow: Any, schema: Any) -> str:
+    for field in schema:
+        if arrow.types.is_struct(field.type) and "bytes" in [child.name for child in field.type]:
+            return f"{field.name}.bytes"
+        if arrow.types.is_binary(field.type) or arrow.types.is_large_binary(field.type):
+            return str(field.name)
+    raise DataError(
+        f"none of the columns {', '.join(schema.names)} holds images",
+        "a column of {bytes, path} is needed, as the datasets library writes for its Image feature",
+    )
+
+
+def _label_column(arrow: Any, schema: Any) -> str | None:
+    for name in ("label", "labels", "fine_label"):
+        if name in schema.names and arrow.types.is_integer(schema.field(name).type):
+            return name
+    return None
+
+
+def _label_names(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, ...] | None:
+    """The class names that the `datasets` library stores beside the schema."""
+    try:
+        stored = json.loads((metadata or {}).get(b"huggingface", b"{}"))
+        names = stored.get("info", {}).get("features", {}).get(label, {}).get("names")
+    except (ValueError, AttributeError):  # a stranger's metadata: names are a nicety
+        return None
+    return tuple(map(str, names)) if isinstance(names, list) else None

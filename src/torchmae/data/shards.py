@@ -1,0 +1,322 @@
+"""Tar files of images (WebDataset shards) with random access: an index of each is made once, and kept."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from torchmae.data.cache import cache_folder, write_whole
+from torchmae.data.decode import IMAGE_SUFFIXES
+from torchmae.data.reading import Progress
+from torchmae.data.remote import Place, RemoteBytes, beside, last_name, open_place, place_version, shown
+from torchmae.data.sources import MAX_BYTES, EncodedSource, Labels, digest, printable, spread
+from torchmae.data.strings import Strings, StringsWriter
+from torchmae.errors import DataError
+
+INDEX_SUFFIX = ".index.npz"
+"""What an index that lies beside its shard adds to the shard's name."""
+
+CLASSES_FILE = "classes.txt"
+"""The names of the labels, one a line, beside the shards."""
+
+_FORMAT = 1
+_CHECKED = 8  # members whose headers are compared with an index before it is trusted
+_LABEL_BYTES = 20
+_FETCHERS = 16  # requests under way at a time, in each process
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The images of one tar file, in the order they lie in.
+
+    Attributes:
+        names: their paths in the archive.
+        offsets: (N,) where the bytes of each begin.
+        sizes: (N,) how many they are.
+        labels: (N,), -1 where unknown.
+    """
+
+    names: Strings
+    offsets: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+    labels: Labels
+
+
+class ShardSource(EncodedSource):
+    """Images in tar files, in the order of the files and of the images in them.
+
+    Every member that is an image by its name is one image. In a WebDataset shard, `0001.cls` beside `0001.jpg` holds
+    its label as a decimal number; other members are passed over. Nothing is unpacked, so that a member's name can
+    lead nowhere.
+
+    Args:
+        shards: uncompressed tar files: paths or URLs.
+        channels: 1 or 3; None: what each image has.
+        progress: told how far indexing is.
+
+    Raises:
+        DataError: a file that is no tar file, is compressed or damaged; or no images in any of them.
+    """
+
+    def __init__(self, shards: Sequence[Place], channels: int | None = None, progress: Progress | None = None) -> None:
+        self._shards = list(shards)
+        self._versions: list[tuple[int, str]] = []
+        self._indexes: list[ShardIndex] = []
+        with ThreadPoolExecutor(_FETCHERS) as pool:
+            for version, index in pool.map(_open, self._shards):
+                self._versions.append(version)
+                self._indexes.append(index)
+                if progress is not None:
+                    progress("indexing shards", len(self._indexes), len(self._shards))
+        self._starts = np.cumsum([0] + [len(index.sizes) for index in self._indexes])
+        if not self._starts[-1]:
+            raise DataError(f"{shown(str(shards[0]))} holds no images", f"accepted are {', '.join(IMAGE_SUFFIXES)}")
+        labels = np.concatenate([index.labels for index in self._indexes])
+        super().__init__(
+            int(self._starts[-1]),
+            labels if (labels >= 0).any() else None,
+            _class_names(self._shards[0], labels),
+            channels,
+            last_name(self._shards[0]),
+        )
+        self._remote = {
+            i: RemoteBytes(shard, *version)
+            for i, (shard, version) in enumerate(zip(self._shards, self._versions, strict=True))
+            if isinstance(shard, str)
+        }
+        self._coming: dict[int, Future[bytes]] = {}
+        self._fetchers: tuple[int, ThreadPoolExecutor] | None = None
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """The shard of an image, and its place there."""
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return shard, index - int(self._starts[shard])
+
+    def _range(self, index: int) -> tuple[int, int, int]:
+        """The shard of an image, and where its bytes begin and end."""
+        shard, row = self._locate(index)
+        start = int(self._indexes[shard].offsets[row])
+        return shard, start, start + int(self._indexes[shard].sizes[row])
+
+    def encoded(self, index: int) -> bytes:
+        """The bytes in the archive."""
+        shard, start, stop = self._range(index)
+        if stop - start > MAX_BYTES:
+            raise DataError(f"the file has more than {MAX_BYTES // 2**20:,} MiB")
+        coming = self._coming.pop(index, None)
+        if coming is not None:
+            return coming.result()
+        if shard in self._remote:
+            return self._remote[shard].read(start, stop)
+        try:
+            with open_place(self._shards[shard]) as file:
+                file.seek(start)
+                return file.read(stop - start)
+        except OSError as error:
+            raise DataError(error.strerror or str(error)) from None
+
+    def read_ahead(self, indices: npt.NDArray[np.int64]) -> None:
+        """Starts to fetch these images; what was wanted before and not read since is given up."""
+        if not self._remote:
+            return
+        if self._fetchers is None or self._fetchers[0] != os.getpid():  # threads do not follow into a forked process
+            self._fetchers = os.getpid(), ThreadPoolExecutor(_FETCHERS, thread_name_prefix="torchmae-fetch")
+            self._coming = {}
+        for future in self._coming.values():
+            future.cancel()
+        self._coming = {}
+        for index in indices.tolist():
+            shard, start, stop = self._range(index)
+            if shard in self._remote and stop - start <= MAX_BYTES:
+                self._coming[index] = self._fetchers[1].submit(self._remote[shard].read, start, stop)
+
+    def name(self, index: int) -> str:
+        """The shard and the path in it."""
+        shard, row = self._locate(index)
+        return f"{last_name(self._shards[shard])}/{printable(self._indexes[shard].names[row])}"
+
+    def fingerprint(self) -> str:
+        """Of the shards' names and sizes, and of what lies where in them."""
+        parts: list[object] = []
+        for shard, version, index in zip(self._shards, self._versions, self._indexes, strict=True):
+            parts += [last_name(shard), version[0], *index.names.parts, index.offsets]
+        return digest(parts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_coming": {}, "_fetchers": None}
+
+
+def _open(shard: Place) -> tuple[tuple[int, str], ShardIndex]:
+    version = place_version(shard)
+    return version, open_index(shard, *version)
+
+
+def _class_names(shard: Place, labels: Labels) -> tuple[str, ...] | None:
+    """The names in the file beside the shards; None where there is none, or too few."""
+    try:
+        with open_place(beside(shard, CLASSES_FILE)) as file:
+            names = file.read(2**20).decode("utf-8", "replace").splitlines()
+    except (OSError, DataError):
+        return None
+    return tuple(names) if len(names) > labels.max(initial=-1) else None
+
+
+def open_index(shard: Place, size: int, version: str) -> ShardIndex:
+    """The index of a shard: from the cache folder, from beside the shard, or made now and put into the cache folder.
+
+    Args:
+        shard: where it is.
+        size: bytes in it.
+        version: changes when it does.
+
+    Raises:
+        DataError: no uncompressed, whole tar file.
+    """
+    where = shard.absolute() if isinstance(shard, Path) else shard
+    cached = cache_folder() / "index" / f"{digest([where, size, version, _FORMAT])}.npz"
+    index = _read_index(cached, size)
+    if index is not None:
+        return index
+    index = _read_index(beside(shard, last_name(shard) + INDEX_SUFFIX), size)
+    if index is None or not _agrees(index, shard):
+        index = build_index(shard, size)
+    with suppress(DataError):  # a cache folder that cannot be written to costs time, nothing else
+        write_index(cached, index, size)
+    return index
+
+
+def write_index(path: Path, index: ShardIndex, size: int) -> None:
+    """Saves an index whole or not at all.
+
+    Args:
+        path: where to.
+        index: what to save.
+        size: bytes in the shard.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    content, ends = index.names.parts
+    arrays = {
+        "size": np.array([size, _FORMAT]),
+        "names": np.frombuffer(content, dtype=np.uint8),
+        "ends": ends,
+        "offsets": index.offsets,
+        "sizes": index.sizes,
+        "labels": index.labels,
+    }
+    write_whole(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
+
+
+def _read_index(place: Place, size: int) -> ShardIndex | None:
+    """A saved index; None where there is none, or it is damaged, or of a shard of another size."""
+    try:
+        with open_place(place) as file, np.load(file, allow_pickle=False) as arrays:
+            expected = arrays["size"].tolist() == [size, _FORMAT]
+            ends, offsets, sizes, labels = (
+                np.asarray(arrays[name], dtype=np.int64) for name in ("ends", "offsets", "sizes", "labels")
+            )
+            names = arrays["names"].astype(np.uint8).tobytes()
+    except Exception:  # zip, NumPy and the network fail in many ways; whichever it was, the index is made anew
+        return None
+    counts = {ends.shape, offsets.shape, sizes.shape, labels.shape}
+    inside = (offsets >= 0).all() and (sizes >= 0).all() and (offsets <= size - sizes).all()
+    rising = (np.diff(ends, prepend=0) >= 0).all() and (ends.max(initial=0) == len(names))
+    if not expected or len(counts) > 1 or ends.ndim != 1 or not inside or not rising:
+        return None
+    return ShardIndex(Strings(names, ends), offsets, sizes, labels)
+
+
+def _agrees(index: ShardIndex, shard: Place) -> bool:
+    """Whether members spread over a shard have the headers that its index lets expect."""
+    if not len(index.sizes):
+        return True
+    try:
+        with open_place(shard) as file:
+            for row in spread(len(index.sizes), _CHECKED):
+                file.seek(int(index.offsets[row]) - tarfile.BLOCKSIZE)
+                header = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+                if header.size != index.sizes[row]:
+                    return False
+    except (OSError, ValueError, tarfile.TarError):
+        return False
+    return True
+
+
+def build_index(shard: Place, size: int) -> ShardIndex:
+    """Reads the headers of a tar file (of a remote one, all of it).
+
+    Args:
+        shard: where it is.
+        size: bytes in it.
+
+    Raises:
+        DataError: no tar file, a compressed or a damaged one.
+    """
+    name = shown(str(shard))
+    try:
+        with open_place(shard) as file:
+            return _scan(file, size, name)
+    except tarfile.TarError as error:
+        raise DataError(
+            f"{name} is no uncompressed tar file ({error})", "unpack it if it is compressed, and pack it again"
+        ) from error
+    except OSError as error:
+        raise DataError(f"cannot read {name}: {error.strerror or error}") from error
+
+
+def _scan(file: IO[bytes], size: int, name: str) -> ShardIndex:
+    names = StringsWriter()
+    rows: list[tuple[int, int]] = []
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        labels_of: list[int] = []  # of each image
+        key, first, label = "", 0, -1  # the sample under way, its first image, its label
+        for member in archive:
+            archive.members = []  # type: ignore[attr-defined]  # else it keeps every header
+            end = member.offset_data + member.size
+            if not member.isreg() or member.issparse() or PurePosixPath(member.name).name.startswith("."):
+                continue
+            if end > size:
+                raise DataError(f"{name} is cut short in {printable(_bytes(member.name))}", "copy it again")
+            this_key, suffix = _split_name(member.name)
+            if this_key != key:
+                labels_of[first:] = [label] * (len(rows) - first)
+                key, first, label = this_key, len(rows), -1
+            if suffix in IMAGE_SUFFIXES:
+                names.add(_bytes(member.name))
+                rows.append((member.offset_data, member.size))
+                labels_of.append(-1)
+            elif suffix == ".cls":
+                label = _label(file, member)
+        labels_of[first:] = [label] * (len(rows) - first)
+        file.seek(archive.offset)
+        if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end
+            raise DataError(f"{name} is damaged at byte {archive.offset:,}", "copy it again")
+    table = np.array(rows, dtype=np.int64).reshape(-1, 2)
+    return ShardIndex(names.finish(), table[:, 0].copy(), table[:, 1].copy(), np.array(labels_of, dtype=np.int64))
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """WebDataset's key (the path up to the first dot of the file name), and the last suffix in lower case."""
+    folder, slash, file = name.rpartition("/")
+    return f"{folder}{slash}{file.partition('.')[0]}", PurePosixPath(file).suffix.lower()
+
+
+def _label(file: IO[bytes], member: tarfile.TarInfo) -> int:
+    """The number in a .cls file; -1 where it is none."""
+    file.seek(member.offset_data)
+    text = file.read(min(member.size, _LABEL_BYTES)).strip()
+    return int(text) if text.isdigit() and len(text) < _LABEL_BYTES - 1 else -1
+
+
+def _bytes(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")

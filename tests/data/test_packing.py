@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from picture_files import encoded, picture
+from PIL import Image
+
+from torchmae.data import pack_writers
+from torchmae.data.layouts import folder_splits, open_splits
+from torchmae.data.packing import PackOptions, encode, pack, reduce
+from torchmae.data.sources import ArraySource
+from torchmae.errors import ConfigError, DataError
+
+FORMATS = ("parquet", "wds", "npy")
+
+
+@pytest.fixture(autouse=True)
+def _needs(request: pytest.FixtureRequest) -> None:
+    pytest.importorskip("pyarrow")
+
+
+@pytest.fixture
+def folder(write_pictures, tmp_path: Path) -> Path:
+    write_pictures(*(f"in/train/{'ant' if i % 2 else 'bee'}/{i:02d}.png" for i in range(20)))
+    write_pictures(*(f"in/val/ant/{i}.png" for i in range(3)))
+    return tmp_path / "in"
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_packed_images_are_the_same_in_the_same_order(folder: Path, tmp_path: Path, form: str) -> None:
+    splits, seen = folder_splits(folder), []
+    packed = pack(splits, tmp_path / "out", PackOptions(form), lambda what, done, total: seen.append((done, total)))
+    assert (packed.images, packed.resumed, packed.bad) == (23, 0, [])
+    assert seen == [(i + 1, 23) for i in range(23)]
+    again = open_splits(str(tmp_path / "out"), "data")
+    assert {split: len(source) for split, source in again.items()} == {"train": 20, "val": 3}
+    for split, source in splits.items():
+        for i in range(len(source)):
+            np.testing.assert_array_equal(again[split].read(i), source.read(i))
+        assert again[split].labels.tolist() == source.labels.tolist()
+        assert again[split].classes == ("ant", "bee")
+    if form != "npy":
+        assert again["train"].encoded(5) == splits["train"].encoded(5)  # byte for byte
+    assert not list((tmp_path / "out").glob("*.partial"))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_goes_on_where_it_was_stopped(folder: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    splits, out = folder_splits(folder), tmp_path / "out"
+    whole = tmp_path / "whole"
+    monkeypatch.setattr("torchmae.data.packing.PackOptions.shard_mib", 1)
+    monkeypatch.setattr(pack_writers.Writer, "add", limited(pack_writers.Writer.add))
+    pack(splits, whole, PackOptions(form))
+
+    def stop(what: str, done: int, total: int) -> None:
+        if done == 14:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(splits, out, PackOptions(form), stop)
+    packed = pack(splits, out, PackOptions(form))
+    assert packed.resumed == 10  # two parts of five
+    assert pack(splits, out, PackOptions(form)).resumed == 23
+    assert {file.name: file.read_bytes() for file in out.iterdir() if file.suffix != ".npz"} == {
+        file.name: file.read_bytes() for file in whole.iterdir() if file.suffix != ".npz"
+    }
+
+
+def limited(add):
+    """`Writer.add` that closes a part after five images."""
+
+    def wrapped(self, record):
+        self.limit = 1 if self._images == 4 else 2**40
+        return add(self, record)
+
+    return wrapped
+
+
+def test_the_name_is_given_last(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An array whose parts are all whole, but which was not renamed, is renamed when packing goes on."""
+    splits, out = folder_splits(folder), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(pack_writers, "map_array", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pack(splits, out, PackOptions("npy"))
+    assert pack(splits, out, PackOptions("npy")).resumed == 20
+    assert len(open_splits(str(out), "data")["train"]) == 20
+
+
+def test_a_file_that_does_not_hold_what_was_written_is_noticed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_back = pack_writers.ShardWriter.read_back
+    monkeypatch.setattr(
+        pack_writers.ShardWriter, "read_back", lambda self: ((raw[:-1] + b"?", n) for raw, n in read_back(self))
+    )
+    with pytest.raises(DataError, match="train-000000.tar does not hold what was written; check the disk"):
+        pack(folder_splits(folder), tmp_path / "out", PackOptions("wds"))
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
+def test_unreadable_images_are_left_out_up_to_a_limit(folder: Path, tmp_path: Path) -> None:
+    (folder / "train" / "ant" / "03.png").write_bytes(b"no image")
+    splits = folder_splits(folder)
+    with pytest.raises(DataError, match="1 of 23 images cannot be read"):
+        pack(splits, tmp_path / "none", PackOptions(max_bad=0))
+    packed = pack(splits, tmp_path / "out", PackOptions(max_bad=0.1))
+    assert packed.images == 22
+    ((name, reason),) = packed.bad
+    assert name.endswith("03.png")
+    assert "not an image" in reason
+    manifest = json.loads((tmp_path / "out" / "pack.json").read_text())
+    assert manifest["bad"] == [[name, reason]]
+    assert manifest["complete"] is True
+
+
+def test_max_size(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Image.fromarray(picture(90, 120)).save(folder / "a.jpg", quality=90)
+    Image.fromarray(picture(40, 30)).save(folder / "b.jpg", quality=90)
+    Image.fromarray(picture(120, 90)).save(folder / "c.png")
+    pack(folder_splits(folder), tmp_path / "out", PackOptions("wds", max_size=60))
+    packed = open_splits(str(tmp_path / "out"), "data")["train"]
+    assert [packed.read(i).shape for i in range(3)] == [(45, 60, 3), (40, 30, 3), (60, 45, 3)]
+    assert [packed.name(i)[-3:] for i in range(3)] == ["jpg", "jpg", "png"]
+    assert packed.encoded(1) == (folder / "b.jpg").read_bytes()
+    reduced = np.asarray(Image.fromarray(picture(120, 90)).resize((45, 60), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(packed.read(2), reduced)
+
+
+def test_folders_that_hold_something_else(folder: Path, tmp_path: Path) -> None:
+    splits, out = folder_splits(folder), tmp_path / "out"
+    with pytest.raises(ConfigError, match="in exists and is not an empty folder; choose another"):
+        pack(splits, folder, PackOptions())
+    pack(splits, out, PackOptions())
+    with pytest.raises(ConfigError, match="was packed from other data, or otherwise"):
+        pack(splits, out, PackOptions(max_size=10))
+    (out / "pack.json").write_text("{")
+    with pytest.raises(DataError, match="pack.json is damaged"):
+        pack(splits, out, PackOptions())
+
+
+def test_images_that_do_not_fit_the_format(write_pictures, tmp_path: Path) -> None:
+    write_pictures("in/a.png")
+    write_pictures("in/b.png", size=(5, 5))
+    with pytest.raises(ConfigError, match=r"one array cannot hold them: .*a.png is 12x16x3 uint8, .*b.png is 5x5x3"):
+        pack(folder_splits(tmp_path / "in"), tmp_path / "out", PackOptions("npy"))
+    spectra = {"train": ArraySource(np.zeros((3, 4, 4, 5), np.uint8))}
+    with pytest.raises(ConfigError, match="no image file holds 4x4x5 values of uint8; choose the format npy"):
+        pack(spectra, tmp_path / "wds", PackOptions("wds"))
+    pack(spectra, tmp_path / "npy", PackOptions("npy"))
+    assert open_splits(str(tmp_path / "npy"), "data")["train"].read(2).shape == (4, 4, 5)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_lossless_files(dtype: type, tmp_path: Path) -> None:
+    images = (np.random.default_rng(0).random((3, 6, 5, 1)) * 200).astype(dtype)
+    pack({"train": ArraySource(images)}, tmp_path / "out", PackOptions("wds"))
+    packed = open_splits(str(tmp_path / "out"), "data")["train"]
+    np.testing.assert_array_equal(packed.read(2), images[2])
+    assert packed.read(2).dtype == dtype
+
+
+def test_reducing_keeps_the_type() -> None:
+    image = np.full((10, 20, 2), 40000, np.uint16)
+    assert (reduce(image, 5) == 40000).all()
+    assert (reduce(image, 5).dtype, reduce(image, 5).shape) == (np.uint16, (2, 5, 2))
+    assert reduce(np.ones((10, 20, 1), np.float32), 40).shape == (20, 40, 1)
+    with pytest.raises(ConfigError, match="images with 3 dimensions cannot be reduced"):
+        reduce(np.zeros((4, 4, 4, 1), np.uint8), 2)
+    assert (
+        len(encode(picture(64, 64), 50))
+        < len(encode(picture(64, 64), 95))
+        < len(encoded(Image.fromarray(picture(64, 64))))
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "zip"}, "format is 'zip'"),
+        ({"max_size": 0}, "max_size is 0; it must be 8 or more"),
+        ({"quality": 101}, "quality is 101"),
+        ({"max_bad": 2.0}, "max_bad is 2"),
+    ],
+)
+def test_options_are_checked(options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PackOptions(**options)

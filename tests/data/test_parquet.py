@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from picture_files import picture, rows_of, write_parquet
+
+from torchmae.data import parquet
+from torchmae.data.parquet import ParquetSource
+from torchmae.errors import ConfigError, DataError
+
+
+def test_parquet_in_the_datasets_schema(tmp_path: Path) -> None:
+    metadata = b'{"info": {"features": {"label": {"names": ["cat", "dog", "eel"], "_type": "ClassLabel"}}}}'
+    write_parquet(tmp_path / "a.parquet", rows_of(4), metadata)
+    write_parquet(tmp_path / "b.parquet", [*rows_of(2, seed=4), {"image": {"bytes": None, "path": "x"}, "label": None}])
+    source = ParquetSource([tmp_path / "a.parquet", tmp_path / "b.parquet"])
+    assert len(source) == 7
+    np.testing.assert_array_equal(source.read(5), picture(seed=5))
+    assert source.with_channels(1).read(5).shape == (12, 16, 1)
+    assert source.labels.tolist() == [0, 1, 2, 0, 0, 1, -1]
+    assert source.classes == ("cat", "dog", "eel")
+    assert [source.name(i) for i in (0, 3, 4)] == ["a.parquet/0", "a.parquet/3", "b.parquet/0"]
+    with pytest.raises(DataError, match=r"^b.parquet/2: the table holds no bytes for it"):
+        source.read(6)
+    assert source.fingerprint() != ParquetSource([tmp_path / "a.parquet"]).fingerprint()
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(source)).read(5), source.read(5))
+
+
+def test_large_tables_are_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHMAE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(parquet, "IN_MEMORY", 0)
+    write_parquet(tmp_path / "a.parquet", [*rows_of(3), {"image": {"bytes": None, "path": "x"}, "label": None}])
+    unpacked: list[tuple[int, int]] = []
+
+    def opened() -> ParquetSource:
+        return ParquetSource([tmp_path / "a.parquet"], None, lambda what, done, total: unpacked.append((done, total)))
+
+    source = opened()
+    sent = pickle.dumps(source)
+    assert len(sent) < 3000
+    for item in (source, pickle.loads(sent), opened()):
+        np.testing.assert_array_equal(item.read(2), picture(seed=2))
+        with pytest.raises(DataError, match="the table holds no bytes"):
+            item.read(3)
+    assert unpacked == [(4, 4)]
+    (content,) = (tmp_path / "cache" / "parquet").glob("*.bin")
+    content.write_bytes(b"")
+    with pytest.raises(DataError, match=r"\.bin is damaged; remove it"):
+        opened()
+    write_parquet(tmp_path / "a.parquet", rows_of(3, seed=5))
+    np.testing.assert_array_equal(opened().read(0), picture(seed=5))
+
+
+def test_parquet_of_plain_bytes_without_labels(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", [{"id": 1, "img": b"rubbish"}])
+    source = ParquetSource([tmp_path / "a.parquet"])
+    assert source.labels is None
+    with pytest.raises(DataError, match=r"^a.parquet/0: not an image"):
+        source.read(0)
+
+
+def test_parquet_without_images(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", [{"text": "a", "label": 1}])
+    with pytest.raises(DataError, match="none of the columns text, label holds images"):
+        ParquetSource([tmp_path / "a.parquet"])
+    (tmp_path / "b.parquet").write_bytes(b"no parquet at all")
+    with pytest.raises(DataError, match=r"cannot read .*b.parquet"):
+        ParquetSource([tmp_path / "b.parquet"])
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match=r"parquet files need pyarrow; pip install 'torchmae\[parquet\]'"):
+        ParquetSource([tmp_path / "a.parquet"])

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import os
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from picture_files import picture
+from tar_files import png, samples, write_tar
+
+from torchmae.data import shards
+from torchmae.data.layouts import open_splits
+from torchmae.data.shards import ShardSource, build_index, open_index, write_index
+from torchmae.errors import DataError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TORCHMAE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_webdataset_shards(tmp_path: Path) -> None:
+    for i in range(3):
+        write_tar(tmp_path / f"train-{i}.tar", samples(4, start=4 * i))
+    write_tar(tmp_path / "val-0.tar", samples(2, start=12))
+    (tmp_path / "classes.txt").write_text("ant\nbee\ncat\n")
+    splits = open_splits(str(tmp_path), "data")
+    assert {split: len(item) for split, item in splits.items()} == {"train": 12, "val": 2}
+    train = splits["train"]
+    assert train.labels.tolist() == [i % 3 for i in range(12)]
+    assert train.classes == ("ant", "bee", "cat")
+    assert [train.name(i) for i in (0, 11)] == ["train-0.tar/0000.png", "train-2.tar/0011.png"]
+    for index in (11, 0, 7):
+        np.testing.assert_array_equal(train.read(index), picture(seed=index))
+        np.testing.assert_array_equal(pickle.loads(pickle.dumps(train)).read(index), picture(seed=index))
+    assert train.with_channels(1).read(5).shape == (12, 16, 1)
+    by_pattern = open_splits(f"{tmp_path}/train-{{2..1}}.tar", "data")["train"]
+    assert [by_pattern.name(i) for i in (0, 7)] == ["train-1.tar/0004.png", "train-2.tar/0011.png"]  # sorted
+
+
+def test_other_members_are_passed_over(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        for name, content in {
+            "._a.png": b"mac",
+            "../../up.png": png(0),
+            "a" * 150 + ".JPG": png(1),
+            "b.txt": b"",
+        }.items():
+            (tmp_path / "member").write_bytes(content)
+            archive.add(tmp_path / "member", name)
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    source = ShardSource([tmp_path / "x.tar"])
+    assert source.labels is None
+    assert [source.name(i) for i in range(len(source))] == ["x.tar/../../up.png", f"x.tar/{'a' * 150}.JPG"]
+    np.testing.assert_array_equal(source.read(1), picture(seed=1))
+
+
+def test_names_cannot_forge_lines(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", {"a\n\x1b[31mb.png": b"no image"})
+    source = ShardSource([tmp_path / "x.tar"])
+    assert source.name(0) == "x.tar/a\\n\\x1b[31mb.png"
+    with pytest.raises(DataError, match=r"^x.tar/a\\n\\x1b\[31mb.png: not an image"):
+        source.read(0)
+
+
+def test_the_index_is_made_once_and_anew_when_the_tar_changes(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.tar"
+    write_tar(path, samples(3))
+    first = ShardSource([path])
+    scan = shards._scan
+    scanned: list[str] = []
+    monkeypatch.setattr(shards, "_scan", lambda file, size, name: scanned.append(name) or scan(file, size, name))
+    again = ShardSource([path])
+    assert scanned == []
+    assert again.fingerprint() == first.fingerprint()
+    write_tar(path, samples(3, start=3))
+    os.utime(path, (1, 1))
+    changed = ShardSource([path])
+    assert scanned == [str(path)]
+    np.testing.assert_array_equal(changed.read(0), picture(seed=3))
+    for damaged in (cache / "index").iterdir():
+        damaged.write_bytes(damaged.read_bytes()[:100])
+    assert ShardSource([path]).labels.tolist() == [0, 1, 2]
+    assert len(scanned) == 2
+
+
+def test_an_index_beside_the_shard_is_used_if_it_agrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, beside = tmp_path / "x.tar", tmp_path / "x.tar.index.npz"
+    write_tar(path, samples(3))
+    size = path.stat().st_size
+    index = build_index(path, size)
+    write_index(beside, index, size)
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "build_index", lambda shard, size: pytest.fail("made anew"))
+        assert list(open_index(path, size, "1").names) == list(index.names)
+    wrong = shards.ShardIndex(index.names, index.offsets - 512, index.sizes, index.labels)
+    write_index(beside, wrong, size)
+    assert open_index(path, size, "2").offsets.tolist() == index.offsets.tolist()
+    write_index(beside, shards.ShardIndex(index.names, index.offsets + size, index.sizes, index.labels), size)
+    assert open_index(path, size, "3").offsets.tolist() == index.offsets.tolist()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda raw: b"", "is no uncompressed tar file"),
+        (lambda raw: b"rubbish" * 1000, "is no uncompressed tar file"),
+        (lambda raw: raw[:1300], "is cut short in 0000.png|is no uncompressed tar file"),
+        (lambda raw: raw[:1536] + b"\xff" * 512 + raw[2048:], "is damaged at byte"),
+    ],
+)
+def test_damaged_tars(tmp_path: Path, damage, message: str) -> None:
+    write_tar(tmp_path / "x.tar", {f"{i:04d}.png": bytes([i]) * 900 for i in range(4)})
+    (tmp_path / "x.tar").write_bytes(damage((tmp_path / "x.tar").read_bytes()))
+    with pytest.raises(DataError, match=message):
+        ShardSource([tmp_path / "x.tar"])
+
+
+def test_tars_that_cannot_be_used(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", samples(2), "w:gz")
+    with pytest.raises(DataError, match="is no uncompressed tar file .*; unpack it if it is compressed"):
+        open_splits(str(tmp_path / "x.tar"), "data")
+    write_tar(tmp_path / "y.tar", {"a.txt": b"text"})
+    with pytest.raises(DataError, match=r"y.tar holds no images; accepted are .bmp"):
+        open_splits(str(tmp_path / "y.tar"), "data")
+
+
+def test_a_shard_that_vanished_is_an_unreadable_image(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", samples(2))
+    source = ShardSource([tmp_path / "x.tar"])
+    (tmp_path / "x.tar").unlink()
+    with pytest.raises(DataError, match=r"^x.tar/0001.png: No such file or directory"):
+        source.read(1)
