@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from torchmae.errors import ConfigError
 from torchmae.nn.mae import MaskedAutoencoder, no_weight_decay, parameter_counts
 from torchmae.nn.masking import Mask, mask_from_tokens, random_mask
 from torchmae.nn.patches import gather, patchify, unpatchify
+from torchmae.nn.presets import build
 
 DECODERS = ("self", "cross")
 
@@ -190,7 +192,8 @@ def test_a_perfect_normalised_prediction_reconstructs_the_image() -> None:
     model = tiny(norm_pix=True)
     images, mask = images_and_mask(model)
     target = model.hidden_values(images, mask)
-    model.decoder.forward = lambda *_: target  # type: ignore[method-assign]
+    model.decoder.tokens = lambda *_: target  # type: ignore[method-assign]
+    model.decoder.pred = torch.nn.Identity()
     assert model(images, mask).loss.item() == 0.0
     torch.testing.assert_close(model.reconstruct(images, mask).images, images, rtol=1e-5, atol=1e-5)
 
@@ -387,9 +390,71 @@ def test_patches_of_the_prediction_lie_where_they_belong() -> None:
     # A prediction of each patch's own index must appear at that patch of the picture.
     model = tiny()
     images, mask = images_and_mask(model)
-    model.decoder.forward = lambda *_: mask.ids_masked.float().unsqueeze(-1).expand(-1, -1, 24)  # type: ignore[method-assign]
+    model.decoder.tokens = lambda *_: mask.ids_masked.float().unsqueeze(-1).expand(-1, -1, 24)  # type: ignore[method-assign]
+    model.decoder.pred = torch.nn.Identity()
     filled = patchify(model.reconstruct(images, mask).images, (4, 2))
     index = torch.arange(12.0).reshape(1, 12, 1).expand(3, 12, 24)
     where = mask.removed()
     assert torch.equal(filled[where], index[where])
     assert torch.equal(unpatchify(filled, (4, 2), (2, 6)), model.reconstruct(images, mask).images)
+
+
+def crossmae(**options: Any) -> MaskedAutoencoder:
+    torch.manual_seed(0)
+    return build("vit_digits", depth=3, decoder="cross", decoder_depth=2, **options)
+
+
+def test_partial_prediction_is_the_full_one_at_fewer_places() -> None:
+    model = crossmae(predict_ratio=0.5, norm_pix=False)
+    images, noise = torch.randn(4, 1, 8, 8), torch.rand(4, 16)
+    mask = model.draw_mask("random", noise, 0.75)
+    full = model.eval()(images, mask)
+    part = model.train()(images, mask)
+    assert full.pred.shape[1] == 12
+    assert part.pred.shape[1] == 6
+    assert torch.equal(part.mask.ids_masked, mask.ids_masked[:, ::2])
+    assert torch.allclose(part.pred, full.pred[:, ::2], atol=1e-6)
+    target = model.hidden_values(images, mask)[:, ::2]
+    assert part.loss.item() == pytest.approx(F.mse_loss(full.pred[:, ::2], target).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"predict_ratio": 0.5}, {"feature_weights": True}])
+def test_what_only_the_cross_decoder_can_do(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="does not apply to the 'self' decoder"):
+        build("vit_digits", **options)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.1])
+def test_an_impossible_share_of_predictions(ratio: float) -> None:
+    with pytest.raises(ConfigError, match="predict_ratio"):
+        crossmae(predict_ratio=ratio)
+
+
+def test_feature_weights_begin_as_the_last_layer_and_learn() -> None:
+    model = crossmae(feature_weights=True)
+    images, noise = torch.randn(4, 1, 8, 8), torch.rand(4, 16)
+    mask = model.draw_mask("random", noise, 0.75)
+    plain = crossmae()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if "feature" not in k})
+    assert torch.allclose(model(images, mask).pred, plain(images, mask).pred, atol=1e-5)
+    model(images, mask).loss.backward()
+    weights = model.decoder.feature_weights
+    assert weights.shape == (2, 4)  # decoder blocks by encoder blocks and the embedding
+    assert (weights.grad.abs() > 0).all()
+
+
+def test_each_decoder_block_reads_its_own_mixture() -> None:
+    model = crossmae(feature_weights=True).eval()
+    images, noise = torch.randn(2, 1, 8, 8), torch.rand(2, 16)
+    mask = model.draw_mask("random", noise, 0.75)
+    before = model(images, mask).pred
+    model.decoder.feature_weights.data[1] = torch.tensor([1.0, 0.0, 0.0, 0.0])  # the second block: the embedding only
+    after = model(images, mask).pred
+    assert not torch.allclose(before, after)
+    for block in model.encoder.blocks:  # what the encoder's blocks do reaches the first decoder block alone
+        torch.nn.init.zeros_(block.attn.proj.weight)
+        torch.nn.init.zeros_(block.mlp.fc2.weight)
+    model.decoder.feature_weights.data[0] = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    emptied = model(images, mask).pred
+    model.decoder.feature_weights.data[:] = torch.tensor([0.0, 0.0, 0.0, 1.0])
+    assert torch.allclose(model(images, mask).pred, emptied, atol=1e-5)  # blocks that add nothing: all layers are equal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -34,12 +35,17 @@ class Autoencoder(nn.Module, ABC):
     norm_pix: bool
 
     @abstractmethod
-    def noise_count(self, strategy: str) -> int:
-        """Random numbers a mask takes for each sample; ConfigError for a strategy this model does not have."""
+    def noise_count(self, strategy: str, size: Sequence[int] | None = None) -> int:
+        """Random numbers a mask takes for each sample; ConfigError for a strategy this model does not have.
+
+        Args:
+            strategy: how to hide.
+            size: pixels along each axis; None: those trained on.
+        """
 
     @abstractmethod
-    def draw_mask(self, strategy: str, noise: Tensor, ratio: float) -> Any:
-        """A mask from (B, `noise_count(strategy)`) uniform random numbers."""
+    def draw_mask(self, strategy: str, noise: Tensor, ratio: float, size: Sequence[int] | None = None) -> Any:
+        """A mask from (B, `noise_count(strategy, size)`) uniform random numbers, for images of a size."""
 
     @abstractmethod
     def num_targets(self, mask: Any) -> int:

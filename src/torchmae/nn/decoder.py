@@ -32,6 +32,15 @@ class _Decoder(nn.Module):
         """(B, K, D) for (B, K) patch indices."""
         return F.embedding(ids, resample(self.pos_embed[0], self.grid, grid))
 
+    def forward(self, encoded: EncoderOutput, mask: Mask, grid: tuple[int, ...] | None = None) -> Tensor:
+        """Predicts the masked patches: (B, M, P), in the order of `mask.ids_masked`."""
+        prediction: Tensor = self.pred(self.tokens(encoded, mask, grid))
+        return prediction
+
+    def tokens(self, encoded: EncoderOutput, mask: Mask, grid: tuple[int, ...] | None = None) -> Tensor:
+        """What the prediction is made from: (B, M, D), normalised, in the order of `mask.ids_masked`."""
+        raise NotImplementedError
+
 
 class SelfDecoder(_Decoder):
     """The paper's decoder (section 3): self-attention over visible tokens and mask tokens.
@@ -63,8 +72,8 @@ class SelfDecoder(_Decoder):
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.apply(init_linear)
 
-    def forward(self, encoded: EncoderOutput, mask: Mask, grid: tuple[int, ...] | None = None) -> Tensor:
-        """Predicts the masked patches: (B, M, P), in the order of `mask.ids_masked`."""
+    def tokens(self, encoded: EncoderOutput, mask: Mask, grid: tuple[int, ...] | None = None) -> Tensor:
+        """What the prediction is made from: (B, M, D), normalised, in the order of `mask.ids_masked`."""
         grid = grid or self.grid
         visible = self.embed(encoded.patches)
         visible = visible + self.positions(mask.ids_keep, grid).to(visible.dtype)
@@ -72,14 +81,16 @@ class SelfDecoder(_Decoder):
         x = torch.cat([self.embed(encoded.prefix), visible, masked], dim=1)
         for block in self.blocks:
             x = block(x)
-        return self.pred(self.norm(x[:, -mask.ids_masked.shape[1] :]))
+        return self.norm(x[:, -mask.ids_masked.shape[1] :])
 
 
 class CrossDecoder(_Decoder):
     """CrossMAE's decoder (Fu et al. 2024, arXiv 2401.14391): masked patches attend to visible tokens, not each other.
 
-    Departure: its blocks all read the encoder's last layer, not learned mixtures of several; and the visible tokens
-    are given their positions again, as in the paper's own decoder.
+    With `feature_weights`, each block reads its own learned mixture of the encoder's layers, the embedding included
+    (section 3.4); without, all read the last layer. A mixture begins as the last layer alone.
+
+    Departure: the visible tokens are given their positions again, as in the paper's own decoder.
 
     Args:
         encoder_dim: width of the encoder's tokens.
@@ -89,6 +100,7 @@ class CrossDecoder(_Decoder):
         num_heads: attention heads; divides `embed_dim`.
         patch_dim: values in a patch, P.
         mlp_ratio: hidden width of a block's MLP over `embed_dim`.
+        feature_weights: how many layers of the encoder are mixed; 0: none.
     """
 
     def __init__(
@@ -101,21 +113,40 @@ class CrossDecoder(_Decoder):
         num_heads: int,
         patch_dim: int,
         mlp_ratio: float = 4.0,
+        feature_weights: int = 0,
     ) -> None:
         super().__init__(encoder_dim, grid, embed_dim, patch_dim)
         self.blocks = nn.ModuleList(CrossBlock(embed_dim, embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.apply(init_linear)
+        self.feature_weights: nn.Parameter | None = None
+        if feature_weights:
+            self.feature_norm = nn.LayerNorm(encoder_dim, eps=LAYER_NORM_EPS)
+            self.feature_weights = nn.Parameter(torch.zeros(depth, feature_weights))
+            self.feature_weights.data[:, -1] = 1.0
 
-    def forward(self, encoded: EncoderOutput, mask: Mask, grid: tuple[int, ...] | None = None) -> Tensor:
-        """Predicts the masked patches: (B, M, P), in the order of `mask.ids_masked`."""
+    def tokens(self, encoded: EncoderOutput, mask: Mask, grid: tuple[int, ...] | None = None) -> Tensor:
+        """What the prediction is made from: (B, M, D), normalised, in the order of `mask.ids_masked`.
+
+        `mask` may name fewer masked patches than there are: each is predicted alone.
+        """
         grid = grid or self.grid
-        visible = self.embed(encoded.patches)
-        visible = visible + self.positions(mask.ids_keep, grid).to(visible.dtype)
-        context = torch.cat([self.embed(encoded.prefix), visible], dim=1)
-        x = (self.mask_token + self.positions(mask.ids_masked, grid)).to(visible.dtype)
-        for block in self.blocks:
+        x = self.mask_token + self.positions(mask.ids_masked, grid)
+        prefix, positions = encoded.prefix.shape[1], self.positions(mask.ids_keep, grid)
+        for i, block in enumerate(self.blocks):
+            if i == 0 or self.feature_weights is not None:
+                context = self.embed(self._features(encoded, i))
+                context = torch.cat([context[:, :prefix], context[:, prefix:] + positions.to(context.dtype)], dim=1)
+                x = x.to(context.dtype)
             x = block(x, context)
-        return self.pred(self.norm(x))
+        return self.norm(x)
+
+    def _features(self, encoded: EncoderOutput, block: int) -> Tensor:
+        """(B, prefix + K, encoder_dim): what a block reads."""
+        if self.feature_weights is None:
+            return torch.cat([encoded.prefix, encoded.patches], dim=1)
+        weights = self.feature_weights[block]
+        mixed = sum(weight * layer for weight, layer in zip(weights, encoded.blocks, strict=True))
+        return self.feature_norm(mixed)
 
 
 DECODERS: dict[str, type[SelfDecoder] | type[CrossDecoder]] = {"self": SelfDecoder, "cross": CrossDecoder}

@@ -24,10 +24,13 @@ class EncoderOutput(NamedTuple):
     Attributes:
         prefix: (B, 1, D), the class token; (B, 0, D) without one.
         patches: (B, K, D), the patch tokens in the order they were given.
+        blocks: what each block was given, and what the last one gave: depth + 1 times (B, prefix + K, D), before the
+            final norm; empty unless asked for.
     """
 
     prefix: Tensor
     patches: Tensor
+    blocks: tuple[Tensor, ...] = ()
 
 
 class PatchEmbed(nn.Module):
@@ -115,7 +118,12 @@ class ViTEncoder(nn.Module):
         return self.forward_patches(patches, ids_keep, grid_size(images.shape[2:], self.patch_size))
 
     def forward_patches(
-        self, patches: Tensor, ids: Tensor | None = None, grid: tuple[int, ...] | None = None
+        self,
+        patches: Tensor,
+        ids: Tensor | None = None,
+        grid: tuple[int, ...] | None = None,
+        *,
+        keep_blocks: bool = False,
     ) -> EncoderOutput:
         """Encodes raw patches.
 
@@ -123,6 +131,7 @@ class ViTEncoder(nn.Module):
             patches: (B, K, P) as `patchify` cuts them.
             ids: (B, K) their indices in the grid; None: all, in order.
             grid: the grid they were cut from; None: the one trained on.
+            keep_blocks: give the tokens between blocks too.
         """
         x = self.patch_embed(patches)
         positions = self.positions(grid or self.grid)
@@ -131,10 +140,13 @@ class ViTEncoder(nn.Module):
         if self.cls_token is not None:
             prefix = (self.cls_token + positions[:1]).to(x.dtype)
             x = torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
+        between = [x]
         for block in self.blocks:
             x = block(x)
+            between.append(x)
         x = self.norm(x)
-        return EncoderOutput(x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :])
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        return EncoderOutput(prefix, patches, tuple(between) if keep_blocks else ())
 
     def check(self, images: Tensor) -> None:
         """Raises ConfigError for images of another number of channels or axes."""

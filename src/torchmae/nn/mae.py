@@ -9,11 +9,13 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchmae.errors import ConfigError, one_of
+from torchmae.errors import ConfigError, one_of, within
 from torchmae.nn.autoencoder import Autoencoder, Reconstruction
 from torchmae.nn.decoder import DECODERS
 from torchmae.nn.encoder import ViTEncoder
-from torchmae.nn.masking import STRATEGIES, Mask, noise_count
+from torchmae.nn.gradients import BINS, oriented_gradients
+from torchmae.nn.layers import init_linear
+from torchmae.nn.masking import STRATEGIES, Mask, noise_count, spread
 from torchmae.nn.patches import gather, grid_size, patch_statistics, patchify, unpatchify
 
 POOLS = ("mean", "cls", "tokens")
@@ -26,7 +28,7 @@ class MAEOutput(NamedTuple):
         loss: scalar float32, mean squared error over what is hidden.
         pred: (B, M, P) predictions of the masked patches, in the order of `mask.ids_masked` and in the space of the
             target (pixels, or patches normalised by their own statistics).
-        mask: the mask that was given.
+        mask: the mask that was given; in training with `predict_ratio`, `ids_masked` names what was predicted.
     """
 
     loss: Tensor
@@ -52,9 +54,14 @@ class MaskedAutoencoder(Autoencoder):
         decoder_depth: decoder blocks.
         decoder_num_heads: decoder heads.
         norm_pix: the target is each patch normalised by its own mean and deviation (paper section 4.1).
+        predict_ratio: share of the masked patches that training predicts, in (0, 1]; evaluation predicts all.
+            Below 1 needs the cross decoder, whose predictions do not depend on each other (CrossMAE, section 3.3).
+        feature_weights: the cross decoder's blocks read learned mixtures of all the encoder's layers (section 3.4).
+        hog_weight: in training, how much the mean squared error of predicted gradient histograms counts beside that of
+            the pixels (MaskFeat's target, Wei et al. 2022); 0: not at all. 2-D images only.
 
     Raises:
-        ConfigError: sizes that do not fit together.
+        ConfigError: sizes or options that do not fit together.
     """
 
     def __init__(
@@ -74,12 +81,24 @@ class MaskedAutoencoder(Autoencoder):
         decoder_depth: int,
         decoder_num_heads: int,
         norm_pix: bool = True,
+        predict_ratio: float = 1.0,
+        feature_weights: bool = False,
+        hog_weight: float = 0.0,
     ) -> None:
         super().__init__()
         one_of("decoder", decoder, DECODERS)
+        within("predict_ratio", predict_ratio, 0, 1, open_low=True)
+        within("hog_weight", hog_weight, 0, float("inf"), open_high=True)
+        if hog_weight and len(patch_size) != 2:
+            raise ConfigError(f"hog_weight needs images with 2 axes, found {len(patch_size)}", "use hog_weight 0")
+        for name, used in (("predict_ratio below 1", predict_ratio < 1), ("feature_weights", feature_weights)):
+            if used and decoder != "cross":
+                raise ConfigError(f"{name} does not apply to the {decoder!r} decoder", "use decoder 'cross'")
         if norm_pix and prod(patch_size) * in_chans < 2:
             raise ConfigError("norm_pix needs 2 values in a patch to normalise, found 1", "turn norm_pix off")
         self.norm_pix = norm_pix
+        self.predict_ratio = predict_ratio
+        self.feature_weights = feature_weights
         self.encoder = ViTEncoder(
             input_size=input_size,
             patch_size=patch_size,
@@ -99,7 +118,12 @@ class MaskedAutoencoder(Autoencoder):
             num_heads=decoder_num_heads,
             patch_dim=prod(patch_size) * in_chans,
             mlp_ratio=mlp_ratio,
+            **({"feature_weights": depth + 1} if feature_weights else {}),
         )
+        self.hog_weight = hog_weight
+        self.hog_head = nn.Linear(decoder_embed_dim, in_chans * BINS) if hog_weight else None
+        if self.hog_head is not None:
+            init_linear(self.hog_head)
 
     @property
     def patch_size(self) -> tuple[int, ...]:
@@ -118,10 +142,19 @@ class MaskedAutoencoder(Autoencoder):
             ConfigError: images of another number of channels or axes, or a mask of another batch or grid.
         """
         patches, grid = self._cut(images, mask)
-        encoded = self.encoder.forward_patches(gather(patches, mask.ids_keep), mask.ids_keep, grid)
-        pred = self.decoder(encoded, mask, grid)
-        target = self._target(gather(patches, mask.ids_masked))
-        return MAEOutput(F.mse_loss(pred.float(), target), pred, mask)
+        encoded = self.encoder.forward_patches(
+            gather(patches, mask.ids_keep), mask.ids_keep, grid, keep_blocks=self.feature_weights
+        )
+        asked = mask
+        if self.training and self.predict_ratio < 1:
+            asked = Mask(mask.ids_keep, spread(mask.ids_masked, self.predict_ratio))
+        tokens = self.decoder.tokens(encoded, asked, grid)
+        pred = self.decoder.pred(tokens)
+        loss = F.mse_loss(pred.float(), self._target(gather(patches, asked.ids_masked)))
+        if self.training and self.hog_head is not None:
+            histograms = gather(oriented_gradients(images, self.patch_size), asked.ids_masked)
+            loss = loss + self.hog_weight * F.mse_loss(self.hog_head(tokens).float(), histograms)
+        return MAEOutput(loss, pred, asked)
 
     def encode(self, images: Tensor, pool: str = "mean") -> Tensor:
         """Features of whole images; nothing is ever masked here.
@@ -157,15 +190,18 @@ class MaskedAutoencoder(Autoencoder):
         filled = unpatchify(pasted, self.patch_size, grid)
         return Reconstruction(filled, self.removed_pixels(mask, grid), note)
 
-    def draw_mask(self, strategy: str, noise: Tensor, ratio: float) -> Mask:
-        """A mask of the grid trained on, from (B, `noise_count(strategy)`) uniform random numbers."""
+    def draw_mask(self, strategy: str, noise: Tensor, ratio: float, size: Sequence[int] | None = None) -> Mask:
+        """A mask from (B, `noise_count(strategy, size)`) uniform random numbers, for images of a size."""
         one_of("mask.strategy", strategy, STRATEGIES)
-        return STRATEGIES[strategy](noise, self.encoder.grid, ratio)
+        return STRATEGIES[strategy](noise, self._grid(size), ratio)
 
-    def noise_count(self, strategy: str) -> int:
+    def noise_count(self, strategy: str, size: Sequence[int] | None = None) -> int:
         """Random numbers a mask takes for each sample; ConfigError for a strategy that does not hide patches."""
         one_of("mask.strategy", strategy, STRATEGIES)
-        return noise_count(strategy, self.encoder.grid)
+        return noise_count(strategy, self._grid(size))
+
+    def _grid(self, size: Sequence[int] | None) -> tuple[int, ...]:
+        return self.encoder.grid if size is None else grid_size(size, self.patch_size)
 
     def num_targets(self, mask: Mask) -> int:
         """How many values `forward` predicts and averages over."""

@@ -164,6 +164,16 @@ def mask_from_pixels(removed: Tensor, patch_size: Sequence[int]) -> Mask:
     return mask_from_tokens(patchify(flags[:, None], patch_size).any(-1))
 
 
+def spread(ids: Tensor, share: float) -> Tensor:
+    """Every so-manieth of the indices: (B, M) to (B, max(1, round(M * share))).
+
+    Strategies order what they hide: at random, by distance, by the grid. Evenly spread, a part is one of the whole.
+    """
+    count = max(1, round(ids.shape[1] * share))
+    steps = torch.arange(count, device=ids.device) * ids.shape[1] // count
+    return ids[:, steps]
+
+
 STRATEGIES: dict[str, Callable[[Tensor, Sequence[int], float], Mask]] = {
     "random": random_mask,
     "block": block_mask,

@@ -83,12 +83,12 @@ class MLPAutoencoder(Autoencoder):
         filled = torch.where(mask, pred, images.flatten(1).float()).view(images.shape)
         return Reconstruction(filled, self.removed_pixels(mask), "hidden values as predicted")
 
-    def draw_mask(self, strategy: str, noise: Tensor, ratio: float) -> Tensor:
-        """(B, N) bool from (B, N) uniform random numbers."""
+    def draw_mask(self, strategy: str, noise: Tensor, ratio: float, size: Sequence[int] | None = None) -> Tensor:  # noqa: ARG002
+        """(B, N) bool from (B, N) uniform random numbers; images have one size here."""
         one_of("mask.strategy", strategy, STRATEGIES)
         return elements_mask(noise, ratio, inverted=strategy == "elements_inverted")
 
-    def noise_count(self, strategy: str) -> int:
+    def noise_count(self, strategy: str, size: Sequence[int] | None = None) -> int:  # noqa: ARG002
         """Random numbers a mask takes for each sample; ConfigError for a strategy that hides patches."""
         one_of("mask.strategy", strategy, STRATEGIES)
         return prod(self.shape)

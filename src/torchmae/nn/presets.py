@@ -25,6 +25,9 @@ def _vit(input_size: int, patch_size: int, embed_dim: int, depth: int, num_heads
         "class_token": True,
         "drop_path": 0.0,
         "norm_pix": True,
+        "predict_ratio": 1.0,
+        "feature_weights": False,
+        "hog_weight": 0.0,
         **_PAPER_DECODER,
         **others,
     }

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from torchmae.config import OptimConfig
 from torchmae.nn.mae import no_weight_decay
+from torchmae.training.muon import BatchedMuon
 
 
 def peak_lr(config: OptimConfig, batch_size: int) -> float:
@@ -50,11 +51,7 @@ def build_optimizers(model: nn.Module, config: OptimConfig, batch_size: int) -> 
     if config.name == "muon":
         hidden = [p for name, p in named if _is_hidden_matrix(name, p)]
         named = [(name, p) for name, p in named if not _is_hidden_matrix(name, p)]
-        optimizers.append(
-            torch.optim.Muon(
-                hidden, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
-        )
+        optimizers.append(BatchedMuon(hidden, lr=config.muon_lr, weight_decay=config.weight_decay))
     decayed = [p for name, p in named if not no_weight_decay(name, p)]
     plain = [p for name, p in named if no_weight_decay(name, p)]
     groups = [

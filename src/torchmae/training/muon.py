@@ -1,0 +1,86 @@
+"""Muon with matrices of one shape orthogonalised together: the same update as `torch.optim.Muon`, in less time."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from math import sqrt
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+
+class BatchedMuon(torch.optim.Muon):
+    """Muon (Jordan et al. 2024) with the update size of AdamW (Liu et al. 2025, "match_rms_adamw").
+
+    A transformer has a few shapes of matrices, each once per block. torch.optim.Muon iterates on them one by one;
+    here all of a shape (or its transpose) are one batch of products. What is computed does not change, nor does the
+    state that a checkpoint holds.
+
+    Args:
+        params: the matrices.
+        lr: learning rate, on AdamW's scale.
+        weight_decay: decoupled weight decay.
+    """
+
+    def __init__(self, params: list[Tensor], lr: float, weight_decay: float) -> None:
+        super().__init__(params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step on the gradients that are there."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+            for param in group["params"]:
+                if param.grad is not None:
+                    by_shape[min(param.shape), max(param.shape)].append((param, param.grad))
+            for shape, pairs in by_shape.items():
+                self._step_together(pairs, shape, group)
+        return loss
+
+    def _step_together(self, pairs: list[tuple[Tensor, Tensor]], shape: tuple[int, int], group: dict[str, Any]) -> None:
+        """Updates matrices of one shape, each of which may be wide or tall, by their gradients."""
+        stack = torch.empty(len(pairs), *shape, dtype=torch.bfloat16, device=pairs[0][0].device)
+        for i, (param, gradient) in enumerate(pairs):
+            state = self.state[param]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(param)
+            momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+            update = gradient.lerp(momentum, group["momentum"])  # Nesterov's
+            stack[i] = update.mT if param.shape[0] > param.shape[1] else update
+        updates = orthogonalise(stack, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        size = group["lr"] * 0.2 * sqrt(shape[1])
+        for (param, _), update in zip(pairs, updates, strict=True):
+            param.mul_(1 - group["lr"] * group["weight_decay"])
+            param.add_(update.mT if param.shape[0] > param.shape[1] else update, alpha=-size)
+
+
+def orthogonalise(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Brings every singular value near 1 by a quintic Newton-Schulz iteration (Jordan et al. 2024).
+
+    Args:
+        matrices: (B, M, N) with M <= N, bfloat16; changed in place.
+        coefficients: of x, x^3 and x^5.
+        steps: iterations.
+        eps: the least norm a matrix is divided by.
+
+    Returns:
+        (B, M, N).
+    """
+    a, b, c = coefficients
+    x = matrices.div_(matrices.norm(dim=(1, 2), keepdim=True).clamp(min=eps))
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x

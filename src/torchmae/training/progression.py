@@ -1,0 +1,81 @@
+"""What changes in the course of a run: mask ratio and image size (DailyMAE, Gui et al. 2024, arXiv 2404.00509)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchmae.config import MaskConfig, PretrainConfig
+from torchmae.errors import ConfigError
+from torchmae.nn.autoencoder import Autoencoder
+from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.nn.patches import grid_size
+
+_MODE = {1: "linear", 2: "bicubic", 3: "trilinear"}
+
+
+def check_progression(config: PretrainConfig, model: Autoencoder) -> None:
+    """ConfigError for a progression that the model, or compilation, cannot follow."""
+    changes = [
+        name
+        for name, value in (("start_size", config.start_size), ("mask.final_ratio", config.mask.final_ratio))
+        if value is not None
+    ]
+    if not changes:
+        return
+    if not isinstance(model, MaskedAutoencoder):
+        raise ConfigError(f"{changes[0]} needs a model of patches, and this one has none", "leave it out")
+    if config.compile:
+        raise ConfigError(f"{changes[0]} changes shapes on the way, and compile is for one", "use --compile false")
+    if config.start_size is not None:
+        size = start_size(config, model)
+        if any(small > full for small, full in zip(size, full_size(model), strict=True)):
+            raise ConfigError(f"start_size is {size}, larger than the input {full_size(model)}", "make it smaller")
+        grid_size(size, model.patch_size)
+
+
+def full_size(model: MaskedAutoencoder) -> tuple[int, ...]:
+    """Pixels along each axis of the images a model is made for."""
+    return tuple(cells * pixels for cells, pixels in zip(model.encoder.grid, model.patch_size, strict=True))
+
+
+def start_size(config: PretrainConfig, model: MaskedAutoencoder) -> tuple[int, ...]:
+    """`config.start_size` as one number per axis; ConfigError for another number of axes."""
+    axes = len(model.patch_size)
+    assert config.start_size is not None
+    size = (config.start_size,) * axes if isinstance(config.start_size, int) else tuple(config.start_size)
+    if len(size) != axes:
+        raise ConfigError(
+            f"start_size is {size} but images have {axes} axes", "give one number for each, or one for all"
+        )
+    return size
+
+
+def mask_ratio(config: MaskConfig, step: int, total: int) -> float:
+    """The share of patches hidden in a step (0 to total - 1): from `ratio` to `final_ratio` in a straight line."""
+    if config.final_ratio is None:
+        return config.ratio
+    return config.ratio + (config.final_ratio - config.ratio) * step / max(total - 1, 1)
+
+
+def early_images(images: Tensor, model: Autoencoder, config: PretrainConfig, step: int, total: int) -> Tensor:
+    """The images of a step (0 to total - 1): resampled to `start_size` in the first `start_share` of the run.
+
+    Args:
+        images: (B, C, *size).
+        model: what they are for.
+        config: the progression.
+        step: of the run.
+        total: steps of the run.
+
+    Returns:
+        (B, C, *size), fewer pixels.
+    """
+    if config.start_size is None or step >= config.start_share * total:
+        return images
+    assert isinstance(model, MaskedAutoencoder)
+    size = start_size(config, model)
+    if size == tuple(images.shape[2:]):
+        return images
+    axes = len(size)
+    return F.interpolate(images, size=size, mode=_MODE[axes], antialias=axes == 2)

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from torchmae.errors import ConfigError
+from torchmae.nn import presets
+from torchmae.nn.flops import count_flops, encode_flops
+
+MODELS = [
+    ("vit_digits", {}, 0.75),
+    ("vit_digits", {"decoder": "cross"}, 0.5),
+    ("vit_digits", {"class_token": False, "mlp_ratio": 2.7, "in_chans": 3}, 0.9),
+    ("vit_digits", {"input_size": (8, 8, 4), "patch_size": (2, 4, 2)}, 0.75),
+    ("vit_tiny_32_p4", {"depth": 2, "embed_dim": 96}, 0.6),
+    ("mlp", {"hidden_dim": 7}, 0.5),
+]
+
+
+def counted(values: dict[str, Any], ratio: float) -> tuple[int, int, int]:
+    """What PyTorch counts in a forward pass, in forward and backward, and in encoding, for two images."""
+    model = presets.construct(values)
+    images = torch.randn(2, values["in_chans"], *values["input_size"])
+    strategy = "elements" if "hidden_dim" in values else "random"
+    mask = model.draw_mask(strategy, torch.rand(2, model.noise_count(strategy)), ratio)
+    # A fused backward computes the attention weights again; the formulas count what the gradients need.
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward:
+            loss = model(images, mask).loss
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+        with FlopCounterMode(display=False) as encoding, torch.no_grad():
+            model.encode(images)
+    first, second, third = (item.get_total_flops() for item in (forward, backward, encoding))
+    return first, first + second, third
+
+
+@pytest.mark.parametrize(("preset", "overrides", "ratio"), MODELS)
+def test_formulas_give_what_pytorch_counts(preset: str, overrides: dict[str, Any], ratio: float) -> None:
+    values = presets.arguments(preset, **overrides)
+    flops = count_flops(values, ratio)
+    assert (2 * flops.forward, 2 * flops.training, 2 * encode_flops(values)) == counted(values, ratio)
+
+
+def test_a_model_that_everybody_knows() -> None:
+    # ViT-B/16 at 224: 17.6 billion multiply-adds, patches and classifier with it.
+    values = presets.arguments("vit_base")
+    assert encode_flops(values) / 2 == pytest.approx(17.5e9, rel=0.01)
+    # The encoder of visible patches alone costs less than a third of the whole image's (paper, section 3).
+    assert count_flops(values, 0.75).encoder < encode_flops(values) / 3.5
+
+
+def test_recomputing_costs_one_more_pass_through_the_blocks() -> None:
+    flops = count_flops(presets.arguments("vit_large"), 0.75)
+    assert flops.recomputed - flops.training == flops.forward - flops.patch_embed
+
+
+def test_a_ratio_that_cannot_be() -> None:
+    with pytest.raises(ConfigError, match="mask ratio is 1; it must lie between"):
+        count_flops(presets.arguments("vit_base"), 1.0)

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small import images, mlp, train, vit
+
+from torchmae.config import MaskConfig, PretrainConfig
+from torchmae.errors import ConfigError
+from torchmae.training.progression import check_progression, early_images, mask_ratio
+
+
+def config(**values: Any) -> PretrainConfig:
+    return PretrainConfig(batch_size=4, epochs=4, **values)
+
+
+def test_the_ratio_goes_in_a_straight_line() -> None:
+    changing = MaskConfig(ratio=0.5, final_ratio=0.9)
+    assert [mask_ratio(changing, step, 5) for step in range(5)] == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.9])
+    assert mask_ratio(changing, 0, 1) == 0.5
+    assert mask_ratio(MaskConfig(ratio=0.5), 3, 5) == 0.5
+
+
+def test_small_images_come_first() -> None:
+    model, batch = vit(), torch.full((2, 1, 8, 8), 3.0)
+    early = config(start_size=4, start_share=0.25)
+    sizes = [early_images(batch, model, early, step, 8).shape[2:] for step in range(8)]
+    assert sizes == [(4, 4)] * 2 + [(8, 8)] * 6
+    assert torch.allclose(early_images(batch, model, early, 0, 8), torch.tensor(3.0))
+    assert early_images(batch, model, config(), 0, 8) is batch
+    assert early_images(batch, model, config(start_size=(4, 8)), 0, 8).shape[2:] == (4, 8)
+
+
+def test_a_run_sees_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = vit()
+    seen: list[tuple[int, int, int]] = []
+    forward = type(model).forward
+
+    def noted(self: Any, batch: torch.Tensor, mask: Any) -> Any:
+        seen.append((batch.shape[-1], mask.ids_keep.shape[1], mask.ids_masked.shape[1]))
+        return forward(self, batch, mask)
+
+    monkeypatch.setattr(type(model), "forward", noted)
+    progressing = config(start_size=4, mask=MaskConfig(ratio=0.5, final_ratio=0.75))
+    state, tracker = train(progressing, model, images(8), tmp_path)
+    assert state.step == 8
+    assert [size for size, _, _ in seen] == [4] * 4 + [8] * 4
+    assert [keep + masked for _, keep, masked in seen] == [4] * 4 + [16] * 4
+    assert seen[-1][1] == 4  # a quarter of 16 in the end
+    assert seen[4][1] > 4
+    assert all(record["loss"] > 0 for record in tracker.of("epoch"))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"start_size": 16}, "larger than the input"),
+        ({"start_size": 3}, "patch"),
+        ({"start_size": (4, 4, 4)}, "2 axes"),
+        ({"start_size": 4, "compile": True}, "--compile false"),
+        ({"mask": MaskConfig(final_ratio=0.5), "compile": True}, "--compile false"),
+    ],
+)
+def test_what_cannot_be(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_progression(config(**values), vit())
+
+
+def test_a_model_without_patches_has_one_size() -> None:
+    with pytest.raises(ConfigError, match="needs a model of patches"):
+        check_progression(config(start_size=4), mlp())
+    check_progression(config(), mlp())
+
+
+@pytest.mark.parametrize("values", [{"start_share": 1.0}, {"start_share": 0.0}, {"start_size": 0}])
+def test_impossible_values(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(values))):
+        config(**values)
