@@ -1,0 +1,233 @@
+"""The three measurements on the smallest of networks: what they count, not how fast this machine is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from torchmae.bench import data as data_module
+from torchmae.bench import step as step_module
+from torchmae.bench import train as train_module
+from torchmae.bench.data import measure_data
+from torchmae.bench.options import DataOptions, StepOptions, TrainOptions
+from torchmae.bench.step import Entry, entries, measure_step
+from torchmae.bench.timing import PHASES
+from torchmae.bench.train import BARE, measure_train
+from torchmae.config import DataConfig, ModelConfig, PretrainConfig
+from torchmae.errors import ConfigError, Interrupted
+from torchmae.nn.flops import count_flops
+from torchmae.nn.presets import arguments
+
+SIZES = {"embed_dim": 16, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16, "decoder_depth": 1}
+CONFIG = PretrainConfig(
+    model=ModelConfig(preset="vit_digits", in_chans=1, **SIZES),  # type: ignore[arg-type]
+    batch_size=64,
+    threads=1,
+    precision="fp32",
+    log_every=3,
+)
+
+
+class Heard:
+    """Progress that is kept."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, int, int]] = []
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        self.lines.append((what, done, total))
+
+
+@pytest.fixture
+def peak(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Matrix products at 1e12 operations a second; the precisions that were asked for."""
+    asked: list[str] = []
+    monkeypatch.setattr(step_module, "matrix_product_rate", lambda _, precision: asked.append(precision) or 1e12)
+    yield asked
+
+
+def test_a_step_beside_a_peer(peak: list[str]) -> None:
+    pytest.importorskip("transformers")
+    heard = Heard()
+    options = StepOptions(rounds=2, steps=1, memory=False, against="transformers")
+    report = measure_step(entries(CONFIG, options.against), options, heard)
+    ours, theirs = report.results
+    assert (ours.name, theirs.name) == ("torchmae, fp32", "transformers, fp32")
+    flops = count_flops(arguments("vit_digits", **SIZES), 0.75).training
+    for result in (ours, theirs):
+        assert len(result.images_per_s) == 2 and min(result.images_per_s) > 0
+        assert tuple(result.shares) == PHASES and sum(result.shares.values()) == pytest.approx(1)
+        assert result.figures["flops_per_image"] == flops
+        assert result.figures["share_of_peak"] == pytest.approx(result.median * flops / 1e12)
+        assert "peak_memory" not in result.figures
+    assert peak == ["fp32", "fp32"]
+    assert heard.lines == [("timing steps", 1, 2), ("timing steps", 2, 2)]
+    assert report.title == "vit_digits, 1 x 8 x 8, batch 64, mask 0.75"
+    assert report.environment["peak_flops_per_s"] == {"fp32": 1e12}
+    assert any(
+        note.startswith(f"GFLOP an image, forward and backward, by formula: {flops / 1e9:.3g}.")
+        for note in report.notes
+    )
+
+
+def test_contenders_may_differ_in_their_settings(peak: list[str]) -> None:
+    deep = replace(CONFIG, model=replace(CONFIG.model, depth=2), precision="bf16")
+    rivals = [Entry("flat", "torchmae", CONFIG), Entry("deep", "torchmae", deep)]
+    report = measure_step(rivals, StepOptions(rounds=1, steps=1, memory=False), Heard())
+    assert [result.name for result in report.results] == ["flat, fp32", "deep, bf16"]
+    flat, other = (result.figures["flops_per_image"] for result in report.results)
+    assert flat is not None and other is not None and other > flat
+    assert sorted(peak) == ["bf16", "fp32"]
+    assert set(report.settings) == {"flat", "deep"}
+    assert any("flat, fp32 0.00" in note and "deep, bf16 0.00" in note for note in report.notes)
+
+
+def test_memory_is_that_of_each_contender(peak: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        step_module, "peak_memory", lambda code, config: config.batch_size if code == "torchmae" else None
+    )
+    report = measure_step(entries(CONFIG, None), StepOptions(rounds=1, steps=1), Heard())
+    assert report.results[0].figures["peak_memory"] == 64
+
+
+def test_what_a_peer_cannot_do_is_said_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = Heard()
+    config = replace(CONFIG, model=replace(CONFIG.model, decoder="cross"))
+    with pytest.raises(ConfigError, match="no equal of this model.decoder"):
+        measure_step(entries(config, "lightly"), StepOptions(), heard)
+    assert heard.lines == []
+
+
+def test_memory_that_does_not_suffice_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(step_module, "build", build)
+    with pytest.raises(ConfigError, match="^batches of 64 do not fit into memory; lower batch_size$"):
+        measure_step(entries(CONFIG, None), StepOptions(memory=False), Heard())
+
+
+def test_without_a_number_of_steps_a_turn_takes_about_a_second(
+    peak: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+
+    def seconds_of(work: object, times: int, device: torch.device) -> float:
+        taken.append(times)
+        return 0.01
+
+    monkeypatch.setattr(step_module, "seconds_of", seconds_of)
+    monkeypatch.setattr(step_module, "step_shares", lambda contender: {})
+    report = measure_step(entries(CONFIG, None), StepOptions(rounds=2, memory=False), Heard())
+    assert taken == [1, 2, 1, 100, 100]  # the first step, warm-up, one to see how long it takes, two rounds
+    assert report.results[0].images_per_s == (6400.0, 6400.0)
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    noise = np.random.default_rng(0)
+    for i in range(20):
+        pixels = noise.integers(0, 256, (12 + i % 3, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+def test_loading_beside_torchvision(photographs: Path) -> None:
+    config = replace(
+        CONFIG,
+        model=ModelConfig(preset="vit_digits"),
+        data=DataConfig(source=str(photographs), num_workers=0),
+        batch_size=4,
+    )
+    heard = Heard()
+    report = measure_data(config, DataOptions(rounds=2, batches=2, against="torchvision"), heard)
+    assert [result.name for result in report.results] == ["torchmae", "torchvision"]
+    for result in report.results:
+        assert len(result.images_per_s) == 2
+        assert result.figures == {"per_worker": result.median}
+    assert report.title == f"{photographs}: 16 images to 8 x 8, batch 4"  # a fifth is held out
+    assert report.notes[0].startswith("torchmae takes images from files (num_workers 0); ")
+    assert heard.lines[-1] == ("timing batches", 2, 2)
+
+
+def test_torchvisions_batches_are_like_ours(photographs: Path) -> None:
+    seen: dict[str, torch.Tensor] = {}
+    config = replace(
+        CONFIG,
+        model=ModelConfig(preset="vit_digits"),
+        data=DataConfig(source=str(photographs), num_workers=0, crop_scale=(1.0, 1.0)),
+        batch_size=16,
+    )
+
+    def first(stream: object, skip: int, batches: int, device: torch.device) -> object:
+        batch = next(stream())  # type: ignore[operator]
+        seen[str(len(seen))] = batch
+        return lambda: 1.0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_module, "turn", first)
+        measure_data(config, DataOptions(against="torchvision"), Heard())
+    ours, theirs = seen.values()
+    assert ours.shape == theirs.shape == (16, 3, 8, 8)
+    assert ours.dtype == theirs.dtype == torch.float32
+    assert theirs.mean().item() == pytest.approx(ours.mean().item(), abs=0.1)
+    assert theirs.std().item() == pytest.approx(ours.std().item(), rel=0.15)
+
+
+def test_images_in_memory_have_no_workers_and_no_peer() -> None:
+    report = measure_data(CONFIG, DataOptions(rounds=1, batches=2), Heard())
+    assert report.results[0].figures == {}
+    assert "from memory, in this process" in report.notes[0]
+    with pytest.raises(ConfigError, match=r"torchvision cannot be timed on digits/\d+; give --data a folder"):
+        measure_data(CONFIG, DataOptions(rounds=1, batches=2, against="torchvision"), Heard())
+
+
+def test_the_loop_beside_the_bare_step() -> None:
+    heard = Heard()
+    report = measure_train(CONFIG, TrainOptions(rounds=2, steps=3), heard)
+    loop, bare = report.results
+    assert (loop.name, bare.name) == ("torchmae", BARE)
+    assert len(loop.images_per_s) == len(bare.images_per_s) == 2
+    assert tuple(loop.shares) == (*PHASES, "data", "loop")
+    assert sum(loop.shares.values()) == pytest.approx(1) and min(loop.shares.values()) >= 0
+    assert heard.lines[-1] == ("timing the loop", 2, 2)
+    assert report.settings["model"]["in_chans"] == 1
+
+
+def test_the_loops_clock_counts_what_lies_between_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_module, "turn", lambda contender, steps: lambda: 200.0)
+    turns = train_module._Turns(None, TrainOptions(rounds=2), Heard())  # type: ignore[arg-type]
+
+    def window(seconds: float, images_per_s: float, wait: float) -> None:
+        turns.log("train", 0, {"seconds": seconds, "images_per_s": images_per_s, "data_wait": wait})
+
+    window(10.0, 1.0, 1.0)  # warm-up: not counted
+    turns.log("val", 0, {"loss": 1.0})
+    assert turns.evaluate(1) == {}
+    window(12.0, 100.0, 0.5)
+    window(14.0, 50.0, 0.0)
+    assert turns.evaluate(2) == {}
+    window(18.0, 160.0, 0.25)
+    with pytest.raises(train_module._Enough):
+        turns.evaluate(3)
+    assert turns.loop == [75.0, 160.0]
+    assert turns.bare == [200.0, 200.0]
+    assert turns.data_wait == pytest.approx((1 + 1) / 8)
+
+
+def test_a_stopped_loop_does_not_offer_to_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pretrain(*args: object, **kwargs: object) -> None:
+        raise Interrupted("stopped", "go on with: torchmae pretrain --resume nowhere", 15)
+
+    monkeypatch.setattr(train_module, "pretrain", pretrain)
+    with pytest.raises(Interrupted, match="^the benchmark was stopped; run it again$") as caught:
+        measure_train(CONFIG, TrainOptions(rounds=1, steps=1), Heard())
+    assert caught.value.exit_status == 128 + 15
