@@ -15,6 +15,7 @@ from tiny_run import write_run
 from torchmae.cli import main
 from torchmae.evaluation import anomaly
 from torchmae.evaluation.records import read_records
+from torchmae.report.measures import measure_of
 
 ANOMALY = ["--method", "anomaly", "--threads", "1", "--precision", "fp32", "--progress", "none"]
 
@@ -47,8 +48,8 @@ def test_figures_files_and_their_record(run: Path, capsys: pytest.CaptureFixture
     figures = record["results"][0]["figures"]
     assert json.loads(printed[-1])["figures"]["model"] == figures
     for name, value in figures.items():
-        row = next(line.split() for line in printed if line.split()[:1] == [name.removeprefix("anomaly_")])
-        assert row[1] == f"{value:.3f}"
+        row = next(line for line in printed if line.strip().startswith(f"{measure_of(name).label}  "))
+        assert row.split()[-1] == f"{value:.3f}"
     assert figures["anomaly_knn"] > 0.9  # which a network that learned nothing can tell too
     assert (record["method"], record["options"]["normal"], record["options"]["test"]) == ("anomaly", "normal", "test")
     assert record["data"]["classes"] == ["normal", "anomalous"]

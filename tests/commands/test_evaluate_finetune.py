@@ -36,7 +36,7 @@ def test_a_classifier_its_figures_and_their_record(run: Path, capsys: pytest.Cap
     printed = capsys.readouterr().out.splitlines()
     out = run / "finetune-pretrained"
     assert "120 training and 60 test images of 10 classes" in printed
-    assert [line.split()[0] for line in printed if "[" in line and "{" not in line] == ["finetune"]
+    assert [line.split()[0] for line in printed if " to " in line and "{" not in line] == ["fine-tuned"]
     assert f"note: fine-tuned on 120 labelled images; the classifier is in {out}" in printed
     record = read_records(run)[-1]
     figures = record["results"][0]["figures"]
@@ -84,7 +84,7 @@ def test_random_weights_have_a_name_of_their_own(run: Path, capsys: pytest.Captu
 def test_few_labels_in_several_draws(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = ["--labels-per-class", "3", "--draws", "2"]
     assert main(["evaluate", str(run), *FINETUNE, *few]) == 0
-    row = next(line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["finetune"])
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["fine-tuned"])
     assert "±" in row
     result = read_records(run)[-1]["results"][0]
     draws = result["details"]["finetune"]["draws"]

@@ -40,17 +40,17 @@ def test_the_figures_are_mean_and_deviation_over_draws() -> None:
 
     train = Labelled(torch.arange(40.0)[:, None], torch.from_numpy(LABELS))
     test = Labelled(torch.zeros(10, 1), torch.arange(10) % 3)
-    result = few_shot.run(train, test, classify, classes=CLASSES, labels_per_class=4, draws=3)
+    result = few_shot.measure(train, test, classify, classes=CLASSES, labels_per_class=4, draws=3)
     assert result.figures == pytest.approx({"probe": 80.0, "probe_std": 10.0})
     assert result.details["probe"]["draws"] == pytest.approx([90, 80, 70])
     assert [len(item.labels) for item in asked] == [12, 12, 12]
-    assert few_shot.run(train, test, classify, classes=CLASSES, labels_per_class=4, draws=1).figures["probe_std"] == 0
+    assert few_shot.run(train, test, classify, classes=CLASSES, labels_per_class=4, draws=1)["probe_std"] == 0
 
 
 def test_knn_with_fewer_images_than_neighbours() -> None:
     labels = torch.from_numpy(LABELS)
     train = Labelled(torch.eye(3)[labels] + 0.01 * torch.randn(40, 3), labels)
-    result = few_shot.run(train, train, knn.classify, classes=CLASSES, labels_per_class=1, draws=2)
+    result = few_shot.measure(train, train, knn.classify, classes=CLASSES, labels_per_class=1, draws=2)
     assert {name: result.figures[name] for name in ("knn10", "knn20", "knn100")} == {
         "knn10": 100.0,
         "knn20": 100.0,

@@ -13,7 +13,7 @@ def test_each_record_is_a_line(tmp_path: Path) -> None:
     assert read_records(tmp_path) == []
     records = [{"figures": {"knn20": 44.0 + i}, "text": "a\nb é"} for i in range(3)]
     for record in records:
-        append_record(tmp_path, record)
+        assert append_record(tmp_path, record) == tmp_path / NAME
     assert read_records(tmp_path) == records
     assert len((tmp_path / NAME).read_text(encoding="utf-8").splitlines()) == 3
 

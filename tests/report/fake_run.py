@@ -25,6 +25,7 @@ def train_records() -> list[dict[str, Any]]:
             "loss": 0.4 + 20 / step,
             "lr": 1e-3 * (1 - step / 110),
             "grad_norm": 1.0,
+            "update_to_weight": 2e-3 - 1e-5 * step,
             "images_per_s": 300.0 + step,
             "data_wait": 0.01,
             "seconds": step * 0.5,
@@ -45,6 +46,7 @@ def val_records() -> list[dict[str, Any]]:
             "explained_variance": 1 - loss,
             "explained_variance_interpolation": 0.4,
             "knn": knn,
+            "linear": knn + 5,
         }
         for step, loss, knn in ((50, 0.7, 70.0), (100, 0.5, 80.0))
     ]
@@ -66,6 +68,9 @@ def summary(**changes: Any) -> dict[str, Any]:
         "knn": 80.0,
         "knn_untrained": 40.0,
         "knn_pixels": 60.0,
+        "linear": 85.0,
+        "linear_untrained": 55.0,
+        "linear_pixels": 65.0,
         "num_train": 1500,
         "num_val": 1000,
         "params_encoder": 1_230_000,

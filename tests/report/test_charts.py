@@ -10,10 +10,11 @@ from fake_run import train_records, val_records
 
 from torchmae.report.charts import (
     Chart,
-    knn_chart,
+    accuracy_chart,
     learning_rate_chart,
     loss_chart,
     rank_chart,
+    step_size_chart,
     throughput_chart,
     variance_chart,
 )
@@ -23,8 +24,10 @@ def all_charts(train: list[dict[str, Any]], val: list[dict[str, Any]]) -> list[C
     charts = [
         loss_chart(train, val),
         variance_chart(val),
-        knn_chart(val, 40.0, 60.0),
+        accuracy_chart(val, "knn", 40.0, 60.0),
+        accuracy_chart(val, "linear", 55.0, 65.0),
         learning_rate_chart(train),
+        step_size_chart(train),
         throughput_chart(train),
     ]
     return [chart for chart in charts if chart is not None]
@@ -32,7 +35,7 @@ def all_charts(train: list[dict[str, Any]], val: list[dict[str, Any]]) -> list[C
 
 def test_every_chart_is_a_labelled_well_formed_drawing() -> None:
     charts = all_charts(train_records(), val_records())
-    assert len(charts) == 5
+    assert len(charts) == 7
     for chart in charts:
         root = ElementTree.fromstring(chart.svg.replace("<svg ", '<svg xmlns:xlink="x" ', 1))
         assert root.attrib["role"] == "img"
@@ -61,13 +64,17 @@ def test_the_same_records_give_the_same_drawing() -> None:
 
 
 def test_alt_texts_state_the_numbers() -> None:
-    loss, variance, knn, rate, throughput = all_charts(train_records(), val_records())
+    loss, variance, knn, linear, rate, steps, throughput = all_charts(train_records(), val_records())
     assert loss.alt == (
         "Loss over steps: training from 2.400 to 0.600; held-out images from 0.700 to 0.500; "
         "interpolation 0.600; mean patch 1.000."
     )
     assert "this model from 30.0% to 50.0%; interpolation 40.0%" in variance.alt
     assert "this model from 70.0% to 80.0%; raw pixels 60.0%; untrained network 40.0%" in knn.alt
+    assert linear.alt == (
+        "Linear probe accuracy over steps: this model from 75.0% to 85.0%; raw pixels 65.0%; untrained network 55.0%."
+    )
+    assert "by 0.1% of their norm (median), at most 0.2%; gradient norm from 1.000 to 1.000" in steps.alt
     assert "highest at step 10 with 0.000909, at the end 9.09e-05" in rate.alt
     assert "median 355 images per second, from 310 to 400" in throughput.alt
     assert "1.0% of the time" in throughput.alt
@@ -80,7 +87,7 @@ def test_long_runs_stay_small() -> None:
         for i in range(20_000)
     ]
     charts = all_charts(train, val_records())
-    assert len(charts) == 5
+    assert len(charts) == 6
     assert all(len(chart.svg) < 40_000 for chart in charts)
 
 
@@ -123,12 +130,13 @@ def test_values_that_are_no_numbers_are_left_out(key: str) -> None:
 
 def test_nothing_to_draw_is_no_chart() -> None:
     no_labels = [{key: value for key, value in record.items() if key != "knn"} for record in val_records()]
-    assert knn_chart(no_labels, None, None) is None
+    assert accuracy_chart(no_labels, "knn", None, None) is None
+    assert step_size_chart([{"step": 1, "grad_norm": 1.0}]) is None  # as runs of before have it
     assert all_charts([], []) == []
 
 
 def test_one_point_is_enough() -> None:
-    assert len(all_charts(train_records()[:1], val_records()[:1])) == 5
+    assert len(all_charts(train_records()[:1], val_records()[:1])) == 7
 
 
 def test_the_effective_rank_is_drawn_where_it_was_measured() -> None:

@@ -62,7 +62,7 @@ def test_the_page_has_every_part_in_order(runs: list[Path], tmp_path: Path) -> N
     words = page.words()
     assert words.index("A base") < words.index("B fast") < words.index("C raw")
     assert sum(tag == "h1" for tag, _ in page.tags) == 1
-    assert len(list(page.all("svg"))) == 6
+    assert len(list(page.all("svg"))) == 8
     identifiers = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(identifiers) == len(set(identifiers))
     assert {section["aria-labelledby"] for section in page.all("section", "div") if "aria-labelledby" in section} <= {
@@ -77,6 +77,8 @@ def test_figures_stand_side_by_side_and_the_best_is_marked(runs: list[Path], tmp
     assert cells(page, "kNN accuracy") == ["80.0%", "90.0%", "80.0%"]
     assert best(page, "kNN accuracy") == [False, True, False]
     assert cells(page, "of raw pixels") == ["60.0%"] * 3
+    assert cells(page, "Linear probe accuracy") == ["85.0%"] * 3
+    assert not any(best(page, "Linear probe accuracy"))
     assert cells(page, "Training time") == ["1 min 15 s"] * 3
     assert not any(best(page, "of raw pixels"))
 
@@ -156,8 +158,10 @@ def test_pictures_and_evaluations_of_each_run(runs: list[Path], tmp_path: Path) 
     for number, run in enumerate(runs[:2]):
         images, colours = (rng.random(shape, dtype=np.float32) for shape in ((2, 1, 8, 8), (2, 4, 4, 3)))
         save_png(pca_picture(images, colours), run / "pictures" / "1-features.png")
-        figures = {"linear": 50.0 + number, "linear_low": 49.0, "linear_high": 52.0}
-        (run / "evaluations.jsonl").write_text(json.dumps({"method": "linear", "figures": figures}) + "\n{")
+        figures = {"linear_mean": 50.0 + number, "linear_mean_low": 49.0, "linear_mean_high": 52.0, "anomaly_knn": 0.9}
+        options = {"out": run.name, "pool": None}
+        line = {"method": "linear", "figures": figures, "options": options, "data": {"test_images": 10}}
+        (run / "evaluations.jsonl").write_text(json.dumps(line) + "\n{")
     page = page_of(runs, tmp_path)
     assert "What they learned" in page.headings()
     alts = [image["alt"] for image in page.all("img") if "Patch features" in image["alt"]]
@@ -165,8 +169,21 @@ def test_pictures_and_evaluations_of_each_run(runs: list[Path], tmp_path: Path) 
         "Patch features as colours, run A, base",
         "Patch features as colours, run B, fast",
     ]
-    assert [cell.partition("<")[0] for cell in cells(page, "linear")] == ["50.0", "51.0", "–"]
-    assert page.words().count("49.0 to 52.0") == 2
+    words = page.words()
+    accuracy, auroc = (words.index(f"By torchmae evaluate: {unit}") for unit in ("Accuracy, %", "AUROC"))
+    assert accuracy < words.index("linear probe, patch mean") < auroc < words.index("kNN distance of the mean feature")
+    assert [cell.partition("<")[0] for cell in cells(page, "linear probe, patch mean")] == ["50.0", "51.0", "–"]
+    assert words.count("49.0 to 52.0") == 2
+    assert "not to be compared" not in words
+
+
+def test_figures_of_other_images_are_not_set_beside_each_other_in_silence(runs: list[Path], tmp_path: Path) -> None:
+    for number, run in enumerate(runs[:2]):
+        line = {"method": "knn", "figures": {"knn20": 50.0}, "data": {"test_images": 100 * (1 + number)}}
+        (run / "evaluations.jsonl").write_text(json.dumps(line) + "\n")
+    page = page_of(runs, tmp_path)
+    assert [cell.partition("<")[0] for cell in cells(page, "kNN, k = 20 *")] == ["50.0", "50.0", "–"]
+    assert "*: not measured on the same images with the same options in every run" in page.words()
 
 
 def test_curves_go_by_images_seen_or_by_steps_where_a_batch_is_unknown(runs: list[Path], tmp_path: Path) -> None:

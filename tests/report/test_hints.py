@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from torchmae.report.hints import collapse_hint, data_hint, gradient_hint, hints, loss_hint
+from torchmae.report.hints import collapse_hint, data_hint, gradient_hint, hints, loss_hint, training_hints, update_hint
 
 
 def train(key: str, values: list[Any]) -> list[dict[str, Any]]:
@@ -61,13 +61,27 @@ def test_waiting_for_data_more_than_a_fifth_of_the_time() -> None:
     assert data_hint(train("data_wait", [0.9])) == ""
 
 
+@pytest.mark.parametrize(
+    ("update", "advice"), [(1e-5, "try a higher learning rate"), (1e-3, ""), (6e-3, ""), (0.1, "try a lower")]
+)
+def test_steps_far_from_a_thousandth_of_the_weights(update: float, advice: str) -> None:
+    schedule = [0.0, update / 10, *[update] * 10, update / 10, 0.0]
+    text = update_hint(train("update_to_weight", schedule))
+    assert advice in text and bool(advice) == bool(text)
+    if advice:
+        assert f"by {update:.1e} of their norm" in text
+    assert update_hint(train("update_to_weight", [update] * 3)) == ""  # too few to say what is usual
+
+
 def test_every_hint_has_its_place() -> None:
     records = [
         *val("effective_rank", [1.0]),
         *[{"kind": "val", "step": 9, "loss": 0.7, "loss_interpolation": 0.6}],
         *train("grad_norm", [1.0] * 20 + [100.0]),
+        *train("update_to_weight", [0.5] * 20),
         *train("data_wait", [0.5] * 3),
     ]
     found = hints(records)
-    assert [text.split()[1] for text in found] == ["loss", "features", "gradient", "waited"]
+    assert [text.split()[1] for text in found] == ["loss", "features", "gradient", "step", "waited"]
+    assert training_hints(records) == found[1:]
     assert all("\n" not in text and text.endswith(".") for text in found)

@@ -47,8 +47,10 @@ def test_every_final_figure_stands_on_the_page(run_folder: Path) -> None:
         assert figure in words
     # Variance is 0.5 / (1 - 0.5) = 1, which the mean patch's loss equals.
     assert "Mean of visible patches 1.000 0.0%" in words
-    for figure in ("This model's features 80.0%", "Raw pixels 60.0%", "The same network, untrained 40.0%"):
-        assert figure in words
+    assert "Features of kNN Linear probe This model 80.0% 85.0% Raw pixels 60.0% 65.0%" in words
+    assert "The same network, untrained 40.0% 55.0%" in words
+    assert "Accuracies are of 1,000 held-out images; the model itself saw no label." in words
+    assert "from at most 2,000 labelled training images" in words
     assert "predicting zero scores about 1" in words
     assert "last at step 100." in words
 
@@ -78,7 +80,7 @@ def test_every_picture_and_drawing_has_a_text_of_its_own(run_folder: Path) -> No
     page = page_of(run_folder)
     images, drawings = list(page.all("img")), list(page.all("svg"))
     assert len(images) == 3  # two columns of five triplets, and the progress
-    assert len(drawings) == 5
+    assert len(drawings) == 7
     texts = [image["alt"] for image in images] + [drawing["aria-label"] for drawing in drawings]
     assert all(len(text) > 30 for text in texts)
     assert len(set(texts)) == len(texts)
@@ -176,7 +178,7 @@ def test_an_unfinished_run_says_so_and_shows_what_there_is(run_folder: Path) -> 
     assert "has not finished: it stands at step 100" in words
     assert f"torchmae pretrain --resume {run_folder.as_posix()}" in words
     assert "This model 0.500 50.0%" in words and "80.0%" in words
-    assert len(list(page.all("svg"))) == 5
+    assert len(list(page.all("svg"))) == 7
 
 
 def test_a_finished_run_offers_no_resumption(run_folder: Path) -> None:
@@ -201,11 +203,12 @@ def test_a_run_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
 
 
 def test_without_labels_there_is_no_knn(run_folder: Path) -> None:
-    without = [{key: value for key, value in record.items() if key != "knn"} for record in val_records()]
+    without = [{key: item for key, item in record.items() if key not in ("knn", "linear")} for record in val_records()]
     write_metrics(run_folder, [*train_records(), *without])
-    (run_folder / "summary.json").write_text(json.dumps(summary(knn=None, knn_untrained=None, knn_pixels=None)))
+    names = (f"{classifier}{of}" for classifier in ("knn", "linear") for of in ("", "_untrained", "_pixels"))
+    (run_folder / "summary.json").write_text(json.dumps(summary(**dict.fromkeys(names))))
     page = page_of(run_folder)
-    assert len(list(page.all("svg"))) == 4
+    assert len(list(page.all("svg"))) == 5
     assert "Telling classes apart" not in page.words() and "nearest training images" not in page.words()
     assert page.html.count('<p class="answer">Yes</p>') == 1
 
@@ -262,7 +265,7 @@ def test_a_folder_that_is_no_run_gets_no_page(tmp_path: Path) -> None:
 def test_bars_stay_inside_their_cells(run_folder: Path, variance: float) -> None:
     (run_folder / "summary.json").write_text(json.dumps(summary(explained_variance=variance)))
     widths = [float(width) for width in re.findall(r"width: ([-\d.]+)%\"></span>", page_of(run_folder).html)]
-    assert len(widths) == 6
+    assert len(widths) == 9
     assert all(0 <= width <= 100 for width in widths)
 
 
@@ -289,17 +292,30 @@ def test_pictures_of_the_features_with_their_own_words(run_folder: Path) -> None
     assert all(len(alt) > 30 for alt in alts) and len(set(alts)) == 2
 
 
-def test_evaluations_stand_in_a_table_each(run_folder: Path) -> None:
+def test_a_run_of_before_the_linear_probe_has_one_column(run_folder: Path) -> None:
+    without = [{key: item for key, item in record.items() if key != "linear"} for record in val_records()]
+    write_metrics(run_folder, [*train_records(), *without])
+    names = ("linear", "linear_untrained", "linear_pixels")
+    (run_folder / "summary.json").write_text(json.dumps(summary(**dict.fromkeys(names))))
+    words = page_of(run_folder).words()
+    assert "Features of kNN This model 80.0% Raw pixels 60.0%" in words
+    assert "logistic regression" not in words
+
+
+def test_evaluations_stand_under_their_own_units(run_folder: Path) -> None:
     results = [
         {"method": "knn", "subject": subject, "figures": {"knn20": value, "knn20_low": 1.0, "knn20_high": 2.0}}
         for subject, value in (("model", 81.0), ("random", 41.0))
     ]
-    lines = [{"method": "knn", "results": results}, {"method": "finetune", "figures": {"top1": 89.77}}]
+    anomaly = {"method": "anomaly", "figures": {"anomaly_knn": 0.9012}}
+    command = "torchmae evaluate RUN --method knn"
+    lines = [anomaly, {"method": "knn", "results": results, "environment": {"command": command}}]
     (run_folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"method"')
     page = page_of(run_folder)
     assert "Evaluations" in page.headings()
-    assert "knn Figure This model Untrained knn20 81.0 1 to 2 41.0 1 to 2" in page.words()
-    assert "finetune Figure This model top1 89.8" in page.words()
+    words = page.words()
+    assert f"knn Accuracy, % This model Untrained kNN, k = 20 81.0 1.0 to 2.0 41.0 1.0 to 2.0 {command}" in words
+    assert "anomaly AUROC This model kNN distance of the mean feature 0.901" in words
 
 
 def test_a_page_elsewhere_leaves_the_run_alone(run_folder: Path, tmp_path: Path) -> None:

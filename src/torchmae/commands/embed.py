@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torchmae import settings
-from torchmae.commands.parsing import parse
 from torchmae.evaluation.options import ComputeOptions, EmbedOptions
 
 DESCRIPTION = (
@@ -24,7 +23,7 @@ def main(args: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("run", type=str, help="run folder or exported model")
-    values, options, compute = parse(parser, args, EmbedOptions, ComputeOptions)
+    values, options, compute = settings.read_options(parser, args, EmbedOptions, ComputeOptions)
     print(write(values.run, options, compute))
     return 0
 
@@ -63,7 +62,7 @@ def write(run: str, options: EmbedOptions, compute: ComputeOptions) -> str:
             device=runtime.device,
             progress=display.preparing,
         )
-        for note in notes:
+        for note in (*pretrained.notes, *notes):
             display.say(note)
         subject = Subject("model", pretrained.model.to(runtime.device))
         written = embed(

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from torchmae import settings
-from torchmae.commands.parsing import parse
 from torchmae.evaluation.options import ComputeOptions, EvaluateOptions
+from torchmae.report.measures import AUROC, TRAINING, Figure, figures_as_text, measure_of
 
 if TYPE_CHECKING:
     from torchmae.evaluation.suite import Evaluation
@@ -23,7 +23,6 @@ DESCRIPTION = (
     "to be asked for by --method: reconstruction, finetune (a classifier trained end to end, for minutes to hours), "
     "and anomaly (with --normal DIR --test DIR)."
 )
-NO_ACCURACY = ("_top5", "_low", "_high", "_std", "_loss", "_images", "_seconds")
 EPILOG = (
     "--json prints the figures as one JSON object on the last line; --init is short for --finetune.init, and --resume "
     "alone for --resume true."
@@ -43,15 +42,20 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("run", type=str, help="run folder or exported model; or random or pixels, with --preset")
     args = spell_out(settings.normalise(args))
     as_json = settings.take_flag(args, "json")
-    values, options, compute = parse(parser, args, EvaluateOptions, ComputeOptions)
+    values, options, compute = settings.read_options(parser, args, EvaluateOptions, ComputeOptions)
 
     from torchmae.evaluation.suite import evaluate, record_evaluation
 
     evaluation = evaluate(values.run, options, compute)
     print(report(evaluation), flush=True)
-    if as_json:
-        print(json.dumps({"run": values.run, "method": options.method, "figures": evaluation.figures()}), flush=True)
-    record_evaluation(values.run, evaluation)
+    try:
+        record = record_evaluation(values.run, evaluation)
+        if record is not None:
+            print(f"recorded with settings, top-5, classes and confusions: {record}")
+    finally:  # a disk that is full must not cost the figures
+        if as_json:
+            figures = {"run": values.run, "method": options.method, "figures": evaluation.figures()}
+            print(json.dumps(figures), flush=True)
     return 0
 
 
@@ -70,44 +74,53 @@ def spell_out(args: Sequence[str]) -> list[str]:
 def report(evaluation: Evaluation) -> str:
     """The figures as a table, what they were measured on, and the notes."""
     data = evaluation.data
-    by_subject = evaluation.figures()
     reconstructions = [*evaluation.results.get("reconstruction", {}).values()]
     if reconstructions:
         images = f"{reconstructions[0].details['images']:,} test images"
         table = reconstruction_table(reconstructions[0].details["rows"])
-    elif "anomaly" in evaluation.results:
-        labels = data.test.source.labels
-        assert labels is not None
-        anomalous = int(labels.sum())
-        images = f"{len(data.train):,} normal images, {len(data.test):,} to test, {anomalous:,} of them anomalous"
-        table = anomaly_table(by_subject["model"])
     else:
         images = f"{len(data.train):,} training and {len(data.test):,} test images of {len(data.classes)} classes"
-        table = accuracy_table(by_subject)
+        if "anomaly" in evaluation.results:
+            labels = data.test.source.labels
+            assert labels is not None
+            anomalous = int(labels.sum())
+            images = f"{len(data.train):,} normal images, {len(data.test):,} to test, {anomalous:,} of them anomalous"
+        table = figure_table(evaluation.figures())
     output = StringIO()
     Console(file=output, width=120, highlight=False).print(table)
     lines = [line.rstrip() for line in output.getvalue().splitlines()]
     return "\n".join(["", images, *lines, *(f"note: {note}" for note in evaluation.notes)])
 
 
-def accuracy_table(by_subject: Mapping[str, Mapping[str, float]]) -> Table:
-    """A row for each figure, a column for each subject."""
-    table = Table("accuracy, %", box=SIMPLE_HEAD, pad_edge=False)
-    for name in by_subject:
-        table.add_column(HEADINGS.get(name, name), justify="right")
-    for name in dict.fromkeys(name for figures in by_subject.values() for name in figures):
-        if not name.endswith(NO_ACCURACY):
-            table.add_row(name, *(cell(figures, name) for figures in by_subject.values()))
+def figure_table(by_subject: Mapping[str, Mapping[str, float]]) -> Table:
+    """A row for each figure, a column for each subject; the first head says the unit and how sure a figure is."""
+    texts = {subject: figures_as_text(figures) for subject, figures in by_subject.items()}
+    names = dict.fromkeys(name for column in texts.values() for name in column)
+    shown = [name for name in names if measure_of(name).unit != TRAINING]
+    table = Table(heading(shown[0], texts), box=SIMPLE_HEAD, pad_edge=False)
+    for subject in by_subject:
+        table.add_column(HEADINGS.get(subject, subject), justify="right")
+    for name in shown:
+        table.add_row(measure_of(name).label, *(cell(column.get(name, Figure())) for column in texts.values()))
     return table
 
 
-def anomaly_table(figures: Mapping[str, float]) -> Table:
-    """A row for each score."""
-    table = Table("anomaly score", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("AUROC (0.5: chance)", justify="right")
-    for name in figures:
-        table.add_row(name.removeprefix("anomaly_"), cell(figures, name))
-    return table
+def heading(name: str, texts: Mapping[str, Mapping[str, Figure]]) -> str:
+    """The unit of a figure, and what stands beside it: an interval or a deviation."""
+    unit = measure_of(name).unit
+    spread = next(column[name].spread for column in texts.values() if name in column)
+    if unit == AUROC:
+        return f"{unit} (0.5: chance)"
+    if not spread:
+        return unit
+    return f"{unit} {'± deviation over draws' if spread.startswith('±') else '(95% interval)'}"
+
+
+def cell(figure: Figure) -> str:
+    """A figure with what says how sure it is: "44.0 (43.1 to 45.0)" or "44.0 ± 1.2"; empty where there is none."""
+    if not figure.spread:
+        return figure.value
+    return f"{figure.value} {figure.spread if figure.spread.startswith('±') else f'({figure.spread})'}"
 
 
 def reconstruction_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -122,16 +135,3 @@ def reconstruction_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         values = (row[key] for name in shown for key in (name, f"{name}_interpolation"))
         table.add_row(row["strategy"], f"{row['ratio']:g}", *(f"{value:.3f}" for value in values))
     return table
-
-
-def cell(figures: Mapping[str, float], name: str) -> str:
-    """A figure with what says how sure it is: "44.0 [43.1, 45.0]" or "44.0 ± 1.2"; empty where there is none."""
-    if name not in figures:
-        return ""
-    if f"{name}_low" in figures:
-        text = f"{figures[name]:.1f} [{figures[f'{name}_low']:.1f}, {figures[f'{name}_high']:.1f}]"
-    elif f"{name}_std" in figures:
-        text = f"{figures[name]:.1f} ± {figures[f'{name}_std']:.1f}"
-    else:
-        text = f"{figures[name]:.3f}"
-    return text

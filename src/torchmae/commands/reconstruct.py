@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from torchmae import settings
-from torchmae.commands.parsing import parse
 from torchmae.data.transforms import eval_box, resample, value_range
 from torchmae.errors import ConfigError, within
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Mask, mask_from_pixels
 from torchmae.report.pictures import reconstruction_grid, save_png
+from torchmae.settings import read_options
 from torchmae.training.pretrained import Pretrained, denormalise, load, read_image
 
 DESCRIPTION = "Hides part of some images and lets a trained model fill it in: masked | reconstructed | original."
@@ -46,12 +46,14 @@ class Options:
         mask_file: an image whose white (bright) part is the hole, in place of a drawn mask: in-painting.
         out: the picture to write, a PNG file.
         seed: another one gives other masks.
+        target: what weights of others were trained to predict, where they do not say: pixels or normalised (patches).
     """
 
     mask: MaskOptions = field(default_factory=MaskOptions)
     mask_file: Path | None = None
     out: Path = Path("reconstruction.png")
     seed: int = 0
+    target: str | None = None
 
     def __post_init__(self) -> None:
         if self.out.suffix.lower() != ".png":
@@ -67,10 +69,13 @@ def main(args: Sequence[str]) -> int:
         description=DESCRIPTION,
         allow_abbrev=False,
     )
-    parser.add_argument("run", type=Path, help="run folder of `torchmae pretrain`")
+    parser.add_argument("run", type=Path, help="run folder, exported model, or weights of others (also as --init-from)")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
-    values, options = parse(parser, args, Options)
-    note = reconstruct(load(values.run), values.images, options)
+    values, options = read_options(parser, args, Options)
+    pretrained = load(values.run, target=options.target)
+    for line in pretrained.notes:
+        print(f"note: {line}")
+    note = reconstruct(pretrained, values.images, options)
     print(f"{options.out}  ({note})")
     return 0
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torchmae import settings
-from torchmae.commands.parsing import parse
 from torchmae.errors import ConfigError
 
 DESCRIPTION = "Writes one self-contained HTML page of a run, or of several runs side by side."
@@ -38,7 +37,7 @@ def main(args: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders of `torchmae pretrain`")
-    values, options = parse(parser, args, Options)
+    values, options = settings.read_options(parser, args, Options)
     if len(values.runs) == 1:
         from torchmae.report.html import write_report
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torchmae import settings
-from torchmae.commands.parsing import parse
 from torchmae.errors import ConfigError, one_of, within
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ def main(args: Sequence[str]) -> int:
         metavar="IMAGE",
         help="image files; without any, some of the held-out images",
     )
-    values, options = parse(parser, words_first(args), Options)
+    values, options = settings.read_options(parser, words_first(args), Options)
     paths = values.images or []
     if options.kind == "map" and paths:
         raise ConfigError(f"a map is of a whole data set, not of {paths[0]}", "name the data set: --data PATH_OR_NAME")

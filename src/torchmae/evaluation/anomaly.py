@@ -22,14 +22,10 @@ from PIL import Image, ImageDraw
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from torchmae.data.decode import BadFiles
-from torchmae.data.layouts import open_splits
 from torchmae.data.loader import Batch
-from torchmae.data.reading import probe
-from torchmae.data.sources import Source, Subset
+from torchmae.data.sources import Source
 from torchmae.errors import CheckpointError, ConfigError, DataError
-from torchmae.evaluation.images import ImageSet, Normalisation, check_sizes, with_channels
-from torchmae.evaluation.options import DataOptions
+from torchmae.evaluation.images import ImageSet, Normalisation
 from torchmae.nn.autoencoder import Autoencoder
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Mask
@@ -40,9 +36,6 @@ from torchmae.training.progress import Display
 from torchmae.training.runtime import Runtime
 
 FloatArray = npt.NDArray[np.float32]
-
-GOOD = "good"
-"""The folder of normal images among others to test, as in MVTec AD (Bergmann et al. 2019)."""
 
 SCORES = ("reconstruction", "reconstruction_max", "knn", "patch_knn", "patch_knn_max")
 MAX_MASKS = 16
@@ -95,7 +88,7 @@ def run(
     Args:
         model: the pre-trained model.
         normal: normal images, which need no labels.
-        test: images labelled 0 for normal and 1 for anomalous, as `open_anomaly_data` gives them.
+        test: images labelled 0 for normal and 1 for anomalous, as `anomaly_data.open_anomaly_data` gives them.
         runtime: where to compute.
         ratio: share of the patches that is hidden at a time, in (0, 1); that of training is the one to take.
         rounds: how many times every image is cut into groups of patches anew; more are steadier.
@@ -299,111 +292,6 @@ def auroc(scores: Tensor, anomalous: Tensor) -> float:
         kind = "anomalous" if bool(anomalous.any()) else "normal"
         raise DataError(f"all {len(anomalous)} test images are {kind}", "give normal and anomalous ones")
     return float(roc_auc_score(anomalous.numpy(), scores.numpy()))
-
-
-# Data.
-
-
-def open_anomaly_data(
-    normal: str,
-    test: str,
-    normal_classes: Sequence[str] | None = None,
-    *,
-    options: DataOptions,
-    input_size: tuple[int, ...],
-    channels: int,
-    normalisation: Normalisation,
-    device: torch.device,
-    batch_size: int = 250,
-) -> tuple[ImageSet, ImageSet]:
-    """The normal images, and those to test, labelled 0 for normal and 1 for anomalous.
-
-    Args:
-        normal: what `torchmae pretrain --data` takes; its training split.
-        test: likewise; its test split, else val, else all of it. A class (sub-folder) is normal when it is named
-            "good", or as a class of `normal`, or as a folder that images of `normal` lie in; any other is anomalous.
-        normal_classes: take only these classes of `normal`; then these alone are the normal ones of `test`.
-        options: how images are read.
-        input_size: pixels along each axis of the model's input.
-        channels: that the model takes.
-        normalisation: that it was trained with.
-        device: where batches go.
-        batch_size: images in a batch.
-
-    Raises:
-        ConfigError: images that do not fit the model, a class that does not exist, or the same images twice.
-        DataError: data that is missing, without classes, or without normal or without anomalous images.
-    """
-    sources = open_splits(normal, options.root, spatial_dims=len(input_size))
-    tests = open_splits(test, options.root, spatial_dims=len(input_size))
-    split = next(name for name in ("test", "val", "train") if name in tests)
-    if test == normal and split == "train":
-        raise ConfigError(f"{test} has no test split, and its images are the normal ones", "give others to test")
-    known = sources["train"] if normal_classes is None else only_classes(sources["train"], normal_classes)
-    names = {GOOD} | folder_names(known) if normal_classes is None else set(normal_classes)
-    pair = []
-    for source in (known, mark_anomalous(tests[split], names)):
-        fitting = with_channels(source, channels)
-        check_sizes(probe(fitting), fitting, input_size)
-        images = ImageSet(
-            fitting,
-            data=options,
-            batch_size=batch_size,
-            input_size=input_size,
-            normalisation=normalisation,
-            device=device,
-            bad=BadFiles(len(fitting), options.max_bad),
-        )
-        pair.append(images)
-    return pair[0], pair[1]
-
-
-def only_classes(source: Source, names: Sequence[str]) -> Source:
-    """The images of some classes; ConfigError for a name that is not one."""
-    known = class_list(source)
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"no class of the normal images is called {name!r}", f"choose from {', '.join(known)}")
-    assert source.labels is not None
-    assert source.classes is not None
-    wanted = [source.classes.index(name) for name in names]
-    return Subset(source, np.flatnonzero(np.isin(source.labels, wanted)))
-
-
-def folder_names(source: Source) -> set[str]:
-    """The classes that the images are of; without any, the folders that they lie in."""
-    return set(class_list(source)) or {Path(source.name(i)).parent.name for i in range(len(source))}
-
-
-def class_list(source: Source) -> list[str]:
-    """The names of the classes that have images here; those of another split do not count."""
-    if source.classes is None or source.labels is None:
-        return []
-    return [source.classes[label] for label in np.unique(source.labels) if label >= 0]
-
-
-def mark_anomalous(source: Source, normal: set[str]) -> Source:
-    """The images labelled 0 where the name of their class is in `normal`, else 1.
-
-    Raises:
-        DataError: no classes, or none that is normal, or none that is not.
-    """
-    if source.classes is None or source.labels is None:
-        raise DataError(
-            f"the test images have no classes ({source.name(0)})",
-            f"put normal ones in a folder named {GOOD}, and each kind of anomaly in one beside it",
-        )
-    is_normal = np.array([name in normal for name in source.classes])
-    labelled = np.flatnonzero(source.labels >= 0)
-    marks = np.where(is_normal[source.labels], 0, 1)
-    if len(np.unique(marks[labelled])) < 2:
-        found = "normal" if (marks[labelled] == 0).all() else "anomalous"
-        raise DataError(
-            f"the test images are all {found}: their classes are {', '.join(class_list(source))}",
-            f"normal is what is named {', '.join(sorted(normal))}; give both kinds",
-        )
-    marked = Subset(source, np.arange(len(source)), marks, ("normal", "anomalous"))
-    return Subset(marked, labelled)
 
 
 # Files.

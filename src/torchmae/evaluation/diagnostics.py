@@ -1,9 +1,81 @@
-"""Is training healthy? Figures that tell before the loss does."""
+"""Is training healthy, and are the features of any use? What the loss does not tell, measured on the way."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from torchmae.config import EvalConfig
+from torchmae.data.loader import ImageLoader
+from torchmae.data.plan import Indices
+from torchmae.evaluation import linear
+from torchmae.evaluation.features import extract, pixels
+from torchmae.evaluation.images import fixed_rows, rows_with_label
+from torchmae.evaluation.knn import knn_accuracy
+from torchmae.evaluation.scores import Labelled, num_classes_of
+from torchmae.nn.autoencoder import Autoencoder
+from torchmae.training.runtime import Runtime
+
+BATCH = 250
+
+
+class FeatureProbe:
+    """The same labelled images, without augmentation, looked at again and again while a model trains.
+
+    Args:
+        train: the training images.
+        val: the held-out images.
+        config: how many of each.
+    """
+
+    def __init__(self, train: ImageLoader, val: ImageLoader, config: EvalConfig) -> None:
+        self._train, self._val = train, val
+        self._train_rows = _labelled(train, config.knn_train)
+        self._val_rows = _labelled(val, config.knn_val)
+        self._linear_train = config.linear_train
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether there are held-out images with a label, and training images of two classes."""
+        if self._train.labels is None or not len(self._val_rows):
+            return False
+        return len(np.unique(self._train.labels[self._train_rows])) > 1
+
+    def run(self, model: Autoencoder, runtime: Runtime) -> dict[str, float]:
+        """knn and linear, as `class_figures` has them, and the effective_rank of the held-out images' features."""
+        train = Labelled(*extract(model, self._train.eval_batches(self._train_rows, BATCH), runtime))
+        val = Labelled(*extract(model, self._val.eval_batches(self._val_rows, BATCH), runtime))
+        rank = {"effective_rank": effective_rank(val.features)} if len(val.features) > 1 else {}
+        return {**class_figures(train, val, self._linear_train), **rank}
+
+    def run_on_pixels(self) -> dict[str, float]:
+        """knn and linear of the images themselves, the baseline that a model has to beat."""
+        train = Labelled(*pixels(self._train.eval_batches(self._train_rows, BATCH)))
+        val = Labelled(*pixels(self._val.eval_batches(self._val_rows, BATCH)))
+        return class_figures(train, val, self._linear_train)
+
+
+def class_figures(train: Labelled, val: Labelled, linear_train: int) -> dict[str, float]:
+    """Two quick measures of how well features tell classes apart, in percent of `val`.
+
+    Args:
+        train: what is learned from.
+        val: what is classified.
+        linear_train: images of `train` that the linear probe learns from, at most; 0: there is no linear probe.
+
+    Returns:
+        knn: 20 neighbours vote (see `knn.knn_predict`). linear: a logistic regression with C = 0.1 on standardised
+        features, the "linear_c0.1" of `torchmae evaluate`, fitted to its optimum; of 2,000 images with 192 values it
+        takes 0.2 s on two cores.
+    """
+    figures = {"knn": knn_accuracy(*train, *val)}
+    if linear_train:
+        rows = torch.from_numpy(fixed_rows(len(train.labels), linear_train)).to(train.labels.device)
+        some = Labelled(train.features[rows], train.labels[rows])
+        guesses = linear.classify(some, val, num_classes_of(train, val), c=linear.FIXED_C)[:, 0]
+        figures["linear"] = 100.0 * (guesses == val.labels).double().mean().item()
+    return figures
 
 
 def effective_rank(features: Tensor) -> float:
@@ -29,3 +101,9 @@ def effective_rank(features: Tensor) -> float:
         return 0.0
     share = singular / singular.sum()
     return torch.special.entr(share).sum().exp().item()
+
+
+def _labelled(loader: ImageLoader, count: int) -> Indices:
+    """At most `count` images with a label: the same ones in every run."""
+    known = rows_with_label(loader.labels)
+    return known[fixed_rows(len(known), count)]

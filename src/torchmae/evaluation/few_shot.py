@@ -26,6 +26,22 @@ def run(
     labels_per_class: int,
     draws: int = 5,
     seed: int = 0,
+) -> dict[str, float]:
+    """The figures of `measure` alone; arguments as there."""
+    return measure(
+        train, test, classify, classes=classes, labels_per_class=labels_per_class, draws=draws, seed=seed
+    ).figures
+
+
+def measure(
+    train: Labelled,
+    test: Labelled,
+    classify: Classify,
+    *,
+    classes: Sequence[str],
+    labels_per_class: int,
+    draws: int = 5,
+    seed: int = 0,
 ) -> Result:
     """Mean and deviation of a probe's accuracy over several draws of its training images.
 

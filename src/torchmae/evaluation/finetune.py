@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ from torchmae.errors import CheckpointError, ConfigError, DataError, Interrupted
 from torchmae.evaluation.augment import Augment, build_augment
 from torchmae.evaluation.few_shot import check_counts, draw_images
 from torchmae.evaluation.finetune_config import FinetuneConfig
-from torchmae.evaluation.images import Normalisation, check_classes, class_names
+from torchmae.evaluation.images import Normalisation, check_classes, class_names, rows_with_label
 from torchmae.evaluation.scores import Result, Scores, rank, score
 from torchmae.nn.autoencoder import Autoencoder
 from torchmae.nn.classifier import Classifier, encoder_arguments
@@ -204,7 +203,7 @@ class SubsetPlan(Plan):
 
 def labelled_rows(loader: ImageLoader, what: str) -> Indices:
     """The indices of all images with a label; DataError, which calls the images `what`, when there are none."""
-    rows = np.flatnonzero(loader.labels >= 0) if loader.labels is not None else np.empty(0, dtype=np.int64)
+    rows = rows_with_label(loader.labels)
     if not len(rows):
         raise DataError(f"none of the {what} images has a label", "put them in one folder for each class")
     return rows
@@ -388,7 +387,8 @@ def fit(
             # Augmentation and drop-path draw from torch's generator: seeded by the step, a run can go on from any.
             torch.manual_seed(job.step_seed(state.step))
             images, targets = augment(batch.images, batch.labels)
-            window.add(learner.step(images, targets, config, runtime), len(images))
+            window.losses.append(learner.step(images, targets, config, runtime))
+            window.images += len(images)
             state.step += 1
 
             epoch, position = divmod(state.step, plan.steps_per_epoch)

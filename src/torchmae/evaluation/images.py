@@ -290,9 +290,21 @@ def choose_sources(options: EvaluateOptions, spatial_dims: int) -> tuple[Source,
     return train, test if train.classes is None else relabel(test, train.classes)
 
 
+def rows_with_label(labels: Indices | None) -> Indices:
+    """The images whose label is known: none where `labels` is None."""
+    return np.flatnonzero(np.empty(0) if labels is None else labels >= 0)
+
+
+def fixed_rows(length: int, count: int | None) -> Indices:
+    """`count` of `length` images, sorted: the same ones each time, evenly mixed; all of them when there are no more."""
+    if count is None or count >= length:
+        return np.arange(length)
+    return np.sort(permutation(0, 0, length, Purpose.SUBSET)[:count])
+
+
 def only_labelled(source: Source, what: str) -> Source:
     """The images that have a label; DataError when none has."""
-    known = np.flatnonzero(np.empty(0) if source.labels is None else source.labels >= 0)
+    known = rows_with_label(source.labels)
     if not len(known):
         raise DataError(
             f"the {what} images have no labels ({source.name(0)})",
@@ -302,10 +314,9 @@ def only_labelled(source: Source, what: str) -> Source:
 
 
 def first_of_fixed_order(source: Source, count: int | None) -> Source:
-    """`count` images, the same ones each time, evenly mixed; all of them when there are no more."""
-    if count is None or count >= len(source):
-        return source
-    return Subset(source, np.sort(permutation(0, 0, len(source), Purpose.SUBSET)[:count]))
+    """The images of `fixed_rows`."""
+    rows = fixed_rows(len(source), count)
+    return source if len(rows) == len(source) else Subset(source, rows)
 
 
 def class_names(train: Source, test: Source) -> tuple[str, ...]:

@@ -14,8 +14,11 @@ from torchmae.errors import CheckpointError
 NAME = "evaluations.jsonl"
 
 
-def append_record(folder: Path, record: Mapping[str, Any]) -> None:
+def append_record(folder: Path, record: Mapping[str, Any]) -> Path:
     """Adds one line, by a single write; a line that an earlier write left unfinished is closed off first.
+
+    Returns:
+        The file.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -34,6 +37,7 @@ def append_record(folder: Path, record: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"cannot write {path}: {error.strerror}", "the figures stand above; free space or mend the folder"
         ) from error
+    return path
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:

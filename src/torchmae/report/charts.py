@@ -34,6 +34,9 @@ _CSS = {
     **{colour: f"var(--run-{i})" for i, colour in enumerate(RUN_COLOURS)},
 }
 
+ACCURACIES = {"knn": "kNN accuracy", "linear": "Linear probe accuracy"}
+"""The classifiers that are run on the way, by their keys in metrics.jsonl."""
+
 _MAX_POINTS = 400
 # Inches at 72 to the inch: a narrow drawing, so that its text is still legible on a phone.
 _SIZE = (5.0, 2.9)
@@ -136,23 +139,25 @@ def variance_chart(val: Records) -> Chart | None:
     return Chart("Explained variance", alt, to_svg(draw, "variance", alt), tuple(series))
 
 
-def knn_chart(val: Records, untrained: float | None, pixels: float | None) -> Chart | None:
-    """Accuracy of kNN on the features over steps, beside its baselines; None where it was never measured.
+def accuracy_chart(val: Records, key: str, untrained: float | None, pixels: float | None) -> Chart | None:
+    """Accuracy of a classifier on the features over steps, beside its baselines; None where it was never measured.
 
     Args:
-        val: validation records; those with "knn" are drawn.
+        val: validation records; those with `key` are drawn.
+        key: "knn" or "linear".
         untrained: percent, for the network before training, drawn as a level line.
         pixels: percent, for raw pixels, likewise.
     """
-    steps, knn = series_of(val, "knn")
+    steps, accuracy = series_of(val, key)
     if not len(steps):
         return None
-    series = {Line("this model", "model"): (steps, knn)}
+    series = {Line("this model", "model"): (steps, accuracy)}
     if pixels is not None:
         series[Line("raw pixels", "interpolation", dashed=True)] = (np.zeros(1), np.array([pixels]))
     if untrained is not None:
         series[Line("untrained network", "mean", dashed=True)] = (np.zeros(1), np.array([untrained]))
-    alt = _sentence("kNN accuracy over steps", series, lambda y: f"{y:.1f}%")
+    title = ACCURACIES[key]
+    alt = _sentence(f"{title} over steps", series, lambda y: f"{y:.1f}%")
 
     def draw(figure: Figure) -> None:
         axes = step_axes(figure.add_subplot())
@@ -163,7 +168,7 @@ def knn_chart(val: Records, untrained: float | None, pixels: float | None) -> Ch
         margin = max(0.15 * (high - low), 2.0)
         axes.set_ylim(max(0.0, low - margin), min(100.0, high + margin))
 
-    return Chart("kNN accuracy of the features", alt, to_svg(draw, "knn", alt), tuple(series))
+    return Chart(title, alt, to_svg(draw, key, alt), tuple(series))
 
 
 def rank_chart(val: Records, untrained: float | None) -> Chart | None:
@@ -206,6 +211,32 @@ def learning_rate_chart(train: Records) -> Chart | None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.2g}"))
 
     return Chart("Learning rate", alt, to_svg(draw, "rate", alt))
+
+
+def step_size_chart(train: Records) -> Chart | None:
+    """How far a step moves the weights, and the norm of the gradient, one above the other; None without data."""
+    update_steps, update = series_of(train, "update_to_weight")
+    norm_steps, norm = series_of(train, "grad_norm")
+    if not len(update_steps) or not len(norm_steps):
+        return None
+    alt = (
+        f"Size of the steps: a step changes the weight matrices by {percent(float(np.median(update)))} of their norm "
+        f"(median), at most {percent(float(update.max()))}; gradient norm from {number(float(norm[0]))} to "
+        f"{number(float(norm[-1]))}, median {number(float(np.median(norm)))}."
+    )
+
+    def draw(figure: Figure) -> None:
+        upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 2]})
+        _draw_lines(upper, {Line("update to weight", "model"): (update_steps, update)})
+        _draw_lines(step_axes(lower), {Line("gradient norm", "interpolation"): (norm_steps, norm)})
+        for axes, values, show in ((upper, update, lambda y: f"{100 * y:.2g}%"), (lower, norm, lambda y: f"{y:.3g}")):
+            # The gradients of the first steps are many times those of all others.
+            axes.set_ylim(0, 1.15 * float(np.percentile(values, 98)) or 1.0)
+            axes.yaxis.set_major_locator(MaxNLocator(3))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _, show=show: show(y)))
+
+    legend = (Line("change of the weights in a step", "model"), Line("gradient norm", "interpolation"))
+    return Chart("Size of the steps", alt, to_svg(draw, "steps", alt), legend)
 
 
 def throughput_chart(train: Records) -> Chart | None:

@@ -9,17 +9,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, TypeAlias
 
-import yaml
 from markupsafe import Markup
 from PIL import Image
 
 from torchmae.errors import ConfigError
-from torchmae.report.charts import RUN_COLOURS, Chart, Points, series_of
-from torchmae.report.evaluations import Figure, figures_of_run
-from torchmae.report.facts import duration, hidden_unit, latest, setting, short_count, state, title
-from torchmae.report.hints import collapse_hint, data_hint, gradient_hint
+from torchmae.report.charts import ACCURACIES, RUN_COLOURS, Chart, Points, series_of
+from torchmae.report.evaluations import figures_of_run
+from torchmae.report.facts import duration, hidden_unit, latest, setting, short_count, state, title, yaml_text
+from torchmae.report.hints import training_hints
+from torchmae.report.measures import Figure
 from torchmae.report.overlays import Curve, overlay
 from torchmae.report.page import Embedded, Titled, embed, load_titled, open_picture, render_page
 from torchmae.report.pictures import comparison_grid, read_layout, split_columns
@@ -29,9 +29,15 @@ from torchmae.training.checkpoint import replace_file
 
 MAX_RUNS = 16
 
-# Where these differ, losses are of different tasks and cannot be ranked; the second are what kNN depends on.
+# Name and height of a line to compare curves with.
+Level: TypeAlias = tuple[str, float] | None
+# Which of several values is the best; None: they cannot be ranked.
+Best: TypeAlias = Callable[[Sequence[float]], float] | None
+
+# Where these differ, losses are of different tasks and cannot be ranked; the others are what accuracies depend on.
 _TASK = ("data.source", "data.val", "data.val_size", "eval.images", "mask.strategy", "mask.ratio")
 _KNN = ("data.source", "data.val", "data.val_size", "eval.knn_train", "eval.knn_val")
+_LINEAR = (*_KNN, "eval.linear_train")
 # Differs always, and says nothing.
 _IDLE = ("out",)
 _ENVIRONMENT = ("torchmae", "torch", "processor", "device", "threads", "precision")
@@ -123,16 +129,23 @@ def render_comparison(runs: Sequence[Run]) -> str:
     columns = _columns(runs)
     configs = [flat(run.config) for run in runs]
     differing = _differing(columns, _TASK, configs)
+    evaluations, evaluations_differ = evaluation_rows(columns)
     return render_page(
         "comparison.html",
         title=f"{len(runs)} runs compared",
         columns=columns,
-        rows=figure_rows(columns, same_task=not differing, same_knn=not _differing(columns, _KNN, configs)),
+        rows=figure_rows(
+            columns,
+            same_task=not differing,
+            same_knn=not _differing(columns, _KNN, configs),
+            same_linear=not _differing(columns, _LINEAR, configs),
+        ),
         task_differences=differing,
         knn_images=columns[0].figures.knn_images,
-        knn_noise=_knn_noise(columns),
+        accuracy_noise=_accuracy_noise(columns),
         costs=cost_rows(columns),
-        evaluations=evaluation_rows(columns),
+        evaluations=evaluations,
+        evaluations_differ=evaluations_differ,
         # The drawings are made here, of numbers alone, and are the one thing that is HTML already.
         charts=[(chart, Markup(chart.svg)) for chart in _charts(columns)],
         reconstructions=_reconstructions(columns),
@@ -145,25 +158,34 @@ def render_comparison(runs: Sequence[Run]) -> str:
     )
 
 
-def figure_rows(columns: Sequence[Column], *, same_task: bool, same_knn: bool) -> list[Row]:
+def figure_rows(columns: Sequence[Column], *, same_task: bool, same_knn: bool, same_linear: bool) -> list[Row]:
     """What the runs reached, beside what takes no learning.
 
     Args:
         columns: the runs.
         same_task: whether losses are of one task and can be ranked.
         same_knn: whether kNN accuracies can be.
+        same_linear: whether those of the linear probe can be.
     """
     figures = [column.figures for column in columns]
+    noise = _accuracy_noise(columns)
+
+    def row(label: str, key: str, show: Callable[[float], str], best_of: Best = None, noise: float = 0.0) -> Row:
+        return _row(label, [getattr(item, key) for item in figures], show, best_of, noise)
+
     rows = [
-        _row("Explained variance", [item.explained_variance for item in figures], percent, max if same_task else None),
-        _row("of interpolation", [item.explained_variance_interpolation for item in figures], percent),
-        _row("Loss", [item.loss for item in figures], number, min if same_task else None),
-        _row("of interpolation", [item.loss_interpolation for item in figures], number),
-        _row("kNN accuracy", [item.knn for item in figures], _accuracy, max if same_knn else None, _knn_noise(columns)),
-        _row("of raw pixels", [item.knn_pixels for item in figures], _accuracy),
-        _row("of the untrained network", [item.knn_untrained for item in figures], _accuracy),
+        row("Explained variance", "explained_variance", percent, max if same_task else None),
+        row("of interpolation", "explained_variance_interpolation", percent),
+        row("Loss", "loss", number, min if same_task else None),
+        row("of interpolation", "loss_interpolation", number),
+        row(ACCURACIES["knn"], "knn", _accuracy, max if same_knn else None, noise),
+        row("of raw pixels", "knn_pixels", _accuracy),
+        row("of the untrained network", "knn_untrained", _accuracy),
+        row(ACCURACIES["linear"], "linear", _accuracy, max if same_linear else None, noise),
+        row("of raw pixels", "linear_pixels", _accuracy),
+        row("of the untrained network", "linear_untrained", _accuracy),
     ]
-    return [row for row in rows if any(row.values)]
+    return [item for item in rows if any(item.values)]
 
 
 def cost_rows(columns: Sequence[Column]) -> list[Row]:
@@ -183,11 +205,23 @@ def cost_rows(columns: Sequence[Column]) -> list[Row]:
     return [row for row in rows if any(row.values)]
 
 
-def evaluation_rows(columns: Sequence[Column]) -> list[tuple[str, tuple[Figure, ...]]]:
-    """The figures of `torchmae evaluate` that any of the runs has: name, and one for each run."""
+def evaluation_rows(columns: Sequence[Column]) -> tuple[list[tuple[str, list[tuple[str, tuple[Figure, ...]]]]], bool]:
+    """The figures of `torchmae evaluate` that any of the runs has.
+
+    Returns:
+        for each unit the lines of a table (name, and a figure for each run), and whether some are of other images or
+        options in one run than in another; these have a star behind their names.
+    """
     of_runs = [figures_of_run(column.run.evaluations) for column in columns]
-    names = dict.fromkeys(name for figures in of_runs for name in figures)
-    return [(name, tuple(figures.get(name, Figure()) for figures in of_runs)) for name in names]
+    by_unit: dict[str, list[tuple[str, tuple[Figure, ...]]]] = {}
+    any_differs = False
+    for unit, label in dict.fromkeys(key for figures in of_runs for key in figures):
+        found = [figures.get((unit, label)) for figures in of_runs]
+        differs = len({item.basis for item in found if item is not None}) > 1
+        any_differs |= differs
+        texts = tuple(Figure() if item is None else item.figure for item in found)
+        by_unit.setdefault(unit, []).append((f"{label} *" if differs else label, texts))
+    return list(by_unit.items()), any_differs
 
 
 def setting_rows(settings: Sequence[Mapping[str, Any]]) -> list[Row]:
@@ -200,7 +234,7 @@ def setting_rows(settings: Sequence[Mapping[str, Any]]) -> list[Row]:
     rows = []
     for name in names:
         if name not in _IDLE and len({repr(values.get(name)) for values in settings}) > 1:
-            texts = tuple(_yaml(values[name]) if name in values else "" for values in settings)
+            texts = tuple(yaml_text(values[name]) if name in values else "" for values in settings)
             rows.append(Row(name, texts, (False,) * len(settings)))
     return rows
 
@@ -223,7 +257,6 @@ def _columns(runs: Sequence[Run]) -> list[Column]:
     columns = []
     for order, (run, name) in enumerate(zip(runs, names, strict=True)):
         figures = final_figures(run.summary, run.val, run.baseline, setting(run, "eval", "knn_val"))
-        found = (collapse_hint(run.records), gradient_hint(run.records), data_hint(run.records))
         columns.append(
             Column(
                 letter=ascii_uppercase[order],
@@ -233,7 +266,7 @@ def _columns(runs: Sequence[Run]) -> list[Column]:
                 title=title(run),
                 state=state(run).partition(". ")[0],
                 verdict=judge(figures, hidden_unit(run)),
-                hints=tuple(hint for hint in found if hint),
+                hints=tuple(training_hints(run.records)),
                 run=run,
                 figures=figures,
             )
@@ -245,7 +278,7 @@ def _row(
     label: str,
     values: Sequence[float | None],
     show: Callable[[float], str],
-    best_of: Callable[[Sequence[float]], float] | None = None,
+    best_of: Best = None,
     noise: float = 0.0,
 ) -> Row:
     """A row; the best are those that read like the best or are within noise of it, where that is not everyone."""
@@ -258,8 +291,8 @@ def _row(
     return Row(label, texts, marked if sum(marked) < len(known) else (False,) * len(values))
 
 
-def _knn_noise(columns: Sequence[Column]) -> float:
-    """Two standard errors, at most, of the difference of two kNN accuracies, in points; 0 where that is unknown."""
+def _accuracy_noise(columns: Sequence[Column]) -> float:
+    """Two standard errors, at most, of the difference of two accuracies, in points; 0 where that is unknown."""
     images = columns[0].figures.knn_images
     return 2 * 100 * math.sqrt(2 * 0.25 / images) if images else 0.0
 
@@ -278,15 +311,11 @@ def _differing(columns: Sequence[Column], names: Sequence[str], configs: Sequenc
     return found
 
 
-def _yaml(value: object) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
-    return text.strip().removesuffix("...").strip()
-
-
 def _charts(columns: Sequence[Column]) -> Iterator[Chart]:
     """Curves over the images seen, or over steps where a run does not say its batch size."""
     sizes = [finite(column.run.config, "batch_size") for column in columns]
     along = "step" if None in sizes else "images seen"
+    figures = [column.figures for column in columns]
 
     def curves(kind: str, key: str) -> list[Curve]:
         result = []
@@ -296,45 +325,32 @@ def _charts(columns: Sequence[Column]) -> Iterator[Chart]:
             result.append(Curve(column.letter, column.order, points))
         return result
 
-    level = _common([column.figures.explained_variance_interpolation for column in columns])
-    pixels = _common([column.figures.knn_pixels for column in columns])
+    def chart(title: str, source: str, show: str, level: Level = None, *, from_zero: bool = False) -> Chart | None:
+        kind, _, key = source.partition(".")
+        lines = curves(kind, key)
+        return overlay(title, f"{kind}-{key}", lines, show=show.format, along=along, level=level, from_zero=from_zero)
+
+    interpolation = _level("interpolation", [item.explained_variance_interpolation for item in figures])
+    knn = _level("raw pixels", [item.knn_pixels for item in figures])
+    linear = _level("raw pixels", [item.linear_pixels for item in figures])
     drawn = (
-        overlay(
-            "Explained variance",
-            "variance",
-            curves("val", "explained_variance"),
-            show=lambda y: f"{100 * y:.3g}%",
-            along=along,
-            level=None if level is None else ("interpolation", level),
-        ),
-        overlay(
-            "kNN accuracy",
-            "knn",
-            curves("val", "knn"),
-            show=lambda y: f"{y:.3g}%",
-            along=along,
-            level=None if pixels is None else ("raw pixels", pixels),
-        ),
-        overlay("Loss on held-out images", "loss", curves("val", "loss"), show=number, along=along),
-        overlay("Training loss", "train", curves("train", "loss"), show=number, along=along),
-        overlay("Effective rank", "rank", curves("val", "effective_rank"), show=lambda y: f"{y:.3g}", along=along),
-        overlay("Learning rate", "rate", curves("train", "lr"), show=lambda y: f"{y:.2g}", along=along, from_zero=True),
-        overlay(
-            "Images per second",
-            "speed",
-            curves("train", "images_per_s"),
-            show=lambda y: f"{y:,.0f}",
-            along=along,
-            from_zero=True,
-        ),
+        chart("Explained variance", "val.explained_variance", "{:.0%}", interpolation),
+        chart(ACCURACIES["knn"], "val.knn", "{:.3g}%", knn),
+        chart(ACCURACIES["linear"], "val.linear", "{:.3g}%", linear),
+        chart("Loss on held-out images", "val.loss", "{:.3g}"),
+        chart("Training loss", "train.loss", "{:.3g}"),
+        chart("Effective rank", "val.effective_rank", "{:.3g}"),
+        chart("Change of the weights in a step", "train.update_to_weight", "{:.2%}", from_zero=True),
+        chart("Learning rate", "train.lr", "{:.2g}", from_zero=True),
+        chart("Images per second", "train.images_per_s", "{:,.0f}", from_zero=True),
     )
-    return (chart for chart in drawn if chart is not None)
+    return (item for item in drawn if item is not None)
 
 
-def _common(values: Sequence[float | None]) -> float | None:
-    """The value that all runs share, to the fourth digit; None where they do not."""
+def _level(name: str, values: Sequence[float | None]) -> Level:
+    """A line at the value that all runs share, to the fourth digit; None where they do not."""
     texts = {None if value is None else f"{value:.4g}" for value in values}
-    return values[0] if len(texts) == 1 else None
+    return None if len(texts) > 1 or values[0] is None else (name, values[0])
 
 
 def _reconstructions(columns: Sequence[Column]) -> SideBySide | None:

@@ -7,68 +7,90 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from torchmae.report.facts import duration
+from torchmae.report.measures import TRAINING, Figure, figures_as_text, measure_of
 from torchmae.report.run import Record
-from torchmae.report.verdict import finite
+from torchmae.report.verdict import finite, number
 
-_MAX_TABLES = 6
+_MAX_RECORDS = 6
 # What subjects are called on a page, in the order of its columns.
 _SUBJECTS = {"model": "This model", "random": "Untrained", "pixels": "Raw pixels"}
-
-
-class Figure(NamedTuple):
-    """A figure as text.
-
-    Attributes:
-        value: the figure; empty where there is none.
-        interval: its confidence interval; may be empty.
-    """
-
-    value: str = ""
-    interval: str = ""
+# Options that do not change what a figure means once the images are the same.
+_INCIDENTAL = ("method", "data", "test_data", "train_images", "test_images", "preset", "out", "resume")
 
 
 @dataclass(frozen=True)
 class FigureTable:
-    """One evaluation.
+    """Figures of one unit, of one evaluation.
 
     Attributes:
-        title: the method.
+        unit: what they are measured in; the head of the first column.
         columns: whose figures they are.
         rows: name of a figure, and one for each column.
-        remark: on how many images; may be empty.
+    """
+
+    unit: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Figure, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One call of `torchmae evaluate`.
+
+    Attributes:
+        title: its methods.
+        tables: one for each unit.
+        remark: on how many images, when; may be empty.
+        command: that made it; empty where it is not known.
     """
 
     title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[Figure, ...]], ...]
+    tables: tuple[FigureTable, ...]
     remark: str
+    command: str
 
 
-def evaluation_tables(records: Sequence[Record]) -> tuple[list[FigureTable], int]:
-    """The latest evaluations as tables, each kind of it once, and how many others there were.
+class Measured(NamedTuple):
+    """A figure of a run.
+
+    Attributes:
+        figure: the figure.
+        basis: the images and options that it depends on; figures can be compared where it is the same.
+    """
+
+    figure: Figure
+    basis: str
+
+
+def latest_evaluations(records: Sequence[Record]) -> tuple[list[Evaluation], int]:
+    """The latest evaluations, the newest first, each kind of it once, and how many others there were.
 
     Args:
         records: the objects of evaluations.jsonl, the oldest first.
     """
-    latest: dict[str, FigureTable] = {}
+    latest: dict[str, Evaluation] = {}
     for record in records:
         by_subject = figures_of(record)
         if by_subject:
             key = json.dumps([_title(record), record.get("options"), record.get("configuration")], sort_keys=True)
             latest.pop(key, None)
-            latest[key] = _table(record, by_subject)
-    shown = list(reversed(latest.values()))[:_MAX_TABLES]
+            latest[key] = _evaluation(record, by_subject)
+    shown = list(reversed(latest.values()))[:_MAX_RECORDS]
     return shown, len(latest) - len(shown)
 
 
-def figures_of_run(records: Sequence[Record]) -> dict[str, Figure]:
-    """Every figure of the run's own model, by its name; of one measured twice, the later."""
-    merged: dict[str, Figure] = {}
+def figures_of_run(records: Sequence[Record]) -> dict[tuple[str, str], Measured]:
+    """Every figure of the run's own model, by unit and label; of one measured twice, the later."""
+    merged: dict[tuple[str, str], Measured] = {}
     for record in records:
         by_subject = figures_of(record)
         own = by_subject.get("model") or next(iter(by_subject.values()), {})
-        shots = _shots(record)
-        merged |= {f"{name}{f', {shots}' if shots else ''}": value for name, value in _texts(own).items()}
+        for name, figure in figures_as_text(own).items():
+            unit, label, beside = measure_of(name)
+            if unit != TRAINING:
+                words = (f"{beside.lower()} for {label}" if beside else label, _shots(record))
+                merged[unit, ", ".join(filter(None, words))] = Measured(figure, _basis(record))
     return merged
 
 
@@ -85,16 +107,26 @@ def figures_of(record: Record) -> dict[str, dict[str, float]]:
     return {subject: numbers for subject, numbers in found.items() if numbers}
 
 
-def _table(record: Record, by_subject: Mapping[str, Mapping[str, float]]) -> FigureTable:
+def _evaluation(record: Record, by_subject: Mapping[str, Mapping[str, float]]) -> Evaluation:
     subjects = sorted(by_subject, key=lambda name: list(_SUBJECTS).index(name) if name in _SUBJECTS else -1)
-    texts = [_texts(by_subject[name]) for name in subjects]
-    names = list(dict.fromkeys(name for column in texts for name in column))
-    return FigureTable(
+    cells: dict[str, dict[str, dict[str, Figure]]] = {}  # unit, row, column
+    for subject in subjects:
+        for name, figure in figures_as_text(by_subject[subject]).items():
+            unit, label, beside = measure_of(name)
+            column = beside or _SUBJECTS.get(subject, subject)
+            cells.setdefault(unit, {}).setdefault(label, {})[column] = figure
+    return Evaluation(
         title=_title(record),
-        columns=tuple(_SUBJECTS.get(name, name) for name in subjects),
-        rows=tuple((name, tuple(column.get(name, Figure()) for column in texts)) for name in names),
-        remark=_remark(record),
+        tables=tuple(_table(unit, rows) for unit, rows in cells.items() if unit != TRAINING),
+        remark=_remark(record, by_subject),
+        command=_command(record),
     )
+
+
+def _table(unit: str, rows: Mapping[str, Mapping[str, Figure]]) -> FigureTable:
+    columns = tuple(dict.fromkeys(column for row in rows.values() for column in row))
+    filled = tuple((label, tuple(row.get(column, Figure()) for column in columns)) for label, row in rows.items())
+    return FigureTable(unit, columns, filled)
 
 
 def _title(record: Record) -> str:
@@ -111,30 +143,31 @@ def _shots(record: Record) -> str:
     return "" if count is None else f"{count:,.0f} labels per class"
 
 
-def _remark(record: Record) -> str:
-    data = record.get("data")
+def _remark(record: Record, by_subject: Mapping[str, Mapping[str, float]]) -> str:
+    """On which images, what a training that belongs to it took, and when."""
+    data, environment = (record.get(key) for key in ("data", "environment"))
     train, test = (finite(data, f"{split}_images") if isinstance(data, dict) else None for split in ("train", "test"))
-    date = str(record.get("time") or "")[:10]
-    parts = [
-        f"{train:,.0f} training images" if train else "",
-        f"{test:,.0f} test images" if test else "",
-        date,
-    ]
-    return ", ".join(part for part in parts if part)
+    date = str(environment.get("started") or "")[:10] if isinstance(environment, dict) else ""
+    parts = [f"{train:,.0f} training images" if train else "", f"{test:,.0f} test images" if test else ""]
+    for figures in by_subject.values():
+        took = {name.rpartition("_")[2]: figures[name] for name in figures if measure_of(name).unit == TRAINING}
+        parts += [
+            f"{took['images']:,.0f} labels" if "images" in took else "",
+            f"{duration(took['seconds'])} of training" if "seconds" in took else "",
+            f"training loss {number(took['loss'])}" if "loss" in took else "",
+        ]
+    return ", ".join(part for part in (*parts, date) if part)
 
 
-def _texts(figures: Mapping[str, float]) -> dict[str, Figure]:
-    """Figures as text; name_low and name_high are the interval of the figure of that name."""
-    texts = {}
-    for name, value in figures.items():
-        stem = name.removesuffix("_low").removesuffix("_high")
-        if stem != name and stem in figures:
-            continue
-        ends = [figures.get(f"{name}_low"), figures.get(f"{name}_high")]
-        known = [_number(end) for end in ends if end is not None]
-        texts[name] = Figure(_number(value), " to ".join(known) if len(known) == 2 else "")
-    return texts
+def _command(record: Record) -> str:
+    environment = record.get("environment")
+    command = str(environment.get("command") or "") if isinstance(environment, dict) else ""
+    return command if command.startswith("torchmae ") else ""
 
 
-def _number(value: float) -> str:
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
+def _basis(record: Record) -> str:
+    """What the figures of a record depend on beside the model, as text."""
+    options, data = (value if isinstance(value, dict) else {} for value in (record.get("options"), record.get("data")))
+    kept = {name: value for name, value in options.items() if name not in _INCIDENTAL}
+    images = {name: value for name, value in data.items() if name != "classes"}
+    return json.dumps([kept, images], sort_keys=True)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from torchmae.report.run import Run
 from torchmae.report.verdict import finite
 
@@ -88,6 +90,12 @@ def setting(run: Run, section: str, name: str) -> Any:
     """A value of the configuration; None where it is missing or null."""
     values = run.config.get(section)
     return values.get(name) if isinstance(values, dict) else None
+
+
+def yaml_text(value: object) -> str:
+    """A value of the configuration as YAML in one line."""
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.strip().removesuffix("...").strip()
 
 
 def latest(run: Run, key: str) -> float | None:

@@ -19,6 +19,9 @@ _FEWEST_RECORDS = 10
 # a ViT of width 192 begins at 34 and ends at 50 to 60.
 _COLLAPSED_RANK = 3.0
 _COLLAPSED_SHARE = 0.25
+# A step that changes the weights by about a thousandth is usual. The shipped recipes have medians of 0.2% to 0.6%.
+_LARGE_UPDATE = 2e-2
+_SMALL_UPDATE = 5e-5
 
 
 def hints(records: Records) -> list[str]:
@@ -27,7 +30,12 @@ def hints(records: Records) -> list[str]:
     Args:
         records: the objects of metrics.jsonl, by rising step, or of any part of a run.
     """
-    found = (loss_hint(records), collapse_hint(records), gradient_hint(records), data_hint(records))
+    return [*filter(None, [loss_hint(records)]), *training_hints(records)]
+
+
+def training_hints(records: Records) -> list[str]:
+    """As `hints`, without the loss: for a page that weighs it elsewhere."""
+    found = (collapse_hint(records), gradient_hint(records), update_hint(records), data_hint(records))
     return [text for text in found if text]
 
 
@@ -68,6 +76,21 @@ def gradient_hint(records: Records) -> str:
     return (
         f"The gradient norm rose to {number(last)}, {last / max(usual, 1e-12):,.0f} times its median: lower the "
         "learning rate, or set --optim.clip_grad 1."
+    )
+
+
+def update_hint(records: Records) -> str:
+    """Whether steps are far too large or too small for the weights; empty if not, or not measured often enough."""
+    updates = _values(records, "train", "update_to_weight")
+    if len(updates) < _FEWEST_RECORDS:
+        return ""
+    usual = statistics.median(updates)  # a schedule begins and ends at zero
+    if _SMALL_UPDATE <= usual <= _LARGE_UPDATE:
+        return ""
+    advice = "a higher" if usual < _SMALL_UPDATE else "a lower"
+    return (
+        f"A step changes the weights by {usual:.1e} of their norm (median), where about 1e-3 is usual: try {advice} "
+        "learning rate."
     )
 
 

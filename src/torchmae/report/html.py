@@ -8,14 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from markupsafe import Markup
 
 from torchmae.config import PretrainConfig
 from torchmae.report import charts
-from torchmae.report.evaluations import evaluation_tables
-from torchmae.report.facts import describe, facts, hidden_unit, is_finished, setting, state, title
-from torchmae.report.hints import collapse_hint, data_hint, gradient_hint
+from torchmae.report.evaluations import latest_evaluations
+from torchmae.report.facts import describe, facts, hidden_unit, is_finished, setting, state, title, yaml_text
+from torchmae.report.hints import training_hints
 from torchmae.report.page import Embedded, embed, load_titled, open_picture, render_page
 from torchmae.report.pictures import HEADERS, progress_grid, read_layout, split_columns
 from torchmae.report.run import Record, Run, load_run
@@ -66,22 +65,48 @@ class Reconstructions:
 
 
 @dataclass(frozen=True)
-class Score:
-    """A row of a table of figures.
+class Share:
+    """A figure that is a share of something.
 
     Attributes:
-        label: whose figure it is.
-        loss: the loss as text; empty where there is none.
-        share: the figure as text.
+        text: the figure; empty where there is none.
         bar: the same as length, 0 to 100.
-        ours: whether it is the trained model's.
+    """
+
+    text: str
+    bar: float
+
+
+@dataclass(frozen=True)
+class LossScore:
+    """How well something predicts what is hidden.
+
+    Attributes:
+        label: what predicts.
+        loss: the loss as text.
+        explained: explained variance.
+        ours: whether it is the trained model.
     """
 
     label: str
     loss: str
-    share: str
-    bar: float
-    ours: bool = False
+    explained: Share
+    ours: bool
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """How well features tell classes apart.
+
+    Attributes:
+        label: whose features.
+        accuracies: of the classifiers that were run, in one order.
+        ours: whether they are the trained model's.
+    """
+
+    label: str
+    accuracies: tuple[Share, ...]
+    ours: bool
 
 
 @dataclass(frozen=True)
@@ -116,7 +141,8 @@ def render(run: Run) -> str:
     unit = hidden_unit(run)
     figures = final_figures(run.summary, run.val, run.baseline, setting(run, "eval", "knn_val"))
     folder = run.path.as_posix()
-    evaluations, evaluations_left = evaluation_tables(run.evaluations)
+    evaluations, evaluations_left = latest_evaluations(run.evaluations)
+    classifiers, class_rows = class_scores(figures)
     return render_page(
         "run.html",
         title=title(run),
@@ -125,13 +151,12 @@ def render(run: Run) -> str:
         facts=facts(run),
         verdict=judge(figures, unit),
         trend=trend(run.val),
-        # The verdict above has weighed the loss already.
-        hints=[
-            hint for hint in (collapse_hint(run.records), gradient_hint(run.records), data_hint(run.records)) if hint
-        ],
+        hints=training_hints(run.records),  # the verdict has weighed the loss
         scores=loss_scores(figures, unit),
-        knn_scores=knn_scores(figures),
+        classifiers=classifiers,
+        class_scores=class_rows,
         knn_images=figures.knn_images,
+        linear_train=setting(run, "eval", "linear_train"),
         measured_at=figures.step,
         normalised=run.summary.get("target") == "normalised patches",
         unit=unit,
@@ -153,7 +178,7 @@ def render(run: Run) -> str:
     )
 
 
-def loss_scores(figures: Figures, unit: str) -> list[Score]:
+def loss_scores(figures: Figures, unit: str) -> list[LossScore]:
     """The model's loss and explained variance beside the trivial predictors', where they were measured."""
     rows = (
         ("This model", figures.loss, figures.explained_variance),
@@ -161,32 +186,33 @@ def loss_scores(figures: Figures, unit: str) -> list[Score]:
         (f"Mean of visible {unit}", figures.loss_mean_patch, figures.explained_variance_mean_patch),
     )
     return [
-        Score(
-            label,
-            number(loss),
-            "" if variance is None else percent(variance).replace("-", "\N{MINUS SIGN}"),
-            round(100 * min(max(variance or 0.0, 0.0), 1.0), 1),
-            ours=label == "This model",
-        )
+        LossScore(label, number(loss), _share(variance), ours=label == "This model")
         for label, loss, variance in rows
         if loss is not None
     ]
 
 
-def knn_scores(figures: Figures) -> list[Score]:
-    """The accuracy of kNN on the model's features beside its baselines'; empty where there are no labels."""
-    if figures.knn is None:
-        return []
-    rows = (
-        ("This model's features", figures.knn),
-        ("Raw pixels", figures.knn_pixels),
-        ("The same network, untrained", figures.knn_untrained),
-    )
-    return [
-        Score(label, "", f"{accuracy:.1f}%", round(min(max(accuracy, 0.0), 100.0), 1), ours=label.startswith("This"))
-        for label, accuracy in rows
-        if accuracy is not None
+def class_scores(figures: Figures) -> tuple[list[str], list[ClassScore]]:
+    """The classifiers that were run on the features, and their accuracies beside those of the baselines.
+
+    Both are empty where there are no labels.
+    """
+    by_classifier = {
+        "kNN": (figures.knn, figures.knn_pixels, figures.knn_untrained),
+        "Linear probe": (figures.linear, figures.linear_pixels, figures.linear_untrained),
+    }
+    measured = {name: values for name, values in by_classifier.items() if values[0] is not None}
+    labels = ("This model", "Raw pixels", "The same network, untrained")
+    rows = [
+        ClassScore(
+            label,
+            tuple(_share(None if value is None else value / 100) for value in values),
+            ours=label == labels[0],
+        )
+        for label, values in zip(labels, zip(*measured.values(), strict=True), strict=False)
+        if any(value is not None for value in values)
     ]
+    return list(measured), rows
 
 
 def load_reconstructions(run: Run) -> Reconstructions | None:
@@ -235,21 +261,28 @@ def _spread(items: Sequence[tuple[int, Path]], count: int) -> list[tuple[int, Pa
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
+def _share(value: float | None) -> Share:
+    """A share, at most 1, as text and as a bar that is empty below zero."""
+    text = "" if value is None else percent(value).replace("-", "\N{MINUS SIGN}")
+    return Share(text, round(100 * min(max(value or 0.0, 0.0), 1.0), 1))
+
+
 def _charts(run: Run, figures: Figures) -> list[charts.Chart]:
     drawn = (
         charts.loss_chart(run.train, run.val),
         charts.variance_chart(run.val),
-        charts.knn_chart(run.val, figures.knn_untrained, figures.knn_pixels),
+        charts.accuracy_chart(run.val, "knn", figures.knn_untrained, figures.knn_pixels),
+        charts.accuracy_chart(run.val, "linear", figures.linear_untrained, figures.linear_pixels),
         charts.rank_chart(run.val, next((finite(item, "effective_rank_untrained") for item in run.baseline), None)),
         charts.learning_rate_chart(run.train),
+        charts.step_size_chart(run.train),
         charts.throughput_chart(run.train),
     )
     return [chart for chart in drawn if chart is not None]
 
 
 def _as_setting(name: object, value: object, defaults: Mapping[str, Any]) -> Setting:
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
     # A default that is a tuple comes back from YAML as a list.
     default = defaults.get(str(name), ...)
     same = value == (list(default) if isinstance(default, tuple) else default)
-    return Setting(str(name), text.strip().removesuffix("...").strip(), changed=not same)
+    return Setting(str(name), yaml_text(value), changed=not same)

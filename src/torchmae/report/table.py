@@ -30,15 +30,10 @@ def final_table(figures: Mapping[str, Any]) -> str:
             "explained variance",
             *(_number(figures[name], ".3f") for name in ("explained_variance", "explained_variance_interpolation")),
         )
-    if figures["knn"] is not None:
-        table.add_row(
-            "kNN accuracy, %",
-            _number(figures["knn"], ".1f"),
-            "",
-            "",
-            _number(figures["knn_untrained"], ".1f"),
-            _number(figures["knn_pixels"], ".1f"),
-        )
+    for key, label in (("knn", "kNN accuracy, %"), ("linear", "linear probe accuracy, %")):
+        if figures[key] is not None:
+            own, *others = (_number(figures[name], ".1f") for name in (key, f"{key}_untrained", f"{key}_pixels"))
+            table.add_row(label, own, "", "", *others)
     output = StringIO()
     console = Console(file=output, width=100, highlight=False)
     console.print(

@@ -29,7 +29,10 @@ class Figures:
         knn: percent of held-out images that kNN on the features classifies correctly.
         knn_untrained: the same for the network before training.
         knn_pixels: the same for raw pixels.
-        knn_images: held-out images classified.
+        knn_images: held-out images classified, by kNN and by the linear probe.
+        linear: percent of them that a linear classifier on the features gets right.
+        linear_untrained: the same for the network before training.
+        linear_pixels: the same for raw pixels.
     """
 
     step: int | None = None
@@ -42,6 +45,9 @@ class Figures:
     knn_untrained: float | None = None
     knn_pixels: float | None = None
     knn_images: int | None = None
+    linear: float | None = None
+    linear_untrained: float | None = None
+    linear_pixels: float | None = None
 
     @property
     def explained_variance_mean_patch(self) -> float | None:
@@ -107,6 +113,9 @@ def final_figures(
         knn_untrained=last("knn_untrained"),
         knn_pixels=last("knn_pixels"),
         knn_images=min(limits) if num_val else None,
+        linear=last("linear"),
+        linear_untrained=last("linear_untrained"),
+        linear_pixels=last("linear_pixels"),
     )
 
 
