@@ -67,6 +67,11 @@ def test_settings_as_dictionaries(place: Path) -> None:
     assert {name: figures[name] for name in expected} == expected
     assert figures["images_seen"] == 32
     assert 0 <= figures["knn"] <= 100
+    baselines = {f"{key}_{of}" for key in ("knn", "linear") for of in ("pixels", "untrained")}
+    (baseline,) = records(run, "baseline")
+    assert baseline.keys() == {"kind", "step", "effective_rank_untrained", *baselines}
+    assert all(figures[name] == baseline[name] for name in baselines)
+    assert figures["linear"] == records(run, "val")[-1]["linear"]
     assert figures["loss"] == records(run, "val")[-1]["loss"]
     assert [line["step"] for line in records(run, "val")] == [2, 4]
 
@@ -206,10 +211,12 @@ def test_the_final_table() -> None:
         "target": "pixels", "loss": 0.34567, "loss_interpolation": 1.2, "loss_mean_patch": 1.3,
         "explained_variance": 0.623, "explained_variance_interpolation": -0.195,
         "knn": 94.72, "knn_untrained": 46.4, "knn_pixels": 98.3,
+        "linear": 95.0, "linear_untrained": 80.0, "linear_pixels": 96.1,
     }  # fmt: skip
     lines = [" ".join(line.split()) for line in final_table(figures).splitlines()]
     assert "2,400 steps, 287,400 images in 88 s of training (3,251 images/s)" in lines
     assert "loss on hidden pixels 0.3457 1.2000 1.3000" in lines
     assert "explained variance 0.623 -0.195" in lines
     assert "kNN accuracy, % 94.7 46.4 98.3" in lines
+    assert "linear probe accuracy, % 95.0 80.0 96.1" in lines
     assert max(map(len, final_table(figures).splitlines())) <= 100

@@ -1,10 +1,11 @@
-"""What `torchmae pretrain` does, from Python."""
+"""What `torchmae pretrain` and `torchmae evaluate` do, from Python."""
 
 from __future__ import annotations
 
+import io
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +16,36 @@ from torch import Tensor
 
 import torchmae
 from torchmae import settings
-from torchmae.config import PretrainConfig
+from torchmae.config import DataConfig, PretrainConfig
 from torchmae.data.layouts import open_splits
-from torchmae.data.loader import Batch, Data, ImageLoader, open_data
-from torchmae.data.reading import probe
+from torchmae.data.loader import Data, open_data
+from torchmae.data.reading import num_cores, probe
 from torchmae.errors import ConfigError, DataError, Interrupted, TorchmaeError
-from torchmae.evaluation.diagnostics import effective_rank
-from torchmae.evaluation.features import extract, pixels
-from torchmae.evaluation.knn import knn_accuracy
+from torchmae.evaluation import suite
+from torchmae.evaluation.diagnostics import FeatureProbe
+from torchmae.evaluation.options import ComputeOptions, EvaluateOptions
 from torchmae.evaluation.reconstruction import HoldOut
+from torchmae.interop.weights import initialise
 from torchmae.nn import presets
 from torchmae.nn.autoencoder import Autoencoder
-from torchmae.nn.mae import parameter_counts
+from torchmae.nn.mae import MaskedAutoencoder, parameter_counts
 from torchmae.random import Purpose, permutation, uniform
 from torchmae.report.hints import hints
 from torchmae.report.html import write_report
 from torchmae.report.pictures import reconstruction_grid
 from torchmae.training.checkpoint import Checkpoint, load_checkpoint
+from torchmae.training.fit import fit_batch
+from torchmae.training.initial import adopt_shape, read_initial
+from torchmae.training.parallel import check_parallel, is_sharded, whole_state
 from torchmae.training.pretrain import Evaluator
 from torchmae.training.pretrain import pretrain as train
 from torchmae.training.pretrained import Pretrained, denormalise
 from torchmae.training.progress import Display
+from torchmae.training.ranks import Ranks, concatenate, open_ranks, restarts
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime, environment, open_runtime
 from torchmae.training.saved_model import Description, write_description, write_weights
-from torchmae.training.tracking import Tracker, open_trackers
+from torchmae.training.tracking import Tracker, Trackers, open_trackers
 from torchmae.visualize import write_pictures
 
 EVAL_BATCH = 250
@@ -52,6 +58,7 @@ VALIDATION_SEED = 0
 # What a resumed run may be given anew: where and how fast it computes, and the learning rate, for runs that diverged.
 MAY_CHANGE = frozenset({
     *("device", "threads", "compile", "precision", "log_every", "checkpoint_minutes", "progress"),
+    *("accumulate", "parallel", "compress_gradients", "checkpoint_activations", "max_skipped", "data.allow_change"),
     *("data.num_workers", "data.cache", "data.memory_limit", "data.root", "data.max_bad"),
     *("optim.lr", "optim.base_lr", "optim.muon_lr", "optim.clip_grad"),
 })  # fmt: skip
@@ -109,6 +116,33 @@ def pretrain(
     return resume_run(Path(resume), args) if resume is not None else start(configure(args))
 
 
+def evaluate(run: str | Path, data: str | Path | Mapping[str, Any] | None = None, **options: Any) -> dict[str, float]:
+    """Measures what a model learned, and appends it to RUN/evaluations.jsonl.
+
+        torchmae.evaluate("runs/a")                                      # kNN, linear and attentive probes
+        torchmae.evaluate("runs/a", "cifar10", method="knn", train_images=10_000)
+        torchmae.evaluate("random", "cifar10", method="linear", preset="vit_tiny_32_p4")
+
+    Args:
+        run: a run folder, an exported model, or "random" or "pixels" with `preset`.
+        data: the labelled images, as the option --data; or a dictionary of data settings. None: the run's own.
+        **options: any other option of `torchmae evaluate` by name, groups as dictionaries.
+
+    Returns:
+        Every figure by name, accuracies in percent, as evaluations.jsonl has them; those of the baselines that
+        method "all" sets beside a run as "random.knn20" and "pixels.knn20".
+
+    Raises:
+        TorchmaeError: in place of the command line's one-line errors.
+    """
+    if data is not None:
+        options["data"] = data if isinstance(data, Mapping) else {"source": data}
+    options.setdefault("progress", "none")
+    parser = settings.Parser(prog="torchmae.evaluate", allow_abbrev=False)
+    _, chosen, compute = settings.read_options(parser, settings.as_options(options), EvaluateOptions, ComputeOptions)
+    return suite.run(run, chosen, compute)
+
+
 def configure(args: Sequence[str]) -> PretrainConfig:
     """Command-line options to settings; without --recipe, one is chosen by the data."""
     recipe, source, root = settings.peek(args)
@@ -125,9 +159,19 @@ def choose_recipe(source: str, root: str) -> str:
 
 
 def start(config: PretrainConfig) -> Run:
-    """Runs `config` in a new folder."""
+    """Runs `config` in a new folder.
+
+    A group of ranks that torchrun has started again (`--max-restarts`) goes on with the run that it began.
+    """
+    if config.init_from is not None:
+        config = replace(config, model=adopt_shape(config.model, read_initial(config.init_from)))
     name = config.recipe if config.recipe != "auto" else "run"
     path = Path(config.out) if config.out else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    done, allowed = restarts()
+    if allowed and config.out is None:
+        raise ConfigError("torchrun may start this run again and would not find its folder", "give --out")
+    if done and (path / "config.yaml").is_file():
+        return resume_run(path, settings.as_options(asdict(config)))
     return _run(config, path, resume=False)
 
 
@@ -165,38 +209,76 @@ def differences(one: Any, other: Any, prefix: str = "") -> set[str]:
 
 
 def _run(config: PretrainConfig, path: Path, *, resume: bool) -> Run:
-    display = Display(config.progress)
-    folder = RunFolder(path) if resume else RunFolder.create(path)
+    with open_ranks(config.device) as ranks:
+        try:
+            return _run_on(ranks, config, path, resume=resume)
+        except (ConfigError, Interrupted) as error:  # the same on all ranks: one says it
+            if ranks.is_main:
+                raise
+            raise SystemExit(error.exit_status) from None
+
+
+def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, *, resume: bool) -> Run:
+    check_parallel(config, ranks.world_size)
+    display = Display(config.progress) if ranks.is_main else Display("none", io.StringIO())
+    folder = RunFolder(path)
+
+    def claim() -> Path:
+        nonlocal folder
+        folder = RunFolder(path) if resume else RunFolder.create(path)
+        folder.lock()
+        return folder.path
+
+    claimed = ranks.on_main(claim)
+    folder = folder if ranks.is_main else RunFolder(claimed)  # rank 0's clock has named it
     try:
         checkpoint = load_checkpoint(folder.checkpoints, display.warn) if resume else None
         # A resumed run keeps what "auto" meant when it began.
         saved_precision = checkpoint.state["precision"] if checkpoint is not None else "auto"
         precision = saved_precision if config.precision == "auto" else config.precision
-        runtime = open_runtime(config.device, precision, config.threads)
+        runtime = open_runtime(config.device, precision, config.threads, ranks)
         arguments = presets.arguments(config.model.preset, **overrides(config))
         check_model(config, arguments)
+        if ranks.world_size > 1:  # rank 0 first: what is downloaded or indexed is so once
+            ranks.on_main(lambda: len(open_splits(config.data.source, config.data.root)))
         data = open_data(
-            config.data,
+            share_of_cores(config.data, ranks),
             input_size=arguments["input_size"],
             channels=config.model.in_chans,
             device=runtime.device,
             progress=display.preparing,
         )
         if checkpoint is not None and checkpoint.state["data"] != data.fingerprint:
-            raise DataError(
-                f"the images of {config.data.source} have changed since the checkpoint",
-                "bring the same images back, or start a new run in another folder",
-            )
+            changed = f"the images of {config.data.source} have changed since the checkpoint"
+            if not config.data.allow_change:
+                raise DataError(
+                    changed,
+                    "bring the same images back, start a new run in another folder, or go on with what is there: "
+                    "--data.allow_change true",
+                )
+            display.warn(f"{changed}; going on with what is there")
         torch.manual_seed(config.seed)
         arguments["in_chans"] = data.channels
         model = presets.construct(arguments).to(runtime.device)
+        if config.fit_batch:
+            size = (data.channels, *arguments["input_size"])
+            batch_size = fit_batch(config, model, size, len(data.train), runtime)
+            config = replace(config, batch_size=batch_size, fit_batch=False)
+            display.say(f"the largest batch that fits: {batch_size} images")
         try:
             return _train(config, model, arguments, data, runtime, folder, display, checkpoint)
         finally:
             data.train.close()
     finally:
         display.close()
-        folder.discard()
+        folder.close()
+
+
+def share_of_cores(config: DataConfig, ranks: Ranks) -> DataConfig:
+    """Settings under which the ranks of a machine share its cores among their reader processes."""
+    if config.num_workers is not None or ranks.local_world_size == 1:
+        return config
+    return replace(config, num_workers=max(1, min(8, num_cores() // ranks.local_world_size)))
 
 
 def check_model(config: PretrainConfig, arguments: dict[str, Any]) -> None:
@@ -220,17 +302,30 @@ def _train(
     checkpoint: Checkpoint | None,
 ) -> Run:
     """Writes the run folder around one call of the training loop."""
-    folder.write_text("config.yaml", settings.to_yaml(config))
-    folder.remove_results()
-    folder.write_json("environment.json", {**environment(runtime), **folder.first_start()})
+    ranks = runtime.ranks
     description = Description(arguments, data.mean, data.std, asdict(config.mask), data.classes, torchmae.__version__)
-    write_description(folder.model_json, description)
     start = checkpoint.state["step"] if checkpoint else 0
-    folder.rewind_metrics(start if checkpoint else -1)
-    display.say(f"run folder {folder.path}  ({runtime.device}, {runtime.precision}, {runtime.threads} threads)")
+
+    def begin() -> None:
+        folder.write_text("config.yaml", settings.to_yaml(config))
+        folder.remove_results()
+        folder.write_json("environment.json", {**environment(runtime), **folder.first_start()})
+        write_description(folder.model_json, description)
+        folder.rewind_metrics(start if checkpoint else -1)
+
+    ranks.on_main(begin)
+    several = f", {ranks.world_size} ranks ({config.parallel})" if ranks.world_size > 1 else ""
+    display.say(
+        f"run folder {folder.path}  ({runtime.device}, {runtime.precision}, {runtime.threads} threads{several})"
+    )
     interruption: Interrupted | None = None
-    with open_trackers(folder.metrics, folder.path / "tensorboard", start) as tracker:
+    tensorboard = folder.path / "tensorboard"
+    with open_trackers(folder.metrics, tensorboard, start) if ranks.is_main else Trackers() as tracker:
         evaluators = build_evaluators(config, model, data, runtime, folder, tracker, fresh=checkpoint is None)
+        if config.init_from is not None and checkpoint is None:  # after the baselines, which are of random weights
+            assert isinstance(model, MaskedAutoencoder)
+            for line in initialise(model, read_initial(config.init_from)):
+                display.say(line)
         try:
             train(
                 config,
@@ -246,11 +341,37 @@ def _train(
             )
         except Interrupted as error:
             interruption = error
-    if data.bad.items:
-        folder.write_text("bad_files.txt", "".join(f"{name}\t{reason}\n" for name, reason in data.bad.items))
-        display.warn(f"{len(data.bad.items)} images could not be read and were skipped: see {folder.bad_files}")
+    weights = whole_state(model)
+    bad = concatenate(ranks.gather(data.bad.items))
+
+    def end() -> Run:
+        whole = model
+        if any(map(is_sharded, model.parameters())):
+            whole = presets.construct(arguments).to(runtime.device)
+            whole.load_state_dict(weights)
+        return _finish(config, Pretrained(whole, description), data, bad, runtime, folder, display, interruption)
+
+    return ranks.on_main(end)
+
+
+def _finish(
+    config: PretrainConfig,
+    pretrained: Pretrained,
+    data: Data,
+    bad: Sequence[tuple[str, str]],
+    runtime: Runtime,
+    folder: RunFolder,
+    display: Display,
+    interruption: Interrupted | None,
+) -> Run:
+    """Writes weights, figures, pictures and the report; raises the interruption if there was one."""
+    model, description = pretrained.model, pretrained.description
+    if bad:
+        folder.write_text("bad_files.txt", "".join(f"{name}\t{reason}\n" for name, reason in bad))
+        display.warn(f"{len(bad)} images could not be read and were skipped: see {folder.bad_files}")
     write_weights(folder.weights, model.state_dict())
-    figures = summarise(config, model, arguments, data, folder, "interrupted" if interruption else "finished")
+    state = "interrupted" if interruption else "finished"
+    figures = {**summarise(config, model, description.arguments, data, folder, state), "bad_files": len(bad)}
     folder.write_json("summary.json", figures)
     if not interruption and data.val is not None:
         try:
@@ -273,9 +394,10 @@ def build_evaluators(
     *,
     fresh: bool,
 ) -> list[Evaluator]:
-    """What is measured on the way: reconstruction figures, pictures, and kNN where labels exist.
+    """What is measured on the way: reconstruction figures, pictures, and where labels exist kNN and a linear probe.
 
-    With `fresh` the model is untrained: its kNN accuracy, and that of raw pixels, are logged as baselines.
+    Every rank measures the same images: shards are gathered by all, and none waits for another's report. With
+    `fresh` the model is untrained: its accuracies, and those of raw pixels, are logged as baselines.
     """
     if data.val is None:
         return []
@@ -288,54 +410,22 @@ def build_evaluators(
     picture_mask = validation_mask(model, config, spread(len(data.val), config.eval.images)[: len(images)], runtime)
 
     def pictures(step: int) -> dict[str, float]:
-        draw_pictures(model, data, images, picture_mask, folder.reconstructions / f"step-{step:08d}.png")
+        path = folder.reconstructions / f"step-{step:08d}.png"
+        draw_pictures(model, data, images, picture_mask, path if runtime.ranks.is_main else None)
         return {}
 
     evaluators = [
         Evaluator(config.eval.count, lambda _: hold_out.run()),
         Evaluator(min(PICTURE_COUNT, config.eval.count), pictures),
     ]
-    probe = knn_probe(config, data)
-    if probe is not None and config.eval.knn_count:
-        bank, queries = probe
-
-        def measure_features(_: int = 0) -> dict[str, float]:
-            classified = extract(model, queries(), runtime)
-            accuracy = knn_accuracy(*extract(model, bank(), runtime), *classified)
-            rank = {"effective_rank": effective_rank(classified[0])} if len(classified[0]) > 1 else {}
-            return {"knn": accuracy, **rank}
-
+    probe = FeatureProbe(data.train, data.val, config.eval)
+    if probe.is_possible and config.eval.knn_count:
         if fresh:
-            by_pixels = knn_accuracy(*pixels(bank()), *pixels(queries()))
-            untrained = {f"{name}_untrained": value for name, value in measure_features().items()}
-            tracker.log("baseline", 0, {"knn_pixels": by_pixels, **untrained})
-
-        evaluators.append(Evaluator(min(config.eval.knn_count, config.eval.count), measure_features))
+            untrained = {f"{name}_untrained": value for name, value in probe.run(model, runtime).items()}
+            by_pixels = {f"{name}_pixels": value for name, value in probe.run_on_pixels().items()}
+            tracker.log("baseline", 0, {**by_pixels, **untrained})
+        evaluators.append(Evaluator(min(config.eval.knn_count, config.eval.count), lambda _: probe.run(model, runtime)))
     return evaluators
-
-
-def knn_probe(
-    config: PretrainConfig, data: Data
-) -> tuple[Callable[[], Iterator[Batch]], Callable[[], Iterator[Batch]]] | None:
-    """Fixed labelled images, unaugmented: those that vote and those that are classified; None without labels."""
-    assert data.val is not None
-    train_indices = labelled(data.train, config.eval.knn_train)
-    val_indices = labelled(data.val, config.eval.knn_val)
-    if not len(train_indices) or not len(val_indices):
-        return None
-    val = data.val
-    return (
-        lambda: data.train.eval_batches(train_indices, EVAL_BATCH),
-        lambda: val.eval_batches(val_indices, EVAL_BATCH),
-    )
-
-
-def labelled(loader: ImageLoader, count: int) -> npt.NDArray[np.int64]:
-    """At most `count` indices of images with a label: the same ones in every run."""
-    if loader.labels is None:
-        return np.empty(0, dtype=np.int64)
-    order = permutation(VALIDATION_SEED, 0, len(loader), Purpose.SUBSET)
-    return np.sort(order[loader.labels[order] >= 0][:count])
 
 
 def spread(length: int, count: int) -> npt.NDArray[np.int64]:
@@ -353,10 +443,12 @@ def validation_mask(
 
 
 @torch.no_grad()
-def draw_pictures(model: Autoencoder, data: Data, images: Tensor, mask: Any, path: Path) -> None:
-    """Saves masked | reconstructed | original."""
+def draw_pictures(model: Autoencoder, data: Data, images: Tensor, mask: Any, path: Path | None) -> None:
+    """Saves masked | reconstructed | original; without a path, only takes part in what ranks compute together."""
     model.eval()
     result = model.reconstruct(images, mask)
+    if path is None:
+        return
     original = denormalise(images, data.mean, data.std)
     masked = original.masked_fill(result.removed.cpu(), torch.nan)
     filled = denormalise(result.images, data.mean, data.std)
@@ -388,6 +480,9 @@ def summarise(
         "knn": validation.get("knn"),
         "knn_untrained": baseline.get("knn_untrained"),
         "knn_pixels": baseline.get("knn_pixels"),
+        "linear": validation.get("linear"),
+        "linear_untrained": baseline.get("linear_untrained"),
+        "linear_pixels": baseline.get("linear_pixels"),
         "num_train": len(data.train),
         "num_val": len(data.val) if data.val is not None else 0,
         "params_encoder": encoder,

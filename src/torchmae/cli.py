@@ -23,6 +23,11 @@ commands:
   embed         write the features of many images to a file
   visualize     draw what a model learned: features as colours, attention, neighbours, a map
   report        write the page of a run, or of several side by side
+  export        write a model for timm, transformers, ONNX and others, and check it
+  push          export a model and upload it to the Hugging Face hub
+  plan          what a run would cost: memory, speed, GPU hours
+  bench         how fast training is here, beside other code, and where its time goes
+  data          inspect a data set, or pack it into files that are read fast
   recipes       list the named sets of settings
 
   torchmae pretrain                                  digits, on the processor, about a minute, no network
@@ -46,9 +51,11 @@ def main(args: Sequence[str] | None = None) -> int:
         signal's number for one that was stopped.
     """
     words = list(sys.argv[1:] if args is None else args)
-    # Threads that wait for each other by spinning bring training to a tenth of its speed as soon as another program
-    # wants a core; sleeping costs next to nothing. Read once, when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # How often a thread that waits for the others looks again before it sleeps. Sleeping at once costs a quarter of
+    # the speed of small models; spinning for long, nine tenths as soon as another program wants a core. Read once,
+    # when torch is imported (benchmarks/waiting.py).
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         if not words or words[0] in ("-h", "--help", "help"):
             print(USAGE, end="")
@@ -92,6 +99,8 @@ def pretrain(args: list[str]) -> int:
     from torchmae import api
 
     run = api.resume_run(Path(resume), args) if resume is not None else api.start(api.configure(args))
+    if os.environ.get("RANK", "0") != "0":  # of ranks that torchrun started, the first one speaks
+        return 0
     from torchmae.report.table import final_table
 
     print(final_table(run.figures), flush=True)
@@ -138,6 +147,41 @@ def report(args: list[str]) -> int:
     return run(args)
 
 
+def plan(args: list[str]) -> int:
+    """`torchmae plan`: what a run would cost."""
+    from torchmae.commands.plan import main as run
+
+    return run(args)
+
+
+def bench(args: list[str]) -> int:
+    """`torchmae bench`: how fast training is, and where its time goes."""
+    from torchmae.commands.bench import main as run
+
+    return run(args)
+
+
+def export(args: list[str]) -> int:
+    """`torchmae export`: a model in another library's format, checked."""
+    from torchmae.commands.export import main as run
+
+    return run(args)
+
+
+def push(args: list[str]) -> int:
+    """`torchmae push`: a model on the Hugging Face hub."""
+    from torchmae.commands.push import main as run
+
+    return run(args)
+
+
+def data(args: list[str]) -> int:
+    """`torchmae data`: what a data set holds; packing it."""
+    from torchmae.commands.data import main as run
+
+    return run(args)
+
+
 def recipes(args: list[str]) -> int:
     """`torchmae recipes`: names, one line each."""
     if args in (["-h"], ["--help"]):
@@ -176,5 +220,10 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "embed": embed,
     "visualize": visualize,
     "report": report,
+    "export": export,
+    "push": push,
+    "plan": plan,
+    "bench": bench,
+    "data": data,
     "recipes": recipes,
 }

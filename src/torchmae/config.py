@@ -16,13 +16,15 @@ class DataConfig:
     """What to train on.
 
     Attributes:
-        source: "digits", a folder of images (class sub-folders give labels), a folder of parquet files, a .parquet,
-            .npy or .npz file, or a torchvision set by name (cifar10, stl10, fashion_mnist, ...).
+        source: "digits", a folder of images (class sub-folders give labels), a pattern ('photos/**/*.jpg'), a .csv or
+            .txt list, .parquet or .tar files (also a folder, or the URL, of them), a .npy, .npz, .h5 or .zarr array, a
+            torchvision set by name (cifar10, stl10, ...), or hf: and what the `datasets` library loads (docs/data.md).
         root: where torchvision's sets are kept and downloaded to.
         val: held-out images: "auto" (the data's own val split, else val_size of the training images), "none",
             the name of a split ("test"), or a path (its training split).
         val_size: how many training images "auto" holds out when there is no val split; at most a fifth of them.
-        cache: "memory" keeps decoded images as integers, "none" reads files in workers, "auto" decides by size.
+        cache: "memory" keeps decoded images as integers, "device" keeps them in the GPU's memory, "none" reads files
+            in workers, "auto" decides by size.
         memory_limit: GiB that "auto" may fill.
         num_workers: reader processes when images are not in memory; null: one per core, at most 8.
         crop_scale: area of the random crop as a share of the image, from and to (RandomResizedCrop).
@@ -30,7 +32,10 @@ class DataConfig:
         flip: mirror left and right half of the time.
         mean: per-channel mean of values in [0, 1] that is subtracted; null: computed from a sample.
         std: per-channel deviation that is divided by; null: computed from a sample.
+        repeats: views (crop, flip, mask) of an image that follow each other, for one decoding: those that it would
+            have in so many epochs. Their number stays the same; batches are less varied.
         max_bad: share of unreadable files at which a run stops (each is skipped, counted and named until then).
+        allow_change: go on with a run whose training images are no longer those it began with.
     """
 
     source: str = "digits"
@@ -45,13 +50,16 @@ class DataConfig:
     flip: bool = True
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    repeats: int = 1
     max_bad: float = 0.01
+    allow_change: bool = False
 
     def __post_init__(self) -> None:
-        one_of("data.cache", self.cache, ("auto", "memory", "none"))
+        one_of("data.cache", self.cache, ("auto", "memory", "device", "none"))
         within("data.val_size", self.val_size, 1, float("inf"))
         within("data.memory_limit", self.memory_limit, 0, float("inf"))
         within("data.num_workers", self.num_workers, 0, 256)
+        within("data.repeats", self.repeats, 1, 1000)
         within("data.max_bad", self.max_bad, 0, 1)
         within("data.crop_scale", self.crop_scale[0], 0, self.crop_scale[1], open_low=True)
         within("data.crop_scale", self.crop_scale[1], 0, 1, open_low=True)
@@ -87,6 +95,9 @@ class ModelConfig:
         decoder_depth: decoder blocks.
         decoder_num_heads: decoder attention heads.
         norm_pix: predict patches normalised by their own mean and deviation (the paper's better target).
+        predict_ratio: share of the masked patches that a training step predicts (CrossMAE; needs decoder "cross").
+        feature_weights: the "cross" decoder's blocks read learned mixtures of all the encoder's layers (CrossMAE).
+        hog_weight: weight of a second loss in training, predicted histograms of gradients (MaskFeat's target); 2-D.
         hidden_dim: width of the mlp preset's one hidden layer.
         output_relu: end the mlp preset in a ReLU, as the tutorial does (negative targets are out of reach).
         loss_on: "hidden" values only, or "all" values; the mlp preset's loss.
@@ -107,6 +118,9 @@ class ModelConfig:
     decoder_depth: int | None = None
     decoder_num_heads: int | None = None
     norm_pix: bool | None = None
+    predict_ratio: float | None = None
+    feature_weights: bool | None = None
+    hog_weight: float | None = None
     hidden_dim: int | None = None
     output_relu: bool | None = None
     loss_on: str | None = None
@@ -120,14 +134,17 @@ class MaskConfig:
         strategy: "random" patches (the paper's), "block" (contiguous), "grid" (evenly spread); for the mlp
             preset "elements" (each value alone) or "elements_inverted" (the tutorial's: hides 1 - ratio).
         ratio: share of the patches that is removed, in (0, 1).
+        final_ratio: the share at the end of the run, reached in a straight line from `ratio`; null: it stays.
     """
 
     strategy: str = "random"
     ratio: float = 0.75
+    final_ratio: float | None = None
 
     def __post_init__(self) -> None:
         one_of("mask.strategy", self.strategy, ("random", "block", "grid", "elements", "elements_inverted"))
         within("mask.ratio", self.ratio, 0, 1, open_low=True, open_high=True)
+        within("mask.final_ratio", self.final_ratio, 0, 1, open_low=True, open_high=True)
 
 
 @dataclass(frozen=True)
@@ -180,9 +197,10 @@ class EvalConfig:
     Attributes:
         count: how many times, evenly spread, the last at the end.
         images: held-out images used, at most.
-        knn_count: how many times kNN is run, likewise, where labels exist; `count` at most.
+        knn_count: how many times kNN and the linear probe are run, likewise, where labels exist; `count` at most.
         knn_train: labelled training images that vote, at most.
         knn_val: held-out images that are classified, at most.
+        linear_train: of the images that vote, those that the linear probe learns from, at most; 0: no linear probe.
         pictures: images in each reconstruction picture.
     """
 
@@ -191,12 +209,14 @@ class EvalConfig:
     knn_count: int = 2
     knn_train: int = 10000
     knn_val: int = 5000
+    linear_train: int = 2000
     pictures: int = 8
 
     def __post_init__(self) -> None:
         for name in ("count", "images", "knn_train", "knn_val", "pictures"):
             within(f"eval.{name}", getattr(self, name), 1, float("inf"))
         within("eval.knn_count", self.knn_count, 0, float("inf"))
+        within("eval.linear_train", self.linear_train, 0, float("inf"))
 
 
 @dataclass(frozen=True)
@@ -211,17 +231,30 @@ class PretrainConfig:
         mask: what is hidden.
         optim: the optimiser and its schedule.
         eval: what is measured on the way.
+        init_from: weights to start from: a run, an exported model, or others' (a released MAE checkpoint, timm's,
+            transformers'); the shape of the network is then theirs. Null: random weights.
         out: the run folder; null: runs/<recipe>-<time>.
         epochs: passes over the training images.
         max_minutes: minutes of training steps; the speed of the first steps fixes how many there are (validation
             and start-up come on top). Replaces epochs.
         batch_size: images per optimiser step, over all ranks and accumulation.
-        accumulate: parts that a batch is computed in, one after the other, to save memory.
+        fit_batch: take the largest batch that fits on the GPU, a power of two images on each, in place of
+            batch_size; `--batch auto` for short.
+        start_size: train on smaller images first, of so many pixels along each axis (the patch divides it); null: no.
+        start_share: the share of the run's steps that they take, in (0, 1).
+        accumulate: parts that each rank's share of a batch is computed in, one after the other, to save memory.
         seed: of weights, order, crops, flips and masks.
         device: auto, cpu, cuda, cuda:1, mps.
         precision: auto (bf16 where it is faster, else fp32), bf16 or fp32.
         threads: processor threads; null: every core.
         compile: run the model through torch.compile.
+        parallel: how the ranks that torchrun starts share the work: "ddp" (each has the whole model) or "fsdp" (each
+            holds a part of every weight, for models that do not fit on one GPU).
+        compress_gradients: exchange gradients in bf16 ("ddp" only).
+        checkpoint_activations: keep only each block's input for the backward pass and compute the rest again: a third
+            more work, a fraction of the memory.
+        max_skipped: steps in a row whose loss or gradient is not finite, each left out, at which the run goes back to
+            its last checkpoint and halves the learning rate.
         log_every: optimiser steps between two lines of progress.
         checkpoint_minutes: minutes between two checkpoints; the last two are kept.
         progress: "auto" (a live line on a terminal, else plain lines), "plain", "epochs" (one line an epoch on
@@ -234,28 +267,42 @@ class PretrainConfig:
     mask: MaskConfig = field(default_factory=MaskConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    init_from: str | None = None
     out: str | None = None
     epochs: int = 100
     max_minutes: float | None = None
     batch_size: int = 256
+    fit_batch: bool = False
+    start_size: int | tuple[int, ...] | None = None
+    start_share: float = 0.5
     accumulate: int = 1
     seed: int = 0
     device: str = "auto"
     precision: str = "auto"
     threads: int | None = None
     compile: bool = False
+    parallel: str = "ddp"
+    compress_gradients: bool = False
+    checkpoint_activations: bool = False
+    max_skipped: int = 3
     log_every: int = 10
     checkpoint_minutes: float = 5.0
     progress: str = "auto"
 
     def __post_init__(self) -> None:
         one_of("precision", self.precision, ("auto", "bf16", "fp32"))
+        one_of("parallel", self.parallel, ("ddp", "fsdp"))
         one_of("progress", self.progress, ("auto", "plain", "epochs", "none"))
         within("epochs", self.epochs, 1, 1e6)
         within("max_minutes", self.max_minutes, 0, 1e6, open_low=True)
         within("batch_size", self.batch_size, 1, 1e6)
         within("accumulate", self.accumulate, 1, self.batch_size)
+        within("start_share", self.start_share, 0, 1, open_low=True, open_high=True)
+        sizes = self.start_size if isinstance(self.start_size, tuple) else (self.start_size,)
+        for size in sizes:
+            within("start_size", size, 1, float("inf"))
         within("seed", self.seed, 0, 2**64 - 1)
         within("threads", self.threads, 1, 1024)
+        within("max_skipped", self.max_skipped, 1, float("inf"))
         within("log_every", self.log_every, 1, float("inf"))
         within("checkpoint_minutes", self.checkpoint_minutes, 0, float("inf"))

@@ -134,6 +134,11 @@ def normalise(args: Sequence[str]) -> list[str]:
             name = name.replace("-", "_")
             arg = f"--{ALIASES.get(name, name)}{equals}{value}"
         result.append(arg)
+    for i, arg in enumerate(result):  # --batch auto
+        if arg == "--batch_size=auto":
+            result[i] = "--fit_batch=true"
+        elif arg == "--batch_size" and result[i + 1 : i + 2] == ["auto"]:
+            result[i : i + 2] = ["--fit_batch=true"]
     return result
 
 
@@ -239,6 +244,32 @@ def parse(args: Sequence[str], recipe: str | None = None) -> PretrainConfig:
         return PretrainConfig(**{name: built[name] for name in PretrainConfig.__dataclass_fields__})
     except ArgumentError as error:
         raise explain(str(error), parser.option_names()) from error
+
+
+def read_options(parser: Parser, args: Sequence[str], *kinds: type[Any]) -> tuple[Any, ...]:
+    """Words to dataclasses of plain settings, each field an option.
+
+    Args:
+        parser: with the command's positional arguments.
+        args: the words.
+        kinds: dataclasses; a flat option is made of each field.
+
+    Returns:
+        the parser's values, and an object of each kind.
+
+    Raises:
+        ConfigError: an unknown option, or a value that does not fit.
+    """
+    for kind in kinds:
+        parser.add_class_arguments(kind, None, fail_untyped=True)
+    words = normalise(args)
+    source = take_option(words, "init_from")  # weights of others, where the command takes a run
+    try:
+        values = parser.parse_args(words if source is None else [source, *words])
+        built = parser.instantiate(values)
+    except ArgumentError as error:
+        raise explain(str(error), parser.option_names()) from error
+    return values, *(kind(**{name: built[name] for name in kind.__dataclass_fields__}) for kind in kinds)
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 
 from torchmae.config import PretrainConfig
 from torchmae.data.loader import Batch
-from torchmae.data.plan import Plan
+from torchmae.data.plan import Plan, shard
 from torchmae.nn import presets
 from torchmae.nn.autoencoder import Autoencoder
 from torchmae.training.pretrain import State, pretrain
@@ -43,9 +43,12 @@ class Images:
     def __len__(self) -> int:
         return len(self.images)
 
-    def train_batches(self, plan: Plan, start: int, stop: int) -> Iterator[Batch]:
+    def train_batches(
+        self, plan: Plan, start: int, stop: int, *, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Batch]:
         for step in range(start, stop):
             epoch, indices = plan.indices(step)
+            indices = shard(indices, rank, world_size)
             yield Batch(self.images[indices], torch.full((len(indices),), -1), indices, epoch)
 
 
@@ -71,6 +74,7 @@ class Memory:
 
 def train(config: PretrainConfig, model: Autoencoder, loader: Images, out: Path, **others: Any) -> tuple[State, Memory]:
     """One call of the loop."""
+    out.mkdir(parents=True, exist_ok=True)
     tracker = Memory()
     arguments: dict[str, Any] = {
         "fingerprint": "abc",

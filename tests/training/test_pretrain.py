@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -144,14 +145,14 @@ class Slow(Images):
         super().__init__(images(10).images)
         self.clock = clock
 
-    def train_batches(self, plan: Plan, start: int, stop: int) -> Iterator[Batch]:
-        for batch in super().train_batches(plan, start, stop):
+    def train_batches(self, plan: Plan, start: int, stop: int, **ranks: int) -> Iterator[Batch]:
+        for batch in super().train_batches(plan, start, stop, **ranks):
             self.clock.now += 1
             yield batch
 
 
 def test_seconds_are_those_of_training(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    def step(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def step(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         clock.now += 3
         return train_step(*args, **kwargs)
 
@@ -177,7 +178,7 @@ def test_seconds_are_those_of_training(tmp_path: Path, clock: Clock, monkeypatch
 
 def test_checkpoints_come_by_the_clock(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = []
-    monkeypatch.setattr(module, "save", lambda folder, model, optimizers, state: saved.append(state.step))
+    monkeypatch.setattr(module, "save", lambda folder, model, optimizers, state, ranks: saved.append(state.step))
 
     def evaluate(_: int) -> dict[str, float]:
         clock.now += 30
@@ -193,9 +194,13 @@ class Recording(Display):
     def __init__(self) -> None:
         super().__init__("none")
         self.said: list[str] = []
+        self.warned: list[str] = []
 
     def say(self, text: str) -> None:
         self.said.append(text)
+
+    def warn(self, text: str) -> None:
+        self.warned.append(text)
 
 
 def test_minutes_become_steps(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +208,7 @@ def test_minutes_become_steps(tmp_path: Path, clock: Clock, monkeypatch: pytest.
     before = {name: value.clone() for name, value in model.state_dict().items()}
     probing = []
 
-    def step(network: Autoencoder, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def step(network: Autoencoder, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         # The first steps are slow, as those of a cold machine are; they do not count.
         probing.append(network is not model)
         clock.now += 5.0 if len(probing) <= 5 else 0.25
@@ -224,7 +229,7 @@ def test_measuring_takes_a_share_of_the_time_and_changes_nothing(clock: Clock, m
     before = {name: value.clone() for name, value in model.state_dict().items()}
     calls = []
 
-    def step(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def step(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         calls.append(1)
         clock.now += 1.0
         return train_step(*args, **kwargs)
@@ -313,23 +318,137 @@ def finite(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("log_every", [1, 2, 100])
-def test_a_loss_that_is_not_finite_names_its_step(tmp_path: Path, log_every: int) -> None:
-    loader = images(10)
-    _, indices = Plan(10, 4, 0).indices(4)  # the fifth step's
-    loader.images[int(indices[0])] = torch.nan
-    first = next(i for i in range(9) if int(indices[0]) in Plan(10, 4, 0).indices(i)[1]) + 1
-    config = replace(CONFIG, log_every=log_every, checkpoint_minutes=0)
-    with pytest.raises(TrainingError) as caught:
-        train(config, vit(), loader, tmp_path)
-    assert str(caught.value) == (
-        f"the loss is nan at step {first}; the last good checkpoint was kept; go on from it with a smaller step: "
-        f"torchmae pretrain --resume {tmp_path} --optim.lr LR (or --optim.clip_grad 1, or --precision fp32)"
+def test_a_step_without_a_finite_loss_is_left_out(tmp_path: Path, log_every: int) -> None:
+    loader, whole = images(10), images(10)
+    spoilt = int(Plan(10, 4, 0).indices(4)[1][0])
+    loader.images[spoilt] = torch.nan
+    bad = [i + 1 for i in range(9) if spoilt in Plan(10, 4, 0).indices(i)[1]]
+    model, display = vit(), Recording()
+    config = replace(CONFIG, log_every=log_every)
+    state, tracker = train(config, model, loader, tmp_path, display=display)
+    assert (state.step, state.lr_scale) == (9, 1.0)
+    assert display.warned == [f"step {step} skipped: the loss is nan and the gradient's norm nan" for step in bad]
+    assert sum(line.get("skipped", 0) for line in tracker.of("train")) == 3
+    assert all(math.isfinite(line["loss"]) for line in tracker.of("epoch"))
+    assert finite(tmp_path)
+
+    plain, plan = vit(), Plan(10, 4, 0)  # a run that never saw those batches
+    (optimizer,) = build_optimizers(plain, CONFIG.optim, 4)
+    for step, batch in enumerate(whole.train_batches(plan, 0, 9)):
+        if step + 1 not in bad:
+            module.set_lr([optimizer], lr_factor(step, 9, CONFIG.optim))
+            mask = draw_mask(plain, CONFIG.mask, 0, batch, torch.device("cpu"))
+            train_step(plain, [optimizer], batch.images, mask, CONFIG, RUNTIME)
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("loss, norm", [(1.0, math.nan), (math.inf, 1.0), (math.nan, math.nan)])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_step_that_is_not_finite_changes_nothing(name: str, loss: float, norm: float) -> None:
+    model = vit()
+    optimizers = build_optimizers(model, OptimConfig(name=name, lr=0.1), 4)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 0.5)
+    before = [p.detach().clone() for p in model.parameters()]
+    module.step_if_finite(optimizers, torch.tensor(loss), torch.tensor(norm))
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+    assert all(p.grad is None for p in model.parameters())
+    assert all(not optimizer.state for optimizer in optimizers)
+
+
+class Poisoned(Images):
+    """From a step on, each of its batches is not a number as often as it is told."""
+
+    def __init__(self, first: int, times: int) -> None:
+        super().__init__(images(10).images)
+        self.first, self.times = first, times
+
+    def train_batches(self, plan: Plan, start: int, stop: int, **ranks: int) -> Iterator[Batch]:
+        for step, batch in enumerate(super().train_batches(plan, start, stop, **ranks), start):
+            spoilt = step >= self.first and self.times > 0
+            self.times -= spoilt
+            yield replace(batch, images=batch.images * (math.nan if spoilt else 1))
+
+
+def test_steps_in_a_row_send_back_to_the_checkpoint_at_half_the_rate(tmp_path: Path) -> None:
+    display = Recording()
+    config = replace(CONFIG, log_every=1)
+    state, tracker = train(config, vit(), Poisoned(4, 3), tmp_path, display=display)
+    assert display.warned[-1] == (
+        "3 steps in a row up to 7 have no finite loss or gradient: back to the checkpoint of step 0, "
+        "from there at 0.5 times the learning rate"
     )
-    assert caught.value.exit_status == 1
+    assert (state.step, state.lr_scale) == (9, 0.5)
+    again = tracker.of("train")[7:]
+    assert [line["step"] for line in again] == list(range(1, 10))
+    assert [line["lr"] for line in again] == [1e-3 * lr_factor(i, 9, CONFIG.optim) / 2 for i in range(9)]
+    epochs = tracker.of("epoch")[-3:]
+    assert [line["loss"] for line in epochs] == pytest.approx(
+        [sum(line["loss"] for line in again[i : i + 3]) / 3 for i in (0, 3, 6)]
+    )
     checkpoint = load_checkpoint(tmp_path / "checkpoints")
     assert checkpoint is not None
-    assert checkpoint.state["step"] == first - 1
+    assert checkpoint.state["lr_scale"] == 0.5
+
+
+def test_a_run_that_never_mends_ends(tmp_path: Path) -> None:
+    display = Recording()
+    with pytest.raises(TrainingError) as caught:
+        train(replace(CONFIG, max_skipped=2), vit(), Poisoned(2, 10**6), tmp_path, display=display)
+    assert str(caught.value) == (
+        "2 steps in a row up to 4 have no finite loss or gradient; the last good checkpoint was kept; go on from it "
+        f"with a smaller step: torchmae pretrain --resume {tmp_path} --optim.lr LR "
+        "(or --optim.clip_grad 1, or --precision fp32)"
+    )
+    assert caught.value.exit_status == 1
+    assert [line.split(", from there")[1] for line in display.warned if "back to" in line] == [
+        f" at {scale:g} times the learning rate" for scale in (0.5, 0.25, 0.125)
+    ]
     assert finite(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "accumulate", "advice"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, "resume with --accumulate 2 (the same steps in less memory)"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 3, "resume with --accumulate 4"),
+        (MemoryError(), 4, "resume with --checkpoint_activations true, or choose a smaller model"),
+    ],
+)
+def test_memory_that_runs_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, accumulate: int, advice: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(module, "train_step", fail)
+    with pytest.raises(TrainingError) as caught:
+        train(replace(CONFIG, accumulate=accumulate), vit(), images(10), tmp_path)
+    said = str(caught.value)
+    assert said.startswith(f"out of memory on cpu: 4 images a step in parts of {-(-4 // accumulate)}; {advice}")
+    assert said.endswith("or start again with --batch_size 2")
+    assert load_checkpoint(tmp_path / "checkpoints") is not None
+
+
+def test_other_errors_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(module, "train_step", fail)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        train(CONFIG, vit(), images(10), tmp_path)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_activations_computed_twice_change_nothing(tmp_path: Path, accumulate: int) -> None:
+    results = []
+    for again in (False, True):
+        model = vit(depth=2, drop_path=0.3)
+        config = replace(CONFIG, accumulate=accumulate, checkpoint_activations=again, model=ModelConfig(drop_path=0.3))
+        train(config, model, images(10), tmp_path / str(again))
+        results.append(model.state_dict())
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+    assert list(results[0]) == list(results[1])
 
 
 @pytest.mark.parametrize("where", ["weights", "moments"])
@@ -464,6 +583,12 @@ def test_a_checkpoint_of_another_model(tmp_path: Path) -> None:
     train(CONFIG, vit(), images(10), tmp_path)
     checkpoint = load_checkpoint(tmp_path / "checkpoints")
     assert checkpoint is not None
+    with pytest.raises(CheckpointError) as caught:
+        restore(checkpoint, vit(decoder_depth=2), build_optimizers(vit(), CONFIG.optim, 4), "fp32")
+    assert str(caught.value) == (
+        f"{checkpoint.path} does not fit the model: decoder.blocks.1.norm1.weight is missing in the checkpoint and "
+        "(16,) in the model, and 11 more differ; resume with the run's own settings"
+    )
     for model, optim in ((vit(embed_dim=32), CONFIG.optim), (vit(), OptimConfig(name="muon"))):
         with pytest.raises(
             CheckpointError, match=r"^\S+step-00000009 does not fit the model: .*own settings$"

@@ -49,14 +49,14 @@ def test_a_folder_without_permission(tmp_path: Path) -> None:
 
 def test_only_an_empty_folder_of_its_own_is_discarded(tmp_path: Path) -> None:
     mine = RunFolder.create(tmp_path / "mine")
-    mine.discard()
+    mine.close()
     assert not mine.path.exists()
     (tmp_path / "theirs").mkdir()
-    RunFolder.create(tmp_path / "theirs").discard()
+    RunFolder.create(tmp_path / "theirs").close()
     assert (tmp_path / "theirs").exists()
     used = RunFolder.create(tmp_path / "used")
     used.write_text("config.yaml", "")
-    used.discard()
+    used.close()
     assert used.config.exists()
 
 

@@ -5,7 +5,12 @@ A checkpoint is a folder `checkpoints/step-00001234` with
     model.safetensors   weights
     optimizer.pt        optimiser state: tensors and numbers only, read with weights_only=True
     state.json          step, schedule length, what else the loop must know
-    checksums.json      SHA-256 of the other three
+    checksums.json      SHA-256 of the others
+
+or, where ranks hold shards of the model (FSDP2), in place of the first two
+
+    shards/             weights and optimiser state: one safetensors file a rank, read by any number of ranks
+    param_groups.json   settings of the optimisers' groups
 
 It is written under another name, flushed to disk, and renamed. The one before it stays until the next is whole.
 """
@@ -16,8 +21,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +33,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from torchmae.errors import CheckpointError
+from torchmae.training.parallel import is_sharded
+from torchmae.training.ranks import ALONE, Ranks
 
 KEEP = 2
 _WRITING = ".writing-"
+_WHOLE = frozenset({"model.safetensors", "optimizer.pt", "state.json"})
+_SHARDED = frozenset({"param_groups.json", "state.json"})
 
 
 @dataclass(frozen=True)
@@ -51,45 +60,92 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, model: dict[str, Tensor], optimizers: list[dict[str, Any]], state: dict[str, Any]
+    folder: Path,
+    model: dict[str, Tensor],
+    optimizers: list[dict[str, Any]],
+    state: dict[str, Any],
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Writes `folder/step-...` and removes all others but the one before it.
+
+    Args:
+        folder: of all checkpoints.
+        model: a state_dict; with shards in it, every rank writes its own, else rank 0 writes all.
+        optimizers: each optimiser's state_dict.
+        state: JSON values, among them "step".
+        ranks: all of which call this.
 
     Raises:
         CheckpointError: the disk is full or cannot be written; what was there before is untouched.
     """
     final = folder / f"step-{state['step']:08d}"
     writing = folder / f"{_WRITING}{state['step']:08d}"
+    sharded = any(is_sharded(tensor) for tensor in model.values())
+
+    def begin() -> None:
+        with _cannot_save(writing, state["step"]):
+            folder.mkdir(exist_ok=True)  # not its parents: a run folder that was removed is not made anew
+            clean(folder)
+            writing.mkdir()
+
+    def end() -> None:
+        with _cannot_save(writing, state["step"]):
+            if sharded:
+                groups = [optimizer["param_groups"] for optimizer in optimizers]
+                (writing / "param_groups.json").write_text(json.dumps(groups), encoding="utf-8")
+            else:
+                _write_whole(writing, model, optimizers)
+            (writing / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+            _seal(writing, final)
+
+    ranks.on_main(begin)
+    if sharded:
+        from torchmae.training.sharded import write_shards
+
+        with _cannot_save(writing, state["step"]):
+            write_shards(writing / "shards", model, optimizers)
+    ranks.on_main(end)
+    if ranks.is_main:
+        steps = _steps(folder)
+        for other in set(steps) - set(steps[: steps.index(final) + 1][-KEEP:]):  # later ones were damaged, passed over
+            shutil.rmtree(other, ignore_errors=True)
+    return final
+
+
+def _write_whole(writing: Path, model: dict[str, Tensor], optimizers: list[dict[str, Any]]) -> None:
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.items()}
+    save_file(weights, writing / "model.safetensors")
+    with (writing / "optimizer.pt").open("wb") as file:  # given a path, torch would not say that the disk is full
+        torch.save(optimizers, file)
+
+
+def _seal(writing: Path, final: Path) -> None:
+    """Adds checksums, flushes everything to disk, and gives the folder its name."""
+    files = sorted(path for path in writing.rglob("*") if path.is_file())
+    sums = {path.relative_to(writing).as_posix(): _sha256(path) for path in files}
+    (writing / "checksums.json").write_text(json.dumps(sums, indent=1), encoding="utf-8")
+    for path in writing.rglob("*"):
+        _flush(path)
+    _flush(writing)
+    if final.exists():  # a damaged one of the same step, passed over on resume
+        shutil.rmtree(final)
+    writing.rename(final)
+    _flush(final.parent)
+
+
+@contextmanager
+def _cannot_save(writing: Path, step: int) -> Iterator[None]:
+    """Failures to write as one line; what was written so far is removed."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        clean(folder)
-        writing.mkdir()
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.items()}
-        save_file(weights, writing / "model.safetensors")
-        with (writing / "optimizer.pt").open("wb") as file:  # given a path, torch would not say that the disk is full
-            torch.save(optimizers, file)
-        (writing / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        sums = {path.name: _sha256(path) for path in sorted(writing.iterdir())}
-        (writing / "checksums.json").write_text(json.dumps(sums, indent=1), encoding="utf-8")
-        for path in writing.iterdir():
-            _flush(path)
-        _flush(writing)
-        if final.exists():  # a damaged one of the same step, passed over on resume
-            shutil.rmtree(final)
-        writing.rename(final)
-        _flush(folder)
+        yield
     # safetensors and torch.save report a full disk in their own ways
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(writing, ignore_errors=True)
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise CheckpointError(
-            f"cannot save the checkpoint of step {state['step']} in {folder}: {reason}",
+            f"cannot save the checkpoint of step {step} in {writing.parent}: {reason}",
             "free space or mend the folder, then resume the run",
         ) from error
-    steps = _steps(folder)
-    for other in set(steps) - set(steps[: steps.index(final) + 1][-KEEP:]):  # later ones were passed over as damaged
-        shutil.rmtree(other, ignore_errors=True)
-    return final
 
 
 def load_checkpoint(folder: Path, notice: Callable[[str], None] | None = None) -> Checkpoint | None:
@@ -120,7 +176,7 @@ def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint folder in a few words, or None."""
     try:
         sums = json.loads((path / "checksums.json").read_text(encoding="utf-8"))
-        for name in ("model.safetensors", "optimizer.pt", "state.json"):
+        for name in sorted({*sums, *(_SHARDED if "param_groups.json" in sums else _WHOLE)}):
             if _sha256(path / name) != sums[name]:
                 return f"{name} does not match its checksum"
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -152,12 +208,14 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def _read(path: Path) -> Checkpoint:
-    return Checkpoint(
-        model=load_file(path / "model.safetensors"),
-        optimizers=torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
-        state=json.loads((path / "state.json").read_text(encoding="utf-8")),
-        path=path,
-    )
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    if (path / "shards").is_dir():
+        from torchmae.training.sharded import read_shards
+
+        groups = json.loads((path / "param_groups.json").read_text(encoding="utf-8"))
+        return Checkpoint(*read_shards(path / "shards", groups), state, path)
+    optimizers = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    return Checkpoint(load_file(path / "model.safetensors"), optimizers, state, path)
 
 
 def _steps(folder: Path) -> list[Path]:

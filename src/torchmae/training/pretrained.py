@@ -11,12 +11,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+import torchmae
 from torchmae.data.decode import decode
 from torchmae.data.transforms import eval_box, normalise, resample, value_range
-from torchmae.errors import ConfigError, DataError
+from torchmae.errors import ConfigError, DataError, one_of
+from torchmae.interop.reading import is_foreign, read_weights
+from torchmae.interop.weights import Weights, build, full_arguments
 from torchmae.nn.autoencoder import Autoencoder, Reconstruction
 from torchmae.random import Purpose, uniform
 from torchmae.training.saved_model import Description, load_model
+
+TARGETS = ("pixels", "normalised")
 
 
 class Pretrained:
@@ -25,11 +30,13 @@ class Pretrained:
     Attributes:
         model: the network, in eval mode.
         description: its arguments, normalisation and mask.
+        notes: of weights of others, what was left out or taken for something else, a sentence each.
     """
 
-    def __init__(self, model: Autoencoder, description: Description) -> None:
+    def __init__(self, model: Autoencoder, description: Description, notes: Sequence[str] = ()) -> None:
         self.model = model
         self.description = description
+        self.notes = tuple(notes)
 
     def preprocess(self, *images: str | Path | npt.NDArray[Any]) -> Tensor:
         """Images as the model wants them: centred crop of the model's proportions, resized, normalised.
@@ -94,13 +101,34 @@ class Pretrained:
         return self.model.draw_mask(strategy, torch.from_numpy(noise), ratio)
 
 
-def load(run: str | Path) -> Pretrained:
-    """The model of a run folder: `torchmae.load("runs/a").encode(images)`.
+def load(run: str | Path, *, target: str | None = None) -> Pretrained:
+    """A trained model: `torchmae.load("runs/a").encode(images)`.
+
+    Args:
+        run: a run folder, an exported model, or weights of others: a released MAE checkpoint, a folder of transformers'
+            ViTMAE or ViT, or timm's weights of a plain vision transformer (docs/weights.md).
+        target: what the decoder of others' weights was trained to predict, "pixels" or "normalised" patches, where they
+            do not say.
 
     Raises:
         CheckpointError: nothing there that can be loaded.
+        ConfigError: a target that the weights contradict.
     """
-    return Pretrained(*load_model(Path(run)))
+    path = Path(run)
+    if target is not None:
+        one_of("target", target, TARGETS)
+    if is_foreign(path):
+        norm_pix = None if target is None else target == "normalised"
+        return _adopt(read_weights(path, norm_pix=norm_pix))
+    if target is not None:
+        raise ConfigError(f"target is given and {path} says what it was", "leave --target out")
+    return Pretrained(*load_model(path))
+
+
+def _adopt(weights: Weights) -> Pretrained:
+    mask = {"strategy": "random", "ratio": weights.mask_ratio}
+    description = Description(full_arguments(weights), weights.mean, weights.std, mask, None, torchmae.__version__)
+    return Pretrained(build(weights), description, weights.notes)
 
 
 def read_image(path: Path, channels: int | None) -> npt.NDArray[Any]:

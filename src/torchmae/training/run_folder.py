@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from torchmae.errors import CheckpointError, ConfigError
 from torchmae.training.checkpoint import replace_file
@@ -24,6 +25,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._is_new = False
+        self._lock: BinaryIO | None = None
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
@@ -41,13 +43,15 @@ class RunFolder:
         Raises:
             ConfigError: it holds a run or other files already, or cannot be written.
         """
-        if (path / "config.yaml").exists():
-            raise ConfigError(f"{path} holds a run already", f"resume it with --resume {path}, or choose another --out")
-        if path.exists() and not (path.is_dir() and _is_empty(path)):
-            raise ConfigError(f"{path} exists and is not an empty folder", "choose another --out")
         folder = cls(path)
-        folder._is_new = not path.exists()
         try:
+            if (path / "config.yaml").exists():
+                raise ConfigError(
+                    f"{path} holds a run already", f"resume it with --resume {path}, or choose another --out"
+                )
+            if path.exists() and not (path.is_dir() and _is_empty(path)):
+                raise ConfigError(f"{path} exists and is not an empty folder", "choose another --out")
+            folder._is_new = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
             probe = path / ".writable"
             probe.touch()
@@ -64,8 +68,37 @@ class RunFolder:
             raise CheckpointError(f"{path} {what}", "give the folder that `torchmae pretrain --out` made")
         return cls(path)
 
-    def discard(self) -> None:
-        """Removes the folder again if `create` made it and nothing was written to it."""
+    def lock(self) -> None:
+        """Keeps other runs out of the folder until `close`, or until this process ends in whatever way.
+
+        Raises:
+            CheckpointError: another process, here or on another machine that shares the disk, trains in it.
+        """
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        file = (self.path / ".lock").open("ab")
+        try:
+            # Not flock: children that outlive a killed run would hold its lock.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.close()
+            raise CheckpointError(
+                f"another process is training in {self.path}", "wait for it, stop it, or choose another --out"
+            ) from error
+        except OSError:  # a disk that knows no locks
+            file.close()
+            return
+        self._lock = file
+
+    def close(self) -> None:
+        """Lets other runs in; removes the folder again if `create` made it and nothing was written to it."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+        if self._is_new and [item.name for item in self.path.iterdir()] == [".lock"]:
+            (self.path / ".lock").unlink()
         if self._is_new:
             with suppress(OSError):  # not empty
                 self.path.rmdir()
@@ -107,9 +140,21 @@ class RunFolder:
         return records
 
     def rewind_metrics(self, step: int) -> None:
-        """Drops the lines of steps after `step`, which a resumed run will write again."""
-        kept = [record for record in self.read_metrics() if record.get("step", 0) <= step]
-        self.write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+        """Cuts off the lines of steps after `step`, which the run will write again, and a last line that is not whole.
+
+        In place: a tracker that has the file open goes on at its new end.
+        """
+        if not self.metrics.exists():
+            return
+        length = 0
+        for line in self.metrics.read_bytes().splitlines(keepends=True):
+            try:
+                if json.loads(line).get("step", 0) > step:
+                    break
+            except (ValueError, AttributeError):
+                break
+            length += len(line)
+        os.truncate(self.metrics, length)
 
 
 def _is_empty(folder: Path) -> bool:

@@ -16,6 +16,7 @@ import torch
 import torchmae
 from torchmae.data.reading import num_cores
 from torchmae.errors import ConfigError
+from torchmae.training.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -26,33 +27,38 @@ class Runtime:
         device: the torch device.
         precision: "bf16" (autocast; weights stay fp32) or "fp32".
         threads: processor threads.
+        ranks: the processes that train together, and this one's place among them.
     """
 
     device: torch.device
     precision: str
     threads: int
+    ranks: Ranks = ALONE
 
     def autocast(self) -> AbstractContextManager[None]:
         """The context that forward passes run in."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
-def open_runtime(device: str, precision: str, threads: int | None) -> Runtime:
+def open_runtime(device: str, precision: str, threads: int | None, ranks: Ranks = ALONE) -> Runtime:
     """Resolves "auto" and sets the number of threads.
 
     Args:
         device: "auto" (cuda, else mps, else cpu) or a torch device.
         precision: "auto", "bf16" or "fp32".
-        threads: processor threads; None: every core this process may use.
+        threads: processor threads; None: this rank's share of the cores that this process may use.
+        ranks: as `ranks.open_ranks` opened them; of several, each takes the GPU of its local rank.
 
     Raises:
         ConfigError: a device that is not there.
     """
     chosen = _device(device)
-    count = threads or num_cores()
+    if ranks.world_size > 1 and chosen.type == "cuda":
+        chosen = torch.device("cuda", ranks.local_rank)
+    count = threads or max(1, num_cores() // ranks.local_world_size)
     torch.set_num_threads(count)
     resolved = precision if precision != "auto" else ("bf16" if has_fast_bf16(chosen) else "fp32")
-    return Runtime(chosen, resolved, count)
+    return Runtime(chosen, resolved, count, ranks)
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -77,6 +83,7 @@ def environment(runtime: Runtime) -> dict[str, str | int]:
         "processor": gpu or _processor(),
         "device": str(runtime.device),
         "threads": runtime.threads,
+        "ranks": runtime.ranks.world_size,
         "precision": runtime.precision,
         "command": _command(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -48,6 +48,15 @@ def save_classifier(folder: Path, model: Classifier, description: ClassifierDesc
     write_weights(folder / "model.safetensors", model.state_dict())
 
 
+def is_classifier(folder: Path) -> bool:
+    """Whether a folder's model.json says that it holds a fine-tuned classifier."""
+    try:
+        values = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and values.get("kind") == KIND
+
+
 def load_classifier(folder: Path) -> tuple[Classifier, ClassifierDescription]:
     """The classifier of a fine-tuning's folder, in eval mode.
 

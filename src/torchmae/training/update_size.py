@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from torchmae.training.parallel import whole
+
 
 def copy_matrices(model: nn.Module) -> list[Tensor]:
     """Copies of a model's trained weight matrices (and larger), to compare with after a step.
@@ -30,7 +32,7 @@ def update_to_weight(before: Sequence[Tensor], model: nn.Module) -> Tensor:
     """
     changes = [now.detach() - then for now, then in zip(_matrices(model), before, strict=True)]
     norm = torch.nn.utils.get_total_norm
-    return norm(changes) / norm(before).clamp(min=1e-12)
+    return whole(norm(changes)) / whole(norm(before)).clamp(min=1e-12)
 
 
 def _matrices(model: nn.Module) -> list[nn.Parameter]:

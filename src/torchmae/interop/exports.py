@@ -1,0 +1,160 @@
+"""What every export has in common: what is exported, what a format cannot hold, and the check of what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from torchmae.errors import ConfigError
+from torchmae.interop.weights import AbsentDecoder
+from torchmae.nn.autoencoder import Autoencoder
+from torchmae.nn.classifier import Classifier
+from torchmae.nn.decoder import SelfDecoder
+from torchmae.nn.encoder import ViTEncoder
+from torchmae.nn.mae import MaskedAutoencoder
+
+PROBE_IMAGES = 3
+TOLERANCE = 1e-4
+"""Largest difference that a check lets pass, over the largest value compared (or over 1, if that is more)."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model with what its users must know.
+
+    Attributes:
+        model: an autoencoder, or a fine-tuned classifier; on the CPU, in eval mode.
+        mean: per-channel mean of the images, in [0, 1].
+        std: per-channel deviation.
+        mask_ratio: that it was trained with.
+        classes: the name of each logit of a classifier, where known.
+    """
+
+    model: Autoencoder | Classifier
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    mask_ratio: float = 0.75
+    classes: tuple[str, ...] | None = None
+
+    @property
+    def encoder(self) -> ViTEncoder:
+        """The vision transformer; ConfigError for the mlp model, which has none."""
+        if isinstance(self.model, MaskedAutoencoder):
+            return self.model.encoder
+        if isinstance(self.model, Classifier):
+            return self.model
+        raise ConfigError("the mlp model is no vision transformer", "export it with --to safetensors")
+
+    @property
+    def input_size(self) -> tuple[int, ...]:
+        """Pixels along each axis."""
+        encoder = self.encoder
+        return tuple(count * patch for count, patch in zip(encoder.grid, encoder.patch_size, strict=True))
+
+    def probe(self) -> Tensor:
+        """(PROBE_IMAGES, C, *size) of noise, the same each time, to compare models on."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(PROBE_IMAGES, self.encoder.in_chans, *self.input_size, generator=generator)
+
+    def noise(self) -> Tensor:
+        """(PROBE_IMAGES, L) uniform numbers for masks, the same each time."""
+        return torch.rand(PROBE_IMAGES, self.encoder.num_patches, generator=torch.Generator().manual_seed(1))
+
+
+@dataclass(frozen=True)
+class Check:
+    """What became of comparing what was written with the model.
+
+    Attributes:
+        by: what read the file.
+        what: was compared.
+        difference: the largest, in absolute value.
+        largest: value compared, in absolute value.
+    """
+
+    by: str
+    what: str
+    difference: float
+    largest: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the two are equal up to rounding."""
+        return isfinite(self.difference) and self.difference <= TOLERANCE * max(1.0, self.largest)
+
+    def __str__(self) -> str:
+        return f"{self.by}: {self.what} differ by {self.difference:.1e} at most (values up to {self.largest:.3g})"
+
+
+def compare(by: str, what: str, got: Tensor, wanted: Tensor) -> Check:
+    """The check of one tensor against another; a difference of infinity where their shapes differ."""
+    if got.shape != wanted.shape:
+        return Check(by, what, float("inf"), wanted.abs().max().item())
+    return Check(by, what, (got.double() - wanted.double()).abs().max().item(), wanted.abs().max().item())
+
+
+def worst(checks: list[Check]) -> Check:
+    """One that did not pass, else the one with the largest difference for its values."""
+    return max(checks, key=lambda check: (not check.passed, check.difference / max(1.0, check.largest)))
+
+
+def save_tensors(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Writes a .safetensors file that transformers and timm take for PyTorch's."""
+    copies = {name: tensor.detach().clone().contiguous() for name, tensor in weights.items()}
+    save_file(copies, path, metadata={"format": "pt"})
+
+
+def require(module: str, extra: str) -> Any:
+    """An optional library; ConfigError, with the command that installs it, where it is missing."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ConfigError(
+            f"{package} is not installed, and this needs it", f"pip install 'torchmae[{extra}]'"
+        ) from error
+
+
+def require_images(exported: Exported, to: str) -> None:
+    """ConfigError unless the model takes two spatial axes."""
+    axes = len(exported.encoder.patch_size)
+    if axes != 2:
+        raise ConfigError(f"the model takes {axes} axes and {to} has images only", "use --to safetensors or onnx")
+
+
+def require_square(exported: Exported, to: str) -> None:
+    """ConfigError unless images and patches are square and there is a class token."""
+    require_images(exported, to)
+    for what, size in (("images", exported.input_size), ("patches", exported.encoder.patch_size)):
+        if size[0] != size[1]:
+            raise ConfigError(
+                f"the model takes {what} of {size[0]}x{size[1]} and {to} square ones only",
+                "use --to timm, safetensors or onnx",
+            )
+    if not exported.encoder.num_prefix_tokens:
+        raise ConfigError(f"the model has no class token, which {to} wants", "use --to timm, safetensors or onnx")
+
+
+def require_paper_decoder(exported: Exported, to: str) -> MaskedAutoencoder:
+    """The model, if it is a masked autoencoder with the paper's decoder; ConfigError for any other."""
+    if isinstance(exported.model, Classifier):
+        raise ConfigError(f"a classifier has no decoder, which {to} wants", "use --to timm, safetensors or onnx")
+    require_square(exported, to)
+    assert isinstance(exported.model, MaskedAutoencoder)
+    if isinstance(exported.model.decoder, AbsentDecoder):
+        reason = exported.model.decoder.reason
+        raise ConfigError(f"{to} wants a decoder: {reason}", "export the encoder with --to timm or hf-vit")
+    if not isinstance(exported.model.decoder, SelfDecoder):
+        raise ConfigError(
+            f"the model's decoder is not the paper's (model.decoder self), the only one that {to} has",
+            "export its encoder with --to timm or hf-vit",
+        )
+    return exported.model

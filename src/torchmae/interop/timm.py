@@ -1,0 +1,81 @@
+"""timm: a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchmae.interop.exports import Check, Exported, compare, require, require_images, save_tensors, worst
+from torchmae.nn.classifier import Classifier, encoder_arguments
+
+_NAMES = {192: "vit_tiny", 384: "vit_small", 768: "vit_base", 1024: "vit_large", 1280: "vit_huge"}
+_WEIGHTS = "model.safetensors"
+
+
+def architecture(exported: Exported) -> tuple[str, dict[str, Any]]:
+    """A name that timm has, and the arguments that make that model this one.
+
+    Features are the mean of the normalised patch tokens, as `encode` gives them; a classifier's norm stands behind
+    the pooling.
+    """
+    model = exported.model
+    base = _NAMES.get(exported.encoder.embed_dim, "vit_base")
+    arguments = encoder_arguments(exported.encoder)
+    return f"{base}_patch{14 if base == 'vit_huge' else 16}_224", {
+        "img_size": list(arguments.pop("input_size")),
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()},
+        "num_classes": model.head.out_features if isinstance(model, Classifier) else 0,
+        "global_pool": "avg",
+        "fc_norm": isinstance(model, Classifier),
+    }
+
+
+def write(folder: Path, exported: Exported) -> None:
+    """Writes model.safetensors and config.json; ConfigError for a model that is not of images."""
+    require_images(exported, "timm")
+    name, arguments = architecture(exported)
+    num_classes = arguments.pop("num_classes")
+    input_size = [exported.encoder.in_chans, *exported.input_size]
+    config = {
+        "architecture": name,
+        "num_classes": num_classes,
+        "num_features": exported.encoder.embed_dim,
+        "global_pool": "avg",
+        **({"label_names": list(exported.classes)} if exported.classes else {}),
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "input_size": input_size,
+            "fixed_input_size": True,
+            "pool_size": None,
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "interpolation": "bicubic",
+            "mean": list(exported.mean),
+            "std": list(exported.std),
+            "num_classes": num_classes,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_tensors(folder / _WEIGHTS, exported.encoder.state_dict())
+
+
+@torch.no_grad()
+def check(folder: Path, exported: Exported) -> Check:
+    """Loads the folder in timm both ways, by its path and by its weight file, and compares what they compute."""
+    timm = require("timm", "timm")
+    images, by = exported.probe(), f"timm {timm.__version__}"
+    if isinstance(exported.model, Classifier):
+        what, wanted = "logits", exported.model(images)
+    else:
+        what, wanted = "features", exported.encoder(images).patches.mean(1)
+    name, arguments = architecture(exported)
+    models = (
+        timm.create_model(f"local-dir:{folder}", pretrained=True),
+        timm.create_model(name, checkpoint_path=str(folder / _WEIGHTS), **arguments),
+    )
+    return worst([compare(by, what, model.eval()(images), wanted) for model in models])

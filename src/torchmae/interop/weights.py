@@ -1,0 +1,204 @@
+"""Weights from outside: what they are, and how they are brought into a network of another size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Never
+
+import torch
+from torch import Tensor, nn
+
+from torchmae.errors import CheckpointError
+from torchmae.nn.encoder import ViTEncoder
+from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.nn.positions import resample
+
+ENCODER_SHAPE = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token")
+DECODER_SHAPE = ("decoder", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "feature_weights")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A vision transformer's weights, and its decoder's if it came with one, under torchmae's names.
+
+    Attributes:
+        origin: where they are from, for messages.
+        arguments: of `MaskedAutoencoder`; those of the decoder, and norm_pix, only where they are known.
+        encoder: as `ViTEncoder.state_dict()`, every parameter.
+        decoder: as the decoder's `state_dict()`, every parameter; None: without one.
+        no_decoder: why there is none, when there is none.
+        mean: per-channel mean of the images, in [0, 1].
+        std: per-channel deviation.
+        mask_ratio: that they were trained with, in (0, 1).
+        notes: what was left out or taken for something else, a sentence each.
+    """
+
+    origin: str
+    arguments: dict[str, Any]
+    encoder: dict[str, Tensor]
+    decoder: dict[str, Tensor] | None
+    no_decoder: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    mask_ratio: float = 0.75
+    notes: tuple[str, ...] = ()
+
+    @property
+    def norm_pix(self) -> bool | None:
+        """Whether the decoder's target was normalised patches; None where that is not known."""
+        return self.arguments.get("norm_pix")
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Patches along each axis, as the positions were made for."""
+        sizes = zip(self.arguments["input_size"], self.arguments["patch_size"], strict=True)
+        return tuple(size // patch for size, patch in sizes)
+
+
+class AbsentDecoder(nn.Module):
+    """In the place of a decoder that was not loaded: whoever reconstructs with it learns why that cannot be.
+
+    Args:
+        reason: a sentence without full stop.
+        fix: what to do about it.
+    """
+
+    def __init__(self, reason: str, fix: str) -> None:
+        super().__init__()
+        self.reason = reason
+        self.fix = fix
+
+    def tokens(self, *_: Any) -> Never:
+        """Raises CheckpointError with the reason."""
+        raise CheckpointError(f"this model cannot reconstruct: {self.reason}", self.fix)
+
+
+def build(weights: Weights) -> MaskedAutoencoder:
+    """The network of the weights, of their own size; without a usable decoder it has an `AbsentDecoder`."""
+    arguments = full_arguments(weights)
+    model = MaskedAutoencoder(**arguments)
+    model.encoder.load_state_dict(weights.encoder)
+    if weights.decoder is None:
+        reason, fix = weights.no_decoder, "give weights that came with their decoder"
+    elif weights.norm_pix is None:
+        reason = f"{weights.origin} does not say what its decoder's target was"
+        fix = (
+            "say it with --target normalised (mae_pretrain_..._full.pth) or --target pixels (mae_visualize_...), to "
+            "reconstruct, or to an export that every command then takes"
+        )
+    else:
+        model.decoder.load_state_dict(weights.decoder)
+        return model.eval()
+    model.add_module("decoder", AbsentDecoder(reason, fix))
+    return model.eval()
+
+
+def full_arguments(weights: Weights) -> dict[str, Any]:
+    """Arguments of `MaskedAutoencoder`, with a decoder of one block where there is none."""
+    width = weights.arguments["embed_dim"]
+    smallest = {
+        "decoder": "self",
+        "decoder_embed_dim": width,
+        "decoder_depth": 1,
+        "decoder_num_heads": weights.arguments["num_heads"],
+    }
+    return {"drop_path": 0.0, "norm_pix": True, **smallest, **weights.arguments}
+
+
+def initialise(model: MaskedAutoencoder, weights: Weights) -> tuple[str, ...]:
+    """Copies weights into a network whose encoder has the same shape; its grid and channels may differ.
+
+    The decoder is copied as a whole or left as it is.
+
+    Returns:
+        What was copied, adapted, and left as it was, a sentence each.
+
+    Raises:
+        CheckpointError: an encoder of another shape.
+    """
+    encoder, notes = fit_encoder(weights, model.encoder)
+    _compare(encoder, model.encoder.state_dict(), weights.origin)
+    model.encoder.load_state_dict(encoder)
+    said = [f"encoder: {len(encoder)} tensors from {weights.origin}", *notes, *weights.notes]
+    if model.hog_head is not None:
+        said.append("head of gradient histograms: starts fresh")
+    problem = _decoder_problem(model, weights)
+    if problem:
+        return (*said, f"decoder: starts fresh ({problem})")
+    assert weights.decoder is not None
+    positions = resample(weights.decoder["pos_embed"][0], weights.grid, model.encoder.grid)[None]
+    model.decoder.load_state_dict({**weights.decoder, "pos_embed": positions})
+    unsure = ""
+    if weights.norm_pix is None:
+        unsure = f", whose target is not known and taken for this run's, {target_name(model.norm_pix)}"
+    return (*said, f"decoder: {len(weights.decoder)} tensors from {weights.origin}{unsure}")
+
+
+def fit_encoder(weights: Weights, encoder: ViTEncoder) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The encoder's weights for the grid and the channels of `encoder`, and what was done to them."""
+    fitted, notes = dict(weights.encoder), []
+    if weights.grid != encoder.grid:
+        fitted["pos_embed"] = resample(fitted["pos_embed"][0], weights.grid, encoder.grid)[None]
+        old, new = ("x".join(map(str, grid)) for grid in (weights.grid, encoder.grid))
+        notes.append(f"positions: resampled from {old} to {new} patches")
+    old_chans = weights.arguments["in_chans"]
+    if old_chans != encoder.in_chans:
+        fitted["patch_embed.proj.weight"] = adapt_channels(fitted["patch_embed.proj.weight"], encoder.in_chans)
+        how = (
+            "the sum of theirs" if encoder.in_chans == 1 else f"theirs in turn, times {old_chans} / {encoder.in_chans}"
+        )
+        notes.append(f"patch embedding: adapted from {old_chans} to {encoder.in_chans} channels ({how})")
+    return fitted, tuple(notes)
+
+
+def adapt_channels(weight: Tensor, in_chans: int) -> Tensor:
+    """A patch embedding for another number of channels, which answers alike to an image whose channels are equal.
+
+    timm's rule: one channel takes the sum of all; more take the old ones in turn, scaled by old / new. (With a
+    number of channels that the old one does not divide, the answer is alike only nearly.)
+
+    Args:
+        weight: (D, C, *patch_size).
+        in_chans: channels wanted.
+
+    Returns:
+        (D, in_chans, *patch_size).
+    """
+    if in_chans == 1:
+        return weight.sum(1, keepdim=True)
+    old = weight.shape[1]
+    return weight[:, torch.arange(in_chans) % old] * (old / in_chans)
+
+
+def target_name(norm_pix: bool) -> str:
+    """The target in words."""
+    return "normalised patches" if norm_pix else "pixels"
+
+
+def _decoder_problem(model: MaskedAutoencoder, weights: Weights) -> str | None:
+    """Why the decoder cannot be copied, or None."""
+    if weights.decoder is None:
+        return weights.no_decoder
+    if weights.norm_pix not in (None, model.norm_pix):
+        return f"the source's target was {target_name(not model.norm_pix)}, this run's is {target_name(model.norm_pix)}"
+    if weights.arguments["in_chans"] != model.encoder.in_chans:
+        return f"the source predicts {weights.arguments['in_chans']} channels and the data has {model.encoder.in_chans}"
+    own = model.decoder.state_dict()
+    if _shapes(own) != _shapes(weights.decoder):
+        return "the source's has another shape"
+    return None
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in weights.items() if name != "pos_embed"}
+
+
+def _compare(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], origin: str) -> None:
+    for name in wanted:
+        if name not in given or given[name].shape != wanted[name].shape:
+            found = tuple(given[name].shape) if name in given else "missing"
+            raise CheckpointError(
+                f"{origin} does not fit the model: {name} is {found}, wanted {tuple(wanted[name].shape)}",
+                "leave out the model settings, which then come from the weights",
+            )

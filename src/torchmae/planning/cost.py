@@ -1,0 +1,209 @@
+"""What a pre-training run will cost: operations, memory, traffic and time, from sizes alone. docs/scaling.md explains.
+
+The model is a roofline: each of computing, exchanging gradients and reading images takes a time, and the longest
+decides. Operations and weights are exact; memory counts the tensors that the backward pass needs; the share of a
+GPU's peak that is reached is an assumption, which a measurement on the GPU itself should replace (`mfu`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from torchmae.errors import ConfigError
+from torchmae.nn import presets
+from torchmae.nn.flops import count_flops
+from torchmae.nn.masking import num_keep
+from torchmae.nn.patches import grid_size
+from torchmae.planning.options import GPUS, PlanOptions, number_of
+
+GIB = 2**30
+NODE_SIZE = 8
+USABLE = 0.9  # of a GPU's memory: the rest goes to its context, buffers of the exchange and fragmentation
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run costs.
+
+    Attributes:
+        parameters: trained values.
+        flops_per_image: operations of a step for one image, forward and backward.
+        micro_batch: images that a GPU computes at once.
+        accumulate: parts that its share of a batch is computed in.
+        state_bytes: weights, gradients and moments on each GPU.
+        activation_bytes: what the backward pass keeps on each GPU, for one part.
+        exchange_bytes: what each GPU sends in a step.
+        compute_s: of a step.
+        exchange_s: of a step; most of it goes on beside the backward pass.
+        data_s: of a step; all of it goes on beside the rest.
+        step_s: seconds of a step.
+        images_per_s: of the whole run.
+        read_bytes_per_s: of stored images, over all machines.
+        cores_per_gpu: processor cores that this speed keeps busy for each GPU.
+        gpu_hours: of the run.
+        hours: of the run.
+        bound: "compute", "network" or "data".
+        fits: whether one image fits on a GPU.
+    """
+
+    parameters: int
+    flops_per_image: int
+    micro_batch: int
+    accumulate: int
+    state_bytes: float
+    activation_bytes: float
+    exchange_bytes: float
+    compute_s: float
+    exchange_s: float
+    data_s: float
+    step_s: float
+    images_per_s: float
+    read_bytes_per_s: float
+    cores_per_gpu: float
+    gpu_hours: float
+    hours: float
+    bound: str
+    fits: bool
+
+
+def plan(options: PlanOptions) -> Cost:
+    """Predicts a run's cost.
+
+    Raises:
+        ConfigError: a preset or sizes that do not exist.
+    """
+    values = presets.arguments(options.model, input_size=options.input_size)
+    if "patch_size" not in values:
+        raise ConfigError(f"model is {options.model!r}", "plan a transformer: vit_small, vit_base, vit_large, ...")
+    gpu, world = GPUS[options.gpu], options.gpus
+    parameters = count_parameters(values)
+    flops = count_flops(values, options.mask_ratio)
+    share = -(-options.batch_size // world)
+    state = state_bytes(parameters, world if options.parallel == "fsdp" else 1)
+    per_image = activation_bytes(values, options.mask_ratio, recompute=options.checkpoint_activations)
+    largest = int((gpu.memory * GIB * USABLE - state) // per_image)
+    micro_batch = max(1, min(share, largest))
+    accumulate = -(-share // micro_batch)
+    micro_batch = -(-share // accumulate)
+    operations = flops.recomputed if options.checkpoint_activations else flops.training
+    compute = share * operations / (gpu.tflops * 1e12 * options.mfu)
+    passes = accumulate if options.parallel == "fsdp" else 1
+    exchange_bytes = traffic_bytes(parameters, world, options.parallel, passes, compressed=options.compress_gradients)
+    # A ring crosses to the next machine once, and the rings of 8 GPUs share its network cards.
+    exchange = exchange_bytes / 1e9 / (gpu.link if world <= NODE_SIZE else min(gpu.link, gpu.network))
+    # The exchange goes on while the backward pass, two thirds of the work, makes further gradients.
+    waiting = max(0.0, exchange - compute * 2 / 3)
+    data = share / (options.decode_rate * options.cores)
+    step = max(compute + waiting, data)
+    rate = options.batch_size / step
+    hours = number_of(options.images) * options.epochs / rate / 3600
+    return Cost(
+        parameters=parameters,
+        flops_per_image=flops.training,
+        micro_batch=micro_batch,
+        accumulate=accumulate,
+        state_bytes=state,
+        activation_bytes=micro_batch * per_image,
+        exchange_bytes=exchange_bytes,
+        compute_s=compute,
+        exchange_s=exchange,
+        data_s=data,
+        step_s=step,
+        images_per_s=rate,
+        read_bytes_per_s=rate * options.image_kb * 1000,
+        cores_per_gpu=rate / world / options.decode_rate,
+        gpu_hours=hours * world,
+        hours=hours,
+        bound="data" if data > compute + waiting else "network" if waiting > 0 else "compute",
+        fits=largest >= 1,
+    )
+
+
+def count_parameters(values: dict[str, Any]) -> int:
+    """Trained values of the model of full arguments, as `presets.arguments` gives them; no memory is taken."""
+    with torch.device("meta"):
+        model = presets.construct(values)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def state_bytes(parameters: int, shards: int = 1) -> float:
+    """Weights, gradients and AdamW's two moments in fp32, of which each GPU holds one of `shards`; and the bf16 copies
+    of weights that autocast keeps for the backward pass, of which every GPU makes its own."""
+    return 16 * parameters / shards + 2 * parameters
+
+
+def activation_bytes(values: dict[str, Any], mask_ratio: float, *, bf16: bool = True, recompute: bool = False) -> float:
+    """What one image leaves for the backward pass, with fused attention.
+
+    A block of width D and MLP ratio r keeps for each token the inputs of both norms, which stay fp32 (8 D bytes), and,
+    in the precision of matrix products, both norms' results, queries, keys and values, attention's result, and the
+    MLP's hidden values before and after GELU: (6 + 2 r) D numbers. A decoder that attends to a context keeps
+    keys and values of that instead. With `recompute`, a block keeps its input alone, and one block at a time the rest.
+    """
+    length = prod(grid_size(values["input_size"], values["patch_size"]))
+    keep = num_keep(length, mask_ratio)
+    prefix = int(values["class_token"])
+    size, ratio = (2 if bf16 else 4), values["mlp_ratio"]
+
+    def block(tokens: int, dim: int, context: int | None = None) -> tuple[float, float]:
+        """Bytes of a block's input, and of all that it keeps."""
+        numbers = tokens * (4 + 2 * ratio) * dim + 2 * (tokens if context is None else context) * dim
+        return 4.0 * tokens * dim, 8.0 * tokens * dim + size * numbers
+
+    hidden = length - keep
+    if values["decoder"] == "self":
+        decoder_block = block(length + prefix, values["decoder_embed_dim"])
+    else:
+        decoder_block = block(hidden, values["decoder_embed_dim"], keep + prefix)
+    stacks = ((values["depth"], block(keep + prefix, values["embed_dim"])), (values["decoder_depth"], decoder_block))
+    patches = 4 * length * prod(values["patch_size"]) * values["in_chans"]
+    ends = 4 * patches  # pixels, patches, target, prediction
+    if recompute:
+        return ends + sum(depth * inputs for depth, (inputs, _) in stacks) + max(kept for _, (_, kept) in stacks)
+    return ends + sum(depth * kept for depth, (_, kept) in stacks)
+
+
+def traffic_bytes(parameters: int, world: int, parallel: str, passes: int = 1, *, compressed: bool = False) -> float:
+    """What each GPU sends in a step.
+
+    DDP's all-reduce of gradients passes each number on twice. FSDP2 gathers bf16 weights twice for every part of a
+    batch, for the forward and for the backward pass, and scatters fp32 sums of gradients once.
+    """
+    if parallel == "ddp":
+        return 2 * (world - 1) / world * parameters * (2 if compressed else 4)
+    return (world - 1) / world * parameters * (2 * 2 * passes + 4)
+
+
+def describe(options: PlanOptions, cost: Cost) -> str:
+    """A plan in a few lines."""
+    gpu = GPUS[options.gpu]
+    used = (cost.state_bytes + cost.activation_bytes) / GIB
+    machines = -(-options.gpus // NODE_SIZE)
+    lines = [
+        f"{options.model}, {cost.parameters / 1e6:,.0f} M parameters; "
+        f"{options.images} images, {options.epochs} epochs, batch {options.batch_size:,}",
+        f"{options.gpus} x {gpu.name} on {machines} machine{'s' if machines > 1 else ''}, {options.parallel}, "
+        f"at {options.mfu:.0%} of peak (assumed; measure it with torchmae bench step)",
+        "",
+        f"operations   {cost.flops_per_image / 1e9:,.1f} GFLOP an image, forward and backward",
+        f"memory       {used:,.1f} of {gpu.memory:,.0f} GiB: "
+        f"{cost.state_bytes / GIB:,.1f} weights, gradients, moments; "
+        f"{cost.activation_bytes / GIB:,.1f} activations of {cost.micro_batch:,} images",
+        f"accumulate   {cost.accumulate}",
+        f"step         {cost.step_s * 1000:,.0f} ms: computing {cost.compute_s * 1000:,.0f}, exchanging "
+        f"{cost.exchange_bytes / 1e9:,.2f} GB {cost.exchange_s * 1000:,.0f}, reading {cost.data_s * 1000:,.0f}, "
+        "mostly at the same time",
+        f"speed        {cost.images_per_s:,.0f} images/s",
+        f"data         {cost.read_bytes_per_s / 1e6:,.0f} MB/s; "
+        f"{cost.cores_per_gpu:,.1f} of {options.cores:g} cores a GPU to decode",
+        f"time         {cost.hours:,.1f} hours, {cost.gpu_hours:,.0f} GPU hours",
+        f"bound by     {cost.bound}",
+    ]
+    if not cost.fits:
+        way = "fewer pixels or --checkpoint_activations true" if options.parallel == "fsdp" else "--parallel fsdp"
+        lines.append(f"not one image fits: try {way}")
+    return "\n".join(lines)

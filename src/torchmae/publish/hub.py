@@ -1,0 +1,50 @@
+"""Models on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from torchmae.errors import CheckpointError, ConfigError
+from torchmae.interop.exports import require
+from torchmae.publish.export import export
+from torchmae.publish.options import ExportOptions
+
+_REPO = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
+
+def push(run: str | Path, repo: str, options: ExportOptions, *, private: bool = False) -> str:
+    """Exports a model and uploads it, with its model card, as one commit.
+
+    The hub's address and the token are huggingface_hub's: HF_ENDPOINT, HF_TOKEN, or what `hf auth login` stored.
+
+    Args:
+        run: as for `export`.
+        repo: user/name; made if it does not exist.
+        options: the format.
+        private: make a new repository private.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ConfigError: a name that is no user/name, or what `export` refuses.
+        CheckpointError: what `export` raises, or an upload that failed.
+    """
+    if not _REPO.fullmatch(repo):
+        raise ConfigError(f"repo is {repo!r}", "give user/name")
+    hub = require("huggingface_hub", "hub")
+    with TemporaryDirectory(prefix="torchmae-") as scratch:
+        made = export(run, Path(scratch) / "model", options)
+        api = hub.HfApi()
+        try:
+            api.create_repo(repo, private=private or None, exist_ok=True)
+            message = f"torchmae export --to {options.to}"
+            commit = api.upload_folder(repo_id=repo, folder_path=made.path, commit_message=message)
+        except (OSError, ValueError, hub.errors.HTTPError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(
+                f"cannot push to {repo}: {reason}", "log in with `hf auth login` or set HF_TOKEN, then try again"
+            ) from error
+    return str(commit.commit_url)

@@ -1,0 +1,79 @@
+"""The largest batch that a GPU's memory takes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+
+from torchmae.config import PretrainConfig
+from torchmae.errors import ConfigError, TrainingError
+from torchmae.nn.autoencoder import Autoencoder
+from torchmae.training.optim import build_optimizers
+from torchmae.training.pretrain import prepare, train_step
+from torchmae.training.runtime import Runtime
+
+USABLE = 0.9  # of a GPU's memory: fragmentation grows in a long run, and evaluation takes some
+
+
+def fit_batch(
+    config: PretrainConfig, model: Autoencoder, image_size: tuple[int, ...], limit: int, runtime: Runtime
+) -> int:
+    """Images in a step over all ranks such that each rank's share, in `config.accumulate` parts, fits on its GPU.
+
+    Args:
+        config: of the run.
+        model: is left alone: steps are tried on copies.
+        image_size: channels, then pixels along each axis.
+        limit: the largest batch worth trying.
+        runtime: where to compute.
+
+    Raises:
+        ConfigError: no GPU.
+        TrainingError: not even one image fits.
+    """
+    if runtime.device.type != "cuda":
+        raise ConfigError(
+            f"batch_size is 'auto', which measures a GPU's memory, and the device is {runtime.device}",
+            "give a number: --batch_size 256",
+        )
+    ranks = runtime.ranks
+
+    def fits(share: int) -> bool:
+        short = not step_fits(config, model, (share, *image_size), runtime)
+        return not ranks.largest(float(short))[0]
+
+    return largest_share(fits, limit // ranks.world_size) * ranks.world_size
+
+
+def largest_share(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest power of two, up to `limit`, that fits, where whatever is smaller than one that fits does too.
+
+    Raises:
+        TrainingError: 1 does not.
+    """
+    if not fits(1):
+        raise TrainingError("not one image fits in the GPU's memory", "choose a smaller model or --parallel fsdp")
+    share = 1
+    while 2 * share <= limit and fits(2 * share):
+        share *= 2
+    return share
+
+
+def step_fits(config: PretrainConfig, model: Autoencoder, shape: tuple[int, ...], runtime: Runtime) -> bool:
+    """Whether a step on images of this shape leaves a tenth of the GPU free."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(runtime.device)
+    try:
+        copied = copy.deepcopy(model).train()
+        wrapped = prepare(copied, config, runtime)
+        optimizers = build_optimizers(copied, config.optim, config.batch_size)
+        images = torch.zeros(shape, device=runtime.device)
+        noise = torch.rand(shape[0], model.noise_count(config.mask.strategy), device=runtime.device)
+        mask = model.draw_mask(config.mask.strategy, noise, config.mask.ratio)
+        train_step(copied, optimizers, images, mask, config, runtime, wrapped=wrapped)
+        total = torch.cuda.get_device_properties(runtime.device).total_memory
+        return torch.cuda.max_memory_reserved(runtime.device) < USABLE * total
+    except torch.OutOfMemoryError:
+        return False

@@ -1,0 +1,72 @@
+"""Starting a pre-training from weights that are there already: `torchmae pretrain --init-from SOURCE`."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+from torchmae.config import ModelConfig
+from torchmae.errors import ConfigError
+from torchmae.interop.reading import is_foreign, read_weights
+from torchmae.interop.weights import DECODER_SHAPE, ENCODER_SHAPE, Weights
+from torchmae.nn import presets
+from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.training.saved_model import load_model
+
+
+def read_initial(source: str | Path) -> Weights:
+    """The weights of a run, an exported model, or others' (as `torchmae.load` takes them).
+
+    Raises:
+        CheckpointError: nothing there that can be loaded.
+        ConfigError: the mlp model.
+    """
+    path = Path(source)
+    if is_foreign(path):
+        return read_weights(path)
+    model, description = load_model(path)
+    if not isinstance(model, MaskedAutoencoder):
+        raise ConfigError(f"{path} holds the mlp model", "give --init-from weights of a vision transformer")
+    return Weights(
+        origin=str(path),
+        arguments=description.arguments,
+        encoder=model.encoder.state_dict(),
+        decoder=model.decoder.state_dict(),
+        no_decoder="",
+        mean=description.mean,
+        std=description.std,
+    )
+
+
+def adopt_shape(model: ModelConfig, weights: Weights) -> ModelConfig:
+    """Model settings, each of them explicit, with the shape of the weights.
+
+    The encoder's shape is always theirs, and so is the decoder's, if they have one for the same target. The size of
+    the input is theirs unless the settings name one; the target likewise.
+
+    Raises:
+        ConfigError: settings of the mlp model.
+    """
+    if model.preset == "mlp":
+        raise ConfigError("the mlp model cannot start from a vision transformer's weights", "leave --init-from out")
+    given = {field.name: getattr(model, field.name) for field in fields(model) if field.name != "preset"}
+    norm_pix = weights.norm_pix if model.norm_pix is None else model.norm_pix
+    taken = {name: weights.arguments[name] for name in ENCODER_SHAPE}
+    taken["input_size"] = weights.arguments["input_size"] if model.input_size is None else model.input_size
+    same_target = weights.norm_pix is None or norm_pix == weights.norm_pix
+    if weights.decoder is not None and same_target:
+        taken |= {name: weights.arguments.get(name, False) for name in DECODER_SHAPE}
+        if taken["decoder"] == "self":  # whose predictions depend on each other, so that it predicts all
+            taken["predict_ratio"] = 1.0
+    full = presets.arguments(model.preset, **{**given, **taken, "norm_pix": norm_pix})
+    full["in_chans"] = model.in_chans  # what the data has, unless said
+    return replace(model, preset=_nearest_preset(full) or model.preset, **full)
+
+
+def _nearest_preset(arguments: dict[str, object]) -> str | None:
+    """The name of an encoder of these sizes, for people; every size is in the settings itself."""
+    names = ("embed_dim", "depth", "num_heads", "patch_size")
+    for name, preset in presets.PRESETS.items():
+        if "embed_dim" in preset and all(preset[key] == arguments[key] for key in names):
+            return name
+    return None

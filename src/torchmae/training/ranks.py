@@ -1,0 +1,187 @@
+"""The processes that train together: how many, which one this is, and what they agree on.
+
+One process computes on one GPU. `torchrun` starts them and says in the environment who is who (RANK, WORLD_SIZE,
+LOCAL_RANK, LOCAL_WORLD_SIZE); without it there is one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from torchmae.errors import ConfigError, TrainingError
+
+T = TypeVar("T")
+# While rank 0 writes a checkpoint to a slow disk, or draws the last pictures, the others wait for it.
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among those that train together.
+
+    Every method is collective: all ranks call it, in the same order, and all get the same answer. With one rank,
+    nothing is sent.
+
+    Attributes:
+        rank: 0 to world_size - 1; 0 is the main one, which writes, prints and logs.
+        world_size: how many there are on all machines.
+        local_rank: place on this machine, and the GPU that it takes.
+        local_world_size: how many there are on this machine.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one that writes, prints and logs."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all ranks, in place of the tensor's values, without waiting for its device."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def largest(self, *values: float) -> list[float]:
+        """The largest of each value over all ranks. Sent from processor to processor: no GPU is waited for."""
+        if self.world_size == 1:
+            return list(values)
+        numbers = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+        return numbers.tolist()
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """What `action` returns on rank 0, where alone it runs.
+
+        Raises:
+            Exception: what `action` raised, on rank 0, where it is said once; the others leave with SystemExit.
+        """
+        if self.world_size == 1:
+            return action()
+        answer: list[Any] = [None, None]
+        error: Exception | None = None
+        if self.is_main:
+            try:
+                answer[0] = action()
+            except Exception as caught:
+                error = caught
+                answer[1] = getattr(caught, "exit_status", 1)
+        dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
+        if error is not None:
+            raise error
+        if answer[1] is not None:
+            raise SystemExit(answer[1])
+        return answer[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def one_line_when_lost(ranks: Ranks) -> Iterator[None]:
+    """The end of another rank, which fails whatever this one was exchanging with it, as one line.
+
+    Raises:
+        TrainingError: another rank is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if ranks.world_size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise TrainingError(
+            f"rank {ranks.rank} lost another ({' '.join(str(error).split())[:120]})",
+            "what that one said last tells why; the last checkpoint was kept: resume the run",
+        ) from error
+
+
+def ranks_from_environment() -> Ranks:
+    """What torchrun says of this process; a process that it did not start is alone."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if not all(name in os.environ for name in names):
+        return ALONE
+    return Ranks(*(int(os.environ[name]) for name in names))
+
+
+def restarts() -> tuple[int, int]:
+    """How often torchrun has started this group again, and how often it may (`--max-restarts`)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+
+
+@contextmanager
+def open_ranks(device: str) -> Iterator[Ranks]:
+    """The ranks that torchrun started, connected for as long as the context lasts.
+
+    NCCL between GPUs and gloo between processors; where the caller has connected them already, that is used.
+
+    Args:
+        device: as in `PretrainConfig`; each rank takes a GPU of its own, or they share the processor.
+
+    Raises:
+        ConfigError: more ranks on this machine than GPUs, or one GPU named for all of them.
+    """
+    ranks = ranks_from_environment()
+    if ranks.world_size == 1:
+        yield ranks
+        return
+    with_gpus = check_device(device, ranks, torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    if dist.is_initialized():
+        yield ranks
+        return
+    if with_gpus:
+        torch.cuda.set_device(ranks.local_rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if with_gpus else "gloo", timeout=TIMEOUT)
+    try:
+        yield ranks
+    finally:
+        dist.destroy_process_group()
+
+
+def check_device(device: str, ranks: Ranks, num_gpus: int) -> bool:
+    """Whether ranks compute on GPUs; ConfigError where they cannot have one each."""
+    if device == "cpu" or (device == "auto" and num_gpus == 0):
+        return False
+    if device not in ("auto", "cuda"):
+        raise ConfigError(f"device is {device!r} with {ranks.world_size} ranks", "use auto, cuda or cpu")
+    if ranks.local_world_size > num_gpus:
+        raise ConfigError(
+            f"{ranks.local_world_size} ranks on a machine with {num_gpus} GPUs",
+            f"start torchrun with --nproc-per-node {max(num_gpus, 1)}, or give --device cpu",
+        )
+    return True
+
+
+def agree_on_signal(ranks: Ranks, number: int | None, *flags: bool) -> tuple[int | None, list[bool]]:
+    """The signal that any rank has had, if one has; and which flags are up on any rank."""
+    answer, *raised = ranks.largest(float(number or 0), *map(float, flags))
+    return int(answer) or None, [bool(flag) for flag in raised]
+
+
+def part_of(total: int, ranks: Ranks, parts: int) -> int:
+    """Into how many parts each rank cuts its share of `total` images: as many as wanted, and one image in each."""
+    return max(1, min(parts, total // ranks.world_size))
+
+
+def concatenate(lists: Sequence[Sequence[T]]) -> list[T]:
+    """All items of several lists, each once, in order."""
+    return list(dict.fromkeys(item for one in lists for item in one))

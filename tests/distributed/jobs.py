@@ -1,0 +1,105 @@
+"""What the ranks of the tests do: top-level functions, for they run in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from group import TRAINING
+
+sys.path.insert(0, str(TRAINING))
+from small import Memory, images, mlp, vit
+
+from torchmae.config import MaskConfig, OptimConfig, PretrainConfig
+from torchmae.errors import Interrupted
+from torchmae.training.checkpoint import load_checkpoint
+from torchmae.training.parallel import whole_state
+from torchmae.training.pretrain import Evaluator, pretrain
+from torchmae.training.progress import Display
+from torchmae.training.ranks import open_ranks
+from torchmae.training.run_folder import RunFolder
+from torchmae.training.runtime import Runtime
+
+# 27 images in batches of 8: an epoch is 8, 8, 8, 3; four ranks leave one without an image in its last step.
+COUNT = 27
+CONFIG = PretrainConfig(epochs=4, batch_size=8, log_every=1, optim=OptimConfig(lr=3e-3), device="cpu")
+
+
+def settings(changes: dict[str, Any]) -> PretrainConfig:
+    """CONFIG with changes; a name for the optimiser or the mask stands for its group."""
+    groups = {"optim": lambda value: replace(CONFIG.optim, **value), "mask": lambda value: MaskConfig(**value)}
+    return replace(CONFIG, **{name: groups.get(name, lambda value: value)(value) for name, value in changes.items()})
+
+
+def train(
+    out: str, changes: dict[str, Any], model: str = "vit", stop: tuple[int, int, str] | None = None
+) -> dict[str, Any]:
+    """A run, from its newest checkpoint on; rank stop[0] gets the signal stop[2] in step stop[1].
+
+    Returns:
+        losses by step, gradient norms, the sum of each weight's absolute values, and the step at the end.
+    """
+    config = settings(changes)
+    network = mlp() if model == "mlp" else vit(depth=2)
+    tracker, folder = Memory(), RunFolder(Path(out))
+    folder.path.mkdir(exist_ok=True)
+    with open_ranks("cpu") as ranks:
+
+        @torch.no_grad()
+        def disturb(step: int) -> dict[str, float]:
+            network.encode(torch.zeros(1, 1, 8, 8))  # as evaluations do: a forward pass that no backward pass follows
+            if stop is not None and (ranks.rank, step) == stop[:2]:
+                signal.raise_signal(signal.Signals[stop[2]])
+            return {}
+
+        try:
+            state = pretrain(
+                config,
+                model=network,
+                loader=images(COUNT),  # type: ignore[arg-type]
+                fingerprint="abc",
+                runtime=Runtime(torch.device("cpu"), "fp32", 1, ranks),
+                folder=folder,
+                tracker=tracker,
+                display=Display("none"),
+                evaluators=[Evaluator(16, disturb)],
+                checkpoint=load_checkpoint(folder.checkpoints),
+            )
+            reached = state.step
+        except Interrupted as error:
+            reached = int(str(error).split(" after step ")[1].split()[0])
+        weights = whole_state(network)
+        return {
+            "losses": [line["loss"] for line in tracker.of("train")],
+            "norms": [line["grad_norm"] for line in tracker.of("train")],
+            "update": [line["update_to_weight"] for line in tracker.of("train")],
+            "weights": {name: value.double().abs().sum().item() for name, value in weights.items()},
+            "step": reached,
+        }
+
+
+def command(*words: str) -> int:
+    """The command line."""
+    from torchmae.cli import main
+
+    return main(list(words))
+
+
+def restarted(*words: str) -> int:
+    """The command line in a group that torchrun has started again."""
+    os.environ |= {"TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_MAX_RESTARTS": "1"}
+    return command(*words)
+
+
+def identify() -> list[Any]:
+    """What ranks tell each other."""
+    with open_ranks("cpu") as ranks:
+        largest = ranks.largest(float(ranks.rank), -float(ranks.rank))
+        total = ranks.sum(torch.tensor([1.0, ranks.rank])).tolist()
+        said = ranks.on_main(lambda: os.environ["RANK"])
+        return [ranks.rank, ranks.is_main, largest, total, said, ranks.gather(ranks.rank)]

@@ -1,0 +1,100 @@
+"""`torchmae pretrain` as torchrun starts it."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from group import run, start
+from jobs import command, restarted
+from safetensors.torch import load_file
+
+from torchmae.training.checkpoint import load_checkpoint
+from torchmae.training.saved_model import load_model
+
+OPTIONS = (
+    *("pretrain", "--recipe=digits", "--device=cpu", "--precision=fp32", "--epochs=3", "--batch=160", "--log-every=5"),
+    *("--progress=plain", "--optim.name=adamw", "--model.depth=1", "--model.embed_dim=16", "--model.decoder_depth=1"),
+    *("--model.decoder_embed_dim=16", "--eval.count=2", "--eval.images=20", "--eval.knn_train=100"),
+    *("--eval.knn_val=50", "--checkpoint-minutes=1000"),
+)
+STEPS = 3 * 9  # 1437 images in batches of 160
+
+
+def metrics(out: Path, kind: str) -> list[dict[str, float]]:
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run on one rank."""
+    place = tmp_path_factory.mktemp("alone")
+    assert run(1, command, *OPTIONS, "--out", str(place / "run"), logs=place) == [0]
+    return place / "run"
+
+
+def equal(out: Path, alone: Path) -> None:
+    for kind, names in (("epoch", ("loss",)), ("val", ("loss", "explained_variance")), ("train", ("loss", "lr"))):
+        ours, theirs = metrics(out, kind), metrics(alone, kind)
+        assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+        for name in names:
+            assert [line.get(name) for line in ours] == pytest.approx([line.get(name) for line in theirs], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_ranks_make_one_run(alone: Path, tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "run"
+    logs = tmp_path / "logs"
+    assert run(2, command, *OPTIONS, "--out", str(out), f"--parallel={kind}", "--json", logs=logs) == [0, 0]
+    equal(out, alone)
+    model, _ = load_model(out)
+    assert list(model.state_dict()) == list(load_file(alone / "model.safetensors"))
+    assert (logs / "1.log").read_text() == ""  # one speaks
+    figures = json.loads((logs / "0.log").read_text().splitlines()[-1])
+    assert (figures["state"], figures["steps"]) == ("finished", STEPS)
+    assert f"2 ranks ({kind})" in (logs / "0.log").read_text()
+    names = {item.name for item in (out / "checkpoints" / f"step-{STEPS:08d}").iterdir()}
+    assert ("shards" in names) == (kind == "fsdp")
+    # One process goes on with what two wrote: there is nothing left to do, and the same bits come out of it.
+    before = (out / "model.safetensors").read_bytes()
+    assert run(1, command, "pretrain", "--resume", str(out), logs=tmp_path / "logs-resumed") == [0]
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_a_killed_rank_ends_the_others_and_the_group_goes_on(alone: Path, tmp_path: Path) -> None:
+    """As `torchrun --max-restarts` does: all are started again with the same words."""
+    out, logs = tmp_path / "run", tmp_path / "logs"
+    words = (*OPTIONS, "--out", str(out), "--checkpoint-minutes=0")
+    processes = start(2, command, *words, logs=logs)
+    while not (out / "checkpoints" / "step-00000004").exists():
+        processes[0].join(0.01)
+        assert processes[0].exitcode is None, (logs / "0.log").read_text()
+    processes[1].kill()
+    for process in processes:
+        process.join()
+    assert processes[1].exitcode == -signal.SIGKILL
+    said = (logs / "0.log").read_text()
+    assert "torchmae: rank 0 lost another (" in said
+    assert "Traceback" not in said
+    checkpoint = load_checkpoint(out / "checkpoints")
+    assert checkpoint is not None
+    assert 4 <= checkpoint.state["step"] < STEPS
+    assert run(2, restarted, *words, logs=tmp_path / "logs-again") == [0, 0]
+    losses = [[line["loss"] for line in metrics(path, "epoch")] for path in (out, alone)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_mistake_is_said_once(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
+    processes = start(2, command, *OPTIONS, "--out", str(tmp_path / "run"), logs=tmp_path / "logs")
+    for process in processes:
+        process.join()
+    assert json.loads((tmp_path / "logs" / "0.json").read_text()) == 2
+    assert processes[1].exitcode == 2
+    said = [(tmp_path / "logs" / f"{rank}.log").read_text() for rank in range(2)]
+    assert said[0].startswith(f"torchmae: {tmp_path}/run holds a run already; resume it with --resume ")
+    assert said[1] == ""

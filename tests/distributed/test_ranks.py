@@ -1,0 +1,82 @@
+"""One run, on any number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from group import run
+from jobs import identify, train
+
+REL = 1e-4
+MUON_REL = 1e-2  # of gradients and weights: it makes matrices orthogonal in bf16, which turns rounding into more of it
+
+
+def same(one: dict[str, Any], other: dict[str, Any], rel: float = REL) -> None:
+    """Whether two runs tell the same: losses, gradient norms, updates, weights."""
+    assert one["step"] == other["step"]
+    assert one["losses"] == pytest.approx(other["losses"], rel=REL)
+    for name in ("norms", "update"):
+        assert one[name] == pytest.approx(other[name], rel=rel), name
+    assert known(one) == pytest.approx(known(other), rel=rel)
+
+
+def known(run: dict[str, Any]) -> dict[str, float]:
+    """The weights that a gradient moves: softmax does not see the bias of keys, whose gradient is rounding alone, and
+    Adam makes steps of it all the same."""
+    return {name: value for name, value in run["weights"].items() if not name.endswith("qkv.bias")}
+
+
+def test_what_ranks_tell_each_other(tmp_path: Path) -> None:
+    answers = run(3, identify, logs=tmp_path)
+    assert answers == [[rank, rank == 0, [2.0, 0.0], [3.0, 3.0], "0", [0, 1, 2]] for rank in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "changes", "model"),
+    [
+        (2, {}, "vit"),
+        (4, {}, "vit"),
+        (2, {"parallel": "fsdp"}, "vit"),
+        (4, {"parallel": "fsdp", "optim": {"clip_grad": 0.1}, "checkpoint_activations": True}, "vit"),
+        (2, {"accumulate": 3, "optim": {"clip_grad": 0.1, "name": "muon"}}, "vit"),
+        (4, {"accumulate": 2, "parallel": "fsdp"}, "vit"),
+        (3, {"mask": {"strategy": "elements"}}, "mlp"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_the_same_run_on_any_number_of_ranks(
+    tmp_path: Path, world_size: int, changes: dict[str, Any], model: str
+) -> None:
+    (alone,) = run(1, train, str(tmp_path / "alone"), changes, model, logs=tmp_path / "logs-1")
+    answers = run(world_size, train, str(tmp_path / "out"), changes, model, logs=tmp_path / "logs")
+    assert len(alone["losses"]) == alone["step"] == 16
+    for answer in answers:
+        same(answer, alone, MUON_REL if changes.get("optim", {}).get("name") == "muon" else REL)
+
+
+@pytest.mark.parametrize("kinds", [("ddp", "ddp", "ddp"), ("fsdp", "fsdp", "fsdp"), ("fsdp", "ddp", "fsdp")])
+def test_stopped_and_gone_on_with_another_number_of_ranks(tmp_path: Path, kinds: tuple[str, str, str]) -> None:
+    (alone,) = run(1, train, str(tmp_path / "alone"), {}, logs=tmp_path / "logs-alone")
+    parts = []
+    # A signal to one rank alone stops all of them at the same step.
+    stops = ((1, 5, "SIGTERM"), (3, 11, "SIGINT"), None)
+    sizes = (2, 4, 1 if kinds[2] == "ddp" else 2)
+    for number, (world_size, kind, stop) in enumerate(zip(sizes, kinds, stops, strict=True)):
+        changes = {"parallel": kind}
+        logs = tmp_path / f"logs-{number}"
+        answers = run(world_size, train, str(tmp_path / "out"), changes, "vit", stop, logs=logs)
+        assert {answer["step"] for answer in answers} == {stop[1] if stop else 16}
+        parts.append(answers[0])
+    for name in ("losses", "norms"):
+        assert [value for part in parts for value in part[name]] == pytest.approx(alone[name], rel=REL)
+    assert known(parts[-1]) == pytest.approx(known(alone), rel=REL)
+
+
+def test_gradients_exchanged_in_bf16_are_near(tmp_path: Path) -> None:
+    (alone,) = run(1, train, str(tmp_path / "alone"), {}, logs=tmp_path / "logs-alone")
+    answers = run(2, train, str(tmp_path / "out"), {"compress_gradients": True}, logs=tmp_path / "logs")
+    assert answers[0]["losses"] == answers[1]["losses"]
+    assert answers[0]["losses"] == pytest.approx(alone["losses"], rel=1e-2)
+    assert answers[0]["norms"] != pytest.approx(alone["norms"], rel=1e-6)

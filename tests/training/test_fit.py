@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from small import RUNTIME, vit
+
+from torchmae.config import PretrainConfig
+from torchmae.errors import ConfigError, TrainingError
+from torchmae.settings import parse
+from torchmae.training import fit
+from torchmae.training.fit import fit_batch, largest_share
+from torchmae.training.ranks import Ranks
+from torchmae.training.runtime import Runtime
+
+
+@pytest.mark.parametrize(("room", "limit", "share"), [(1, 100, 1), (5, 100, 4), (64, 100, 64), (1000, 100, 64)])
+def test_the_largest_power_of_two_that_fits(room: int, limit: int, share: int) -> None:
+    tried: list[int] = []
+    assert largest_share(lambda size: tried.append(size) or size <= room, limit) == share  # type: ignore[func-returns-value]
+    assert tried == sorted(tried)
+    assert tried[-1] <= min(2 * share, limit)
+
+
+def test_not_even_one() -> None:
+    with pytest.raises(TrainingError, match="^not one image fits in the GPU's memory; choose a smaller model"):
+        largest_share(lambda _: False, 8)
+
+
+def test_a_processor_is_not_measured() -> None:
+    with pytest.raises(
+        ConfigError, match="'auto', which measures a GPU's memory, and the device is cpu; give a number"
+    ):
+        fit_batch(PretrainConfig(), vit(), (1, 8, 8), 64, RUNTIME)
+
+
+def test_every_rank_gets_the_same_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "step_fits", lambda config, model, shape, runtime: shape[0] <= 20)
+    monkeypatch.setattr(Ranks, "largest", lambda self, *values: list(values))
+    runtime = Runtime(torch.device("cuda"), "fp32", 1, Ranks(0, 4, 0, 4))
+    assert fit_batch(PretrainConfig(), vit(), (1, 8, 8), 10_000, runtime) == 4 * 16
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a GPU")
+def test_a_step_is_tried_and_the_model_left_alone() -> None:
+    model = vit().cuda()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    runtime = Runtime(torch.device("cuda"), "fp32", 1)
+    assert fit_batch(PretrainConfig(), model, (1, 8, 8), 64, runtime) == 64
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "words", [["--batch", "auto"], ["--batch=auto"], ["--batch-size", "auto"], ["--fit_batch=true"]]
+)
+def test_how_it_is_asked_for(words: list[str]) -> None:
+    config = parse(words)
+    assert (config.fit_batch, config.batch_size) == (True, PretrainConfig().batch_size)
