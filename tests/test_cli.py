@@ -207,7 +207,8 @@ def test_the_run_folder(run: Path) -> None:
     assert len(list((run / "checkpoints").iterdir())) == 2
     assert len(list((run / "reconstructions").glob("*.png"))) == 2
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert records[0].keys() == {"kind", "step", "knn_pixels", "knn_untrained", "effective_rank_untrained"}
+    baselines = {"knn_pixels", "knn_untrained", "linear_pixels", "linear_untrained", "effective_rank_untrained"}
+    assert records[0].keys() == {"kind", "step"} | baselines
     assert {record["kind"] for record in records} == {"baseline", "train", "epoch", "val"}
     assert all(len(record) > 3 for record in records if record["kind"] == "val")
     environment = json.loads((run / "environment.json").read_text())

@@ -61,11 +61,15 @@ def test_parts_are_configs_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("config", "given", "message"),
     [
-        (DataConfig, {"cache": "disk"}, "data.cache is 'disk'; choose from auto, memory, none"),
+        (
+            DataConfig,
+            {"cache": "disk"},
+            "data.cache is 'disk'; did you mean 'device'? choose from auto, memory, device, none",
+        ),
         (
             DataConfig,
             {"cache": "memry"},
-            "data.cache is 'memry'; did you mean 'memory'? choose from auto, memory, none",
+            "data.cache is 'memry'; did you mean 'memory'? choose from auto, memory, device, none",
         ),
         (DataConfig, {"val_size": 0}, "data.val_size is 0; it must be 1 or more"),
         (DataConfig, {"memory_limit": -1.0}, "data.memory_limit is -1; it must be 0 or more"),

@@ -120,7 +120,7 @@ def test_every_setting_has_an_option_with_its_description(name: str) -> None:
         (["--mask.ratio", "1"], "mask.ratio is 1; it must lie in (0, 1)"),
         (["--mask.ratio", "-0.5"], "mask.ratio is -0.5; it must lie in (0, 1)"),
         (["--mask.ratio", ".nan"], "mask.ratio is nan; it must lie in (0, 1)"),
-        (["--mask", "5"], "mask is 5; set its parts one by one: --mask.strategy, --mask.ratio"),
+        (["--mask", "5"], "mask is 5; set its parts one by one: --mask.strategy, --mask.ratio, --mask.final_ratio"),
         (["--compile", "maybe"], "compile is maybe; it takes true or false"),
         (["--data.flip", "3"], "data.flip is 3; it takes true or false"),
         (["--data.crop_scale", "0.5"], "data.crop_scale is 0.5; it takes a list such as [1, 2]"),
@@ -218,5 +218,7 @@ def test_options_are_taken_out() -> None:
 
 def test_recipes() -> None:
     assert {"cifar10", "digits", "images", "images-96", "tutorial", "tutorial-corrected"} <= set(recipe_names())
-    with pytest.raises(ConfigError, match=r"^recipe is 'cifar'; did you mean 'cifar10'\? choose from cifar10, digits,"):
+    with pytest.raises(
+        ConfigError, match=r"^recipe is 'cifar'; did you mean 'cifar10'\? choose from cifar10, cifar10-cpu, digits,"
+    ):
         settings.recipe_path("cifar")

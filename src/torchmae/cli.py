@@ -64,7 +64,7 @@ def main(args: Sequence[str] | None = None) -> int:
             print(versions())
             return 0
         if words[0] not in COMMANDS:
-            near = settings.nearest(words[0], COMMANDS)
+            near = None if words[0].startswith("-") else settings.nearest(words[0], COMMANDS)
             hint = f"did you mean `torchmae {near}`?" if near else "see torchmae --help"
             raise ConfigError(f"unknown command {words[0]!r}", hint)
         return COMMANDS[words[0]](words[1:])

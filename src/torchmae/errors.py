@@ -9,6 +9,8 @@ from difflib import get_close_matches
 class TorchmaeError(Exception):
     """Base of every error that ends a command with one line instead of a traceback.
 
+    What is not printable (line ends, a terminal's escape codes, in names and in what libraries say) is escaped.
+
     Args:
         problem: what was found, with the offending value.
         fix: what to do about it; joined to the problem by a semicolon.
@@ -17,9 +19,9 @@ class TorchmaeError(Exception):
     exit_status = 2
 
     def __init__(self, problem: str, fix: str = "") -> None:
-        self.problem = problem
-        self.fix = fix
-        super().__init__(f"{problem}; {fix}" if fix else problem)
+        self.problem = _printable(problem)
+        self.fix = _printable(fix)
+        super().__init__(f"{self.problem}; {self.fix}" if fix else self.problem)
 
 
 class ConfigError(TorchmaeError, ValueError):
@@ -75,6 +77,10 @@ def within(
             left, right = "(" if open_low else "[", ")" if open_high else "]"
             limit = f"it must lie in {left}{_number(low)}, {_number(high)}{right}"
         raise ConfigError(f"{name} is {_number(value)}", limit)
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _number(value: float) -> str:

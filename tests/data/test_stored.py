@@ -72,6 +72,20 @@ def test_damaged_hdf5(tmp_path: Path) -> None:
         open_splits(str(tmp_path / "x.h5"), "data")
 
 
+def test_arrays_that_lie_in_other_files_are_refused(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    (tmp_path / "secret").write_bytes(bytes(IMAGES.nbytes))
+    with h5py.File(tmp_path / "outside.h5", "w") as file:
+        file.create_dataset("images", IMAGES.shape, "u2", external=[(str(tmp_path / "secret"), 0, IMAGES.nbytes)])
+    with h5py.File(tmp_path / "virtual.h5", "w") as file:
+        layout = h5py.VirtualLayout(IMAGES.shape, "u2")
+        layout[:] = h5py.VirtualSource(tmp_path / "other.h5", "images", IMAGES.shape)
+        file.create_virtual_dataset("images", layout)
+    for name in ("outside.h5", "virtual.h5"):
+        with pytest.raises(DataError, match=f"{name}/images takes its values from other files; copy them into"):
+            open_splits(str(tmp_path / name), "data")
+
+
 def test_links_out_of_a_file_are_not_followed(tmp_path: Path) -> None:
     h5py = pytest.importorskip("h5py")
     write_hdf5(tmp_path / "other.h5", {"images": IMAGES})

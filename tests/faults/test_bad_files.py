@@ -234,6 +234,13 @@ def test_a_file_that_changes_after_indexing(folder: Path, change: Callable[[Path
     assert re.search(reason, said), said
 
 
+def test_a_pipe_with_an_images_name_is_no_image(folder: Path) -> None:
+    os.mkfifo(folder / "bad.jpg")  # to open it would wait for a writer, for ever
+    data = opened(folder, mean=(0.5,) * 3, std=(0.25,) * 3)
+    assert sum(len(batch.images) for batch in one_epoch(data)) == 7
+    assert data.bad.items == [(str(folder / "bad.jpg"), "no regular file")]
+
+
 def test_a_folder_with_an_images_name_is_a_folder(folder: Path) -> None:
     (folder / "album.jpg").mkdir()
     Image.fromarray(noise()).save(folder / "album.jpg" / "1.png")
@@ -299,6 +306,12 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "npy, header cut": ("x.npy", npy(IMAGES)[:20], "cannot read .*x.npy"),
     "npy, header no dictionary": ("x.npy", npy(IMAGES).replace(b"{'descr'", b"['descr'"), "cannot read .*x.npy"),
     "npy, header of version 9": ("x.npy", b"\x93NUMPY\x09\x00" + npy(IMAGES)[8:], "cannot read .*x.npy"),
+    "npy, header that divides by 0": (
+        "x.npy",
+        npy(IMAGES).replace(b"False", b"1/0  "),
+        "x.npy: its header is damaged; save one numeric array with numpy.save",
+    ),
+    "npy, negative shape": ("x.npy", npy(IMAGES).replace(b"(6, 8,", b"(-6,8,"), "cannot read .*x.npy"),
     "npy, pixels cut": ("x.npy", npy(IMAGES)[:-10], "cannot read .*x.npy"),
     "npy, pickled objects": ("x.npy", npy(OBJECTS), "cannot read .*x.npy"),
     "npy, texts": ("x.npy", npy(["a"] * 6), "x.npy holds <U1"),
@@ -315,6 +328,7 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "npz, no zip": ("x.npz", npy(IMAGES), "x.npz"),
     "npz, cut": ("x.npz", npz(images=IMAGES)[:200], "cannot read .*x.npz"),
     "npz without images": ("x.npz", npz(pictures=IMAGES), "x.npz holds pictures; it needs an array named images"),
+    "npz, images no array": ("x.npz", zipped(**{"images.npy": b"rubbish"}), "it needs an array named images"),
     "npz, one label too few": ("x.npz", npz(images=IMAGES, labels=np.arange(5)), "they should be 6 integers"),
     "npz, labels are floats": ("x.npz", npz(images=IMAGES, labels=np.ones(6)), "type float64; they should be 6 integ"),
     "npz, pickled labels": ("x.npz", npz(images=IMAGES, labels=OBJECTS), "cannot read .*x.npz"),

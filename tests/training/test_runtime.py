@@ -121,6 +121,6 @@ def test_environment(monkeypatch: pytest.MonkeyPatch, argv: list[str], command: 
     assert described["command"] == command
     assert (described["device"], described["threads"], described["precision"]) == ("cpu", 3, "bf16")
     assert (described["torchmae"], described["torch"]) == (torchmae.__version__, torch.__version__)
-    assert all(described[name] for name in ("torchvision", "python", "platform", "processor"))
+    assert all(described[name] for name in ("torchvision", "jpeg_decoder", "python", "platform", "processor"))
     started = datetime.fromisoformat(str(described["started"]))
     assert started.utcoffset() == timedelta(0)

@@ -321,7 +321,7 @@ def npy_splits(folder: Path, spatial_dims: int | None = None) -> dict[str, Sourc
         DataError: no images.npy or train_images.npy among them.
     """
     names = folder / CLASSES_FILE
-    classes = names.read_text(encoding="utf-8").splitlines() if names.is_file() else None
+    classes = names.read_text(encoding="utf-8", errors="replace").splitlines() if names.is_file() else None
     splits: dict[str, Source] = {}
     for prefix, split in PREFIXES:
         images, labels = folder / f"{prefix}images.npy", folder / f"{prefix}labels.npy"

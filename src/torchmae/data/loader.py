@@ -304,9 +304,8 @@ def open_data(
         ConfigError: settings that do not fit the data.
         DataError: data that is missing, empty or unreadable.
     """
-    train, val = choose_splits(
-        config, open_splits(config.source, config.root, spatial_dims=len(input_size)), input_size
-    )
+    splits = open_splits(config.source, config.root, spatial_dims=len(input_size), progress=progress)
+    train, val = choose_splits(config, splits, input_size, progress)
     seen = _checked_probe(train, input_size)
     channels = seen.channels if channels is None else channels
     train, val = train.with_channels(channels), None if val is None else val.with_channels(channels)
@@ -346,7 +345,7 @@ def open_data(
 
 
 def choose_splits(
-    config: DataConfig, splits: dict[str, Source], input_size: tuple[int, ...]
+    config: DataConfig, splits: dict[str, Source], input_size: tuple[int, ...], progress: Progress | None = None
 ) -> tuple[Source, Source | None]:
     """The training images, and the held-out ones that `config.val` asks for.
 
@@ -364,7 +363,7 @@ def choose_splits(
     if name in splits:
         return train, splits[name]
     try:
-        val = open_splits(config.val, config.root, spatial_dims=len(input_size))["train"]
+        val = open_splits(config.val, config.root, spatial_dims=len(input_size), progress=progress)["train"]
     except DataError as error:
         others = [split for split in splits if split != "train"]
         raise ConfigError(

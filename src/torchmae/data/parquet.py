@@ -93,7 +93,7 @@ class ParquetTable:
         arrow, parquet = import_pyarrow()
         self.file = file
         self._failures = (OSError, arrow.ArrowException)
-        self._parquet = parquet
+        self._arrow, self._parquet = arrow, parquet
         try:
             with open_place(file) as opened, parquet.ParquetFile(opened) as table:
                 schema, facts = table.schema_arrow, table.metadata
@@ -113,9 +113,9 @@ class ParquetTable:
         try:
             with open_place(self.file) as opened:
                 column = self._parquet.read_table(opened, columns=[self.label]).column(0)
+                labels: npt.NDArray[np.int64] = column.cast("int64").fill_null(-1).to_numpy()
         except self._failures as error:
             raise self._unreadable(error) from error
-        labels: npt.NDArray[np.int64] = column.cast("int64").fill_null(-1).to_numpy()
         return labels
 
     def images(self) -> Iterator[list[bytes]]:
@@ -124,7 +124,7 @@ class ParquetTable:
             with open_place(self.file) as opened, self._parquet.ParquetFile(opened) as table:
                 for batch in table.iter_batches(_ROWS, columns=[self.leaf]):
                     column = batch.column(0)
-                    values = column.field("bytes") if "." in self.leaf else column
+                    values = column.field("bytes") if self._arrow.types.is_struct(column.type) else column
                     yield [value or b"" for value in values.to_pylist()]
         except self._failures as error:
             raise self._unreadable(error) from error
@@ -173,10 +173,15 @@ def import_pyarrow() -> tuple[Any, Any]:
 
 
 def _image_leaf(arrow: Any, schema: Any) -> str:
+    def is_bytes(kind: Any) -> bool:
+        return bool(arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind))
+
     for field in schema:
-        if arrow.types.is_struct(field.type) and "bytes" in [child.name for child in field.type]:
+        if arrow.types.is_struct(field.type) and any(
+            child.name == "bytes" and is_bytes(child.type) for child in field.type
+        ):
             return f"{field.name}.bytes"
-        if arrow.types.is_binary(field.type) or arrow.types.is_large_binary(field.type):
+        if is_bytes(field.type):
             return str(field.name)
     raise DataError(
         f"none of the columns {', '.join(schema.names)} holds images",

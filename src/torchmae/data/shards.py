@@ -272,6 +272,8 @@ def build_index(shard: Place, size: int) -> ShardIndex:
         ) from error
     except OSError as error:
         raise DataError(f"cannot read {name}: {error.strerror or error}") from error
+    except (ValueError, ArithmeticError) as error:  # numbers in a header that no file can have
+        raise DataError(f"{name} is damaged ({error})", "copy it again") from error
 
 
 def _scan(file: IO[bytes], size: int, name: str) -> ShardIndex:
@@ -283,6 +285,8 @@ def _scan(file: IO[bytes], size: int, name: str) -> ShardIndex:
         for member in archive:
             archive.members = []  # type: ignore[attr-defined]  # else it keeps every header
             end = member.offset_data + member.size
+            if archive.offset <= member.offset:  # a size below 0: the same header would come again, for ever
+                raise DataError(f"{name} is damaged at byte {member.offset:,}", "copy it again")
             if not member.isreg() or member.issparse() or PurePosixPath(member.name).name.startswith("."):
                 continue
             if end > size:

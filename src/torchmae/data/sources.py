@@ -176,7 +176,8 @@ def plain_type(image: Image) -> Image:
     """A copy of an image in a type that a source may give: bool becomes uint8 0 and 255, any float float32."""
     if image.dtype == np.bool_:
         return image.astype(np.uint8) * np.uint8(255)
-    return image.astype(np.float32 if image.dtype.kind == "f" else image.dtype.newbyteorder("="))
+    with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold is infinite, and found to be so later
+        return image.astype(np.float32 if image.dtype.kind == "f" else image.dtype.newbyteorder("="))
 
 
 def map_array(path: Path) -> Image:

@@ -32,10 +32,11 @@ PREFIXES = (("", "train"), ("train_", "train"), ("val_", "val"), ("test_", "test
 def open_store(path: Path) -> dict[str, Any]:
     """The arrays of an HDF5 file or a Zarr store by name; a store that is a single array has the name "".
 
-    Links out of an HDF5 file are left alone, and so is whatever would be unpickled.
+    Links out of an HDF5 file are left alone.
 
     Raises:
         ConfigError: the library is not installed.
+        DataError: an array whose values would be unpickled, or lie in files that it names.
         Exception: the library's own, of which h5py and zarr have many, where the store is damaged.
     """
     if path.suffix.lower() == ZARR_SUFFIX:
@@ -47,7 +48,11 @@ def open_store(path: Path) -> dict[str, Any]:
         return arrays
     store = _open_hdf5(path)
     own = [name for name in store if type(store.get(name, getlink=True)).__name__ == "HardLink"]
-    return {name: store[name] for name in own if hasattr(store[name], "shape")}
+    datasets = {name: store[name] for name in own if hasattr(store[name], "shape")}
+    for name, dataset in datasets.items():
+        if dataset.external or dataset.is_virtual:
+            raise DataError(f"{path}/{name} takes its values from other files", "copy them into the file itself")
+    return datasets
 
 
 def _open_hdf5(path: Path) -> Any:

@@ -91,7 +91,7 @@ class Check:
         return isfinite(self.difference) and self.difference <= TOLERANCE * max(1.0, self.largest)
 
     def __str__(self) -> str:
-        return f"{self.by}: {self.what} differ by {self.difference:.1e} at most (values up to {self.largest:.3g})"
+        return f"{self.by}: {self.what}, largest difference {self.difference:.1e} (of values up to {self.largest:.3g})"
 
 
 def compare(by: str, what: str, got: Tensor, wanted: Tensor) -> Check:

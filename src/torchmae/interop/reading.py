@@ -64,6 +64,10 @@ def read_weights(path: Path, *, norm_pix: bool | None = None) -> Weights:
         weights = _assemble(state, {"origin": str(path), **facts})
     except ConfigError as error:  # sizes that do not fit together
         raise CheckpointError(f"{path} is no vision transformer that torchmae has: {error.problem}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # shapes and facts that fit no model fail in as many ways as there are layers
+        raise CheckpointError(f"{path} is no vision transformer that torchmae has: {error!r:.200}") from error
     if norm_pix is None:
         return weights
     if weights.norm_pix not in (None, norm_pix):
@@ -136,6 +140,10 @@ def _huggingface_facts(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Parameters of a single file, and what the arguments stored beside them say."""
     content: Any = _load(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path} holds a {type(content).__name__}", "give a state_dict, or a {'model': state_dict}"
+        )
     facts: dict[str, Any] = {}
     if isinstance(content.get("model"), dict):
         stored = content.get("args") or {}
@@ -336,7 +344,8 @@ def _difference(given: Mapping[str, Tensor], module: nn.Module) -> str | None:
 
 
 def _depth(weights: Mapping[str, Tensor]) -> int:
-    return 1 + max((int(name.split(".")[1]) for name in weights if re.match(r"blocks\.\d+\.", name)), default=-1)
+    # Not one more than the largest: a name alone would then ask for any number of blocks.
+    return len({name.split(".")[1] for name in weights if re.match(r"blocks\.\d+\.", name)})
 
 
 def _ratio(hidden: int, dim: int) -> float:
@@ -363,7 +372,7 @@ def _listed(items: list[str]) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}: {error}", "copy the folder again") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds no JSON object", "copy the folder again")

@@ -29,6 +29,7 @@ _ENVIRONMENT_LABELS = {
     "torchmae": "torchmae",
     "torch": "PyTorch",
     "torchvision": "torchvision",
+    "jpeg_decoder": "JPEG decoder",
     "python": "Python",
     "platform": "Platform",
     "processor": "Processor",

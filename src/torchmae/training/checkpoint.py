@@ -177,9 +177,12 @@ def verify(path: Path) -> str | None:
     try:
         sums = json.loads((path / "checksums.json").read_text(encoding="utf-8"))
         for name in sorted({*sums, *(_SHARDED if "param_groups.json" in sums else _WHOLE)}):
-            if _sha256(path / name) != sums[name]:
+            file = path / name
+            if Path(name).is_absolute() or ".." in Path(name).parts or (file.exists() and not file.is_file()):
+                return f"{name!r} is no file of it"  # but perhaps a device, which never ends
+            if _sha256(file) != sums[name]:
                 return f"{name} does not match its checksum"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
     return None
 
@@ -208,6 +211,15 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def _read(path: Path) -> Checkpoint:
+    """A checkpoint with matching checksums; CheckpointError where it was not written by `save_checkpoint`."""
+    try:
+        return _content(path)
+    except Exception as error:  # what a stranger put there fails in as many ways as torch.load and safetensors have
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path} is no checkpoint of torchmae: {reason}", "start again in another folder") from error
+
+
+def _content(path: Path) -> Checkpoint:
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     if (path / "shards").is_dir():
         from torchmae.training.sharded import read_shards
@@ -215,6 +227,8 @@ def _read(path: Path) -> Checkpoint:
         groups = json.loads((path / "param_groups.json").read_text(encoding="utf-8"))
         return Checkpoint(*read_shards(path / "shards", groups), state, path)
     optimizers = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    if not isinstance(state["step"], int) or not isinstance(optimizers, list):
+        raise TypeError("its step is no number, or its optimisers are no list")
     return Checkpoint(load_file(path / "model.safetensors"), optimizers, state, path)
 
 

@@ -65,14 +65,17 @@ def parallelise(model: Autoencoder, config: PretrainConfig, runtime: Runtime) ->
         return model
     if config.parallel == "fsdp":
         return _shard(model, runtime)
+    for parameter in model.parameters():
+        if parameter.ndim > 2:  # a convolution's, applied as a linear layer: DDP wants its gradient's strides usual
+            parameter.register_hook(lambda grad: grad.flatten().view(grad.shape))  # type: ignore[no-untyped-call]
     on_gpu = runtime.device.type == "cuda"
     wrapped = DistributedDataParallel(
         model,
         device_ids=[runtime.device] if on_gpu else None,
-        broadcast_buffers=False,  # positions are constants
         gradient_as_bucket_view=True,
         static_graph=config.accumulate == 1,  # accumulation leaves out the exchange in some passes
     )
+    wrapped.broadcast_buffers = False  # positions are constants; the argument of this name is gone after torch 2.12
     if config.compress_gradients:
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import torchmae
+from torchmae.data.decode import jpeg_decoder
 from torchmae.data.reading import num_cores
 from torchmae.errors import ConfigError
 from torchmae.training.ranks import ALONE, Ranks
@@ -78,6 +79,7 @@ def environment(runtime: Runtime) -> dict[str, str | int]:
         "torchmae": torchmae.__version__,
         "torch": torch.__version__,
         "torchvision": version("torchvision"),
+        "jpeg_decoder": jpeg_decoder(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": gpu or _processor(),

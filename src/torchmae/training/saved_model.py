@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from torchmae.errors import CheckpointError, ConfigError
+from torchmae.errors import CheckpointError
 from torchmae.nn import presets
 from torchmae.nn.autoencoder import Autoencoder
 from torchmae.training.checkpoint import load_checkpoint, replace_file
@@ -75,12 +75,28 @@ def load_model(folder: Path) -> tuple[Autoencoder, Description]:
             if checkpoint is None:
                 raise CheckpointError(f"{folder} has no weights yet", "let the run save a checkpoint first")
             weights = checkpoint.model
+        _check_size(description.arguments, weights)
         model = presets.construct(description.arguments)
         model.load_state_dict(weights)
-    except (OSError, SafetensorError, RuntimeError, TypeError, ConfigError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # sizes that were changed by hand fail in as many ways as modules have
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"cannot load the model in {folder}: {reason}", "copy the folder again") from error
     return model.eval(), description
+
+
+def _check_size(arguments: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """ValueError where a model is larger than its weights: building it could take any memory and time."""
+    depth = max(arguments.get("depth", 0), arguments.get("decoder_depth", 0))
+    if depth <= len(weights):
+        with torch.device("meta"):
+            wanted = sum(tensor.numel() for tensor in presets.construct(arguments).state_dict().values())
+        given = sum(tensor.numel() for tensor in weights.values())
+        if wanted <= given:
+            return
+        raise ValueError(f"model.json describes {wanted:,} parameters and the weights hold {given:,}")
+    raise ValueError(f"model.json describes {depth:,} blocks and the weights hold {len(weights):,} tensors")
 
 
 def _read_description(path: Path) -> Description:
@@ -106,5 +122,5 @@ def _read_description(path: Path) -> Description:
         raise CheckpointError(
             f"{path.parent} holds no model: cannot read {path.name}", "give a run folder of `torchmae pretrain`"
         ) from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}", "copy the folder again") from error

@@ -67,9 +67,7 @@ def test_a_released_checkpoint_with_its_decoder(tmp_path: Path, released: Masked
 
 def test_a_target_that_the_file_does_not_say_is_asked_for(tmp_path: Path, released: MaskedAutoencoder) -> None:
     model = build(read_weights(save(tmp_path / "mae_full.pth", released)))
-    with pytest.raises(
-        CheckpointError, match="decoder's target was; say it with --target normalised"
-    ):
+    with pytest.raises(CheckpointError, match="decoder's target was; say it with --target normalised"):
         predictions(model)
 
 

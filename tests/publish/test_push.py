@@ -12,7 +12,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
-from test_export import run_folder
+from saved_folders import run_folder
 
 from torchmae.errors import CheckpointError, ConfigError
 from torchmae.publish.hub import push

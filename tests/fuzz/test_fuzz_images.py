@@ -1,0 +1,116 @@
+"""Image files and arrays of numbers with damage."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from damage import FUZZ, damaged, reads_or_refuses
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from torchmae.data.decode import Picture
+from torchmae.data.layouts import open_splits
+from torchmae.errors import DataError
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+
+
+def encoded(name: str, pixels: np.ndarray = PIXELS, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, name, **options)
+    return buffer.getvalue()
+
+
+FILES = {
+    "bmp": encoded("BMP"),
+    "gif": encoded("GIF"),
+    "jpeg": encoded("JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"),
+    "png": encoded("PNG"),
+    "16-bit png": encoded("PNG", np.arange(480, dtype=np.uint16).reshape(20, 24)),
+    "tiff": encoded("TIFF", compression="tiff_deflate"),
+    "float tiff": encoded("TIFF", np.linspace(0, 1, 480, dtype=np.float32).reshape(20, 24)),
+    "webp": encoded("WEBP"),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_pictures(kind: str) -> None:
+    @FUZZ
+    @given(damaged(FILES[kind]), st.sampled_from([None, 1, 3]), st.sampled_from([1, 2, 8]))
+    def check(raw: bytes, channels: int | None, reduction: int) -> None:
+        try:
+            pixels = Picture(raw, channels, 10_000).read(reduction)
+        except DataError as error:
+            assert str(error)
+            return
+        assert pixels.dtype in (np.uint8, np.uint16, np.float32)
+        assert pixels.shape[-1] in ((1, 3) if channels is None else (channels,))
+        assert 0 < pixels.size <= 30_000
+        assert np.isfinite(pixels).all()
+
+    check()
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+ARRAYS = {name: npy(np.ones((6, 8, 8, 1), name)) for name in ("uint8", "uint16", "float32", "float64", "bool")}
+
+
+def read_all(path: Path) -> None:
+    source = open_splits(str(path), "data")["train"]
+    for index in range(min(len(source), 6)):
+        image = source.read(index)
+        assert image.dtype in (np.uint8, np.uint16, np.float32)
+        assert image.shape[-1] > 0
+    source.fingerprint()
+
+
+@pytest.mark.parametrize("dtype", ARRAYS)
+def test_npy(folder: Path, dtype: str) -> None:
+    @FUZZ
+    @given(damaged(ARRAYS[dtype]))
+    def check(raw: bytes) -> None:
+        (folder / "x.npy").write_bytes(raw)
+        reads_or_refuses(lambda: read_all(folder / "x.npy"))
+
+    check()
+    assert [path.name for path in folder.iterdir()] == ["x.npy"]
+
+
+LABELS = npy(np.arange(6))
+
+
+def zipped(images: bytes, labels: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("images.npy", images)
+        file.writestr("labels.npy", labels)
+    return buffer.getvalue()
+
+
+WHOLE = zipped(ARRAYS["uint8"], LABELS)
+
+
+@pytest.mark.parametrize(
+    "archives",
+    [damaged(WHOLE), st.builds(zipped, damaged(ARRAYS["uint8"]), st.one_of(st.just(LABELS), damaged(LABELS)))],
+    ids=["archive", "members"],
+)
+def test_npz(folder: Path, archives: st.SearchStrategy[bytes]) -> None:
+    @FUZZ
+    @given(archives)
+    def check(raw: bytes) -> None:
+        (folder / "x.npz").write_bytes(raw)
+        reads_or_refuses(lambda: read_all(folder / "x.npz"))
+
+    check()
+    assert [path.name for path in folder.iterdir()] == ["x.npz"]
