@@ -1,6 +1,7 @@
 """One run, killed by SIGKILL at random moments and resumed each time, against the same run left alone.
 
-    python benchmarks/soak.py [--kills 100] [--data digits|FOLDER] [--epochs 100] [--seed 0] [--work FOLDER] [--json FILE]
+    python benchmarks/soak.py [--kills 100] [--data digits|FOLDER] [--epochs 100] [--seed 0]
+                              [--work FOLDER] [--json FILE]
 
 A small network trains on one processor core, with images decoded by two reader processes and a checkpoint about every
 tenth of a second. The moments lie anywhere: while Python and torch are loaded, data is opened, a step is taken, a
@@ -24,13 +25,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from torchmae.training.checkpoint import load_checkpoint
 
 OPTIONS = (
-    *("--threads=1", "--progress=plain", "--log-every=1", "--checkpoint-minutes=0.002", "--compile=false", "--precision=fp32"),
+    *("--threads=1", "--precision=fp32", "--compile=false"),
+    *("--progress=plain", "--log-every=1", "--checkpoint-minutes=0.002"),
     *("--model.depth=1", "--model.embed_dim=48", "--model.num_heads=3"),
     *("--model.decoder_depth=1", "--model.decoder_embed_dim=48", "--model.decoder_num_heads=3"),
     *("--eval.count=4", "--eval.images=64", "--eval.knn_count=2", "--eval.knn_train=200", "--eval.knn_val=100"),
@@ -70,7 +74,7 @@ def main() -> None:
         (work / "tmp").mkdir(parents=True)
         start = time.perf_counter()
         options = [f"--data={args.data}", f"--epochs={args.epochs}", *OPTIONS]
-        wait_for_end(launch(work, "whole", command(work / "whole", options)))
+        run(work, "whole", command(work / "whole", options))
         whole_s = time.perf_counter() - start
         steps = json.loads((work / "whole" / "summary.json").read_text())["steps"]
         print(f"undisturbed: {steps} steps in {whole_s:.0f} s", flush=True)
@@ -93,27 +97,25 @@ def soak(work: Path, options: list[str], steps: int, count: int, chance: random.
     start_s = FIRST_START_S
     for number, target in enumerate(sorted(chance.choices(range(1, max(2, steps * 9 // 10)), k=count)), 1):
         begun, saved = time.perf_counter(), newest(out)
-        process = launch(work, "killed", command(out, options))
-        if saved >= target:  # this far it came before: what is hit is the next start
-            sleep(process, chance.uniform(0, start_s))
-        else:
-            while newest(out) == saved:
-                sleep(process, 0.005)
-            start_s = time.perf_counter() - begun
-            while newest(out) < target:
-                sleep(process, 0.005)
-            sleep(process, chance.uniform(0, 0.2))
-        saved = newest(out)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        with launched(work, "killed", command(out, options)) as process:
+            if saved >= target:  # this far it came before: what is hit is the next start
+                sleep(process, chance.uniform(0, start_s))
+            else:
+                while newest(out) == saved:
+                    sleep(process, 0.005)
+                start_s = time.perf_counter() - begun
+                while newest(out) < target:
+                    sleep(process, 0.005)
+                sleep(process, chance.uniform(0, 0.2))
+            saved = newest(out)
         half_written = any((out / "checkpoints").glob(".writing-*"))
         kills.append(Kill(time.perf_counter() - begun, saved, last_logged(out), half_written))
         checkpoint = load_checkpoint(out / "checkpoints")
         found = checkpoint.state["step"] if checkpoint else 0
         if found < saved:
-            raise SystemExit(f"kill {number}: the checkpoint of step {saved} was there, that of {found} is what is left")
+            raise SystemExit(f"kill {number}: the checkpoint of step {saved} was there, {found} is what is left")
         print(f"kill {number}: after {kills[-1].after_s:.2f} s, at step {found} of {steps}", flush=True)
-    wait_for_end(launch(work, "killed", command(out, options)))
+    run(work, "killed", command(out, options))
     return kills
 
 
@@ -122,17 +124,34 @@ def command(out: Path, options: list[str]) -> list[str]:
     return ["--resume", str(out)] if (out / "config.yaml").exists() else ["--out", str(out), *options]
 
 
-def launch(work: Path, name: str, arguments: list[str]) -> subprocess.Popen[bytes]:
-    """Starts `torchmae pretrain` as the leader of a group of processes; what it prints goes to NAME.log."""
+@contextmanager
+def launched(work: Path, name: str, arguments: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """`torchmae pretrain` as the leader of a group of processes, all killed at the end of the context.
+
+    What it prints goes to NAME.log.
+    """
     environment = {**os.environ, "TMPDIR": str(work / "tmp"), "TORCHMAE_CACHE": str(work / "cache")}
     with (work / f"{name}.log").open("ab") as log:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "torchmae", "pretrain", *arguments],
             env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):  # it ended by itself
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def run(work: Path, name: str, arguments: list[str]) -> None:
+    """`torchmae pretrain` to its end."""
+    with launched(work, name, arguments) as process:
+        if process.wait() != 0:
+            raise SystemExit(f"failed with status {process.returncode}:\n{(work / f'{name}.log').read_text()[-2000:]}")
 
 
 def sleep(process: subprocess.Popen[bytes], seconds: float) -> None:
@@ -142,11 +161,6 @@ def sleep(process: subprocess.Popen[bytes], seconds: float) -> None:
     except subprocess.TimeoutExpired:
         return
     raise SystemExit(f"the run ended before its last kill, with status {process.returncode}: give it more --epochs")
-
-
-def wait_for_end(process: subprocess.Popen[bytes]) -> None:
-    if process.wait() != 0:
-        raise SystemExit(f"failed with status {process.returncode}: see the logs in --work")
 
 
 def newest(out: Path) -> int:

@@ -38,9 +38,7 @@ SCALARS = st.one_of(
 def damaged(valid: bytes) -> st.SearchStrategy[bytes]:
     """Copies of `valid` with one to four changes: cut, shortened, lengthened, overwritten, a part said twice."""
     size = len(valid)
-    places = st.one_of(
-        st.integers(0, min(size, _EDGE)), st.integers(0, size), st.integers(max(0, size - _EDGE), size)
-    )
+    places = st.one_of(st.integers(0, min(size, _EDGE)), st.integers(0, size), st.integers(max(0, size - _EDGE), size))
     edit = st.tuples(st.sampled_from(["cut", "delete", "insert", "overwrite", "repeat"]), places, _VALUES)
     return st.lists(edit, min_size=1, max_size=4).map(lambda edits: _apply(valid, edits))
 

@@ -216,9 +216,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("library", CONFIGS)
 def test_a_folder_of_another_library(folder: Path, library: str) -> None:
     config = folder / "config.json"
-    save_file(
-        {name: value.contiguous() for name, value in ENCODER.items()}, folder / "model.safetensors"
-    )
+    save_file({name: value.contiguous() for name, value in ENCODER.items()}, folder / "model.safetensors")
 
     @FUZZ
     @given(st.one_of(damaged_json(CONFIGS[library]), st.just("[" * 100_000)))

@@ -170,7 +170,7 @@ def test_indexes(folder: Path) -> None:
 
 
 LISTS = {
-    "x.csv": b"path,label,split\r\n0.png,cat,train\r\n1.png,dog,train\r\n\"a,\"\"b.png\",,val\r\n",
+    "x.csv": b'path,label,split\r\n0.png,cat,train\r\n1.png,dog,train\r\n"a,""b.png",,val\r\n',
     "x.tsv": b"0.png\t3\n1.png\t0\n",
     "x.txt": "0.png\n1.png\n\nü.png\n".encode(),
 }

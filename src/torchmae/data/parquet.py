@@ -177,9 +177,9 @@ def _image_leaf(arrow: Any, schema: Any) -> str:
         return bool(arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind))
 
     for field in schema:
-        if arrow.types.is_struct(field.type) and any(
-            child.name == "bytes" and is_bytes(child.type) for child in field.type
-        ):
+        children = field.type if arrow.types.is_struct(field.type) else ()
+        # A table whose rows all lack their bytes gives them no type.
+        if any(item.name == "bytes" and (is_bytes(item.type) or arrow.types.is_null(item.type)) for item in children):
             return f"{field.name}.bytes"
         if is_bytes(field.type):
             return str(field.name)

@@ -216,7 +216,9 @@ def _read(path: Path) -> Checkpoint:
         return _content(path)
     except Exception as error:  # what a stranger put there fails in as many ways as torch.load and safetensors have
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path} is no checkpoint of torchmae: {reason}", "start again in another folder") from error
+        raise CheckpointError(
+            f"{path} is no checkpoint of torchmae: {reason}", "start again in another folder"
+        ) from error
 
 
 def _content(path: Path) -> Checkpoint:
