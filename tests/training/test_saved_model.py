@@ -10,7 +10,9 @@ from small import mlp, vit
 from torchmae.errors import CheckpointError
 from torchmae.nn import presets
 from torchmae.nn.autoencoder import Autoencoder
+from torchmae.nn.classifier import Classifier
 from torchmae.training.checkpoint import save_checkpoint
+from torchmae.training.saved_classifier import ClassifierDescription, load_classifier, save_classifier
 from torchmae.training.saved_model import Description, load_model, write_description, write_weights
 
 ARGUMENTS = presets.arguments(
@@ -79,3 +81,17 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:100])
     with pytest.raises(CheckpointError, match=r"cannot load the model in .*; copy the folder again$"):
         load_model(tmp_path)
+
+
+def test_a_classifier_no_larger_than_its_weights(tmp_path: Path) -> None:
+    sizes = {"input_size": (8, 8), "patch_size": (2, 2), "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    arguments = {**sizes, "num_classes": 3}
+    save_classifier(tmp_path, Classifier(**arguments), ClassifierDescription(arguments, (0.5,), (0.2,), None, "0"))
+    assert load_classifier(tmp_path)[1].arguments["embed_dim"] == 16
+    text = (tmp_path / "model.json").read_text()
+    (tmp_path / "model.json").write_text(text.replace('"depth": 1', '"depth": 1000000000'))
+    with pytest.raises(CheckpointError, match="1,000,000,000 blocks"):
+        load_classifier(tmp_path)
+    (tmp_path / "model.json").write_text(text.replace('"embed_dim": 16', '"embed_dim": 160000'))
+    with pytest.raises(CheckpointError, match="parameters and the weights hold"):
+        load_classifier(tmp_path)

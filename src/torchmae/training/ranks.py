@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from torchmae.errors import ConfigError, TrainingError
 
@@ -150,7 +151,12 @@ def open_ranks(device: str) -> Iterator[Ranks]:
         return
     if with_gpus:
         torch.cuda.set_device(ranks.local_rank)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if with_gpus else "gloo", timeout=TIMEOUT)
+    with one_line_when_lost(ranks):
+        # torchrun may start a group again beside the same store, in which the addresses of the dead still lie.
+        store, _, _ = next(rendezvous("env://"))
+        attempt = dist.PrefixStore(f"attempt-{restarts()[0]}", store)  # type: ignore[attr-defined]
+        backend = "cpu:gloo,cuda:nccl" if with_gpus else "gloo"
+        dist.init_process_group(backend, store=attempt, rank=ranks.rank, world_size=ranks.world_size, timeout=TIMEOUT)
     try:
         yield ranks
     finally:

@@ -7,13 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from torchmae.errors import CheckpointError, ConfigError
+from torchmae.errors import CheckpointError
 from torchmae.nn.classifier import Classifier
 from torchmae.training.checkpoint import replace_file
-from torchmae.training.saved_model import write_weights
+from torchmae.training.saved_model import check_size, write_weights
 
 FORMAT = 1
 KIND = "classifier"
@@ -70,9 +69,13 @@ def load_classifier(folder: Path) -> tuple[Classifier, ClassifierDescription]:
         for name in ("mean", "std", "classes"):
             values[name] = None if values[name] is None else tuple(values[name])
         description = ClassifierDescription(**values)
+        weights = load_file(folder / "model.safetensors")
+        check_size(description.arguments, weights, lambda arguments: Classifier(**arguments))
         model = Classifier(**description.arguments)
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, ConfigError) as error:
+        model.load_state_dict(weights)
+    except CheckpointError:
+        raise
+    except Exception as error:  # sizes that were changed by hand fail in as many ways as modules have
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"cannot load the classifier in {folder}: {reason}", "copy the folder again") from error
     return model.eval(), description

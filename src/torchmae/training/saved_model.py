@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchmae.errors import CheckpointError
 from torchmae.nn import presets
@@ -75,7 +76,7 @@ def load_model(folder: Path) -> tuple[Autoencoder, Description]:
             if checkpoint is None:
                 raise CheckpointError(f"{folder} has no weights yet", "let the run save a checkpoint first")
             weights = checkpoint.model
-        _check_size(description.arguments, weights)
+        check_size(description.arguments, weights, presets.construct)
         model = presets.construct(description.arguments)
         model.load_state_dict(weights)
     except CheckpointError:
@@ -86,12 +87,14 @@ def load_model(folder: Path) -> tuple[Autoencoder, Description]:
     return model.eval(), description
 
 
-def _check_size(arguments: dict[str, Any], weights: dict[str, Tensor]) -> None:
+def check_size(
+    arguments: dict[str, Any], weights: dict[str, Tensor], build: Callable[[dict[str, Any]], nn.Module]
+) -> None:
     """ValueError where a model is larger than its weights: building it could take any memory and time."""
     depth = max(arguments.get("depth", 0), arguments.get("decoder_depth", 0))
     if depth <= len(weights):
         with torch.device("meta"):
-            wanted = sum(tensor.numel() for tensor in presets.construct(arguments).state_dict().values())
+            wanted = sum(tensor.numel() for tensor in build(arguments).state_dict().values())
         given = sum(tensor.numel() for tensor in weights.values())
         if wanted <= given:
             return
