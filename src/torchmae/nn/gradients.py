@@ -40,6 +40,7 @@ def oriented_gradients(images: Tensor, patch_size: Sequence[int]) -> Tensor:
     votes = images.new_zeros(batch, channels, BINS, *images.shape[2:])
     votes.scatter_(2, first[:, :, None], (size * (1 - share))[:, :, None])
     votes.scatter_(2, ((first + 1) % BINS)[:, :, None], (size * share)[:, :, None])
-    cells = F.avg_pool2d(votes.flatten(1, 2), tuple(patch_size)).unflatten(1, (channels, BINS))  # B, C, BINS, h, w
+    cells = F.avg_pool2d(votes.flatten(1, 2), tuple(patch_size))
+    cells = cells.view(batch, channels, BINS, *cells.shape[2:])  # B, C, BINS, h, w
     cells = cells * (sqrt(BINS) / (cells.norm(dim=2, keepdim=True) + _LEAST_CONTRAST))
     return cells.flatten(3).permute(0, 3, 1, 2).flatten(2)

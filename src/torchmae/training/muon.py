@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import sqrt
 from typing import Any, overload
 
@@ -24,7 +24,7 @@ class BatchedMuon(torch.optim.Muon):
         weight_decay: decoupled weight decay.
     """
 
-    def __init__(self, params: list[Tensor], lr: float, weight_decay: float) -> None:
+    def __init__(self, params: Sequence[Tensor], lr: float, weight_decay: float) -> None:
         super().__init__(params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
 
     @overload
