@@ -145,7 +145,7 @@ class ViTEncoder(nn.Module):
             x = block(x)
             between.append(x)
         x = self.norm(x)
-        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        prefix, patches = x.tensor_split((self.num_prefix_tokens,), dim=1)
         return EncoderOutput(prefix, patches, tuple(between) if keep_blocks else ())
 
     def check(self, images: Tensor) -> None:

@@ -23,9 +23,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     PyTorch's fused attention, but for bf16 gradients on a processor: its backward pass there takes up to 6 times as
     long as plain matrix products, from 17 to 257 tokens (benchmarks/attention.py).
     """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
-        weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        return weights.softmax(-1) @ v
+    if q.device.type == "cpu":
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # one copy here saves several inside
+        if q.dtype == torch.bfloat16 and q.requires_grad:
+            weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+            return weights.softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -47,7 +49,7 @@ class Attention(nn.Module):
         """(B, N, D) to (B, N, D)."""
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # 3, B, heads, N, D/heads
-        out = attend(qkv[0], qkv[1], qkv[2])
+        out = attend(*qkv.unbind(0))  # not by index: each index would fill a gradient of all three with zeros
         return self.proj(out.transpose(1, 2).reshape(batch, tokens, dim))
 
 
@@ -72,7 +74,7 @@ class CrossAttention(nn.Module):
         batch, queries, dim = x.shape
         q = self.q(x).view(batch, queries, self.num_heads, -1).transpose(1, 2)
         kv = self.kv(context).view(batch, context.shape[1], 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        out = attend(q, kv[0], kv[1])
+        out = attend(q, *kv.unbind(0))
         return self.proj(out.transpose(1, 2).reshape(batch, queries, dim))
 
 
