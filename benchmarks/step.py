@@ -2,7 +2,8 @@
 
     python benchmarks/step.py [--quick] [--cases tiny base] [--against transformers lightly] [--rounds 7] [OPTIONS]
 
-Contenders take turns in one process; a ratio is one of medians. Figures are added to benchmarks/results/step.json
+Contenders take turns, each in a process of its own with the threads and the allocator that its users have; a ratio is
+one of medians. Figures are added to benchmarks/results/step.json
 after each case, with date, hardware and versions. Further options go to the settings of all cases (`--threads 1`, say).
 """
 
@@ -36,10 +37,10 @@ def main() -> None:
     parser.add_argument("--against", nargs="+", choices=STEP_PEERS, default=["transformers"])
     parser.add_argument("--fast-recipe", default="cifar10", help="the recipe of the case `fast`")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="3 rounds of one step, no memory: to see it work")
+    parser.add_argument("--quick", action="store_true", help="3 rounds of one step: to see it work")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "step.json")
     args, rest = parser.parse_known_args()
-    options = StepOptions(rounds=3, steps=1, memory=False) if args.quick else StepOptions(rounds=args.rounds)
+    options = StepOptions(rounds=3, steps=1) if args.quick else StepOptions(rounds=args.rounds)
     display = Display("auto")
     reports = {}
     for case in args.cases:

@@ -45,7 +45,7 @@ from torchmae.training.ranks import Ranks, concatenate, open_ranks, restarts
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime, environment, open_runtime
 from torchmae.training.saved_model import Description, write_description, write_weights
-from torchmae.training.tracking import Tracker, Trackers, open_trackers
+from torchmae.training.tracking import Trackers, open_trackers, tracker_names
 from torchmae.visualize import write_pictures
 
 EVAL_BATCH = 250
@@ -57,7 +57,7 @@ RECIPE_FOR_SIDE = ((48, "cifar10"), (128, "images-96"), (float("inf"), "images")
 VALIDATION_SEED = 0
 # What a resumed run may be given anew: where and how fast it computes, and the learning rate, for runs that diverged.
 MAY_CHANGE = frozenset({
-    *("device", "threads", "compile", "precision", "log_every", "checkpoint_minutes", "progress"),
+    *("device", "threads", "compile", "precision", "log_every", "checkpoint_minutes", "progress", "trackers"),
     *("accumulate", "parallel", "compress_gradients", "checkpoint_activations", "max_skipped", "data.allow_change"),
     *("data.num_workers", "data.cache", "data.memory_limit", "data.root", "data.max_bad"),
     *("optim.lr", "optim.base_lr", "optim.muon_lr", "optim.clip_grad"),
@@ -225,6 +225,7 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, *, resume: bool) -
 
     def claim() -> Path:
         nonlocal folder
+        tracker_names(config.trackers)
         folder = RunFolder(path) if resume else RunFolder.create(path)
         folder.lock()
         return folder.path
@@ -319,8 +320,7 @@ def _train(
         f"run folder {folder.path}  ({runtime.device}, {runtime.precision}, {runtime.threads} threads{several})"
     )
     interruption: Interrupted | None = None
-    tensorboard = folder.path / "tensorboard"
-    with open_trackers(folder.metrics, tensorboard, start) if ranks.is_main else Trackers() as tracker:
+    with open_trackers(config, folder, display, start) if ranks.is_main else Trackers() as tracker:
         evaluators = build_evaluators(config, model, data, runtime, folder, tracker, fresh=checkpoint is None)
         if config.init_from is not None and checkpoint is None:  # after the baselines, which are of random weights
             assert isinstance(model, MaskedAutoencoder)
@@ -390,7 +390,7 @@ def build_evaluators(
     data: Data,
     runtime: Runtime,
     folder: RunFolder,
-    tracker: Tracker,
+    tracker: Trackers,
     *,
     fresh: bool,
 ) -> list[Evaluator]:
@@ -412,6 +412,7 @@ def build_evaluators(
     def pictures(step: int) -> dict[str, float]:
         path = folder.reconstructions / f"step-{step:08d}.png"
         draw_pictures(model, data, images, picture_mask, path if runtime.ranks.is_main else None)
+        tracker.log_picture("reconstruction", step, path)
         return {}
 
     evaluators = [

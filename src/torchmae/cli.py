@@ -8,8 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from torchmae import __version__, settings
+from torchmae import settings
 from torchmae.errors import ConfigError, TorchmaeError
+from torchmae.threads import wait_briefly
 
 USAGE = """\
 torchmae: masked autoencoder pre-training in PyTorch
@@ -22,6 +23,7 @@ commands:
   evaluate      measure what a model learned: nearest neighbours, probes, fine-tuning, anomaly detection
   embed         write the features of many images to a file
   visualize     draw what a model learned: features as colours, attention, neighbours, a map
+  app           try a model in the browser: paint a hole, see it filled in, compare two runs
   report        write the page of a run, or of several side by side
   export        write a model for timm, transformers, ONNX and others, and check it
   push          export a model and upload it to the Hugging Face hub
@@ -29,6 +31,7 @@ commands:
   bench         how fast training is here, beside other code, and where its time goes
   data          inspect a data set, or pack it into files that are read fast
   recipes       list the named sets of settings
+  completion    print a script that completes commands and options on Tab: for bash, zsh or fish
 
   torchmae pretrain                                  digits, on the processor, about a minute, no network
   torchmae pretrain --data my_images --out runs/a    any folder of images
@@ -51,17 +54,15 @@ def main(args: Sequence[str] | None = None) -> int:
         signal's number for one that was stopped.
     """
     words = list(sys.argv[1:] if args is None else args)
-    # How often a thread that waits for the others looks again before it sleeps. Sleeping at once costs a quarter of
-    # the speed of small models; spinning for long, nine tenths as soon as another program wants a core. Read once,
-    # when torch is imported (benchmarks/waiting.py).
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    wait_briefly(os.environ)
     try:
         if not words or words[0] in ("-h", "--help", "help"):
             print(USAGE, end="")
             return 0
         if words[0] == "--version":
-            print(versions())
+            from torchmae.commands.versions import describe
+
+            print(describe())
             return 0
         if words[0] not in COMMANDS:
             near = None if words[0].startswith("-") else settings.nearest(words[0], COMMANDS)
@@ -140,6 +141,13 @@ def visualize(args: list[str]) -> int:
     return run(args)
 
 
+def app(args: list[str]) -> int:
+    """`torchmae app`: a page to try a model on."""
+    from torchmae.commands.app import main as run
+
+    return run(args)
+
+
 def report(args: list[str]) -> int:
     """`torchmae report`: the page of a run, or of several side by side."""
     from torchmae.commands.report import main as run
@@ -198,19 +206,11 @@ def recipes(args: list[str]) -> int:
     return 0
 
 
-def versions() -> str:
-    """torchmae's version and what a bug report needs."""
-    import platform
-    from importlib.metadata import version
+def completion(args: list[str]) -> int:
+    """`torchmae completion`: a script that completes commands, options and their values."""
+    from torchmae.commands.completion import main as run
 
-    import torch
-
-    cuda = torch.version.cuda or "none"
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return (
-        f"torchmae {__version__}\npython {platform.python_version()}, {platform.platform()}\n"
-        f"torch {torch.__version__}, torchvision {version('torchvision')}, CUDA {cuda}, {gpu}"
-    )
+    return run(args, COMMANDS)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -219,6 +219,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": evaluate,
     "embed": embed,
     "visualize": visualize,
+    "app": app,
     "report": report,
     "export": export,
     "push": push,
@@ -226,4 +227,5 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "bench": bench,
     "data": data,
     "recipes": recipes,
+    "completion": completion,
 }

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from torchmae.errors import ConfigError, one_of, within
 
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -259,6 +261,8 @@ class PretrainConfig:
         checkpoint_minutes: minutes between two checkpoints; the last two are kept.
         progress: "auto" (a live line on a terminal, else plain lines), "plain", "epochs" (one line an epoch on
             standard output) or "none".
+        trackers: where figures and pictures go besides the run folder: "auto" (TensorBoard where it is installed),
+            "none", or tensorboard, wandb (Weights & Biases) and trackio, joined by commas.
     """
 
     recipe: str = "auto"
@@ -288,9 +292,13 @@ class PretrainConfig:
     log_every: int = 10
     checkpoint_minutes: float = 5.0
     progress: str = "auto"
+    trackers: str = "auto"
 
     def __post_init__(self) -> None:
         one_of("precision", self.precision, ("auto", "bf16", "fp32"))
+        trackers = [name.strip() for name in self.trackers.split(",")]
+        for name in trackers:
+            one_of("trackers", name, TRACKERS if len(trackers) > 1 else ("auto", "none", *TRACKERS))
         one_of("parallel", self.parallel, ("ddp", "fsdp"))
         one_of("progress", self.progress, ("auto", "plain", "epochs", "none"))
         within("epochs", self.epochs, 1, 1e6)

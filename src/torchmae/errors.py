@@ -28,6 +28,16 @@ class ConfigError(TorchmaeError, ValueError):
     """An option, a shape or a combination of them that cannot work."""
 
 
+class ChoiceError(ConfigError):
+    """A word that is none of those an option takes.
+
+    Attributes:
+        choices: those.
+    """
+
+    choices: tuple[str, ...] = ()
+
+
 class DataError(TorchmaeError):
     """Data that is missing, empty, unreadable, or changed."""
 
@@ -55,13 +65,15 @@ class Interrupted(TorchmaeError):
 
 
 def one_of(name: str, value: object, choices: Iterable[str]) -> None:
-    """Raises ConfigError, with the nearest choice, unless `value` is one of `choices`."""
+    """Raises ChoiceError, with the nearest choice, unless `value` is one of `choices`."""
     known = list(choices)
     if value in known:
         return
     near = get_close_matches(str(value), known, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ConfigError(f"{name} is {value!r}", f"{hint}choose from {', '.join(known)}")
+    error = ChoiceError(f"{name} is {value!r}", f"{hint}choose from {', '.join(known)}")
+    error.choices = tuple(known)
+    raise error
 
 
 def within(

@@ -33,7 +33,18 @@ DESCRIPTION = "Pre-trains a masked autoencoder and leaves a run folder with a ba
 
 
 class Parser(ArgumentParser):
-    """An argument parser whose complaints are one line with a suggestion, raised as ConfigError."""
+    """An argument parser whose complaints are one line with a suggestion, raised as ConfigError.
+
+    Attributes:
+        kinds: the dataclasses whose fields are its options.
+    """
+
+    kinds: tuple[type[Any], ...] = ()
+
+    def add_settings(self, kind: type[Any]) -> None:
+        """Makes an option of every field of a dataclass."""
+        self.add_class_arguments(kind, None, fail_untyped=True)
+        self.kinds = (*self.kinds, kind)
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raises ConfigError in place of printing usage and leaving."""
@@ -104,7 +115,7 @@ def build_parser() -> Parser:
         default_env=False,
     )
     parser.add_argument("--config", action="config", help="YAML file of settings; options given beside it win.")
-    parser.add_class_arguments(PretrainConfig, None, fail_untyped=True)
+    parser.add_settings(PretrainConfig)
     return parser
 
 
@@ -261,7 +272,7 @@ def read_options(parser: Parser, args: Sequence[str], *kinds: type[Any]) -> tupl
         ConfigError: an unknown option, or a value that does not fit.
     """
     for kind in kinds:
-        parser.add_class_arguments(kind, None, fail_untyped=True)
+        parser.add_settings(kind)
     words = normalise(args)
     source = take_option(words, "init_from")  # weights of others, where the command takes a run
     try:

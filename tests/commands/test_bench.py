@@ -12,7 +12,7 @@ from torchmae.commands import bench
 from torchmae.config import PretrainConfig
 
 SMALL = ["--model.preset", "vit_digits", "--model.depth", "1", "--batch_size", "8", "--threads", "1"]
-QUICK = ["--rounds", "1", "--steps", "1", "--memory", "false", "--precision", "fp32", "--progress", "none"]
+QUICK = ["--rounds", "1", "--steps", "1", "--precision", "fp32", "--progress", "none"]
 
 
 def test_a_step_prints_a_table_and_writes_figures_and_picture(

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from torchmae.errors import CheckpointError
-from torchmae.training.tracking import JsonLines, TensorBoard, Trackers, open_trackers
+from torchmae.config import PretrainConfig
+from torchmae.errors import CheckpointError, ConfigError
+from torchmae.training.progress import Display
+from torchmae.training.run_folder import RunFolder
+from torchmae.training.tracking import JsonLines, TensorBoard, Trackers, open_trackers, tracker_names
 
 FULL = Path("/dev/full")  # every write to it fails as on a full disk
 
@@ -49,6 +53,9 @@ class Closing:
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         pass
 
+    def log_picture(self, name: str, step: int, path: Path) -> None:
+        pass
+
     def close(self) -> None:
         raise CheckpointError("late", "")
 
@@ -74,16 +81,19 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(event.step, event.value) for event in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
 
 
+def opened(path: Path, trackers: str, step: int = 0) -> Trackers:
+    return open_trackers(PretrainConfig(trackers=trackers), RunFolder(path), Display("none"), step)
+
+
 def test_tensorboard_hides_what_a_resumed_run_repeats(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    folder = tmp_path / "tensorboard"
-    with open_trackers(tmp_path / "metrics.jsonl", folder) as tracker:
+    with opened(tmp_path, "auto") as tracker:
         tracker.log("baseline", 0, {"knn_pixels": 50.0})
         for step in (1, 2, 3):
             tracker.log("train", step, {"loss": float(step)})
-    with open_trackers(tmp_path / "metrics.jsonl", folder, step=2) as tracker:
+    with opened(tmp_path, "tensorboard", step=2) as tracker:
         tracker.log("train", 3, {"loss": 30.0})
-    assert scalars(folder) == {
+    assert scalars(tmp_path / "tensorboard") == {
         "baseline/knn_pixels": [(0, 50.0)],
         "train/loss": [(1, 1.0), (2, 2.0), (3, 30.0)],
     }
@@ -91,9 +101,60 @@ def test_tensorboard_hides_what_a_resumed_run_repeats(tmp_path: Path) -> None:
 
 def test_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with open_trackers(tmp_path / "metrics.jsonl", tmp_path / "tensorboard") as tracker:
+    with opened(tmp_path, "auto") as tracker:
         tracker.log("train", 1, {"loss": 1.0})
+        tracker.log_picture("reconstruction", 1, tmp_path / "none.png")
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_tensorboard_has_pictures_and_settings(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    Image.new("RGBA", (6, 4), "red").save(tmp_path / "a.png")
+    with opened(tmp_path, "tensorboard") as tracker:
+        tracker.log_picture("reconstruction", 5, tmp_path / "a.png")
+    read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (picture,) = read.Images("reconstruction")
+    assert (picture.step, picture.width, picture.height) == (5, 6, 4)
+    (config,) = read.Tensors("config/text_summary")
+    assert "\ntrackers: tensorboard\n" in config.tensor_proto.string_val[0].decode()
+
+
+def test_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("tensorboard", "wandb", "trackio"):  # stand-ins: what is installed here must not matter
+        (tmp_path / f"{name}.py").touch()
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert tracker_names("auto") == tracker_names("tensorboard") == ("tensorboard",)
+    assert tracker_names("none") == ()
+    assert tracker_names("trackio, wandb,trackio") == ("trackio", "wandb")
+
+
+def test_a_library_that_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for name in ("tensorboard", "wandb"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    (tmp_path / "wandb").mkdir()  # what an earlier run left is not the library
+    assert tracker_names("auto") == ()
+    with pytest.raises(
+        ConfigError, match=r"^trackers is 'wandb' and wandb is not installed; pip install 'torchmae\[wa"
+    ):
+        tracker_names("wandb")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("wanb", "trackers is 'wanb'; did you mean 'wandb'? choose from auto, none, tensorboard, wandb, trackio"),
+        ("wandb,auto", "trackers is 'auto'; choose from tensorboard, wandb, trackio"),
+        ("", "trackers is ''; choose from auto, none, tensorboard, wandb, trackio"),
+    ],
+)
+def test_names_that_do_not_exist(given: str, said: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        PretrainConfig(trackers=given)
+    assert str(raised.value) == said
 
 
 def test_tensorboards_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

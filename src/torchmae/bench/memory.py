@@ -1,63 +1,41 @@
-"""Peak memory of training, measured in a process of its own."""
+"""The peak memory of training."""
 
 from __future__ import annotations
 
 import gc
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
-from torchmae.bench.contenders import Contender, build
-from torchmae.config import PretrainConfig
+from torchmae.bench.contenders import Contender
 
-_STEPS = 3
 _STATUS = Path("/proc/self/status")
 
 
-def peak_memory(code: str, config: PretrainConfig) -> int | None:
+class MemoryMeter:
     """Bytes that training takes at its peak: weights, gradients, the optimiser's state, a batch, activations.
 
-    On CUDA, what PyTorch's allocator had given out at most. On a processor, the largest resident size of a process
-    that only trains, less what it holds before (interpreter and libraries); files mapped into memory do not count.
+    On CUDA, what PyTorch's allocator has given out at most. On a processor, the largest resident size of this process,
+    less what it held when the meter was made (interpreter and libraries); files mapped into memory do not count.
 
     Args:
-        code: whose step, as in `contenders.build`.
-        config: sizes of network and batch.
-
-    Returns:
-        None where it cannot be measured (a processor on another system than Linux), or where it was too much.
-
-    Raises:
-        ConfigError: as `contenders.build`.
+        contender: what is there to train, before its first step, in a process that does nothing else.
     """
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        try:
-            return pool.submit(_measure, code, config).result()
-        except (torch.OutOfMemoryError, BrokenProcessPool):
+
+    def __init__(self, contender: Contender) -> None:
+        self._device = contender.runtime.device
+        self._measurable = self._device.type == "cpu" and _STATUS.exists()
+        gc.collect()
+        self._before = _status()["RssAnon"] - _held(contender) if self._measurable else 0
+
+    def peak(self) -> int | None:
+        """The bytes; None where they cannot be measured (a processor on another system than Linux)."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        if not self._measurable:
             return None
-
-
-def _measure(code: str, config: PretrainConfig) -> int | None:
-    contender = build(code, config)
-    device = contender.runtime.device
-    if device.type == "cuda":
-        _train(contender)
-        return torch.cuda.max_memory_allocated(device)
-    if device.type != "cpu" or not _STATUS.exists():
-        return None
-    gc.collect()
-    before = _status()["RssAnon"] - _held(contender)
-    _train(contender)
-    after = _status()
-    return after["VmHWM"] - after["RssFile"] - after["RssShmem"] - before
-
-
-def _train(contender: Contender) -> None:
-    for _ in range(_STEPS):
-        contender.run()
+        after = _status()
+        return after["VmHWM"] - after["RssFile"] - after["RssShmem"] - self._before
 
 
 def _held(contender: Contender) -> int:

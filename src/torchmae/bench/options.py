@@ -40,13 +40,11 @@ class StepOptions:
         steps: training steps of a turn; null: as many as take about a second.
         against: "transformers" (ViTMAEForPreTraining) or "lightly" (its MAE, made of timm's blocks), of the same
             sizes on the same images, as their users run them: fp32 on a processor, bf16 autocast on CUDA.
-        memory: measure the peak memory too, of each contender in a process of its own.
     """
 
     rounds: int = 7
     steps: int | None = None
     against: str | None = None
-    memory: bool = True
 
     def __post_init__(self) -> None:
         within("rounds", self.rounds, 1, 10_000)

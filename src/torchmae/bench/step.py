@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import partial
 from statistics import median
 
-import torch
-
-from torchmae.bench.contenders import OURS, Contender, build, model_arguments, peer_sizes
-from torchmae.bench.memory import peak_memory
+from torchmae.bench.contenders import OURS, model_arguments, peer_sizes
 from torchmae.bench.options import StepOptions
+from torchmae.bench.processes import Introduction, Process
 from torchmae.bench.results import Report, Result
-from torchmae.bench.timing import StepClock, matrix_product_rate, seconds_of, take_turns
+from torchmae.bench.timing import take_turns
 from torchmae.config import PretrainConfig
 from torchmae.data.reading import Progress
-from torchmae.errors import ConfigError
 from torchmae.nn.flops import count_flops
-from torchmae.training.runtime import environment
-
-_WARM_UP_STEPS = 3
-_TURN_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +38,7 @@ def entries(config: PretrainConfig, against: str | None) -> list[Entry]:
 
 
 def measure_step(rivals: Sequence[Entry], options: StepOptions, progress: Progress) -> Report:
-    """Times training steps on one batch that stays on the device; contenders take turns in this process.
+    """Times training steps on one batch that stays on the device; contenders take turns, each in its own process.
 
     Args:
         rivals: the contenders, ours first, all on one device.
@@ -58,94 +51,51 @@ def measure_step(rivals: Sequence[Entry], options: StepOptions, progress: Progre
     for entry in rivals:
         if entry.code != OURS:
             peer_sizes(entry.config, model_arguments(entry.config), entry.code)  # says at once what a peer cannot do
-    # Memory first: a process that holds nothing yet leaves more to those that are measured.
-    memory = _memory(rivals, progress) if options.memory else {}
-    try:
-        contenders = {entry.name: build(entry.code, entry.config) for entry in rivals}
-        first_steps = {name: warm_up(contender) for name, contender in contenders.items()}
-        speeds, peaks = _time(contenders, options, progress)
-        shares = {name: step_shares(contender) for name, contender in contenders.items()}
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(f"batches of {rivals[0].config.batch_size} do not fit into memory", "lower batch_size") from (
-            error
-        )
+    with ExitStack() as stack:
+        processes: dict[str, Process] = {}
+        told: dict[str, Introduction] = {}
+        for entry in rivals:  # one after the other: the first steps are timed too
+            processes[entry.name] = stack.enter_context(Process(entry.code, entry.config, options.steps))
+            told[entry.name] = processes[entry.name].introduce()
+            progress("first steps", len(told), len(rivals))
+        speeds, peaks = _time(processes, told, options.rounds, progress)
+        shares = {name: process.shares() for name, process in processes.items()}
     results = []
     for entry in rivals:
-        contender = contenders[entry.name]
-        precision = contender.runtime.precision
-        flops = count_flops(contender.arguments, entry.config.mask.ratio).training
+        name, about = entry.name, told[entry.name]
+        flops = count_flops(about.arguments, entry.config.mask.ratio).training
         figures = {
             "flops_per_image": flops,
-            "share_of_peak": median(speeds[entry.name]) * flops / peaks[precision],
-            "first_step_s": first_steps[entry.name],
+            "share_of_peak": median(speeds[name]) * flops / peaks[about.precision],
+            "first_step_s": about.first_step_s,
+            "peak_memory": about.peak_memory,
         }
-        results.append(
-            Result(
-                f"{entry.name}, {precision}",
-                tuple(speeds[entry.name]),
-                shares[entry.name],
-                figures | ({"peak_memory": memory[entry.name]} if memory else {}),
-            )
-        )
-    ours = contenders[rivals[0].name]
+        results.append(Result(f"{name}, {about.precision}", tuple(speeds[name]), shares[name], figures))
+    ours = told[rivals[0].name]
     return Report(
-        title=title(rivals[0].config, ours),
+        title=title(rivals[0].config, ours.shape),
         results=results,
         notes=[_flops_note(results), _peak_note(peaks)],
-        environment={**environment(ours.runtime), "peak_flops_per_s": peaks},
+        environment={**ours.environment, "peak_flops_per_s": peaks},
         settings={entry.name: asdict(entry.config) for entry in rivals},
     )
 
 
-def title(config: PretrainConfig, contender: Contender) -> str:
+def title(config: PretrainConfig, shape: Sequence[int]) -> str:
     """What is measured, in a line."""
-    size = " x ".join(str(number) for number in contender.images.shape[1:])
+    size = " x ".join(str(number) for number in shape[1:])
     compiled = ", compiled" if config.compile else ""
     return f"{config.model.preset}, {size}, batch {config.batch_size}, mask {config.mask.ratio:g}{compiled}"
 
 
-def warm_up(contender: Contender) -> float:
-    """Runs the first steps, which compile and allocate; seconds of the very first."""
-    device = contender.runtime.device
-    first = seconds_of(contender.run, 1, device)
-    seconds_of(contender.run, _WARM_UP_STEPS - 1, device)
-    return first
-
-
-def turn(contender: Contender, steps: int | None) -> Callable[[], float]:
-    """A function that takes steps and returns images a second; without `steps`, as many as last about a second."""
-    device = contender.runtime.device
-    times = steps or max(1, round(_TURN_S / seconds_of(contender.run, 1, device)))
-    return lambda: len(contender.images) / seconds_of(contender.run, times, device)
-
-
-def _memory(rivals: Sequence[Entry], progress: Progress) -> dict[str, float | None]:
-    found: dict[str, float | None] = {}
-    for entry in rivals:
-        found[entry.name] = peak_memory(entry.code, entry.config)
-        progress("measuring memory", len(found), len(rivals))
-    return found
-
-
 def _time(
-    contenders: Mapping[str, Contender], options: StepOptions, progress: Progress
+    processes: Mapping[str, Process], told: Mapping[str, Introduction], rounds: int, progress: Progress
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Images a second of every contender, one figure a round, and the best matrix product of each precision."""
-    turns = {name: turn(contender, options.steps) for name, contender in contenders.items()}
-    runtimes = {contender.runtime.precision: contender.runtime for contender in contenders.values()}
-    products = {name: partial(matrix_product_rate, runtime.device, name) for name, runtime in runtimes.items()}
-    figures = take_turns(
-        {**turns, **products}, options.rounds, lambda done: progress("timing steps", done, options.rounds)
-    )
+    turns = {name: process.turn for name, process in processes.items()}
+    products = {told[name].precision: process.peak for name, process in processes.items()}
+    figures = take_turns({**turns, **products}, rounds, lambda done: progress("timing steps", done, rounds))
     return {name: figures[name] for name in turns}, {name: max(figures[name]) for name in products}
-
-
-def step_shares(contender: Contender) -> dict[str, float]:
-    """Where the time of a step goes; a few steps of their own, since every part is waited for."""
-    clock = StepClock(contender.model, contender.optimizers, contender.runtime.device)
-    for _ in range(_WARM_UP_STEPS):
-        clock.run(contender.step)
-    return clock.shares()
 
 
 def _flops_note(results: Sequence[Result]) -> str:

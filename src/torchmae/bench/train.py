@@ -6,13 +6,15 @@ import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 from torchmae.bench.contenders import OURS, Contender, build, model_arguments
 from torchmae.bench.options import TrainOptions
+from torchmae.bench.processes import images_per_second, step_shares, warm_up
 from torchmae.bench.results import Report, Result
-from torchmae.bench.step import step_shares, title, turn, warm_up
+from torchmae.bench.step import title
 from torchmae.config import PretrainConfig
 from torchmae.data.loader import Data, open_data
 from torchmae.data.reading import Progress
@@ -61,7 +63,7 @@ def measure_train(config: PretrainConfig, options: TrainOptions, progress: Progr
     shares |= {"data": turns.data_wait, "loop": 1 - step - turns.data_wait}
     where = "memory" if data.train.in_memory else "files"
     return Report(
-        title=title(config, bare),
+        title=title(config, bare.images.shape),
         results=[Result(OURS, tuple(turns.loop), shares), Result(BARE, tuple(turns.bare), step_shares(bare))],
         notes=[
             f"The loop runs at {speed:.1%} of the speed of the bare step; {turns.data_wait:.1%} of its time it waits "
@@ -123,7 +125,7 @@ class _Turns:
         self.loop: list[float] = []
         self.bare: list[float] = []
         self.contender = contender
-        self._run_bare = turn(contender, options.steps)
+        self._run_bare = partial(images_per_second, contender, options.steps)
         self._rounds = options.rounds
         self._progress = progress
         self._warm = False
@@ -147,6 +149,9 @@ class _Turns:
             self._images += values["images_per_s"] * seconds
             self._seconds += seconds
             self._waited += values["data_wait"] * seconds
+
+    def log_picture(self, name: str, step: int, path: Path) -> None:
+        """As `Tracker.log_picture`."""
 
     def close(self) -> None:
         """As `Tracker.close`."""

@@ -11,7 +11,7 @@ from torchmae.settings import read_options
 
 DESCRIPTION = (
     "Exports a model, checks it, and uploads it with its model card to the Hugging Face hub. The token is HF_TOKEN, or "
-    "what `hf auth login` stored. No other command uses the network, but for data that is downloaded by name."
+    "what `hf auth login` stored. Otherwise only data that is downloaded by name, and --trackers, use the network."
 )
 
 

@@ -16,7 +16,8 @@ class RunFolder:
     """Names and writes the files of a run.
 
     config.yaml, environment.json, metrics.jsonl, checkpoints/, reconstructions/, pictures/, evaluations.jsonl,
-    model.json and model.safetensors, summary.json, report.html, bad_files.txt.
+    model.json and model.safetensors, summary.json, report.html, bad_files.txt; of trackers that were asked for
+    tracking.json, tensorboard/, wandb/.
 
     Args:
         path: the folder.

@@ -17,6 +17,7 @@ import torchmae
 from torchmae.data.decode import jpeg_decoder
 from torchmae.data.reading import num_cores
 from torchmae.errors import ConfigError
+from torchmae.training.allocation import keep_freed_memory
 from torchmae.training.ranks import ALONE, Ranks
 
 
@@ -41,14 +42,17 @@ class Runtime:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
-def open_runtime(device: str, precision: str, threads: int | None, ranks: Ranks = ALONE) -> Runtime:
-    """Resolves "auto" and sets the number of threads.
+def open_runtime(
+    device: str, precision: str, threads: int | None, ranks: Ranks = ALONE, *, keep_memory: bool = True
+) -> Runtime:
+    """Resolves "auto", sets the number of threads, and has freed memory kept (on a processor).
 
     Args:
         device: "auto" (cuda, else mps, else cpu) or a torch device.
         precision: "auto", "bf16" or "fp32".
         threads: processor threads; None: this rank's share of the cores that this process may use.
         ranks: as `ranks.open_ranks` opened them; of several, each takes the GPU of its local rank.
+        keep_memory: as `allocation.keep_freed_memory`.
 
     Raises:
         ConfigError: a device that is not there.
@@ -58,6 +62,8 @@ def open_runtime(device: str, precision: str, threads: int | None, ranks: Ranks 
         chosen = torch.device("cuda", ranks.local_rank)
     count = threads or max(1, num_cores() // ranks.local_world_size)
     torch.set_num_threads(count)
+    if keep_memory and chosen.type == "cpu":
+        keep_freed_memory()
     resolved = precision if precision != "auto" else ("bf16" if has_fast_bf16(chosen) else "fp32")
     return Runtime(chosen, resolved, count, ranks)
 
@@ -82,7 +88,7 @@ def environment(runtime: Runtime) -> dict[str, str | int]:
         "jpeg_decoder": jpeg_decoder(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": gpu or _processor(),
+        "processor": gpu or processor(),
         "device": str(runtime.device),
         "threads": runtime.threads,
         "ranks": runtime.ranks.world_size,
@@ -120,7 +126,8 @@ def _command() -> str:
     return shlex.join(["torchmae", *sys.argv[1:]]) if ours else "Python API"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name and how many cores the system counts."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

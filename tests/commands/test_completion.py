@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from torchmae import cli
+from torchmae.cli import main
+from torchmae.commands.completion import EXTRAS, SHELLS, SUBCOMMANDS, choices, command_tree
+from torchmae.config import PretrainConfig
+from torchmae.settings import recipe_names
+
+pytest.importorskip("shtab")
+
+# Sets what bash sets when Tab is pressed after the last word, calls the function, prints what it offers.
+PRESS_TAB = """
+source "$1"; shift
+COMP_WORDS=("$@"); COMP_CWORD=$(( $# - 1 )); COMP_LINE="$*"; COMP_POINT=${#COMP_LINE}; COMPREPLY=()
+$(complete -p torchmae | sed 's/.*-F \\([^ ]*\\) .*/\\1/')
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("completion") / "torchmae"
+    command = [sys.executable, "-W", "error", "-m", "torchmae", "completion", "bash"]
+    path.write_bytes(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    return path
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("pre", {"pretrain"}),
+        ("", set(cli.COMMANDS)),
+        ("pretrain --rec", {"--recipe"}),
+        ("pretrain --recipe ", set(recipe_names())),
+        ("pretrain --epochs 3 --recipe ci", {"cifar10", "cifar10-cpu"}),
+        ("pretrain --batch", {"--batch", "--batch_size"}),
+        ("pretrain --optim.w", {"--optim.weight_decay", "--optim.warmup"}),
+        ("pretrain --data.cache ", {"auto", "memory", "device", "none"}),
+        ("pretrain --data.flip ", {"true", "false"}),
+        ("pretrain --model.preset vit_t", {"vit_tiny", "vit_tiny_32_p4", "vit_tiny_32_p2"}),
+        ("pretrain --trackers w", {"wandb"}),
+        ("pretrain --resum", {"--resume"}),
+        ("evaluate runs/a --method l", {"linear"}),
+        ("evaluate runs/a --precision ", {"auto", "bf16", "fp32"}),
+        ("visualize runs/a --method ", {"tsne", "pca", "umap"}),
+        ("export runs/a --to hf", {"hf-mae", "hf-vit"}),
+        ("bench ", {"step", "data", "train"}),
+        ("bench step --aga", {"--against"}),
+        ("bench step --recipe d", {"digits"}),
+        ("data pack --format ", {"parquet", "wds", "npy"}),
+        ("completion ", set(SHELLS)),
+    ],
+)
+def test_bash_completes(words: str, offered: set[str], script: Path) -> None:
+    ran = subprocess.run(
+        ["bash", "-c", PRESS_TAB, "bash", str(script), "torchmae", *words.split(" ")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stderr == ""
+    assert {line for line in ran.stdout.split() if line not in ("-h", "--help", "--version")} == offered
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
+def test_bash_completes_paths(script: Path, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for words in (["pretrain", "--data"], ["pretrain", "--resume"], ["evaluate"], ["reconstruct", "run"]):
+        command = ["bash", "-c", PRESS_TAB, "bash", str(script), "torchmae", *words, f"{tmp_path}/im"]
+        ran = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert ran.stdout.split() == [f"{tmp_path}/images"], words
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == 0
+    written = capsys.readouterr().out
+    assert all(word in written for word in ("cifar10-cpu", "optim.base_lr", "elements_inverted", "visualize"))
+    if shutil.which(shell):
+        subprocess.run([shell, "-n"], input=written, text=True, check=True)
+
+
+def options(parser: argparse.ArgumentParser, *words: str) -> set[str]:
+    """The options of a command in the tree."""
+    for word in words:
+        (branches,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+        parser = branches.choices[word]
+    return {option for action in parser._actions for option in action.option_strings} - {"-h", "--help"}
+
+
+def test_every_option_of_every_help_is_completed(capsys: pytest.CaptureFixture[str]) -> None:
+    tree = command_tree(cli.COMMANDS)
+    for command in cli.COMMANDS:
+        for words in [(command, part) for part in SUBCOMMANDS.get(command, ())] or [(command,)]:
+            with contextlib.suppress(SystemExit):
+                main([*words, "--help"])
+            # An option at the start of a line, unless it stands for a group of others (`--data CONFIG`).
+            shown = set(re.findall(r"^  (?:-h, )?--([\w.]+)", capsys.readouterr().out, re.MULTILINE)) - {"help"}
+            groups = {name.rpartition(".")[0] for name in shown}
+            assert {f"--{name}" for name in shown - groups} <= options(tree, *words), words
+        assert {f"--{name}" for name in EXTRAS.get(command, {})} <= options(tree, command)
+
+
+def test_values_are_those_that_the_checks_allow() -> None:
+    found = choices(PretrainConfig)
+    assert found["optim.name"] == ("adamw", "adam", "muon")
+    assert found["compile"] == ("true", "false")
+    assert "data.source" not in found and "epochs" not in found
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["zish"], "the shell is 'zish'; did you mean 'zsh'? choose from bash, zsh, fish"),
+        (["bash", "x"], "unexpected word 'x'; give one shell"),
+    ],
+)
+def test_wrong_words(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", *words]) == 2
+    assert capsys.readouterr().err == f"torchmae: {said}\n"
+
+
+def test_without_shtab(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["completion", "bash"]) == 2
+    assert capsys.readouterr().err == "torchmae: completion needs shtab; pip install 'torchmae[completion]'\n"
+    assert main(["completion"]) == 0

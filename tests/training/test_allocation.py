@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+CODE = """
+import resource, torch
+from torchmae.training.allocation import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.empty(2**24).fill_(0)  # 64 MiB, beyond what glibc keeps by itself
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+usual = faults()
+kept = keep_freed_memory()
+faults()
+print(int(kept), usual, faults())
+"""
+
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc's allocator")
+
+
+def run(**environment: str) -> tuple[int, int, int]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_PRE"))}
+    printed = subprocess.run(
+        [sys.executable, "-c", CODE], check=True, capture_output=True, text=True, env=clean | environment
+    ).stdout
+    kept, usual, after = map(int, printed.split())
+    return kept, usual, after
+
+
+@glibc
+def test_freed_memory_is_used_again_without_asking_the_system() -> None:
+    kept, usual, after = run()
+    assert kept == 1
+    assert usual > 100  # huge pages or not
+    assert after < usual / 4
+
+
+@glibc
+def test_an_allocator_that_the_environment_tunes_is_left_alone() -> None:
+    kept, usual, after = run(MALLOC_TRIM_THRESHOLD_="131072")
+    assert kept == 0
+    assert after > usual / 2
