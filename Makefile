@@ -1,7 +1,7 @@
 # What a change must pass; .ci/run does the same in an environment of its own.
 PYTHON ?= .venv/bin/python
 
-.PHONY: check lint types test
+.PHONY: check lint types test docs
 check: lint types test
 
 lint:
@@ -13,3 +13,6 @@ types:
 
 test:
 	$(PYTHON) -m pytest
+
+docs: # the site, into site/; needs pip install -e '.[docs]'
+	$(PYTHON) docs/site/build.py

@@ -18,7 +18,7 @@ import torch
 
 from torchmae import settings
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 ENGLISH, CHINESE = DOCS / "tutorial.md", DOCS / "tutorial.zh-CN.md"
 PAGES = [ENGLISH, CHINESE]
