@@ -9,13 +9,13 @@ are added to benchmarks/results/data.json, with date, hardware and versions. Fur
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from torchmae import settings
-from torchmae.bench.data import measure_data
 from torchmae.bench.options import DataOptions
 from torchmae.config import PretrainConfig
-from torchmae.training.progress import Display
+from torchmae.threads import wait_briefly
 
 CASES = {
     "one process": (["--data.cache=none", "--data.num_workers=0"], "torchvision"),
@@ -31,6 +31,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="1 round of 2 batches: to see it work")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "data.json")
     args, rest = parser.parse_known_args()
+    wait_briefly(os.environ)  # as the command line does, before torch is imported
+    from torchmae.bench.data import measure_data
+    from torchmae.training.progress import Display
+
     display = Display("auto")
     for case, (words, against) in CASES.items():
         config: PretrainConfig = settings.parse([f"--data={args.data}", *words, *rest], args.recipe)

@@ -8,12 +8,12 @@ Figures go to benchmarks/results/train.json, with date, hardware and versions. F
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from torchmae import settings
 from torchmae.bench.options import TrainOptions
-from torchmae.bench.train import measure_train
-from torchmae.training.progress import Display
+from torchmae.threads import wait_briefly
 
 
 def main() -> None:
@@ -23,6 +23,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="2 rounds of 3 steps: to see it work")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "train.json")
     args, rest = parser.parse_known_args()
+    wait_briefly(os.environ)  # as the command line does, before torch is imported
+    from torchmae.bench.train import measure_train
+    from torchmae.training.progress import Display
+
     options = TrainOptions(rounds=2, steps=3) if args.quick else TrainOptions()
     config = settings.parse([f"--data={args.data}", *rest], args.recipe)
     display = Display("auto")

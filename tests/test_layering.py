@@ -18,21 +18,30 @@ FILES = sorted(ROOT.rglob("*.py"))
 # From the bottom up. Units of one layer do not import each other; the files of one unit may.
 LAYERS = (
     ("errors",),
-    ("config", "random"),
+    ("config", "random", "threads"),
     ("settings", "data", "nn"),
     ("interop",),
     ("training",),
     ("evaluation", "report", "bench", "planning"),
     ("visualize", "publish"),
     ("api",),
-    ("commands", "app"),
+    ("app",),
+    ("commands",),
     ("cli",),
     ("__main__",),
 )
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 
 # Modules that `torchmae --help` loads, and what none of them may load.
-LIGHT = ("torchmae", "torchmae.errors", "torchmae.config", "torchmae.random", "torchmae.settings", "torchmae.cli")
+LIGHT = (
+    "torchmae",
+    "torchmae.errors",
+    "torchmae.config",
+    "torchmae.random",
+    "torchmae.settings",
+    "torchmae.threads",
+    "torchmae.cli",
+)
 HEAVY = ("torch", "torchvision", "matplotlib", "sklearn", "PIL", "safetensors")
 NUMPY_FREE = ("torchmae", "torchmae.errors", "torchmae.config")
 

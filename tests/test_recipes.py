@@ -32,6 +32,8 @@ def test_the_head_of_every_recipe_says_what_it_is_and_how_to_run_it(name: str) -
     head = [line for line in recipe_path(name).read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     assert len(recipe_summary(name)) > 30
     assert head[0] == f"# {recipe_summary(name)}"
+    assert head[0].endswith("."), "`torchmae recipes` shows the first line alone: it is a whole sentence"
+    assert head[1] == "#"
     commands = [line.removeprefix("# command:").strip() for line in head if line.startswith("# command:")]
     assert len(commands) == 1
     command = commands[0].split()

@@ -124,7 +124,7 @@ def evaluate(run: str | Path, data: str | Path | Mapping[str, Any] | None = None
         torchmae.evaluate("random", "cifar10", method="linear", preset="vit_tiny_32_p4")
 
     Args:
-        run: a run folder, an exported model, or "random" or "pixels" with `preset`.
+        run: a run folder, an exported model, weights of others, or "random" or "pixels" with `preset`.
         data: the labelled images, as the option --data; or a dictionary of data settings. None: the run's own.
         **options: any other option of `torchmae evaluate` by name, groups as dictionaries.
 

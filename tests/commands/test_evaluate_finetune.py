@@ -142,7 +142,7 @@ def test_a_classifier_is_no_model(run: Path, capsys: pytest.CaptureFixture[str])
 def test_random_needs_a_folder_to_write_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     named = ["evaluate", "random", "--preset", "vit_digits", "--data", "digits", *FINETUNE, "--finetune.epochs", "1"]
     assert main(named) == 2
-    assert "out is not given, and random has no folder; add --out DIR" in capsys.readouterr().err
+    assert "out is not given, and random is no folder; add --out DIR" in capsys.readouterr().err
     assert main([*named, "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "model.json").exists()
 

@@ -1,4 +1,4 @@
-"""The folder of a run on digits that learned nothing."""
+"""The folder of a run on digits that learned nothing, and weights of others."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from torchmae.config import PretrainConfig
+from torchmae.interop import names
 from torchmae.nn import presets
 from torchmae.settings import to_yaml
 from torchmae.training.saved_model import Description, write_description, write_weights
@@ -22,3 +23,11 @@ def write_run(folder: Path) -> Path:
     write_weights(folder / "model.safetensors", weights)
     (folder / "config.yaml").write_text(to_yaml(PretrainConfig()), encoding="utf-8")
     return folder
+
+
+def write_others_weights(path: Path) -> Path:
+    """A checkpoint in the released layout, with a decoder and without a word on its target, for 32 x 32 colour images."""
+    arguments = presets.arguments("vit_tiny", input_size=(32, 32), depth=1, decoder_embed_dim=512, decoder_depth=1)
+    torch.manual_seed(0)
+    torch.save({"model": names.to_official(presets.construct(arguments).state_dict())}, path)
+    return path

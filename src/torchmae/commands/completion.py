@@ -32,7 +32,8 @@ SUBCOMMANDS = {"bench": ("step", "data", "train"), "data": ("inspect", "pack")}
 # What commands take besides the options of their parsers: whether a value follows.
 EXTRAS: dict[str, dict[str, bool]] = {
     "pretrain": {"resume": True, "json": False, "print_config": False},
-    "evaluate": {"init": True, "json": False},
+    "evaluate": {"init": True, "init_from": True, "json": False},
+    **dict.fromkeys(("reconstruct", "embed", "visualize", "export", "push"), {"init_from": True}),
 }
 DEVICES = ("auto", "cpu", "cuda", "mps")
 # Options, by their last part, whose values are files or folders, besides those of type Path.

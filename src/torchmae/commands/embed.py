@@ -22,7 +22,7 @@ def main(args: Sequence[str]) -> int:
         description=DESCRIPTION,
         allow_abbrev=False,
     )
-    parser.add_argument("run", type=str, help="run folder or exported model")
+    parser.add_argument("run", type=str, help="run folder, exported model, or weights of others (also as --init-from)")
     values, options, compute = settings.read_options(parser, args, EmbedOptions, ComputeOptions)
     print(write(values.run, options, compute))
     return 0
@@ -32,7 +32,7 @@ def write(run: str, options: EmbedOptions, compute: ComputeOptions) -> str:
     """Writes the file.
 
     Args:
-        run: a run folder, or a folder with model.json and model.safetensors.
+        run: a run folder, an exported model, or weights of others.
         options: which images, which features, where to.
         compute: where to compute.
 

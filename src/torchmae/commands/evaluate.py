@@ -39,7 +39,11 @@ def main(args: Sequence[str]) -> int:
         epilog=EPILOG,
         allow_abbrev=False,
     )
-    parser.add_argument("run", type=str, help="run folder or exported model; or random or pixels, with --preset")
+    parser.add_argument(
+        "run",
+        type=str,
+        help="run folder, exported model, or weights of others (also as --init-from); or random or pixels, with --preset",
+    )
     args = spell_out(settings.normalise(args))
     as_json = settings.take_flag(args, "json")
     values, options, compute = settings.read_options(parser, args, EvaluateOptions, ComputeOptions)

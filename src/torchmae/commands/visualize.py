@@ -49,6 +49,8 @@ class Options:
         num_images: images of the data set used for neighbours and map, at most.
         device: auto, cpu, cuda, cuda:1, mps.
         seed: of masks, and of umap.
+        target: of ratios: what weights of others were trained to predict, where they do not say: pixels or normalised
+            (patches).
     """
 
     kind: str = "pca"
@@ -58,6 +60,7 @@ class Options:
     num_images: int = 2000
     device: str = "auto"
     seed: int = 0
+    target: str | None = None
 
     def __post_init__(self) -> None:
         one_of("kind", self.kind, KINDS)
@@ -76,7 +79,7 @@ def main(args: Sequence[str]) -> int:
         description=DESCRIPTION,
         allow_abbrev=False,
     )
-    parser.add_argument("run", type=Path, help="run folder of `torchmae pretrain`")
+    parser.add_argument("run", type=Path, help="run folder, exported model, or weights of others (also as --init-from)")
     parser.add_argument(
         "images",
         type=Path,
@@ -130,7 +133,7 @@ def draw(run: Path, paths: Sequence[Path], options: Options) -> Image.Image:
     from torchmae.training.runtime import open_runtime
 
     runtime = open_runtime(options.device, "fp32", None)
-    pretrained = load(run)
+    pretrained = load(run, target=options.target)
     pretrained.model.to(runtime.device)
     if not paths or options.kind in ("neighbours", "map"):
         data = visualize.open_run_data(run, pretrained, runtime, options.data.source, options.data.root)

@@ -184,7 +184,7 @@ def _finetune(bench: Bench, subject: Subject, options: EvaluateOptions) -> Resul
 
 def _anomaly(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
     assert subject.model is not None
-    out = Path(bench.run if options.out is None else options.out)
+    out = output_folder(bench.run, options)
     figures = anomaly.run(
         subject.model,
         bench.data.train,
@@ -215,13 +215,19 @@ WITHOUT_LABELS = frozenset({"reconstruction"})
 
 def finetune_folder(run: str, options: EvaluateOptions) -> Path:
     """The folder of a fine-tuning: the one asked for, or one in the run that is named after the main settings."""
+    folder = output_folder(run, options)
     if options.out is not None:
-        return Path(options.out)
-    if run == RANDOM:
-        raise ConfigError("out is not given, and random has no folder", "add --out DIR")
+        return folder
     count = options.labels_per_class
     parts = [options.finetune.init, *([f"{count}-per-class"] if count else [])]
-    return Path(run) / "-".join([finetune.NAME, *parts, *([f"seed{options.seed}"] if options.seed else [])])
+    return folder / "-".join([finetune.NAME, *parts, *([f"seed{options.seed}"] if options.seed else [])])
+
+
+def output_folder(run: str, options: EvaluateOptions) -> Path:
+    """The folder asked for, or the run's own; ConfigError where none is asked for and the run is no folder."""
+    if options.out is None and (run == RANDOM or not Path(run).is_dir()):
+        raise ConfigError(f"out is not given, and {run} is no folder", "add --out DIR")
+    return Path(run if options.out is None else options.out)
 
 
 def check_folder(out: Path, resume: bool) -> None:

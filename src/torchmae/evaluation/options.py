@@ -12,6 +12,7 @@ UNLIMITED = float("inf")
 APPLIES_TO = {
     "labels_per_class": ("knn", "linear", "finetune", "all"),
     "out": ("finetune", "anomaly"),
+    "target": ("reconstruction", "anomaly"),
     "resume": ("finetune",),
     "normal": ("anomaly",),
     "test": ("anomaly",),
@@ -142,11 +143,13 @@ class EvaluateOptions:
         protocol: of linear: "sweep" (logistic regression, its strength chosen on a part of the training images) or
             "paper" (batch norm and a linear layer, LARS, 90 epochs).
         preset: the network when RUN is random or pixels (for the size of its input).
+        target: of reconstruction and anomaly: what weights of others were trained to predict, where they do not say: pixels
+            or normalised (patches).
         attentive: how the attentive probe is trained.
         reconstruction: what is hidden.
         finetune: how a classifier is trained end to end; its images are flipped only if the run's were.
         out: folder that finetune makes for the classifier (null: RUN/finetune-...), or that anomaly writes to (null:
-            RUN).
+            RUN); to be given where RUN is no folder.
         resume: of finetune: go on with the training in that folder.
         normal: of anomaly: images of what is normal; their training split. It needs no labels.
         test: of anomaly: images to test, in one folder for each class: "good", or a class of the normal ones, is normal
@@ -165,6 +168,7 @@ class EvaluateOptions:
     pool: str | None = None
     protocol: str = "sweep"
     preset: str | None = None
+    target: str | None = None
     attentive: AttentiveOptions = field(default_factory=AttentiveOptions)
     reconstruction: ReconstructionOptions = field(default_factory=ReconstructionOptions)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)

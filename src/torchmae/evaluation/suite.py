@@ -12,8 +12,8 @@ from torchmae.errors import ConfigError, one_of
 from torchmae.evaluation import attentive, few_shot
 from torchmae.evaluation.anomaly_data import open_anomaly_data
 from torchmae.evaluation.images import EvaluationData, Normalisation, check_sizes, open_evaluation_data
-from torchmae.evaluation.methods import ANOMALY, METHODS, WITHOUT_LABELS, Bench, run_data
-from torchmae.evaluation.options import ComputeOptions, DataOptions, EvaluateOptions
+from torchmae.evaluation.methods import ANOMALY, METHODS, WITHOUT_LABELS, Bench, output_folder, run_data
+from torchmae.evaluation.options import APPLIES_TO, ComputeOptions, DataOptions, EvaluateOptions
 from torchmae.evaluation.records import append_record
 from torchmae.evaluation.scores import Result
 from torchmae.evaluation.subject import PIXELS, RANDOM, Subject, pixels, untrained
@@ -71,8 +71,7 @@ def evaluate(run: str | Path, options: EvaluateOptions, compute: ComputeOptions)
     """Measures a run.
 
     Args:
-        run: a run folder, or a folder with model.json and model.safetensors; or "random" or "pixels" with
-            `options.preset`, which go through the very same code.
+        run: whatever `load` takes; or "random" or "pixels" with `options.preset`, which go through the very same code.
         options: what to measure, on which images.
         compute: where.
 
@@ -120,9 +119,13 @@ def open_bench(
             raise ConfigError(f"{run!r} is no trained model", "give anomaly a run folder")
         if options.preset is None:
             raise ConfigError(f"{run!r} needs a preset", "add --preset vit_tiny_32_p4, or another name")
+        if options.target is not None:
+            raise ConfigError(f"target is given and {run!r} was trained for none", "leave --target out")
         arguments, trained = presets.arguments(options.preset), None
     else:
-        pretrained = load(run)
+        pretrained = load(run, target=options.target)
+        if options.method in APPLIES_TO["out"]:
+            output_folder(run, options)  # one that is missing is said before the images are opened
         description, arguments = pretrained.description, pretrained.description.arguments
         trained = Subject("model", pretrained.model.to(runtime.device))
         notes = pretrained.notes
