@@ -39,6 +39,9 @@ TRIALS: dict[str, str] = {
     "ratio85": "--mask.final_ratio 0.85",
     "small24": "--data.start_size 24 --data.start_share 0.5",
     "repeats2": "--data.repeats 2",
+    # The paper's network and optimiser at this size: what `benchmarks/step.py` sets the recipe beside.
+    "paper": "--model.depth 12 --model.decoder self --model.decoder_embed_dim 192 --model.decoder_depth 4 "
+    "--model.decoder_num_heads 3 --optim.name adamw --optim.base_lr 1e-3 --batch_size 256",
 }
 
 

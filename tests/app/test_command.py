@@ -24,7 +24,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["nowhere"], "nowhere holds no model"),
         (["{run}", "{run}", "{run}"], "3 runs are given; the page compares two"),
         (["{run}", "--features", "none.npz"], "no such file: none.npz; write it with `torchmae embed`"),
-        (["{run}", "--pool", "max", "--features", "none.npz"], "pool is 'max'"),
         (["{run}", "--data", "nothing-here"], "'nothing-here' is neither a path nor the name of a data set"),
         (["{run}", "--lang", "fr"], "lang is 'fr'; choose from en, zh"),
         (["{run}", "--port", "70000"], "port is 70000; it must lie in [0, 65535]"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -218,14 +219,16 @@ def test_neighbours_whose_images_are_gone_or_lie_in_the_runs_data(session: Sessi
 def test_features_of_another_model_and_of_patches(session: Session, run: Path, images: Path, tmp_path: Path) -> None:
     paths = sorted(images.rglob("*.png"))[:3]
     bank = bank_of(session, paths)
-    with pytest.raises(ConfigError, match="the features have 16 values an image and this model gives 32 with --pool"):
+    with pytest.raises(ConfigError, match="the features have 16 values an image and this model gives 32"):
         Session([("a", load(run))], CPU, bank=Bank(bank.features, bank.labels, bank.names, "both"))
+    with pytest.raises(ConfigError, match="the features are those of another model"):
+        Session([("a", load(run))], CPU, bank=replace(bank, weights="0123"))
     content = {"labels": np.zeros(2, dtype=np.int64), "paths": np.array(["a", "b"])}
     np.savez(tmp_path / "f.npz", features=np.zeros((2, 24, 16), dtype=np.float32), **content)
     with pytest.raises(ConfigError, match="features of every patch"):
-        read_bank(tmp_path / "f.npz", "mean", CPU)
+        read_bank(tmp_path / "f.npz", CPU)
     np.savez(tmp_path / "g.npz", features=np.zeros((0, 16), dtype=np.float32), labels=np.zeros(0), paths=np.array([""]))
     with pytest.raises(DataError, match="holds no images"):
-        read_bank(tmp_path / "g.npz", "mean", CPU)
+        read_bank(tmp_path / "g.npz", CPU)
     with pytest.raises(ConfigError, match="there are no features to look among"):
         session.neighbours(session.open(paths[0]))

@@ -22,7 +22,7 @@ from torch import Tensor
 from torchmae.data.decode import MAX_PIXELS, decode
 from torchmae.data.loader import Data, ImageLoader
 from torchmae.data.sources import map_array
-from torchmae.errors import ConfigError, DataError, TorchmaeError, one_of
+from torchmae.errors import ConfigError, DataError, TorchmaeError
 from torchmae.evaluation.embedding import read_features
 from torchmae.evaluation.feature_maps import (
     class_attention,
@@ -32,7 +32,6 @@ from torchmae.evaluation.feature_maps import (
     require_patches,
 )
 from torchmae.evaluation.inpainting import interpolate
-from torchmae.evaluation.options import POOLS
 from torchmae.evaluation.subject import Subject
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Mask, mask_from_pixels, mask_from_tokens
@@ -141,12 +140,14 @@ class Bank:
         labels: (N,) -1 where unknown.
         names: (N,) where each image is from.
         pool: how they were pooled.
+        weights: digest of the model's; None: unknown.
     """
 
     features: Tensor
     labels: npt.NDArray[np.int64]
     names: npt.NDArray[np.str_]
     pool: str
+    weights: str | None = None
 
 
 class Session:
@@ -367,7 +368,6 @@ def open_session(
     runs: Sequence[Path],
     *,
     features: Path | None = None,
-    pool: str = "mean",
     source: str | None = None,
     root: str | None = None,
     device: str = "auto",
@@ -379,7 +379,6 @@ def open_session(
     Args:
         runs: one, or two to compare: run folders, exported models, or weights of others.
         features: an embedded data set, as for `read_bank`; None: there is none.
-        pool: of its features.
         source: where examples come from, as `torchmae pretrain --data` takes it; None: the first run's own data, if
             they are still there.
         root: where torchvision's sets are kept; None: as the run had it.
@@ -399,7 +398,7 @@ def open_session(
         check_model(name, pretrained)
         for note in pretrained.notes:
             say(f"{name}: {note}")
-    bank = None if features is None else read_bank(features, pool, runtime.device)
+    bank = None if features is None else read_bank(features, runtime.device)
     try:
         data = open_run_data(runs[0], loaded[0][1], runtime, source, root)
     except TorchmaeError as error:
@@ -410,27 +409,25 @@ def open_session(
     return Session(loaded, runtime.device, data, bank)
 
 
-def read_bank(path: Path, pool: str, device: torch.device) -> Bank:
+def read_bank(path: Path, device: torch.device) -> Bank:
     """An embedded data set.
 
     Args:
         path: .npz or .parquet, written by `torchmae embed`.
-        pool: as it was given there: mean, cls or both.
         device: where to compare.
 
     Raises:
         DataError: the file is missing, damaged, empty or of other things.
-        ConfigError: a pool that has no single feature vector for an image.
+        ConfigError: features of every patch: no single vector for an image.
     """
-    one_of("pool", pool, POOLS)
-    features, labels, names = read_features(path)
+    features, labels, names, about = read_features(path)
     if features.ndim != 2:
         raise ConfigError(
             f"{path} holds features of every patch, shape {features.shape}", "embed the images with --pool mean"
         )
     if not len(features):
         raise DataError(f"{path} holds no images", "embed some with torchmae embed")
-    return Bank(torch.from_numpy(features).to(device), labels, names, pool)
+    return Bank(torch.from_numpy(features).to(device), labels, names, about.get("pool", "mean"), about.get("weights"))
 
 
 def check_model(name: str, pretrained: Pretrained) -> None:
@@ -468,13 +465,14 @@ def check_bank(bank: Bank, pretrained: Pretrained) -> None:
     """ConfigError unless the features are as long as those of the model, pooled the same way."""
     subject = Subject("model", pretrained.model)
     if bank.pool not in subject.pools:
-        raise ConfigError(f"pool is {bank.pool!r} but the model has no class token", "use --pool mean")
+        raise ConfigError(f"pool is {bank.pool!r} but the model has no class token", "embed the images with this run")
+    if bank.weights not in (None, subject.fingerprint()):
+        raise ConfigError("the features are those of another model", "embed the images with this run")
     expected = int(pretrained.description.arguments["embed_dim"]) * (2 if bank.pool == "both" else 1)
     if bank.features.shape[1] != expected:
         raise ConfigError(
-            f"the features have {bank.features.shape[1]} values an image and this model gives {expected} with "
-            f"--pool {bank.pool}",
-            "embed the images with this run, or name the --pool that they were embedded with",
+            f"the features have {bank.features.shape[1]} values an image and this model gives {expected}",
+            "embed the images with this run",
         )
 
 

@@ -24,7 +24,6 @@ class Options:
 
     Attributes:
         features: a data set embedded by `torchmae embed RUN`, among which neighbours are looked for.
-        pool: how its features were pooled: mean, cls or both.
         data: where example images come from.
         lang: en or zh; null: the browser's language.
         host: the address to listen on; 0.0.0.0 opens the page to the network, without a password.
@@ -34,7 +33,6 @@ class Options:
     """
 
     features: Path | None = None
-    pool: str = "mean"
     data: DataOptions = field(default_factory=DataOptions)
     lang: str | None = None
     host: str = "127.0.0.1"
@@ -72,7 +70,6 @@ def main(args: Sequence[str]) -> int:
         session = open_session(
             values.runs,
             features=options.features,
-            pool=options.pool,
             source=options.data.source,
             root=options.data.root,
             device=options.device,

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -43,11 +43,13 @@ class Features(NamedTuple):
         features: (N, D) float32; (N, L, D) of patch tokens.
         labels: (N,) int64, -1 where unknown.
         paths: (N,) text, where each image is from.
+        about: "pool", and "weights", a digest of the model's; empty where the file does not say.
     """
 
     features: Array
     labels: Array
     paths: Array
+    about: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ def embed(
     Args:
         subject: what encodes.
         parts: the images, one set after the other.
-        out: .npz (arrays features, labels and paths) or .parquet (columns path, label and features).
+        out: .npz (arrays features, labels and paths) or .parquet (columns path, label and features); the archive's
+            comment, or the schema's metadata, holds a digest of the weights and the pool.
         pool: as for `Subject.encode`.
         runtime: where to compute.
         progress: told how far it is.
@@ -118,7 +121,8 @@ def embed(
     size = parts[0].batch_size
     in_bytes = BLOCK_BYTES // (4 * int(np.prod(shape)))
     step = size * max(1, min(block_images, in_bytes) // size)
-    partial = open_partial(out, _identity(subject, parts, pool, runtime, step))
+    identity = _identity(subject, parts, pool, runtime, step)
+    partial = open_partial(out, identity)
     blocks = plan_blocks([len(part) for part in parts], step)
     total = sum(len(part) for part in parts)
     first = next((block.number for block in blocks if not _is_whole(_block_path(partial, block))), len(blocks))
@@ -126,7 +130,8 @@ def embed(
     for block in compute(subject, parts, blocks[first:], partial, pool, runtime):
         if progress is not None:
             progress("embedding", resumed + sum(b.stop - b.start for b in blocks[first : block.number + 1]), total)
-    count = assemble(out, partial, parts, blocks, shape)
+    about = {name: identity[name] for name in ("weights", "pool")}
+    count = assemble(out, partial, parts, blocks, shape, about)
     return Written(out, count, shape, total - count, resumed)
 
 
@@ -203,7 +208,12 @@ def compute(
 
 
 def assemble(
-    out: Path, partial: Path, parts: Sequence[ImageSet], blocks: Sequence[Block], shape: tuple[int, ...]
+    out: Path,
+    partial: Path,
+    parts: Sequence[ImageSet],
+    blocks: Sequence[Block],
+    shape: tuple[int, ...],
+    about: Mapping[str, str],
 ) -> int:
     """Makes OUT of the blocks, removes OUT.partial, and says how many images OUT holds.
 
@@ -213,7 +223,7 @@ def assemble(
     writing = partial / f"whole{out.suffix}"
     write = _write_parquet if out.suffix == ".parquet" else _write_npz
     try:
-        count = write(writing, partial, parts, blocks, shape)
+        count = write(writing, partial, parts, blocks, shape, json.dumps(about))
         with writing.open("rb") as file:
             os.fsync(file.fileno())
         writing.replace(out)
@@ -280,7 +290,7 @@ def _names(parts: Sequence[ImageSet], block: Block, rows: Array) -> list[str]:
 
 
 def _write_npz(
-    path: Path, partial: Path, parts: Sequence[ImageSet], blocks: Sequence[Block], shape: tuple[int, ...]
+    path: Path, partial: Path, parts: Sequence[ImageSet], blocks: Sequence[Block], shape: tuple[int, ...], about: str
 ) -> int:
     """Streams the blocks into an .npz: only one is in memory at a time."""
     rows = [_load(partial, block)["rows"] for block in blocks]
@@ -293,6 +303,7 @@ def _write_npz(
         "paths": (np.dtype(f"<U{width}"), (count,)),
     }
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        archive.comment = about.encode()
         for name, (dtype, full) in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 header = {"descr": dtype.str, "fortran_order": False, "shape": full}
@@ -304,14 +315,14 @@ def _write_npz(
 
 
 def _write_parquet(
-    path: Path, partial: Path, parts: Sequence[ImageSet], blocks: Sequence[Block], shape: tuple[int, ...]
+    path: Path, partial: Path, parts: Sequence[ImageSet], blocks: Sequence[Block], shape: tuple[int, ...], about: str
 ) -> int:
     """A row group for each block."""
     arrow, parquet = _import_pyarrow()
     kind = arrow.float32()
     for length in reversed(shape):
         kind = arrow.list_(kind, length)
-    schema = arrow.schema([("path", arrow.string()), ("label", arrow.int64()), ("features", kind)])
+    schema = arrow.schema([("path", arrow.string()), ("label", arrow.int64()), ("features", kind)], {"torchmae": about})
     count = 0
     with parquet.ParquetWriter(path, schema) as writer:
         for block in blocks:
@@ -327,7 +338,8 @@ def _write_parquet(
 
 def _read_npz(path: Path) -> Features:
     with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-        return Features(arrays["features"], arrays["labels"], arrays["paths"])
+        about = json.loads(arrays.zip.comment or "{}")
+        return Features(arrays["features"], arrays["labels"], arrays["paths"], about)
 
 
 def _read_parquet(path: Path) -> Features:
@@ -339,9 +351,9 @@ def _read_parquet(path: Path) -> Features:
         shape.append(column.type.list_size)
         column = column.flatten()
     features = column.to_numpy().reshape(-1, *shape)
-    return Features(
-        features, table.column("label").to_numpy(), np.array(table.column("path").to_pylist(), dtype=np.str_)
-    )
+    names = np.array(table.column("path").to_pylist(), dtype=np.str_)
+    about = json.loads((table.schema.metadata or {}).get(b"torchmae", "{}"))
+    return Features(features, table.column("label").to_numpy(), names, about)
 
 
 def _import_pyarrow() -> tuple[Any, Any]:
