@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import json
 import re
+import shlex
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from torchmae.api import check_model, choose_recipe, overrides
+from torchmae.api import check_model, configure, overrides
 from torchmae.cli import main
 from torchmae.config import DataConfig, MaskConfig, ModelConfig, OptimConfig
 from torchmae.data.loader import open_data
 from torchmae.data.plan import Plan
+from torchmae.errors import ConfigError
 from torchmae.nn import presets
 from torchmae.nn.mlp import MLPAutoencoder
 from torchmae.settings import parse, recipe_names, recipe_path, recipe_summary
@@ -46,12 +50,67 @@ def test_the_head_of_every_recipe_says_what_it_is_and_how_to_run_it(name: str) -
 
 
 @pytest.mark.parametrize(
-    ("side", "recipe"), [(8, "cifar10"), (32, "cifar10"), (64, "images-96"), (96, "images-96"), (200, "images")]
+    ("shape", "recipe", "input_size", "patch_size"),
+    [
+        ((8, 8, 1), "digits", (8, 8), (2, 2)),
+        ((16, 16, 1), "digits", (16, 16), (2, 2)),
+        ((13, 10, 12), "digits", (12, 10), (2, 2)),
+        ((28, 28, 1), "cifar10", (32, 32), (4, 4)),
+        ((32, 28, 3), "cifar10", (32, 32), (4, 4)),
+        ((64, 64, 12), "images-96", (96, 96), (8, 8)),
+        ((96, 96, 3), "images-96", (96, 96), (8, 8)),
+        ((224, 224, 3), "images", (224, 224), (16, 16)),
+        ((300, 500, 3), "images", (224, 224), (16, 16)),
+        ((150, 900, 3), "images", (64, 448), (16, 16)),
+        ((400, 1), "images", (400,), (2,)),
+        ((12, 12, 12, 1), "digits", (12, 12, 12), (2, 2, 2)),
+    ],
 )
-def test_a_recipe_is_chosen_by_the_size_of_the_images(tmp_path: Path, side: int, recipe: str) -> None:
-    np.save(tmp_path / "images.npy", np.zeros((4, side - 4, side, 3), dtype=np.uint8))
-    assert choose_recipe(str(tmp_path / "images.npy"), "data") == recipe
-    assert choose_recipe("digits", "data") == "digits"
+def test_recipe_and_shape_are_chosen_by_the_images_as_inspect_says(
+    tmp_path: Path,
+    shape: tuple[int, ...],
+    recipe: str,
+    input_size: tuple[int, ...],
+    patch_size: tuple[int, ...],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "images.npy"
+    images = np.random.default_rng(0).integers(0, 255, (3, *shape), dtype=np.uint8)
+    np.save(path, images[..., 0] if len(shape) == 2 else images)
+    config = configure(["--data", str(path), "--progress", "none"])
+    arguments = presets.arguments(config.model.preset, **overrides(config))
+    assert (config.recipe, arguments["input_size"], arguments["patch_size"]) == (recipe, input_size, patch_size)
+    check_model(config, arguments)
+    assert main(["data", "inspect", str(path), "--json", "--progress", "none"]) == 0
+    command = shlex.split(json.loads(capsys.readouterr().out)["suggestion"])
+    assert command[:2] == ["torchmae", "pretrain"]
+    assert configure([*command[2:], "--progress", "none"]) == config
+
+
+def test_a_shape_that_is_given_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "images.npy"
+    np.save(path, np.zeros((3, 16, 16, 1), dtype=np.uint8))
+    given = ["--data", str(path), "--progress", "none", "--model.patch_size", "4"]
+    config = configure(given)
+    assert (config.recipe, config.model.input_size, config.model.patch_size) == ("digits", None, 4)
+
+
+def test_progress_is_shown_while_the_data_is_opened_for_the_choice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "images.tar"
+    with tarfile.open(path, "w") as archive:
+        Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+        archive.add(tmp_path / "a.png", "a.png")
+    assert configure(["--data", str(path)]).recipe == "cifar10"
+    assert "indexing shards: 1 of 1" in capsys.readouterr().err
+    assert configure(["--data", str(path), "--progress", "none"]).recipe == "cifar10"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_mistake_is_said_before_the_data_is_opened(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown option 'epohcs'"):
+        configure(["--data", str(tmp_path / "nothing here"), "--epohcs", "3"])
 
 
 def test_the_tutorials_numbers() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -16,10 +17,11 @@ from torch import Tensor
 
 import torchmae
 from torchmae import settings
-from torchmae.config import DataConfig, PretrainConfig
+from torchmae.config import DataConfig, ModelConfig, PretrainConfig
+from torchmae.data.inspecting import median_size, suggested_input
 from torchmae.data.layouts import open_splits
-from torchmae.data.loader import Data, open_data
-from torchmae.data.reading import num_cores, probe
+from torchmae.data.loader import Data, one_line_when_a_worker_ends, open_data
+from torchmae.data.reading import Progress, num_cores, probe
 from torchmae.errors import ConfigError, DataError, Interrupted, TorchmaeError
 from torchmae.evaluation import suite
 from torchmae.evaluation.diagnostics import FeatureProbe
@@ -41,7 +43,7 @@ from torchmae.training.pretrain import Evaluator
 from torchmae.training.pretrain import pretrain as train
 from torchmae.training.pretrained import Pretrained, denormalise
 from torchmae.training.progress import Display
-from torchmae.training.ranks import Ranks, concatenate, open_ranks, restarts
+from torchmae.training.ranks import Ranks, concatenate, open_ranks, ranks_from_environment, restarts
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime, environment, open_runtime
 from torchmae.training.saved_model import Description, write_description, write_weights
@@ -52,7 +54,7 @@ EVAL_BATCH = 250
 PICTURE_COUNT = 4
 PROBED = 16
 # The longer side of the images, in pixels, up to which a recipe is the one to start with.
-RECIPE_FOR_SIDE = ((48, "cifar10"), (128, "images-96"), (float("inf"), "images"))
+RECIPE_FOR_SIDE = ((16, "digits"), (48, "cifar10"), (128, "images-96"), (float("inf"), "images"))
 # Validation masks are drawn from this seed, whatever the run's, so that runs can be compared.
 VALIDATION_SEED = 0
 # What a resumed run may be given anew: where and how fast it computes, and the learning rate, for runs that diverged.
@@ -144,18 +146,48 @@ def evaluate(run: str | Path, data: str | Path | Mapping[str, Any] | None = None
 
 
 def configure(args: Sequence[str]) -> PretrainConfig:
-    """Command-line options to settings; without --recipe, one is chosen by the data."""
+    """Command-line options to settings.
+
+    Without --recipe one is chosen by the data; and where nothing is said of the model, so is the size of its input and
+    its patches, should that recipe's not suit.
+    """
     recipe, source, root = settings.peek(args)
-    return settings.parse(args, recipe or choose_recipe(source, root))
-
-
-def choose_recipe(source: str, root: str) -> str:
-    """The recipe for a data source, by the size of its images."""
+    if recipe is not None:
+        return settings.parse(args, recipe)
     if source == "digits":
-        return "digits"
-    sizes = probe(open_splits(source, root)["train"], sample=PROBED).sizes
-    side = sorted(max(size) for size in sizes)[len(sizes) // 2]
-    return next(recipe for limit, recipe in RECIPE_FOR_SIDE if side <= limit)
+        return settings.parse(args, "digits")
+    given = settings.parse(args)  # so that a mistake is said before the data is opened, which may take minutes
+    display = Display(given.progress if ranks_from_environment().is_main else "none")
+    try:
+        recipe, shape = recommend(typical_size(source, root, display.preparing))
+    finally:
+        display.close()
+    if given.model == ModelConfig() and given.init_from is None:
+        args = [*settings.as_options({"model": shape}), *args]
+    return settings.parse(args, recipe)
+
+
+def typical_size(source: str, root: str, progress: Progress | None = None) -> tuple[int, ...]:
+    """The median size of a sample of the training images, in pixels."""
+    seen = probe(open_splits(source, root, progress=progress)["train"], sample=PROBED)
+    return median_size(Counter(seen.sizes))
+
+
+def recommend(size: tuple[int, ...]) -> tuple[str, dict[str, Any]]:
+    """What to start with for images of a size, in pixels along 1, 2 or 3 axes.
+
+    Returns:
+        the recipe; and, where its own input does not suit (other axes, elongated images, tiny ones that would lose by
+        being reduced), `input_size` and `patch_size`.
+    """
+    recipe = next(name for limit, name in RECIPE_FOR_SIDE if max(size) <= limit)
+    config = settings.parse([], recipe)
+    own = presets.arguments(config.model.preset, **overrides(config))
+    reduced = recipe == RECIPE_FOR_SIDE[0][1] and max(size) > max(own["input_size"])
+    if len(size) == 2 and max(size) <= 2 * min(size) and not reduced:
+        return recipe, {}
+    input_size, patch_size = suggested_input(size)
+    return recipe, {"input_size": input_size, "patch_size": patch_size}
 
 
 def start(config: PretrainConfig) -> Run:
@@ -209,7 +241,7 @@ def differences(one: Any, other: Any, prefix: str = "") -> set[str]:
 
 
 def _run(config: PretrainConfig, path: Path, *, resume: bool) -> Run:
-    with open_ranks(config.device) as ranks:
+    with open_ranks(config.device) as ranks, one_line_when_a_worker_ends():
         try:
             return _run_on(ranks, config, path, resume=resume)
         except (ConfigError, Interrupted) as error:  # the same on all ranks: one says it
@@ -241,7 +273,7 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, *, resume: bool) -
         arguments = presets.arguments(config.model.preset, **overrides(config))
         check_model(config, arguments)
         if ranks.world_size > 1:  # rank 0 first: what is downloaded or indexed is so once
-            ranks.on_main(lambda: len(open_splits(config.data.source, config.data.root)))
+            ranks.on_main(lambda: len(open_splits(config.data.source, config.data.root, progress=display.preparing)))
         data = open_data(
             share_of_cores(config.data, ranks),
             input_size=arguments["input_size"],

@@ -36,7 +36,8 @@ class DataConfig:
         std: per-channel deviation that is divided by; null: computed from a sample.
         repeats: views (crop, flip, mask) of an image that follow each other, for one decoding: those that it would
             have in so many epochs. Their number stays the same; batches are less varied.
-        max_bad: share of unreadable files at which a run stops (each is skipped, counted and named until then).
+        max_bad: share of the files that may be unreadable: each is skipped, counted and named, and one more ends the
+            run; 0: none may.
         allow_change: go on with a run whose training images are no longer those it began with.
     """
 

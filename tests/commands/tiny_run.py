@@ -26,7 +26,7 @@ def write_run(folder: Path) -> Path:
 
 
 def write_others_weights(path: Path) -> Path:
-    """A checkpoint in the released layout, with a decoder and without a word on its target, for 32 x 32 colour images."""
+    """A checkpoint in the released layout for 32 x 32 colour images; it does not say what its decoder predicts."""
     arguments = presets.arguments("vit_tiny", input_size=(32, 32), depth=1, decoder_embed_dim=512, decoder_depth=1)
     torch.manual_seed(0)
     torch.save({"model": names.to_official(presets.construct(arguments).state_dict())}, path)

@@ -59,6 +59,21 @@ def test_a_table_cannot_name_files_elsewhere(tmp_path: Path) -> None:
         source.read(0)
 
 
+def test_bytes_that_are_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    cells = [{"bytes": (tmp_path / "a.png").read_bytes(), "path": None}, {"bytes": None, "path": f"{tmp_path}/a.png"}]
+    rows = datasets.Dataset.from_dict(
+        {"image": cells}, features=datasets.Features({"image": datasets.Image(decode=False)})
+    )
+    source = HubSource(rows, "image", None, "x", tmp_path, None)
+    np.testing.assert_array_equal(source.read(0), source.read(1))
+    monkeypatch.setattr("torchmae.data.sources.MAX_BYTES", 100)
+    for index in (0, 1):
+        with pytest.raises(DataError, match=f"^x/{index}: the file has more than"):
+            source.read(index)
+
+
 def test_what_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=r"^hf:no/such:thing cannot be loaded: .*; check the name") as caught:
         open_splits("hf:no/such:thing", "data")

@@ -11,9 +11,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,15 +27,17 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+sys.path += [str(Path(__file__).resolve().parents[1] / name) for name in ("training", "commands")]
 from small import images, train, vit
+from tiny_run import write_run
 
 from torchmae.cli import main
 from torchmae.config import OptimConfig, PretrainConfig
 from torchmae.errors import CheckpointError, ConfigError, Interrupted, TorchmaeError
+from torchmae.evaluation.subject import Subject
 from torchmae.settings import to_yaml
 from torchmae.training.checkpoint import load_checkpoint
-from torchmae.training.pretrain import Evaluator
+from torchmae.training.pretrain import Evaluator, train_step
 from torchmae.training.ranks import Ranks, check_device, open_ranks, ranks_from_environment
 from torchmae.training.run_folder import RunFolder
 
@@ -234,6 +238,48 @@ def test_metrics_cut_short_while_training(tmp_path: Path) -> None:
         folder.rewind_metrics(3)
         tracker.write(b'{"kind": "train", "step": 4}\n')  # a tracker that had the file open
     assert [record["step"] for record in folder.read_metrics()] == [1, 2, 3, 4]
+
+
+# Processes that read images
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are not forked")
+@pytest.mark.parametrize("command", ["pretrain", "evaluate", "embed"])
+def test_a_reader_that_is_killed_in_the_middle_of_a_step(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The kernel kills what takes most memory. PyTorch then raises wherever the main process is."""
+    if multiprocessing.get_start_method() != "fork":
+        pytest.skip("they are no children of this process, which so learns of it only when it next asks them")
+    out, steps = tmp_path / "a", count(1)
+
+    def killing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*args: Any, **options: Any) -> Any:
+            if next(steps) == 3:
+                os.kill(next(iter(multiprocessing.active_children())).pid or 0, signal.SIGKILL)
+                threading.Event().wait(60)  # until the signal
+            return function(*args, **options)
+
+        return step
+
+    words = {
+        "pretrain": ["--recipe", "digits", "--out", str(out), "--data.cache", "none", "--eval.knn_count", "0"],
+        "evaluate": [str(out), "--method", "knn", "--data.memory_limit", "0", "--batch_size", "20"],
+        "embed": [str(out), "--out", str(tmp_path / "x.npz"), "--data.memory_limit", "0", "--batch_size", "20"],
+    }[command]
+    if command == "pretrain":
+        monkeypatch.setattr("torchmae.training.pretrain.train_step", killing(train_step))
+    else:
+        write_run(out)
+        monkeypatch.setattr(Subject, "encode", killing(Subject.encode))
+    assert main([command, *words, "--threads", "1", "--data.num_workers", "2", "--progress", "none"]) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(
+        r"torchmae: a process that reads images ended unexpectedly \(DataLoader worker \(pid \d+\) is killed by "
+        r"signal: Killed\. ?\); most often memory ran out: lower data.num_workers or batch_size\n",
+        said,
+    ), said
+    assert command != "pretrain" or load_checkpoint(out / "checkpoints") is not None
 
 
 # Time

@@ -33,7 +33,7 @@ SUBCOMMANDS = {"bench": ("step", "data", "train"), "data": ("inspect", "pack")}
 EXTRAS: dict[str, dict[str, bool]] = {
     "pretrain": {"resume": True, "json": False, "print_config": False},
     "evaluate": {"init": True, "init_from": True, "json": False},
-    **dict.fromkeys(("reconstruct", "embed", "visualize", "export", "push"), {"init_from": True}),
+    **{name: {"init_from": True} for name in ("reconstruct", "embed", "visualize", "export", "push")},
 }
 DEVICES = ("auto", "cpu", "cuda", "mps")
 # Options, by their last part, whose values are files or folders, besides those of type Path.

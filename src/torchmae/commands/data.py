@@ -202,22 +202,16 @@ def suggestion(data: str, found: Inspection) -> str | None:
     """The command to begin with; None when no image can be read."""
     from shlex import quote
 
-    from torchmae.api import RECIPE_FOR_SIDE
-    from torchmae.data.inspecting import median_size, suggested_input
-    from torchmae.nn import presets
+    from torchmae.api import recommend
+    from torchmae.data.inspecting import median_size
 
     sizes = found.splits["train"].sizes
     if not sizes:
         return None
-    size = median_size(sizes)
-    recipe = next(name for limit, name in RECIPE_FOR_SIDE if max(size) <= limit)
+    recipe, shape = recommend(median_size(sizes))
     words = ["torchmae", "pretrain", "--data", data, "--recipe", recipe]
-    model = settings.parse([], recipe).model
-    own = presets.arguments(model.preset, input_size=model.input_size, patch_size=model.patch_size)
-    long, short = max(size), min(size)
-    if len(size) != 2 or long > 2 * short or long < own["input_size"][0] // 2:
-        input_size, patch = suggested_input(size)
-        words += ["--model.input_size", json.dumps(list(input_size)), "--model.patch_size", str(patch)]
+    for name, value in shape.items():
+        words += [f"--model.{name}", json.dumps(value)]
     return " ".join(quote(word) for word in words)
 
 

@@ -39,6 +39,7 @@ def write(run: str, options: EmbedOptions, compute: ComputeOptions) -> str:
     Returns:
         What was written, in a line.
     """
+    from torchmae.data.loader import one_line_when_a_worker_ends
     from torchmae.evaluation.embedding import embed
     from torchmae.evaluation.images import Normalisation, open_parts
     from torchmae.evaluation.subject import Subject
@@ -65,9 +66,9 @@ def write(run: str, options: EmbedOptions, compute: ComputeOptions) -> str:
         for note in (*pretrained.notes, *notes):
             display.say(note)
         subject = Subject("model", pretrained.model.to(runtime.device))
-        written = embed(
-            subject, parts, Path(options.out), pool=options.pool, runtime=runtime, progress=display.preparing
-        )
+        out = Path(options.out)
+        with one_line_when_a_worker_ends():
+            written = embed(subject, parts, out, pool=options.pool, runtime=runtime, progress=display.preparing)
     finally:
         display.close()
     shape = " x ".join(f"{number:,}" for number in (written.count, *written.shape))

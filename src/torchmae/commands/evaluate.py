@@ -42,7 +42,7 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument(
         "run",
         type=str,
-        help="run folder, exported model, or weights of others (also as --init-from); or random or pixels, with --preset",
+        help="run folder, exported model, weights of others (also as --init-from); or random or pixels, with --preset",
     )
     args = spell_out(settings.normalise(args))
     as_json = settings.take_flag(args, "json")

@@ -94,9 +94,12 @@ def main(args: Sequence[str]) -> int:
         raise ConfigError(f"a map is of a whole data set, not of {paths[0]}", "name the data set: --data PATH_OR_NAME")
     if len(paths) > MAX_IMAGES:
         raise ConfigError(f"{len(paths)} images are too many for one picture", f"give {MAX_IMAGES} or fewer")
-    picture = draw(values.run, paths, options)
 
+    from torchmae.data.loader import one_line_when_a_worker_ends
     from torchmae.report.pictures import save_png
+
+    with one_line_when_a_worker_ends():
+        picture = draw(values.run, paths, options)
 
     save_png(picture, options.out)
     print(f"{options.out}  ({picture.info['Title']})")

@@ -280,11 +280,13 @@ class BadFiles:
     Args:
         total: how many files there are.
         max_bad: share of them that may be unreadable, in [0, 1]; 0: none, else one at least.
+        option: what the user calls that share.
     """
 
-    def __init__(self, total: int, max_bad: float) -> None:
+    def __init__(self, total: int, max_bad: float, option: str = "data.max_bad") -> None:
         self.total = total
         self.max_bad = max_bad
+        self.option = option
         self.limit = max(1, int(max_bad * total)) if max_bad > 0 else 0
         self._reasons: dict[str, str] = {}
 
@@ -301,8 +303,8 @@ class BadFiles:
         """
         self._reasons[name] = reason
         if len(self._reasons) > self.limit:
-            allowed = f"more than data.max_bad {self.max_bad:g} allows" if self.max_bad else "and data.max_bad is 0"
+            allowed = f"more than {self.option} {self.max_bad:g} allows" if self.max_bad else f"and {self.option} is 0"
             raise DataError(
                 f"{len(self._reasons)} of {self.total} images cannot be read, {allowed}; the last: {name}: {reason}",
-                "mend or remove them, or raise data.max_bad",
+                f"mend or remove them, or raise {self.option}",
             )

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from torchmae.data.sources import MAX_BYTES, EncodedSource, Source, digest, file_size
+from torchmae.data.sources import EncodedSource, FileSource, Source, check_size, digest
 from torchmae.errors import ConfigError, DataError
 
 HUB_PREFIX = "hf:"
@@ -49,18 +49,13 @@ class HubSource(EncodedSource):
         """The bytes in the table, or those of the file that it names."""
         cell: dict[str, Any] = self._rows[index][self._image] or {}
         if cell.get("bytes"):
-            return bytes(cell["bytes"])
+            return check_size(bytes(cell["bytes"]))
         if not cell.get("path"):
             raise DataError("the table holds no bytes for it")
         path = Path(cell["path"]).resolve()
         if not any(path.is_relative_to(folder) for folder in self._folders):
             raise DataError(f"the table names {path}, which lies outside of its folder")
-        if file_size(path) > MAX_BYTES:
-            raise DataError(f"the file has more than {MAX_BYTES // 2**20:,} MiB")
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise DataError(error.strerror or str(error)) from None
+        return FileSource(path.parent, [path.name]).encoded(0)
 
     def name(self, index: int) -> str:
         """The data set, the split and the row."""

@@ -21,6 +21,7 @@ from torchmae.errors import DataError
 
 _CHUNK = 64  # images under way at a time
 _MAX_PATCHES = 256  # in an image, for a suggested patch size: what 224 pixels in patches of 16 come close to
+_LARGEST_PATCH = 16  # of pictures, as suggested
 
 
 class Examined(NamedTuple):
@@ -208,9 +209,12 @@ def suggested_input(size: Sequence[int]) -> tuple[tuple[int, ...], int]:
         size: spatial size of the images.
 
     Returns:
-        input size; and the smallest patch, a power of two, that gives no more than 256 patches.
+        input size; and the smallest patch, a power of two from 2 on, that gives no more than 256 patches. Pictures so
+        large that it would be above 16 are reduced instead.
     """
-    patch = 1
+    patch = 2  # one pixel has nothing to predict but itself, and no contrast to be normalised by
     while math.prod(max(1, length // patch) for length in size) > _MAX_PATCHES:
         patch *= 2
-    return tuple(max(1, length // patch) * patch for length in size), patch
+    grid = tuple(max(1, length // patch) for length in size)
+    patch = min(patch, _LARGEST_PATCH) if len(size) == 2 else patch
+    return tuple(length * patch for length in grid), patch

@@ -20,7 +20,7 @@ from torchmae.data.parquet import ParquetSource
 from torchmae.data.reading import Progress
 from torchmae.data.remote import Place, expand_url, is_url, last_name, shown
 from torchmae.data.shards import CLASSES_FILE, ShardSource
-from torchmae.data.sources import ArraySource, FileSource, Source, map_array, printable
+from torchmae.data.sources import ArraySource, FileSource, Source, map_array, printable, unpacked_bytes
 from torchmae.data.stored import HDF5_SUFFIXES, PREFIXES, ZARR_SUFFIX, stored_splits
 from torchmae.data.strings import Strings, StringsWriter, join_strings
 from torchmae.errors import DataError
@@ -120,6 +120,14 @@ def _open_files(
     if len(local) < len(files):
         raise DataError(f"{shown(spec)} names .{', .'.join(sorted(kinds))} files", "give .tar or .parquet files")
     return {"train": pattern_source(spec, local, channels)}
+
+
+def memory_bytes() -> float:
+    """Memory of this machine; infinite where it does not say."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf, others not these names
+        return float("inf")
 
 
 def _unknown(spec: str, path: Path) -> DataError:
@@ -339,14 +347,32 @@ def npy_splits(folder: Path, spatial_dims: int | None = None) -> dict[str, Sourc
     return splits
 
 
-def npz_splits(path: Path, spatial_dims: int | None = None) -> dict[str, Source]:
-    """The splits of an .npz file: arrays `images` and `labels`, or train_images, val_images, test_images and so on."""
+def npz_splits(path: Path, spatial_dims: int | None = None, max_bytes: float | None = None) -> dict[str, Source]:
+    """The splits of an .npz file: arrays `images` and `labels`, or train_images, val_images, test_images and so on.
+
+    Args:
+        path: the file.
+        spatial_dims: as in `ArraySource`.
+        max_bytes: that they may take in memory, where all of them are kept; None: as many as the machine has.
+
+    Raises:
+        DataError: it cannot be read, holds no images, or more than fit.
+    """
+    limit = memory_bytes() if max_bytes is None else max_bytes
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            held = {name: arrays[name] for name in arrays.files if name.endswith(("images", "labels"))}
+            wanted = [name for name in arrays.files if name.endswith(("images", "labels"))]
+            if (needed := unpacked_bytes(arrays, wanted)) > limit:
+                raise DataError(
+                    f"{path} unpacks to {needed / 2**30:.1f} GiB and there are {limit / 2**30:.1f} GiB of memory",
+                    "save its images as .npy, of which only what is needed is read",
+                )
+            held = {name: arrays[name] for name in wanted}
             # A member that is no array comes as bytes.
             held = {name: array for name, array in held.items() if isinstance(array, np.ndarray)}
             names = ", ".join(arrays.files)
+    except DataError:
+        raise
     except Exception as error:  # a damaged zip file fails as zlib, struct, zipfile or NumPy see fit
         raise DataError(f"cannot read {path}: {' '.join(str(error).split())}", "save it with numpy.savez") from error
     splits: dict[str, Source] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -241,10 +242,18 @@ def repeated(plan: Plan, start: int, stop: int, repeats: int) -> Iterator[tuple[
         yield group * repeats + views % repeats, order[views // repeats]
 
 
-def _survivors(loader: DataLoader[Fetched]) -> Iterator[Fetched]:
-    """What the workers hand back; DataError when one of them dies."""
+@contextmanager
+def one_line_when_a_worker_ends() -> Iterator[None]:
+    """The unexpected end of a process that reads images as one line; other errors as they are.
+
+    The loader's own iterations have it. It belongs around what is done with their batches too, for PyTorch raises from
+    the signal that tells of a child's end, wherever the main process is by then, such as in the middle of a step.
+
+    Raises:
+        DataError: it names the process and what ended it.
+    """
     try:
-        yield from loader
+        yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -252,6 +261,11 @@ def _survivors(loader: DataLoader[Fetched]) -> Iterator[Fetched]:
             f"a process that reads images ended unexpectedly ({' '.join(str(error).split())[:100]})",
             "most often memory ran out: lower data.num_workers or batch_size",
         ) from error
+
+
+def _survivors(loader: DataLoader[Fetched]) -> Iterator[Fetched]:
+    with one_line_when_a_worker_ends():
+        yield from loader
 
 
 def _as_it_is(fetched: Any) -> Any:

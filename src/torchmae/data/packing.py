@@ -39,7 +39,8 @@ class PackOptions:
         quality: JPEG quality, 1 to 100, of images that were reduced and had been compressed with loss; others stay
             lossless.
         shard_mib: MiB after which the next file begins.
-        max_bad: share of unreadable images at which packing stops (each is left out and named until then).
+        max_bad: share of the images that may be unreadable: each is left out and named, and one more ends the packing;
+            0: none may.
         root: where data sets that go by name are kept and downloaded to.
         progress: "auto" (a bar on a terminal, else lines), "plain" or "none".
     """
@@ -97,7 +98,7 @@ def pack(splits: Mapping[str, Source], out: Path, options: PackOptions, progress
     """
     manifest = _Manifest.open(out, splits, options)
     total = sum(map(len, splits.values()))
-    bad = BadFiles(total, options.max_bad)
+    bad = BadFiles(total, options.max_bad, "max_bad")
     for name, reason in manifest.bad:
         bad.add(name, reason)
     resumed = sum(file.images for file in manifest.files)
@@ -123,6 +124,8 @@ def pack(splits: Mapping[str, Source], out: Path, options: PackOptions, progress
                 manifest.add(finished)
             writer.settle()
         before += len(source)
+    for left_over in out.glob("*.partial"):  # by a process that was killed
+        left_over.unlink()
     manifest.close()
     return Packed(
         sum(file.images for file in manifest.files),

@@ -15,11 +15,11 @@ from torchmae.data.blobs import Blobs
 from torchmae.data.cache import cache_folder, write_whole
 from torchmae.data.reading import Progress
 from torchmae.data.remote import Place, last_name, open_place, place_version
-from torchmae.data.sources import EncodedSource, digest
+from torchmae.data.sources import EncodedSource, check_size, digest
 from torchmae.errors import ConfigError, DataError
 
 IN_MEMORY = 256 * 2**20
-"""Bytes of encoded images up to which a table is kept in memory; each worker process has a copy of them."""
+"""Bytes of encoded images up to which tables are kept in memory; each worker process has a copy of them."""
 
 _ROWS = 256  # read at a time
 
@@ -65,7 +65,7 @@ class ParquetSource(EncodedSource):
         raw = self._encoded[index]
         if not raw:
             raise DataError("the table holds no bytes for it")
-        return raw
+        return check_size(raw)
 
     def name(self, index: int) -> str:
         """The file and the row in it."""
@@ -137,12 +137,13 @@ def _load(tables: Sequence[ParquetTable], key: str, progress: Progress | None) -
     """The encoded images of all tables, in memory or in the cache folder."""
     if sum(table.nbytes for table in tables) <= IN_MEMORY:
         content = BytesIO()
-        ends = _unpack(tables, content, progress)
-        return Blobs(ends, content.getvalue())
+        ends = _unpack(tables, content, progress, IN_MEMORY)
+        if ends is not None:
+            return Blobs(ends, content.getvalue())
     stem = cache_folder() / "parquet" / key
     images, index = stem.with_suffix(".bin"), stem.with_suffix(".npy")
     if not (index.exists() and images.exists()):
-        found: list[npt.NDArray[np.int64]] = []
+        found: list[Any] = []
         write_whole(images, lambda file: found.append(_unpack(tables, file, progress)))
         write_whole(index, lambda file: np.save(file, found[0]))  # last: where it is, the other is whole
     ends = np.load(index, allow_pickle=False)
@@ -151,14 +152,23 @@ def _load(tables: Sequence[ParquetTable], key: str, progress: Progress | None) -
     return Blobs(ends, images)
 
 
-def _unpack(tables: Sequence[ParquetTable], file: IO[bytes], progress: Progress | None) -> npt.NDArray[np.int64]:
-    """Writes the images of all tables one after the other; returns the end of each."""
+def _unpack(
+    tables: Sequence[ParquetTable], file: IO[bytes], progress: Progress | None, limit: float = float("inf")
+) -> npt.NDArray[np.int64] | None:
+    """Writes the images of all tables one after the other.
+
+    Returns:
+        the end of each; None when they are more than `limit` bytes, whatever the tables say of themselves (a table
+        holds a value that comes again only once).
+    """
     total = sum(table.num_rows for table in tables)
     lengths: list[int] = []
     for table in tables:
         for images in table.images():
             file.write(b"".join(images))
             lengths += map(len, images)
+            if file.tell() > limit:
+                return None
             if progress is not None:
                 progress("unpacking parquet", len(lengths), total)
     return np.cumsum(lengths, dtype=np.int64)

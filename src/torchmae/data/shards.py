@@ -18,7 +18,7 @@ from torchmae.data.cache import cache_folder, write_whole
 from torchmae.data.decode import IMAGE_SUFFIXES
 from torchmae.data.reading import Progress
 from torchmae.data.remote import Place, RemoteBytes, beside, last_name, open_place, place_version, shown
-from torchmae.data.sources import MAX_BYTES, EncodedSource, Labels, digest, printable, spread
+from torchmae.data.sources import MAX_BYTES, EncodedSource, Labels, digest, printable, spread, unpacked_bytes
 from torchmae.data.strings import Strings, StringsWriter
 from torchmae.errors import DataError
 
@@ -31,6 +31,7 @@ CLASSES_FILE = "classes.txt"
 _FORMAT = 1
 _CHECKED = 8  # members whose headers are compared with an index before it is trusted
 _LABEL_BYTES = 20
+_INDEX_HEAD = 2**14  # bytes that an index takes before its first member
 _FETCHERS = 16  # requests under way at a time, in each process
 
 
@@ -221,6 +222,8 @@ def _read_index(place: Place, size: int) -> ShardIndex | None:
     """A saved index; None where there is none, or it is damaged, or of a shard of another size."""
     try:
         with open_place(place) as file, np.load(file, allow_pickle=False) as arrays:
+            if unpacked_bytes(arrays) > size + _INDEX_HEAD:  # an entry is smaller than a member's header in the shard
+                return None
             expected = arrays["size"].tolist() == [size, _FORMAT]
             ends, offsets, sizes, labels = (
                 np.asarray(arrays[name], dtype=np.int64) for name in ("ends", "offsets", "sizes", "labels")

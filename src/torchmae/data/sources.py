@@ -192,6 +192,17 @@ def map_array(path: Path) -> Image:
     return array
 
 
+def unpacked_bytes(arrays: Any, names: Iterable[str] | None = None) -> int:
+    """Bytes that arrays of an opened .npz file take in memory, as it says itself; no more are ever read from it.
+
+    Args:
+        arrays: as numpy.load gives them.
+        names: which of them; None: all.
+    """
+    wanted = set(arrays.files if names is None else names)
+    return sum(item.file_size for item in arrays.zip.infolist() if item.filename.removesuffix(".npy") in wanted)
+
+
 def spatial_axes(shape: tuple[int, ...], given: int | None, title: str) -> int:
     """How many axes of an array of images are spatial, as `ArraySource` says; DataError when it looks like none."""
     dims = given if given is not None else {2: 1, 3: 2, 4: 2, 5: 3}.get(len(shape), 0)

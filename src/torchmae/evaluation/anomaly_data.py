@@ -10,7 +10,7 @@ import torch
 
 from torchmae.data.decode import BadFiles
 from torchmae.data.layouts import open_splits
-from torchmae.data.reading import probe
+from torchmae.data.reading import Progress, probe
 from torchmae.data.sources import Source, Subset
 from torchmae.errors import ConfigError, DataError
 from torchmae.evaluation.images import ImageSet, Normalisation, check_sizes, with_channels
@@ -31,6 +31,7 @@ def open_anomaly_data(
     normalisation: Normalisation,
     device: torch.device,
     batch_size: int = 250,
+    progress: Progress | None = None,
 ) -> tuple[ImageSet, ImageSet]:
     """The normal images, and those to test, labelled 0 for normal and 1 for anomalous.
 
@@ -45,13 +46,14 @@ def open_anomaly_data(
         normalisation: that it was trained with.
         device: where batches go.
         batch_size: images in a batch.
+        progress: told how far indexing and reading are.
 
     Raises:
         ConfigError: images that do not fit the model, a class that does not exist, or the same images twice.
         DataError: data that is missing, without classes, or without normal or without anomalous images.
     """
-    sources = open_splits(normal, options.root, spatial_dims=len(input_size))
-    tests = open_splits(test, options.root, spatial_dims=len(input_size))
+    sources = open_splits(normal, options.root, spatial_dims=len(input_size), progress=progress)
+    tests = open_splits(test, options.root, spatial_dims=len(input_size), progress=progress)
     split = next(name for name in ("test", "val", "train") if name in tests)
     if test == normal and split == "train":
         raise ConfigError(f"{test} has no test split, and its images are the normal ones", "give others to test")
@@ -69,6 +71,7 @@ def open_anomaly_data(
             normalisation=normalisation,
             device=device,
             bad=BadFiles(len(fitting), options.max_bad),
+            progress=progress,
         )
         pair.append(images)
     return pair[0], pair[1]

@@ -166,13 +166,13 @@ def open_evaluation_data(
         normalisation: None: measured on the training images.
         device: where batches go.
         labelled: take only images with a label, and insist on two classes.
-        progress: told how far reading and measuring are.
+        progress: told how far indexing, reading and measuring are.
 
     Raises:
         ConfigError: options that do not fit the data, or data that does not fit the model.
         DataError: data that is missing, empty, unreadable, or without the labels needed.
     """
-    train, test = choose_sources(options, spatial_dims=len(input_size))
+    train, test = choose_sources(options, spatial_dims=len(input_size), progress=progress)
     notes: tuple[str, ...] = ()
     if labelled:
         given = len(train), len(test)
@@ -243,7 +243,7 @@ def open_parts(
         DataError: data that is missing, empty or unreadable.
     """
     assert data.source is not None
-    splits = open_splits(data.source, data.root, spatial_dims=len(input_size))
+    splits = open_splits(data.source, data.root, spatial_dims=len(input_size), progress=progress)
     if split != "all":
         one_of("split", split, splits)
     sources = [splits[name] for name in ("train", "val", "test") if name in splits and split in (name, "all")]
@@ -266,10 +266,12 @@ def open_parts(
     return parts, notes
 
 
-def choose_sources(options: EvaluateOptions, spatial_dims: int) -> tuple[Source, Source]:
+def choose_sources(
+    options: EvaluateOptions, spatial_dims: int, progress: Progress | None = None
+) -> tuple[Source, Source]:
     """Training and test images, as `EvaluateOptions.test_data` says."""
     assert options.data.source is not None
-    splits = open_splits(options.data.source, options.data.root, spatial_dims=spatial_dims)
+    splits = open_splits(options.data.source, options.data.root, spatial_dims=spatial_dims, progress=progress)
     train = splits["train"]
     name = options.test_data or next((name for name in ("test", "val") if name in splits), HELD_OUT)
     if name == "train":
@@ -282,7 +284,7 @@ def choose_sources(options: EvaluateOptions, spatial_dims: int) -> tuple[Source,
     if name in splits:
         return train, splits[name]
     try:
-        others = open_splits(name, options.data.root, spatial_dims=spatial_dims)
+        others = open_splits(name, options.data.root, spatial_dims=spatial_dims, progress=progress)
     except DataError as error:
         known = ", ".join([*(split for split in splits if split != "train"), HELD_OUT, "or a path"])
         raise ConfigError(f"test_data {name!r} cannot be used: {error.problem}", f"choose from {known}") from error

@@ -32,7 +32,7 @@ class DataOptions:
             most a fifth of them): the same ones that pre-training holds out.
         memory_limit: GiB that the decoded images of a split may fill; larger ones are read anew each time.
         num_workers: reader processes when images are not in memory; null: one per core, at most 8.
-        max_bad: share of unreadable images at which the command stops.
+        max_bad: share of the images that may be unreadable; one more ends the command.
     """
 
     source: str | None = None
@@ -143,8 +143,8 @@ class EvaluateOptions:
         protocol: of linear: "sweep" (logistic regression, its strength chosen on a part of the training images) or
             "paper" (batch norm and a linear layer, LARS, 90 epochs).
         preset: the network when RUN is random or pixels (for the size of its input).
-        target: of reconstruction and anomaly: what weights of others were trained to predict, where they do not say: pixels
-            or normalised (patches).
+        target: of reconstruction and anomaly: what weights of others were trained to predict, where they do not say:
+            pixels or normalised (patches).
         attentive: how the attentive probe is trained.
         reconstruction: what is hidden.
         finetune: how a classifier is trained end to end; its images are flipped only if the run's were.

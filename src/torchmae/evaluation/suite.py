@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torchmae.data.loader import one_line_when_a_worker_ends
 from torchmae.data.reading import probe
 from torchmae.errors import ConfigError, one_of
 from torchmae.evaluation import attentive, few_shot
@@ -82,8 +83,9 @@ def evaluate(run: str | Path, options: EvaluateOptions, compute: ComputeOptions)
     runtime = open_runtime(compute.device, compute.precision, compute.threads)
     display = Display(compute.progress)
     try:
-        bench, subjects, options = open_bench(str(run), options, compute.batch_size, runtime, display)
-        results, left_out = measure(bench, subjects, options)
+        with one_line_when_a_worker_ends():
+            bench, subjects, options = open_bench(str(run), options, compute.batch_size, runtime, display)
+            results, left_out = measure(bench, subjects, options)
     finally:
         display.close()
     bad = list(dict.fromkeys([*bench.data.train.bad.items, *bench.data.test.bad.items]))
@@ -132,7 +134,7 @@ def open_bench(
     if options.method == ANOMALY:
         assert description is not None
         assert trained is not None
-        normal_and_test = open_normal_and_test(options, batch_size, description, runtime)
+        normal_and_test = open_normal_and_test(options, batch_size, description, runtime, display)
         normal_and_test = replace(normal_and_test, notes=(*notes, *normal_and_test.notes))
         return Bench(normal_and_test, runtime, display, run, mask_ratio(description)), [trained], options
     options = replace(options, data=own_data(run, options.data))
@@ -163,7 +165,7 @@ def open_bench(
 
 
 def open_normal_and_test(
-    options: EvaluateOptions, batch_size: int, description: Description, runtime: Runtime
+    options: EvaluateOptions, batch_size: int, description: Description, runtime: Runtime, display: Display
 ) -> EvaluationData:
     """The images of anomaly detection, the normal ones as training images; errors as of `open_anomaly_data`."""
     assert options.normal is not None
@@ -180,6 +182,7 @@ def open_normal_and_test(
         normalisation=normalisation,
         device=runtime.device,
         batch_size=batch_size,
+        progress=display.preparing,
     )
     resampled = (check_sizes(probe(part.source), part.source, description.input_size) for part in (normal, test))
     notes = next(filter(None, resampled), ())
