@@ -37,7 +37,7 @@ TRIALS: dict[str, str] = {
     "mlr1e-2": "--optim.muon_lr 1e-2",
     "rawpix": "--model.norm_pix false",
     "ratio85": "--mask.final_ratio 0.85",
-    "small24": "--data.start_size 24 --data.start_share 0.5",
+    "small24": "--start_size 24 --start_share 0.5",
     "repeats2": "--data.repeats 2",
     # The paper's network and optimiser at this size: what `benchmarks/step.py` sets the recipe beside.
     "paper": "--model.depth 12 --model.decoder self --model.decoder_embed_dim 192 --model.decoder_depth 4 "

@@ -79,7 +79,8 @@ class Stage:
         )
 
     def turn(self) -> float:
-        """Images a second over some steps."""
+        """Images a second over some steps, after one that is not counted: the others' turns have cooled everything."""
+        self.contender.run()
         if self._steps is None:
             self._steps = max(1, round(_TURN_S / seconds_of(self.contender.run, 1, self.contender.runtime.device)))
         return images_per_second(self.contender, self._steps)
