@@ -72,7 +72,7 @@ UNREADABLE: dict[str, tuple[bytes, str]] = {
     "pickle": (b"\x80\x04cposix\nsystem\n(S'true'\ntR.", NO_IMAGE),
     "git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", NO_IMAGE),
     "jpeg, signature only": (JPEG[:4], NO_IMAGE),
-    "jpeg without scan": (JPEG[: JPEG.index(b"\xff\xda")], "cannot load this image"),
+    "jpeg without scan": (JPEG[: JPEG.index(b"\xff\xda")], "cannot load this image|cut short before its first pixel"),
     "jpeg cut in half": (JPEG[: len(JPEG) // 2], "(?i)truncated"),
     "jpeg cut in its last row": (JPEG[:-30], "truncated"),
     "jpeg of height 0": (jpeg_of(24, 0), "."),
