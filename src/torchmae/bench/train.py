@@ -60,7 +60,7 @@ def measure_train(config: PretrainConfig, options: TrainOptions, progress: Progr
     speed = median(turns.loop) / median(turns.bare)
     step = min(speed, 1 - turns.data_wait)
     shares = {name: share * step for name, share in step_shares(bare).items()}
-    shares |= {"data": turns.data_wait, "loop": 1 - step - turns.data_wait}
+    shares |= {"data": turns.data_wait, "loop": max(0.0, 1 - step - turns.data_wait)}
     where = "memory" if data.train.in_memory else "files"
     return Report(
         title=title(config, bare.images.shape),
