@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import io
+import subprocess
+import sys
 import threading
 import warnings
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from picture_files import encoded, picture
 from PIL import Image
 
-from torchmae.data import decode as module
+from torchmae.data import jpeg
 from torchmae.data.decode import BadFiles, Picture, decode
 from torchmae.errors import ConfigError, DataError
 
@@ -127,7 +131,7 @@ def test_a_jpeg_has_the_same_pixels_with_simplejpeg_and_without(
     raw = encoded(Image.fromarray(picture(45, 67)).convert(mode), "JPEG", quality=90, exif=exif)
     for channels in (None, 1, 3):
         with monkeypatch.context() as patch:
-            patch.setattr(module, "_import_simplejpeg", lambda: None)
+            patch.setattr(jpeg, "_import_simplejpeg", lambda: None)
             slow = Picture(raw, channels).read(reduction)
         fast = Picture(raw, channels)
         assert fast.size == decode(raw, channels).shape[:2]
@@ -136,9 +140,95 @@ def test_a_jpeg_has_the_same_pixels_with_simplejpeg_and_without(
         assert slow.shape[:2] == (-(-height // reduction), -(-width // reduction))
 
 
+def needs_nvimgcodec() -> None:
+    if jpeg._import_nvimgcodec() is None:
+        pytest.skip("nvImageCodec is not installed")
+
+
+REGIONS = [(0, 0, 45, 67), (5, 7, 20, 30), (44, 66, 1, 1), (0, 17, 45, 3), (30, 0, 15, 67)]
+
+
+@pytest.mark.parametrize("decoder", ["nvimgcodec", "simplejpeg", "pillow"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"keep_rgb": True}], ids=str)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_region_is_a_part_of_the_whole(
+    decoder: str, mode: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = encoded(Image.fromarray(picture(45, 67)).convert(mode), "JPEG", quality=90, **options)
+    if decoder == "nvimgcodec":
+        needs_nvimgcodec()
+    else:
+        monkeypatch.setattr(jpeg, "read_region", lambda data, region: None)
+    if decoder == "pillow":
+        monkeypatch.setattr(jpeg, "_import_simplejpeg", lambda: None)
+    for channels in (None, 1, 3):
+        with Image.open(io.BytesIO(raw)) as image:
+            whole = np.array(image.convert("L" if channels == 1 or (channels is None and mode == "L") else "RGB"))
+        whole = whole.reshape(45, 67, -1)
+        for top, left, height, width in REGIONS:
+            part = Picture(raw, channels).read(region=(top, left, height, width))
+            np.testing.assert_array_equal(part, whole[top : top + height, left : left + width])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_region_is_one_of_the_upright_picture(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    raw = encoded(Image.fromarray(picture(45, 67)), "JPEG", quality=90, exif=exif)
+    part = Picture(raw, 3).read(region=(3, 9, 21, 11))
+    np.testing.assert_array_equal(part, decode(raw, 3)[3:24, 9:20])
+
+
+def test_orientation_in_xmp_is_applied() -> None:
+    packet = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    raw = encoded(Image.fromarray(picture(45, 67)), "JPEG", xmp=packet)
+    assert Picture(raw, 3).size == (67, 45)
+
+
+def test_nvimgcodec_decodes_regions_and_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    needs_nvimgcodec()
+    assert "nvidia-nvimgcodec-cu" in jpeg.jpeg_decoder()
+    monkeypatch.setattr(Picture, "_read_whole", lambda self, reduction: pytest.fail("decoded whole"))
+    assert Picture(JPEG, 3).read(region=(1, 2, 10, 20)).shape == (10, 20, 3)
+    assert jpeg.read_region(b"no picture", (0, 0, 4, 4)) is None
+    assert jpeg.read_region(JPEG, (60, 60, 10, 10)) is None
+    assert capfd.readouterr() == ("", "")
+
+
+def test_importing_nvimgcodec_is_silent() -> None:
+    needs_nvimgcodec()
+    code = "from torchmae.data import jpeg; import sys; jpeg._import_nvimgcodec(); print('heard', file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "heard\n")
+
+
+def test_nvimgcodec_that_cannot_start_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        NVIMGCODEC_DEVICE_CPU_ONLY = CPU_ONLY = -1
+
+        def Backend(self, kind: int) -> None:
+            pass
+
+        def Decoder(self, **options: Any) -> None:
+            raise RuntimeError("no driver")
+
+    monkeypatch.setattr(jpeg, "_import_nvimgcodec", lambda: Broken())
+    monkeypatch.setattr(jpeg, "_region_decoder", jpeg._region_decoder.__wrapped__)
+    np.testing.assert_array_equal(Picture(JPEG, 3).read(region=(1, 2, 10, 20)), decode(JPEG, 3)[1:11, 2:22])
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.9, 0.999])
+def test_a_jpeg_that_was_cut_short_is_refused_whatever_part_is_wanted(kept: float) -> None:
+    raw = encoded(Image.fromarray(picture(200, 300)), "JPEG", quality=90)
+    with pytest.raises(DataError, match="truncated"):
+        Picture(raw[: int(kept * len(raw))], 3).read(region=(0, 0, 8, 8))
+
+
 def test_simplejpeg_is_used_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("simplejpeg")
-    assert module.jpeg_decoder().startswith("simplejpeg ")
+    assert jpeg.jpeg_decoder().startswith("simplejpeg ")
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("Pillow decoded"))
     assert decode(JPEG, 3).shape == (64, 64, 3)
 

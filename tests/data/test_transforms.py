@@ -51,6 +51,17 @@ def test_crops_are_distributed_as_torchvisions(size: tuple[int, int]) -> None:
     assert area == pytest.approx((theirs[:, :, 1].prod(axis=1) / (size[0] * size[1])).mean(), abs=0.015)
 
 
+@pytest.mark.parametrize("size", [(375, 500), (32, 32), (7, 900), (1, 1)])
+@pytest.mark.parametrize("scale", [(0.2, 1.0), (0.9, 1.0), (1.0, 1.0)])
+def test_one_box_is_as_it_would_be_among_many(size: tuple[int, int], scale: tuple[float, float]) -> None:
+    u = numbers(2000)
+    many = crop_boxes(u, size, scale, (0.75, 1.3333), (224, 160))
+    for row in range(len(u)):
+        one = crop_boxes(u[row : row + 1], size, scale, (0.75, 1.3333), (224, 160))
+        assert one.dtype == many.dtype
+        np.testing.assert_array_equal(one[0], many[row])
+
+
 lengths = st.integers(1, 40)
 sizes = st.one_of(st.tuples(lengths), st.tuples(lengths, lengths), st.tuples(lengths, lengths, lengths))
 

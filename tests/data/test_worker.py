@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from torchmae.data.worker import (
     Reader,
     Request,
     View,
+    _groups,
+    _Sample,
     boxes_of,
     crop_numbers,
     cut,
@@ -109,7 +112,9 @@ def test_a_large_jpeg_is_cut_as_if_it_were_decoded_whole(tmp_path: Path, orienta
     reader = Reader(folder_splits(tmp_path)["train"], 3, View((32, 24), (0.2, 1.0), (0.75, 1.3333), True))
     for request in (Request(np.array([0]), 0, 0), Request(np.array([0]), None, 0)):
         jpeg = reader[request].images
-        png = reader._cut_out(crop_numbers(request), 1)[0]  # the same crop of a file that is never reduced
+        sample = _Sample(reader.source, 1, crop_numbers(request), reader.view)
+        sample.read()
+        png = sample.crops()[0]  # the same crop of a file that is never reduced
         assert jpeg.shape == (1, 32, 24, 3)
         difference = (jpeg[0].float() - png.float()).abs()
         assert 0 < difference.mean() < 0.01 * 255
@@ -128,6 +133,33 @@ def test_an_image_that_follows_itself_is_decoded_once(tmp_path: Path, monkeypatc
     for i in range(6):
         alone = Request(request.indices[i : i + 1], 0, int(request.epoch[i]))
         assert torch.equal(Reader(source, 3, VIEW)[alone].images[0], views[i])
+
+
+def test_a_batch_is_its_images_one_by_one_whatever_is_broken_where(tmp_path: Path) -> None:
+    for i in range(24):
+        raw = encoded(Image.fromarray(np.tile(picture(40 + i, 50), (2, 2, 1))), "JPEG", quality=90)
+        if i in (3, 17, 18):
+            raw = raw[: len(raw) // 2]  # a header, and not all of the pixels
+        (tmp_path / f"{i:02d}.jpg").write_bytes(b"" if i in (4, 9) else raw)
+    reader = Reader(folder_splits(tmp_path)["train"], 3, View((16, 16), (0.2, 1.0), (0.75, 1.3333), True))
+    together = reader[Request(np.arange(24), 0, 0)]
+    for i in range(24):
+        alone = reader[Request(np.array([i]), 0, 0)]
+        assert torch.equal(alone.images[0], together.images[i])
+    assert {Path(name).name for name, _ in together.bad} == {f"{i:02d}.jpg" for i in (3, 4, 9, 17, 18)}
+
+
+def test_groups_are_small_enough_to_hold() -> None:
+    def sample(pixels: int) -> SimpleNamespace:
+        return SimpleNamespace(pixels=pixels)
+
+    def lengths(samples: list[SimpleNamespace]) -> list[int]:
+        return [len(group) for group in _groups(samples)]  # type: ignore[arg-type]
+
+    assert lengths([sample(500 * 375)] * 40) == [16, 16, 8]
+    assert lengths([sample(24_000_000)] * 3) == [1, 1, 1]
+    assert lengths([sample(10), sample(5_000_000), sample(10)]) == [2, 1]
+    assert lengths([]) == []
 
 
 MAIN = """

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from torchmae.data.decode import Picture
+from torchmae.data.jpeg import Region
 from torchmae.data.layouts import open_splits
 from torchmae.errors import DataError
 
@@ -54,6 +55,21 @@ def test_pictures(kind: str) -> None:
         assert np.isfinite(pixels).all()
 
     check()
+
+
+@FUZZ
+@given(damaged(encoded("JPEG")), st.sampled_from([(0, 0, 5, 7), (8, 3, 12, 16), (19, 0, 1, 24)]))
+def test_a_part_of_a_jpeg(raw: bytes, region: Region) -> None:
+    try:
+        picture = Picture(raw, 3, 10_000)
+        inside = region[0] + region[2] <= picture.size[0] and region[1] + region[3] <= picture.size[1]
+        pixels = picture.read(region=region) if inside else None
+    except DataError as error:
+        assert str(error)
+        return
+    if pixels is not None:
+        assert pixels.dtype == np.uint8
+        assert pixels.shape == (*region[2:], 3)
 
 
 def npy(array: np.ndarray) -> bytes:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
-from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from torchmae.data import jpeg
 from torchmae.errors import ConfigError, DataError
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -91,8 +89,8 @@ def decode(raw: bytes | Path, channels: int | None, max_pixels: int = MAX_PIXELS
 class Picture:
     """An image file whose size is known before its pixels are: a JPEG is decoded by `read`, any other at once.
 
-    simplejpeg decodes JPEGs where it is installed, Pillow where it is not, or cannot: both are libjpeg-turbo and
-    give the same pixels (`benchmarks/decode.py` says how fast).
+    JPEGs are decoded by nvImageCodec (a part of the picture) or simplejpeg where they are installed, by Pillow where
+    they are not, or cannot: all are libjpeg-turbo and give the same pixels (`benchmarks/decode.py` says how fast).
 
     Args:
         data: the content of the file.
@@ -110,55 +108,75 @@ class Picture:
     def __init__(self, data: bytes, channels: int | None, max_pixels: int = MAX_PIXELS) -> None:
         self._data = data
         self._channels = check_channels(channels)
+        self._max_pixels = max_pixels
+        self._orientation = 1
+        self._image: Image.Image | None = None
+        self._jpeg = jpeg.read_header(data) if jpeg.is_upright(data) else None
+        if self._jpeg is not None and 0 < self._jpeg.height * self._jpeg.width <= max_pixels:
+            self.size: tuple[int, int] = self._jpeg[:2]
+            return
         with _one_line_errors():
-            self._image = _open(data, max_pixels)
-            self._is_jpeg = self._image.format in _JPEG_FORMATS
-            if not self._is_jpeg:
-                self._image.load()
-                _turn_upright(self._image)
-            self._orientation = _orientation(self._image) if self._is_jpeg else 1
+            self._image = self._look()
         width, height = self._image.size
         self.size = (width, height) if self._orientation in _SIDEWAYS else (height, width)
 
-    def read(self, reduction: int = 1) -> npt.NDArray[Any]:
+    def read(self, reduction: int = 1, region: jpeg.Region | None = None) -> npt.NDArray[Any]:
         """The pixels; may be called once.
 
         Args:
             reduction: 1, 2, 4 or 8: decode a JPEG to 1/reduction of its size, rounded up, along each axis, which its
                 inverse cosine transform does for less than the full size takes. Other formats come whole.
+            region: first row, first column, height and width of the part that is wanted, in pixels of `size`; None:
+                all. Not with a reduction.
 
         Returns:
             (height, width, channels), as from `decode`.
 
         Raises:
-            DataError: the pixels cannot be read.
+            DataError: the pixels cannot be read; damage that lies behind the region may go unseen.
         """
-        with _one_line_errors(), self._image as image:
-            fast = self._simplejpeg(reduction)
-            if fast is not None:
-                return np.ascontiguousarray(_UPRIGHT[self._orientation](fast))
-            if self._is_jpeg:
+        with _one_line_errors():
+            if region is None:
+                return self._read_whole(reduction)
+            part = self._read_region(region)
+            if part is None:
+                top, left, height, width = region
+                part = self._read_whole(1)[top : top + height, left : left + width]
+            return part
+
+    def _look(self) -> Image.Image:
+        """Has Pillow look at the file; what it finds decides about the other libraries."""
+        image = _open(self._data, self._max_pixels)
+        if image.format not in _JPEG_FORMATS:
+            image.load()
+            _turn_upright(image)
+            return image
+        self._orientation = _orientation(image)
+        self._jpeg = jpeg.read_header(self._data)
+        mode = "L" if self._jpeg is not None and self._jpeg.grey else "RGB"
+        if self._jpeg is not None and (mode, self._jpeg.width, self._jpeg.height) != (image.mode, *image.size):
+            self._jpeg = None
+        return image
+
+    def _read_region(self, region: jpeg.Region) -> npt.NDArray[Any] | None:
+        """A part of the picture alone; None: it has to be decoded whole."""
+        in_colour = self._jpeg is not None and not self._jpeg.grey and self._channels != 1
+        if not in_colour or self._orientation != 1 or region[2:] == self.size:
+            return None
+        return jpeg.read_region(self._data, region)
+
+    def _read_whole(self, reduction: int) -> npt.NDArray[Any]:
+        if self._jpeg is not None and (self._jpeg.grey or self._channels != 1):
+            pixels = jpeg.read_whole(self._data, self._jpeg, reduction)
+            if pixels is not None:
+                upright = np.ascontiguousarray(_UPRIGHT[self._orientation](pixels))
+                return np.repeat(upright, 3, axis=-1) if self._jpeg.grey and self._channels == 3 else upright
+        with self._image or self._look() as image:
+            if image.format in _JPEG_FORMATS:
                 image.draft(None, (max(1, image.width // reduction), max(1, image.height // reduction)))
                 image.load()
                 _turn_upright(image)
             return _pixels(image, self._channels)
-
-    def _simplejpeg(self, reduction: int) -> npt.NDArray[Any] | None:
-        """The pixels as stored, by simplejpeg; None: Pillow has to decode them, or say what is wrong."""
-        image, module = self._image, _import_simplejpeg()
-        grey = image.mode == "L"
-        if module is None or not self._is_jpeg or not (grey or (image.mode == "RGB" and self._channels != 1)):
-            return None
-        height, width = -(-image.height // reduction), -(-image.width // reduction)
-        try:
-            if module.decode_jpeg_header(self._data)[:2] != (image.height, image.width):
-                return None  # before anything is allocated for it: Pillow's is the size that was checked
-            pixels: npt.NDArray[Any] = module.decode_jpeg(
-                self._data, "GRAY" if grey else "RGB", min_height=height, min_width=width
-            )
-        except ValueError:  # damage, some of which Pillow reads past
-            return None
-        return np.repeat(pixels, 3, axis=-1) if grey and self._channels == 3 else pixels
 
 
 @contextmanager
@@ -175,21 +193,6 @@ def _one_line_errors() -> Iterator[None]:
     except Exception as error:  # Pillow's format plug-ins raise almost anything on a damaged file
         reason = _one_line(error)
     raise DataError(reason)
-
-
-@cache
-def _import_simplejpeg() -> Any:
-    """The module; None where it is not installed."""
-    try:
-        return importlib.import_module("simplejpeg")
-    except ImportError:
-        return None
-
-
-def jpeg_decoder() -> str:
-    """What decodes JPEG files in this installation, with its version: it decides how fast, not what they look like."""
-    name = "pillow" if _import_simplejpeg() is None else "simplejpeg"
-    return f"{name} {version(name)}"
 
 
 def check_channels(channels: int | None) -> int | None:

@@ -46,11 +46,13 @@ def crop_boxes(
     """
     numbers = u.astype(np.float64)
     if len(size) == 2:
-        height, width = size
         aspect = target[1] / target[0]
-        lengths = _tried_lengths(numbers, (height, width), scale, (ratio[0] * aspect, ratio[1] * aspect))
+        extremes = ratio[0] * aspect, ratio[1] * aspect
+        if len(u) == 1:
+            return np.array([_crop_box(numbers[0].tolist(), (size[0], size[1]), scale, extremes)])
+        lengths = _tried_lengths(numbers, (size[0], size[1]), scale, extremes)
         centred = lengths.min(axis=1) == 0
-        lengths[centred] = _centred_lengths((height, width), (ratio[0] * aspect, ratio[1] * aspect))
+        lengths[centred] = _centred_lengths((size[0], size[1]), extremes)
     else:
         share = (scale[0] + (scale[1] - scale[0]) * numbers[:, :1]) ** (1 / len(size))
         lengths = np.clip(np.rint(np.array(size) * share), 1, size).astype(np.int64)
@@ -59,6 +61,23 @@ def crop_boxes(
     placed = np.floor(numbers[:, -len(size) :] * (free + 1)).astype(np.int64)
     starts = np.where(centred[:, None], free // 2, placed)
     return np.stack([starts, lengths], axis=-1)
+
+
+def _crop_box(
+    u: list[float], size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]
+) -> list[tuple[int, int]]:
+    """`crop_boxes` of one picture, number for number: for so little, NumPy's calls take longer than the arithmetic."""
+    height, width = size
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for share, shape in zip(u[:_TRIES], u[_TRIES : 2 * _TRIES], strict=True) if scale[0] < 1 else ():
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * share)
+        aspect = float(np.exp(low + (high - low) * shape))  # math.exp may differ in the last bit
+        lengths = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 1 <= lengths[0] <= height and 1 <= lengths[1] <= width:
+            starts = (int(place * (have - want + 1)) for place, have, want in zip(u[-2:], size, lengths, strict=True))
+            return list(zip(starts, lengths, strict=True))
+    lengths = _centred_lengths(size, ratio)
+    return [((have - want) // 2, want) for have, want in zip(size, lengths, strict=True)]
 
 
 def _tried_lengths(
@@ -101,7 +120,7 @@ def reduction(boxes: Boxes, target: tuple[int, ...]) -> int:
         boxes: (B, n, 2), start and length in pixels on each axis.
         target: spatial size of the result.
     """
-    room = (boxes[..., 1].min(axis=0) / np.array(target)).min()
+    room = min(length / wanted for box in boxes.tolist() for (_, length), wanted in zip(box, target, strict=True))
     return next((factor for factor in (8, 4, 2) if room >= 1.5 * factor), 1)
 
 
@@ -188,7 +207,12 @@ def mirror(images: Tensor, rows: Tensor) -> Tensor:
         `images`.
     """
     bits = images.view(torch.int16) if images.dtype == torch.uint16 else images  # few kernels know uint16
-    bits[rows] = bits[rows].flip(-2)
+    if bits.device.type == "cpu":  # many times faster than all at once: PyTorch has a kernel for this order of axes
+        for row in rows.tolist():
+            image = bits[row : row + 1].movedim(-1, 1)
+            image.copy_(image.flip(-1))
+    else:
+        bits[rows] = bits[rows].flip(-2)
     return images
 
 

@@ -7,9 +7,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from multiprocessing import connection
 from typing import NamedTuple
@@ -23,12 +22,16 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, default_collate
 
 from torchmae.data.decode import Picture
+from torchmae.data.jpeg import Region
 from torchmae.data.plan import Indices
 from torchmae.data.reading import first_readable
 from torchmae.data.sources import EncodedSource, Image, Labels, Source, read_ahead, resolve
 from torchmae.data.transforms import CROP_NUMBERS, Boxes, crop_boxes, eval_box, reduction, resample, value_range
 from torchmae.errors import DataError
 from torchmae.random import Purpose, uniform
+
+_GROUP = 16  # images that are opened, then decoded, then cut up together
+_GROUP_PIXELS = 2**22  # of such images: 12 MB in colour
 
 
 @dataclass(frozen=True)
@@ -132,11 +135,14 @@ class Reader(Dataset[Fetched]):
         images: list[Tensor] = []
         read: list[int] = []
         try:
-            for rows in _runs(request.indices):
-                cut_out = partial(self._cut_out, numbers[rows])
-                index, crops = first_readable(self.source, int(request.indices[rows.start]), bad, cut_out)
-                images += crops
-                read += [index] * len(crops)
+            opened = (
+                self._open(int(request.indices[rows.start]), numbers[rows], bad) for rows in _runs(request.indices)
+            )
+            for group in _groups(opened):  # each step for all of a group: its code and data are still in the cache
+                for sample in [self._read(sample, bad) for sample in group]:
+                    crops = sample.crops()
+                    images += crops
+                    read += [sample.index] * len(crops)
         except DataError as error:  # as text: an exception from a worker arrives with its traceback for a message
             return Fetched(torch.empty(0), torch.empty(0), bad, str(error))
         labels = labels_of(self.source.labels, np.array(read, dtype=np.int64))
@@ -144,20 +150,82 @@ class Reader(Dataset[Fetched]):
             return Fetched(torch.empty(0, *self.view.input_size, self.channels), labels, bad, None)
         return Fetched(stack(images), labels, bad, None)
 
-    def _cut_out(self, numbers: npt.NDArray[np.float32], index: int) -> list[Tensor]:
-        """One crop for each row of numbers, (*input_size, C) each, of one image that is decoded once."""
-        target = self.view.input_size
-        base, position = resolve(self.source, index)
-        if not isinstance(base, EncodedSource):
-            image = base.read(position)
-            return [cut(image, box, target) for box in boxes_of(numbers, image.shape[:-1], self.view)]
-        picture = Picture(base.encoded(position), base.channels)
-        boxes = boxes_of(numbers, picture.size, self.view)
-        factor = reduction(boxes, target)
-        image = picture.read(factor)
-        if factor == 1 or image.shape[:-1] == picture.size:
-            return [cut(image, box, target) for box in boxes]
-        return [cut_between_pixels(image, box / factor, target) for box in boxes]
+    def _open(self, index: int, numbers: npt.NDArray[np.float32], bad: list[tuple[str, str]]) -> _Sample:
+        """The image at an index, or the next that can be opened."""
+        return first_readable(self.source, index, bad, lambda at: _Sample(self.source, at, numbers, self.view))[1]
+
+    def _read(self, sample: _Sample, bad: list[tuple[str, str]]) -> _Sample:
+        """The image with its pixels, or the next that has some."""
+
+        def read(index: int) -> _Sample:
+            other = _Sample(self.source, index, sample.numbers, self.view)
+            other.read()
+            return other
+
+        try:
+            sample.read()
+        except DataError:
+            return first_readable(self.source, sample.index, bad, read)[1]
+        return sample
+
+
+class _Sample:
+    """One image on its way to crops: its header is read here, its pixels by `read`.
+
+    Args:
+        source: the images.
+        index: which one.
+        numbers: (crops, CROP_NUMBERS), one row for each crop.
+        view: how it becomes the model's input.
+
+    Attributes:
+        index: as given.
+        numbers: as given.
+        pixels: how many it has.
+
+    Raises:
+        DataError: it cannot be opened.
+    """
+
+    def __init__(self, source: Source, index: int, numbers: npt.NDArray[np.float32], view: View) -> None:
+        self.index = index
+        self.numbers = numbers
+        self._target = view.input_size
+        self._picture: Picture | None = None
+        self._image: Image | None = None
+        base, position = resolve(source, index)
+        if isinstance(base, EncodedSource):
+            self._picture = Picture(base.encoded(position), base.channels)
+            size: tuple[int, ...] = self._picture.size
+        else:
+            self._image = base.read(position)
+            size = self._image.shape[:-1]
+        self.pixels = math.prod(size)
+        self._boxes = boxes_of(numbers, size, view)
+        self._factor = 1
+
+    def read(self) -> None:
+        """Reads the pixels that the crops need; DataError where they cannot be."""
+        if self._picture is None:
+            return
+        factor = reduction(self._boxes, self._target)
+        if factor == 1:
+            region = _around(self._boxes)
+            self._image = self._picture.read(region=region)
+            self._boxes = self._boxes - np.array([[region[0], 0], [region[1], 0]])
+        else:
+            self._image = self._picture.read(factor)
+            if self._image.shape[:-1] != self._picture.size:
+                self._factor = factor
+        self._picture = None
+
+    def crops(self) -> list[Tensor]:
+        """The crops, (*input_size, C) each; after `read`."""
+        image, target = self._image, self._target
+        assert image is not None
+        if self._factor > 1:
+            return [cut_between_pixels(image, box / self._factor, target) for box in self._boxes]
+        return [cut(image, box, target) for box in self._boxes]
 
 
 def _runs(indices: Indices) -> Iterator[slice]:
@@ -166,13 +234,36 @@ def _runs(indices: Indices) -> Iterator[slice]:
     return (slice(start, stop) for start, stop in pairwise(starts) if start < stop)
 
 
+def _groups(samples: Iterable[_Sample]) -> Iterator[list[_Sample]]:
+    """Samples in groups of so many, or so large, as may be held at a time."""
+    group: list[_Sample] = []
+    for sample in samples:
+        group.append(sample)
+        if len(group) == _GROUP or sum(sample.pixels for sample in group) > _GROUP_PIXELS:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _around(boxes: Boxes) -> Region:
+    """The smallest region of a picture that holds all of its boxes."""
+    (top, height), (left, width) = boxes[0].tolist()
+    if len(boxes) > 1:
+        (top, left), (bottom, right) = boxes[..., 0].min(axis=0).tolist(), boxes.sum(axis=-1).max(axis=0).tolist()
+        height, width = bottom - top, right - left
+    return top, left, height, width
+
+
 def cut(image: Image, box: Boxes, target: tuple[int, ...]) -> Tensor:
     """Crops one image and resamples it as `resample` does: (*size, C) to (*target, C), of the same type."""
-    cropped = np.ascontiguousarray(image[tuple(slice(start, start + length) for start, length in box)])
+    cropped = np.ascontiguousarray(image[tuple(slice(start, start + length) for start, length in box.tolist())])
     tensor = torch.from_numpy(cropped)
     if tensor.shape[:-1] == target:
         return tensor
-    channels_first = tensor.movedim(-1, 0)[None]
+    channels_first = tensor[None].movedim(
+        -1, 1
+    )  # in this order PyTorch sees that channels come last, and copies nothing
     if tensor.dtype == torch.uint8 and len(target) == 2:
         # PyTorch's integer kernel: many times faster on photographs, and within a level or so on natural images.
         resized = F.interpolate(channels_first, size=target, mode="bicubic", antialias=True)

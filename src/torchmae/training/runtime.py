@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import torchmae
-from torchmae.data.decode import jpeg_decoder
+from torchmae.data.jpeg import jpeg_decoder
 from torchmae.data.reading import num_cores
 from torchmae.errors import ConfigError
 from torchmae.training.allocation import keep_freed_memory
