@@ -31,7 +31,7 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from torchmae.data import jpeg
+from torchmae.data import jpeg, worker
 from torchmae.data.decode import BadFiles
 from torchmae.data.loader import ImageLoader
 from torchmae.data.plan import Plan
@@ -171,6 +171,10 @@ def build(source: InMemory, view: View) -> dict[str, Callable[[Request], Tensor]
         with mock.patch.object(jpeg, "read_region", return_value=None):
             return ours(request)
 
+    def one_by_one(request: Request) -> Tensor:
+        with mock.patch.object(worker, "_GROUP", 1):
+            return ours(request)
+
     candidates: dict[str, Callable[[Request], Tensor]] = {
         BASELINE: lambda request: torch.stack([normalised(pillow(source.files[i])) for i in request.indices]),
         "torchvision on Pillow, to bytes": lambda request: reference(source, view, request),
@@ -178,7 +182,9 @@ def build(source: InMemory, view: View) -> dict[str, Callable[[Request], Tensor]
     }
     for name, decode in installed():
         candidates[f"{name}, tensor resize"] = whole(decode)
-    return {**candidates, "torchmae without nvImageCodec": without_regions, "torchmae": ours}
+    candidates["torchmae without nvImageCodec"] = without_regions
+    candidates["torchmae, image by image"] = one_by_one
+    return {**candidates, "torchmae": ours}
 
 
 def pillow(file: bytes) -> Image.Image:
