@@ -60,9 +60,9 @@ VALIDATION_SEED = 0
 # What a resumed run may be given anew: where and how fast it computes, and the learning rate, for runs that diverged.
 MAY_CHANGE = frozenset({
     *("device", "threads", "compile", "precision", "log_every", "checkpoint_minutes", "progress", "trackers"),
-    *("accumulate", "parallel", "compress_gradients", "checkpoint_activations", "max_skipped", "data.allow_change"),
-    *("data.num_workers", "data.cache", "data.memory_limit", "data.root", "data.max_bad"),
-    *("optim.lr", "optim.base_lr", "optim.muon_lr", "optim.clip_grad"),
+    *("accumulate", "parallel", "compress_gradients", "checkpoint_activations", "activation_memory_budget"),
+    *("data.allow_change", "data.num_workers", "data.cache", "data.memory_limit", "data.root", "data.max_bad"),
+    *("optim.lr", "optim.base_lr", "optim.muon_lr", "optim.clip_grad", "max_skipped"),
 })  # fmt: skip
 
 

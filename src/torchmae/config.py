@@ -256,6 +256,8 @@ class PretrainConfig:
         compress_gradients: exchange gradients in bf16 ("ddp" only).
         checkpoint_activations: keep only each block's input for the backward pass and compute the rest again: a third
             more work, a fraction of the memory.
+        activation_memory_budget: of a compiled model: the share of the activations that is kept, in [0, 1]; the
+            compiler has the rest computed again, the cheapest first.
         max_skipped: steps in a row whose loss or gradient is not finite, each left out, at which the run goes back to
             its last checkpoint and halves the learning rate.
         log_every: optimiser steps between two lines of progress.
@@ -289,6 +291,7 @@ class PretrainConfig:
     parallel: str = "ddp"
     compress_gradients: bool = False
     checkpoint_activations: bool = False
+    activation_memory_budget: float = 1.0
     max_skipped: int = 3
     log_every: int = 10
     checkpoint_minutes: float = 5.0
@@ -312,6 +315,12 @@ class PretrainConfig:
             within("start_size", size, 1, float("inf"))
         within("seed", self.seed, 0, 2**64 - 1)
         within("threads", self.threads, 1, 1024)
+        within("activation_memory_budget", self.activation_memory_budget, 0, 1)
+        if self.activation_memory_budget < 1 and not self.compile:
+            raise ConfigError(
+                f"activation_memory_budget is {self.activation_memory_budget:g}, and only a compiled model has one",
+                "add --compile true, or use --checkpoint_activations true",
+            )
         within("max_skipped", self.max_skipped, 1, float("inf"))
         within("log_every", self.log_every, 1, float("inf"))
         within("checkpoint_minutes", self.checkpoint_minutes, 0, float("inf"))

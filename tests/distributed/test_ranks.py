@@ -9,6 +9,9 @@ import pytest
 from group import run
 from jobs import identify, train
 
+from torchmae.errors import ConfigError
+from torchmae.training.compilation import check_compiler
+
 REL = 1e-4
 MUON_REL = 1e-2  # of gradients and weights: it makes matrices orthogonal in bf16, which turns rounding into more of it
 
@@ -20,6 +23,13 @@ def same(one: dict[str, Any], other: dict[str, Any], rel: float = REL) -> None:
     for name in ("norms", "update"):
         assert one[name] == pytest.approx(other[name], rel=rel), name
     assert known(one) == pytest.approx(known(other), rel=rel)
+
+
+def skip_without_compiler() -> None:
+    try:
+        check_compiler()
+    except ConfigError as error:
+        pytest.skip(str(error))
 
 
 def known(run: dict[str, Any]) -> dict[str, float]:
@@ -42,6 +52,7 @@ def test_what_ranks_tell_each_other(tmp_path: Path) -> None:
         (4, {"parallel": "fsdp", "optim": {"clip_grad": 0.1}, "checkpoint_activations": True}, "vit"),
         (2, {"accumulate": 3, "optim": {"clip_grad": 0.1, "name": "muon"}}, "vit"),
         (4, {"accumulate": 2, "parallel": "fsdp"}, "vit"),
+        (2, {"parallel": "fsdp", "compile": True, "activation_memory_budget": 0.5}, "vit"),
         (3, {"mask": {"strategy": "elements"}}, "mlp"),
     ],
     ids=lambda value: str(value),
@@ -49,6 +60,8 @@ def test_what_ranks_tell_each_other(tmp_path: Path) -> None:
 def test_the_same_run_on_any_number_of_ranks(
     tmp_path: Path, world_size: int, changes: dict[str, Any], model: str
 ) -> None:
+    if "compile" in changes:
+        skip_without_compiler()
     (alone,) = run(1, train, str(tmp_path / "alone"), changes, model, logs=tmp_path / "logs-1")
     answers = run(world_size, train, str(tmp_path / "out"), changes, model, logs=tmp_path / "logs")
     assert len(alone["losses"]) == alone["step"] == 16

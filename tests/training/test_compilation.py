@@ -2,15 +2,20 @@ from __future__ import annotations
 
 import shutil
 import sysconfig
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from small import images, mlp, train, vit
+from torch import Tensor, nn
+from torch._functorch import config as functorch
 
+from torchmae.config import OptimConfig, PretrainConfig
 from torchmae.errors import ConfigError
+from torchmae.nn.autoencoder import Autoencoder
 from torchmae.training import compilation
-from torchmae.training.compilation import check_compiler, compile_model, first_shapes_only
+from torchmae.training.compilation import MAX_WHOLE, check_compiler, compile_model, first_shapes_only, parts
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,10 +44,9 @@ def test_only_the_first_shapes_are_compiled(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(compilation, "check_compiler", lambda: None)
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
-    original = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: original(self, backend=backend, **options))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     compile_model(model, torch.device("cpu"))
-    plain = {size: nn.Module.__call__(model[1], model[0](torch.ones(size, 3))) for size in (4, 2)}
+    plain = {size: model[1](model[0](torch.ones(size, 3))) for size in (4, 2)}
     with first_shapes_only(True) as after_step:
         for size in (4, 4, 2, 4, 2):
             assert torch.allclose(model(torch.ones(size, 3)), plain[size])
@@ -52,6 +56,90 @@ def test_only_the_first_shapes_are_compiled(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(compiled) == 1
     model(torch.ones(6, 3))  # the stance is the default again: a new shape is compiled
     assert len(compiled) == 2
+
+
+def depth(count: int, **changes: float) -> Autoencoder:
+    return vit(depth=count - 1, decoder_depth=1, **changes)
+
+
+@pytest.mark.parametrize(
+    ("model", "by_block", "count"),
+    [
+        (depth(MAX_WHOLE), False, 1),
+        (depth(MAX_WHOLE + 1), False, MAX_WHOLE + 1),
+        (depth(3), True, 3),
+        (depth(MAX_WHOLE + 1, drop_path=0.1), True, 1),
+        (mlp(), True, 1),
+    ],
+    ids=["few blocks", "many blocks", "between blocks", "rates that differ", "no blocks"],
+)
+def test_a_deep_model_is_compiled_block_by_block(model: Autoencoder, by_block: bool, count: int) -> None:
+    found = parts(model, by_block)
+    assert len(found) == count
+    assert (found == [model]) is (count == 1)
+
+
+@pytest.fixture
+def without_machine_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled to graphs, forward and backward, as ever, and these run by PyTorch."""
+    monkeypatch.setattr(compilation, "check_compiler", lambda: None)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))
+
+
+@pytest.mark.usefixtures("without_machine_code")
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch hides it, but not from an error filter
+@pytest.mark.parametrize("by_block", [False, True])
+def test_the_budget_saves_memory_and_changes_nothing(by_block: bool) -> None:
+    def kept(budget: float | None) -> tuple[int, Tensor, dict[str, Tensor]]:
+        torch.manual_seed(0)
+        model = vit(depth=2)
+        images, noise = torch.randn(4, 1, 8, 8), torch.rand(4, model.noise_count("random"))
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with first_shapes_only(budget is not None):
+            if budget is not None:
+                compile_model(model, torch.device("cpu"), budget=budget, by_block=by_block)
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                loss = model(images, model.draw_mask("random", noise, 0.5)).loss
+            loss.backward()
+        held = {parameter.data_ptr() for parameter in model.parameters()}
+        gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+        return sum(size for at, size in sizes.items() if at not in held), loss, gradients
+
+    _, loss, gradients = kept(None)
+    sizes = []
+    for budget in (1.0, 0.4, 0.0):
+        size, compiled_loss, compiled_gradients = kept(budget)
+        sizes.append(size)
+        assert torch.allclose(compiled_loss, loss, rtol=1e-5)
+        for name, value in gradients.items():
+            assert torch.allclose(compiled_gradients[name], value, rtol=1e-4, atol=1e-6), name
+    assert sizes[0] > 1.3 * sizes[1] > 1.3 * 1.3 * sizes[2]
+
+
+@pytest.mark.usefixtures("without_machine_code")
+def test_a_compiled_run_is_the_same_run_and_leaves_a_plain_model(tmp_path: Path) -> None:
+    results = []
+    for compiled in (False, True):
+        model = vit(depth=2)
+        budget = {"compile": True, "activation_memory_budget": 0.5} if compiled else {}
+        config = PretrainConfig(epochs=3, batch_size=4, log_every=1, optim=OptimConfig(lr=1e-3), **budget)
+        _, tracker = train(config, model, images(10), tmp_path / str(compiled))
+        results.append([line["loss"] for line in tracker.of("train")])
+        assert not any("forward" in vars(module) for module in model.modules())
+    assert results[1] == pytest.approx(results[0], rel=1e-4)
+    assert functorch.activation_memory_budget == 1.0
+
+
+def test_a_budget_without_compilation() -> None:
+    with pytest.raises(ConfigError, match=r"activation_memory_budget is 0\.5, and only a compiled model"):
+        PretrainConfig(activation_memory_budget=0.5)
+    with pytest.raises(ConfigError, match="activation_memory_budget"):
+        PretrainConfig(activation_memory_budget=1.5, compile=True)
 
 
 def test_nothing_is_compiled_unless_asked() -> None:

@@ -24,7 +24,7 @@ from torchmae.nn.autoencoder import Autoencoder
 from torchmae.nn.masking import Mask
 from torchmae.random import Purpose, uniform
 from torchmae.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from torchmae.training.compilation import compile_model, first_shapes_only
+from torchmae.training.compilation import compile_model, first_shapes_only, plain_at_the_end
 from torchmae.training.optim import build_optimizers, gradient_norm, lr_factor, set_lr
 from torchmae.training.parallel import (
     check_parallel,
@@ -161,6 +161,7 @@ def pretrain(
         one_line_when_lost(ranks),
         stop_signals() as stop,
         out_of_memory(config, runtime),
+        plain_at_the_end(model),
         first_shapes_only(config.compile) as compiled,
     ):
         for batch in batches_to_come(loader, plan, state, ranks, window):
@@ -214,7 +215,8 @@ def prepare(model: Autoencoder, config: PretrainConfig, runtime: Runtime) -> nn.
     if config.checkpoint_activations:
         checkpoint_activations(model)
     if config.compile:
-        compile_model(model, runtime.device)
+        by_block = config.parallel == "fsdp" and runtime.ranks.world_size > 1
+        compile_model(model, runtime.device, budget=config.activation_memory_budget, by_block=by_block)
     return parallelise(model, config, runtime)
 
 

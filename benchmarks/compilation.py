@@ -1,0 +1,82 @@
+"""What does torch.compile take and give? Seconds of the first step, images a second, memory.
+
+    python benchmarks/compilation.py [--cases vit_tiny vit_base vit_large] [--rounds 3]
+
+Each round starts a process for every way, one after the other. In the first, the compiler has no cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+
+CASES = {
+    "vit_tiny": ["--model.preset=vit_tiny_32_p4", "--batch_size=256"],
+    "vit_base": ["--model.preset=vit_base", "--batch_size=8"],
+    "vit_large": ["--model.preset=vit_large", "--batch_size=8"],
+}
+COMPILED = ["--compile=true"]
+BLOCK_BY_BLOCK = "compiled block by block"
+WAYS = {
+    "eager": [],
+    "eager, checkpoint_activations": ["--checkpoint_activations=true"],
+    "compiled as a whole": COMPILED,
+    "the same, activation_memory_budget 0.5": [*COMPILED, "--activation_memory_budget=0.5"],
+    "the same, activation_memory_budget 0": [*COMPILED, "--activation_memory_budget=0"],
+    BLOCK_BY_BLOCK: COMPILED,
+}
+
+
+def measure(case: str, way: str, steps: int) -> None:
+    """Prints seconds of the first step, images a second and peak memory, as JSON; for a process of its own."""
+    from torchmae.threads import wait_briefly
+
+    wait_briefly(os.environ)
+    from torchmae import settings
+    from torchmae.bench.contenders import OURS
+    from torchmae.bench.processes import Stage
+    from torchmae.training import compilation
+
+    compilation.MAX_WHOLE = 0 if way == BLOCK_BY_BLOCK else sys.maxsize
+    stage = Stage(OURS, settings.parse([*CASES[case], *WAYS[way]]), steps)
+    rate = statistics.median(stage.turn() for _ in range(3))
+    introduced = stage.introduce()
+    print(json.dumps([introduced.first_step_s, rate, introduced.peak_memory]))
+
+
+def main() -> None:
+    """Prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3, help="of each of a process's three turns")
+    parser.add_argument("--one", nargs=2, metavar=("CASE", "WAY"), help="used by the script itself")
+    args = parser.parse_args()
+    if args.one:
+        measure(*args.one, args.steps)
+        return
+    print(f"{'':52}{'first step, s':>15}{'images/s':>10}{'ratio':>8}{'peak, GB':>10}")
+    for case in args.cases:
+        found: dict[str, list[list[float]]] = {way: [] for way in args.ways}
+        with tempfile.TemporaryDirectory() as cache:
+            for _ in range(args.rounds):
+                for i, way in enumerate(args.ways):
+                    words = [sys.executable, __file__, "--steps", str(args.steps), "--one", case, way]
+                    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/{i}"}
+                    run = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+                    found[way].append(json.loads(run.stdout.splitlines()[-1]))
+        plain = statistics.median(rate for _, rate, _ in found[args.ways[0]])
+        for way, results in found.items():
+            rate, memory = (statistics.median(column) for column in list(zip(*results, strict=True))[1:])
+            first = results[0][0]
+            print(f"{case + ', ' + way:52}{first:15.1f}{rate:10.1f}{rate / plain:8.2f}{memory / 1e9:10.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
