@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import re
 import shutil
 import subprocess
@@ -28,40 +29,47 @@ printf '%s\\n' "${COMPREPLY[@]}"
 
 
 @pytest.fixture(scope="module")
-def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("completion") / "torchmae"
-    command = [sys.executable, "-W", "error", "-m", "torchmae", "completion", "bash"]
-    path.write_bytes(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """bash, zsh and fish: what the command writes for each."""
+    path = tmp_path_factory.mktemp("completion")
+    for shell in SHELLS:
+        command = [sys.executable, "-W", "error", "-m", "torchmae", "completion", shell]
+        (path / shell).write_bytes(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
     return path
 
 
+@pytest.fixture
+def script(folder: Path) -> Path:
+    return folder / "bash"
+
+
+CASES = [
+    ("pre", {"pretrain"}),
+    ("", set(cli.COMMANDS)),
+    ("pretrain --rec", {"--recipe"}),
+    ("pretrain --recipe ", set(recipe_names())),
+    ("pretrain --epochs 3 --recipe ci", {"cifar10", "cifar10-cpu"}),
+    ("pretrain --batch", {"--batch", "--batch_size"}),
+    ("pretrain --optim.w", {"--optim.weight_decay", "--optim.warmup"}),
+    ("pretrain --data.cache ", {"auto", "memory", "device", "none"}),
+    ("pretrain --data.flip ", {"true", "false"}),
+    ("pretrain --model.preset vit_t", {"vit_tiny", "vit_tiny_32_p4", "vit_tiny_32_p2"}),
+    ("pretrain --trackers w", {"wandb"}),
+    ("pretrain --resum", {"--resume"}),
+    ("evaluate runs/a --method l", {"linear"}),
+    ("evaluate runs/a --precision ", {"auto", "bf16", "fp32"}),
+    ("visualize runs/a --method ", {"tsne", "pca", "umap"}),
+    ("export runs/a --to hf", {"hf-mae", "hf-vit"}),
+    ("bench ", {"step", "data", "train"}),
+    ("bench step --aga", {"--against"}),
+    ("bench step --recipe d", {"digits"}),
+    ("data pack --format ", {"parquet", "wds", "npy"}),
+    ("completion ", set(SHELLS)),
+]
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
-@pytest.mark.parametrize(
-    ("words", "offered"),
-    [
-        ("pre", {"pretrain"}),
-        ("", set(cli.COMMANDS)),
-        ("pretrain --rec", {"--recipe"}),
-        ("pretrain --recipe ", set(recipe_names())),
-        ("pretrain --epochs 3 --recipe ci", {"cifar10", "cifar10-cpu"}),
-        ("pretrain --batch", {"--batch", "--batch_size"}),
-        ("pretrain --optim.w", {"--optim.weight_decay", "--optim.warmup"}),
-        ("pretrain --data.cache ", {"auto", "memory", "device", "none"}),
-        ("pretrain --data.flip ", {"true", "false"}),
-        ("pretrain --model.preset vit_t", {"vit_tiny", "vit_tiny_32_p4", "vit_tiny_32_p2"}),
-        ("pretrain --trackers w", {"wandb"}),
-        ("pretrain --resum", {"--resume"}),
-        ("evaluate runs/a --method l", {"linear"}),
-        ("evaluate runs/a --precision ", {"auto", "bf16", "fp32"}),
-        ("visualize runs/a --method ", {"tsne", "pca", "umap"}),
-        ("export runs/a --to hf", {"hf-mae", "hf-vit"}),
-        ("bench ", {"step", "data", "train"}),
-        ("bench step --aga", {"--against"}),
-        ("bench step --recipe d", {"digits"}),
-        ("data pack --format ", {"parquet", "wds", "npy"}),
-        ("completion ", set(SHELLS)),
-    ],
-)
+@pytest.mark.parametrize(("words", "offered"), CASES)
 def test_bash_completes(words: str, offered: set[str], script: Path) -> None:
     ran = subprocess.run(
         ["bash", "-c", PRESS_TAB, "bash", str(script), "torchmae", *words.split(" ")],
@@ -136,3 +144,26 @@ def test_without_shtab(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert main(["completion", "bash"]) == 2
     assert capsys.readouterr().err == "torchmae: completion needs shtab; pip install 'torchmae[completion]'\n"
     assert main(["completion"]) == 0
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="no fish here")
+@pytest.mark.parametrize(("words", "offered"), CASES)
+def test_fish_completes(words: str, offered: set[str], folder: Path, tmp_path: Path) -> None:
+    asks = f"source {folder / 'fish'}; complete -C 'torchmae {words}'"
+    command = ["fish", "--no-config", "-c", asks]
+    environment = os.environ | {"HOME": str(tmp_path)}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert ran.stderr == ""
+    assert offered <= {line.split("\t")[0] for line in ran.stdout.splitlines()}
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh here")
+def test_zsh_takes_its_script(folder: Path, tmp_path: Path) -> None:
+    """Found, bound to the command and parsed, as in a user's shell; what Tab then shows takes a terminal."""
+    (tmp_path / "_torchmae").write_bytes((folder / "zsh").read_bytes())
+    loads = (
+        f"fpath=({tmp_path} $fpath); autoload -Uz compinit; compinit -u -D; "
+        "autoload +X _torchmae; print $_comps[torchmae]"
+    )
+    ran = subprocess.run(["zsh", "-f", "-c", loads], capture_output=True, text=True)
+    assert (ran.stdout.split(), ran.stderr) == (["_torchmae"], "")
