@@ -21,14 +21,18 @@ CASES = {
     "vit_large": ["--model.preset=vit_large", "--batch_size=8"],
 }
 COMPILED = ["--compile=true"]
-BLOCK_BY_BLOCK = "compiled block by block"
+HALF = [*COMPILED, "--activation_memory_budget=0.5"]
+NONE = [*COMPILED, "--activation_memory_budget=0"]
+# Whether in blocks, and what else.
 WAYS = {
-    "eager": [],
-    "eager, checkpoint_activations": ["--checkpoint_activations=true"],
-    "compiled as a whole": COMPILED,
-    "the same, activation_memory_budget 0.5": [*COMPILED, "--activation_memory_budget=0.5"],
-    "the same, activation_memory_budget 0": [*COMPILED, "--activation_memory_budget=0"],
-    BLOCK_BY_BLOCK: COMPILED,
+    "eager": (False, []),
+    "eager, checkpoint_activations": (False, ["--checkpoint_activations=true"]),
+    "whole": (False, COMPILED),
+    "whole, budget 0.5": (False, HALF),
+    "whole, budget 0": (False, NONE),
+    "blocks": (True, COMPILED),
+    "blocks, budget 0.5": (True, HALF),
+    "blocks, budget 0": (True, NONE),
 }
 
 
@@ -41,9 +45,11 @@ def measure(case: str, way: str, steps: int) -> None:
     from torchmae.bench.contenders import OURS
     from torchmae.bench.processes import Stage
     from torchmae.training import compilation
+    from torchmae.training.parallel import blocks
 
-    compilation.MAX_WHOLE = 0 if way == BLOCK_BY_BLOCK else sys.maxsize
-    stage = Stage(OURS, settings.parse([*CASES[case], *WAYS[way]]), steps)
+    in_blocks, options = WAYS[way]
+    compilation.parts = lambda model, _: blocks(model) if in_blocks else [model]
+    stage = Stage(OURS, settings.parse([*CASES[case], *options]), steps)
     rate = statistics.median(stage.turn() for _ in range(3))
     introduced = stage.introduce()
     print(json.dumps([introduced.first_step_s, rate, introduced.peak_memory]))
@@ -61,7 +67,7 @@ def main() -> None:
     if args.one:
         measure(*args.one, args.steps)
         return
-    print(f"{'':52}{'first step, s':>15}{'images/s':>10}{'ratio':>8}{'peak, GB':>10}")
+    print(f"{'':44}{'first step, s':>15}{'images/s':>10}{'ratio':>8}{'peak, GB':>10}")
     for case in args.cases:
         found: dict[str, list[list[float]]] = {way: [] for way in args.ways}
         with tempfile.TemporaryDirectory() as cache:
@@ -75,7 +81,7 @@ def main() -> None:
         for way, results in found.items():
             rate, memory = (statistics.median(column) for column in list(zip(*results, strict=True))[1:])
             first = results[0][0]
-            print(f"{case + ', ' + way:52}{first:15.1f}{rate:10.1f}{rate / plain:8.2f}{memory / 1e9:10.2f}", flush=True)
+            print(f"{case + ', ' + way:44}{first:15.1f}{rate:10.1f}{rate / plain:8.2f}{memory / 1e9:10.2f}", flush=True)
 
 
 if __name__ == "__main__":

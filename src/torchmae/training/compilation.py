@@ -23,8 +23,9 @@ MAX_WHOLE = 20  # blocks: as many as two cores compile in a minute
 def compile_model(model: nn.Module, device: torch.device, *, budget: float = 1.0, by_block: bool = False) -> None:
     """Compiles a model's calls from now on, in place, for fixed shapes; the work is done in the first step.
 
-    A model of few blocks is compiled as a whole, which is the fastest by a few percent. A deeper one would take
-    minutes: its blocks are compiled, once for all of one shape. `plain_at_the_end` undoes it.
+    A model of few blocks is compiled as a whole, which is the fastest by a few percent. A deeper one would take over a
+    minute: its blocks are compiled, once for all of one shape. So are they with a budget, since what a whole model
+    computes again is there all at once. `plain_at_the_end` undoes it.
 
     Args:
         model: what is called.
@@ -44,7 +45,7 @@ def compile_model(model: nn.Module, device: torch.device, *, budget: float = 1.0
     if functorch.activation_memory_budget != budget:
         torch.compiler.reset()  # code for another budget would be taken for this one's
         functorch.activation_memory_budget = budget
-    for part in parts(model, by_block):
+    for part in parts(model, by_block or budget < 1):
         part.forward = torch.compile(part.forward, dynamic=False)
 
 
