@@ -17,11 +17,11 @@ from torch import Tensor
 
 import torchmae
 from torchmae import settings
-from torchmae.config import DataConfig, ModelConfig, PretrainConfig
+from torchmae.config import ModelConfig, PretrainConfig
 from torchmae.data.inspecting import median_size, suggested_input
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import Data, one_line_when_a_worker_ends, open_data
-from torchmae.data.reading import Progress, num_cores, probe
+from torchmae.data.reading import Progress, probe
 from torchmae.errors import ConfigError, DataError, Interrupted, TorchmaeError
 from torchmae.evaluation import suite
 from torchmae.evaluation.diagnostics import FeatureProbe
@@ -43,7 +43,7 @@ from torchmae.training.pretrain import Evaluator
 from torchmae.training.pretrain import pretrain as train
 from torchmae.training.pretrained import Pretrained, denormalise
 from torchmae.training.progress import Display
-from torchmae.training.ranks import Ranks, concatenate, open_ranks, ranks_from_environment, restarts
+from torchmae.training.ranks import Ranks, concatenate, open_ranks, ranks_from_environment, restarts, share_of_cores
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime, environment, open_runtime
 from torchmae.training.saved_model import Description, write_description, write_weights
@@ -275,7 +275,7 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, *, resume: bool) -
         if ranks.world_size > 1:  # rank 0 first: what is downloaded or indexed is so once
             ranks.on_main(lambda: len(open_splits(config.data.source, config.data.root, progress=display.preparing)))
         data = open_data(
-            share_of_cores(config.data, ranks),
+            replace(config.data, num_workers=share_of_cores(config.data.num_workers, ranks)),
             input_size=arguments["input_size"],
             channels=config.model.in_chans,
             device=runtime.device,
@@ -305,13 +305,6 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, *, resume: bool) -
     finally:
         display.close()
         folder.close()
-
-
-def share_of_cores(config: DataConfig, ranks: Ranks) -> DataConfig:
-    """Settings under which the ranks of a machine share its cores among their reader processes."""
-    if config.num_workers is not None or ranks.local_world_size == 1:
-        return config
-    return replace(config, num_workers=max(1, min(8, num_cores() // ranks.local_world_size)))
 
 
 def check_model(config: PretrainConfig, arguments: dict[str, Any]) -> None:

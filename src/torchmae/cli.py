@@ -68,6 +68,10 @@ def main(args: Sequence[str] | None = None) -> int:
             near = None if words[0].startswith("-") else settings.nearest(words[0], COMMANDS)
             hint = f"did you mean `torchmae {near}`?" if near else "see torchmae --help"
             raise ConfigError(f"unknown command {words[0]!r}", hint)
+        if os.environ.get("LOCAL_WORLD_SIZE", "1") != "1" and words[0] not in DISTRIBUTED:
+            if os.environ.get("RANK", "0") != "0":  # it is said once
+                return ConfigError.exit_status
+            raise ConfigError(f"{words[0]} is for one process, and torchrun has started several", "leave out torchrun")
         return COMMANDS[words[0]](words[1:])
     except TorchmaeError as error:
         print(f"torchmae: {error}", file=sys.stderr)
@@ -229,3 +233,5 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "recipes": recipes,
     "completion": completion,
 }
+# What the processes that torchrun starts do together.
+DISTRIBUTED = ("pretrain", "embed")

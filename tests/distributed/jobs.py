@@ -90,6 +90,14 @@ def command(*words: str) -> int:
     return main(list(words))
 
 
+def embed_in_blocks(*words: str) -> int:
+    """The command line, with blocks of 100 images, so that there are enough for all."""
+    from torchmae.evaluation import embedding
+
+    embedding.embed.__kwdefaults__["block_images"] = 100
+    return command(*words)
+
+
 def restarted(*words: str) -> int:
     """The command line in a group that torchrun has started again."""
     os.environ |= {"TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_MAX_RESTARTS": "1"}

@@ -6,11 +6,13 @@ import json
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 from group import run, start
-from jobs import command, restarted
+from jobs import command, embed_in_blocks, restarted
 from safetensors.torch import load_file
 
+from torchmae.evaluation.embedding import read_features
 from torchmae.training.checkpoint import load_checkpoint
 from torchmae.training.saved_model import load_model
 
@@ -98,3 +100,34 @@ def test_a_mistake_is_said_once(tmp_path: Path) -> None:
     said = [(tmp_path / "logs" / f"{rank}.log").read_text() for rank in range(2)]
     assert said[0].startswith(f"torchmae: {tmp_path}/run holds a run already; resume it with --resume ")
     assert said[1] == ""
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_embed_together(alone: Path, tmp_path: Path, world_size: int) -> None:
+    words = ("embed", str(alone), "--device=cpu", "--precision=fp32", "--progress=plain", "--batch=50")
+    assert run(1, embed_in_blocks, *words, "--out", str(tmp_path / "one.npz"), logs=tmp_path / "logs-one") == [0]
+    logs, out = tmp_path / "logs", tmp_path / "several.parquet"
+    assert run(world_size, embed_in_blocks, *words, "--out", str(out), logs=logs) == [0] * world_size
+    for ours, theirs in zip(read_features(out), read_features(tmp_path / "one.npz"), strict=True):
+        if isinstance(ours, np.ndarray):
+            np.testing.assert_array_equal(ours, theirs)
+        else:
+            assert ours == theirs
+    assert (logs / "0.log").read_text().splitlines()[-1] == f"{out}  (1,797 x 16 features)"
+    assert (logs / "1.log").read_text() == ""
+    assert not out.with_name("several.parquet.partial").exists()
+
+
+def test_a_mistake_of_embedding_is_said_once(tmp_path: Path) -> None:
+    processes = start(2, command, "embed", str(tmp_path / "no-run"), "--device=cpu", "--out=f.npz", logs=tmp_path)
+    for process in processes:
+        process.join()
+    assert json.loads((tmp_path / "0.json").read_text()) == 2
+    assert processes[1].exitcode == 2
+    assert [len((tmp_path / f"{rank}.log").read_text().splitlines()) for rank in range(2)] == [1, 0]
+
+
+def test_what_is_for_one_process_says_so(tmp_path: Path) -> None:
+    assert run(2, command, "evaluate", str(tmp_path), logs=tmp_path) == [2, 2]
+    says = "torchmae: evaluate is for one process, and torchrun has started several; leave out torchrun\n"
+    assert [(tmp_path / f"{rank}.log").read_text() for rank in range(2)] == [says, ""]

@@ -121,11 +121,11 @@ def test_nothing_is_read_before_it_is_asked_for(save: Save) -> None:
     assert data.test.loader.in_memory
 
 
-def test_the_images_since_one_are_those_after_it() -> None:
-    images = tiny.digits("val", 30)
-    whole, rest = (torch.cat([batch.images for batch in item.batches()]) for item in (images, images.since(12)))
-    assert torch.equal(whole[12:], rest)
-    assert images.since(0) is images
+def test_some_of_the_images() -> None:
+    images, chosen = tiny.digits("val", 30), np.array([*range(12, 17), *range(21, 30)])
+    whole, some = (torch.cat([batch.images for batch in item.batches()]) for item in (images, images.only(chosen)))
+    assert torch.equal(whole[chosen], some)
+    assert images.only(np.arange(30)) is images
 
 
 def test_parts_are_the_splits(save: Save) -> None:

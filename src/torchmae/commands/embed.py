@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torchmae import settings
@@ -10,7 +11,7 @@ from torchmae.evaluation.options import ComputeOptions, EmbedOptions
 
 DESCRIPTION = (
     "Writes the features of all images of a data set to a file; nothing is masked. A command that was stopped goes on "
-    "where it was when it is given again."
+    "where it was when it is given again; torchrun starts it on several GPUs."
 )
 
 
@@ -24,11 +25,13 @@ def main(args: Sequence[str]) -> int:
     )
     parser.add_argument("run", type=str, help="run folder, exported model, or weights of others (also as --init-from)")
     values, options, compute = settings.read_options(parser, args, EmbedOptions, ComputeOptions)
-    print(write(values.run, options, compute))
+    line = write(values.run, options, compute)
+    if line is not None:
+        print(line)
     return 0
 
 
-def write(run: str, options: EmbedOptions, compute: ComputeOptions) -> str:
+def write(run: str, options: EmbedOptions, compute: ComputeOptions) -> str | None:
     """Writes the file.
 
     Args:
@@ -37,40 +40,53 @@ def write(run: str, options: EmbedOptions, compute: ComputeOptions) -> str:
         compute: where to compute.
 
     Returns:
-        What was written, in a line.
+        What was written, in a line; None on all ranks but the first.
     """
     from torchmae.data.loader import one_line_when_a_worker_ends
     from torchmae.evaluation.embedding import embed
-    from torchmae.evaluation.images import Normalisation, open_parts
+    from torchmae.evaluation.images import ImageSet, Normalisation, open_parts
     from torchmae.evaluation.subject import Subject
     from torchmae.evaluation.suite import own_data
     from torchmae.training.pretrained import load
     from torchmae.training.progress import Display
+    from torchmae.training.ranks import one_line_when_lost, open_ranks, share_of_cores
     from torchmae.training.runtime import open_runtime
 
-    runtime = open_runtime(compute.device, compute.precision, compute.threads)
-    pretrained = load(run)
-    description = pretrained.description
-    display = Display(compute.progress)
-    try:
-        parts, notes = open_parts(
-            own_data(run, options.data),
-            options.split,
-            batch_size=compute.batch_size,
-            input_size=description.input_size,
-            channels=description.arguments["in_chans"],
-            normalisation=Normalisation(description.mean, description.std),
-            device=runtime.device,
-            progress=display.preparing,
-        )
-        for note in (*pretrained.notes, *notes):
-            display.say(note)
-        subject = Subject("model", pretrained.model.to(runtime.device))
-        out = Path(options.out)
-        with one_line_when_a_worker_ends():
-            written = embed(subject, parts, out, pool=options.pool, runtime=runtime, progress=display.preparing)
-    finally:
-        display.close()
+    with open_ranks(compute.device) as ranks, one_line_when_lost(ranks, "the same command goes on from what was done"):
+        runtime = open_runtime(compute.device, compute.precision, compute.threads, ranks)
+        display = Display(compute.progress if ranks.is_main else "none")
+        opened: list[tuple[Subject, list[ImageSet]]] = []
+
+        def open_all() -> None:
+            pretrained = load(run)
+            description = pretrained.description
+            data = own_data(run, options.data)
+            parts, notes = open_parts(
+                replace(data, num_workers=share_of_cores(data.num_workers, ranks)),
+                options.split,
+                batch_size=compute.batch_size,
+                input_size=description.input_size,
+                channels=description.arguments["in_chans"],
+                normalisation=Normalisation(description.mean, description.std),
+                device=runtime.device,
+                progress=display.preparing,
+            )
+            for note in (*pretrained.notes, *notes):
+                display.say(note)
+            opened.append((Subject("model", pretrained.model.to(runtime.device)), parts))
+
+        try:
+            ranks.on_main(open_all)  # first: a mistake is said once, and what is downloaded or indexed is so once
+            if not ranks.is_main:
+                open_all()
+            subject, parts = opened[0]
+            out = Path(options.out)
+            with one_line_when_a_worker_ends():
+                written = embed(subject, parts, out, pool=options.pool, runtime=runtime, progress=display.preparing)
+        finally:
+            display.close()
+    if not ranks.is_main:
+        return None
     shape = " x ".join(f"{number:,}" for number in (written.count, *written.shape))
     extra = f", {written.left_out} unreadable images left out" if written.left_out else ""
     resumed = f", {written.resumed:,} images were done already" if written.resumed else ""

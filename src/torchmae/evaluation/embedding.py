@@ -99,14 +99,17 @@ def embed(
 ) -> Written:
     """Writes the features of all images, in order; nothing is masked. Goes on where an earlier call was stopped.
 
+    Of several ranks, each computes a share of the blocks, on a disk that all of them see, and the first puts them
+    together.
+
     Args:
         subject: what encodes.
         parts: the images, one set after the other.
         out: .npz (arrays features, labels and paths) or .parquet (columns path, label and features); the archive's
             comment, or the schema's metadata, holds a digest of the weights and the pool.
         pool: as for `Subject.encode`.
-        runtime: where to compute.
-        progress: told how far it is.
+        runtime: where to compute, and with which ranks.
+        progress: told how far this rank is.
         block_images: images in a block, at most.
 
     Raises:
@@ -121,17 +124,25 @@ def embed(
     size = parts[0].batch_size
     in_bytes = BLOCK_BYTES // (4 * int(np.prod(shape)))
     step = size * max(1, min(block_images, in_bytes) // size)
-    identity = _identity(subject, parts, pool, runtime, step)
-    partial = open_partial(out, identity)
     blocks = plan_blocks([len(part) for part in parts], step)
-    total = sum(len(part) for part in parts)
-    first = next((block.number for block in blocks if not _is_whole(_block_path(partial, block))), len(blocks))
-    resumed = sum(block.stop - block.start for block in blocks[:first])
-    for block in compute(subject, parts, blocks[first:], partial, pool, runtime):
+
+    def begin() -> tuple[Path, dict[str, Any], list[Block]]:
+        identity = _identity(subject, parts, pool, runtime, step)
+        partial = open_partial(out, identity)
+        return partial, identity, [block for block in blocks if not _is_whole(_block_path(partial, block))]
+
+    ranks = runtime.ranks
+    partial, identity, missing = ranks.on_main(begin)
+    total, resumed = count_images(blocks), count_images(blocks) - count_images(missing)
+    mine = missing[len(missing) * ranks.rank // ranks.world_size : len(missing) * (ranks.rank + 1) // ranks.world_size]
+    done = resumed
+    for block in compute(subject, parts, mine, partial, pool, runtime):
+        done += count_images([block])
         if progress is not None:
-            progress("embedding", resumed + sum(b.stop - b.start for b in blocks[first : block.number + 1]), total)
+            progress("embedding", done, resumed + count_images(mine))
+    ranks.gather(None)  # all have come here: the last block is on the disk
     about = {name: identity[name] for name in ("weights", "pool")}
-    count = assemble(out, partial, parts, blocks, shape, about)
+    count = ranks.on_main(lambda: assemble(out, partial, parts, blocks, shape, about))
     return Written(out, count, shape, total - count, resumed)
 
 
@@ -150,6 +161,11 @@ def plan_blocks(lengths: Sequence[int], step: int) -> list[Block]:
         for start in range(0, length, step)
     ]
     return [Block(number, *span) for number, span in enumerate(spans)]
+
+
+def count_images(blocks: Sequence[Block]) -> int:
+    """How many images blocks are of."""
+    return sum(block.stop - block.start for block in blocks)
 
 
 def open_partial(out: Path, identity: dict[str, Any]) -> Path:
@@ -185,7 +201,8 @@ def compute(
         mine = [block for block in blocks if block.part == number]
         if not mine:
             continue
-        rest = part.since(mine[0].start)  # one pass over all that is left, so that workers start once
+        chosen = np.concatenate([np.arange(block.start, block.stop) for block in mine])
+        rest = part.only(chosen)  # one pass over all that is left, so that workers start once
         batches = rest.batches()
         for block in mine:
             features: list[Array] = []

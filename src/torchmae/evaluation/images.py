@@ -97,12 +97,12 @@ class ImageSet:
             bad=self.bad,
         )
 
-    def since(self, start: int) -> ImageSet:
-        """The images from `start` on; those before it are not read."""
-        if start == 0:
+    def only(self, indices: Indices) -> ImageSet:
+        """Some of the images, in this order; the others are not read."""
+        if len(indices) == len(self):
             return self
         return ImageSet(
-            Subset(self.source, np.arange(start, len(self))),
+            Subset(self.source, indices),
             data=self._data,
             batch_size=self.batch_size,
             input_size=self._input_size,

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from torchmae.data.reading import num_cores
 from torchmae.errors import ConfigError, TrainingError
 
 T = TypeVar("T")
@@ -99,8 +100,12 @@ ALONE = Ranks()
 
 
 @contextmanager
-def one_line_when_lost(ranks: Ranks) -> Iterator[None]:
+def one_line_when_lost(ranks: Ranks, kept: str = "the last checkpoint was kept: resume the run") -> Iterator[None]:
     """The end of another rank, which fails whatever this one was exchanging with it, as one line.
+
+    Args:
+        ranks: those that work together.
+        kept: what was, and how to go on.
 
     Raises:
         TrainingError: another rank is gone.
@@ -112,7 +117,7 @@ def one_line_when_lost(ranks: Ranks) -> Iterator[None]:
             raise
         raise TrainingError(
             f"rank {ranks.rank} lost another ({' '.join(str(error).split())[:120]})",
-            "what that one said last tells why; the last checkpoint was kept: resume the run",
+            f"what that one said last tells why; {kept}",
         ) from error
 
 
@@ -181,6 +186,13 @@ def agree_on_signal(ranks: Ranks, number: int | None, *flags: bool) -> tuple[int
     """The signal that any rank has had, if one has; and which flags are up on any rank."""
     answer, *raised = ranks.largest(float(number or 0), *map(float, flags))
     return int(answer) or None, [bool(flag) for flag in raised]
+
+
+def share_of_cores(num_workers: int | None, ranks: Ranks) -> int | None:
+    """Reader processes of this rank: as many as asked for, else its share of the machine's cores; None when alone."""
+    if num_workers is not None or ranks.local_world_size == 1:
+        return num_workers
+    return max(1, min(8, num_cores() // ranks.local_world_size))
 
 
 def part_of(total: int, ranks: Ranks, parts: int) -> int:
