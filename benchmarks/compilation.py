@@ -1,8 +1,9 @@
 """What does torch.compile take and give? Seconds of the first step, images a second, memory.
 
-    python benchmarks/compilation.py [--cases vit_tiny vit_base vit_large] [--rounds 3]
+    python benchmarks/compilation.py [--cases vit_tiny vit_base vit_large] [--rounds 3] [OPTIONS]
 
-Each round starts a process for every way, one after the other. In the first, the compiler has no cache.
+Each round starts a process for every way, one after the other. In the first, the compiler has no cache. Further options
+go to the settings.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ WAYS = {
 }
 
 
-def measure(case: str, way: str, steps: int) -> None:
+def measure(case: str, way: str, steps: int, rest: list[str]) -> None:
     """Prints seconds of the first step, images a second and peak memory, as JSON; for a process of its own."""
     from torchmae.threads import wait_briefly
 
@@ -49,7 +50,7 @@ def measure(case: str, way: str, steps: int) -> None:
 
     in_blocks, options = WAYS[way]
     compilation.parts = lambda model, _: blocks(model) if in_blocks else [model]
-    stage = Stage(OURS, settings.parse([*CASES[case], *options]), steps)
+    stage = Stage(OURS, settings.parse([*CASES[case], *options, *rest]), steps)
     rate = statistics.median(stage.turn() for _ in range(3))
     introduced = stage.introduce()
     print(json.dumps([introduced.first_step_s, rate, introduced.peak_memory]))
@@ -63,9 +64,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="of each of a process's three turns")
     parser.add_argument("--one", nargs=2, metavar=("CASE", "WAY"), help="used by the script itself")
-    args = parser.parse_args()
+    args, rest = parser.parse_known_args()
     if args.one:
-        measure(*args.one, args.steps)
+        measure(*args.one, args.steps, rest)
         return
     print(f"{'':44}{'first step, s':>15}{'images/s':>10}{'ratio':>8}{'peak, GB':>10}")
     for case in args.cases:
@@ -73,7 +74,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as cache:
             for _ in range(args.rounds):
                 for i, way in enumerate(args.ways):
-                    words = [sys.executable, __file__, "--steps", str(args.steps), "--one", case, way]
+                    words = [sys.executable, __file__, "--steps", str(args.steps), "--one", case, way, *rest]
                     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/{i}"}
                     run = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=environment)
                     found[way].append(json.loads(run.stdout.splitlines()[-1]))

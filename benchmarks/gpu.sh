@@ -6,18 +6,19 @@
 #   OUT     folder for the tables (gpu.txt) and the figures (a JSON file for each case); benchmarks/results/gpu
 #   JPEGS   folder of image files, for the loading; without it that part is left out
 #
-# Environment: PYTHON (python3); PARTS, some of "base large tiny loop files" (all); TRY=1: tiny networks, on a
+# Environment: PYTHON (python3); PARTS, some of "base large tiny memory loop files" (all); TRY=1: tiny networks, on a
 # processor too, to try this script. A case that fails (out of memory, say) is named, and the others go on. What
 # DistributedDataParallel costs one rank is nothing: one rank is not wrapped (torchmae.training.parallel).
 set -u
 OUT=${1:-benchmarks/results/gpu}
 JPEGS=${2:-}
 PYTHON=${PYTHON:-python3}
-PARTS=${PARTS:-base large tiny loop files}
+PARTS=${PARTS:-base large tiny memory loop files}
 LOG=$OUT/gpu.txt
 SMALL=
 BASE_BATCHES="64 128 256 512"
 LARGE_BATCHES="64 128 256"
+MEMORY="--cases vit_base vit_large --batch_size 128 --steps 20"
 TINY_BATCHES="256 1024 4096"
 COMPILED="false true"
 IMAGES=100000
@@ -25,6 +26,7 @@ if [ -n "${TRY:-}" ]; then
     SMALL="--rounds 2 --threads 1 --batch_size 4 --model.depth 1 --model.embed_dim 48 --model.num_heads 3 --model.decoder_depth 1
         --model.decoder_embed_dim 32 --model.decoder_num_heads 2"
     BASE_BATCHES=4 LARGE_BATCHES=4 TINY_BATCHES=4 COMPILED=false IMAGES=100
+    MEMORY="--cases vit_base --ways eager --rounds 1 --steps 1 --batch_size 4 --model.depth 1"
 fi
 mkdir -p "$OUT"
 
@@ -54,6 +56,10 @@ steps() {
 if has base; then steps base vit_base "$BASE_BATCHES"; fi
 if has large; then steps large vit_large "$LARGE_BATCHES"; fi
 if has tiny; then steps tiny vit_tiny_32_p4 "$TINY_BATCHES"; fi
+
+if has memory; then # what compiling takes and gives, as a whole, block by block, with fewer activations kept
+    "$PYTHON" "$(dirname "$0")/compilation.py" $MEMORY 2>&1 | tee -a "$LOG"
+fi
 
 if has loop; then # the real loop, images of 32 x 32 from memory
     "$PYTHON" -c "import numpy, sys; numpy.save(sys.argv[1], numpy.random.default_rng(0).integers(
