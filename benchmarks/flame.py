@@ -16,7 +16,8 @@ from torch.autograd.profiler_util import FunctionEvent
 WIDTH, ROW, LETTER = 1200, 18, 6.6  # pixels
 COLOURS = {"forward": "#8fb8de", "backward": "#e8a87c", "optimiser": "#9bc995", "other": "#cccccc"}
 _BACKWARD = "autograd::engine::evaluate_function: "
-_NOISE = rf"^({_BACKWARD}|module: |aten::|graph_\d+_cpp_fused_|## Call )|(?<=CompiledFxGraph) \w+ ##$|#.*\.step$"  # in names of operators
+# What says nothing in the names of operators.
+_NOISE = rf"^({_BACKWARD}|module: |aten::|graph_\d+_cpp_fused_|## Call )|(?<=CompiledFxGraph) \w+ ##$|#.*\.step$"
 
 
 class Frame:
