@@ -1,6 +1,6 @@
 """The training step beside other people's code: images a second, memory, share of the peak.
 
-    python benchmarks/step.py [--quick] [--cases tiny base] [--against transformers lightly] [--rounds 7] [OPTIONS]
+    python benchmarks/step.py [--quick] [--cases tiny base] [--against transformers timm lightly] [--rounds 7] [OPTIONS]
 
 Contenders take turns, each in a process of its own with the threads and the allocator that its users have; a ratio is
 one of medians. Figures are added to benchmarks/results/step.json

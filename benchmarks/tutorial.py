@@ -22,10 +22,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import torchmae
-from torchmae.api import spread
 from torchmae.data.layouts import open_splits
 from torchmae.evaluation.inpainting import interpolate
 from torchmae.evaluation.reconstruction import HoldOut
+from torchmae.evaluators import spread
 from torchmae.training.pretrained import Pretrained, denormalise
 from torchmae.training.runtime import open_runtime
 

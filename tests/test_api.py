@@ -11,10 +11,10 @@ import yaml
 from PIL import Image
 
 import torchmae
-from torchmae import api
 from torchmae.config import DataConfig, MaskConfig, PretrainConfig
 from torchmae.errors import ConfigError
 from torchmae.report.table import final_table
+from torchmae.runs import MAY_CHANGE, Run, differences
 from torchmae.settings import parse
 from torchmae.training import runtime
 from torchmae.training.checkpoint import load_checkpoint
@@ -46,7 +46,7 @@ def array_file(path: Path, *shape: int, labels: bool = False) -> str:
     return str(path)
 
 
-def records(run: api.Run, kind: str) -> list[dict[str, Any]]:
+def records(run: Run, kind: str) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == kind]
 
@@ -192,9 +192,9 @@ def test_runs_are_the_same_whatever_is_measured(place: Path) -> None:
 def test_differences() -> None:
     one = PretrainConfig()
     other = PretrainConfig(epochs=3, data=DataConfig(source="x", num_workers=3))
-    assert api.differences(one, one) == set()
-    assert api.differences(one, other) == {"epochs", "data.source", "data.num_workers"}
-    names = {name for name in api.MAY_CHANGE if "." not in name}
+    assert differences(one, one) == set()
+    assert differences(one, other) == {"epochs", "data.source", "data.num_workers"}
+    names = {name for name in MAY_CHANGE if "." not in name}
     assert names <= set(PretrainConfig.__dataclass_fields__)
 
 

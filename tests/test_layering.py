@@ -24,6 +24,8 @@ LAYERS = (
     ("training",),
     ("evaluation", "report", "bench", "planning"),
     ("visualize", "publish"),
+    ("evaluators",),
+    ("runs",),
     ("api",),
     ("app",),
     ("commands",),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from torchmae.api import check_model, configure, overrides
+from torchmae.api import configure
 from torchmae.cli import main
 from torchmae.config import DataConfig, MaskConfig, ModelConfig, OptimConfig
 from torchmae.data.loader import open_data
@@ -19,9 +19,10 @@ from torchmae.data.plan import Plan
 from torchmae.errors import ConfigError
 from torchmae.nn import presets
 from torchmae.nn.mlp import MLPAutoencoder
+from torchmae.runs import check_model, overrides
 from torchmae.settings import parse, recipe_names, recipe_path, recipe_summary
 from torchmae.training.checkpoint import load_checkpoint
-from torchmae.training.pretrain import draw_mask
+from torchmae.training.step import draw_mask
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -101,9 +101,10 @@ def pretrain(args: list[str]) -> int:
 
         print(settings.to_yaml(configure(args)), end="")
         return 0
-    from torchmae import api
+    from torchmae.api import configure
+    from torchmae.runs import resume_run, start
 
-    run = api.resume_run(Path(resume), args) if resume is not None else api.start(api.configure(args))
+    run = resume_run(Path(resume), args) if resume is not None else start(configure(args))
     if os.environ.get("RANK", "0") != "0":  # of ranks that torchrun started, the first one speaks
         return 0
     from torchmae.report.table import final_table
@@ -234,4 +235,4 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "completion": completion,
 }
 # What the processes that torchrun starts do together.
-DISTRIBUTED = ("pretrain", "embed")
+DISTRIBUTED = ("pretrain", "embed", "evaluate")

@@ -26,7 +26,7 @@ MODEL = ModelConfig(
     decoder_num_heads=4,
 )
 CONFIG = PretrainConfig(model=MODEL, batch_size=4, threads=1, precision="fp32", optim=OptimConfig(lr=1e-3))
-PACKAGES = {"transformers": "transformers", "lightly": "lightly.models"}
+PACKAGES = {"transformers": "transformers", "timm": "timm", "lightly": "lightly.models"}
 
 
 def require(code: str) -> None:
@@ -78,6 +78,23 @@ def test_lightlys_loss_is_ours_with_our_weights_and_mask(norm_pix: bool, monkeyp
     monkeypatch.setattr(theirs.model._utils, "random_token_mask", lambda *args, **kwargs: tokens)
     expected = ours.model(ours.images, mask).loss
     torch.testing.assert_close(theirs.model(theirs.images), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_timms_loss_is_ours_with_our_weights_and_mask(norm_pix: bool) -> None:
+    require("timm")
+    config = replace(CONFIG, model=replace(MODEL, norm_pix=norm_pix))
+    ours, theirs = build(OURS, config), build("timm", config)
+    names = {"encoder.": "vit.", "decoder.blocks.": "decoder.", "decoder.pos_embed": "decoder_pos", "decoder.": ""}
+    weights = {}
+    for name, value in ours.model.state_dict().items():
+        prefix = next(prefix for prefix in names if name.startswith(prefix))
+        weights[names[prefix] + name.removeprefix(prefix)] = value
+    weights["decoder_pos"] = torch.nn.functional.pad(weights["decoder_pos"], (0, 0, 1, 0))  # a row for the class token
+    theirs.model.load_state_dict(weights)
+    noise = torch.rand(4, 16)
+    expected = ours.model(ours.images, random_mask(noise, (4, 4), 0.75)).loss
+    torch.testing.assert_close(theirs.model(theirs.images, noise), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_our_masks_differ_from_step_to_step(monkeypatch: pytest.MonkeyPatch) -> None:

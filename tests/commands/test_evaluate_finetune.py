@@ -107,11 +107,11 @@ def test_one_that_was_stopped_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch
     whole = read_records(run)[-1]["results"][0]
     original, calls = finetune.Learner.step, []
 
-    def step(self: Any, *args: Any) -> Any:
+    def step(self: Any, *args: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) == 4:
             raise KeyError("killed")
-        return original(self, *args)
+        return original(self, *args, **options)
 
     command = ["evaluate", str(run), *FINETUNE, "--finetune.checkpoint-minutes", "0", "--out", str(run / "parts")]
     with monkeypatch.context() as patch:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from group import TRAINING
 
@@ -17,6 +18,7 @@ from small import Memory, images, mlp, vit
 
 from torchmae.config import MaskConfig, OptimConfig, PretrainConfig
 from torchmae.errors import Interrupted
+from torchmae.evaluation.sharing import share
 from torchmae.training.checkpoint import load_checkpoint
 from torchmae.training.parallel import whole_state
 from torchmae.training.pretrain import Evaluator, pretrain
@@ -110,4 +112,18 @@ def identify() -> list[Any]:
         largest = ranks.largest(float(ranks.rank), -float(ranks.rank))
         total = ranks.sum(torch.tensor([1.0, ranks.rank])).tolist()
         said = ranks.on_main(lambda: os.environ["RANK"])
-        return [ranks.rank, ranks.is_main, largest, total, said, ranks.gather(ranks.rank)]
+        rows = torch.full((ranks.rank, 2), float(ranks.rank), dtype=torch.float16)
+        both = [ranks.gather(ranks.rank), ranks.gather_rows(rows).tolist(), list(ranks.share(7))]
+        return [ranks.rank, ranks.is_main, largest, total, said, *both]
+
+
+def look(counts: list[int], size: int) -> list[Any]:
+    """Of each number of images: which batches this rank looks at, and what all have found."""
+    found = []
+    with open_ranks("cpu") as ranks:
+        for count in counts:
+            mine = share(np.arange(count) + 100, size, ranks)
+            batches = [mine.rows[i : i + size].tolist() for i in range(0, len(mine.rows), size)]
+            (rows,) = mine.of_all_images(torch.from_numpy(mine.rows))
+            found.append([batches, rows.tolist(), mine.of_all_batches([len(batch) for batch in batches])])
+    return found

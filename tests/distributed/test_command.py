@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -10,9 +12,11 @@ import numpy as np
 import pytest
 from group import run, start
 from jobs import command, embed_in_blocks, restarted
+from PIL import Image
 from safetensors.torch import load_file
 
 from torchmae.evaluation.embedding import read_features
+from torchmae.evaluation.records import read_records
 from torchmae.training.checkpoint import load_checkpoint
 from torchmae.training.saved_model import load_model
 
@@ -44,6 +48,10 @@ def equal(out: Path, alone: Path) -> None:
         assert [line["step"] for line in ours] == [line["step"] for line in theirs]
         for name in names:
             assert [line.get(name) for line in ours] == pytest.approx([line.get(name) for line in theirs], rel=1e-4)
+    # Before the first step the weights are the same bits, and so are the figures, whichever rank saw which image.
+    (ours,), (theirs,) = metrics(out, "baseline"), metrics(alone, "baseline")
+    assert {**ours, "time": 0} == {**theirs, "time": 0}
+    assert {"knn_untrained", "linear_untrained", "knn_pixels", "linear_pixels"} <= ours.keys()
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
@@ -127,7 +135,85 @@ def test_a_mistake_of_embedding_is_said_once(tmp_path: Path) -> None:
     assert [len((tmp_path / f"{rank}.log").read_text().splitlines()) for rank in range(2)] == [1, 0]
 
 
+EVALUATE = ("--device=cpu", "--precision=fp32", "--progress=plain", "--train-images=130", "--test-images=70")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "words"),
+    [
+        (2, ["--method=all", "--attentive.epochs=2", "--batch=32"]),
+        (3, ["--method=knn", "--batch=100"]),
+        (2, ["--method=linear", "--labels-per-class=3", "--draws=2"]),
+        (2, ["--method=reconstruction", "--reconstruction.images=300"]),
+    ],
+    ids=lambda value: str(value),
+)
+def test_ranks_evaluate_together(alone: Path, tmp_path: Path, world_size: int, words: list[str]) -> None:
+    records = []
+    for count in (1, world_size):
+        folder = tmp_path / f"run-{count}"
+        shutil.copytree(alone, folder)
+        logs = tmp_path / f"logs-{count}"
+        more = [] if "--method=reconstruction" not in words else ["--test-images=300"]
+        assert run(count, command, "evaluate", str(folder), *EVALUATE, *words, *more, logs=logs) == [0] * count
+        (record,) = read_records(folder)
+        records.append(record)
+    assert len(records[0]["results"]) > 0
+    for ours, theirs in zip(records[1]["results"], records[0]["results"], strict=True):
+        assert (ours["method"], ours["subject"]) == (theirs["method"], theirs["subject"])
+        assert ours["figures"] == pytest.approx(theirs["figures"], rel=1e-12)
+    assert records[1]["data"] == records[0]["data"]
+    assert records[1]["environment"]["ranks"] == world_size
+    assert (logs / "1.log").read_text() == ""  # one speaks
+
+
+def test_ranks_find_anomalies_together(alone: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for name, low, high in (("normal/a", 0, 60), ("test/good", 0, 60), ("test/crack", 150, 255)):
+        (tmp_path / name).mkdir(parents=True)
+        for i in range(9):
+            picture = random.integers(low, high, (8, 8), dtype=np.uint8)
+            Image.fromarray(picture).save(tmp_path / name / f"{i}.png")
+    words = ("--method=anomaly", f"--normal={tmp_path / 'normal'}", f"--test={tmp_path / 'test'}", "--batch=4")
+    shared = ("--device=cpu", "--precision=fp32", "--progress=none")
+    outs = [tmp_path / "one", tmp_path / "two"]
+    for count, out in enumerate(outs, 1):
+        words_of = ("evaluate", str(alone), *words, *shared, f"--out={out}")
+        assert run(count, command, *words_of, logs=tmp_path / f"logs-{count}") == [0] * count
+    tables = [list(csv.reader((out / "anomaly_scores.csv").read_text().splitlines())) for out in outs]
+    assert len(tables[0]) == 19
+    for ours, theirs in zip(*tables, strict=True):
+        assert ours == theirs  # with the masks of one rank
+    assert (outs[1] / "anomaly.png").read_bytes() == (outs[0] / "anomaly.png").read_bytes()
+
+
+FINETUNE = (
+    *("--method=finetune", "--finetune.epochs=2", "--finetune.batch-size=33", "--finetune.randaugment=0"),
+    *("--finetune.mixup=0", "--finetune.cutmix=0", "--finetune.drop-path=0", "--finetune.evaluations=2"),
+)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_ranks_fine_tune_together(alone: Path, tmp_path: Path, accumulate: int) -> None:
+    """130 images in batches of 33: the last one of an epoch has 31. Nothing is drawn that depends on the rank."""
+    lines = []
+    for count in (1, 2):
+        out = tmp_path / f"out-{count}"
+        words = ("evaluate", str(alone), *EVALUATE, *FINETUNE, f"--finetune.accumulate={accumulate}", f"--out={out}")
+        assert run(count, command, *words, logs=tmp_path / f"logs-{count}") == [0] * count
+        lines.append([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
+    for ours, theirs in zip(*lines, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert ours["kind"] == theirs["kind"]
+        figures = [{name: line[name] for name in line.keys() - {"kind", "time", "seconds"}} for line in (ours, theirs)]
+        assert figures[0] == pytest.approx(figures[1], rel=1e-4)
+    weights = [load_file(tmp_path / f"out-{count}" / "model.safetensors") for count in (1, 2)]
+    for name, value in weights[0].items():
+        if not name.endswith("qkv.bias"):  # of which the keys' part has a gradient of rounding alone
+            np.testing.assert_allclose(weights[1][name], value, rtol=1e-3, atol=2e-4, err_msg=name)
+
+
 def test_what_is_for_one_process_says_so(tmp_path: Path) -> None:
-    assert run(2, command, "evaluate", str(tmp_path), logs=tmp_path) == [2, 2]
-    says = "torchmae: evaluate is for one process, and torchrun has started several; leave out torchrun\n"
+    assert run(2, command, "export", str(tmp_path), logs=tmp_path) == [2, 2]
+    says = "torchmae: export is for one process, and torchrun has started several; leave out torchrun\n"
     assert [(tmp_path / f"{rank}.log").read_text() for rank in range(2)] == [says, ""]

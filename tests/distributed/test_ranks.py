@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from group import run
-from jobs import identify, train
+from jobs import identify, look, train
 
 from torchmae.errors import ConfigError
 from torchmae.training.compilation import check_compiler
@@ -40,7 +40,27 @@ def known(run: dict[str, Any]) -> dict[str, float]:
 
 def test_what_ranks_tell_each_other(tmp_path: Path) -> None:
     answers = run(3, identify, logs=tmp_path)
-    assert answers == [[rank, rank == 0, [2.0, 0.0], [3.0, 3.0], "0", [0, 1, 2]] for rank in range(3)]
+    rows, shares = [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]], ([0, 1], [2, 3], [4, 5, 6])
+    assert answers == [
+        [rank, rank == 0, [2.0, 0.0], [3.0, 3.0], "0", [0, 1, 2], rows, shares[rank]] for rank in range(3)
+    ]
+
+
+def test_images_are_divided_in_the_batches_of_one_rank(tmp_path: Path) -> None:
+    counts, size = [1, 3, 5, 9, 10, 12, 13], 3
+    answers = run(3, look, counts, size, logs=tmp_path)
+    for i, count in enumerate(counts):
+        rows = list(range(100, 100 + count))
+        batches = [rows[j : j + size] for j in range(0, count, size)]
+        looked_at = [answer[i][0] for answer in answers]
+        # As many passes on every rank, stand-ins of one image where there is no other batch left.
+        assert {len(mine) for mine in looked_at} == {-(-len(batches) // 3)}
+        assert [batch for mine in looked_at for batch in mine if batch in batches and batch != [100]] == [
+            batch for batch in batches if batch != [100]
+        ]
+        assert all(batch in batches or batch == [100] for mine in looked_at for batch in mine)
+        for answer in answers:
+            assert answer[i][1:] == [rows, [len(batch) for batch in batches]]
 
 
 @pytest.mark.parametrize(

@@ -276,13 +276,13 @@ def fail_at(patch: pytest.MonkeyPatch, call: int, what: Exception | signal.Signa
     """Makes the call-th training step raise, or send a signal."""
     original, calls = finetune.Learner.step, []
 
-    def step(self: Any, *args: Any) -> Any:
+    def step(self: Any, *args: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) == call:
             if isinstance(what, Exception):
                 raise what
             signal.raise_signal(what)
-        return original(self, *args)
+        return original(self, *args, **options)
 
     patch.setattr(finetune.Learner, "step", step)
 
@@ -299,7 +299,7 @@ def test_the_average_is_what_is_kept(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = data_of(tmp_path, *bars())
     original = finetune.Learner.step
-    monkeypatch.setattr(finetune.Learner, "step", lambda self, *args: original(self, *args) * torch.nan)
+    monkeypatch.setattr(finetune.Learner, "step", lambda *args, **options: original(*args, **options) * torch.nan)
     with pytest.raises(TrainingError, match="the loss is nan at step 1; fine-tune with a smaller base_lr"):
         run(data, tmp_path / "out")
 

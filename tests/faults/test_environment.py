@@ -37,9 +37,10 @@ from torchmae.errors import CheckpointError, ConfigError, Interrupted, TorchmaeE
 from torchmae.evaluation.subject import Subject
 from torchmae.settings import to_yaml
 from torchmae.training.checkpoint import load_checkpoint
-from torchmae.training.pretrain import Evaluator, train_step
+from torchmae.training.pretrain import Evaluator
 from torchmae.training.ranks import Ranks, check_device, open_ranks, ranks_from_environment
 from torchmae.training.run_folder import RunFolder
+from torchmae.training.step import train_step
 
 CONFIG = PretrainConfig(epochs=3, batch_size=4, log_every=2, optim=OptimConfig(lr=1e-3))
 

@@ -13,10 +13,11 @@ from torchmae.data.loader import Batch
 from torchmae.data.plan import Plan, shard
 from torchmae.nn import presets
 from torchmae.nn.autoencoder import Autoencoder
-from torchmae.training.pretrain import State, pretrain
+from torchmae.training.pretrain import pretrain
 from torchmae.training.progress import Display
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime
+from torchmae.training.state import State
 
 RUNTIME = Runtime(torch.device("cpu"), "fp32", 1)
 

@@ -13,20 +13,23 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import RUNTIME, Images, images, mlp, train, vit
+from small import RUNTIME, Images, images, train, vit
 from torch import Tensor
 
-from torchmae.config import MaskConfig, ModelConfig, OptimConfig, PretrainConfig
+from torchmae.config import ModelConfig, OptimConfig, PretrainConfig
 from torchmae.data.loader import Batch
 from torchmae.data.plan import Plan
 from torchmae.errors import CheckpointError, Interrupted, TrainingError
 from torchmae.nn.autoencoder import Autoencoder
 from torchmae.training import pretrain as module
+from torchmae.training import window
 from torchmae.training.checkpoint import load_checkpoint
-from torchmae.training.optim import build_optimizers, lr_factor
-from torchmae.training.pretrain import Evaluator, State, draw_mask, due_steps, restore, split_mask, train_step
+from torchmae.training.optim import build_optimizers, lr_factor, set_lr
+from torchmae.training.pretrain import Evaluator, due_steps
 from torchmae.training.progress import Display
 from torchmae.training.runtime import Runtime
+from torchmae.training.state import State, restore
+from torchmae.training.step import draw_mask, train_step
 
 # 10 images in batches of 4: an epoch is 4, 4, 2.
 CONFIG = PretrainConfig(epochs=3, batch_size=4, log_every=2, optim=OptimConfig(lr=1e-3))
@@ -135,6 +138,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr(module, "time", made)
+    monkeypatch.setattr(window, "time", made)
     return made
 
 
@@ -240,44 +244,6 @@ def test_measuring_takes_a_share_of_the_time_and_changes_nothing(clock: Clock, m
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("accumulate", [3, 4, 7])
-@pytest.mark.parametrize(
-    ("make", "strategy"),
-    [
-        (vit, "random"),
-        (lambda: vit(norm_pix=True), "block"),
-        (lambda: mlp(loss_on="hidden"), "elements"),
-        (lambda: mlp(loss_on="all"), "elements_inverted"),
-    ],
-)
-def test_parts_of_a_batch_make_the_step_of_the_whole(
-    make: Callable[[], Autoencoder], strategy: str, accumulate: int
-) -> None:
-    batch = next(images(7).train_batches(Plan(7, 7, 0), 0, 1))
-    results = []
-    for parts in (1, accumulate):
-        model = make()
-        config = PretrainConfig(
-            batch_size=7,
-            accumulate=parts,
-            mask=MaskConfig(strategy=strategy),
-            optim=OptimConfig(lr=0.01, clip_grad=0.5),
-        )
-        (optimizer,) = build_optimizers(model, replace(config.optim, name="adam"), 7)
-        for group in optimizer.param_groups:
-            group["eps"] = 1.0  # else Adam's division by tiny gradients would enlarge what rounding leaves
-        mask = draw_mask(model, config.mask, 0, batch, torch.device("cpu"))
-        loss, norm = train_step(model, [optimizer], batch.images, mask, config, RUNTIME)
-        assert norm is not None
-        assert all(p.grad is None for p in model.parameters())
-        results.append((loss.item(), norm.item(), [p.detach() for p in model.parameters()]))
-    (loss, norm, weights), (parts_loss, parts_norm, parts_weights) = results
-    assert parts_loss == pytest.approx(loss, abs=1e-6)
-    assert parts_norm == pytest.approx(norm, abs=1e-6)
-    for one, other in zip(weights, parts_weights, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
-
-
 def test_accumulation_reaches_the_last_partial_batch(tmp_path: Path) -> None:
     losses = []
     for parts in (1, 3):
@@ -286,25 +252,6 @@ def test_accumulation_reaches_the_last_partial_batch(tmp_path: Path) -> None:
         losses.append([line["loss"] for line in tracker.of("train")])
     assert len(losses[0]) == 9
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-
-
-def test_masks_are_cut_as_batches_are() -> None:
-    model = vit()
-    batch = next(images(7).train_batches(Plan(7, 7, 0), 0, 1))
-    mask = draw_mask(model, MaskConfig(), 0, batch, torch.device("cpu"))
-    parts = split_mask(mask, 3)
-    assert [len(part.ids_keep) for part in parts] == [len(part) for part in batch.images.tensor_split(3)] == [3, 2, 2]
-    assert torch.equal(torch.cat([part.ids_masked for part in parts]), mask.ids_masked)
-
-
-def test_a_mask_depends_on_seed_epoch_and_index_alone() -> None:
-    model, cpu = vit(), torch.device("cpu")
-    one = Batch(torch.zeros(3, 1, 8, 8), torch.zeros(3), torch.tensor([5, 1, 9]).numpy(), 2)
-    other = Batch(torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.tensor([9, 5]).numpy(), 2)
-    first = draw_mask(model, MaskConfig(), 3, one, cpu).ids_keep
-    assert torch.equal(first[[2, 0]], draw_mask(model, MaskConfig(), 3, other, cpu).ids_keep)
-    assert not torch.equal(first, draw_mask(model, MaskConfig(), 4, one, cpu).ids_keep)
-    assert not torch.equal(first, draw_mask(model, MaskConfig(), 3, replace(one, epoch=3), cpu).ids_keep)
 
 
 def finite(folder: Path) -> bool:
@@ -336,24 +283,10 @@ def test_a_step_without_a_finite_loss_is_left_out(tmp_path: Path, log_every: int
     (optimizer,) = build_optimizers(plain, CONFIG.optim, 4)
     for step, batch in enumerate(whole.train_batches(plan, 0, 9)):
         if step + 1 not in bad:
-            module.set_lr([optimizer], lr_factor(step, 9, CONFIG.optim))
+            set_lr([optimizer], lr_factor(step, 9, CONFIG.optim))
             mask = draw_mask(plain, CONFIG.mask, 0, batch, torch.device("cpu"))
             train_step(plain, [optimizer], batch.images, mask, CONFIG, RUNTIME)
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize("loss, norm", [(1.0, math.nan), (math.inf, 1.0), (math.nan, math.nan)])
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_step_that_is_not_finite_changes_nothing(name: str, loss: float, norm: float) -> None:
-    model = vit()
-    optimizers = build_optimizers(model, OptimConfig(name=name, lr=0.1), 4)
-    for p in model.parameters():
-        p.grad = torch.full_like(p, 0.5)
-    before = [p.detach().clone() for p in model.parameters()]
-    module.step_if_finite(optimizers, torch.tensor(loss), torch.tensor(norm))
-    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
-    assert all(p.grad is None for p in model.parameters())
-    assert all(not optimizer.state for optimizer in optimizers)
 
 
 class Poisoned(Images):

@@ -19,8 +19,8 @@ from torchmae.errors import ConfigError
 from torchmae.nn import presets
 from torchmae.nn.masking import num_keep
 from torchmae.training.optim import build_optimizers
-from torchmae.training.pretrain import draw_mask, prepare, train_step
 from torchmae.training.runtime import Runtime, open_runtime
+from torchmae.training.step import draw_mask, prepare, train_step
 
 OURS = "torchmae"
 

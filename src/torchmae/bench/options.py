@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torchmae.errors import ConfigError, one_of, within
 
-STEP_PEERS = ("transformers", "lightly")
+STEP_PEERS = ("transformers", "timm", "lightly")
 DATA_PEERS = ("torchvision",)
 
 
@@ -38,8 +38,9 @@ class StepOptions:
     Attributes:
         rounds: each gives one figure; the median of all is reported. In a round every contender has its turn.
         steps: training steps of a turn; null: as many as take about a second.
-        against: "transformers" (ViTMAEForPreTraining) or "lightly" (its MAE, made of timm's blocks), of the same
-            sizes on the same images, as their users run them: fp32 on a processor, bf16 autocast on CUDA.
+        against: "transformers" (ViTMAEForPreTraining), "timm" (its blocks, put together as the paper says) or "lightly"
+            (its MAE, made of timm's blocks too), of the same sizes on the same images, as their users run them: fp32 on
+            a processor, bf16 autocast on CUDA.
     """
 
     rounds: int = 7

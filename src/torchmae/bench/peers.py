@@ -5,13 +5,17 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchmae.errors import ConfigError
 from torchmae.nn.layers import LAYER_NORM_EPS
+from torchmae.nn.patches import gather, patch_statistics, patchify
+from torchmae.nn.positions import sincos
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,64 @@ class LightlyMAE(nn.Module):
         return F.mse_loss(pred.float(), target)
 
 
+class TimmMAE(nn.Module):
+    """timm, which has no masked autoencoder: its `VisionTransformer` and its blocks, put together as the paper says.
+
+    Visible tokens are encoded, shuffled mask tokens are put back in place (paper section 3), all patches are
+    predicted, and the loss counts the hidden ones.
+
+    https://huggingface.co/docs/timm/reference/models
+
+    Args:
+        sizes: of the network.
+    """
+
+    def __init__(self, sizes: PeerSizes) -> None:
+        super().__init__()
+        timm = _import("timm.models.vision_transformer", "timm")
+        self._sizes = sizes
+        self.vit = timm.VisionTransformer(
+            img_size=sizes.input_size,
+            patch_size=sizes.patch_size,
+            in_chans=sizes.in_chans,
+            embed_dim=sizes.embed_dim,
+            depth=sizes.depth,
+            num_heads=sizes.num_heads,
+            mlp_ratio=sizes.mlp_ratio,
+            num_classes=0,
+        )
+        self.embed = nn.Linear(sizes.embed_dim, sizes.decoder_embed_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, sizes.decoder_embed_dim))
+        block = partial(timm.Block, sizes.decoder_embed_dim, sizes.decoder_num_heads, sizes.mlp_ratio, qkv_bias=True)
+        norm = partial(nn.LayerNorm, eps=LAYER_NORM_EPS)
+        self.decoder = nn.Sequential(*(block(norm_layer=norm) for _ in range(sizes.decoder_depth)))
+        self.norm = norm(sizes.decoder_embed_dim)
+        self.pred = nn.Linear(sizes.decoder_embed_dim, sizes.patch_size**2 * sizes.in_chans)
+        side = sizes.input_size // sizes.patch_size
+        positions = (sincos(width, (side, side), 1)[None] for width in (sizes.embed_dim, sizes.decoder_embed_dim))
+        self.vit.pos_embed, self.decoder_pos = (nn.Parameter(item, requires_grad=False) for item in positions)
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The loss of (B, C, size, size) images under a random mask, new or from (B, L) uniform random numbers."""
+        vit, count = self.vit, len(images)
+        patches = vit.patch_embed(images) + vit.pos_embed[:, 1:]
+        length = patches.shape[1]
+        num_visible = int(length * (1 - self._sizes.mask_ratio))
+        order = (torch.rand(count, length, device=images.device) if noise is None else noise).argsort(1)
+        keep, hidden = order[:, :num_visible], order[:, num_visible:]
+        first = (vit.cls_token + vit.pos_embed[:, :1]).expand(count, -1, -1)
+        visible = self.embed(vit.norm(vit.blocks(torch.cat([first, gather(patches, keep)], 1))))
+        shuffled = torch.cat([visible[:, 1:], self.mask_token.expand(count, length - num_visible, -1)], 1)
+        tokens = torch.cat([visible[:, :1], gather(shuffled, order.argsort(1))], 1) + self.decoder_pos
+        pred = self.pred(self.norm(self.decoder(tokens)))[:, 1:].float()
+        target = patchify(images, (self._sizes.patch_size,) * 2)
+        if self._sizes.norm_pix:
+            mean, std = patch_statistics(target)
+            target = (target - mean) / std
+        is_hidden = torch.zeros(count, length, device=images.device).scatter_(1, hidden, 1.0)
+        return ((pred - target).square().mean(-1) * is_hidden).sum() / is_hidden.sum()
+
+
 def _import(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
@@ -145,4 +207,8 @@ def _import(module: str, package: str) -> Any:
         raise ConfigError(f"{package} is not installed", "pip install 'torchmae[bench]'") from error
 
 
-PEERS: dict[str, Callable[[PeerSizes], nn.Module]] = {"transformers": TransformersMAE, "lightly": LightlyMAE}
+PEERS: dict[str, Callable[[PeerSizes], nn.Module]] = {
+    "transformers": TransformersMAE,
+    "timm": TimmMAE,
+    "lightly": LightlyMAE,
+}

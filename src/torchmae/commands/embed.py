@@ -55,9 +55,8 @@ def write(run: str, options: EmbedOptions, compute: ComputeOptions) -> str | Non
     with open_ranks(compute.device) as ranks, one_line_when_lost(ranks, "the same command goes on from what was done"):
         runtime = open_runtime(compute.device, compute.precision, compute.threads, ranks)
         display = Display(compute.progress if ranks.is_main else "none")
-        opened: list[tuple[Subject, list[ImageSet]]] = []
 
-        def open_all() -> None:
+        def open_all() -> tuple[Subject, list[ImageSet]]:
             pretrained = load(run)
             description = pretrained.description
             data = own_data(run, options.data)
@@ -73,13 +72,10 @@ def write(run: str, options: EmbedOptions, compute: ComputeOptions) -> str | Non
             )
             for note in (*pretrained.notes, *notes):
                 display.say(note)
-            opened.append((Subject("model", pretrained.model.to(runtime.device)), parts))
+            return Subject("model", pretrained.model.to(runtime.device)), parts
 
         try:
-            ranks.on_main(open_all)  # first: a mistake is said once, and what is downloaded or indexed is so once
-            if not ranks.is_main:
-                open_all()
-            subject, parts = opened[0]
+            subject, parts = ranks.main_first(open_all)
             out = Path(options.out)
             with one_line_when_a_worker_ends():
                 written = embed(subject, parts, out, pool=options.pool, runtime=runtime, progress=display.preparing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from io import StringIO
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 DESCRIPTION = (
     "Measures a trained model: nearest neighbours, linear and attentive probes (--method all, the default). What has "
     "to be asked for by --method: reconstruction, finetune (a classifier trained end to end, for minutes to hours), "
-    "and anomaly (with --normal DIR --test DIR)."
+    "and anomaly (with --normal DIR --test DIR). torchrun starts it on several GPUs."
 )
 EPILOG = (
     "--json prints the figures as one JSON object on the last line; --init is short for --finetune.init, and --resume "
@@ -51,6 +52,8 @@ def main(args: Sequence[str]) -> int:
     from torchmae.evaluation.suite import evaluate, record_evaluation
 
     evaluation = evaluate(values.run, options, compute)
+    if os.environ.get("RANK", "0") != "0":  # of ranks that torchrun started, the first one speaks
+        return 0
     print(report(evaluation), flush=True)
     try:
         record = record_evaluation(values.run, evaluation)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from torchmae.data.loader import Batch
 from torchmae.data.sources import Source
 from torchmae.errors import CheckpointError, ConfigError, DataError
 from torchmae.evaluation.images import ImageSet, Normalisation
+from torchmae.evaluation.sharing import Share
 from torchmae.nn.autoencoder import Autoencoder
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Mask
@@ -109,7 +111,9 @@ def run(
     """
     detection = detect(model, normal, test, runtime=runtime, ratio=ratio, rounds=rounds, seed=seed, display=display)
     figures = {name: auroc(values, detection.anomalous) for name, values in detection.scores.items()}
-    if out is not None:
+
+    def write() -> None:
+        assert out is not None
         assert normalisation is not None
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -117,7 +121,7 @@ def run(
             raise CheckpointError(f"cannot write to {out}: {error.strerror}", "choose another folder") from error
         write_scores(out / "anomaly_scores.csv", test.source, detection)
         shown = detection.scores["patch_knn"].argsort(descending=True, stable=True)[:PICTURED]
-        images = torch.cat([batch.images.cpu() for batch in test.batches(shown.numpy())])
+        images = torch.cat([batch.images.cpu() for batch in test.only(shown.numpy()).batches()])
         if images.ndim == 4:
             pixels = denormalise(images, normalisation.mean, normalisation.std)
             assert isinstance(model, MaskedAutoencoder)
@@ -125,6 +129,9 @@ def run(
             buffer = io.BytesIO()
             picture.save(buffer, "PNG")
             replace_file(out / "anomaly.png", buffer.getvalue())
+
+    if out is not None:
+        runtime.ranks.on_main(write)
     return {f"anomaly_{name}": value for name, value in figures.items()}
 
 
@@ -146,10 +153,11 @@ def detect(
     display = display or Display("none")
     model.eval()
     means, tokens = normal_features(model, normal, runtime, seed, display)
+    mine = test.share(runtime.ranks)
     scores: dict[str, list[Tensor]] = {name: [] for name in SCORES}
     maps: dict[str, list[Tensor]] = {"reconstruction": [], "patch_knn": []}
     labels = []
-    for batch in counted(test, "test images", display):
+    for batch in counted(test, mine, "test images", display):
         with runtime.autocast():
             features = model.encode(batch.images, "tokens").float()
         noise = [uniform(seed, i, batch.indices, Purpose.MASK, model.noise_count("random")) for i in range(rounds)]
@@ -160,14 +168,19 @@ def detect(
         nearest = means.distance(features.mean(1), NEIGHBOURS)
         values = (errors.mean(1), errors.amax(1), nearest, distances.mean(1), distances.amax(1))
         for name, value in zip(SCORES, values, strict=True):
-            scores[name].append(value.cpu())
-        maps["reconstruction"].append(errors.cpu())
-        maps["patch_knn"].append(distances.cpu())
-        labels.append(batch.labels.cpu())
+            scores[name].append(value)
+        maps["reconstruction"].append(errors)
+        maps["patch_knn"].append(distances)
+        labels.append(batch.labels)
+
+    def of_all(values: list[Tensor]) -> Tensor:
+        (found,) = mine.of_all_images(torch.cat(values))
+        return found.cpu()
+
     return Detection(
-        {name: torch.cat(values) for name, values in scores.items()},
-        {name: torch.cat(values) for name, values in maps.items()},
-        torch.cat(labels) == 1,
+        {name: of_all(values) for name, values in scores.items()},
+        {name: of_all(values) for name, values in maps.items()},
+        of_all(labels) == 1,
     )
 
 
@@ -264,26 +277,28 @@ def normal_features(
 ) -> tuple[Memory, Memory]:
     """The mean features of all normal images, and `MAX_TOKENS` of their patch features, evenly from all images."""
     per_image = min(max(-(-MAX_TOKENS // len(normal)), 1), model.encoder.num_patches)
+    mine = normal.share(runtime.ranks)
     means, tokens = [], []
-    for batch in counted(normal, "normal images", display):
+    for batch in counted(normal, mine, "normal images", display):
         with runtime.autocast():
             features = model.encode(batch.images, "tokens").float()
         order = uniform(seed, 0, batch.indices, Purpose.SUBSET, features.shape[1]).argsort(axis=1)[:, :per_image]
         chosen = torch.from_numpy(order).to(features.device).unsqueeze(-1).expand(-1, -1, features.shape[2])
         means.append(features.mean(1))
-        tokens.append(features.gather(1, chosen).flatten(0, 1))
-    kept = torch.cat(tokens)
+        tokens.append(features.gather(1, chosen))
+    mean, token = mine.of_all_images(torch.cat(means), torch.cat(tokens))
+    kept = token.flatten(0, 1)
     subset = permutation(seed, 1, len(kept), Purpose.SUBSET)[:MAX_TOKENS]
-    return Memory(torch.cat(means)), Memory(kept[torch.from_numpy(subset).to(kept.device)])
+    return Memory(mean), Memory(kept[torch.from_numpy(subset).to(kept.device)])
 
 
-def counted(images: ImageSet, what: str, display: Display) -> Iterator[Batch]:
-    """The batches of all images; the display is told how far they are."""
+def counted(images: ImageSet, mine: Share, what: str, display: Display) -> Iterator[Batch]:
+    """The batches of a share of the images; the display is told how far they are."""
     done = 0
-    for batch in images.batches():
-        yield batch
+    for batch in images.only(mine.rows).batches():
+        yield replace(batch, indices=mine.rows[batch.indices])
         done += len(batch.indices)
-        display.preparing(what, done, len(images))
+        display.preparing(what, done, len(mine.rows))
 
 
 def auroc(scores: Tensor, anomalous: Tensor) -> float:

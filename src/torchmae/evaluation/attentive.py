@@ -129,14 +129,15 @@ def token_gib(subject: Subject, count: int) -> float:
 
 def open_tokens(subject: Subject, images: ImageSet, runtime: Runtime, memory_limit: float) -> Tokens:
     """The tokens of all images, in memory where they take no more than `memory_limit` GiB."""
-    encoded = EncodedTokens(subject, images, runtime)
     if token_gib(subject, len(images)) > memory_limit:
-        return encoded
+        return EncodedTokens(subject, images, runtime)
+    mine = images.share(runtime.ranks)
+    some = images.only(mine.rows)
     parts = [
         (tokens.half().cpu(), labels.cpu())
-        for tokens, labels in encoded.batches(np.arange(len(images)), images.batch_size)
+        for tokens, labels in EncodedTokens(subject, some, runtime).batches(np.arange(len(some)), some.batch_size)
     ]
-    tokens, labels = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+    tokens, labels = mine.of_all_images(*(torch.cat([part[i] for part in parts]) for i in (0, 1)))
     return HeldTokens(tokens, labels, runtime.device)
 
 
@@ -176,7 +177,7 @@ def classify(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Guesses and labels of the test images.
+    """Guesses and labels of the test images. Of several ranks, each encodes a share of the images; all train the probe.
 
     Arguments as for `run`, and `progress`, which is told how far training is.
 
@@ -194,13 +195,15 @@ def classify(
     for epoch in _train(probe, tokens, len(train), epochs, options, seed):
         if progress is not None:
             progress(f"attentive probe, {subject.name}, epochs", epoch, epochs)
+    mine = test.share(runtime.ranks)
+    some = test.only(mine.rows)
     rankings, labels = [], []
     with torch.no_grad():
-        encoded = EncodedTokens(subject, test, runtime)
-        for block, wanted in encoded.batches(np.arange(len(test)), test.batch_size):
+        for block, wanted in EncodedTokens(subject, some, runtime).batches(np.arange(len(some)), some.batch_size):
             rankings.append(rank(probe(block)))
             labels.append(wanted)
-    return torch.cat(rankings), torch.cat(labels)
+    ranking, label = mine.of_all_images(torch.cat(rankings), torch.cat(labels))
+    return ranking, label
 
 
 def _num_heads(dim: int) -> int:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from torchmae.config import EvalConfig
-from torchmae.data.loader import ImageLoader
+from torchmae.data.loader import Batch, ImageLoader
 from torchmae.data.plan import Indices
 from torchmae.evaluation import linear
 from torchmae.evaluation.features import extract, pixels
 from torchmae.evaluation.images import fixed_rows, rows_with_label
 from torchmae.evaluation.knn import knn_accuracy
 from torchmae.evaluation.scores import Labelled, num_classes_of
+from torchmae.evaluation.sharing import share
 from torchmae.nn.autoencoder import Autoencoder
+from torchmae.training.ranks import ALONE, Ranks
 from torchmae.training.runtime import Runtime
 
 BATCH = 250
@@ -43,17 +47,32 @@ class FeatureProbe:
         return len(np.unique(self._train.labels[self._train_rows])) > 1
 
     def run(self, model: Autoencoder, runtime: Runtime) -> dict[str, float]:
-        """knn and linear, as `class_figures` has them, and the effective_rank of the held-out images' features."""
-        train = Labelled(*extract(model, self._train.eval_batches(self._train_rows, BATCH), runtime))
-        val = Labelled(*extract(model, self._val.eval_batches(self._val_rows, BATCH), runtime))
+        """knn and linear, as `class_figures` has them, and the effective_rank of the held-out images' features.
+
+        Of several ranks, all call this, each encodes a share of the images, and all get the figures.
+        """
+
+        def encode(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+            return extract(model, batches, runtime)
+
+        train, val = self._features(encode, runtime.ranks)
         rank = {"effective_rank": effective_rank(val.features)} if len(val.features) > 1 else {}
         return {**class_figures(train, val, self._linear_train), **rank}
 
-    def run_on_pixels(self) -> dict[str, float]:
+    def run_on_pixels(self, ranks: Ranks = ALONE) -> dict[str, float]:
         """knn and linear of the images themselves, the baseline that a model has to beat."""
-        train = Labelled(*pixels(self._train.eval_batches(self._train_rows, BATCH)))
-        val = Labelled(*pixels(self._val.eval_batches(self._val_rows, BATCH)))
-        return class_figures(train, val, self._linear_train)
+        return class_figures(*self._features(pixels, ranks), self._linear_train)
+
+    def _features(
+        self, encode: Callable[[Iterable[Batch]], tuple[Tensor, Tensor]], ranks: Ranks
+    ) -> tuple[Labelled, Labelled]:
+        """Of the training and of the held-out images; each rank encodes a share of them."""
+        found = []
+        for loader, rows in ((self._train, self._train_rows), (self._val, self._val_rows)):
+            mine = share(rows, BATCH, ranks)
+            found.append(Labelled(*mine.of_all_images(*encode(loader.eval_batches(mine.rows, BATCH)))))
+        train, val = found
+        return train, val
 
 
 def class_figures(train: Labelled, val: Labelled, linear_train: int) -> dict[str, float]:

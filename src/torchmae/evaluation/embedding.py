@@ -134,7 +134,7 @@ def embed(
     ranks = runtime.ranks
     partial, identity, missing = ranks.on_main(begin)
     total, resumed = count_images(blocks), count_images(blocks) - count_images(missing)
-    mine = missing[len(missing) * ranks.rank // ranks.world_size : len(missing) * (ranks.rank + 1) // ranks.world_size]
+    mine = [missing[i] for i in ranks.share(len(missing))]
     done = resumed
     for block in compute(subject, parts, mine, partial, pool, runtime):
         done += count_images([block])

@@ -32,18 +32,23 @@ from torchmae.evaluation.few_shot import check_counts, draw_images
 from torchmae.evaluation.finetune_config import FinetuneConfig
 from torchmae.evaluation.images import Normalisation, check_classes, class_names, rows_with_label
 from torchmae.evaluation.scores import Result, Scores, rank, score
+from torchmae.evaluation.sharing import share
 from torchmae.nn.autoencoder import Autoencoder
 from torchmae.nn.classifier import Classifier, encoder_arguments
 from torchmae.nn.encoder import ViTEncoder
 from torchmae.nn.mae import MaskedAutoencoder, no_weight_decay
 from torchmae.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from torchmae.training.optim import lr_factor, set_lr
-from torchmae.training.pretrain import Window, due_steps, stop_signals, timed
+from torchmae.training.parallel import average_gradients, exchanging
+from torchmae.training.pretrain import due_steps
 from torchmae.training.progress import Display, Status
+from torchmae.training.ranks import ALONE, Ranks, agree_on_signal, part_of
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime
 from torchmae.training.saved_classifier import ClassifierDescription, save_classifier
+from torchmae.training.signals import stop_signals
 from torchmae.training.tracking import JsonLines, Tracker, Trackers
+from torchmae.training.window import Window, timed
 
 NAME = "finetune"
 EVAL_BATCH = 250
@@ -82,7 +87,9 @@ def finetune(
 ) -> Result:
     """Trains a classifier on labelled images and measures it on others.
 
-    The same settings, weights and images give the same classifier; on the CPU bit for bit, interrupted or not.
+    The same settings, weights and images give the same classifier; on the CPU bit for bit, interrupted or not. Of
+    several ranks, each computes its part of every batch (DDP). RandAugment, mixup, cutmix and drop-path are drawn by
+    each rank for its part: with another number of ranks, other numbers.
 
     Args:
         model: the pre-trained model; of its weights, the encoder's are used, and with `init="random"` none.
@@ -112,6 +119,7 @@ def finetune(
         CheckpointError: nothing to resume, or a disk that is full.
     """
     display = display or Display("none")
+    ranks = runtime.ranks
     rows, test_rows = labelled_rows(train, "training"), labelled_rows(test, "test")
     classes = class_names(train.source, test.source)
     check_classes(Subset(train.source, rows), classes)
@@ -126,28 +134,30 @@ def finetune(
     plan = SubsetPlan(len(rows), min(fitting.batch_size, len(rows)), seed, rows=rows)
     augment = build_augment(fitting, arguments["input_size"], normalisation.mean, normalisation.std, len(classes))
     learner = Learner(classifier.to(runtime.device), config, plan.batch_size)
+    folder = RunFolder(out)
     if resume:
-        folder = RunFolder(out)
         state = restore(load_checkpoint(folder.checkpoints, display.warn), learner, job, out)
+        ranks.on_main(lambda: folder.rewind_metrics(state.step))
     else:
-        folder = RunFolder.create(out)
         state = State(0, config.epochs * plan.steps_per_epoch, 0.0, 0.0, 0.0, asdict(job))
-        folder.write_json("finetune.json", asdict(job))
-        save(folder, learner, state)
-    folder.rewind_metrics(state.step)
+        ranks.on_main(lambda: RunFolder.create(out).write_json("finetune.json", asdict(job)))
+        save(folder, learner, state, ranks)
 
     def measure() -> Scores:
-        logits, labels = predict(learner.result, test.eval_batches(test_rows, EVAL_BATCH), runtime)
+        mine = share(test_rows, EVAL_BATCH, ranks)
+        found = predict(learner.result, test.eval_batches(mine.rows, EVAL_BATCH), runtime)
+        logits, labels = mine.of_all_images(*found)
         return score(rank(logits), labels, len(classes))
 
-    with Trackers(JsonLines(folder.metrics)) as tracker:
+    with Trackers(JsonLines(folder.metrics)) if ranks.is_main else Trackers() as tracker:
         fit(learner, train, plan, augment, config, state, measure, runtime, folder, tracker, display)
         scores = measure()
-        if not any(line["kind"] == "val" and line["step"] == state.step for line in folder.read_metrics()):
-            tracker.log("val", state.step, scores.figures(NAME))  # a training that had ended has its line already
+        done = (line["step"] for line in folder.read_metrics() if line["kind"] == "val") if ranks.is_main else ()
+        if state.step not in done:  # a training that had ended has its line already
+            tracker.log("val", state.step, scores.figures(NAME))
     mean, std = normalisation.mean, normalisation.std
     described = ClassifierDescription(arguments, mean, std, train.source.classes, torchmae.__version__)
-    save_classifier(out, learner.result, described)
+    ranks.on_main(lambda: save_classifier(out, learner.result, described))
     training = {"loss": state.loss, "images": float(len(rows)), "seconds": state.seconds}
     figures = scores.figures(NAME) | {f"{NAME}_{name}": value for name, value in training.items()}
     return Result(figures, {NAME: scores.details(classes)})
@@ -180,9 +190,9 @@ class Job:
     seed: int
     data: str
 
-    def step_seed(self, step: int) -> int:
-        """What torch's generator is seeded with at a step, where augmentation and drop-path draw from it."""
-        return self.seed % 2**32 * 2**31 + step
+    def step_seed(self, step: int, ranks: Ranks = ALONE) -> int:
+        """What a rank seeds torch's generator with at a step, where augmentation and drop-path draw from it."""
+        return self.seed % 2**32 * 2**31 + step * ranks.world_size + ranks.rank
 
 
 @dataclass(frozen=True)
@@ -293,27 +303,46 @@ class Learner(nn.Module):
         assert isinstance(module, Classifier)
         return module
 
-    def step(self, images: Tensor, targets: Tensor, config: FinetuneConfig, runtime: Runtime) -> Tensor:
+    def step(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        config: FinetuneConfig,
+        runtime: Runtime,
+        *,
+        wrapped: nn.Module | None = None,
+        num_images: int | None = None,
+    ) -> Tensor:
         """One optimiser step on one batch, computed in `config.accumulate` parts.
 
         Args:
-            images: (B, C, *size).
+            images: (B, C, *size), this rank's of the batch.
             targets: (B,) labels, or (B, num_classes) shares that sum to 1.
             config: of the loss.
             runtime: where to compute.
+            wrapped: what to call in place of the classifier, of several ranks.
+            num_images: of the batch on all ranks; None: B.
 
         Returns:
-            The batch's loss: a scalar on the device, detached.
+            The batch's loss: a scalar on the device, detached, the same on all ranks.
         """
-        parts = min(config.accumulate, len(images))
+        ranks, forward = runtime.ranks, self.classifier if wrapped is None else wrapped
+        whole = num_images or len(images)
+        counts = bool(len(images))
+        if not counts:  # a stand-in takes part in the exchange of gradients, and weighs nothing
+            images, targets = images.new_zeros(1, *images.shape[1:]), targets.new_zeros(1, *targets.shape[1:])
+        parts = part_of(whole, ranks, config.accumulate)
         total = torch.zeros((), device=images.device)
-        for part, target in zip(images.tensor_split(parts), targets.tensor_split(parts), strict=True):
-            with runtime.autocast():
-                logits = self.classifier(part)
-            loss = F.cross_entropy(logits.float(), target, label_smoothing=config.label_smoothing)
-            loss = loss * (len(part) / len(images))
-            torch.autograd.backward(loss)
-            total += loss.detach()
+        pairs = zip(images.tensor_split(parts), targets.tensor_split(parts), strict=True)
+        for i, (part, target) in enumerate(pairs):
+            with exchanging(forward, i == parts - 1):
+                with runtime.autocast():
+                    logits = forward(part)
+                loss = F.cross_entropy(logits.float(), target, label_smoothing=config.label_smoothing)
+                loss = loss * (len(part) * counts / whole)
+                torch.autograd.backward(loss * ranks.world_size)  # of which the exchange takes the mean over ranks
+                total += loss.detach()
+        ranks.sum(total)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
@@ -375,26 +404,33 @@ def fit(
         Interrupted: by SIGINT or SIGTERM, after the state was saved.
         CheckpointError: a disk that is full.
     """
-    job = Job(**state.job)
+    job, ranks = Job(**state.job), runtime.ranks
+    wrapped = average_gradients(learner.classifier, runtime, config.accumulate) if ranks.world_size > 1 else None
     schedule = OptimConfig(warmup=config.warmup, min_lr=config.min_lr)
     due = {math.ceil(step / plan.steps_per_epoch) for step in due_steps(state.total_steps, config.evaluations)[:-1]}
     learner.train()
     saved_at = time.monotonic()
     window = Window(time.perf_counter())
     with stop_signals() as stop:
-        for batch in timed(loader.train_batches(plan, state.step, state.total_steps), window):
+        parts = loader.train_batches(plan, state.step, state.total_steps, rank=ranks.rank, world_size=ranks.world_size)
+        for batch in timed(parts, window):
             set_lr([learner.optimizer], lr_factor(state.step, state.total_steps, schedule))
             # Augmentation and drop-path draw from torch's generator: seeded by the step, a run can go on from any.
-            torch.manual_seed(job.step_seed(state.step))
-            images, targets = augment(batch.images, batch.labels)
-            window.losses.append(learner.step(images, targets, config, runtime))
-            window.images += len(images)
+            torch.manual_seed(job.step_seed(state.step, ranks))
+            num_images = len(plan.indices(state.step)[1])
+            images, targets = batch.images, batch.labels
+            if len(images):  # a batch may have fewer images than there are ranks
+                images, targets = augment(images, targets)
+            loss = learner.step(images, targets, config, runtime, wrapped=wrapped, num_images=num_images)
+            window.losses.append(loss)
+            window.images += num_images
             state.step += 1
 
             epoch, position = divmod(state.step, plan.steps_per_epoch)
             last = state.step == state.total_steps
-            stopped_by = stop.number
-            save_due = last or stopped_by is not None or time.monotonic() - saved_at > config.checkpoint_minutes * 60
+            overdue = time.monotonic() - saved_at > config.checkpoint_minutes * 60
+            stopped_by, (save_due,) = agree_on_signal(ranks, stop.number, overdue)
+            save_due = save_due or last or stopped_by is not None
             if position == 0 or save_due or state.step % LOG_EVERY == 0:
                 close_window(window, state, plan, display)
             if position == 0:
@@ -403,7 +439,7 @@ def fit(
                     tracker.log("val", state.step, measure().figures(NAME))
                     learner.train()
             if save_due:
-                save(folder, learner, state)
+                save(folder, learner, state, ranks)
                 saved_at = time.monotonic()
             if stopped_by is not None and not last:
                 raise Interrupted(
@@ -450,9 +486,9 @@ def end_epoch(learner: Learner, state: State, plan: SubsetPlan, tracker: Tracker
     tracker.log("epoch", state.step, figures)
 
 
-def save(folder: RunFolder, learner: Learner, state: State) -> None:
-    """Saves a checkpoint; CheckpointError when the disk is full or cannot be written."""
-    save_checkpoint(folder.checkpoints, learner.state_dict(), [learner.optimizer.state_dict()], asdict(state))
+def save(folder: RunFolder, learner: Learner, state: State, ranks: Ranks) -> None:
+    """Saves a checkpoint; every rank calls it. CheckpointError when the disk is full or cannot be written."""
+    save_checkpoint(folder.checkpoints, learner.state_dict(), [learner.optimizer.state_dict()], asdict(state), ranks)
 
 
 def restore(checkpoint: Checkpoint | None, learner: Learner, job: Job, out: Path) -> State:

@@ -20,7 +20,9 @@ from torchmae.data.sources import Source, Subset, relabel
 from torchmae.data.worker import View
 from torchmae.errors import ConfigError, DataError, one_of
 from torchmae.evaluation.options import DataOptions, EvaluateOptions
+from torchmae.evaluation.sharing import Share, share
 from torchmae.random import Purpose, permutation
+from torchmae.training.ranks import Ranks
 
 HELD_OUT = "held-out"
 _MAX_WORKERS = 8
@@ -99,7 +101,7 @@ class ImageSet:
 
     def only(self, indices: Indices) -> ImageSet:
         """Some of the images, in this order; the others are not read."""
-        if len(indices) == len(self):
+        if np.array_equal(indices, np.arange(len(self))):
             return self
         return ImageSet(
             Subset(self.source, indices),
@@ -111,6 +113,10 @@ class ImageSet:
             bad=self.bad,
             progress=self._progress,
         )
+
+    def share(self, ranks: Ranks) -> Share:
+        """This rank's share of the images, in the batches of `batches`."""
+        return share(np.arange(len(self)), self.batch_size, ranks)
 
     def batches(self, indices: Indices | None = None, batch_size: int | None = None) -> Iterator[Batch]:
         """All images in order, or those named."""

@@ -16,11 +16,11 @@ from torchmae.config import DataConfig
 from torchmae.data.loader import Batch
 from torchmae.errors import CheckpointError, ConfigError
 from torchmae.evaluation import anomaly, attentive, few_shot, finetune, knn, linear
-from torchmae.evaluation.images import EvaluationData, ImageSet
+from torchmae.evaluation.images import EvaluationData, ImageSet, fixed_rows
 from torchmae.evaluation.options import EvaluateOptions
 from torchmae.evaluation.scores import Labelled, Result, combine, score
+from torchmae.evaluation.sharing import share
 from torchmae.evaluation.subject import PIXELS, RANDOM, Subject, extract_features
-from torchmae.random import Purpose, permutation
 from torchmae.training.progress import Display
 from torchmae.training.runtime import Runtime
 
@@ -29,6 +29,8 @@ ANOMALY = "anomaly"
 
 class Bench:
     """Data, a place to compute, and the features computed so far: each image is encoded once a subject.
+
+    Of several ranks, each encodes a share of the images.
 
     Args:
         data: the images.
@@ -56,8 +58,10 @@ class Bench:
         widest = subject.pools[-1]  # "both" holds the other two: one pass over the images serves all three
         if (subject.name, split) not in self._cache:
             images: ImageSet = getattr(self.data, split)
-            batches = self._shown(images, f"encoding {split} images, {subject.name}")
-            self._cache[subject.name, split] = extract_features(subject, batches, self.runtime, widest)
+            mine = images.share(self.runtime.ranks)
+            batches = self._shown(images.only(mine.rows), f"encoding {split} images, {subject.name}")
+            encoded = extract_features(subject, batches, self.runtime, widest)
+            self._cache[subject.name, split] = Labelled(*mine.of_all_images(*encoded))
         held = self._cache[subject.name, split]
         if pool == widest:
             return held
@@ -121,11 +125,13 @@ def _reconstruction(bench: Bench, subject: Subject, options: EvaluateOptions) ->
     if subject.model is None:
         raise ConfigError("pixels reconstruct nothing", "evaluate a run, or random with --preset")
     data = bench.data
-    mixed = np.sort(permutation(0, 0, len(data.test), Purpose.SUBSET)[: options.reconstruction.images])
-    images = torch.cat([batch.images for batch in data.test.batches(mixed)])
+    mixed = fixed_rows(len(data.test), options.reconstruction.images)
+    mine = share(np.arange(len(mixed)), quality.BATCH, bench.runtime.ranks)
+    images = torch.cat([batch.images for batch in data.test.only(mixed[mine.rows]).batches()])
     return quality.measure(
         subject.model,
         images,
+        share=mine,
         mean=data.normalisation.mean,
         std=data.normalisation.std,
         runtime=bench.runtime,
@@ -138,10 +144,10 @@ def _reconstruction(bench: Bench, subject: Subject, options: EvaluateOptions) ->
 def _finetune(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
     if subject.model is None:
         raise ConfigError("pixels cannot be fine-tuned", "evaluate a run, or random with --preset")
-    model, data, config = subject.model, bench.data, options.finetune
+    model, data, config, ranks = subject.model, bench.data, options.finetune, bench.runtime.ranks
     out = finetune_folder(bench.run, options)
     augmentation = finetune.data_settings(run_data(bench.run) or DataConfig(), config, model, data.normalisation)
-    check_folder(out, options.resume)
+    ranks.on_main(lambda: check_folder(out, options.resume))
     train = data.train.augmented(augmentation)
 
     def trained(folder: Path, draw: int, resume: bool) -> Result:
@@ -164,10 +170,8 @@ def _finetune(bench: Bench, subject: Subject, options: EvaluateOptions) -> Resul
         figures, details, _ = trained(out, 0, options.resume)
     else:
         folders = [out / f"draw-{draw}" for draw in range(options.draws)]
-        results = [
-            trained(folder, draw, options.resume and (folder / "finetune.json").exists())
-            for draw, folder in enumerate(folders)
-        ]
+        begun = ranks.on_main(lambda: [options.resume and (folder / "finetune.json").exists() for folder in folders])
+        results = [trained(folder, draw, begun[draw]) for draw, folder in enumerate(folders)]
         figures, details = over_draws([result.figures for result in results])
     count = f"{figures[f'{finetune.NAME}_images']:,.0f}"
     left = "the classifier is" if options.labels_per_class is None else "the classifier of each draw is"

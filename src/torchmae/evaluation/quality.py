@@ -14,6 +14,7 @@ from torchmae.errors import ConfigError, one_of
 from torchmae.evaluation.inpainting import interpolate
 from torchmae.evaluation.reconstruction import HoldOut
 from torchmae.evaluation.scores import Result
+from torchmae.evaluation.sharing import Share
 from torchmae.nn.autoencoder import Autoencoder
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import STRATEGIES
@@ -21,9 +22,10 @@ from torchmae.random import Purpose, uniform
 from torchmae.training.pretrained import denormalise
 from torchmae.training.runtime import Runtime
 
+BATCH = 250
+
 _WINDOW = 7  # scikit-image's default side of SSIM's window
 _PSNR_LIMIT = 100.0  # dB, an error of 1e-5: stands for infinity, which would spoil a mean
-_BATCH = 250
 
 
 def strategies_of(model: Autoencoder) -> tuple[str, ...]:
@@ -58,6 +60,7 @@ def measure(
     ratios: Sequence[float] = (0.5, 0.75, 0.9),
     strategies: Sequence[str] | None = None,
     seed: int = 0,
+    share: Share | None = None,
 ) -> Result:
     """PSNR and SSIM (scikit-image's) of whole pictures with the visible part pasted, and explained variance.
 
@@ -70,6 +73,8 @@ def measure(
         ratios: shares that are hidden, each in (0, 1).
         strategies: how; None: all that the model has.
         seed: another one gives other masks.
+        share: of several ranks, the share of the images that `images` are, in batches of `BATCH`; all ranks call this,
+            and the figures are of all images. None: `images` are all there are.
 
     Returns:
         figures `<strategy>_<ratio>_psnr` (dB, mean over images), `_ssim`, `_explained_variance` (of the hidden values,
@@ -80,24 +85,26 @@ def measure(
     """
     metrics = _import_metrics()
     known = strategies_of(model)
+    share = share or Share(np.arange(len(images)), len(images), -(-len(images) // BATCH))
     figures: dict[str, float] = {}
     notes: list[str] = []
     rows: list[dict[str, Any]] = []
     for strategy in strategies or known:
         one_of("reconstruction.strategies", strategy, known)
-        noise = uniform(seed, 0, np.arange(len(images)), Purpose.MASK, model.noise_count(strategy))
+        noise = uniform(seed, 0, share.rows, Purpose.MASK, model.noise_count(strategy))
         for ratio in ratios:
             batches = [
                 (part, model.draw_mask(strategy, numbers.to(runtime.device), ratio))
                 for part, numbers in zip(
-                    torch.split(images, _BATCH), torch.split(torch.from_numpy(noise), _BATCH), strict=True
+                    torch.split(images, BATCH), torch.split(torch.from_numpy(noise), BATCH), strict=True
                 )
             ]
-            values, note = _measure_one(model, batches, mean, std, runtime, metrics)
+            values, note = _measure_one(model, batches, mean, std, runtime, metrics, share)
             figures |= {f"{strategy}_{ratio:g}_{name}": value for name, value in values.items()}
             rows.append({"strategy": strategy, "ratio": ratio, **values})
             notes.append(f"PSNR and SSIM: {note}")
-    return Result(figures, {"images": len(images), "rows": rows}, tuple(dict.fromkeys(notes)))
+    count = sum(share.ranks.gather(share.num_images))
+    return Result(figures, {"images": count, "rows": rows}, tuple(dict.fromkeys(notes)))
 
 
 @torch.no_grad()
@@ -108,22 +115,27 @@ def _measure_one(
     std: Sequence[float],
     runtime: Runtime,
     metrics: Any,
+    share: Share,
 ) -> tuple[dict[str, float], str]:
-    by_name: dict[str, list[float]] = {}
+    by_batch: list[dict[str, list[float]]] = []
     note = ""
     for images, mask in batches:
         with runtime.autocast():
             result = model.reconstruct(images, mask)
         note = result.note
         original = denormalise(images, mean, std).numpy()
+        by_name: dict[str, list[float]] = {}
         guesses = {"": result.images, "_interpolation": interpolate(images, result.removed)}
         for suffix, guess in guesses.items():
             for true, filled in zip(original, denormalise(guess, mean, std).numpy(), strict=True):
                 for name, value in _compare(metrics, true, filled).items():
                     by_name.setdefault(f"{name}{suffix}", []).append(value)
-    hold_out = HoldOut(model, batches, runtime).run()
+        by_batch.append(by_name)
+    of_all = share.of_all_batches(by_batch)
+    means = {name: float(np.mean([value for found in of_all for value in found[name]])) for name in of_all[0]}
+    hold_out = HoldOut(model, batches, runtime, share).run()
     variance = {name: hold_out[name] for name in ("explained_variance", "explained_variance_interpolation")}
-    return {**{name: float(np.mean(values)) for name, values in by_name.items()}, **variance}, note
+    return {**means, **variance}, note
 
 
 def _compare(metrics: Any, true: np.ndarray[Any, Any], filled: np.ndarray[Any, Any]) -> dict[str, float]:

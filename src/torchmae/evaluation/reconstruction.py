@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchmae.evaluation.inpainting import interpolate
+from torchmae.evaluation.sharing import Share
 from torchmae.nn.autoencoder import Autoencoder
 from torchmae.training.runtime import Runtime
 
@@ -25,6 +26,8 @@ class HoldOut:
         model: the model to measure, as it will be when called.
         batches: images (B, C, *size) and their masks.
         runtime: where to compute.
+        share: of several ranks, the share of the images that `batches` are; all ranks then call the same methods, and
+            the figures are of all images. None: `batches` are all there are.
     """
 
     def __init__(
@@ -32,20 +35,23 @@ class HoldOut:
         model: Autoencoder,
         batches: Sequence[tuple[Tensor, Any]],
         runtime: Runtime,
+        share: Share | None = None,
     ) -> None:
         self._model = model
         self._batches = batches
         self._runtime = runtime
-        count, total, square, mean_patch, guess_square, guess_target = 0, 0.0, 0.0, 0.0, 0.0, 0.0
+        self._share = share
+        found = []
         for images, mask in batches:
             target = model.hidden_values(images, mask).double()
             guess = model.hidden_values(interpolate(images, model.removed_pixels(mask)), mask).double()
-            count += target.numel()
-            total += target.sum().item()
-            square += target.square().sum().item()
-            mean_patch += (model.visible_mean(images, mask).double() - target).square().sum().item()
-            guess_square += guess.square().sum().item()
-            guess_target += (guess * target).sum().item()
+            sums = (
+                *(target.sum(), target.square().sum()),
+                (model.visible_mean(images, mask).double() - target).square().sum(),
+                *(guess.square().sum(), (guess * target).sum()),
+            )
+            found.append((target.numel(), *(value.item() for value in sums)))
+        count, total, square, mean_patch, guess_square, guess_target = self._totals(found)
         scale = max(guess_target / guess_square, 0.0) if model.norm_pix and guess_square > 0 else 1.0
         self.variance = max(square / count - (total / count) ** 2, 1e-12)
         self.loss_mean_patch = mean_patch / count
@@ -61,13 +67,13 @@ class HoldOut:
             perfection.
         """
         self._model.eval()
-        total, count = 0.0, 0
+        found = []
         for images, mask in self._batches:
             with self._runtime.autocast():
                 output = self._model(images, mask)
             error = self._model.hidden_predictions(output).double() - self._model.hidden_values(images, mask)
-            total += error.square().sum().item()
-            count += error.numel()
+            found.append((error.square().sum().item(), error.numel()))
+        total, count = self._totals(found)
         loss = total / count
         return {
             "loss": loss,
@@ -76,3 +82,8 @@ class HoldOut:
             "explained_variance": 1 - loss / self.variance,
             "explained_variance_interpolation": 1 - self.loss_interpolation / self.variance,
         }
+
+    def _totals(self, found: Sequence[tuple[float, ...]]) -> list[float]:
+        """Sums over the batches of all ranks, in the order that one rank would add them up."""
+        of_all = found if self._share is None else self._share.of_all_batches(found)
+        return [sum(column) for column in zip(*of_all, strict=True)]

@@ -9,7 +9,7 @@ from typing import Any
 
 from torchmae.data.loader import one_line_when_a_worker_ends
 from torchmae.data.reading import probe
-from torchmae.errors import ConfigError, one_of
+from torchmae.errors import ConfigError, Interrupted, one_of
 from torchmae.evaluation import attentive, few_shot
 from torchmae.evaluation.anomaly_data import open_anomaly_data
 from torchmae.evaluation.images import EvaluationData, Normalisation, check_sizes, open_evaluation_data
@@ -21,6 +21,7 @@ from torchmae.evaluation.subject import PIXELS, RANDOM, Subject, pixels, untrain
 from torchmae.nn import presets
 from torchmae.training.pretrained import load
 from torchmae.training.progress import Display
+from torchmae.training.ranks import concatenate, one_line_when_lost, open_ranks, ranks_from_environment, share_of_cores
 from torchmae.training.runtime import Runtime, environment, open_runtime
 from torchmae.training.saved_model import Description
 
@@ -69,7 +70,7 @@ def run(run: str | Path, options: EvaluateOptions, compute: ComputeOptions) -> d
 
 
 def evaluate(run: str | Path, options: EvaluateOptions, compute: ComputeOptions) -> Evaluation:
-    """Measures a run.
+    """Measures a run. Of several ranks that torchrun has started, each looks at a share of the images.
 
     Args:
         run: whatever `load` takes; or "random" or "pixels" with `options.preset`, which go through the very same code.
@@ -80,15 +81,25 @@ def evaluate(run: str | Path, options: EvaluateOptions, compute: ComputeOptions)
         TorchmaeError: a run, options or data that do not fit.
     """
     one_of("method", options.method, (*METHODS, ALL))
-    runtime = open_runtime(compute.device, compute.precision, compute.threads)
-    display = Display(compute.progress)
-    try:
-        with one_line_when_a_worker_ends():
-            bench, subjects, options = open_bench(str(run), options, compute.batch_size, runtime, display)
-            results, left_out = measure(bench, subjects, options)
-    finally:
-        display.close()
-    bad = list(dict.fromkeys([*bench.data.train.bad.items, *bench.data.test.bad.items]))
+    with open_ranks(compute.device) as ranks, one_line_when_lost(ranks, "give the same command again"):
+        runtime = open_runtime(compute.device, compute.precision, compute.threads, ranks)
+        options = replace(
+            options, data=replace(options.data, num_workers=share_of_cores(options.data.num_workers, ranks))
+        )
+        display = Display(compute.progress if ranks.is_main else "none")
+        try:
+            with one_line_when_a_worker_ends():
+                bench, subjects, options = ranks.main_first(
+                    lambda: open_bench(str(run), options, compute.batch_size, runtime, display)
+                )
+                results, left_out = measure(bench, subjects, options)
+                bad = concatenate(ranks.gather([*bench.data.train.bad.items, *bench.data.test.bad.items]))
+        except (ConfigError, Interrupted) as error:  # the same on all ranks: one says it
+            if ranks.is_main:
+                raise
+            raise SystemExit(error.exit_status) from None
+        finally:
+            display.close()
     unread = (f"{len(bad)} images could not be read, the first: {': '.join(bad[0])}",) if bad else ()
     of_methods = (note for by_subject in results.values() for result in by_subject.values() for note in result.notes)
     notes = tuple(dict.fromkeys([*bench.data.notes, *unread, *left_out, *of_methods]))
@@ -96,12 +107,13 @@ def evaluate(run: str | Path, options: EvaluateOptions, compute: ComputeOptions)
 
 
 def record_evaluation(run: str | Path, evaluation: Evaluation) -> Path | None:
-    """Adds the evaluation to RUN/evaluations.jsonl; None for what has no folder ("random", "pixels", a file).
+    """Adds the evaluation to RUN/evaluations.jsonl; None for what has no folder ("random", "pixels", a file), and on
+    all ranks but the first.
 
     Raises:
         CheckpointError: the file cannot be written.
     """
-    if str(run) in (RANDOM, PIXELS) or not Path(run).is_dir():
+    if not ranks_from_environment().is_main or str(run) in (RANDOM, PIXELS) or not Path(run).is_dir():
         return None
     return append_record(Path(run), evaluation.record)
 

@@ -17,15 +17,15 @@ from torchmae.nn.layers import DropPath
 from torchmae.training.parallel import blocks
 
 COMPILERS = ("g++", "clang++", "c++")
-MAX_WHOLE = 20  # blocks: as many as two cores compile in a minute
+MAX_WHOLE = 12  # blocks: as many as two cores compile in a minute
 
 
 def compile_model(model: nn.Module, device: torch.device, *, budget: float = 1.0, by_block: bool = False) -> None:
     """Compiles a model's calls from now on, in place, for fixed shapes; the work is done in the first step.
 
-    A model of few blocks is compiled as a whole, which is the fastest by a few percent. A deeper one would take over a
-    minute: its blocks are compiled, once for all of one shape. So are they with a budget, since what a whole model
-    computes again is there all at once. `plain_at_the_end` undoes it.
+    A model of few blocks is compiled as a whole, which is the fastest by a few percent where blocks are small. A deeper
+    one would take over a minute: its blocks are compiled, once for all of one shape. So are they with a budget, since
+    what a whole model computes again is there all at once. `plain_at_the_end` undoes it.
 
     Args:
         model: what is called.

@@ -11,8 +11,8 @@ from torchmae.config import PretrainConfig
 from torchmae.errors import ConfigError, TrainingError
 from torchmae.nn.autoencoder import Autoencoder
 from torchmae.training.optim import build_optimizers
-from torchmae.training.pretrain import prepare, train_step
 from torchmae.training.runtime import Runtime
+from torchmae.training.step import prepare, train_step
 
 USABLE = 0.9  # of a GPU's memory: fragmentation grows in a long run, and evaluation takes some
 

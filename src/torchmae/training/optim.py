@@ -74,13 +74,9 @@ def set_lr(optimizers: Sequence[Optimizer], factor: float) -> None:
             group["lr"] = group["peak_lr"] * factor
 
 
-def gradient_norm(model: nn.Module, limit: float | None = None) -> Tensor:
-    """The norm of all gradients together, as a tensor on their device; past `limit` they are scaled down to it."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if limit is not None:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
-    return norm
+def gradient_norm(model: nn.Module) -> Tensor:
+    """The norm of all gradients together, as a tensor on their device."""
+    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
 
 def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:

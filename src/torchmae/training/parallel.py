@@ -65,21 +65,26 @@ def parallelise(model: Autoencoder, config: PretrainConfig, runtime: Runtime) ->
         return model
     if config.parallel == "fsdp":
         return _shard(model, runtime)
-    for parameter in model.parameters():
-        if parameter.ndim > 2:  # a convolution's, applied as a linear layer: DDP wants its gradient's strides usual
-            parameter.register_hook(lambda grad: grad.flatten().view(grad.shape))  # type: ignore[no-untyped-call]
-    on_gpu = runtime.device.type == "cuda"
-    wrapped = DistributedDataParallel(
-        model,
-        device_ids=[runtime.device] if on_gpu else None,
-        gradient_as_bucket_view=True,
-        static_graph=config.accumulate == 1,  # accumulation leaves out the exchange in some passes
-    )
-    wrapped.broadcast_buffers = False  # positions are constants; the argument of this name is gone after torch 2.12
+    wrapped = average_gradients(model, runtime, config.accumulate)
     if config.compress_gradients:
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
         wrapped.register_comm_hook(None, bf16_compress_hook)
+    return wrapped
+
+
+def average_gradients(model: nn.Module, runtime: Runtime, accumulate: int) -> DistributedDataParallel:
+    """DDP: what to call in place of a model that is the same on all ranks; a batch comes in `accumulate` parts."""
+    for parameter in model.parameters():
+        if parameter.ndim > 2:  # a convolution's, applied as a linear layer: DDP wants its gradient's strides usual
+            parameter.register_hook(lambda grad: grad.flatten().view(grad.shape))  # type: ignore[no-untyped-call]
+    wrapped = DistributedDataParallel(
+        model,
+        device_ids=[runtime.device] if runtime.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        static_graph=accumulate == 1,  # accumulation leaves out the exchange in some passes
+    )
+    wrapped.broadcast_buffers = False  # positions are constants; the argument of this name is gone after torch 2.12
     return wrapped
 
 
@@ -92,6 +97,8 @@ def _shard(model: Autoencoder, runtime: Runtime) -> nn.Module:
     mesh = init_device_mesh(runtime.device.type, (runtime.ranks.world_size,))
     dtype = torch.bfloat16 if runtime.precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # The loop takes gradients of the loss alone. Of predictions with a gradient, which are views, FSDP2 would warn.
+    model.register_forward_hook(lambda _module, _args, output: output._replace(pred=output.pred.detach()))
     for block in blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     # The outermost module would keep its own weights gathered after a forward pass, for the backward pass to come;

@@ -87,6 +87,31 @@ class Ranks:
             raise SystemExit(answer[1])
         return answer[0]
 
+    def main_first(self, action: Callable[[], T]) -> T:
+        """What `action` returns, on rank 0 before the others begin: what it downloads or indexes, it does once.
+
+        Raises:
+            Exception: as `on_main`, where it failed on rank 0.
+        """
+        found: list[T] = []
+        self.on_main(lambda: found.append(action()))
+        return found[0] if self.is_main else action()
+
+    def share(self, count: int) -> range:
+        """Which of `count` things are this rank's: neighbours, and on the last rank never fewer than on another."""
+        return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """Every rank's rows, (N, ...), in the order of ranks; from (M, ...), of which M alone may differ."""
+        if self.world_size == 1:
+            return rows
+        counts = self.gather(len(rows))
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        everything = rows.new_empty(self.world_size, *padded.shape)
+        dist.all_gather(list(everything), padded)
+        return torch.cat([part[:count] for part, count in zip(everything, counts, strict=True)])
+
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in the order of ranks."""
         if self.world_size == 1:

@@ -1,0 +1,105 @@
+"""What is measured on the way while a run trains, on held-out images under one fixed mask."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from torchmae.config import PretrainConfig
+from torchmae.data.loader import Data
+from torchmae.evaluation.diagnostics import FeatureProbe
+from torchmae.evaluation.reconstruction import HoldOut
+from torchmae.evaluation.sharing import share
+from torchmae.nn.autoencoder import Autoencoder
+from torchmae.random import Purpose, permutation, uniform
+from torchmae.report.pictures import reconstruction_grid
+from torchmae.training.pretrain import Evaluator
+from torchmae.training.pretrained import denormalise
+from torchmae.training.run_folder import RunFolder
+from torchmae.training.runtime import Runtime
+from torchmae.training.tracking import Trackers
+
+EVAL_BATCH = 250
+PICTURE_COUNT = 4
+# Validation masks are drawn from this seed, whatever the run's, so that runs can be compared.
+VALIDATION_SEED = 0
+
+
+def build_evaluators(
+    config: PretrainConfig,
+    model: Autoencoder,
+    data: Data,
+    runtime: Runtime,
+    folder: RunFolder,
+    tracker: Trackers,
+    *,
+    fresh: bool,
+) -> list[Evaluator]:
+    """What is measured on the way: reconstruction figures, pictures, and where labels exist kNN and a linear probe.
+
+    Each rank measures a share of the images. With `fresh` the model is untrained: its accuracies, and those of raw
+    pixels, are logged as baselines.
+    """
+    if data.val is None:
+        return []
+    chosen = spread(len(data.val), config.eval.images)
+    mine = share(chosen, EVAL_BATCH, runtime.ranks)
+    batches = [
+        (batch.images, validation_mask(model, config, batch.indices, runtime))
+        for batch in data.val.eval_batches(mine.rows, EVAL_BATCH)
+    ]
+    hold_out = HoldOut(model, batches, runtime, mine)
+    pictured = chosen[: config.eval.pictures]
+    (picture_batch,) = data.val.eval_batches(pictured, len(pictured))
+    images, picture_mask = picture_batch.images, validation_mask(model, config, pictured, runtime)
+
+    def pictures(step: int) -> dict[str, float]:
+        path = folder.reconstructions / f"step-{step:08d}.png"
+        draw_pictures(model, data, images, picture_mask, path if runtime.ranks.is_main else None)
+        tracker.log_picture("reconstruction", step, path)
+        return {}
+
+    evaluators = [
+        Evaluator(config.eval.count, lambda _: hold_out.run()),
+        Evaluator(min(PICTURE_COUNT, config.eval.count), pictures),
+    ]
+    probe = FeatureProbe(data.train, data.val, config.eval)
+    if probe.is_possible and config.eval.knn_count:
+        if fresh:
+            untrained = {f"{name}_untrained": value for name, value in probe.run(model, runtime).items()}
+            by_pixels = {f"{name}_pixels": value for name, value in probe.run_on_pixels(runtime.ranks).items()}
+            tracker.log("baseline", 0, {**by_pixels, **untrained})
+        evaluators.append(Evaluator(min(config.eval.knn_count, config.eval.count), lambda _: probe.run(model, runtime)))
+    return evaluators
+
+
+def spread(length: int, count: int) -> npt.NDArray[np.int64]:
+    """At most `count` indices below `length`: the same ones in every run, in an order that mixes classes."""
+    return permutation(VALIDATION_SEED, 0, length, Purpose.SUBSET)[:count]
+
+
+def validation_mask(
+    model: Autoencoder, config: PretrainConfig, indices: npt.NDArray[np.int64], runtime: Runtime
+) -> Any:
+    """The fixed mask of held-out images."""
+    count = model.noise_count(config.mask.strategy)
+    noise = torch.from_numpy(uniform(VALIDATION_SEED, 0, indices, Purpose.MASK, count)).to(runtime.device)
+    return model.draw_mask(config.mask.strategy, noise, config.mask.ratio)
+
+
+@torch.no_grad()
+def draw_pictures(model: Autoencoder, data: Data, images: Tensor, mask: Any, path: Path | None) -> None:
+    """Saves masked | reconstructed | original; without a path, only takes part in what ranks compute together."""
+    model.eval()
+    result = model.reconstruct(images, mask)
+    if path is None:
+        return
+    original = denormalise(images, data.mean, data.std)
+    masked = original.masked_fill(result.removed.cpu(), torch.nan)
+    filled = denormalise(result.images, data.mean, data.std)
+    reconstruction_grid(masked, filled, original, path, note=result.note)

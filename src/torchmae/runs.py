@@ -1,0 +1,332 @@
+"""A run from its settings to its folder: opened, trained, measured, reported; begun or gone on with."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import torchmae
+from torchmae import settings
+from torchmae.config import PretrainConfig
+from torchmae.data.layouts import open_splits
+from torchmae.data.loader import Data, one_line_when_a_worker_ends, open_data
+from torchmae.errors import ConfigError, DataError, Interrupted, TorchmaeError
+from torchmae.evaluators import build_evaluators
+from torchmae.interop.weights import initialise
+from torchmae.nn import presets
+from torchmae.nn.autoencoder import Autoencoder
+from torchmae.nn.mae import MaskedAutoencoder, parameter_counts
+from torchmae.report.hints import hints
+from torchmae.report.html import write_report
+from torchmae.training.checkpoint import Checkpoint, load_checkpoint
+from torchmae.training.fit import fit_batch
+from torchmae.training.initial import adopt_shape, read_initial
+from torchmae.training.parallel import check_parallel, is_sharded, whole_state
+from torchmae.training.pretrain import pretrain as train
+from torchmae.training.pretrained import Pretrained
+from torchmae.training.progress import Display
+from torchmae.training.ranks import Ranks, concatenate, open_ranks, restarts, share_of_cores
+from torchmae.training.run_folder import RunFolder
+from torchmae.training.runtime import Runtime, environment, open_runtime
+from torchmae.training.saved_model import Description, write_description, write_weights
+from torchmae.training.tracking import Trackers, open_trackers, tracker_names
+from torchmae.visualize import write_pictures
+
+# What a resumed run may be given anew: where and how fast it computes, and the learning rate, for runs that diverged.
+MAY_CHANGE = frozenset({
+    *("device", "threads", "compile", "precision", "log_every", "checkpoint_minutes", "progress", "trackers"),
+    *("accumulate", "parallel", "compress_gradients", "checkpoint_activations", "activation_memory_budget"),
+    *("data.allow_change", "data.num_workers", "data.cache", "data.memory_limit", "data.root", "data.max_bad"),
+    *("optim.lr", "optim.base_lr", "optim.muon_lr", "optim.clip_grad", "max_skipped"),
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has ended.
+
+    Attributes:
+        path: its folder.
+        figures: what summary.json holds.
+        report: the HTML report.
+        hints: what in the figures looks wrong, in plain words.
+    """
+
+    path: Path
+    figures: dict[str, Any]
+    report: Path
+    hints: tuple[str, ...] = ()
+
+
+def start(config: PretrainConfig) -> Run:
+    """Runs `config` in a new folder.
+
+    A group of ranks that torchrun has started again (`--max-restarts`) goes on with the run that it began.
+    """
+    if config.init_from is not None:
+        config = replace(config, model=adopt_shape(config.model, read_initial(config.init_from)))
+    name = config.recipe if config.recipe != "auto" else "run"
+    path = Path(config.out) if config.out else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    done, allowed = restarts()
+    if allowed and config.out is None:
+        raise ConfigError("torchrun may start this run again and would not find its folder", "give --out")
+    if done and (path / "config.yaml").is_file():
+        return resume_run(path, settings.as_options(asdict(config)))
+    return _run(config, path, resume=False)
+
+
+def resume_run(path: Path, args: Sequence[str] = ()) -> Run:
+    """Goes on with a run from its newest whole checkpoint, or from the start if it had none.
+
+    Args:
+        path: the run folder.
+        args: options that may differ from the run's own (`MAY_CHANGE`).
+
+    Raises:
+        CheckpointError: no run, or all its checkpoints damaged.
+        ConfigError: an option that would make it another run.
+    """
+    folder = RunFolder.open(path)
+    saved = settings.parse(["--config", str(folder.config)], None)
+    config = settings.parse(["--config", str(folder.config), *args], None)
+    for name in sorted(differences(saved, config) - MAY_CHANGE):
+        raise ConfigError(
+            f"{name} cannot change in a resumed run", f"drop --{name}, or start a new run in another folder"
+        )
+    return _run(config, path, resume=True)
+
+
+def differences(one: Any, other: Any, prefix: str = "") -> set[str]:
+    """The dotted names of the settings in which two configurations differ."""
+    names = set()
+    for field in fields(one):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        if is_dataclass(a):
+            names |= differences(a, b, f"{prefix}{field.name}.")
+        elif a != b:
+            names.add(f"{prefix}{field.name}")
+    return names
+
+
+def _run(config: PretrainConfig, path: Path, *, resume: bool) -> Run:
+    with open_ranks(config.device) as ranks, one_line_when_a_worker_ends():
+        try:
+            return _run_on(ranks, config, path, resume=resume)
+        except (ConfigError, Interrupted) as error:  # the same on all ranks: one says it
+            if ranks.is_main:
+                raise
+            raise SystemExit(error.exit_status) from None
+
+
+def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, *, resume: bool) -> Run:
+    check_parallel(config, ranks.world_size)
+    display = Display(config.progress) if ranks.is_main else Display("none", io.StringIO())
+    folder = RunFolder(path)
+
+    def claim() -> Path:
+        nonlocal folder
+        tracker_names(config.trackers)
+        folder = RunFolder(path) if resume else RunFolder.create(path)
+        folder.lock()
+        return folder.path
+
+    claimed = ranks.on_main(claim)
+    folder = folder if ranks.is_main else RunFolder(claimed)  # rank 0's clock has named it
+    try:
+        checkpoint = load_checkpoint(folder.checkpoints, display.warn) if resume else None
+        # A resumed run keeps what "auto" meant when it began.
+        saved_precision = checkpoint.state["precision"] if checkpoint is not None else "auto"
+        precision = saved_precision if config.precision == "auto" else config.precision
+        runtime = open_runtime(config.device, precision, config.threads, ranks)
+        arguments = presets.arguments(config.model.preset, **overrides(config))
+        check_model(config, arguments)
+        if ranks.world_size > 1:  # rank 0 first: what is downloaded or indexed is so once
+            ranks.on_main(lambda: len(open_splits(config.data.source, config.data.root, progress=display.preparing)))
+        data = open_data(
+            replace(config.data, num_workers=share_of_cores(config.data.num_workers, ranks)),
+            input_size=arguments["input_size"],
+            channels=config.model.in_chans,
+            device=runtime.device,
+            progress=display.preparing,
+        )
+        if checkpoint is not None and checkpoint.state["data"] != data.fingerprint:
+            changed = f"the images of {config.data.source} have changed since the checkpoint"
+            if not config.data.allow_change:
+                raise DataError(
+                    changed,
+                    "bring the same images back, start a new run in another folder, or go on with what is there: "
+                    "--data.allow_change true",
+                )
+            display.warn(f"{changed}; going on with what is there")
+        torch.manual_seed(config.seed)
+        arguments["in_chans"] = data.channels
+        model = presets.construct(arguments).to(runtime.device)
+        if config.fit_batch:
+            size = (data.channels, *arguments["input_size"])
+            batch_size = fit_batch(config, model, size, len(data.train), runtime)
+            config = replace(config, batch_size=batch_size, fit_batch=False)
+            display.say(f"the largest batch that fits: {batch_size} images")
+        try:
+            return _train(config, model, arguments, data, runtime, folder, display, checkpoint)
+        finally:
+            data.train.close()
+    finally:
+        display.close()
+        folder.close()
+
+
+def check_model(config: PretrainConfig, arguments: dict[str, Any]) -> None:
+    """ConfigError where sizes or the mask strategy do not fit; without data and without memory for weights."""
+    with torch.device("meta"):
+        model = presets.construct(arguments)
+    try:
+        model.noise_count(config.mask.strategy)
+    except ConfigError as error:
+        raise ConfigError(f"{error.problem} and the preset {config.model.preset!r}", error.fix) from error
+
+
+def _train(
+    config: PretrainConfig,
+    model: Autoencoder,
+    arguments: dict[str, Any],
+    data: Data,
+    runtime: Runtime,
+    folder: RunFolder,
+    display: Display,
+    checkpoint: Checkpoint | None,
+) -> Run:
+    """Writes the run folder around one call of the training loop."""
+    ranks = runtime.ranks
+    description = Description(arguments, data.mean, data.std, asdict(config.mask), data.classes, torchmae.__version__)
+    start = checkpoint.state["step"] if checkpoint else 0
+
+    def begin() -> None:
+        folder.write_text("config.yaml", settings.to_yaml(config))
+        folder.remove_results()
+        folder.write_json("environment.json", {**environment(runtime), **folder.first_start()})
+        write_description(folder.model_json, description)
+        folder.rewind_metrics(start if checkpoint else -1)
+
+    ranks.on_main(begin)
+    several = f", {ranks.world_size} ranks ({config.parallel})" if ranks.world_size > 1 else ""
+    display.say(
+        f"run folder {folder.path}  ({runtime.device}, {runtime.precision}, {runtime.threads} threads{several})"
+    )
+    interruption: Interrupted | None = None
+    with open_trackers(config, folder, display, start) if ranks.is_main else Trackers() as tracker:
+        evaluators = build_evaluators(config, model, data, runtime, folder, tracker, fresh=checkpoint is None)
+        if config.init_from is not None and checkpoint is None:  # after the baselines, which are of random weights
+            assert isinstance(model, MaskedAutoencoder)
+            for line in initialise(model, read_initial(config.init_from)):
+                display.say(line)
+        try:
+            train(
+                config,
+                model=model,
+                loader=data.train,
+                fingerprint=data.fingerprint,
+                runtime=runtime,
+                folder=folder,
+                tracker=tracker,
+                display=display,
+                evaluators=evaluators,
+                checkpoint=checkpoint,
+            )
+        except Interrupted as error:
+            interruption = error
+    weights = whole_state(model)
+    bad = concatenate(ranks.gather(data.bad.items))
+
+    def end() -> Run:
+        whole = model
+        if any(map(is_sharded, model.parameters())):
+            whole = presets.construct(arguments).to(runtime.device)
+            whole.load_state_dict(weights)
+        return _finish(config, Pretrained(whole, description), data, bad, runtime, folder, display, interruption)
+
+    return ranks.on_main(end)
+
+
+def _finish(
+    config: PretrainConfig,
+    pretrained: Pretrained,
+    data: Data,
+    bad: Sequence[tuple[str, str]],
+    runtime: Runtime,
+    folder: RunFolder,
+    display: Display,
+    interruption: Interrupted | None,
+) -> Run:
+    """Writes weights, figures, pictures and the report; raises the interruption if there was one."""
+    model, description = pretrained.model, pretrained.description
+    if bad:
+        folder.write_text("bad_files.txt", "".join(f"{name}\t{reason}\n" for name, reason in bad))
+        display.warn(f"{len(bad)} images could not be read and were skipped: see {folder.bad_files}")
+    write_weights(folder.weights, model.state_dict())
+    state = "interrupted" if interruption else "finished"
+    figures = {**summarise(config, model, description.arguments, data, folder, state), "bad_files": len(bad)}
+    folder.write_json("summary.json", figures)
+    if not interruption and data.val is not None:
+        try:
+            write_pictures(folder.path / "pictures", Pretrained(model.eval(), description), data, runtime)
+        except TorchmaeError as error:  # the run is done and saved; a picture that cannot be drawn must not hide that
+            display.warn(f"no pictures of the features: {error}")
+    report = write_report(folder.path)
+    if interruption:
+        raise interruption
+    return Run(folder.path, figures, report, tuple(hints(folder.read_metrics())))
+
+
+def summarise(
+    config: PretrainConfig, model: Autoencoder, arguments: dict[str, Any], data: Data, folder: RunFolder, state: str
+) -> dict[str, Any]:
+    """The run in one flat record, from what metrics.jsonl holds."""
+    records = folder.read_metrics()
+    last: dict[str, dict[str, Any]] = {}
+    for record in records:
+        last[record["kind"]] = {**last.get(record["kind"], {}), **record}
+    training, validation, baseline = (last.get(kind, {}) for kind in ("train", "val", "baseline"))
+    encoder, rest = parameter_counts(model)
+    epoch = training.get("epoch", 0.0)
+    seconds = training.get("seconds", 0.0)
+    images_seen = round(epoch * len(data.train))
+    names = ("loss", "loss_mean_patch", "loss_interpolation", "explained_variance", "explained_variance_interpolation")
+    return {
+        "state": state,
+        "steps": training.get("step", 0),
+        "epochs": epoch,
+        "images_seen": images_seen,
+        "seconds": seconds,
+        "images_per_s": images_seen / seconds if seconds else 0.0,
+        **{name: validation.get(name) for name in names},
+        "knn": validation.get("knn"),
+        "knn_untrained": baseline.get("knn_untrained"),
+        "knn_pixels": baseline.get("knn_pixels"),
+        "linear": validation.get("linear"),
+        "linear_untrained": baseline.get("linear_untrained"),
+        "linear_pixels": baseline.get("linear_pixels"),
+        "num_train": len(data.train),
+        "num_val": len(data.val) if data.val is not None else 0,
+        "params_encoder": encoder,
+        "params_decoder": rest,
+        "target": "normalised patches" if model.norm_pix else "pixels",
+        "mask_strategy": config.mask.strategy,
+        "mask_ratio": config.mask.ratio,
+        "data": config.data.source,
+        "preset": config.model.preset,
+        "input_size": list(arguments["input_size"]),
+        "patch_size": list(arguments.get("patch_size", ())),
+        "in_chans": arguments["in_chans"],
+        "bad_files": len(data.bad.items),
+    }
+
+
+def overrides(config: PretrainConfig) -> dict[str, Any]:
+    """The model settings that replace the preset's values."""
+    return {name: value for name, value in asdict(config.model).items() if name != "preset"}

@@ -1,0 +1,133 @@
+"""Where a run stands: kept in its checkpoints, restored from them, set back to one when the numbers go wrong."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import signal
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torchmae.errors import CheckpointError, Interrupted, TrainingError
+from torchmae.training.checkpoint import Checkpoint, save_checkpoint
+from torchmae.training.parallel import load_optimizer, load_weights, local
+from torchmae.training.ranks import ALONE, Ranks
+from torchmae.training.run_folder import RunFolder
+
+
+@dataclass
+class State:
+    """Where a run stands; stored in every checkpoint.
+
+    Attributes:
+        step: optimiser steps done.
+        total_steps: steps of the whole run, which fixes the schedule.
+        seconds: time spent training, evaluation and saving apart.
+        epoch_loss: sum of the losses of the current epoch's steps.
+        precision: "bf16" or "fp32", kept by a resumed run.
+        data: fingerprint of the training data.
+        epoch_skipped: steps of the current epoch that were left out.
+        lr_scale: what the learning rate is multiplied by: halved each time the run was rolled back.
+    """
+
+    step: int
+    total_steps: int
+    seconds: float
+    epoch_loss: float
+    precision: str
+    data: str
+    epoch_skipped: int = 0
+    lr_scale: float = 1.0
+
+
+def save(
+    folder: RunFolder, model: nn.Module, optimizers: Sequence[Optimizer], state: State, ranks: Ranks = ALONE
+) -> None:
+    """Saves a checkpoint; every rank calls it.
+
+    Raises:
+        TrainingError: a weight or a moment of the optimiser is not finite; no such checkpoint is ever written.
+        CheckpointError: the disk is full or cannot be written.
+    """
+    moments = [
+        value
+        for optimizer in optimizers
+        for values in optimizer.state.values()
+        for value in values.values()
+        if isinstance(value, Tensor)
+    ]
+    numbers = [local(value.detach()) for value in (*model.parameters(), *moments)]
+    largest = torch.nn.utils.get_total_norm([value for value in numbers if value.numel()], math.inf).item()
+    if ranks.largest(float(not math.isfinite(largest)))[0]:
+        raise diverged(f"the weights are not finite after step {state.step}", folder)
+    optimizer_states = [item.state_dict() for item in optimizers]
+    save_checkpoint(folder.checkpoints, model.state_dict(), optimizer_states, asdict(state), ranks)
+
+
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizers: Sequence[Optimizer], precision: str) -> State:
+    """Puts a checkpoint's weights and optimiser state in place; the learning rates stay the configuration's.
+
+    Args:
+        checkpoint: where to go on from.
+        model: takes the weights.
+        optimizers: as `build_optimizers` made them for `model`.
+        precision: of the steps to come.
+
+    Returns:
+        The state to go on from.
+
+    Raises:
+        CheckpointError: it was made by another model or optimiser.
+    """
+    peaks = [[(group["peak_lr"], group["weight_decay"]) for group in item.param_groups] for item in optimizers]
+    difference = differs(checkpoint.model, model.state_dict())
+    if difference:
+        raise CheckpointError(
+            f"{checkpoint.path} does not fit the model: {difference}", "resume with the run's own settings"
+        )
+    try:
+        load_weights(model, checkpoint.model)
+        for optimizer, saved in zip(optimizers, checkpoint.optimizers, strict=True):
+            load_optimizer(optimizer, saved)
+        state = State(**{**checkpoint.state, "precision": precision})
+    except (RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{checkpoint.path} does not fit the model: {reason}", "resume with the run's own settings"
+        ) from error
+    for optimizer, group_peaks in zip(optimizers, peaks, strict=True):
+        for group, (lr, decay) in zip(optimizer.param_groups, group_peaks, strict=True):
+            group.update(peak_lr=lr, weight_decay=decay)
+    return state
+
+
+def differs(saved: dict[str, Tensor], own: dict[str, Tensor]) -> str:
+    """In what the weights of a checkpoint and of a model differ, the first of them by name; empty where they fit."""
+    found = []
+    for name in [*own, *(name for name in saved if name not in own)]:
+        there, here = (tuple(side[name].shape) if name in side else None for side in (saved, own))
+        if there != here:
+            found.append(f"{name} is {there or 'missing'} in the checkpoint and {here or 'missing'} in the model")
+    return "" if not found else found[0] + (f", and {len(found) - 1} more differ" if len(found) > 1 else "")
+
+
+def diverged(problem: str, folder: RunFolder) -> TrainingError:
+    """The error of a run whose numbers are no longer finite."""
+    return TrainingError(
+        f"{problem}; the last good checkpoint was kept",
+        f"go on from it with a smaller step: torchmae pretrain --resume {shlex.quote(str(folder.path))} --optim.lr LR "
+        "(or --optim.clip_grad 1, or --precision fp32)",
+    )
+
+
+def interrupted(signal_number: int, state: State, folder: RunFolder) -> Interrupted:
+    """The error of a run that was stopped and saved."""
+    return Interrupted(
+        f"stopped by {signal.Signals(signal_number).name} after step {state.step} of {state.total_steps}, all saved",
+        f"go on with: torchmae pretrain --resume {shlex.quote(str(folder.path))}",
+        signal_number,
+    )

@@ -1,0 +1,117 @@
+"""The steps between two lines of progress: what they took, and what is said of them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torchmae.data.loader import Batch
+from torchmae.data.plan import Plan
+from torchmae.training.progress import Display, Status
+from torchmae.training.state import State
+from torchmae.training.tracking import Tracker
+
+
+class Window:
+    """The steps since the last line of progress. Losses stay on the device until the window closes.
+
+    Args:
+        now: the time it begins, from time.perf_counter.
+    """
+
+    def __init__(self, now: float) -> None:
+        self.losses: list[Tensor] = []
+        self.norms: list[Tensor] = []
+        self.skipped_in_row = 0  # up to its last step
+        self.figures: dict[str, Tensor] = {}  # scalars of its last step
+        self.images = 0
+        self.waiting = 0.0
+        self.seconds = 0.0
+        self._since = now
+
+    def add(self, loss: Tensor, norm: Tensor, images: int) -> None:
+        """A step is done, or was skipped where its loss or its gradient's norm is not finite."""
+        self.losses.append(loss)
+        self.norms.append(norm)
+        self.images += images
+
+    def stop_clock(self) -> None:
+        """Adds the time since the last restart; call after the device was waited for."""
+        now = time.perf_counter()
+        self.seconds += now - self._since
+        self._since = now
+
+    def restart(self) -> None:
+        """Training goes on: what was spent since `stop_clock` on evaluation and saving does not count."""
+        if not self.losses:
+            self._since = time.perf_counter()
+
+    def clear(self) -> None:
+        """Begins anew."""
+        self.losses, self.norms, self.images, self.waiting, self.seconds, self.figures = [], [], 0, 0.0, 0.0, {}
+
+
+def timed(batches: Iterator[Batch], window: Window) -> Iterator[Batch]:
+    """The same batches; the time spent waiting for each is added to the window."""
+    while True:
+        start = time.perf_counter()
+        batch = next(batches, None)
+        window.waiting += time.perf_counter() - start
+        if batch is None:
+            return
+        yield batch
+
+
+def close_window(
+    window: Window,
+    state: State,
+    plan: Plan,
+    optimizers: Sequence[Optimizer],
+    tracker: Tracker,
+    display: Display,
+) -> None:
+    """Waits for the device, says which steps were skipped, logs the window's figures; without a step in it, does
+    nothing."""
+    if not window.losses:
+        return
+    pairs = torch.stack([torch.stack(window.losses), torch.stack(window.norms)]).T.tolist()
+    window.stop_clock()
+    losses = []
+    for i, (loss, norm) in enumerate(pairs):
+        if math.isfinite(loss) and math.isfinite(norm):
+            losses.append(loss)
+            window.skipped_in_row = 0
+        else:
+            window.skipped_in_row += 1
+            step = state.step - len(pairs) + i + 1
+            display.warn(f"step {step} skipped: the loss is {loss:.4g} and the gradient's norm {norm:.4g}")
+    skipped = len(pairs) - len(losses)
+    state.seconds += window.seconds
+    state.epoch_loss += sum(losses)
+    state.epoch_skipped += skipped
+    speed = window.images / window.seconds
+    mean = sum(losses) / len(losses) if losses else math.nan
+    remaining = (state.total_steps - state.step) * window.seconds / len(pairs)
+    wait = window.waiting / window.seconds
+    epoch, epochs = state.step / plan.steps_per_epoch, state.total_steps / plan.steps_per_epoch
+    tracker.log(
+        "train",
+        state.step,
+        {
+            "epoch": epoch,
+            "loss": mean,
+            "lr": optimizers[-1].param_groups[0]["lr"],
+            **{name: figure.item() for name, figure in window.figures.items()},
+            **({"skipped": skipped} if skipped else {}),
+            "images_per_s": speed,
+            "data_wait": wait,
+            "seconds": state.seconds,
+        },
+    )
+    display.training(Status(state.step, state.total_steps, epoch, epochs, mean, speed, wait, remaining))
+    window.clear()

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from small import RUNTIME, images, mlp, vit
+
+from torchmae.config import MaskConfig, OptimConfig, PretrainConfig
+from torchmae.data.loader import Batch
+from torchmae.data.plan import Plan
+from torchmae.nn.autoencoder import Autoencoder
+from torchmae.training.optim import build_optimizers
+from torchmae.training.step import draw_mask, split_mask, step_if_finite, train_step
+
+
+@pytest.mark.parametrize("accumulate", [3, 4, 7])
+@pytest.mark.parametrize(
+    ("make", "strategy"),
+    [
+        (vit, "random"),
+        (lambda: vit(norm_pix=True), "block"),
+        (lambda: mlp(loss_on="hidden"), "elements"),
+        (lambda: mlp(loss_on="all"), "elements_inverted"),
+    ],
+)
+def test_parts_of_a_batch_make_the_step_of_the_whole(
+    make: Callable[[], Autoencoder], strategy: str, accumulate: int
+) -> None:
+    batch = next(images(7).train_batches(Plan(7, 7, 0), 0, 1))
+    results = []
+    for parts in (1, accumulate):
+        model = make()
+        config = PretrainConfig(
+            batch_size=7,
+            accumulate=parts,
+            mask=MaskConfig(strategy=strategy),
+            optim=OptimConfig(lr=0.01, clip_grad=0.5),
+        )
+        (optimizer,) = build_optimizers(model, replace(config.optim, name="adam"), 7)
+        for group in optimizer.param_groups:
+            group["eps"] = 1.0  # else Adam's division by tiny gradients would enlarge what rounding leaves
+        mask = draw_mask(model, config.mask, 0, batch, torch.device("cpu"))
+        loss, norm = train_step(model, [optimizer], batch.images, mask, config, RUNTIME)
+        assert norm is not None
+        assert all(p.grad is None for p in model.parameters())
+        results.append((loss.item(), norm.item(), [p.detach() for p in model.parameters()]))
+    (loss, norm, weights), (parts_loss, parts_norm, parts_weights) = results
+    assert parts_loss == pytest.approx(loss, abs=1e-6)
+    assert parts_norm == pytest.approx(norm, rel=1e-6)
+    for one, other in zip(weights, parts_weights, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_gradients_are_clipped_and_the_norm_is_that_before() -> None:
+    batch = next(images(7).train_batches(Plan(7, 7, 0), 0, 1))
+
+    def step(limit: float | None) -> tuple[float, float]:
+        """The norm that is returned, and how far plain gradient descent goes."""
+        model = vit()
+        before = [p.detach().clone() for p in model.parameters()]
+        config = PretrainConfig(batch_size=7, optim=OptimConfig(clip_grad=limit))
+        mask = draw_mask(model, config.mask, 0, batch, torch.device("cpu"))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        _, norm = train_step(model, [optimizer], batch.images, mask, config, RUNTIME)
+        moved = torch.cat([(p - old).flatten() for p, old in zip(model.parameters(), before, strict=True)])
+        return norm.item(), moved.norm().item()
+
+    norm, moved = step(None)
+    assert moved == pytest.approx(norm, rel=1e-4)
+    assert step(norm / 4) == pytest.approx((norm, norm / 4), rel=1e-4)
+    assert step(norm * 2) == pytest.approx((norm, norm), rel=1e-4)
+
+
+def test_masks_are_cut_as_batches_are() -> None:
+    model = vit()
+    batch = next(images(7).train_batches(Plan(7, 7, 0), 0, 1))
+    mask = draw_mask(model, MaskConfig(), 0, batch, torch.device("cpu"))
+    parts = split_mask(mask, 3)
+    assert [len(part.ids_keep) for part in parts] == [len(part) for part in batch.images.tensor_split(3)] == [3, 2, 2]
+    assert torch.equal(torch.cat([part.ids_masked for part in parts]), mask.ids_masked)
+
+
+def test_a_mask_depends_on_seed_epoch_and_index_alone() -> None:
+    model, cpu = vit(), torch.device("cpu")
+    one = Batch(torch.zeros(3, 1, 8, 8), torch.zeros(3), torch.tensor([5, 1, 9]).numpy(), 2)
+    other = Batch(torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.tensor([9, 5]).numpy(), 2)
+    first = draw_mask(model, MaskConfig(), 3, one, cpu).ids_keep
+    assert torch.equal(first[[2, 0]], draw_mask(model, MaskConfig(), 3, other, cpu).ids_keep)
+    assert not torch.equal(first, draw_mask(model, MaskConfig(), 4, one, cpu).ids_keep)
+    assert not torch.equal(first, draw_mask(model, MaskConfig(), 3, replace(one, epoch=3), cpu).ids_keep)
+
+
+@pytest.mark.parametrize("loss, norm", [(1.0, math.nan), (math.inf, 1.0), (math.nan, math.nan)])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_step_that_is_not_finite_changes_nothing(name: str, loss: float, norm: float) -> None:
+    model = vit()
+    optimizers = build_optimizers(model, OptimConfig(name=name, lr=0.1), 4)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 0.5)
+    before = [p.detach().clone() for p in model.parameters()]
+    step_if_finite(optimizers, torch.tensor(loss), torch.tensor(norm))
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+    assert all(p.grad is None for p in model.parameters())
+    assert all(not optimizer.state for optimizer in optimizers)
