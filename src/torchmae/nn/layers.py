@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchmae.errors import ConfigError
 
 LAYER_NORM_EPS = 1e-6
+FEW_TOKENS = 64
 
 
 def _heads(width: int, num_heads: int) -> int:
@@ -20,12 +21,13 @@ def _heads(width: int, num_heads: int) -> int:
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for (B, heads, N, D) queries and (B, heads, M, D) keys and values.
 
-    PyTorch's fused attention, but for bf16 gradients on a processor: its backward pass there takes up to 6 times as
-    long as plain matrix products, from 17 to 257 tokens (benchmarks/attention.py).
+    PyTorch's fused attention, but for gradients on a processor in bf16 or of few tokens: its backward pass there takes
+    1.2 to 6 times as long as plain matrix products in bf16, from 17 to 257 tokens, and up to 2.3 times in fp32 from 17
+    to 50 (benchmarks/attention.py).
     """
     if q.device.type == "cpu":
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # one copy here saves several inside
-        if q.dtype == torch.bfloat16 and q.requires_grad:
+        if q.requires_grad and (q.dtype == torch.bfloat16 or k.shape[-2] <= FEW_TOKENS):
             weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
             return weights.softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -48,8 +50,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) to (B, N, D)."""
         batch, tokens, dim = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # 3, B, heads, N, D/heads
-        out = attend(*qkv.unbind(0))  # not by index: each index would fill a gradient of all three with zeros
+        # Not by index: each index would fill a gradient of all three with zeros.
+        q, k, v = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).unbind(2)  # (B, N, heads, D/heads) each
+        out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.proj(out.transpose(1, 2).reshape(batch, tokens, dim))
 
 
@@ -73,8 +76,8 @@ class CrossAttention(nn.Module):
         """Queries (B, M, D) and context (B, K, E) to (B, M, D)."""
         batch, queries, dim = x.shape
         q = self.q(x).view(batch, queries, self.num_heads, -1).transpose(1, 2)
-        kv = self.kv(context).view(batch, context.shape[1], 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        out = attend(q, *kv.unbind(0))
+        k, v = self.kv(context).view(batch, context.shape[1], 2, self.num_heads, -1).unbind(2)
+        out = attend(q, k.transpose(1, 2), v.transpose(1, 2))
         return self.proj(out.transpose(1, 2).reshape(batch, queries, dim))
 
 
