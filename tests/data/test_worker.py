@@ -29,7 +29,7 @@ from torchmae.data.worker import (
     cut_between_pixels,
     draw_flips,
     labels_of,
-    stack,
+    of_one_type,
 )
 
 VIEW = View((8, 8), (0.2, 1.0), (0.75, 1.3333), True)
@@ -68,10 +68,10 @@ def test_labels_of_nothing_are_unknown() -> None:
 
 def test_bytes_beside_sixteen_bits_and_floats() -> None:
     small, large = torch.tensor([0, 128, 255], dtype=torch.uint8), torch.tensor([0, 1, 65535], dtype=torch.uint16)
-    both = stack([small, large])
+    both = torch.stack(of_one_type([small, large]))
     assert both.dtype == torch.uint16
     assert both.tolist() == [[0, 128 * 257, 65535], [0, 1, 65535]]
-    mixed = stack([small, torch.tensor([0.0, 0.25, 1.0])])
+    mixed = torch.stack(of_one_type([small, torch.tensor([0.0, 0.25, 1.0])]))
     torch.testing.assert_close(mixed, torch.tensor([[0, 128 / 255, 1], [0, 0.25, 1]]))
 
 

@@ -21,6 +21,7 @@ from torchmae.data.layouts import open_splits
 from torchmae.data.memory import DoesNotFitError, Held, hold
 from torchmae.data.plan import Indices, Plan, hold_out, shard
 from torchmae.data.reading import Probe, Progress, num_cores, probe, statistics
+from torchmae.data.slots import Slots
 from torchmae.data.sources import ArraySource, Source, Subset, relabel
 from torchmae.data.transforms import mirror, normalise, resample, value_range
 from torchmae.data.worker import (
@@ -165,8 +166,10 @@ class ImageLoader:
                 yield request
 
         workers = min(self._num_workers, count)
+        # Copies to other devices may still be under way when their slot is given back; CUDA's are from pinned copies.
+        slots = Slots(workers if self._device.type in ("cpu", "cuda") else 0)
         loader = DataLoader(
-            Reader(self.source, len(self._mean), self._view),
+            Reader(self.source, len(self._mean), self._view, slots),
             sampler=noted(),
             batch_size=None,  # the reader makes whole batches
             collate_fn=_as_it_is,
@@ -183,7 +186,9 @@ class ImageLoader:
             request = asked.pop(0)
             mirrored = self._to_device(torch.from_numpy(np.flatnonzero(draw_flips(request, self._view))))
             images = mirror(images, mirrored).movedim(-1, 1)
-            yield self._batch(images, value_range(fetched.images.dtype), labels, request)
+            batch = self._batch(images, value_range(fetched.images.dtype), labels, request)
+            slots.give_back(fetched.slot)
+            yield batch
 
     def _sent(self, batches: Iterator[Fetched]) -> Iterator[tuple[Fetched, Tensor, Tensor]]:
         """Each batch with its images and labels on the device; on CUDA, the next one is on its way there by then."""

@@ -19,12 +19,13 @@ import torch
 from PIL import Image as PillowImage
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from torchmae.data.decode import Picture
 from torchmae.data.jpeg import Region
 from torchmae.data.plan import Indices
 from torchmae.data.reading import first_readable
+from torchmae.data.slots import Slots
 from torchmae.data.sources import EncodedSource, Image, Labels, Source, read_ahead, resolve
 from torchmae.data.transforms import CROP_NUMBERS, Boxes, crop_boxes, eval_box, reduction, resample, value_range
 from torchmae.errors import DataError
@@ -106,12 +107,14 @@ class Fetched(NamedTuple):
         labels: (B,) int64.
         bad: name and reason of each image that could not be read.
         failure: why there is no batch; None: there is.
+        slot: where the images lie, to be given back (`Slots.give_back`).
     """
 
     images: Tensor
     labels: Tensor
     bad: list[tuple[str, str]]
-    failure: str | None
+    failure: str | None = None
+    slot: int | None = None
 
 
 class Reader(Dataset[Fetched]):
@@ -121,12 +124,14 @@ class Reader(Dataset[Fetched]):
         source: the images.
         channels: of each image.
         view: how they become the model's input.
+        slots: memory to hand batches over in; None: new memory for each.
     """
 
-    def __init__(self, source: Source, channels: int, view: View) -> None:
+    def __init__(self, source: Source, channels: int, view: View, slots: Slots | None = None) -> None:
         self.source = source
         self.channels = channels
         self.view = view
+        self.slots = slots or Slots(0)
 
     def __getitem__(self, request: Request) -> Fetched:
         read_ahead(self.source, request.indices)
@@ -147,8 +152,9 @@ class Reader(Dataset[Fetched]):
             return Fetched(torch.empty(0), torch.empty(0), bad, str(error))
         labels = labels_of(self.source.labels, np.array(read, dtype=np.int64))
         if not images:  # a rank's part of a batch smaller than the world
-            return Fetched(torch.empty(0, *self.view.input_size, self.channels), labels, bad, None)
-        return Fetched(stack(images), labels, bad, None)
+            return Fetched(torch.empty(0, *self.view.input_size, self.channels), labels, bad)
+        batch, slot = self.slots.stack(of_one_type(images))
+        return Fetched(batch, labels, bad, slot=slot)
 
     def _open(self, index: int, numbers: npt.NDArray[np.float32], bad: list[tuple[str, str]]) -> _Sample:
         """The image at an index, or the next that can be opened."""
@@ -293,16 +299,16 @@ def cut_between_pixels(image: Image, box: npt.NDArray[np.float64], target: tuple
     return torch.from_numpy(np.array(resized).reshape(*target, -1))
 
 
-def stack(images: list[Tensor]) -> Tensor:
-    """Stacks images that may differ in type: bytes beside 16 bits are widened, integers beside floats scaled."""
+def of_one_type(images: list[Tensor]) -> list[Tensor]:
+    """Images that may differ in type as such that do not: bytes beside 16 bits are widened, integers beside floats
+    scaled."""
     kinds = {image.dtype for image in images}
     if len(kinds) == 1:
-        stacked: Tensor = default_collate(images)  # in a worker straight into memory that the main process shares
-        return stacked
+        return images
     if any(kind.is_floating_point for kind in kinds):
-        return torch.stack([image.float() / value_range(image.dtype) for image in images])
-    wide = [image.int() * (257 if image.dtype == torch.uint8 else 1) for image in images]  # 255 * 257 = 65535
-    return torch.stack(wide).to(torch.uint16)
+        return [image.float() / value_range(image.dtype) for image in images]
+    wide = (image.int() * (257 if image.dtype == torch.uint8 else 1) for image in images)  # 255 * 257 = 65535
+    return [image.to(torch.uint16) for image in wide]
 
 
 def labels_of(labels: Labels | None, indices: Indices) -> Tensor:
