@@ -100,20 +100,10 @@ class LightlyMAE(nn.Module):
 
     def __init__(self, sizes: PeerSizes) -> None:
         super().__init__()
-        timm = _import("timm.models.vision_transformer", "timm")
         modules = _import("lightly.models.modules", "lightly")
         self._utils: Any = _import("lightly.models.utils", "lightly")
         self._sizes = sizes
-        vit = timm.VisionTransformer(
-            img_size=sizes.input_size,
-            patch_size=sizes.patch_size,
-            in_chans=sizes.in_chans,
-            embed_dim=sizes.embed_dim,
-            depth=sizes.depth,
-            num_heads=sizes.num_heads,
-            mlp_ratio=sizes.mlp_ratio,
-            num_classes=0,
-        )
+        vit = _timm_encoder(sizes)
         self.encoder = modules.MaskedVisionTransformerTIMM(vit=vit)
         self.encoder.mask_token = None  # of other methods; here it would be a parameter without a gradient
         self.decoder_embed = nn.Linear(sizes.embed_dim, sizes.decoder_embed_dim)
@@ -158,16 +148,7 @@ class TimmMAE(nn.Module):
         super().__init__()
         timm = _import("timm.models.vision_transformer", "timm")
         self._sizes = sizes
-        self.vit = timm.VisionTransformer(
-            img_size=sizes.input_size,
-            patch_size=sizes.patch_size,
-            in_chans=sizes.in_chans,
-            embed_dim=sizes.embed_dim,
-            depth=sizes.depth,
-            num_heads=sizes.num_heads,
-            mlp_ratio=sizes.mlp_ratio,
-            num_classes=0,
-        )
+        self.vit = _timm_encoder(sizes)
         self.embed = nn.Linear(sizes.embed_dim, sizes.decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, sizes.decoder_embed_dim))
         block = partial(timm.Block, sizes.decoder_embed_dim, sizes.decoder_num_heads, sizes.mlp_ratio, qkv_bias=True)
@@ -198,6 +179,19 @@ class TimmMAE(nn.Module):
             target = (target - mean) / std
         is_hidden = torch.zeros(count, length, device=images.device).scatter_(1, hidden, 1.0)
         return ((pred - target).square().mean(-1) * is_hidden).sum() / is_hidden.sum()
+
+
+def _timm_encoder(sizes: PeerSizes) -> Any:
+    return _import("timm.models.vision_transformer", "timm").VisionTransformer(
+        img_size=sizes.input_size,
+        patch_size=sizes.patch_size,
+        in_chans=sizes.in_chans,
+        embed_dim=sizes.embed_dim,
+        depth=sizes.depth,
+        num_heads=sizes.num_heads,
+        mlp_ratio=sizes.mlp_ratio,
+        num_classes=0,
+    )
 
 
 def _import(module: str, package: str) -> Any:
