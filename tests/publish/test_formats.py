@@ -169,7 +169,8 @@ def test_a_classifier_with_its_labels(fine_tuned: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(session.run(None, {"images": images.numpy()})[0], logits.numpy(), atol=1e-5)
     export(fine_tuned, tmp_path / "own", ExportOptions(to="safetensors"))
     model, description = load_classifier(tmp_path / "own")
-    assert torch.equal(model(images), logits)
+    with torch.no_grad():  # with gradients, attention takes another way and rounds otherwise
+        assert torch.equal(model(images), logits)
     assert description.classes == ("cat", "dog", "a|b")
     assert "2. a/b" in (tmp_path / "own" / "README.md").read_text()
 
