@@ -24,7 +24,7 @@ class Slots:
     """
 
     def __init__(self, num_workers: int) -> None:
-        self._taken = torch.zeros(num_workers * PER_WORKER, dtype=torch.bool).share_memory_()
+        self._taken = torch.zeros(num_workers * PER_WORKER, dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
         self._memory: dict[int, Tensor] = {}  # a worker's own
 
     def stack(self, images: Sequence[Tensor]) -> tuple[Tensor, int | None]:
@@ -43,7 +43,7 @@ class Slots:
         first = images[0]
         num_bytes = len(images) * first.nbytes
         if slot not in self._memory or self._memory[slot].nbytes < num_bytes:
-            self._memory[slot] = torch.empty(num_bytes, dtype=torch.uint8).share_memory_()
+            self._memory[slot] = torch.empty(num_bytes, dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
         batch = self._memory[slot][:num_bytes].view(first.dtype).view(len(images), *first.shape)
         torch.stack(list(images), out=batch)
         return batch, slot
