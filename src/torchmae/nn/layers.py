@@ -22,7 +22,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for (B, heads, N, D) queries and (B, heads, M, D) keys and values.
 
     PyTorch's fused attention, but for gradients on a processor in bf16 or of few tokens: its backward pass there takes
-    1.2 to 6 times as long as plain matrix products in bf16, from 17 to 257 tokens, and up to 2.3 times in fp32 from 17
+    1.2 to 6 times as long as plain matrix products in bf16, from 17 to 257 tokens, and up to 2.4 times in fp32 from 17
     to 50 (benchmarks/attention.py).
     """
     if q.device.type == "cpu":
