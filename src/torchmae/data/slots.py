@@ -1,8 +1,8 @@
 """Memory in which worker processes hand batches over, kept from batch to batch.
 
-PyTorch takes new shared memory for each batch, which the system clears page by page as it is written: up to a fifth of
-the time that a worker needs for a batch of JPEGs (benchmarks/decode.py). Here each worker has some of its own, and is
-told which of it is free again.
+PyTorch takes new shared memory for each batch, which the system clears page by page as it is written: an eighth of the
+time that a worker needs for a batch of JPEGs on one machine (docs/performance.md). Here each worker has some of its
+own, and is told which of it is free again.
 """
 
 from __future__ import annotations
