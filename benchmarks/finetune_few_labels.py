@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from torchmae.config import DataConfig
-from torchmae.data.loader import open_data
+from torchmae.data.opening import open_data
 from torchmae.evaluation import finetune
 from torchmae.evaluation.finetune_config import FinetuneConfig
 from torchmae.evaluation.images import Normalisation

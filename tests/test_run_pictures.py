@@ -9,7 +9,7 @@ import torch
 
 from torchmae import visualize
 from torchmae.config import DataConfig
-from torchmae.data.loader import Data, open_data
+from torchmae.data.opening import Data, open_data
 from torchmae.nn import presets
 from torchmae.report.page import load_titled
 from torchmae.training.pretrained import Pretrained

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchmae.config import PretrainConfig
-from torchmae.data.loader import Data
+from torchmae.data.opening import Data
 from torchmae.evaluation.diagnostics import FeatureProbe
 from torchmae.evaluation.reconstruction import HoldOut
 from torchmae.evaluation.sharing import share

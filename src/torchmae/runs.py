@@ -15,7 +15,8 @@ import torchmae
 from torchmae import settings
 from torchmae.config import PretrainConfig
 from torchmae.data.layouts import open_splits
-from torchmae.data.loader import Data, one_line_when_a_worker_ends, open_data
+from torchmae.data.loader import one_line_when_a_worker_ends
+from torchmae.data.opening import Data, open_data
 from torchmae.errors import ConfigError, DataError, Interrupted, TorchmaeError
 from torchmae.evaluators import build_evaluators
 from torchmae.interop.weights import initialise

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from torchmae import settings
 from torchmae.config import DataConfig
-from torchmae.data.loader import Data, ImageLoader, open_data
+from torchmae.data.loader import ImageLoader
+from torchmae.data.opening import Data, open_data
 from torchmae.data.plan import Indices
 from torchmae.errors import ConfigError
 from torchmae.evaluation.feature_maps import (

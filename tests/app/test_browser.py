@@ -24,7 +24,7 @@ from PIL import Image
 from torchmae.app.session import Bank, Session
 from torchmae.app.strings import TEXT
 from torchmae.config import DataConfig
-from torchmae.data.loader import open_data
+from torchmae.data.opening import open_data
 from torchmae.training.pretrained import load
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from torchmae.app.session import Bank, Picture, Session, read_bank
 from torchmae.config import DataConfig
-from torchmae.data.loader import open_data
+from torchmae.data.opening import open_data
 from torchmae.errors import ConfigError, DataError
 from torchmae.nn import presets
 from torchmae.nn.masking import mask_from_tokens

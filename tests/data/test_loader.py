@@ -12,8 +12,9 @@ from PIL import Image
 
 from torchmae.config import DataConfig
 from torchmae.data.decode import BadFiles
-from torchmae.data.loader import Batch, Data, _on_device, open_data
+from torchmae.data.loader import Batch
 from torchmae.data.memory import hold
+from torchmae.data.opening import Data, _on_device, open_data
 from torchmae.data.plan import Plan
 from torchmae.data.sources import ArraySource, FileSource
 from torchmae.data.transforms import normalise

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from torchmae.config import DataConfig
-from torchmae.data.loader import Data, open_data
+from torchmae.data.opening import Data, open_data
 from torchmae.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError
 from torchmae.evaluation import finetune
 from torchmae.evaluation.finetune_config import PAPER, SMALL, FinetuneConfig

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchmae.data.decode import MAX_PIXELS, decode
-from torchmae.data.loader import Data, ImageLoader
+from torchmae.data.loader import ImageLoader
+from torchmae.data.opening import Data
 from torchmae.data.sources import map_array
 from torchmae.errors import ConfigError, DataError, TorchmaeError
 from torchmae.evaluation.embedding import read_features

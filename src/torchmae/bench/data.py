@@ -20,7 +20,7 @@ from torchmae.bench.options import DataOptions
 from torchmae.bench.results import Report, Result
 from torchmae.bench.timing import synchronise, take_turns
 from torchmae.config import PretrainConfig
-from torchmae.data.loader import Data, open_data
+from torchmae.data.opening import Data, open_data
 from torchmae.data.plan import Plan
 from torchmae.data.reading import Progress, num_cores
 from torchmae.data.worker import start_worker

@@ -1,4 +1,4 @@
-"""From the settings to batches on the device: images held in memory, or read by worker processes."""
+"""Batches on the device: of images held in memory, or read by worker processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import weakref
 from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -15,14 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from torchmae.config import DataConfig
 from torchmae.data.decode import BadFiles
-from torchmae.data.layouts import open_splits
-from torchmae.data.memory import DoesNotFitError, Held, hold
-from torchmae.data.plan import Indices, Plan, hold_out, shard
-from torchmae.data.reading import Probe, Progress, num_cores, probe, statistics
+from torchmae.data.memory import Held
+from torchmae.data.plan import Indices, Plan, shard
 from torchmae.data.slots import Slots
-from torchmae.data.sources import ArraySource, Source, Subset, relabel
+from torchmae.data.sources import Source
 from torchmae.data.transforms import mirror, normalise, resample, value_range
 from torchmae.data.worker import (
     Fetched,
@@ -35,12 +32,8 @@ from torchmae.data.worker import (
     labels_of,
     start_worker,
 )
-from torchmae.errors import ConfigError, DataError
+from torchmae.errors import DataError
 from torchmae.random import permutation
-
-_MAX_WORKERS = 8
-_GIB = 2**30
-_DEVICE_SHARE = 0.1  # of a GPU's free memory that images may take unasked: the model is not there yet
 
 
 @dataclass(frozen=True)
@@ -275,182 +268,3 @@ def _survivors(loader: DataLoader[Fetched]) -> Iterator[Fetched]:
 
 def _as_it_is(fetched: Any) -> Any:
     return fetched
-
-
-@dataclass(frozen=True)
-class Data:
-    """An opened data set.
-
-    Attributes:
-        train: training images.
-        val: held-out images; None: there are none.
-        channels: of every image.
-        mean: one for each channel, of values in [0, 1].
-        std: one for each channel, of values in [0, 1].
-        classes: the name of each label, where known.
-        fingerprint: of the training images: changes when they do.
-        bad: the images that could not be read so far, of both sets.
-    """
-
-    train: ImageLoader
-    val: ImageLoader | None
-    channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    classes: tuple[str, ...] | None
-    fingerprint: str
-    bad: BadFiles
-
-
-def open_data(
-    config: DataConfig,
-    *,
-    input_size: tuple[int, ...],
-    channels: int | None,
-    device: torch.device,
-    progress: Progress | None = None,
-) -> Data:
-    """Opens the data of a run: finds splits, holds what fits in memory, measures mean and deviation.
-
-    Args:
-        config: what to open and how.
-        input_size: spatial size of the model's input; images of any other size are resampled to it.
-        channels: that the model takes; None: what the data has.
-        device: where batches go.
-        progress: told how far reading and measuring are.
-
-    Raises:
-        ConfigError: settings that do not fit the data.
-        DataError: data that is missing, empty or unreadable.
-    """
-    splits = open_splits(config.source, config.root, spatial_dims=len(input_size), progress=progress)
-    train, val = choose_splits(config, splits, input_size, progress)
-    seen = _checked_probe(train, input_size)
-    channels = seen.channels if channels is None else channels
-    train, val = train.with_channels(channels), None if val is None else val.with_channels(channels)
-    bad = BadFiles(len(train) + (0 if val is None else len(val)), config.max_bad)
-    limit = config.memory_limit * _GIB
-    held = _hold(train, config, limit, seen, bad, progress)
-    val_limit = limit - held.nbytes if held else limit
-    val_held = None if val is None else _hold(val, config, val_limit, _checked_probe(val, input_size), bad, progress)
-    mean, std = _mean_and_std(config, train, held, channels, progress)
-    held, val_held = (None if item is None else _on_device(item, config, device) for item in (held, val_held))
-    num_workers = min(num_cores(), _MAX_WORKERS) if config.num_workers is None else config.num_workers
-    view = View(input_size, config.crop_scale, config.crop_ratio, config.flip)
-
-    def loader(source: Source, in_memory: Held | None) -> ImageLoader:
-        return ImageLoader(
-            source,
-            in_memory,
-            view=view,
-            mean=mean,
-            std=std,
-            device=device,
-            num_workers=num_workers,
-            bad=bad,
-            repeats=config.repeats,
-        )
-
-    return Data(
-        train=loader(train, held),
-        val=None if val is None else loader(val, val_held),
-        channels=channels,
-        mean=mean,
-        std=std,
-        classes=train.classes,
-        fingerprint=train.fingerprint(),
-        bad=bad,
-    )
-
-
-def choose_splits(
-    config: DataConfig, splits: dict[str, Source], input_size: tuple[int, ...], progress: Progress | None = None
-) -> tuple[Source, Source | None]:
-    """The training images, and the held-out ones that `config.val` asks for.
-
-    "auto" never takes a test split: where there is no "val", some of the training images are held out.
-    """
-    train = splits["train"]
-    if config.val == "none":
-        return train, None
-    if config.val == "auto" and "val" not in splits:
-        kept, held_out = hold_out(len(train), config.val_size)
-        return (Subset(train, kept), Subset(train, held_out)) if len(held_out) else (train, None)
-    name = "val" if config.val == "auto" else config.val
-    if name == "train":
-        raise ConfigError("data.val is 'train'", "hold out other images than those trained on: auto or a path")
-    if name in splits:
-        return train, splits[name]
-    try:
-        val = open_splits(config.val, config.root, spatial_dims=len(input_size), progress=progress)["train"]
-    except DataError as error:
-        others = [split for split in splits if split != "train"]
-        raise ConfigError(
-            f"data.val {config.val!r} cannot be used: {error.problem}",
-            f"choose from auto, none, {', '.join([*others, 'or a path'])}",
-        ) from error
-    return train, val if train.classes is None else relabel(val, train.classes)
-
-
-def _checked_probe(source: Source, input_size: tuple[int, ...]) -> Probe:
-    """`probe`; ConfigError when the images have not as many spatial dimensions as the model's input."""
-    seen = probe(source)
-    for size in seen.sizes:
-        if len(size) != len(input_size):
-            raise ConfigError(
-                f"model.input_size has {len(input_size)} numbers and {source.name(0)} has {len(size)} dimensions",
-                f"set model.input_size to {len(size)} numbers",
-            )
-    return seen
-
-
-def _hold(
-    source: Source, config: DataConfig, limit: float, seen: Probe, bad: BadFiles, progress: Progress | None
-) -> Held | None:
-    """The images in memory, as far as `config.cache` wants them there and they fit."""
-    if config.cache == "none" or (config.cache == "auto" and len(seen.sizes) > 1):
-        return None
-    try:
-        return hold(source, limit if config.cache == "auto" else float("inf"), bad, progress)
-    except DoesNotFitError as error:
-        if config.cache == "auto":
-            return None
-        raise ConfigError(f"data.cache is {config.cache!r}, but {error}", "set data.cache to auto or none") from error
-
-
-def _on_device(held: Held, config: DataConfig, device: torch.device) -> Held:
-    """The same images in the device's own memory, where `config.cache` asks for that or it costs little of it."""
-    if config.cache == "auto":
-        wanted = device.type == "cuda" and held.nbytes <= torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE
-    else:
-        wanted = config.cache == "device"
-    if not wanted:
-        return held
-    try:
-        return replace(held, images=held.images.to(device))
-    except torch.OutOfMemoryError:
-        raise ConfigError(
-            f"data.cache is {config.cache!r}, but the images take {held.nbytes / _GIB:.1f} GiB, more than {device} has",
-            "set data.cache to memory",
-        ) from None
-
-
-def _mean_and_std(
-    config: DataConfig, train: Source, held: Held | None, channels: int, progress: Progress | None
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    if config.mean is None or config.std is None:
-        return statistics(train if held is None else _as_source(held), progress=progress)
-    for name, values in (("mean", config.mean), ("std", config.std)):
-        if len(values) != channels:
-            raise ConfigError(
-                f"data.{name} has {len(values)} numbers and the images {channels} channels",
-                f"give {channels}, or leave data.mean and data.std out",
-            )
-    return config.mean, config.std
-
-
-def _as_source(held: Held) -> Source:
-    """Images that are in memory, read from there."""
-    images = held.images.movedim(1, -1).numpy()
-    source = ArraySource(images, title="images", spatial_dims=images.ndim - 2)
-    return source if held.rows is None else Subset(source, held.rows)
