@@ -13,7 +13,7 @@ from tiny_run import write_run
 
 from torchmae.cli import main
 from torchmae.errors import CheckpointError
-from torchmae.evaluation import finetune
+from torchmae.evaluation import finetune, finetune_training
 from torchmae.evaluation.records import read_records
 from torchmae.training.saved_classifier import load_classifier
 from torchmae.training.saved_model import load_model
@@ -105,7 +105,7 @@ def test_few_labels_in_several_draws(run: Path, capsys: pytest.CaptureFixture[st
 def test_one_that_was_stopped_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["evaluate", str(run), *FINETUNE, "--out", str(run / "whole")]) == 0
     whole = read_records(run)[-1]["results"][0]
-    original, calls = finetune.Learner.step, []
+    original, calls = finetune_training.Learner.step, []
 
     def step(self: Any, *args: Any, **options: Any) -> Any:
         calls.append(1)
@@ -115,7 +115,7 @@ def test_one_that_was_stopped_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch
 
     command = ["evaluate", str(run), *FINETUNE, "--finetune.checkpoint-minutes", "0", "--out", str(run / "parts")]
     with monkeypatch.context() as patch:
-        patch.setattr(finetune.Learner, "step", step)
+        patch.setattr(finetune_training.Learner, "step", step)
         with pytest.raises(KeyError, match="killed"):
             main(command)
     for _ in range(2):  # the second time it has ended

@@ -15,7 +15,7 @@ import torch
 from torchmae.config import DataConfig
 from torchmae.data.opening import Data, open_data
 from torchmae.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError
-from torchmae.evaluation import finetune
+from torchmae.evaluation import finetune, finetune_training
 from torchmae.evaluation.finetune_config import PAPER, SMALL, FinetuneConfig
 from torchmae.evaluation.images import Normalisation
 from torchmae.nn import presets
@@ -93,12 +93,12 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 def test_layers_from_the_bottom_up() -> None:
     names = {"cls_token": 0, "patch_embed.proj.weight": 0, "blocks.0.attn.qkv.bias": 1, "blocks.11.norm1.weight": 12}
     names |= {"fc_norm.weight": 13, "head.bias": 13}
-    assert {name: finetune.layer_index(name, 12) for name in names} == names
+    assert {name: finetune_training.layer_index(name, 12) for name in names} == names
 
 
 def test_layerwise_rates_by_hand() -> None:
     classifier = Classifier(3, **encoder_arguments(model().encoder))
-    groups = finetune.parameter_groups(classifier, lr=0.8, layer_decay=0.5, weight_decay=0.05)
+    groups = finetune_training.parameter_groups(classifier, lr=0.8, layer_decay=0.5, weight_decay=0.05)
     rate = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     found = {name: rate[id(p)] for name, p in classifier.named_parameters()}
     assert found["head.weight"] == (0.8, 0.05)
@@ -151,7 +151,7 @@ def test_images_without_a_label_are_left_out(tmp_path: Path) -> None:
 
 
 def test_a_plan_of_a_subset_goes_through_all_of_it() -> None:
-    plan = finetune.SubsetPlan(4, 3, 0, rows=np.array([3, 5, 7, 9]))
+    plan = finetune_training.SubsetPlan(4, 3, 0, rows=np.array([3, 5, 7, 9]))
     epochs = [np.concatenate([plan.indices(step)[1] for step in steps]) for steps in ((0, 1), (2, 3))]
     assert [sorted(epoch.tolist()) for epoch in epochs] == [[3, 5, 7, 9]] * 2
     assert plan.steps_per_epoch == 2
@@ -164,7 +164,7 @@ def test_accumulation_takes_the_same_step() -> None:
         torch.manual_seed(0)
         config = replace(CONFIG, accumulate=parts, drop_path=0.0)
         classifier, _ = finetune.build_classifier(model(), 3, config)
-        learner = finetune.Learner(classifier, config, 10)
+        learner = finetune_training.Learner(classifier, config, 10)
         losses = [learner.step(images, targets, config, RUNTIME) for _ in range(3)]
         results.append((torch.stack(losses), learner.result.blocks[0].attn.qkv.weight))
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
@@ -274,7 +274,7 @@ def test_a_signal_saves_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def fail_at(patch: pytest.MonkeyPatch, call: int, what: Exception | signal.Signals) -> None:
     """Makes the call-th training step raise, or send a signal."""
-    original, calls = finetune.Learner.step, []
+    original, calls = finetune_training.Learner.step, []
 
     def step(self: Any, *args: Any, **options: Any) -> Any:
         calls.append(1)
@@ -284,7 +284,7 @@ def fail_at(patch: pytest.MonkeyPatch, call: int, what: Exception | signal.Signa
             signal.raise_signal(what)
         return original(self, *args, **options)
 
-    patch.setattr(finetune.Learner, "step", step)
+    patch.setattr(finetune_training.Learner, "step", step)
 
 
 def test_the_average_is_what_is_kept(tmp_path: Path) -> None:
@@ -298,8 +298,10 @@ def test_the_average_is_what_is_kept(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = data_of(tmp_path, *bars())
-    original = finetune.Learner.step
-    monkeypatch.setattr(finetune.Learner, "step", lambda *args, **options: original(*args, **options) * torch.nan)
+    original = finetune_training.Learner.step
+    monkeypatch.setattr(
+        finetune_training.Learner, "step", lambda *args, **options: original(*args, **options) * torch.nan
+    )
     with pytest.raises(TrainingError, match="the loss is nan at step 1; fine-tune with a smaller base_lr"):
         run(data, tmp_path / "out")
 
