@@ -78,7 +78,10 @@ def start(config: PretrainConfig) -> Run:
     if allowed and config.out is None:
         raise ConfigError("torchrun may start this run again and would not find its folder", "give --out")
     if done and (path / "config.yaml").is_file():
-        return resume_run(path, settings.as_options(asdict(config)))
+        given = asdict(config)
+        if config.fit_batch:  # the run's own settings say what fitted
+            del given["fit_batch"], given["batch_size"]
+        return resume_run(path, settings.as_options(given))
     return _run(config, path, resume=False)
 
 

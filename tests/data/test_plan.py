@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchmae.data.plan import Plan, hold_out, shard
+from torchmae.data import plan as plan_module
+from torchmae.data.plan import Indices, Plan, hold_out, shard
+from torchmae.random import permutation
 
 small = st.integers(1, 60)
 
@@ -31,6 +33,21 @@ def test_order_depends_on_seed_and_epoch_and_not_on_what_was_asked_before() -> N
     np.testing.assert_array_equal(Plan(100, 10, 3).indices(10)[1], second)
     assert (Plan(100, 10, 4).indices(0)[1] != first).any()
     assert plan == Plan(100, 10, 3)
+
+
+def test_an_order_is_made_once_though_one_reads_ahead_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def counted(seed: int, epoch: int, count: int) -> Indices:
+        made.append(epoch)
+        return permutation(seed, epoch, count)
+
+    monkeypatch.setattr(plan_module, "permutation", counted)
+    plan = Plan(10, 3, 0)
+    for step in range(16):
+        plan.indices(step + 3)
+        plan.indices(step)
+    assert made == [0, 1, 2, 3, 4]
 
 
 def test_fewer_samples_than_a_batch_are_one_batch() -> None:

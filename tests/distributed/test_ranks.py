@@ -67,7 +67,7 @@ def test_images_are_divided_in_the_batches_of_one_rank(tmp_path: Path) -> None:
     ("world_size", "changes", "model"),
     [
         (2, {}, "vit"),
-        (4, {}, "vit"),
+        (4, {"start_size": 4}, "vit"),
         (2, {"parallel": "fsdp"}, "vit"),
         (4, {"parallel": "fsdp", "optim": {"clip_grad": 0.1}, "checkpoint_activations": True}, "vit"),
         (2, {"accumulate": 3, "optim": {"clip_grad": 0.1, "name": "muon"}}, "vit"),

@@ -31,6 +31,7 @@ sys.path += [str(Path(__file__).resolve().parents[1] / name) for name in ("train
 from small import images, train, vit
 from tiny_run import write_run
 
+from torchmae import runs
 from torchmae.cli import main
 from torchmae.config import OptimConfig, PretrainConfig
 from torchmae.errors import CheckpointError, ConfigError, Interrupted, TorchmaeError
@@ -157,7 +158,7 @@ def test_a_file_in_place_of_the_checkpoints(tmp_path: Path) -> None:
 def test_the_checkpoint_to_roll_back_to_is_gone(tmp_path: Path) -> None:
     loader = images(10)
     loader.images[:] = torch.nan
-    with pytest.raises(TorchmaeError, match="3 steps in a row up to 3 have no finite loss") as caught:
+    with pytest.raises(TorchmaeError, match="3 steps in a row, by step 3, have no finite loss") as caught:
         train(CONFIG, vit(), loader, tmp_path, evaluators=at(1, lambda: shutil.rmtree(tmp_path / "checkpoints")))
     one_line(caught.value)
 
@@ -367,3 +368,13 @@ def test_a_restarted_run_is_not_taken_for_another(
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert main(["pretrain", "--recipe", "digits", "--out", str(tmp_path)]) == 2
     assert "cannot change in a resumed run" in capsys.readouterr().err
+
+
+def test_a_restarted_run_keeps_the_batch_that_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = PretrainConfig(recipe="digits", out=str(tmp_path), batch_size=64, seed=3)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setattr(runs, "_run", lambda config, path, resume: (config, path, resume))
+    again = replace(config, batch_size=256, fit_batch=True)
+    assert runs.start(again) == (config, tmp_path, True)

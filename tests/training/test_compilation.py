@@ -58,6 +58,24 @@ def test_only_the_first_shapes_are_compiled(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(compiled) == 2
 
 
+def test_one_run_after_another_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, example: list[torch.Tensor]) -> object:
+        compiled.append(next(value.shape[0] for value in example if value.shape[-1] == 3 and value.shape[0] > 3))
+        return graph.forward
+
+    monkeypatch.setattr(compilation, "check_compiler", lambda: None)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    sizes = list(range(4, 4 + torch._dynamo.config.recompile_limit + 2))
+    for size in sizes:  # PyTorch compiles so many shapes of one function, and says in a warning that it has stopped
+        model = nn.Sequential(nn.Linear(3, 3))
+        with first_shapes_only(True):
+            compile_model(model, torch.device("cpu"))
+            model(torch.ones(size, 3))
+    assert compiled == sizes
+
+
 def depth(count: int, **changes: float) -> Autoencoder:
     return vit(depth=count - 1, decoder_depth=1, **changes)
 

@@ -1,16 +1,23 @@
 from __future__ import annotations
 
+import gc
+import weakref
+from dataclasses import replace
+
 import pytest
 import torch
 from small import RUNTIME, vit
+from torch import nn
 
 from torchmae.config import PretrainConfig
 from torchmae.errors import ConfigError, TrainingError
+from torchmae.nn.autoencoder import Autoencoder
 from torchmae.settings import parse
 from torchmae.training import fit
 from torchmae.training.fit import fit_batch, largest_share
 from torchmae.training.ranks import Ranks
 from torchmae.training.runtime import Runtime
+from torchmae.training.step import prepare
 
 
 @pytest.mark.parametrize(("room", "limit", "share"), [(1, 100, 1), (5, 100, 4), (64, 100, 64), (1000, 100, 64)])
@@ -38,6 +45,24 @@ def test_every_rank_gets_the_same_share(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(Ranks, "largest", lambda self, *values: list(values))
     runtime = Runtime(torch.device("cuda"), "fp32", 1, Ranks(0, 4, 0, 4))
     assert fit_batch(PretrainConfig(), vit(), (1, 8, 8), 10_000, runtime) == 4 * 16
+
+
+def test_a_tried_step_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[weakref.ref[Autoencoder]] = []
+
+    def prepared(model: Autoencoder, config: PretrainConfig, runtime: Runtime) -> nn.Module:
+        assert runtime.ranks.world_size == 1  # or one rank that runs out of memory would leave the others waiting
+        copies.append(weakref.ref(model))
+        return prepare(model, config, runtime)
+
+    monkeypatch.setattr(fit, "prepare", prepared)
+    runtime = replace(RUNTIME, ranks=Ranks(0, 2, 0, 2))
+    gc.disable()
+    try:
+        fit.try_step(PretrainConfig(checkpoint_activations=True), vit(), (3, 1, 8, 8), runtime)
+        assert [copy() for copy in copies] == [None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a GPU")

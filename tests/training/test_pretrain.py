@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from small import RUNTIME, Images, images, train, vit
 from torch import Tensor
@@ -27,6 +28,7 @@ from torchmae.training.checkpoint import load_checkpoint
 from torchmae.training.optim import build_optimizers, lr_factor, set_lr
 from torchmae.training.pretrain import Evaluator, due_steps
 from torchmae.training.progress import Display
+from torchmae.training.ranks import Ranks, one_line_when_lost
 from torchmae.training.runtime import Runtime
 from torchmae.training.state import State, restore
 from torchmae.training.step import draw_mask, train_step
@@ -308,7 +310,7 @@ def test_steps_in_a_row_send_back_to_the_checkpoint_at_half_the_rate(tmp_path: P
     config = replace(CONFIG, log_every=1)
     state, tracker = train(config, vit(), Poisoned(4, 3), tmp_path, display=display)
     assert display.warned[-1] == (
-        "3 steps in a row up to 7 have no finite loss or gradient: back to the checkpoint of step 0, "
+        "3 steps in a row, by step 7, have no finite loss or gradient: back to the checkpoint of step 0, "
         "from there at 0.5 times the learning rate"
     )
     assert (state.step, state.lr_scale) == (9, 0.5)
@@ -324,13 +326,20 @@ def test_steps_in_a_row_send_back_to_the_checkpoint_at_half_the_rate(tmp_path: P
     assert checkpoint.state["lr_scale"] == 0.5
 
 
+def test_steps_in_a_row_count_wherever_they_lie(tmp_path: Path) -> None:
+    display = Recording()
+    state, _ = train(replace(CONFIG, log_every=9), vit(), Poisoned(1, 3), tmp_path, display=display)
+    assert display.warned[-1].startswith("3 steps in a row, by step ")
+    assert (state.step, state.lr_scale) == (9, 0.5)
+
+
 def test_a_run_that_never_mends_ends(tmp_path: Path) -> None:
     display = Recording()
     with pytest.raises(TrainingError) as caught:
         train(replace(CONFIG, max_skipped=2), vit(), Poisoned(2, 10**6), tmp_path, display=display)
     assert str(caught.value) == (
-        "2 steps in a row up to 4 have no finite loss or gradient; the last good checkpoint was kept; go on from it "
-        f"with a smaller step: torchmae pretrain --resume {tmp_path} --optim.lr LR "
+        "2 steps in a row, by step 4, have no finite loss or gradient; the last good checkpoint was kept; go on from "
+        f"it with a smaller step: torchmae pretrain --resume {tmp_path} --optim.lr LR "
         "(or --optim.clip_grad 1, or --precision fp32)"
     )
     assert caught.value.exit_status == 1
@@ -345,6 +354,8 @@ def test_a_run_that_never_mends_ends(tmp_path: Path) -> None:
     [
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "resume with --accumulate 2 (the same steps in less memory)"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 3, "resume with --accumulate 4"),
+        (torch.AcceleratorError("CUDA error: out of memory"), 1, "resume with --accumulate 2"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), 1, "resume with"),
         (MemoryError(), 4, "resume with --checkpoint_activations true, or choose a smaller model"),
     ],
 )
@@ -363,13 +374,23 @@ def test_memory_that_runs_out(
     assert load_checkpoint(tmp_path / "checkpoints") is not None
 
 
-def test_other_errors_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [RuntimeError, NotImplementedError, torch.AcceleratorError, dist.DistBackendError])
+def test_other_errors_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[RuntimeError]) -> None:
     def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("a fault of ours")
+        raise kind("a fault of ours")
 
     monkeypatch.setattr(module, "train_step", fail)
-    with pytest.raises(RuntimeError, match="a fault of ours"):
+    with pytest.raises(kind, match="a fault of ours"):
         train(CONFIG, vit(), images(10), tmp_path)
+
+
+def test_another_rank_that_is_gone_is_no_lack_of_memory() -> None:
+    with (
+        pytest.raises(TrainingError, match="^rank 0 lost another"),
+        one_line_when_lost(Ranks(0, 2, 0, 2)),
+        module.out_of_memory(CONFIG, RUNTIME),
+    ):
+        raise dist.DistBackendError("NCCL error: remote process exited or there was a network error")
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -510,6 +531,27 @@ def test_a_resumed_run_keeps_its_steps_and_takes_new_rates(tmp_path: Path) -> No
     saved = json.loads((tmp_path / "checkpoints" / "step-00000009" / "state.json").read_text())
     assert saved == asdict(state)
     assert saved["data"] == "abc"
+
+
+def test_a_checkpoint_from_a_device_whose_optimiser_works_otherwise(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(CONFIG, vit(), images(10), tmp_path, evaluators=[Evaluator(3, lambda _: signal.raise_signal(2) or {})])
+    checkpoint = load_checkpoint(tmp_path / "checkpoints")
+    assert checkpoint is not None
+    for group in checkpoint.optimizers[0]["param_groups"]:
+        group.update(fused=False, peak_lr=5.0)
+    model = vit()
+    (optimizer,) = build_optimizers(model, CONFIG.optim, 4)
+    restore(checkpoint, model, [optimizer], "fp32")
+    assert [(group["fused"], group["peak_lr"]) for group in optimizer.param_groups] == [(True, 1e-3)] * 2
+    whole, _ = train(CONFIG, vit(), images(10), tmp_path, checkpoint=checkpoint)
+    assert whole.step == 9
+
+
+def test_the_rate_is_for_the_images_that_there_are(tmp_path: Path) -> None:
+    config = replace(CONFIG, batch_size=256, epochs=2, log_every=1, optim=OptimConfig(base_lr=1e-3, warmup=0.0))
+    _, tracker = train(config, vit(), images(16), tmp_path)
+    assert tracker.of("train")[0]["lr"] == pytest.approx(1e-3 * 16 / 256)
 
 
 def test_a_checkpoint_of_another_model(tmp_path: Path) -> None:

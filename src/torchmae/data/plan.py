@@ -40,7 +40,8 @@ class Plan:
         """The epoch that global step `step` (from 0) belongs to, and the samples of its global batch: (B,) int64."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch not in self._orders:
-            self._orders.clear()  # the current epoch's only: a million samples are 8 MB
+            while len(self._orders) > 1:  # two, since images are read ahead: those of a million samples are 16 MB
+                self._orders.pop(min(self._orders))
             self._orders[epoch] = permutation(self.seed, epoch, self.num_samples)
         start = position * self.batch_size
         return epoch, self._orders[epoch][start : start + self.batch_size]

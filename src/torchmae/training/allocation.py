@@ -1,4 +1,4 @@
-"""What becomes of memory that a training step gives back, on a processor."""
+"""Memory: what becomes of it when a step on a processor gives it back, and how to tell that there was none."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import ctypes
 import os
 import sys
 
+import torch
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+_NO_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")  # CUDA and NCCL, a processor, cuBLAS
 _MOST = 2**31 - 1  # mallopt takes C integers: blocks of 2 GiB and more still go back at once
 
 
@@ -28,3 +31,11 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return all(mallopt(option, _MOST) == 1 for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD))
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there was no memory left, a GPU's or a processor's; not every library has a class for
+    that."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)

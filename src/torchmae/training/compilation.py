@@ -91,6 +91,7 @@ def first_shapes_only(active: bool) -> Iterator[Callable[[], None]]:
         yield lambda: torch.compiler.set_stance("eager_on_recompile")
     finally:
         torch.compiler.set_stance("default")
+        torch.compiler.reset()  # only so many shapes are compiled of one function: the next run begins with none
         functorch.activation_memory_budget = 1.0
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from torchmae.config import PretrainConfig
 from torchmae.errors import ConfigError, TrainingError
 from torchmae.nn.autoencoder import Autoencoder
+from torchmae.training.allocation import ran_out_of_memory
+from torchmae.training.compilation import plain_at_the_end
 from torchmae.training.optim import build_optimizers
+from torchmae.training.ranks import ALONE
 from torchmae.training.runtime import Runtime
 from torchmae.training.step import prepare, train_step
 
@@ -66,14 +70,31 @@ def step_fits(config: PretrainConfig, model: Autoencoder, shape: tuple[int, ...]
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(runtime.device)
     try:
-        copied = copy.deepcopy(model).train()
-        wrapped = prepare(copied, config, runtime)
-        optimizers = build_optimizers(copied, config.optim, config.batch_size)
-        images = torch.zeros(shape, device=runtime.device)
-        noise = torch.rand(shape[0], model.noise_count(config.mask.strategy), device=runtime.device)
-        mask = model.draw_mask(config.mask.strategy, noise, config.mask.ratio)
-        train_step(copied, optimizers, images, mask, config, runtime, wrapped=wrapped)
+        try_step(config, model, shape, runtime)
         total = torch.cuda.get_device_properties(runtime.device).total_memory
         return torch.cuda.max_memory_reserved(runtime.device) < USABLE * total
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
         return False
+
+
+def try_step(config: PretrainConfig, model: Autoencoder, shape: tuple[int, ...], runtime: Runtime) -> None:
+    """A step on images of this shape with a copy of the model, of which nothing is left afterwards.
+
+    With DDP each rank steps alone: it needs as much memory, and one that runs out does not leave others waiting.
+    """
+    if config.parallel == "ddp":
+        runtime = replace(runtime, ranks=ALONE)
+    copied = copy.deepcopy(model).train()
+    try:
+        with plain_at_the_end(copied):  # what it calls meanwhile refers to it, and would keep its memory
+            wrapped = prepare(copied, config, runtime)
+            optimizers = build_optimizers(copied, config.optim, config.batch_size)
+            images = torch.zeros(shape, device=runtime.device)
+            noise = torch.rand(shape[0], model.noise_count(config.mask.strategy), device=runtime.device)
+            mask = model.draw_mask(config.mask.strategy, noise, config.mask.ratio)
+            train_step(copied, optimizers, images, mask, config, runtime, wrapped=wrapped)
+    finally:
+        if config.compile:  # each trial has a shape of its own, and only a few are compiled of one function
+            torch.compiler.reset()

@@ -146,7 +146,10 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """Puts the state_dict of an optimiser, with whole tensors, into one whose parameters may be shards."""
+    """Puts the state_dict of an optimiser, with whole tensors, into one whose parameters may be shards.
+
+    The settings of its groups stay its own: learning rates, and what suits its device.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = {
         index: {
@@ -155,7 +158,9 @@ def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
         }
         for index, values in saved["state"].items()
     }
-    optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+    pairs = zip(optimizer.param_groups, saved["param_groups"], strict=True)
+    groups = [{**own, "params": was["params"]} for own, was in pairs]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _like(tensor: Tensor, target: Tensor) -> Tensor:

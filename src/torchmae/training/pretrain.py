@@ -17,6 +17,7 @@ from torchmae.data.loader import Batch, ImageLoader
 from torchmae.data.plan import Plan
 from torchmae.errors import TrainingError
 from torchmae.nn.autoencoder import Autoencoder
+from torchmae.training.allocation import ran_out_of_memory
 from torchmae.training.checkpoint import Checkpoint, load_checkpoint
 from torchmae.training.compilation import first_shapes_only, plain_at_the_end
 from torchmae.training.optim import build_optimizers, lr_factor, set_lr
@@ -34,6 +35,7 @@ from torchmae.training.update_size import copy_matrices, update_to_weight
 from torchmae.training.window import Window, close_window, timed
 
 PROBE_STEPS = 10
+_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, spread evenly however many there are
 PROBE_SHARE = 0.02  # of max_minutes, at least, is spent on measuring the speed
 SMALLEST_LR_SCALE = 1 / 8  # a run that diverges at an eighth of its learning rate has another fault
 
@@ -97,11 +99,11 @@ def pretrain(
     ranks = runtime.ranks
     check_parallel(config, ranks.world_size)
     check_progression(config, model)
-    plan = Plan(len(loader), config.batch_size, config.seed)
+    plan = Plan(len(loader), min(config.batch_size, len(loader)), config.seed)
     with one_line_when_lost(ranks), out_of_memory(config, runtime):
         total = 0 if checkpoint else plan_steps(config, model, loader, plan, runtime, display)
     wrapped = prepare(model, config, runtime)
-    optimizers = build_optimizers(model, config.optim, config.batch_size)
+    optimizers = build_optimizers(model, config.optim, plan.batch_size)
     if checkpoint is None:
         state = State(0, total, 0.0, 0.0, runtime.precision, fingerprint)
         save(folder, model, optimizers, state, ranks)
@@ -116,7 +118,7 @@ def pretrain(
     def settle() -> bool:
         """Closes the window; whether too many of its steps were skipped, and the run was rolled back."""
         close_window(window, state, plan, optimizers, tracker, display)
-        if window.skipped_in_row < config.max_skipped:
+        if window.longest_skipped < config.max_skipped:
             return False
         roll_back(state, model, optimizers, folder, window, display, ranks)
         return True
@@ -212,17 +214,27 @@ def measure_speed(
     It takes PROBE_STEPS steps and `at_least` so many seconds, after a warm-up.
     """
     copied = copy.deepcopy(model).train()
+    with plain_at_the_end(copied):  # which also frees it at once: what it calls meanwhile refers to it
+        return _measure_speed(config, copied, loader, plan, runtime, at_least)
+
+
+def _measure_speed(
+    config: PretrainConfig, copied: Autoencoder, loader: ImageLoader, plan: Plan, runtime: Runtime, at_least: float
+) -> float:
     ranks = runtime.ranks
     wrapped = prepare(copied, config, runtime)
-    optimizers = build_optimizers(copied, config.optim, config.batch_size)
+    optimizers = build_optimizers(copied, config.optim, plan.batch_size)
     set_lr(optimizers, 0.0)
     warm_up = PROBE_STEPS // 2
     start = time.perf_counter()
     done = 0
     for batch in loader.train_batches(plan, 0, 1_000_000, rank=ranks.rank, world_size=ranks.world_size):
-        mask = draw_mask(copied, config.mask, config.seed, batch, runtime.device)
+        place = done * _GOLDEN_RATIO % 1  # in the run, whose first and last steps may differ in size
+        images = early_images(batch.images, copied, config, place, 1)
+        ratio = mask_ratio(config.mask, place, 1)
+        mask = draw_mask(copied, config.mask, config.seed, batch, runtime.device, ratio, images.shape[2:])
         parts = part_of(len(plan.indices(done)[1]), ranks, config.accumulate)
-        train_step(copied, optimizers, batch.images, mask, config, runtime, wrapped=wrapped, parts=parts)[0].item()
+        train_step(copied, optimizers, images, mask, config, runtime, wrapped=wrapped, parts=parts)[0].item()
         done += 1
         if done == warm_up:
             start = time.perf_counter()
@@ -246,7 +258,7 @@ def roll_back(
     Raises:
         TrainingError: that has been done too often.
     """
-    problem = f"{window.skipped_in_row} steps in a row up to {state.step} have no finite loss or gradient"
+    problem = f"{window.longest_skipped} steps in a row, by step {state.step}, have no finite loss or gradient"
     checkpoint = load_checkpoint(folder.checkpoints)
     scale = state.lr_scale / 2
     if checkpoint is None or scale < SMALLEST_LR_SCALE:
@@ -255,7 +267,7 @@ def roll_back(
     vars(state).update(vars(restored), lr_scale=scale)
     if ranks.is_main:
         folder.rewind_metrics(state.step)
-    window.skipped_in_row = 0
+    window.forget_skipped()
     window.restart()
     display.warn(
         f"{problem}: back to the checkpoint of step {state.step}, from there at {scale:g} times the learning rate"
@@ -267,8 +279,8 @@ def out_of_memory(config: PretrainConfig, runtime: Runtime) -> Iterator[None]:
     """Memory that ran out as one line with a way on; other errors as they are."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):  # a processor's
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out_of_memory(error):
             raise
         share = -(-config.batch_size // runtime.ranks.world_size)
         parts = min(2 * config.accumulate, share)

@@ -51,14 +51,14 @@ def start_size(config: PretrainConfig, model: MaskedAutoencoder) -> tuple[int, .
     return size
 
 
-def mask_ratio(config: MaskConfig, step: int, total: int) -> float:
+def mask_ratio(config: MaskConfig, step: float, total: int) -> float:
     """The share of patches hidden in a step (0 to total - 1): from `ratio` to `final_ratio` in a straight line."""
     if config.final_ratio is None:
         return config.ratio
     return config.ratio + (config.final_ratio - config.ratio) * step / max(total - 1, 1)
 
 
-def early_images(images: Tensor, model: Autoencoder, config: PretrainConfig, step: int, total: int) -> Tensor:
+def early_images(images: Tensor, model: Autoencoder, config: PretrainConfig, step: float, total: int) -> Tensor:
     """The images of a step (0 to total - 1): resampled to `start_size` in the first `start_share` of the run.
 
     Args:

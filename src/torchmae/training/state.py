@@ -69,7 +69,7 @@ def save(
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizers: Sequence[Optimizer], precision: str) -> State:
-    """Puts a checkpoint's weights and optimiser state in place; the learning rates stay the configuration's.
+    """Puts a checkpoint's weights and optimiser state in place; the optimisers' settings stay the configuration's.
 
     Args:
         checkpoint: where to go on from.
@@ -83,7 +83,6 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizers: Sequence[Optim
     Raises:
         CheckpointError: it was made by another model or optimiser.
     """
-    peaks = [[(group["peak_lr"], group["weight_decay"]) for group in item.param_groups] for item in optimizers]
     difference = differs(checkpoint.model, model.state_dict())
     if difference:
         raise CheckpointError(
@@ -99,9 +98,6 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizers: Sequence[Optim
         raise CheckpointError(
             f"{checkpoint.path} does not fit the model: {reason}", "resume with the run's own settings"
         ) from error
-    for optimizer, group_peaks in zip(optimizers, peaks, strict=True):
-        for group, (lr, decay) in zip(optimizer.param_groups, group_peaks, strict=True):
-            group.update(peak_lr=lr, weight_decay=decay)
     return state
 
 

@@ -64,7 +64,8 @@ def train_step(
     world_size = runtime.ranks.world_size
     counts = bool(len(images))
     if not counts:  # a stand-in takes part in the exchange of gradients, and weighs nothing
-        images, mask = images.new_zeros(1, *images.shape[1:]), stand_in_mask(model, config.mask, images.device)
+        images = images.new_zeros(1, *images.shape[1:])
+        mask = stand_in_mask(model, config.mask, images)
     targets = model.num_targets(mask) * counts
     all_targets: int | Tensor = max(targets, 1)
     if world_size > 1:
@@ -107,10 +108,11 @@ def step_if_finite(optimizers: Sequence[Optimizer], loss: Tensor, norm: Tensor) 
         optimizer.zero_grad(set_to_none=True)
 
 
-def stand_in_mask(model: Autoencoder, config: MaskConfig, device: torch.device) -> Any:
-    """Some mask of one image."""
-    noise = torch.zeros(1, model.noise_count(config.strategy), device=device)
-    return model.draw_mask(config.strategy, noise, config.ratio)
+def stand_in_mask(model: Autoencoder, config: MaskConfig, images: Tensor) -> Any:
+    """Some mask of one image of the same size."""
+    size = images.shape[2:]
+    noise = torch.zeros(1, model.noise_count(config.strategy, size), device=images.device)
+    return model.draw_mask(config.strategy, noise, config.ratio, size)
 
 
 def draw_mask(

@@ -27,7 +27,8 @@ class Window:
     def __init__(self, now: float) -> None:
         self.losses: list[Tensor] = []
         self.norms: list[Tensor] = []
-        self.skipped_in_row = 0  # up to its last step
+        self.longest_skipped = 0  # steps in a row that were skipped: the longest row that reaches into the window
+        self._skipped_in_row = 0  # up to its last step
         self.figures: dict[str, Tensor] = {}  # scalars of its last step
         self.images = 0
         self.waiting = 0.0
@@ -39,6 +40,15 @@ class Window:
         self.losses.append(loss)
         self.norms.append(norm)
         self.images += images
+
+    def step_counts(self, finite: bool) -> None:
+        """In the order of steps: whether one was taken, or skipped."""
+        self._skipped_in_row = 0 if finite else self._skipped_in_row + 1
+        self.longest_skipped = max(self.longest_skipped, self._skipped_in_row)
+
+    def forget_skipped(self) -> None:
+        """Begins to count anew: the run was rolled back."""
+        self.longest_skipped = self._skipped_in_row = 0
 
     def stop_clock(self) -> None:
         """Adds the time since the last restart; call after the device was waited for."""
@@ -82,12 +92,13 @@ def close_window(
     pairs = torch.stack([torch.stack(window.losses), torch.stack(window.norms)]).T.tolist()
     window.stop_clock()
     losses = []
+    window.longest_skipped = 0
     for i, (loss, norm) in enumerate(pairs):
-        if math.isfinite(loss) and math.isfinite(norm):
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        window.step_counts(finite)
+        if finite:
             losses.append(loss)
-            window.skipped_in_row = 0
         else:
-            window.skipped_in_row += 1
             step = state.step - len(pairs) + i + 1
             display.warn(f"step {step} skipped: the loss is {loss:.4g} and the gradient's norm {norm:.4g}")
     skipped = len(pairs) - len(losses)
