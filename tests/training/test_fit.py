@@ -57,10 +57,11 @@ def test_a_tried_step_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(fit, "prepare", prepared)
     runtime = replace(RUNTIME, ranks=Ranks(0, 2, 0, 2))
+    fit.try_step(PretrainConfig(), vit(), (3, 1, 8, 8), runtime)  # torch keeps frames of its first optimiser
     gc.disable()
     try:
         fit.try_step(PretrainConfig(checkpoint_activations=True), vit(), (3, 1, 8, 8), runtime)
-        assert [copy() for copy in copies] == [None]
+        assert copies[1]() is None
     finally:
         gc.enable()
 
