@@ -15,6 +15,7 @@ from torchmae.nn.autoencoder import Autoencoder
 from torchmae.settings import parse
 from torchmae.training import fit
 from torchmae.training.fit import fit_batch, largest_share
+from torchmae.training.parallel import blocks
 from torchmae.training.ranks import Ranks
 from torchmae.training.runtime import Runtime
 from torchmae.training.step import prepare
@@ -48,11 +49,11 @@ def test_every_rank_gets_the_same_share(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_tried_step_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    copies: list[weakref.ref[Autoencoder]] = []
+    copies: list[weakref.ref[nn.Module]] = []
 
     def prepared(model: Autoencoder, config: PretrainConfig, runtime: Runtime) -> nn.Module:
         assert runtime.ranks.world_size == 1  # or one rank that runs out of memory would leave the others waiting
-        copies.append(weakref.ref(model))
+        copies.append(weakref.ref(blocks(model)[0]))
         return prepare(model, config, runtime)
 
     monkeypatch.setattr(fit, "prepare", prepared)
