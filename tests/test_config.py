@@ -121,6 +121,12 @@ def test_parts_are_configs_of_their_own() -> None:
         (PretrainConfig, {"threads": 0}, "threads is 0; it must lie in [1, 1024]"),
         (PretrainConfig, {"log_every": 0}, "log_every is 0; it must be 1 or more"),
         (PretrainConfig, {"checkpoint_minutes": -1.0}, "checkpoint_minutes is -1; it must be 0 or more"),
+        (
+            PretrainConfig,
+            {"epochs": 10, "data": DataConfig(repeats=4)},
+            "10 epochs cannot be divided by data.repeats 4: some images would be seen more often than others; "
+            "use --epochs 12",
+        ),
     ],
 )
 def test_a_bad_value_is_one_line_with_value_and_limit(config: type[Any], given: dict[str, Any], message: str) -> None:
@@ -140,6 +146,8 @@ def test_a_bad_value_is_one_line_with_value_and_limit(config: type[Any], given: 
         (DataConfig, {"num_workers": 256, "max_bad": 1.0, "mean": (0.5,) * 3, "std": (0.5,) * 3}),
         (OptimConfig, {"warmup": 0.0, "min_lr": 1.0, "weight_decay": 0.0, "betas": (0.0, 0.999), "clip_grad": 1e-3}),
         (EvalConfig, {"count": 1, "knn_count": 0, "images": 1}),
+        (PretrainConfig, {"epochs": 12, "data": DataConfig(repeats=4)}),
+        (PretrainConfig, {"epochs": 10, "max_minutes": 5.0, "data": DataConfig(repeats=4)}),
         (PretrainConfig, {"batch_size": 4, "accumulate": 4, "seed": 2**64 - 1, "checkpoint_minutes": 0.0}),
     ],
 )

@@ -35,7 +35,7 @@ class DataConfig:
         mean: per-channel mean of values in [0, 1] that is subtracted; null: computed from a sample.
         std: per-channel deviation that is divided by; null: computed from a sample.
         repeats: views (crop, flip, mask) of an image that follow each other, for one decoding: those that it would
-            have in so many epochs. Their number stays the same; batches are less varied.
+            have in so many epochs. Their number stays the same; batches are less varied. Epochs are a multiple of it.
         max_bad: share of the files that may be unreadable: each is skipped, counted and named, and one more ends the
             run; 0: none may.
         allow_change: go on with a run whose training images are no longer those it began with.
@@ -320,6 +320,12 @@ class PretrainConfig:
             raise ConfigError(
                 f"activation_memory_budget is {self.activation_memory_budget:g}, and only a compiled model has one",
                 "add --compile true, or use --checkpoint_activations true",
+            )
+        if self.max_minutes is None and self.epochs % self.data.repeats:
+            raise ConfigError(
+                f"{self.epochs} epochs cannot be divided by data.repeats {self.data.repeats}: some images would be "
+                "seen more often than others",
+                f"use --epochs {(self.epochs // self.data.repeats + 1) * self.data.repeats}",
             )
         within("max_skipped", self.max_skipped, 1, float("inf"))
         within("log_every", self.log_every, 1, float("inf"))

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,12 +12,13 @@ import torch
 from PIL import Image
 
 from torchmae.config import DataConfig
+from torchmae.data import opening
 from torchmae.data.decode import BadFiles
 from torchmae.data.loader import Batch
 from torchmae.data.memory import hold
 from torchmae.data.opening import Data, _on_device, open_data
 from torchmae.data.plan import Plan
-from torchmae.data.sources import ArraySource, FileSource
+from torchmae.data.sources import ArraySource, FileSource, Subset
 from torchmae.data.transforms import normalise
 from torchmae.errors import ConfigError, DataError
 
@@ -303,6 +305,16 @@ def test_the_memory_limit_is_for_training_and_validation_together() -> None:
     data = opened(memory_limit=size * 1.01, num_workers=0)
     assert data.train.in_memory
     assert not data.val.in_memory
+
+
+def test_parts_of_one_array_count_once(tmp_path: Path) -> None:
+    array = np.random.default_rng(0).integers(0, 256, (100, 8, 8, 3), dtype=np.uint8)
+    source = ArraySource(array)
+    splits = {"train": Subset(source, np.arange(80)), "val": Subset(source, np.arange(80, 100))}
+    with mock.patch.object(opening, "open_splits", return_value=splits):
+        data = opened(memory_limit=array.nbytes * 1.01 / 2**30)
+    assert data.val is not None
+    assert data.train._held.images.data_ptr() == data.val._held.images.data_ptr() == array.ctypes.data
 
 
 def test_val_auto_holds_out_where_there_is_no_val(uniform_size: Path) -> None:

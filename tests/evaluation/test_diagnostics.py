@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
-from torchmae.evaluation.diagnostics import effective_rank
+from torchmae.config import EvalConfig
+from torchmae.data.loader import Batch
+from torchmae.evaluation.diagnostics import FeatureProbe, effective_rank
 
 
 def test_equal_directions_count_in_full() -> None:
@@ -39,3 +43,23 @@ def test_collapse_shows() -> None:
     collapsed = features * 1e-3 + torch.randn(200, 1) * torch.randn(1, 32)
     assert effective_rank(features) > 25
     assert effective_rank(collapsed) < 1.2
+
+
+class WithStandIns:
+    """In place of an ImageLoader: of two classes, black and white, where some files are unreadable, and the images
+    that are read in their place have no label."""
+
+    def __init__(self, count: int, unreadable: list[int]) -> None:
+        self.labels = np.arange(count) % 2
+        self._unreadable = unreadable
+
+    def eval_batches(self, indices: np.ndarray, batch_size: int) -> Iterator[Batch]:
+        labels = torch.from_numpy(self.labels[indices])
+        images = labels.float()[:, None, None, None].expand(-1, 1, 4, 4) + torch.rand(len(indices), 1, 4, 4) / 10
+        labels = labels.masked_fill(torch.isin(torch.from_numpy(indices), torch.tensor(self._unreadable)), -1)
+        yield Batch(images, labels, indices, 0)
+
+
+def test_a_stand_in_without_a_label_does_not_count() -> None:
+    probe = FeatureProbe(WithStandIns(40, [3, 8]), WithStandIns(20, [0]), EvalConfig())  # type: ignore[arg-type]
+    assert probe.run_on_pixels() == {"knn": 100.0, "linear": 100.0}

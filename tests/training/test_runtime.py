@@ -23,6 +23,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, *, cuda: int = 0, mps: bool = False
     """Pretends to have so many GPUs, and a processor with these capabilities."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
 
@@ -33,7 +34,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, *, cuda: int = 0, mps: bool = False
         ({}, "auto", "cpu"),
         ({"cuda": 1}, "auto", "cuda"),
         ({"cuda": 1, "mps": True}, "auto", "cuda"),
-        ({"mps": True}, "auto", "mps"),
+        ({"mps": True}, "auto", "cpu"),
         ({"cuda": 2}, "cuda:1", "cuda:1"),
         ({"cuda": 2}, "cpu", "cpu"),
         ({"mps": True}, "mps", "mps"),

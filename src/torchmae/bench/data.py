@@ -117,7 +117,7 @@ def torchvision_batches(
         pin_memory=runtime.device.type == "cuda",
     )
     for images in loader:
-        yield images.to(runtime.device, non_blocking=True)
+        yield images.to(runtime.device, non_blocking=runtime.device.type == "cuda")
 
 
 def image_files(data: Data) -> list[Path]:

@@ -20,6 +20,7 @@ from torchmae.data.memory import Held
 from torchmae.data.plan import Indices, Plan, shard
 from torchmae.data.slots import Slots
 from torchmae.data.sources import Source
+from torchmae.data.transfer import to_device
 from torchmae.data.transforms import mirror, normalise, resample, value_range
 from torchmae.data.worker import (
     Fetched,
@@ -95,6 +96,7 @@ class ImageLoader:
         self._num_workers = num_workers
         self._bad = bad
         self._repeats = repeats
+        self._side: torch.cuda.Stream | None = None
         self._running: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
 
     def __len__(self) -> int:
@@ -146,8 +148,10 @@ class ImageLoader:
         scale = value_range(held.images.dtype)
         for request in requests:
             boxes, flips = boxes_of(crop_numbers(request), size, self._view), draw_flips(request, self._view)
-            images = resample(self._to_device(held.gather(request.indices)), boxes, self._view.input_size, flips)
-            labels = self._to_device(labels_of(held.labels, request.indices))
+            images = resample(
+                to_device(held.gather(request.indices), self._device), boxes, self._view.input_size, flips
+            )
+            labels = to_device(labels_of(held.labels, request.indices), self._device)
             yield self._batch(images, scale, labels, request)
 
     def _from_workers(self, requests: Iterator[Request], count: int) -> Generator[Batch, None, None]:
@@ -177,7 +181,7 @@ class ImageLoader:
             if fetched.failure is not None:
                 raise DataError(fetched.failure)
             request = asked.pop(0)
-            mirrored = self._to_device(torch.from_numpy(np.flatnonzero(draw_flips(request, self._view))))
+            mirrored = to_device(torch.from_numpy(np.flatnonzero(draw_flips(request, self._view))), self._device)
             images = mirror(images, mirrored).movedim(-1, 1)
             batch = self._batch(images, value_range(fetched.images.dtype), labels, request)
             slots.give_back(fetched.slot)
@@ -186,16 +190,15 @@ class ImageLoader:
     def _sent(self, batches: Iterator[Fetched]) -> Iterator[tuple[Fetched, Tensor, Tensor]]:
         """Each batch with its images and labels on the device; on CUDA, the next one is on its way there by then."""
         if self._device.type != "cuda":
-            yield from ((item, self._to_device(item.images), self._to_device(item.labels)) for item in batches)
+            yield from ((item, *self._on_device(item)) for item in batches)
             return
-        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        if self._side is None:  # one for all: what is freed on a stream serves that stream alone
+            self._side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         under_way: deque[tuple[Fetched, Tensor, Tensor, torch.cuda.Event]] = deque()
         for item in chain(batches, [None]):
             if item is not None:
-                with torch.cuda.stream(side):
-                    under_way.append(
-                        (item, self._to_device(item.images), self._to_device(item.labels), side.record_event())
-                    )
+                with torch.cuda.stream(self._side):
+                    under_way.append((item, *self._on_device(item), self._side.record_event()))
             if len(under_way) == 2 or (item is None and under_way):
                 fetched, images, labels, copied = under_way.popleft()
                 current = torch.cuda.current_stream(self._device)
@@ -204,10 +207,8 @@ class ImageLoader:
                 labels.record_stream(current)
                 yield fetched, images, labels
 
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        if self._device.type == "cuda" and not tensor.is_cuda and not tensor.is_pinned():
-            tensor = tensor.pin_memory()  # else the copy would wait for the steps before it
-        return tensor.to(self._device, non_blocking=True)
+    def _on_device(self, item: Fetched) -> tuple[Tensor, Tensor]:
+        return to_device(item.images, self._device), to_device(item.labels, self._device)
 
     def _batch(self, images: Tensor, scale: float, labels: Tensor, request: Request) -> Batch:
         normalised = normalise(images, self._mean, self._std, scale)
@@ -219,8 +220,8 @@ def repeated(plan: Plan, start: int, stop: int, repeats: int) -> Iterator[tuple[
 
     Epochs form groups of `repeats`. A group goes once through the images, in the order of its first epoch, and takes
     of each the views (crop, flip, mask) that it would have in every epoch of the group, one after the other. So
-    steps, batch sizes and what is drawn for (epoch, index) are the plan's, and in the end every image was seen as
-    often; only which views share a batch differs. A run that a batch's end cuts is decoded in both.
+    steps, batch sizes and what is drawn for (epoch, index) are the plan's, and at the end of a group every image was
+    seen as often; only which views share a batch differs. A run that a batch's end cuts is decoded in both.
 
     Args:
         plan: of the run without repeats.

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchmae.data.decode import BadFiles
 from torchmae.data.reading import Progress, Reading, read_many, read_or_next
 from torchmae.data.sources import ArraySource, Labels, Source, Subset
+from torchmae.data.transfer import to_device
 
 _GIB = 2**30
 
@@ -43,7 +44,10 @@ class Held:
     def gather(self, indices: npt.NDArray[np.int64]) -> Tensor:
         """(B, C, *size) copies of some images."""
         rows = indices if self.rows is None else self.rows[indices]
-        return self.images[torch.from_numpy(rows).to(self.images.device, non_blocking=True)]
+        chosen = to_device(torch.from_numpy(rows), self.images.device)
+        if self.images.dtype == torch.uint16:  # few kernels know it: CUDA's for this one does not
+            return self.images.view(torch.int16)[chosen].view(torch.uint16)
+        return self.images[chosen]
 
 
 def hold(source: Source, limit: float, bad: BadFiles, progress: Progress | None = None) -> Held:

@@ -76,10 +76,15 @@ def open_data(
     bad = BadFiles(len(train) + (0 if val is None else len(val)), config.max_bad)
     limit = config.memory_limit * _GIB
     held = _hold(train, config, limit, seen, bad, progress)
-    val_limit = limit - held.nbytes if held else limit
+    val_limit = limit - held.nbytes if held and not _are_parts_of_one(train, val) else limit
     val_held = None if val is None else _hold(val, config, val_limit, _checked_probe(val, input_size), bad, progress)
     mean, std = _mean_and_std(config, train, held, channels, progress)
-    held, val_held = (None if item is None else _on_device(item, config, device) for item in (held, val_held))
+    placed = None if held is None else _on_device(held, config, device)
+    if val_held is not None:
+        if held is not None and placed is not None and held.images.data_ptr() == val_held.images.data_ptr():
+            val_held = replace(val_held, images=placed.images)  # parts of one array: once on the device too
+        else:
+            val_held = _on_device(val_held, config, device)
     num_workers = min(num_cores(), _MAX_WORKERS) if config.num_workers is None else config.num_workers
     view = View(input_size, config.crop_scale, config.crop_ratio, config.flip)
 
@@ -97,7 +102,7 @@ def open_data(
         )
 
     return Data(
-        train=loader(train, held),
+        train=loader(train, placed),
         val=None if val is None else loader(val, val_held),
         channels=channels,
         mean=mean,
@@ -161,6 +166,13 @@ def _hold(
         if config.cache == "auto":
             return None
         raise ConfigError(f"data.cache is {config.cache!r}, but {error}", "set data.cache to auto or none") from error
+
+
+def _are_parts_of_one(train: Source, val: Source | None) -> bool:
+    """Whether both are parts of one array, which is held in memory once."""
+    bases = [source.source if isinstance(source, Subset) else source for source in (train, val)]
+    one, other = (base.images if isinstance(base, ArraySource) else None for base in bases)
+    return one is not None and one is other
 
 
 def _on_device(held: Held, config: DataConfig, device: torch.device) -> Held:

@@ -9,6 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from torchmae.data.transfer import to_device
+
 Boxes = npt.NDArray[np.int64]
 
 _TRIES = 10
@@ -150,8 +152,8 @@ def resample(images: Tensor, boxes: Boxes, target: tuple[int, ...], flip: npt.ND
     if batch > part:
         starts = [slice(i, i + part) for i in range(0, batch, part)]
         return torch.cat([resample(images[i], boxes[i], target, flip[i]) for i in starts])
-    box_tensor = torch.from_numpy(boxes).to(images.device, non_blocking=True)
-    mirrored = torch.from_numpy(flip).to(images.device, non_blocking=True)[:, None, None]
+    box_tensor = to_device(torch.from_numpy(boxes), images.device)
+    mirrored = to_device(torch.from_numpy(flip), images.device)[:, None, None]
     for axis in reversed(range(len(size))):
         weights = resample_weights(box_tensor[:, axis], size[axis], target[axis])  # (B, target, source)
         if axis == len(size) - 1:

@@ -70,7 +70,9 @@ class FeatureProbe:
         found = []
         for loader, rows in ((self._train, self._train_rows), (self._val, self._val_rows)):
             mine = share(rows, BATCH, ranks)
-            found.append(Labelled(*mine.of_all_images(*encode(loader.eval_batches(mine.rows, BATCH)))))
+            features, labels = mine.of_all_images(*encode(loader.eval_batches(mine.rows, BATCH)))
+            known = labels >= 0  # but for an unreadable image whose stand-in has no label
+            found.append(Labelled(features[known], labels[known]))
         train, val = found
         return train, val
 
@@ -93,7 +95,7 @@ def class_figures(train: Labelled, val: Labelled, linear_train: int) -> dict[str
         rows = torch.from_numpy(fixed_rows(len(train.labels), linear_train)).to(train.labels.device)
         some = Labelled(train.features[rows], train.labels[rows])
         guesses = linear.classify(some, val, num_classes_of(train, val), c=linear.FIXED_C)[:, 0]
-        figures["linear"] = 100.0 * (guesses == val.labels).double().mean().item()
+        figures["linear"] = 100.0 * (guesses == val.labels).sum().item() / len(val.labels)
     return figures
 
 
@@ -112,7 +114,7 @@ def effective_rank(features: Tensor) -> float:
         0 when all rows are the same.
     """
     assert features.ndim == 2 and len(features) >= 2
-    rows = features.detach().double().cpu()
+    rows = features.detach().cpu().double()
     size = rows.abs().max()
     singular = torch.linalg.svdvals(rows - rows.mean(0))
     # Rows that differ by rounding errors alone do not differ.

@@ -59,7 +59,7 @@ def patch_colours(tokens: Tensor) -> FloatArray:
 
     batch, length, dim = tokens.shape
     assert batch * length >= 2
-    rows = tokens.detach().double().cpu().reshape(-1, dim).numpy()
+    rows = tokens.detach().cpu().double().reshape(-1, dim).numpy()
     pca = PCA(min(3, *rows.shape), svd_solver="full")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # shares of a variance of zero, which are not used here
@@ -191,7 +191,7 @@ def embed_2d(features: Tensor, method: str = "tsne", seed: int = 0) -> FloatArra
     count = len(features)
     if count < 3:
         raise ConfigError(f"a map of {count} images says nothing", "give 3 or more")
-    rows = F.normalize((features - features.mean(0)).double().cpu(), dim=1).numpy()
+    rows = F.normalize((features - features.mean(0)).cpu().double(), dim=1).numpy()
     reduced = PCA(min(_MAP_DIMS, count - 1, rows.shape[1]), svd_solver="full").fit_transform(rows)
     if method == "pca":
         place = np.zeros((count, 2))

@@ -97,7 +97,7 @@ def knn_accuracy(
     """Share of queries classified correctly, in percent. Arguments as for `knn_predict`."""
     num_classes = int(max(labels.max(), query_labels.max())) + 1
     votes = knn_predict(features, labels, queries, num_classes=num_classes, k=k, temperature=temperature)
-    return 100.0 * (votes.argmax(1) == query_labels).double().mean().item()
+    return 100.0 * (votes.argmax(1) == query_labels).sum().item() / len(query_labels)
 
 
 def _neighbours(

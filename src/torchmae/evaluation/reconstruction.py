@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchmae.evaluation.inpainting import interpolate
+from torchmae.evaluation.scores import exact
 from torchmae.evaluation.sharing import Share
 from torchmae.nn.autoencoder import Autoencoder
 from torchmae.training.runtime import Runtime
@@ -43,11 +44,11 @@ class HoldOut:
         self._share = share
         found = []
         for images, mask in batches:
-            target = model.hidden_values(images, mask).double()
-            guess = model.hidden_values(interpolate(images, model.removed_pixels(mask)), mask).double()
+            target = exact(model.hidden_values(images, mask))
+            guess = exact(model.hidden_values(interpolate(images, model.removed_pixels(mask)), mask))
             sums = (
                 *(target.sum(), target.square().sum()),
-                (model.visible_mean(images, mask).double() - target).square().sum(),
+                (exact(model.visible_mean(images, mask)) - target).square().sum(),
                 *(guess.square().sum(), (guess * target).sum()),
             )
             found.append((target.numel(), *(value.item() for value in sums)))
@@ -71,7 +72,7 @@ class HoldOut:
         for images, mask in self._batches:
             with self._runtime.autocast():
                 output = self._model(images, mask)
-            error = self._model.hidden_predictions(output).double() - self._model.hidden_values(images, mask)
+            error = exact(self._model.hidden_predictions(output)) - exact(self._model.hidden_values(images, mask))
             found.append((error.square().sum().item(), error.numel()))
         total, count = self._totals(found)
         loss = total / count

@@ -109,6 +109,11 @@ def score(ranking: Tensor, labels: Tensor, num_classes: int) -> Scores:
     )
 
 
+def exact(tensor: Tensor) -> Tensor:
+    """In double precision, on the tensor's device or, where that has none (MPS), on the processor."""
+    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
+
+
 def bootstrap_interval(correct: int, count: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Percentile bootstrap interval of a share (Efron 1979), without the resampling.
 

@@ -36,7 +36,7 @@ class Mask(NamedTuple):
 
     def to(self, device: torch.device | str) -> Mask:
         """The same mask on another device."""
-        return Mask(self.ids_keep.to(device, non_blocking=True), self.ids_masked.to(device, non_blocking=True))
+        return Mask(self.ids_keep.to(device), self.ids_masked.to(device))
 
 
 def num_keep(length: int, ratio: float) -> int:

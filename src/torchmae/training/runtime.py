@@ -48,7 +48,7 @@ def open_runtime(
     """Resolves "auto", sets the number of threads, and has freed memory kept (on a processor).
 
     Args:
-        device: "auto" (cuda, else mps, else cpu) or a torch device.
+        device: "auto" (cuda, else cpu: mps, Apple's, was never tried) or a torch device.
         precision: "auto", "bf16" or "fp32".
         threads: processor threads; None: this rank's share of the cores that this process may use.
         ranks: as `ranks.open_ranks` opened them; of several, each takes the GPU of its local rank.
@@ -60,6 +60,8 @@ def open_runtime(
     chosen = _device(device)
     if ranks.world_size > 1 and chosen.type == "cuda":
         chosen = torch.device("cuda", ranks.local_rank)
+    if chosen.type == "cuda" and chosen.index is not None:
+        torch.cuda.set_device(chosen)  # what pins memory would open the first GPU too
     count = threads or max(1, num_cores() // ranks.local_world_size)
     torch.set_num_threads(count)
     if keep_memory and chosen.type == "cpu":
@@ -100,9 +102,7 @@ def environment(runtime: Runtime) -> dict[str, str | int]:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from torchmae.config import MaskConfig, PretrainConfig
 from torchmae.data.loader import Batch
+from torchmae.data.transfer import to_device
 from torchmae.nn.autoencoder import Autoencoder
 from torchmae.nn.masking import Mask
 from torchmae.random import Purpose, uniform
@@ -130,7 +131,7 @@ def draw_mask(
     """
     count = model.noise_count(config.strategy, size)
     noise = torch.from_numpy(uniform(seed, batch.epoch, batch.indices, Purpose.MASK, count))
-    return model.draw_mask(config.strategy, noise.to(device, non_blocking=True), ratio or config.ratio, size)
+    return model.draw_mask(config.strategy, to_device(noise, device), ratio or config.ratio, size)
 
 
 def split_mask(mask: Mask | Tensor, parts: int) -> Sequence[Mask | Tensor]:
