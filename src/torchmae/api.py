@@ -18,7 +18,7 @@ from torchmae.evaluation.options import ComputeOptions, EvaluateOptions
 from torchmae.nn import presets
 from torchmae.runs import Run, overrides, resume_run, start
 from torchmae.training.progress import Display
-from torchmae.training.ranks import ranks_from_environment
+from torchmae.training.ranks import open_ranks, ranks_from_environment
 
 PROBED = 16
 # The longer side of the images, in pixels, up to which a recipe is the one to start with.
@@ -57,7 +57,7 @@ def pretrain(
     if data is not None:
         options["data"] = data if isinstance(data, Mapping) else {"source": data}
     args = settings.as_options(options)
-    return resume_run(Path(resume), args) if resume is not None else start(configure(args))
+    return resume_run(Path(resume), args) if resume is not None else begin(args)
 
 
 def evaluate(run: str | Path, data: str | Path | Mapping[str, Any] | None = None, **options: Any) -> dict[str, float]:
@@ -87,6 +87,14 @@ def evaluate(run: str | Path, data: str | Path | Mapping[str, Any] | None = None
     return suite.run(run, chosen, compute)
 
 
+def begin(args: Sequence[str]) -> Run:
+    """A new run from command-line options. Ranks are connected before the data is opened, which one of them does."""
+    if ranks_from_environment().world_size == 1:
+        return start(configure(args))
+    with open_ranks(settings.parse(args, settings.peek(args)[0]).device):
+        return start(configure(args))
+
+
 def configure(args: Sequence[str]) -> PretrainConfig:
     """Command-line options to settings.
 
@@ -99,11 +107,16 @@ def configure(args: Sequence[str]) -> PretrainConfig:
     if source == "digits":
         return settings.parse(args, "digits")
     given = settings.parse(args)  # so that a mistake is said before the data is opened, which may take minutes
-    display = Display(given.progress if ranks_from_environment().is_main else "none")
-    try:
-        recipe, shape = recommend(typical_size(source, root, display.preparing))
-    finally:
-        display.close()
+
+    def look() -> tuple[int, ...]:
+        display = Display(given.progress)
+        try:
+            return typical_size(source, root, display.preparing)
+        finally:
+            display.close()
+
+    with open_ranks(given.device) as ranks:
+        recipe, shape = recommend(ranks.on_main(look))  # what has to be downloaded is so once
     if given.model == ModelConfig() and given.init_from is None:
         args = [*settings.as_options({"model": shape}), *args]
     return settings.parse(args, recipe)

@@ -101,10 +101,10 @@ def pretrain(args: list[str]) -> int:
 
         print(settings.to_yaml(configure(args)), end="")
         return 0
-    from torchmae.api import configure
-    from torchmae.runs import resume_run, start
+    from torchmae.api import begin
+    from torchmae.runs import resume_run
 
-    run = resume_run(Path(resume), args) if resume is not None else start(configure(args))
+    run = resume_run(Path(resume), args) if resume is not None else begin(args)
     if os.environ.get("RANK", "0") != "0":  # of ranks that torchrun started, the first one speaks
         return 0
     from torchmae.report.table import final_table

@@ -3,6 +3,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -222,6 +223,35 @@ def test_a_worker_that_dies_is_said_so(mixed: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(FileSource, "encoded", lambda self, index: os._exit(1))
     with pytest.raises(DataError, match=r"ended unexpectedly .*lower data.num_workers"):
         steps(data)
+
+
+def test_a_worker_that_hangs_does_not_hold_up_the_end(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a file server that has gone."""
+    main, encoded = os.getpid(), FileSource.encoded
+
+    def hanging(self: FileSource, index: int) -> bytes:
+        if os.getpid() != main:
+            time.sleep(1000)
+        return encoded(self, index)
+
+    data = opened(mixed, (16, 16), val="none", num_workers=1)
+    if multiprocessing.get_start_method() != "fork":
+        pytest.skip("the changed class does not reach the workers")
+    monkeypatch.setattr(FileSource, "encoded", hanging)
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)  # how long PyTorch waits
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 1)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            steps(data)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    data.train.close()
+    assert multiprocessing.active_children() == []
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -127,3 +127,12 @@ def look(counts: list[int], size: int) -> list[Any]:
             (rows,) = mine.of_all_images(torch.from_numpy(mine.rows))
             found.append([batches, rows.tolist(), mine.of_all_batches([len(batch) for batch in batches])])
     return found
+
+
+def choose_recipe(*words: str) -> list[Any]:
+    """The recipe that was chosen, and how often this rank has looked at the data for it."""
+    from torchmae import api
+
+    looked, original = [], api.typical_size
+    api.typical_size = lambda *args: looked.append(1) or original(*args)  # type: ignore[func-returns-value]
+    return [api.configure(words).recipe, len(looked)]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from group import run, start
-from jobs import command, embed_in_blocks, restarted
+from jobs import choose_recipe, command, embed_in_blocks, restarted
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -95,6 +95,12 @@ def test_a_killed_rank_ends_the_others_and_the_group_goes_on(alone: Path, tmp_pa
     assert run(2, restarted, *words, logs=tmp_path / "logs-again") == [0, 0]
     losses = [[line["loss"] for line in metrics(path, "epoch")] for path in (out, alone)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_one_rank_looks_at_the_data(tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", np.zeros((30, 32, 32, 3), dtype=np.uint8))
+    answers = run(2, choose_recipe, "--data", str(tmp_path / "images.npy"), "--device", "cpu", logs=tmp_path)
+    assert answers == [["cifar10", 1], ["cifar10", 0]]
 
 
 def test_a_mistake_is_said_once(tmp_path: Path) -> None:

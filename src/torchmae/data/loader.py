@@ -264,7 +264,25 @@ def one_line_when_a_worker_ends() -> Iterator[None]:
 
 def _survivors(loader: DataLoader[Fetched]) -> Iterator[Fetched]:
     with one_line_when_a_worker_ends():
-        yield from loader
+        batches = iter(loader)
+        try:
+            yield from batches
+        finally:
+            _end(batches)
+
+
+def _end(batches: Any) -> None:
+    """Ends the workers of an iteration, if it has any, and one whose read hangs (a file server that is gone) too.
+
+    PyTorch ends them when the iteration is freed, which a traceback may put off: it asks them, waits for some seconds,
+    and sends SIGTERM, which they ignore.
+    """
+    if hasattr(batches, "_shutdown_workers"):
+        batches._shutdown_workers()
+        for worker in batches._workers:
+            if worker.is_alive():
+                worker.kill()
+                worker.join()
 
 
 def _as_it_is(fetched: Any) -> Any:
