@@ -20,6 +20,7 @@ from torchmae.evaluation.finetune_config import PAPER, SMALL, FinetuneConfig
 from torchmae.evaluation.images import Normalisation
 from torchmae.nn import presets
 from torchmae.nn.classifier import Classifier, encoder_arguments
+from torchmae.training.checkpoint import load_checkpoint
 from torchmae.training.runtime import Runtime
 from torchmae.training.saved_classifier import load_classifier
 from torchmae.training.saved_model import Description, write_description
@@ -304,6 +305,26 @@ def test_a_loss_that_is_not_finite_stops(tmp_path: Path, monkeypatch: pytest.Mon
     )
     with pytest.raises(TrainingError, match="the loss is nan at step 1; fine-tune with a smaller base_lr"):
         run(data, tmp_path / "out")
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient may overflow where the loss does not."""
+    data = data_of(tmp_path, *bars())
+    original = finetune_training.Learner.step
+
+    def step(self: finetune_training.Learner, *args: Any, **options: Any) -> Any:
+        loss = original(self, *args, **options)
+        with torch.no_grad():
+            self.classifier.head.weight[0, 0] = torch.inf
+        return loss
+
+    monkeypatch.setattr(finetune_training.Learner, "step", step)
+    monkeypatch.setattr(finetune_training, "close_window", lambda *_: None)  # which sees the loss of the step after
+    with pytest.raises(TrainingError, match="the weights are not finite after step 1; the last good checkpoint was"):
+        run(data, tmp_path / "out")
+    checkpoint = load_checkpoint(tmp_path / "out" / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.state["step"] == 0
 
 
 # What a user can get wrong.

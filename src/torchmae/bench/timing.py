@@ -121,8 +121,8 @@ class _Timed:
     """Stands for an object; a call of it, or of some of its methods, tells a clock when it begins and ends."""
 
     def __init__(self, wrapped: Any, clock: StepClock, during: str, after: str, methods: Sequence[str] = ()) -> None:
-        self._wrapped, self._clock, self._during, self._after = wrapped, clock, during, after
-        self._methods = methods
+        own = {"_wrapped": wrapped, "_clock": clock, "_during": during, "_after": after, "_methods": methods}
+        vars(self).update(own)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(self._wrapped, args, kwargs)
@@ -132,6 +132,9 @@ class _Timed:
         if name in self._methods:
             return lambda *args, **kwargs: self._run(value, args, kwargs)
         return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._wrapped, name, value)  # such as an optimiser's found_inf
 
     def _run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._clock.enter(self._during)

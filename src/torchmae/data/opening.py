@@ -12,12 +12,11 @@ from torchmae.data.layouts import open_splits
 from torchmae.data.loader import ImageLoader
 from torchmae.data.memory import DoesNotFitError, Held, hold
 from torchmae.data.plan import hold_out
-from torchmae.data.reading import Probe, Progress, num_cores, probe, statistics
+from torchmae.data.reading import Probe, Progress, probe, reader_processes, statistics
 from torchmae.data.sources import ArraySource, Source, Subset, relabel
 from torchmae.data.worker import View
 from torchmae.errors import ConfigError, DataError
 
-_MAX_WORKERS = 8
 _GIB = 2**30
 _DEVICE_SHARE = 0.1  # of a GPU's free memory that images may take unasked: the model is not there yet
 
@@ -85,7 +84,6 @@ def open_data(
             val_held = replace(val_held, images=placed.images)  # parts of one array: once on the device too
         else:
             val_held = _on_device(val_held, config, device)
-    num_workers = min(num_cores(), _MAX_WORKERS) if config.num_workers is None else config.num_workers
     view = View(input_size, config.crop_scale, config.crop_ratio, config.flip)
 
     def loader(source: Source, in_memory: Held | None) -> ImageLoader:
@@ -96,7 +94,7 @@ def open_data(
             mean=mean,
             std=std,
             device=device,
-            num_workers=num_workers,
+            num_workers=reader_processes(config.num_workers),
             bad=bad,
             repeats=config.repeats,
         )

@@ -24,6 +24,9 @@ Progress = Callable[[str, int, int], None]
 MAX_MISSES = 64
 """Unreadable images in a row after which a source counts as gone (a disk that went away, say)."""
 
+MAX_READERS = 8
+"""Reader processes that are started unasked."""
+
 _AHEAD = 8  # images per thread that are decoded before they are asked for
 _ANNOUNCED = 256  # images at a time that a source is told of
 _WORTH_THREADS = 128 * 128 * 3  # values in an image
@@ -32,6 +35,12 @@ _WORTH_THREADS = 128 * 128 * 3  # values in an image
 def num_cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def reader_processes(asked: int | None, sharing: int = 1) -> int:
+    """How many processes read images: as many as asked for, else one for each core, or each of the share that one of
+    `sharing` processes has; then at most MAX_READERS."""
+    return max(1, min(MAX_READERS, num_cores() // sharing)) if asked is None else asked
 
 
 def read_or_next(source: Source, index: int, bad: list[tuple[str, str]]) -> tuple[int, Image]:

@@ -34,6 +34,7 @@ from torchmae.training.ranks import ALONE, Ranks, agree_on_signal, part_of
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime
 from torchmae.training.signals import stop_signals
+from torchmae.training.state import all_finite
 from torchmae.training.tracking import Tracker
 from torchmae.training.window import Window, timed
 
@@ -324,7 +325,17 @@ def end_epoch(learner: Learner, state: State, plan: SubsetPlan, tracker: Tracker
 
 
 def save(folder: RunFolder, learner: Learner, state: State, ranks: Ranks) -> None:
-    """Saves a checkpoint; every rank calls it. CheckpointError when the disk is full or cannot be written."""
+    """Saves a checkpoint; every rank calls it.
+
+    Raises:
+        TrainingError: a weight or a moment of the optimiser is not finite; no such checkpoint is ever written.
+        CheckpointError: the disk is full or cannot be written.
+    """
+    if not all_finite(learner, [learner.optimizer], ranks):
+        raise TrainingError(
+            f"the weights are not finite after step {state.step}; the last good checkpoint was kept",
+            "fine-tune with a smaller base_lr",
+        )
     save_checkpoint(folder.checkpoints, learner.state_dict(), [learner.optimizer.state_dict()], asdict(state), ranks)
 
 

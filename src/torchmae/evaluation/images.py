@@ -15,7 +15,7 @@ from torchmae.data.layouts import open_splits
 from torchmae.data.loader import Batch, ImageLoader
 from torchmae.data.memory import DoesNotFitError, Held, hold
 from torchmae.data.plan import Indices, hold_out
-from torchmae.data.reading import Probe, Progress, num_cores, probe, statistics
+from torchmae.data.reading import Probe, Progress, probe, reader_processes, statistics
 from torchmae.data.sources import Source, Subset, relabel
 from torchmae.data.worker import View
 from torchmae.errors import ConfigError, DataError, one_of
@@ -25,7 +25,6 @@ from torchmae.random import Purpose, permutation
 from torchmae.training.ranks import Ranks
 
 HELD_OUT = "held-out"
-_MAX_WORKERS = 8
 _GIB = 2**30
 
 
@@ -87,7 +86,6 @@ class ImageSet:
 
     def augmented(self, augmentation: DataConfig) -> ImageLoader:
         """A loader to train with, whose crops and flips are those of `augmentation`; nothing else of it counts."""
-        num_workers = min(num_cores(), _MAX_WORKERS) if self._data.num_workers is None else self._data.num_workers
         return ImageLoader(
             self.source,
             hold_if_it_fits(self.source, self._data.memory_limit * _GIB, self.bad, self._progress),
@@ -95,7 +93,7 @@ class ImageSet:
             mean=self._normalisation.mean,
             std=self._normalisation.std,
             device=self._device,
-            num_workers=num_workers,
+            num_workers=reader_processes(self._data.num_workers),
             bad=self.bad,
         )
 

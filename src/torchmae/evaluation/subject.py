@@ -94,7 +94,7 @@ def extract_features(subject: Subject, batches: Iterable[Batch], runtime: Runtim
 def untrained(arguments: dict[str, Any], seed: int, device: torch.device) -> Subject:
     """The network of `nn.presets.construct` arguments with fresh weights; torch's own generator is left alone."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would seed GPUs too
         model = presets.construct(arguments)
     return Subject(RANDOM, model.to(device).eval())
 

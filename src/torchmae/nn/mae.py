@@ -204,7 +204,7 @@ class MaskedAutoencoder(Autoencoder):
         return self.encoder.grid if size is None else grid_size(size, self.patch_size)
 
     def num_targets(self, mask: Mask) -> int:
-        """How many values `forward` predicts and averages over."""
+        """How many values are hidden: what the loss counts for beside that of other masks."""
         return mask.ids_masked.numel() * prod(self.patch_size) * self.encoder.in_chans
 
     def removed_pixels(self, mask: Mask, grid: tuple[int, ...] | None = None) -> Tensor:
@@ -252,5 +252,5 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 
 def no_weight_decay(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay leaves a parameter alone: biases, norms, class and mask tokens (paper, table 8)."""
+    """Whether weight decay leaves a parameter alone: biases, norms, class and mask tokens, as is usual."""
     return parameter.ndim <= 1 or name.rpartition(".")[2] in ("cls_token", "mask_token")

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from torchmae.data.reading import num_cores
+from torchmae.data.reading import reader_processes
 from torchmae.errors import ConfigError, TrainingError
 
 T = TypeVar("T")
@@ -215,9 +215,7 @@ def agree_on_signal(ranks: Ranks, number: int | None, *flags: bool) -> tuple[int
 
 def share_of_cores(num_workers: int | None, ranks: Ranks) -> int | None:
     """Reader processes of this rank: as many as asked for, else its share of the machine's cores; None when alone."""
-    if num_workers is not None or ranks.local_world_size == 1:
-        return num_workers
-    return max(1, min(8, num_cores() // ranks.local_world_size))
+    return num_workers if ranks.local_world_size == 1 else reader_processes(num_workers, ranks.local_world_size)
 
 
 def part_of(total: int, ranks: Ranks, parts: int) -> int:

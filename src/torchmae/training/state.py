@@ -53,6 +53,14 @@ def save(
         TrainingError: a weight or a moment of the optimiser is not finite; no such checkpoint is ever written.
         CheckpointError: the disk is full or cannot be written.
     """
+    if not all_finite(model, optimizers, ranks):
+        raise diverged(f"the weights are not finite after step {state.step}", folder)
+    optimizer_states = [item.state_dict() for item in optimizers]
+    save_checkpoint(folder.checkpoints, model.state_dict(), optimizer_states, asdict(state), ranks)
+
+
+def all_finite(model: nn.Module, optimizers: Sequence[Optimizer], ranks: Ranks) -> bool:
+    """Whether every weight and moment is, on all ranks; every rank calls it."""
     moments = [
         value
         for optimizer in optimizers
@@ -62,10 +70,7 @@ def save(
     ]
     numbers = [local(value.detach()) for value in (*model.parameters(), *moments)]
     largest = torch.nn.utils.get_total_norm([value for value in numbers if value.numel()], math.inf).item()
-    if ranks.largest(float(not math.isfinite(largest)))[0]:
-        raise diverged(f"the weights are not finite after step {state.step}", folder)
-    optimizer_states = [item.state_dict() for item in optimizers]
-    save_checkpoint(folder.checkpoints, model.state_dict(), optimizer_states, asdict(state), ranks)
+    return not ranks.largest(float(not math.isfinite(largest)))[0]
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizers: Sequence[Optimizer], precision: str) -> State:
