@@ -15,7 +15,11 @@ from torchmae.nn.positions import resample, sincos
 
 
 class _Decoder(nn.Module):
-    """What the two decoders share: the embedding of tokens, the mask token, positions, and the prediction."""
+    """What the two decoders share: the embedding of tokens, the mask token, positions, and the prediction.
+
+    Under autocast tokens are in its precision from the embedding on, sums included, where the encoder's stay fp32:
+    docs/performance.md says what that is worth.
+    """
 
     pos_embed: Tensor
 

@@ -139,7 +139,7 @@ def state_bytes(parameters: int, shards: int = 1) -> float:
 def activation_bytes(values: dict[str, Any], mask_ratio: float, *, bf16: bool = True, recompute: bool = False) -> float:
     """What one image leaves for the backward pass, with fused attention.
 
-    A block of width D and MLP ratio r keeps for each token the inputs of both norms, which stay fp32 (8 D bytes), and,
+    A block of width D and MLP ratio r keeps for each token the inputs of both norms, as fp32 (8 D bytes), and,
     in the precision of matrix products, both norms' results, queries, keys and values, attention's result, and the
     MLP's hidden values before and after GELU: (6 + 2 r) D numbers. A decoder that attends to a context keeps
     keys and values of that instead. With `recompute`, a block keeps its input alone, and one block at a time the rest.
