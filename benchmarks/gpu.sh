@@ -1,19 +1,20 @@
 #!/bin/sh
-# Every figure of docs/performance.md that needs a GPU, in one call; training steps beside transformers in the same run.
+# All that needs a GPU, in one call: the tests of tests/gpu, and every figure of docs/performance.md; training steps
+# beside transformers in the same run.
 #
 #   benchmarks/gpu.sh [OUT] [JPEGS]
 #
 #   OUT     folder for the tables (gpu.txt) and the figures (a JSON file for each case); benchmarks/results/gpu
 #   JPEGS   folder of image files, for the loading; without it that part is left out
 #
-# Environment: PYTHON (python3); PARTS, some of "base large tiny memory loop files" (all); TRY=1: tiny networks, on a
+# Environment: PYTHON (python3); PARTS, some of "tests base large tiny memory loop files" (all); TRY=1: tiny networks, on a
 # processor too, to try this script. A case that fails (out of memory, say) is named, and the others go on. What
 # DistributedDataParallel costs one rank is nothing: one rank is not wrapped (torchmae.training.parallel).
 set -u
 OUT=${1:-benchmarks/results/gpu}
 JPEGS=${2:-}
 PYTHON=${PYTHON:-python3}
-PARTS=${PARTS:-base large tiny memory loop files}
+PARTS=${PARTS:-tests base large tiny memory loop files}
 LOG=$OUT/gpu.txt
 SMALL=
 BASE_BATCHES="64 128 256 512"
@@ -52,6 +53,10 @@ steps() {
         done
     done
 }
+
+if has tests; then
+    { echo "== tests" && "$PYTHON" -m pytest -q "$(dirname "$0")/../tests/gpu" 2>&1 || echo "failed: tests/gpu"; } | tee -a "$LOG"
+fi
 
 if has base; then steps base vit_base "$BASE_BATCHES"; fi
 if has large; then steps large vit_large "$LARGE_BATCHES"; fi
