@@ -97,7 +97,11 @@ def test_a_run_learns_and_goes_on(tmp_path: Path, options: dict[str, Any]) -> No
     data = {"source": str(array(tmp_path, np.uint8, (32, 32), 200)), **options.pop("data", {})}
     common = {"model": {"preset": "vit_tiny_32_p4", **TINY}, "eval": {"count": 2, "images": 20}, "batch_size": 32}
     run = torchmae.pretrain(
-        **{"data": data, "out": tmp_path / "run", "epochs": 6, "device": DEVICE, "progress": "none"},
+        data=data,
+        out=tmp_path / "run",
+        epochs=6,
+        device=DEVICE,
+        progress="none",
         **common,
         **options,
     )
