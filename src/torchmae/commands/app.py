@@ -83,4 +83,4 @@ def main(args: Sequence[str]) -> int:
             language=options.lang,
             ready=announce(options.host, open_browser),
         )
-    return 0
+    raise KeyboardInterrupt  # a page ends by a signal alone, and uvicorn loses one that comes as it begins to serve
