@@ -387,3 +387,18 @@ def test_the_folder_of_a_run_may_move(run: Path, place: Path) -> None:
     (place / "moved" / "model.safetensors").unlink()
     assert main(["pretrain", "--resume", "moved"]) == 0
     assert (place / "moved" / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
+
+
+def test_an_early_size_that_does_not_fit_leaves_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", "--recipe", "digits", "--start_size", "3", "--out", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.startswith("torchmae: start_size is (3, 3): patch size 2x2 does not divide")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_file_of_settings_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.yaml").touch()
+    texts = []
+    for words in ([], ["--config", str(tmp_path / "empty.yaml")]):
+        assert main(["pretrain", "--recipe", "digits", *words, "--print_config"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]

@@ -32,6 +32,7 @@ from torchmae.training.parallel import check_parallel, is_sharded, whole_state
 from torchmae.training.pretrain import pretrain as train
 from torchmae.training.pretrained import Pretrained
 from torchmae.training.progress import Display
+from torchmae.training.progression import check_progression
 from torchmae.training.ranks import Ranks, concatenate, open_ranks, restarts, share_of_cores
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime, environment, open_runtime
@@ -193,6 +194,7 @@ def check_model(config: PretrainConfig, arguments: dict[str, Any]) -> None:
         model.noise_count(config.mask.strategy)
     except ConfigError as error:
         raise ConfigError(f"{error.problem} and the preset {config.model.preset!r}", error.fix) from error
+    check_progression(config, model)
 
 
 def _train(

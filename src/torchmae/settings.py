@@ -244,8 +244,8 @@ def parse(args: Sequence[str], recipe: str | None = None) -> PretrainConfig:
     rest = normalise(args)
     files = [str(recipe_path(recipe))] if recipe else []
     for file in take_options(rest, "config"):
-        read_settings(Path(file))  # says what is wrong with the file in one line
-        files.append(file)
+        if read_settings(Path(file)):  # which says what is wrong with the file in one line; of an empty one, nothing
+            files.append(file)
     if recipe:
         take_options(rest, "recipe")
         rest.append(f"--recipe={recipe}")

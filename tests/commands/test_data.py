@@ -110,3 +110,34 @@ def test_mistakes_end_in_one_line(
     assert message in error
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_where_no_label_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, unknown = np.zeros((6, 8, 8, 1), dtype=np.uint8), np.full(6, -1)
+    np.savez(tmp_path / "unknown.npz", train_images=images, train_labels=unknown)
+    assert main(["data", "inspect", str(tmp_path / "unknown.npz"), "--progress", "none"]) == 0
+    assert "  classes   none: no image has a known label\n" in capsys.readouterr().out
+
+
+def test_names_of_classes_reach_no_terminal_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, count in (("\x1b[31mred", 3), ("b\nc", 4)):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("L", (8, 8), i).save(tmp_path / "in" / name / f"{i}.png")
+    assert main(["data", "inspect", str(tmp_path / "in"), "--progress", "none"]) == 0
+    said = capsys.readouterr().out
+    assert "classes   2, of 3 (\\x1b[31mred) to 4 (b\\nc) images" in said
+    assert "\x1b" not in said
+
+
+def test_a_folder_with_a_space_can_be_pasted(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "a b")
+    assert main(["data", "pack", str(folder), out, "--format", "wds", "--progress", "none"]) == 0
+    assert capsys.readouterr().out.endswith(f"to train on it: torchmae pretrain --data {shlex.quote(out)}\n")
+
+
+def test_an_empty_name_is_not_the_current_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "inspect", ""]) == 2
+    assert capsys.readouterr().err == (
+        "torchmae: data.source is empty; give a folder, a file, or a name such as digits\n"
+    )

@@ -11,7 +11,7 @@ import pytest
 from picture_files import encoded, picture
 from PIL import Image
 
-from torchmae.data import pack_writers
+from torchmae.data import pack_writers, packing
 from torchmae.data.layouts import folder_splits, open_splits
 from torchmae.data.packing import PackOptions, encode, pack, reduce
 from torchmae.data.sources import ArraySource
@@ -220,3 +220,54 @@ def test_reducing_keeps_the_type() -> None:
 def test_options_are_checked(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         PackOptions(**options)
+
+
+@pytest.mark.parametrize(("form", "gone"), [("wds", "train-000000.tar"), ("parquet", "train-000000.parquet")])
+def test_what_was_packed_and_is_gone_or_changed_is_noticed(folder: Path, tmp_path: Path, form: str, gone: str) -> None:
+    out, splits = tmp_path / "packed", open_splits(str(folder), "")
+    pack(splits, out, PackOptions(format=form))
+    assert pack(splits, out, PackOptions(format=form)).resumed == sum(map(len, splits.values()))
+    (out / gone).write_bytes(b"xx")
+    with pytest.raises(DataError, match=rf"{gone} has 2 bytes and had .*; remove the folder, and pack again"):
+        pack(splits, out, PackOptions(format=form))
+    (out / gone).unlink()
+    with pytest.raises(DataError, match=rf"{gone} is gone, though it was packed before"):
+        pack(splits, out, PackOptions(format=form))
+
+
+@pytest.mark.parametrize("gone", ["train_images.npy", "train_labels.npy"])
+def test_an_array_that_is_gone_is_noticed(tmp_path: Path, gone: str) -> None:
+    splits = {"train": ArraySource(np.zeros((6, 4, 4, 1), dtype=np.uint8), np.arange(6))}
+    pack(splits, tmp_path / "packed", PackOptions(format="npy"))
+    (tmp_path / "packed" / gone).unlink()
+    with pytest.raises(DataError, match=f"{gone} is gone"):
+        pack(splits, tmp_path / "packed", PackOptions(format="npy"))
+
+
+def test_one_process_packs_into_a_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(path: Path) -> None:
+        raise BlockingIOError
+
+    monkeypatch.setattr(packing, "lock_file", taken)
+    with pytest.raises(ConfigError, match="^another process is packing into .*packed; wait for it"):
+        pack(open_splits(str(folder), ""), tmp_path / "packed", PackOptions())
+
+
+@pytest.mark.parametrize("form", ["wds", "npy"])
+def test_a_class_of_two_lines_needs_parquet(tmp_path: Path, form: str) -> None:
+    splits = {"train": ArraySource(np.zeros((6, 4, 4, 1), dtype=np.uint8), np.arange(6) % 2, ["a", "b\nc"])}
+    with pytest.raises(ConfigError, match=r"class 'b\\nc' has a line end in its name; .*the format parquet"):
+        pack(splits, tmp_path / "packed", PackOptions(format=form))
+    assert not (tmp_path / "packed").exists()
+    pack(splits, tmp_path / "packed", PackOptions())
+    assert open_splits(str(tmp_path / "packed"), "")["train"].classes == ("a", "b\nc")
+
+
+def test_what_does_not_fit_leaves_nothing_behind(write_pictures, tmp_path: Path) -> None:
+    write_pictures("p/a.png", size=(8, 8))
+    write_pictures("p/b.png", size=(8, 9))
+    splits = open_splits(str(tmp_path / "p"), "")
+    with pytest.raises(ConfigError, match="choose the format parquet or wds"):
+        pack(splits, tmp_path / "packed", PackOptions(format="npy"))
+    assert not (tmp_path / "packed").exists()
+    assert pack(splits, tmp_path / "packed", PackOptions(format="wds")).images == 2

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from torchmae import settings
@@ -125,7 +126,7 @@ def pack(args: Sequence[str]) -> int:
     resumed = f", {packed.resumed:,} of them were done already" if packed.resumed else ""
     files = f"{packed.files:,} file{'s' if packed.files != 1 else ''}"
     print(f"{values.out}  ({packed.images:,} images in {files}, {packed.nbytes / 1e6:,.1f} MB{more}{resumed})")
-    print(f"to train on it: torchmae pretrain --data {values.out}")
+    print(f"to train on it: torchmae pretrain --data {quote(values.out)}")
     return 0
 
 
@@ -167,17 +168,29 @@ def _describe_split(split: str, facts: SplitFacts) -> list[str]:
         lines.append(f"  format    {_counts(facts.formats)}")
     if facts.classes:
         known = {name: count for name, count in facts.classes.items() if name != "unlabelled"}
-        few = sorted(known.items(), key=lambda item: item[1])
-        lines.append(
-            f"  classes   {len(known):,}, of {few[0][1]:,} ({few[0][0]}) to {few[-1][1]:,} ({few[-1][0]}) images"
-        )
-        if len(known) <= _SHOWN + 4:
-            lines.append(f"            {', '.join(f'{name} {count:,}' for name, count in facts.classes.items())}")
+        lines.append(f"  classes   {_classes(known)}")
+        if known and len(known) <= _SHOWN + 4:
+            each = (f"{_one_line(name)} {count:,}" for name, count in facts.classes.items())
+            lines.append(f"            {', '.join(each)}")
     lines.append(f"  corrupt   {len(facts.corrupt) or 'none'}")
     lines += [f"            {name}: {reason}" for name, reason in facts.corrupt[:_SHOWN]]
     if len(facts.corrupt) > _SHOWN:
         lines.append(f"            and {len(facts.corrupt) - _SHOWN:,} more (--json lists all)")
     return lines
+
+
+def _classes(known: dict[str, int]) -> str:
+    if not known:
+        return "none: no image has a known label"
+    few = sorted(known.items(), key=lambda item: item[1])
+    (rare, low), (common, high) = few[0], few[-1]
+    return f"{len(known):,}, of {low:,} ({_one_line(rare)}) to {high:,} ({_one_line(common)}) images"
+
+
+def _one_line(name: str) -> str:
+    from torchmae.data.sources import printable
+
+    return printable(name.encode("utf-8", "surrogateescape"))
 
 
 def _sizes(facts: SplitFacts) -> str:
@@ -200,8 +213,6 @@ def _counts(counter: Counter[Any]) -> str:
 
 def suggestion(data: str, found: Inspection) -> str | None:
     """The command to begin with; None when no image can be read."""
-    from shlex import quote
-
     from torchmae.api import recommend
     from torchmae.data.inspecting import median_size
 

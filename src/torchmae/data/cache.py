@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
 from torchmae.errors import ConfigError, DataError
 
@@ -63,3 +63,29 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
         raise DataError(
             f"cannot write {path}: {error.strerror or error}", "free space, or name another folder"
         ) from error
+
+
+def lock_file(path: Path) -> BinaryIO | None:
+    """Takes a lock that lasts until the file returned is closed, or until this process ends in whatever way.
+
+    Returns:
+        The file, made where it was not there; None where the system or the disk knows no locks.
+
+    Raises:
+        BlockingIOError: another process has it, here or on another machine that shares the disk.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    file = path.open("ab")
+    try:
+        # Not flock: children that outlive a killed process would hold its lock.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.close()
+        raise BlockingIOError(f"{path} is locked") from error
+    except OSError:  # a disk that knows no locks
+        file.close()
+        return None
+    return file

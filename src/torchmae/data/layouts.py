@@ -23,7 +23,7 @@ from torchmae.data.shards import CLASSES_FILE, ShardSource
 from torchmae.data.sources import ArraySource, FileSource, Source, map_array, printable, unpacked_bytes
 from torchmae.data.stored import HDF5_SUFFIXES, PREFIXES, ZARR_SUFFIX, stored_splits
 from torchmae.data.strings import Strings, StringsWriter, join_strings
-from torchmae.errors import DataError
+from torchmae.errors import ConfigError, DataError
 
 SPLIT_FOLDERS = {
     "train": "train",
@@ -65,6 +65,8 @@ def open_splits(
     Raises:
         DataError: nothing there, or nothing that can be used.
     """
+    if not spec:
+        raise ConfigError("data.source is empty", "give a folder, a file, or a name such as digits")
     if spec in NAMED:
         splits = open_named(spec, root)
         return splits if channels is None else {name: item.with_channels(channels) for name, item in splits.items()}

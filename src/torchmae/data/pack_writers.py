@@ -58,6 +58,7 @@ class PackedFile(NamedTuple):
         images: in it.
         digest: of their bytes and labels.
         labels: of its images, where nothing else holds them.
+        nbytes: of the file, up to the end of the part; None: packed by a version that did not note it.
     """
 
     split: str
@@ -66,6 +67,7 @@ class PackedFile(NamedTuple):
     images: int
     digest: str
     labels: list[int] | None = None
+    nbytes: int | None = None
 
 
 class Digest:
@@ -139,8 +141,8 @@ class Writer(ABC):
         name, found, labels = self.seal()
         if found != self._digest.value():
             raise DataError(f"{self.out / name} does not hold what was written", "check the disk, then run it again")
-        self.commit()
-        part = PackedFile(self.split, name, self.next, self._images, found, labels)
+        nbytes = self.commit()
+        part = PackedFile(self.split, name, self.next, self._images, found, labels, nbytes)
         self.done.append(part)
         self._size, self._images, self._digest = 0, 0, Digest()
         return part
@@ -154,8 +156,19 @@ class Writer(ABC):
         """Ends the file under way: its final name, the digest of what can be read from it, and labels to keep."""
 
     @abstractmethod
-    def commit(self) -> None:
-        """Gives the file its name."""
+    def commit(self) -> int:
+        """Gives the file its name, and returns how many bytes it has."""
+
+    def check_done(self) -> None:
+        """DataError unless what is noted as whole is there, and of the size that it had."""
+        for part in self.done:
+            self._check_size(self.out / part.name, part.nbytes)
+
+    def _check_size(self, path: Path, nbytes: int | None) -> None:
+        size = path.stat().st_size if path.is_file() else None
+        if size is None or (nbytes is not None and size != nbytes):
+            what = "is gone" if size is None else f"has {size:,} bytes and had {nbytes:,}"
+            raise DataError(f"{path} {what}, though it was packed before", "remove the folder, and pack again")
 
     @abstractmethod
     def abandon(self) -> None:
@@ -195,9 +208,10 @@ class _FileWriter(Writer):
     def read_back(self) -> Iterator[tuple[bytes, int]]:
         """The images and labels in the file that was just closed."""
 
-    def commit(self) -> None:
+    def commit(self) -> int:
         """As in `Writer`."""
         self.partial.replace(self.path)
+        return self.path.stat().st_size
 
     def abandon(self) -> None:
         """Closes what is open; the rows that are whole stay."""
@@ -298,6 +312,7 @@ class ArrayWriter(Writer):
         super().__init__(out, split, source, done, limit)
         self.path = out / f"{split}_images.npy"
         self.partial = self.path.with_name(self.path.name + _PARTIAL)
+        self._labels_path = out / f"{split}_labels.npy"
         self._rows = sum(part.images for part in done)
         self._labels = [label for part in done for label in part.labels or []]
         self._new_labels: list[int] = []
@@ -348,7 +363,7 @@ class ArrayWriter(Writer):
             found.add(self._file.read(self._row_bytes), label)
         return self.path.name, found.value(), self._new_labels
 
-    def commit(self) -> None:
+    def commit(self) -> int:
         """As in `Writer`."""
         assert self._first is not None and isinstance(self._first.content, np.ndarray)
         self._rows += len(self._new_labels)
@@ -358,7 +373,14 @@ class ArrayWriter(Writer):
         self._file.write(_npy_header((self._rows, *self._first.content.shape), _plain(self._first.content).dtype))
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._file.seek(0, io.SEEK_END)
+        return int(self._file.seek(0, io.SEEK_END))
+
+    def check_done(self) -> None:
+        """As in `Writer`."""
+        if self.done and not self.partial.exists():  # whose rows are counted where more are added
+            self._check_size(self.path, self.done[-1].nbytes)
+            if self.source.labels is not None:
+                self._check_size(self._labels_path, None)
 
     def settle(self) -> None:
         """Gives the file its name."""
@@ -369,7 +391,7 @@ class ArrayWriter(Writer):
             raise DataError(f"{self.partial} has lost rows", "remove the folder, and pack again")
         if self.source.labels is not None:
             labels = np.array(self._labels, dtype=np.int64)
-            write_whole(self.out / f"{self.split}_labels.npy", lambda file: np.save(file, labels))
+            write_whole(self._labels_path, lambda file: np.save(file, labels))
         self.partial.replace(self.path)
 
     def abandon(self) -> None:

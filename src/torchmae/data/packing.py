@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -13,17 +14,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image as Pillow
 
-from torchmae.data.cache import write_whole
+from torchmae.data.cache import lock_file, write_whole
 from torchmae.data.decode import BadFiles, decode, quiet_pillow
 from torchmae.data.pack_writers import WRITERS, PackedFile, Record, open_writer
 from torchmae.data.reading import Progress, num_cores, probe
-from torchmae.data.shards import CLASSES_FILE
+from torchmae.data.shards import CLASSES_FILE, INDEX_SUFFIX
 from torchmae.data.sources import EncodedSource, Image, Source, resolve
 from torchmae.errors import ConfigError, DataError, one_of, within
 
 MANIFEST = "pack.json"
 """What was packed from what, and how far it got."""
 
+_LOCK = ".lock"
 _CHUNK = 64  # images under way at a time
 _LOSSY = (b"\xff\xd8\xff", b"RIFF")  # JPEG and WebP begin with these
 
@@ -96,14 +98,55 @@ def pack(splits: Mapping[str, Source], out: Path, options: PackOptions, progress
         ConfigError: `out` holds something else, or the images do not fit the format.
         DataError: more unreadable images than allowed, or a file that cannot be written or read back.
     """
-    manifest = _Manifest.open(out, splits, options)
+    classes = next((source.classes for source in splits.values() if source.classes), None)
+    if classes and options.format != "parquet":  # which holds them itself
+        check_names(classes)
+    is_new = not out.exists()
+    manifest = _Manifest.open(out, splits, options)  # so that nothing is put into a folder that holds something else
+    try:
+        lock = lock_file(out / _LOCK)
+    except BlockingIOError as error:
+        raise ConfigError(
+            f"another process is packing into {out}", "wait for it, stop it, or choose another"
+        ) from error
+    try:
+        manifest = _Manifest.open(out, splits, options)  # as it is now that no other process adds to it
+        return _pack(splits, out, options, manifest, classes, progress)
+    except ConfigError:  # what does not fit the format will never do
+        if not manifest.resumed:
+            manifest.forget()
+        raise
+    finally:
+        (out / _LOCK).unlink(missing_ok=True)
+        if lock is not None:
+            lock.close()
+        if is_new:
+            with suppress(OSError):  # not empty
+                out.rmdir()
+
+
+def check_names(classes: Sequence[str]) -> None:
+    """ConfigError for names that do not fit a file with one on each line."""
+    for name in classes:
+        if f"{name}.".splitlines() != [f"{name}."]:
+            raise ConfigError(
+                f"the class {name!r} has a line end in its name", "rename it, or choose the format parquet"
+            )
+
+
+def _pack(
+    splits: Mapping[str, Source],
+    out: Path,
+    options: PackOptions,
+    manifest: _Manifest,
+    classes: tuple[str, ...] | None,
+    progress: Progress | None,
+) -> Packed:
     total = sum(map(len, splits.values()))
     bad = BadFiles(total, options.max_bad, "max_bad")
     for name, reason in manifest.bad:
         bad.add(name, reason)
-    resumed = sum(file.images for file in manifest.files)
-    classes = next((source.classes for source in splits.values() if source.classes), None)
-    if classes and options.format != "parquet":  # which holds them itself
+    if classes and options.format != "parquet":
         write_whole(out / CLASSES_FILE, lambda file: _ignore(file.write("\n".join((*classes, "")).encode())))
     before = 0
     for split, source in splits.items():
@@ -111,6 +154,7 @@ def pack(splits: Mapping[str, Source], out: Path, options: PackOptions, progress
         if options.format == "npy":
             source = source.with_channels(probe(source).channels)
         with open_writer(options.format, out, split, source, done, options.shard_mib * 2**20) as writer:
+            writer.check_done()
             for record in _records(source, writer.next, options):
                 if record.failure is not None:
                     bad.add(record.name, record.failure)
@@ -129,9 +173,9 @@ def pack(splits: Mapping[str, Source], out: Path, options: PackOptions, progress
     manifest.close()
     return Packed(
         sum(file.images for file in manifest.files),
-        sum(file.stat().st_size for file in out.iterdir() if file.name != MANIFEST),
+        sum(file.stat().st_size for file in out.iterdir() if file.name not in (MANIFEST, _LOCK)),
         len({file.name for file in manifest.files}),
-        resumed,
+        manifest.resumed,
         bad.items,
     )
 
@@ -147,6 +191,7 @@ class _Manifest:
         self._path = path
         self._task = task
         self.files = [PackedFile(**file) for file in state.get("files", [])]
+        self.resumed = sum(file.images for file in self.files)
         self.bad: list[tuple[str, str]] = [(name, reason) for name, reason in state.get("bad", [])]
 
     @classmethod
@@ -175,6 +220,14 @@ class _Manifest:
         """Notes that a file (or a part of one) is whole."""
         self.files.append(file)
         self._save(complete=False)
+
+    def forget(self) -> None:
+        """Removes the manifest and all that it notes, and what is not whole."""
+        folder = self._path.parent
+        names = {MANIFEST, CLASSES_FILE, *(file.name for file in self.files)}
+        paths = [folder / name for name in names] + [folder / f"{name}{INDEX_SUFFIX}" for name in names]
+        for path in [*paths, *folder.glob("*.partial")]:
+            path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Notes that all is done."""

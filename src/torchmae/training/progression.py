@@ -31,7 +31,10 @@ def check_progression(config: PretrainConfig, model: Autoencoder) -> None:
         size = start_size(config, model)
         if any(small > full for small, full in zip(size, full_size(model), strict=True)):
             raise ConfigError(f"start_size is {size}, larger than the input {full_size(model)}", "make it smaller")
-        grid_size(size, model.patch_size)
+        try:
+            grid_size(size, model.patch_size)
+        except ConfigError as error:
+            raise ConfigError(f"start_size is {size}: {error.problem}", error.fix) from error
 
 
 def full_size(model: MaskedAutoencoder) -> tuple[int, ...]:

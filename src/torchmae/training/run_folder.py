@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from torchmae.data.cache import lock_file
 from torchmae.errors import CheckpointError, ConfigError
 from torchmae.training.checkpoint import replace_file
 
@@ -76,22 +77,11 @@ class RunFolder:
             CheckpointError: another process, here or on another machine that shares the disk, trains in it.
         """
         try:
-            import fcntl
-        except ImportError:  # Windows
-            return
-        file = (self.path / ".lock").open("ab")
-        try:
-            # Not flock: children that outlive a killed run would hold its lock.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            file.close()
+            self._lock = lock_file(self.path / ".lock")
+        except BlockingIOError as error:
             raise CheckpointError(
                 f"another process is training in {self.path}", "wait for it, stop it, or choose another --out"
             ) from error
-        except OSError:  # a disk that knows no locks
-            file.close()
-            return
-        self._lock = file
 
     def close(self) -> None:
         """Lets other runs in; removes the folder again if `create` made it and nothing was written to it."""
