@@ -35,16 +35,22 @@ def test_without_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     check_compiler()
 
 
-def test_only_the_first_shapes_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[int] = []
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of batch, above 3, that are compiled for a layer of 3 values, without machine code."""
+    sizes: list[int] = []
 
     def backend(graph: torch.fx.GraphModule, example: list[torch.Tensor]) -> object:
-        compiled.append(next(value.shape[0] for value in example if value.shape[-1] == 3))
+        sizes.append(next(value.shape[0] for value in example if value.shape[-1] == 3 and value.shape[0] > 3))
         return graph.forward
 
     monkeypatch.setattr(compilation, "check_compiler", lambda: None)
-    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    return sizes
+
+
+def test_only_the_first_shapes_are_compiled(compiled: list[int]) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
     compile_model(model, torch.device("cpu"))
     plain = {size: model[1](model[0](torch.ones(size, 3))) for size in (4, 2)}
     with first_shapes_only(True) as after_step:
@@ -53,20 +59,12 @@ def test_only_the_first_shapes_are_compiled(monkeypatch: pytest.MonkeyPatch) -> 
             after_step()
         model.eval()
         model(torch.ones(5, 3))
-    assert len(compiled) == 1
+    assert compiled == [4]
     model(torch.ones(6, 3))  # the stance is the default again: a new shape is compiled
-    assert len(compiled) == 2
+    assert compiled == [4, 6]
 
 
-def test_one_run_after_another_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[int] = []
-
-    def backend(graph: torch.fx.GraphModule, example: list[torch.Tensor]) -> object:
-        compiled.append(next(value.shape[0] for value in example if value.shape[-1] == 3 and value.shape[0] > 3))
-        return graph.forward
-
-    monkeypatch.setattr(compilation, "check_compiler", lambda: None)
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+def test_one_run_after_another_is_compiled(compiled: list[int]) -> None:
     sizes = list(range(4, 4 + torch._dynamo.config.recompile_limit + 2))
     for size in sizes:  # PyTorch compiles so many shapes of one function, and says in a warning that it has stopped
         model = nn.Sequential(nn.Linear(3, 3))

@@ -23,6 +23,7 @@ from torchmae.config import PretrainConfig
 from torchmae.data.opening import Data, open_data
 from torchmae.data.plan import Plan
 from torchmae.data.reading import Progress, num_cores
+from torchmae.data.transfer import to_device
 from torchmae.data.worker import start_worker
 from torchmae.errors import ConfigError
 from torchmae.training.runtime import Runtime, environment, open_runtime
@@ -117,7 +118,7 @@ def torchvision_batches(
         pin_memory=runtime.device.type == "cuda",
     )
     for images in loader:
-        yield images.to(runtime.device, non_blocking=runtime.device.type == "cuda")
+        yield to_device(images, runtime.device)
 
 
 def image_files(data: Data) -> list[Path]:

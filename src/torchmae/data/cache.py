@@ -69,7 +69,7 @@ def lock_file(path: Path) -> BinaryIO | None:
     """Takes a lock that lasts until the file returned is closed, or until this process ends in whatever way.
 
     Returns:
-        The file, made where it was not there; None where the system or the disk knows no locks.
+        The file, made where it was not there; None where the system or the disk knows no locks, or it cannot be made.
 
     Raises:
         BlockingIOError: another process has it, here or on another machine that shares the disk.
@@ -78,7 +78,10 @@ def lock_file(path: Path) -> BinaryIO | None:
         import fcntl
     except ImportError:  # Windows
         return None
-    file = path.open("ab")
+    try:
+        file = path.open("ab")
+    except OSError:  # whoever writes there next says why it cannot be
+        return None
     try:
         # Not flock: children that outlive a killed process would hold its lock.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

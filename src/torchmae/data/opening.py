@@ -75,13 +75,14 @@ def open_data(
     bad = BadFiles(len(train) + (0 if val is None else len(val)), config.max_bad)
     limit = config.memory_limit * _GIB
     held = _hold(train, config, limit, seen, bad, progress)
-    val_limit = limit - held.nbytes if held and not _are_parts_of_one(train, val) else limit
+    shared = held is not None and val is not None and _holds(held, val)  # parts of one array are held once
+    val_limit = limit if held is None or shared else limit - held.nbytes
     val_held = None if val is None else _hold(val, config, val_limit, _checked_probe(val, input_size), bad, progress)
     mean, std = _mean_and_std(config, train, held, channels, progress)
     placed = None if held is None else _on_device(held, config, device)
     if val_held is not None:
-        if held is not None and placed is not None and held.images.data_ptr() == val_held.images.data_ptr():
-            val_held = replace(val_held, images=placed.images)  # parts of one array: once on the device too
+        if placed is not None and shared:
+            val_held = replace(val_held, images=placed.images)
         else:
             val_held = _on_device(val_held, config, device)
     view = View(input_size, config.crop_scale, config.crop_ratio, config.flip)
@@ -166,11 +167,10 @@ def _hold(
         raise ConfigError(f"data.cache is {config.cache!r}, but {error}", "set data.cache to auto or none") from error
 
 
-def _are_parts_of_one(train: Source, val: Source | None) -> bool:
-    """Whether both are parts of one array, which is held in memory once."""
-    bases = [source.source if isinstance(source, Subset) else source for source in (train, val)]
-    one, other = (base.images if isinstance(base, ArraySource) else None for base in bases)
-    return one is not None and one is other
+def _holds(held: Held, source: Source) -> bool:
+    """Whether the images of a source are part of an array that is held as it is."""
+    base = source.source if isinstance(source, Subset) else source
+    return isinstance(base, ArraySource) and base.images.ctypes.data == held.images.data_ptr()
 
 
 def _on_device(held: Held, config: DataConfig, device: torch.device) -> Held:

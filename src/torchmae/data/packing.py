@@ -117,7 +117,8 @@ def pack(splits: Mapping[str, Source], out: Path, options: PackOptions, progress
             manifest.forget()
         raise
     finally:
-        (out / _LOCK).unlink(missing_ok=True)
+        with suppress(OSError):  # not there
+            (out / _LOCK).unlink()
         if lock is not None:
             lock.close()
         if is_new:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,7 @@ from torchmae.nn.masking import Mask
 from torchmae.nn.positions import resample, sincos
 
 
-class _Decoder(nn.Module):
+class _Decoder(nn.Module, ABC):
     """What the two decoders share: the embedding of tokens, the mask token, positions, and the prediction.
 
     Under autocast tokens are in its precision from the embedding on, sums included, where the encoder's stay fp32:
@@ -41,9 +42,9 @@ class _Decoder(nn.Module):
         prediction: Tensor = self.pred(self.tokens(encoded, mask, grid))
         return prediction
 
+    @abstractmethod
     def tokens(self, encoded: EncoderOutput, mask: Mask, grid: tuple[int, ...] | None = None) -> Tensor:
         """What the prediction is made from: (B, M, D), normalised, in the order of `mask.ids_masked`."""
-        raise NotImplementedError
 
 
 class SelfDecoder(_Decoder):

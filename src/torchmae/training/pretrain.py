@@ -214,33 +214,27 @@ def measure_speed(
     It takes PROBE_STEPS steps and `at_least` so many seconds, after a warm-up.
     """
     copied = copy.deepcopy(model).train()
-    with plain_at_the_end(copied):  # which also frees it at once: what it calls meanwhile refers to it
-        return _measure_speed(config, copied, loader, plan, runtime, at_least)
-
-
-def _measure_speed(
-    config: PretrainConfig, copied: Autoencoder, loader: ImageLoader, plan: Plan, runtime: Runtime, at_least: float
-) -> float:
     ranks = runtime.ranks
-    wrapped = prepare(copied, config, runtime)
-    optimizers = build_optimizers(copied, config.optim, plan.batch_size)
-    set_lr(optimizers, 0.0)
     warm_up = PROBE_STEPS // 2
     start = time.perf_counter()
     done = 0
-    for batch in loader.train_batches(plan, 0, 1_000_000, rank=ranks.rank, world_size=ranks.world_size):
-        place = done * _GOLDEN_RATIO % 1  # in the run, whose first and last steps may differ in size
-        images = early_images(batch.images, copied, config, place, 1)
-        ratio = mask_ratio(config.mask, place, 1)
-        mask = draw_mask(copied, config.mask, config.seed, batch, runtime.device, ratio, images.shape[2:])
-        parts = part_of(len(plan.indices(done)[1]), ranks, config.accumulate)
-        train_step(copied, optimizers, images, mask, config, runtime, wrapped=wrapped, parts=parts)[0].item()
-        done += 1
-        if done == warm_up:
-            start = time.perf_counter()
-        (elapsed,) = ranks.largest(time.perf_counter() - start)
-        if done >= warm_up + PROBE_STEPS and elapsed >= at_least:
-            break
+    with plain_at_the_end(copied):  # which also frees it at once: what it calls meanwhile refers to it
+        wrapped = prepare(copied, config, runtime)
+        optimizers = build_optimizers(copied, config.optim, plan.batch_size)
+        set_lr(optimizers, 0.0)
+        for batch in loader.train_batches(plan, 0, 1_000_000, rank=ranks.rank, world_size=ranks.world_size):
+            place = done * _GOLDEN_RATIO % 1  # in the run, whose first and last steps may differ in size
+            images = early_images(batch.images, copied, config, place, 1)
+            ratio = mask_ratio(config.mask, place, 1)
+            mask = draw_mask(copied, config.mask, config.seed, batch, runtime.device, ratio, images.shape[2:])
+            parts = part_of(len(plan.indices(done)[1]), ranks, config.accumulate)
+            train_step(copied, optimizers, images, mask, config, runtime, wrapped=wrapped, parts=parts)[0].item()
+            done += 1
+            if done == warm_up:
+                start = time.perf_counter()
+            (elapsed,) = ranks.largest(time.perf_counter() - start)
+            if done >= warm_up + PROBE_STEPS and elapsed >= at_least:
+                break
     return elapsed / (done - warm_up)
 
 
