@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torchvision.transforms import v2
 
 from torchmae.errors import ConfigError
-from torchmae.evaluation.augment import Augment, build_augment
+from torchmae.evaluation.augment import OPERATIONS, Augment, build_augment
 from torchmae.evaluation.finetune_config import InputSettings
 
 NONE = InputSettings(batch_size=10, crop_scale=(1.0, 1.0), randaugment=0, mixup=0.0, cutmix=0.0)
@@ -94,6 +95,25 @@ def test_neighbours_differ_in_what_is_done_to_them() -> None:
     images = torch.randn(1, 3, 16, 16).clamp(-1, 1).expand(40, -1, -1, -1)
     seen, _ = augment_with(randaugment=9)(images, torch.zeros(40, dtype=torch.int64))
     assert len({image.numpy().tobytes() for image in seen}) > 5
+
+
+TORCHVISION = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast")
+TORCHVISION += ("Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize")
+
+
+@pytest.mark.parametrize("strength", [0, 3, 9, 10])
+@pytest.mark.parametrize(("ours", "theirs"), list(zip(OPERATIONS, TORCHVISION, strict=True)))
+def test_operations_are_torchvisions(ours: str, theirs: str, strength: int) -> None:
+    images = torch.randint(0, 256, (3, 3, 32, 48), dtype=torch.uint8)
+    fill = [100, 110, 120]
+    peer = v2.RandAugment(2, strength, 11, interpolation=v2.InterpolationMode.BILINEAR, fill=fill)
+    strengths, signed = peer._AUGMENTATION_SPACE[theirs]
+    levels = strengths(11, 32, 48)
+    for sign in (1, -1) if signed else (1,):
+        value = 0.0 if levels is None else sign * float(levels[strength])
+        wanted = peer._apply_image_or_video_transform(images, theirs, value, peer.interpolation, peer._fill)
+        found = OPERATIONS[ours](images.clone(), strength / 10, sign, fill)
+        assert (found.int() - wanted.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ pytestmark = [
     pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="takes a GPU"),
     pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),  # Python 3.12 and 3.13
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),  # torch 2.11's own compiler
 ]
 TINY = {
     "embed_dim": 32,
@@ -115,11 +116,12 @@ def test_a_run_learns_and_goes_on(tmp_path: Path, options: dict[str, Any]) -> No
     assert model.encode(torch.zeros(2, 3, 32, 32)).shape == (2, 32)
 
 
-def test_fine_tuning(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fine_tuning(tmp_path: Path, compiled: bool) -> None:
     data = str(array(tmp_path, np.uint8, (32, 32), 100))
     model = {"preset": "vit_tiny_32_p4", **TINY}
     run = torchmae.pretrain(data, out=tmp_path / "run", epochs=1, model=model, device=DEVICE, progress="none")
-    settings = {"epochs": 5, "base_lr": 0.02, "batch_size": 16, "checkpoint_minutes": 0}
+    settings = {"epochs": 5, "base_lr": 0.02, "batch_size": 16, "checkpoint_minutes": 0, "compile": compiled}
     figures = torchmae.evaluate(run.path, method="finetune", device=DEVICE, finetune=settings)
     assert figures["finetune"] > 80
 

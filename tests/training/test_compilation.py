@@ -84,7 +84,7 @@ def depth(count: int, **changes: float) -> Autoencoder:
         (depth(MAX_WHOLE), False, 1),
         (depth(MAX_WHOLE + 1), False, MAX_WHOLE + 1),
         (depth(3), True, 3),
-        (depth(MAX_WHOLE + 1, drop_path=0.1), True, 1),
+        (depth(MAX_WHOLE + 1, drop_path=0.1), False, MAX_WHOLE + 1),
         (mlp(), True, 1),
     ],
     ids=["few blocks", "many blocks", "between blocks", "rates that differ", "no blocks"],
@@ -93,6 +93,18 @@ def test_a_deep_model_is_compiled_block_by_block(model: Autoencoder, by_block: b
     found = parts(model, by_block)
     assert len(found) == count
     assert (found == [model]) is (count == 1)
+
+
+def test_blocks_of_different_drop_rates_share_their_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = []
+    monkeypatch.setattr(compilation, "check_compiler", lambda: None)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda graph, _: codes.append(1) or graph))
+    model = vit(depth=5, drop_path=0.4).train()
+    with first_shapes_only(True):
+        compile_model(model, torch.device("cpu"), by_block=True)
+        for block in model.encoder.blocks:
+            block(torch.ones(2, 3, 16))
+    assert len(codes) == 2  # one for rate 0, one for all the others
 
 
 # torch hides this one, but not from a filter that makes errors of warnings.

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
 
+from torchmae.data.transfer import to_device
 from torchmae.data.transforms import normalise
 from torchmae.errors import ConfigError
 from torchmae.evaluation.finetune_config import InputSettings
-
-IMAGES_PER_DRAW = 4
-"""Neighbours in a (shuffled) batch that share RandAugment's operations: one by one takes four times as long."""
 
 _NUM_OPS = 2
 _LEVELS = 11  # strengths 0 to 10, as in the RandAugment paper
@@ -26,8 +26,8 @@ def build_augment(
 ) -> Augment:
     """The augmentation of a training batch, (B, C, H, W) normalised images and (B,) labels.
 
-    RandAugment (Cubuk et al. 2020) applies two operations; unlike in timm the strength does not vary from image to
-    image. Then one of mixup (Zhang et al. 2018) and cutmix (Yun et al. 2019), each as often, if there are any.
+    RandAugment (Cubuk et al. 2020) draws two operations for each image; unlike in timm the strength does not vary from
+    image to image. Then one of mixup (Zhang et al. 2018) and cutmix (Yun et al. 2019), each as often, if there are any.
     Random numbers are drawn from torch's generator, which a training loop that can be resumed seeds at every step.
 
     Args:
@@ -71,13 +71,64 @@ def build_augment(
 def _rand_augment(mean: Sequence[float], std: Sequence[float], strength: int) -> Callable[[Tensor], Tensor]:
     """RandAugment of normalised images; in between they are bytes, which its operations are defined on."""
     grey = [round(255 * value) for value in mean]
-    transform = v2.RandAugment(_NUM_OPS, strength, _LEVELS, interpolation=InterpolationMode.BILINEAR, fill=grey)
     means, deviations = torch.tensor(mean), torch.tensor(std)
 
     def distort(images: Tensor) -> Tensor:
         shift, scale = means.to(images.device), deviations.to(images.device)
         as_bytes = ((images * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)) * 255).round_().clamp_(0, 255).byte()
-        distorted = torch.cat([transform(part) for part in torch.split(as_bytes, IMAGES_PER_DRAW)])
-        return normalise(distorted, shift, scale, 255)
+        for _ in range(_NUM_OPS):
+            # Each operation once for all images that drew it, so that a GPU is given few, large pieces of work.
+            drawn = torch.randint(len(OPERATIONS), (len(images),))
+            negative = torch.rand(len(images)) < 0.5
+            for i, operation in enumerate(OPERATIONS.values()):
+                for sign in (1, -1):
+                    rows = ((drawn == i) & (negative == (sign < 0))).nonzero().flatten()
+                    if len(rows):
+                        rows = to_device(rows, images.device)
+                        as_bytes[rows] = operation(as_bytes[rows], strength / (_LEVELS - 1), sign, grey)
+        return normalise(as_bytes, shift, scale, 255)
 
     return distort
+
+
+def _warp(images: Tensor, fill: list[int], **change: object) -> Tensor:
+    """An affine transformation; what it leaves empty gets the colour `fill`."""
+    still = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
+    colour: list[float] = [float(value) for value in fill]
+    return F.affine(images, **{**still, **change}, interpolation=InterpolationMode.BILINEAR, fill=colour)  # type: ignore[arg-type]
+
+
+def _degrees(slope: float) -> float:
+    return math.degrees(math.atan(slope))
+
+
+Operation = Callable[[Tensor, float, int, list[int]], Tensor]
+
+# Ranges as in torchvision's RandAugment: what strength 10 means, for images of any size.
+OPERATIONS: dict[str, Operation] = {
+    "identity": lambda images, _level, _sign, _fill: images,
+    "shear x": lambda images, level, sign, fill: _warp(
+        images, fill, shear=[_degrees(0.3 * level * sign), 0.0], center=[0, 0]
+    ),
+    "shear y": lambda images, level, sign, fill: _warp(
+        images, fill, shear=[0.0, _degrees(0.3 * level * sign)], center=[0, 0]
+    ),
+    "translate x": lambda images, level, sign, fill: _warp(
+        images, fill, translate=[int(150 / 331 * images.shape[-1] * level * sign), 0]
+    ),
+    "translate y": lambda images, level, sign, fill: _warp(
+        images, fill, translate=[0, int(150 / 331 * images.shape[-2] * level * sign)]
+    ),
+    "rotate": lambda images, level, sign, fill: F.rotate(
+        images, 30 * level * sign, InterpolationMode.BILINEAR, fill=[float(value) for value in fill]
+    ),
+    "brightness": lambda images, level, sign, _fill: F.adjust_brightness(images, 1 + 0.9 * level * sign),
+    "colour": lambda images, level, sign, _fill: F.adjust_saturation(images, 1 + 0.9 * level * sign),
+    "contrast": lambda images, level, sign, _fill: F.adjust_contrast(images, 1 + 0.9 * level * sign),
+    "sharpness": lambda images, level, sign, _fill: F.adjust_sharpness(images, 1 + 0.9 * level * sign),
+    "posterise": lambda images, level, _sign, _fill: F.posterize(images, 8 - round(4 * level)),
+    "solarise": lambda images, level, _sign, _fill: F.solarize(images, 255 * (1 - level)),
+    "autocontrast": lambda images, _level, _sign, _fill: F.autocontrast(images),
+    "equalise": lambda images, _level, _sign, _fill: F.equalize(images),
+}
+"""RandAugment's operations on (B, C, H, W) uint8 images: of a level in [0, 1], a sign, and the colour of empty pixels."""

@@ -61,6 +61,7 @@ class FinetuneConfig:
         crop_scale: area of the random crop as a share of the image, from and to ([0.08, 1]; small images [0.6, 1]).
         ema: decay of a moving average of the weights, which is then what is measured and saved; null: none.
         evaluations: how many times the test images are classified, evenly spread, the last at the end.
+        compile: train the classifier through torch.compile.
         checkpoint_minutes: minutes between two checkpoints.
     """
 
@@ -82,6 +83,7 @@ class FinetuneConfig:
     crop_scale: tuple[float, float] | None = None
     ema: float | None = None
     evaluations: int = 1
+    compile: bool = False
     checkpoint_minutes: float = 5.0
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ from torchmae.evaluation.finetune_config import FinetuneConfig
 from torchmae.nn.classifier import Classifier
 from torchmae.nn.mae import no_weight_decay
 from torchmae.training.checkpoint import Checkpoint, save_checkpoint
+from torchmae.training.compilation import compile_model, first_shapes_only, plain_at_the_end
 from torchmae.training.optim import lr_factor, set_lr
 from torchmae.training.parallel import average_gradients, exchanging
 from torchmae.training.pretrain import due_steps
@@ -243,13 +244,19 @@ def fit(
         CheckpointError: a disk that is full.
     """
     job, ranks = Job(**state.job), runtime.ranks
+    if config.compile:
+        compile_model(learner.classifier, runtime.device)
     wrapped = average_gradients(learner.classifier, runtime, config.accumulate) if ranks.world_size > 1 else None
     schedule = OptimConfig(warmup=config.warmup, min_lr=config.min_lr)
     due = {math.ceil(step / plan.steps_per_epoch) for step in due_steps(state.total_steps, config.evaluations)[:-1]}
     learner.train()
     saved_at = time.monotonic()
     window = Window(time.perf_counter())
-    with stop_signals() as stop:
+    with (
+        stop_signals() as stop,
+        plain_at_the_end(learner.classifier),
+        first_shapes_only(config.compile) as compiled,
+    ):
         parts = loader.train_batches(plan, state.step, state.total_steps, rank=ranks.rank, world_size=ranks.world_size)
         for batch in timed(parts, window):
             set_lr([learner.optimizer], lr_factor(state.step, state.total_steps, schedule))
@@ -260,6 +267,7 @@ def fit(
             if len(images):  # a batch may have fewer images than there are ranks
                 images, targets = augment(images, targets)
             loss = learner.step(images, targets, config, runtime, wrapped=wrapped, num_images=num_images)
+            compiled()
             window.losses.append(loss)
             window.images += num_images
             state.step += 1
@@ -372,7 +380,7 @@ def check_same(before: dict[str, Any], job: Job, out: Path) -> None:
         raise DataError("the training images have changed since the checkpoint", "bring the same images back")
     old, new = ({**item, **item["settings"]} for item in (before, now))
     for name, value in new.items():
-        if old.get(name) != value and name not in ("settings", "checkpoint_minutes"):
+        if old.get(name) != value and name not in ("settings", "checkpoint_minutes", "compile"):
             raise ConfigError(
                 f"{name} is {value} and was {old.get(name)} in {out}", "resume with the settings it began with"
             )

@@ -108,16 +108,23 @@ class DropPath(nn.Module):
         rate: the probability, in [0, 1).
     """
 
+    drop_share: Tensor
+    keep_share: Tensor
+
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
+        self.active = rate > 0
+        # Tensors and not numbers: blocks that differ in their rate alone then share their compiled code.
+        self.register_buffer("drop_share", torch.tensor(float(rate)), persistent=False)
+        self.register_buffer("keep_share", torch.tensor(1.0 - rate), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, ...) to (B, ...)."""
-        if self.rate == 0.0 or not self.training:
+        if not (self.active and self.training):
             return x
-        keep = torch.rand(x.shape[0], *(1,) * (x.ndim - 1), device=x.device) >= self.rate
-        return x * keep / (1 - self.rate)
+        keep = torch.rand(x.shape[0], *(1,) * (x.ndim - 1), device=x.device) >= self.drop_share
+        return x * keep / self.keep_share
 
 
 class Block(nn.Module):

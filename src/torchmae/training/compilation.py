@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from torchmae.errors import ConfigError
-from torchmae.nn.layers import DropPath
 from torchmae.training.parallel import blocks
 
 COMPILERS = ("g++", "clang++", "c++")
@@ -52,9 +51,7 @@ def compile_model(model: nn.Module, device: torch.device, *, budget: float = 1.0
 def parts(model: nn.Module, by_block: bool = False) -> list[nn.Module]:
     """What is compiled in one piece: the model, or each of its blocks."""
     found = blocks(model)
-    rates = {module.rate for module in model.modules() if isinstance(module, DropPath)}
-    shared = len(rates) <= 1  # a rate is a constant in the code: blocks that differ in it cannot share theirs
-    return found if found and shared and (by_block or len(found) > MAX_WHOLE) else [model]
+    return found if found and (by_block or len(found) > MAX_WHOLE) else [model]
 
 
 def check_compiler() -> None:
