@@ -31,9 +31,11 @@ KINDS = {
     "matrix products": r"gemm|nvjet|cutlass|matmul|^aten::(mm|bmm|addmm)$|mkldnn",
     "optimiser": r"multi_tensor|adam|fused_adam|Optimizer",
     "copies between processor and GPU": r"Memcpy HtoD|Memcpy DtoH",
-    "copies and fills": r"Memcpy|Memset|copy|fill|cat|gather|index|scatter",
-    "reductions and norms": r"reduce|norm|red_fused|triton_per",
-    "elementwise": r"triton_poi|elementwise|vectorized|aten::",
+    "layer norms and sums, fused by the compiler": r"triton_(per|red)",
+    "GELU, sums and casts, fused by the compiler": r"triton_poi",
+    "copies, gathers and fills": r"Memcpy|Memset|copy|fill|cat|gather|index|scatter",
+    "reductions": r"reduce|norm",
+    "elementwise": r"elementwise|vectorized|aten::",
 }
 
 
@@ -45,7 +47,12 @@ def kind_of(name: str) -> str:
 def spans(events: list[FunctionEvent], on_gpu: bool) -> list[tuple[float, float, str]]:
     """Start, end (microseconds) and name of every kernel; of every operator's own time on a processor."""
     if on_gpu:
-        kernels = (event for event in events if event.device_type == torch.autograd.DeviceType.CUDA)
+        ranges = re.compile(r"^(Optimizer|ProfilerStep|## Call|Torch-Compiled)")  # they span the kernels under them
+        kernels = (
+            event
+            for event in events
+            if event.device_type == torch.autograd.DeviceType.CUDA and not ranges.match(event.name)
+        )
         return sorted((event.time_range.start, event.time_range.end, event.name) for event in kernels)
     return [(event.time_range.start, event.time_range.start + event.self_cpu_time_total, event.name) for event in events]
 
@@ -95,7 +102,7 @@ def main() -> None:
         "milliseconds_per_step": window / 1000 / args.steps,
         "idle_share": idle,
         "kinds": dict(sorted(kinds.items(), key=lambda item: -item[1])),
-        "kernels": dict(sorted(names.items(), key=lambda item: -item[1])[:20]),
+        "kernels": dict(sorted(names.items(), key=lambda item: -item[1])[:60]),
         "launches_per_step": len(kernels) / args.steps,
         "tflops_while_in_products": flops / max(kinds["matrix products"], 1e-9) / 1e9,
     }
@@ -104,7 +111,7 @@ def main() -> None:
     print(f"{found['launches_per_step']:.0f} kernels a step; products at {found['tflops_while_in_products']:.0f} TFLOP/s")
     for title in ("kinds", "kernels"):
         print(f"\n{'milliseconds of a step':>22}  {title}")
-        for name, milliseconds in found[title].items():
+        for name, milliseconds in list(found[title].items())[:25]:
             print(f"{milliseconds:22.2f}  {name[:110]}")
 
 

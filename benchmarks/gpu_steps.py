@@ -15,7 +15,7 @@ import gc
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -28,7 +28,7 @@ from torchmae import settings
 from torchmae.bench.contenders import OURS, Contender, build
 from torchmae.bench.timing import matrix_product_rate, seconds_of, synchronise, take_turns
 from torchmae.nn.flops import count_flops
-from torchmae.training import compilation
+from torchmae.training.parallel import blocks
 from torchmae.training.runtime import environment
 
 BATCHES = {"vit_large": 256, "vit_base": 512, "vit_tiny_32_p4": 4096}
@@ -117,28 +117,27 @@ def variants(entrants: dict[str, Entrant], args: argparse.Namespace) -> Iterator
     """What single choices are worth, each beside the step without it, in turns."""
     eager, compiled = entrants["eager"], entrants["compiled"]
     device = eager.contender.runtime.device
-    if device.type == "cuda":
+    if device.type == "cuda" and not args.few:
         for name, backend in BACKENDS.items():
-            yield compared(f"attention {name}", eager, lambda: eager.turn(), args, sdpa_kernel(backend))
+            yield compared(f"attention {name}", eager, eager.turn, args, backend)
         for name, ways in (("foreach", {"foreach": True}), ("for-loop", {"foreach": False})):
             yield compared(f"AdamW {name}", compiled, with_adamw(compiled, {"fused": False, **ways}), args)
         yield compared("forward and backward in a CUDA graph", eager, lambda: graphed(eager), args)
-        yield compared("reduce-overhead", compiled, with_mode(eager), args)
+    if device.type == "cuda":
+        for name, mode in (("blocks compiled one by one", "default"), ("the same, reduce-overhead", "reduce-overhead")):
+            yield compared(name, compiled, with_mode(eager, mode), args)
 
 
 def compared(
-    name: str, base: Entrant, turn: Callable[[], float], args: argparse.Namespace, context: Any = None
+    name: str, base: Entrant, turn: Callable[[], float], args: argparse.Namespace, backend: Any = None
 ) -> tuple[str, dict[str, Any]]:
     """A variant's speed beside the plain step's; a variant that fails says why."""
     rates: dict[str, list[float]] = {"without": [], "with": []}
     try:
         for _ in range(args.rounds - 1):
             rates["without"].append(base.turn())
-            if context is None:
+            with nullcontext() if backend is None else sdpa_kernel(backend):
                 rates["with"].append(turn())
-            else:
-                with context:
-                    rates["with"].append(turn())
         row: dict[str, Any] = {key: median(values) for key, values in rates.items()}
         row["ratio"] = row["with"] / row["without"]
         print(f"  {name:40} {row['with']:12,.0f} images/s {row['ratio']:6.2f}", flush=True)
@@ -165,25 +164,23 @@ def with_adamw(entrant: Entrant, options: dict[str, Any]) -> Callable[[], float]
     return turn
 
 
-def with_mode(entrant: Entrant) -> Callable[[], float]:
-    """A turn of steps whose blocks are compiled with CUDA graphs."""
-    state = {"ready": False}
+def with_mode(entrant: Entrant, mode: str) -> Callable[[], float]:
+    """A turn of steps whose blocks are compiled, each alone, in a mode of torch.compile."""
+    contender = entrant.contender
+
+    def step() -> None:
+        torch.compiler.cudagraph_mark_step_begin()
+        contender.run()
 
     def turn() -> float:
-        if not state["ready"]:
-            for part in compilation.parts(entrant.contender.model, True):
-                part.forward = torch.compile(part.forward, dynamic=False, mode="reduce-overhead")
-            for _ in range(3):
-                torch.compiler.cudagraph_mark_step_begin()
-                entrant.contender.run()
-            state["ready"] = True
-
-        def step() -> None:
-            torch.compiler.cudagraph_mark_step_begin()
-            entrant.contender.run()
-
-        contender = entrant.contender
-        return len(contender.images) / seconds_of(step, entrant.steps, contender.runtime.device)
+        for block in blocks(contender.model):
+            block.forward = torch.compile(type(block).forward.__get__(block), dynamic=False, mode=mode)
+        for _ in range(3):
+            step()
+        rate = len(contender.images) / seconds_of(step, entrant.steps, contender.runtime.device)
+        for block in blocks(contender.model):
+            del block.forward
+        return rate
 
     return turn
 
@@ -214,6 +211,7 @@ def graphed(entrant: Entrant) -> float:
             work()
     for parameter in model.parameters():
         parameter.grad = None
+    torch.cuda.empty_cache()  # a graph has memory of its own
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
@@ -258,6 +256,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=BATCHES, default=list(BATCHES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--turn", type=float, default=0.8, help="seconds of a turn")
+    parser.add_argument("--few", action="store_true", help="of the variants, only those of compilation")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--try", action="store_true", dest="tried", help="tiny networks, to try the script")
     args, rest = parser.parse_known_args()

@@ -51,19 +51,28 @@ class BatchedMuon(torch.optim.Muon):
 
     def _step_together(self, pairs: list[tuple[Tensor, Tensor]], shape: tuple[int, int], group: dict[str, Any]) -> None:
         """Updates matrices of one shape, each of which may be wide or tall, by their gradients."""
-        stack = torch.empty(len(pairs), *shape, dtype=torch.bfloat16, device=pairs[0][0].device)
-        for i, (param, gradient) in enumerate(pairs):
-            state = self.state[param]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(param)
-            momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-            update = gradient.lerp(momentum, group["momentum"])  # Nesterov's
-            stack[i] = update.mT if param.shape[0] > param.shape[1] else update
-        updates = orthogonalise(stack, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        size = group["lr"] * 0.2 * sqrt(shape[1])
-        for (param, _), update in zip(pairs, updates, strict=True):
-            param.mul_(1 - group["lr"] * group["weight_decay"])
-            param.add_(update.mT if param.shape[0] > param.shape[1] else update, alpha=-size)
+        params, gradients = (list(column) for column in zip(*pairs, strict=True))
+        wide = [param.shape[0] <= param.shape[1] for param in params]
+        momenta = [self._momentum(param) for param in params]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
+        stack = torch.empty(len(params), *shape, dtype=torch.bfloat16, device=params[0].device)
+        torch._foreach_copy_(stack.unbind(), _turned(updates, wide))
+        orthogonal = orthogonalise(stack, group["ns_coefficients"], group["ns_steps"], group["eps"]).unbind()
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(params, _turned(orthogonal, wide), alpha=-group["lr"] * 0.2 * sqrt(shape[1]))
+
+    def _momentum(self, param: Tensor) -> Tensor:
+        state = self.state[param]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(param)
+        momentum: Tensor = state["momentum_buffer"]
+        return momentum
+
+
+def _turned(matrices: Sequence[Tensor], wide: Sequence[bool]) -> list[Tensor]:
+    """The matrices, those that are not wide transposed."""
+    return [matrix if is_wide else matrix.mT for matrix, is_wide in zip(matrices, wide, strict=True)]
 
 
 def orthogonalise(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
