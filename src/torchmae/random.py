@@ -13,11 +13,13 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
-WEYL = 0x9E3779B9, 0xBB67AE85
-ROUNDS = 10
+_MULTIPLIER_0 = np.uint64(0xD2511F53)
+_MULTIPLIER_1 = np.uint64(0xCD9E8D57)
+_WEYL_0 = 0x9E3779B9
+_WEYL_1 = 0xBB67AE85
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
+_ROUNDS = 10
 _AT_A_TIME = 2**15  # indices of a permutation: what is computed on the way stays in the processor's cache
 
 
@@ -44,15 +46,15 @@ def philox(counter: npt.NDArray[np.uint64], key: tuple[int, int]) -> npt.NDArray
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(ROUNDS):
-        product_0 = np.uint64(MULTIPLIERS[0]) * c0
-        product_1 = np.uint64(MULTIPLIERS[1]) * c2
+    for _ in range(_ROUNDS):
+        product_0 = _MULTIPLIER_0 * c0
+        product_1 = _MULTIPLIER_1 * c2
         c0 = (product_1 >> _HALF) ^ c1 ^ np.uint64(k0)
         c1 = product_1 & _LOW
         c2 = (product_0 >> _HALF) ^ c3 ^ np.uint64(k1)
         c3 = product_0 & _LOW
-        k0 = (k0 + WEYL[0]) & 0xFFFFFFFF
-        k1 = (k1 + WEYL[1]) & 0xFFFFFFFF
+        k0 = (k0 + _WEYL_0) & 0xFFFFFFFF
+        k1 = (k1 + _WEYL_1) & 0xFFFFFFFF
     return np.stack([c0, c1, c2, c3])
 
 

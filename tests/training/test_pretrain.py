@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torchmae.data.plan import Plan
 from torchmae.errors import CheckpointError, Interrupted, TrainingError
 from torchmae.nn.autoencoder import Autoencoder
 from torchmae.training import pretrain as module
-from torchmae.training import window
+from torchmae.training import compilation, window
 from torchmae.training.checkpoint import load_checkpoint
 from torchmae.training.optim import build_optimizers, lr_factor, set_lr
 from torchmae.training.pretrain import Evaluator, due_steps
@@ -244,6 +245,17 @@ def test_measuring_takes_a_share_of_the_time_and_changes_nothing(clock: Clock, m
     seconds = module.measure_speed(CONFIG, model, images(10), Plan(10, 4, 0), RUNTIME, at_least=21)  # type: ignore[arg-type]
     assert (seconds, len(calls)) == (1.0, 5 + 21)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch hides it, but not from this filter
+def test_measuring_compiles_the_first_shape_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = []
+    monkeypatch.setattr(compilation, "check_compiler", lambda: None)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda graph, _: graphs.append(1) or graph))
+    config = replace(CONFIG, compile=True)
+    module.measure_speed(config, vit(), images(10), Plan(10, 4, 0), RUNTIME, at_least=0)  # every third batch has 2 images
+    assert len(graphs) == 1
+    torch.compiler.reset()
 
 
 def test_accumulation_reaches_the_last_partial_batch(tmp_path: Path) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,9 +35,6 @@ from torchmae.data.worker import (
 )
 from torchmae.errors import DataError
 from torchmae.random import permutation
-
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -150,13 +146,8 @@ class ImageLoader:
     def _from_memory(self, requests: Iterator[Request], held: Held) -> Generator[Batch, None, None]:
         size = tuple(held.images.shape[2:])
         scale = value_range(held.images.dtype)
-        drawn = (
-            (request, boxes_of(crop_numbers(request), size, self._view), draw_flips(request, self._view))
-            for request in requests
-        )
-        if self._device.type == "cuda":  # else the processor draws while the GPU waits
-            drawn = in_background(drawn)
-        for request, boxes, flips in drawn:
+        for request in requests:
+            boxes, flips = boxes_of(crop_numbers(request), size, self._view), draw_flips(request, self._view)
             images = resample(
                 to_device(held.gather(request.indices), self._device), boxes, self._view.input_size, flips
             )
@@ -222,16 +213,6 @@ class ImageLoader:
     def _batch(self, images: Tensor, scale: float, labels: Tensor, request: Request) -> Batch:
         normalised = normalise(images, self._mean, self._std, scale)
         return Batch(normalised, labels, request.indices, request.epoch)
-
-
-def in_background(items: Iterator[T], ahead: int = 2) -> Generator[T, None, None]:
-    """The same items, made in a thread: so many of them before they are asked for."""
-    with ThreadPoolExecutor(1) as thread:
-        end = object()
-        waiting = deque(thread.submit(next, items, end) for _ in range(ahead))
-        while (item := waiting.popleft().result()) is not end:
-            waiting.append(thread.submit(next, items, end))
-            yield item  # type: ignore[misc]
 
 
 def repeated(plan: Plan, start: int, stop: int, repeats: int) -> Iterator[tuple[Indices, Indices]]:

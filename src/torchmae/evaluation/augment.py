@@ -15,6 +15,9 @@ from torchmae.data.transforms import normalise
 from torchmae.errors import ConfigError
 from torchmae.evaluation.finetune_config import InputSettings
 
+IMAGES_PER_DRAW = 4
+"""Neighbours in a (shuffled) batch that share RandAugment's operations, so that small batches take few calls."""
+
 _NUM_OPS = 2
 _LEVELS = 11  # strengths 0 to 10, as in the RandAugment paper
 
@@ -26,7 +29,7 @@ def build_augment(
 ) -> Augment:
     """The augmentation of a training batch, (B, C, H, W) normalised images and (B,) labels.
 
-    RandAugment (Cubuk et al. 2020) draws two operations for each image; unlike in timm the strength does not vary from
+    RandAugment (Cubuk et al. 2020) draws two operations for every IMAGES_PER_DRAW images; unlike in timm the strength does not vary from
     image to image. Then one of mixup (Zhang et al. 2018) and cutmix (Yun et al. 2019), each as often, if there are any.
     Random numbers are drawn from torch's generator, which a training loop that can be resumed seeds at every step.
 
@@ -78,11 +81,12 @@ def _rand_augment(mean: Sequence[float], std: Sequence[float], strength: int) ->
         as_bytes = ((images * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)) * 255).round_().clamp_(0, 255).byte()
         for _ in range(_NUM_OPS):
             # Each operation once for all images that drew it, so that a GPU is given few, large pieces of work.
-            drawn = torch.randint(len(OPERATIONS), (len(images),))
-            negative = torch.rand(len(images)) < 0.5
+            draws = -(-len(images) // IMAGES_PER_DRAW)
+            drawn, signs = torch.randint(len(OPERATIONS), (draws,)), 1 - 2 * torch.randint(2, (draws,))
+            drawn, signs = (item.repeat_interleave(IMAGES_PER_DRAW)[: len(images)] for item in (drawn, signs))
             for i, operation in enumerate(OPERATIONS.values()):
                 for sign in (1, -1):
-                    rows = ((drawn == i) & (negative == (sign < 0))).nonzero().flatten()
+                    rows = ((drawn == i) & (signs == sign)).nonzero().flatten()
                     if len(rows):
                         rows = to_device(rows, images.device)
                         as_bytes[rows] = operation(as_bytes[rows], strength / (_LEVELS - 1), sign, grey)
@@ -131,4 +135,5 @@ OPERATIONS: dict[str, Operation] = {
     "autocontrast": lambda images, _level, _sign, _fill: F.autocontrast(images),
     "equalise": lambda images, _level, _sign, _fill: F.equalize(images),
 }
-"""RandAugment's operations on (B, C, H, W) uint8 images: of a level in [0, 1], a sign, and the colour of empty pixels."""
+"""RandAugment's operations on (B, C, H, W) uint8 images, given a level in [0, 1], a sign, and the colour of empty pixels.
+"""

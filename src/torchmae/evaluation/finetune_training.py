@@ -245,7 +245,7 @@ def fit(
     """
     job, ranks = Job(**state.job), runtime.ranks
     if config.compile:
-        compile_model(learner.classifier, runtime.device, by_block=ranks.world_size > 1)
+        compile_model(learner.classifier, runtime.device)
     wrapped = average_gradients(learner.classifier, runtime, config.accumulate) if ranks.world_size > 1 else None
     schedule = OptimConfig(warmup=config.warmup, min_lr=config.min_lr)
     due = {math.ceil(step / plan.steps_per_epoch) for step in due_steps(state.total_steps, config.evaluations)[:-1]}

@@ -8,7 +8,6 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import MethodType
 
 import torch
 from torch import nn
@@ -17,24 +16,22 @@ from torchmae.errors import ConfigError
 from torchmae.training.parallel import blocks
 
 COMPILERS = ("g++", "clang++", "c++")
-MAX_WHOLE = 12  # blocks, each compiled for itself: as many as two cores compile in a minute
+MAX_WHOLE = 12  # blocks: as many as two cores compile in a minute
 
 
 def compile_model(model: nn.Module, device: torch.device, *, budget: float = 1.0, by_block: bool = False) -> None:
     """Compiles a model's calls from now on, in place, for fixed shapes; the work is done in the first step.
 
-    A model is compiled as a whole. Of a deep one, whose blocks are many copies of few graphs, each graph is compiled
-    once (`torch.compiler.nested_compile_region`), which saves minutes and costs the fusion across blocks.
-    `plain_at_the_end` undoes it.
+    A model of few blocks is compiled as a whole, which is the fastest by a few percent where blocks are small. A deeper
+    one would take over a minute: its blocks are compiled, once for all of one shape. So are they with a budget, since
+    what a whole model computes again is there all at once. `plain_at_the_end` undoes it.
 
     Args:
         model: what is called.
         device: where.
         budget: the share of the activations that is kept for the backward pass, in [0, 1]; the compiler has the rest
-            computed again, the cheapest first. Below 1, each block is compiled alone: what a whole model computes again
-            is in memory all at once.
-        by_block: compile each block alone, where something happens between blocks: FSDP2 gathers weights, DDP exchanges
-            gradients, activations are computed again.
+            computed again, the cheapest first.
+        by_block: block by block whatever their number, where something happens between blocks (FSDP2).
 
     Raises:
         ConfigError: for a processor, no C++ compiler or no Python headers.
@@ -47,14 +44,14 @@ def compile_model(model: nn.Module, device: torch.device, *, budget: float = 1.0
     if functorch.activation_memory_budget != budget:
         torch.compiler.reset()  # code for another budget would be taken for this one's
         functorch.activation_memory_budget = budget
-    found = blocks(model)
-    by_block = bool(found) and (by_block or budget < 1)
-    if not by_block and len(found) > MAX_WHOLE:
-        for block in found:
-            region = torch.compiler.nested_compile_region(type(block).forward)
-            block.forward = MethodType(region, block)
-    for part in found if by_block else [model]:
+    for part in parts(model, by_block or budget < 1):
         part.forward = torch.compile(part.forward, dynamic=False)
+
+
+def parts(model: nn.Module, by_block: bool = False) -> list[nn.Module]:
+    """What is compiled in one piece: the model, or each of its blocks."""
+    found = blocks(model)
+    return found if found and (by_block or len(found) > MAX_WHOLE) else [model]
 
 
 def check_compiler() -> None:
@@ -74,13 +71,14 @@ def check_compiler() -> None:
 
 
 @contextmanager
-def first_shapes_only(active: bool) -> Iterator[Callable[[], None]]:
-    """Yields what to call after a step: from the first on, what was not compiled yet runs without.
+def first_shapes_only(active: bool, *, keep: bool = False) -> Iterator[Callable[[], None]]:
+    """Yields a function to call after each step: after the first step, new shapes run eagerly instead of recompiling.
 
     An epoch's last, smaller batch and evaluation come too seldom to repay a compilation of their own.
 
     Args:
         active: whether anything is compiled at all.
+        keep: keep the compiled code at the end, for the run that follows.
     """
     if not active:
         yield lambda: None
@@ -91,6 +89,8 @@ def first_shapes_only(active: bool) -> Iterator[Callable[[], None]]:
         yield lambda: torch.compiler.set_stance("eager_on_recompile")
     finally:
         torch.compiler.set_stance("default")
+        if keep:
+            return
         torch.compiler.reset()  # only so many shapes are compiled of one function: the next run begins with none
         functorch.activation_memory_budget = 1.0
 

@@ -218,7 +218,10 @@ def measure_speed(
     warm_up = PROBE_STEPS // 2
     start = time.perf_counter()
     done = 0
-    with plain_at_the_end(copied):  # which also frees it at once: what it calls meanwhile refers to it
+    with (
+        plain_at_the_end(copied),  # which also frees it at once: what it calls meanwhile refers to it
+        first_shapes_only(config.compile, keep=True) as compiled,
+    ):
         wrapped = prepare(copied, config, runtime)
         optimizers = build_optimizers(copied, config.optim, plan.batch_size)
         set_lr(optimizers, 0.0)
@@ -229,6 +232,7 @@ def measure_speed(
             mask = draw_mask(copied, config.mask, config.seed, batch, runtime.device, ratio, images.shape[2:])
             parts = part_of(len(plan.indices(done)[1]), ranks, config.accumulate)
             train_step(copied, optimizers, images, mask, config, runtime, wrapped=wrapped, parts=parts)[0].item()
+            compiled()
             done += 1
             if done == warm_up:
                 start = time.perf_counter()

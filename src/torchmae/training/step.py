@@ -11,11 +11,11 @@ from torch.optim import Optimizer
 
 from torchmae.config import MaskConfig, PretrainConfig
 from torchmae.data.loader import Batch
+from torchmae.data.transfer import to_device
 from torchmae.nn.autoencoder import Autoencoder
 from torchmae.nn.masking import Mask
-from torchmae.random import Purpose
+from torchmae.random import Purpose, uniform
 from torchmae.training.compilation import compile_model
-from torchmae.training.noise import uniform_on
 from torchmae.training.optim import gradient_norm
 from torchmae.training.parallel import checkpoint_activations, exchanging, parallelise, whole
 from torchmae.training.runtime import Runtime
@@ -26,7 +26,7 @@ def prepare(model: Autoencoder, config: PretrainConfig, runtime: Runtime) -> nn.
     if config.checkpoint_activations:
         checkpoint_activations(model)
     if config.compile:
-        by_block = config.checkpoint_activations or runtime.ranks.world_size > 1
+        by_block = config.parallel == "fsdp" and runtime.ranks.world_size > 1
         compile_model(model, runtime.device, budget=config.activation_memory_budget, by_block=by_block)
     return parallelise(model, config, runtime)
 
@@ -130,8 +130,8 @@ def draw_mask(
     `ratio` and `size` replace the configuration's and the model's.
     """
     count = model.noise_count(config.strategy, size)
-    noise = uniform_on(device, seed, batch.epoch, batch.indices, Purpose.MASK, count)
-    return model.draw_mask(config.strategy, noise, ratio or config.ratio, size)
+    noise = torch.from_numpy(uniform(seed, batch.epoch, batch.indices, Purpose.MASK, count))
+    return model.draw_mask(config.strategy, to_device(noise, device), ratio or config.ratio, size)
 
 
 def split_mask(mask: Mask | Tensor, parts: int) -> Sequence[Mask | Tensor]:
