@@ -85,8 +85,8 @@ def main() -> None:
         note("measuring the speed of fine-tuning")
         for init in ("pretrained", *(["random"] if args.scratch else [])):
             out = folder / init
-            words = [*tuning, "--finetune.init", init, "--finetune.epochs", epochs, "--out", out]
-            printed = torchmae("evaluate", run, "--method", "finetune", "--data", data, "--test-data", "test", *words, "--json")
+            words = [*tuning, "--finetune.init", init, "--finetune.epochs", epochs, "--out", out, "--json"]
+            printed = torchmae("evaluate", run, "--method", "finetune", "--data", data, "--test-data", "test", *words)
             figures = json.loads(printed.splitlines()[-1])["figures"]["model"]
             note(f"fine-tuning, {init}", **{f"{init}_epochs": epochs, init: figures})
 

@@ -1,6 +1,6 @@
 """Where a GPU's time goes in one training step: kernels by kind and by name, and how long it stands idle.
 
-    python benchmarks/gpu_profile.py --out FILE.json [--case vit_large] [--steps 3] [--trace FILE.json.gz] [--try] [OPTIONS]
+    python benchmarks/gpu_profile.py --out FILE.json [--case vit_large] [--steps 3] [--trace FILE.json.gz] [OPTIONS]
 
 The compiled step of `gpu_steps.py`, under PyTorch's profiler. Idle is the time between the first and the last kernel in
 which none runs. `--trace` keeps the timeline for https://ui.perfetto.dev. Further options go to the settings.
@@ -54,7 +54,8 @@ def spans(events: list[FunctionEvent], on_gpu: bool) -> list[tuple[float, float,
             if event.device_type == torch.autograd.DeviceType.CUDA and not ranges.match(event.name)
         )
         return sorted((event.time_range.start, event.time_range.end, event.name) for event in kernels)
-    return [(event.time_range.start, event.time_range.start + event.self_cpu_time_total, event.name) for event in events]
+    starts = ((event.time_range.start, event.self_cpu_time_total, event.name) for event in events)
+    return [(start, start + seconds, name) for start, seconds, name in starts]
 
 
 def busy(kernels: list[tuple[float, float, str]]) -> float:
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--trace", type=Path)
     parser.add_argument("--try", action="store_true", dest="tried", help="a tiny network, to try the script")
     args, rest = parser.parse_known_args()
+    args.case = "vit_tiny_32_p4" if args.tried else args.case
     cuda = torch.cuda.is_available()
     words = [f"--model.preset={args.case}", f"--batch_size={BATCHES[args.case]}", f"--compile={str(cuda).lower()}"]
     contender = build(OURS, settings.parse([*words, *(TRY if args.tried else []), *rest]))
@@ -107,8 +109,9 @@ def main() -> None:
         "tflops_while_in_products": flops / max(kinds["matrix products"], 1e-9) / 1e9,
     }
     args.out.write_text(json.dumps(found, indent=2) + "\n")
-    print(f"{args.case}, batch {found['batch_size']}: {found['milliseconds_per_step']:.1f} ms a step, idle {idle:.1%}, ")
-    print(f"{found['launches_per_step']:.0f} kernels a step; products at {found['tflops_while_in_products']:.0f} TFLOP/s")
+    milliseconds, launches = found["milliseconds_per_step"], found["launches_per_step"]
+    print(f"{args.case}, batch {found['batch_size']}: {milliseconds:.1f} ms a step, idle {idle:.1%}")
+    print(f"{launches:.0f} kernels a step; products at {found['tflops_while_in_products']:.0f} TFLOP/s")
     for title in ("kinds", "kernels"):
         print(f"\n{'milliseconds of a step':>22}  {title}")
         for name, milliseconds in list(found[title].items())[:25]:

@@ -3,8 +3,8 @@
     python benchmarks/gpu_run.py --data CIFAR10 --out FILE.json [--seconds 100] [--keep FOLDER] [--try]
 
 Everything goes through the command line, as a user's run does: CIFAR-10 is packed into arrays, ViT-Tiny/4 is trained in
-bf16, compiled, for `--seconds`; it is killed (SIGKILL) half-way and resumed; kNN and linear probe follow, then the export
-to timm and a comparison of features. Figures are written after each stage.
+bf16, compiled, for `--seconds`; it is killed (SIGKILL) half-way and resumed; kNN and linear probe follow, then the
+export to timm and a comparison of features. Figures are written after each stage.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 TRY = ["--model.depth", "1", "--model.embed_dim", "48", "--model.decoder_depth", "1", "--compile", "false"]
+TRY += ["--eval.linear_train", "0", "--eval.images", "32"]
 NETWORK = ["--model.preset", "vit_tiny_32_p4", "--model.decoder_depth", "2"]
 
 
@@ -80,7 +81,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="a folder for the arrays, the run and the export")
     parser.add_argument("--try", action="store_true", dest="tried", help="a tiny network for a few seconds")
     args = parser.parse_args()
-    seconds = 6 if args.tried else args.seconds
+    seconds = 2 if args.tried else args.seconds
     found: dict[str, Any] = {"seconds": {}}
     clock = time.perf_counter()
 
@@ -121,7 +122,9 @@ def main() -> None:
             summary=summary,
         )
         for method in ("knn", "linear"):
-            printed = torchmae("evaluate", run, "--method", method, "--data", data, "--json", "--progress", "none")
+            few = ("--train-images", 100, "--test-images", 50) if args.tried else ()
+            words = ("evaluate", run, "--method", method, "--data", data, "--progress", "none", "--json", *few)
+            printed = torchmae(*words)
             note(method, **json.loads(printed.splitlines()[-1])["figures"]["model"])
         printed = torchmae("export", run, "--to", "timm", "--out", folder / "timm")
         note("export", check=next(line for line in printed.splitlines() if line.startswith("check")))

@@ -92,7 +92,7 @@ def measure(preset: str, args: argparse.Namespace, rest: list[str]) -> dict[str,
     size = 512 if args.tried else None
     turns = {name: entrant.turn for name, entrant in entrants.items()}
     turns["peak"] = lambda: matrix_product_rate(device, precision, size)
-    rates = take_turns(turns, args.rounds, lambda done: None)
+    rates = take_turns(turns, args.rounds, lambda _: None)
     peak, flops = max(rates.pop("peak")), count_flops(ours.arguments, 0.75).training
     rows = {
         name: {
@@ -260,7 +260,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--try", action="store_true", dest="tried", help="tiny networks, to try the script")
     args, rest = parser.parse_known_args()
-    args.turn = 0.0 if args.tried else args.turn
+    if args.tried:
+        args.turn, args.cases = 0.0, args.cases[-1:]
     found: dict[str, Any] = {"cases": {}}
     start = time.perf_counter()
     for preset in args.cases:

@@ -9,8 +9,16 @@ from torch import Tensor
 from torchmae.errors import ConfigError
 from torchmae.nn import presets
 from torchmae.nn.flops import count_flops
-from torchmae.planning.cost import activation_bytes, count_parameters, describe, plan, state_bytes, traffic_bytes
-from torchmae.planning.options import GPUS, PlanOptions, number_of
+from torchmae.planning.cost import (
+    activation_bytes,
+    assumed_mfu,
+    count_parameters,
+    describe,
+    plan,
+    state_bytes,
+    traffic_bytes,
+)
+from torchmae.planning.options import GPUS, MEASURED_MFU, PlanOptions, number_of
 
 
 def kept(values: dict[str, Any], ratio: float, batch: int) -> int:
@@ -68,6 +76,16 @@ def test_a_step_is_its_operations_over_what_the_gpu_reaches() -> None:
     assert cost.gpu_hours == cost.hours == pytest.approx(1000 * 2 * flops / (312e12 * 0.5) / 3600)
     assert (cost.bound, cost.fits, cost.accumulate, cost.micro_batch) == ("compute", True, 1, 64)
     assert cost.parameters == count_parameters(values) == pytest.approx(329e6, rel=0.01)
+
+
+def test_the_share_of_the_peak_is_the_measured_one() -> None:
+    for gflop, share in MEASURED_MFU.items():
+        assert assumed_mfu(gflop * 1e9) == pytest.approx(share)
+    cost = plan(PlanOptions(model="vit_large", gpus=1, batch_size=256))
+    assert cost.images_per_s == pytest.approx(2664, rel=0.01)  # as `benchmarks/gpu.sh steps` measured it
+    shares = [assumed_mfu(gflop * 1e9) for gflop in (0.1, 1.29, 10, 58, 100, 1000)]
+    assert shares == sorted(shares)
+    assert (shares[0], shares[-1]) == (min(MEASURED_MFU.values()), max(MEASURED_MFU.values()))
 
 
 def test_recomputing_activations_is_slower_and_smaller() -> None:

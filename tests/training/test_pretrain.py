@@ -23,8 +23,8 @@ from torchmae.data.loader import Batch
 from torchmae.data.plan import Plan
 from torchmae.errors import CheckpointError, Interrupted, TrainingError
 from torchmae.nn.autoencoder import Autoencoder
-from torchmae.training import pretrain as module
 from torchmae.training import compilation, window
+from torchmae.training import pretrain as module
 from torchmae.training.checkpoint import load_checkpoint
 from torchmae.training.optim import build_optimizers, lr_factor, set_lr
 from torchmae.training.pretrain import Evaluator, due_steps
@@ -253,7 +253,8 @@ def test_measuring_compiles_the_first_shape_only(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(compilation, "check_compiler", lambda: None)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda graph, _: graphs.append(1) or graph))
     config = replace(CONFIG, compile=True)
-    module.measure_speed(config, vit(), images(10), Plan(10, 4, 0), RUNTIME, at_least=0)  # every third batch has 2 images
+    loader = images(10)  # every third batch has 2 images
+    module.measure_speed(config, vit(), loader, Plan(10, 4, 0), RUNTIME, at_least=0)  # type: ignore[arg-type]
     assert len(graphs) == 1
     torch.compiler.reset()
 

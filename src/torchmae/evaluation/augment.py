@@ -29,8 +29,9 @@ def build_augment(
 ) -> Augment:
     """The augmentation of a training batch, (B, C, H, W) normalised images and (B,) labels.
 
-    RandAugment (Cubuk et al. 2020) draws two operations for every IMAGES_PER_DRAW images; unlike in timm the strength does not vary from
-    image to image. Then one of mixup (Zhang et al. 2018) and cutmix (Yun et al. 2019), each as often, if there are any.
+    RandAugment (Cubuk et al. 2020) draws two operations for every IMAGES_PER_DRAW images; unlike in timm the strength
+    does not vary from image to image. Then one of mixup (Zhang et al. 2018) and cutmix (Yun et al. 2019), each as often,
+    if there are any.
     Random numbers are drawn from torch's generator, which a training loop that can be resumed seeds at every step.
 
     Args:
@@ -99,7 +100,7 @@ def _warp(images: Tensor, fill: list[int], **change: object) -> Tensor:
     """An affine transformation; what it leaves empty gets the colour `fill`."""
     still = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
     colour: list[float] = [float(value) for value in fill]
-    return F.affine(images, **{**still, **change}, interpolation=InterpolationMode.BILINEAR, fill=colour)  # type: ignore[arg-type]
+    return F.affine(images, **{**still, **change}, interpolation=InterpolationMode.BILINEAR, fill=colour)
 
 
 def _degrees(slope: float) -> float:
@@ -135,5 +136,4 @@ OPERATIONS: dict[str, Operation] = {
     "autocontrast": lambda images, _level, _sign, _fill: F.autocontrast(images),
     "equalise": lambda images, _level, _sign, _fill: F.equalize(images),
 }
-"""RandAugment's operations on (B, C, H, W) uint8 images, given a level in [0, 1], a sign, and the colour of empty pixels.
-"""
+"""RandAugment's operations on (B, C, H, W) uint8 images, given a level in [0, 1], a sign, a colour for empty pixels."""

@@ -2,7 +2,7 @@
 
 The model is a roofline: each of computing, exchanging gradients and reading images takes a time, and the longest
 decides. Operations and weights are exact; memory counts the tensors that the backward pass needs; the share of a
-GPU's peak that is reached is an assumption, which a measurement on the GPU itself should replace (`mfu`).
+GPU's peak that is reached was measured on one H100, and a measurement on the GPU itself should replace it (`mfu`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 
 from torchmae.errors import ConfigError
@@ -18,7 +19,7 @@ from torchmae.nn import presets
 from torchmae.nn.flops import count_flops
 from torchmae.nn.masking import num_keep
 from torchmae.nn.patches import grid_size
-from torchmae.planning.options import GPUS, PlanOptions, number_of
+from torchmae.planning.options import GPUS, MEASURED_MFU, PlanOptions, number_of
 
 GIB = 2**30
 NODE_SIZE = 8
@@ -48,6 +49,7 @@ class Cost:
         hours: of the run.
         bound: "compute", "network" or "data".
         fits: whether one image fits on a GPU.
+        mfu: share of the GPU's peak that computing is taken to reach.
     """
 
     parameters: int
@@ -68,6 +70,7 @@ class Cost:
     hours: float
     bound: str
     fits: bool
+    mfu: float
 
 
 def plan(options: PlanOptions) -> Cost:
@@ -90,7 +93,8 @@ def plan(options: PlanOptions) -> Cost:
     accumulate = -(-share // micro_batch)
     micro_batch = -(-share // accumulate)
     operations = flops.recomputed if options.checkpoint_activations else flops.training
-    compute = share * operations / (gpu.tflops * 1e12 * options.mfu)
+    mfu = assumed_mfu(flops.training) if options.mfu is None else options.mfu
+    compute = share * operations / (gpu.tflops * 1e12 * mfu)
     passes = accumulate if options.parallel == "fsdp" else 1
     exchange_bytes = traffic_bytes(parameters, world, options.parallel, passes, compressed=options.compress_gradients)
     # A ring crosses to the next machine once, and the rings of 8 GPUs share its network cards.
@@ -120,7 +124,14 @@ def plan(options: PlanOptions) -> Cost:
         hours=hours,
         bound="data" if data > compute + waiting else "network" if waiting > 0 else "compute",
         fits=largest >= 1,
+        mfu=mfu,
     )
+
+
+def assumed_mfu(flops_per_image: float) -> float:
+    """The share of the peak, interpolated between those of `MEASURED_MFU` over the logarithm of the operations."""
+    sizes, shares = np.log(list(MEASURED_MFU)), list(MEASURED_MFU.values())
+    return float(np.interp(np.log(flops_per_image / 1e9), sizes, shares))
 
 
 def count_parameters(values: dict[str, Any]) -> int:
@@ -187,7 +198,7 @@ def describe(options: PlanOptions, cost: Cost) -> str:
         f"{options.model}, {cost.parameters / 1e6:,.0f} M parameters; "
         f"{options.images} images, {options.epochs} epochs, batch {options.batch_size:,}",
         f"{options.gpus} x {gpu.name} on {machines} machine{'s' if machines > 1 else ''}, {options.parallel}, "
-        f"at {options.mfu:.0%} of peak (assumed; measure it with torchmae bench step)",
+        f"at {cost.mfu:.0%} of peak ({'as measured on an H100' if options.mfu is None else 'given'})",
         "",
         f"operations   {cost.flops_per_image / 1e9:,.1f} GFLOP an image, forward and backward",
         f"memory       {used:,.1f} of {gpu.memory:,.0f} GiB: "

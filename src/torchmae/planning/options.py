@@ -36,6 +36,11 @@ GPUS = {
 }
 
 
+MEASURED_MFU = {1.29: 0.110, 58.0: 0.299, 123.6: 0.333}
+"""GFLOP an image to the share of the data sheet's peak that a compiled training step reached on one H100 (ViT-Tiny/4 at
+32 px, ViT-B/16, ViT-L/16; docs/performance.md)."""
+
+
 @dataclass(frozen=True)
 class PlanOptions:
     """What to plan for.
@@ -49,7 +54,8 @@ class PlanOptions:
         input_size: image size in pixels, for every axis; null: the preset's.
         gpus: how many, 8 to a machine.
         gpu: a100, h100, h200, b200, l40s or rtx4090.
-        mfu: share of the GPU's peak that is reached: an assumption; `torchmae bench step` measures it.
+        mfu: share of the GPU's peak that is reached; null: what a compiled model of this size reached on an H100
+            (`MEASURED_MFU`). `torchmae bench step` measures it on another GPU.
         parallel: "ddp" or "fsdp".
         compress_gradients: exchange gradients in bf16.
         checkpoint_activations: compute blocks again in the backward pass.
@@ -66,7 +72,7 @@ class PlanOptions:
     input_size: int | None = None
     gpus: int = 8
     gpu: str = "h100"
-    mfu: float = 0.4
+    mfu: float | None = None
     parallel: str = "ddp"
     compress_gradients: bool = False
     checkpoint_activations: bool = False

@@ -89,10 +89,9 @@ def first_shapes_only(active: bool, *, keep: bool = False) -> Iterator[Callable[
         yield lambda: torch.compiler.set_stance("eager_on_recompile")
     finally:
         torch.compiler.set_stance("default")
-        if keep:
-            return
-        torch.compiler.reset()  # only so many shapes are compiled of one function: the next run begins with none
-        functorch.activation_memory_budget = 1.0
+        if not keep:
+            torch.compiler.reset()  # only so many shapes are compiled of one function: the next run begins with none
+            functorch.activation_memory_budget = 1.0
 
 
 @contextmanager
