@@ -11,6 +11,7 @@ from torchmae.interop.reading import is_foreign, read_weights
 from torchmae.interop.weights import DECODER_SHAPE, ENCODER_SHAPE, Weights
 from torchmae.nn import presets
 from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.paths import user_path
 from torchmae.training.saved_model import load_model
 
 
@@ -21,7 +22,7 @@ def read_initial(source: str | Path) -> Weights:
         CheckpointError: nothing there that can be loaded.
         ConfigError: the mlp model.
     """
-    path = Path(source)
+    path = user_path(source)
     if is_foreign(path):
         return read_weights(path)
     model, description = load_model(path)

@@ -18,6 +18,7 @@ from torchmae.errors import ConfigError, DataError, one_of
 from torchmae.interop.reading import is_foreign, read_weights
 from torchmae.interop.weights import Weights, build, full_arguments
 from torchmae.nn.autoencoder import Autoencoder, Reconstruction
+from torchmae.paths import user_path
 from torchmae.random import Purpose, uniform
 from torchmae.training.saved_model import Description, load_model
 
@@ -114,7 +115,7 @@ def load(run: str | Path, *, target: str | None = None) -> Pretrained:
         CheckpointError: nothing there that can be loaded.
         ConfigError: a target that the weights contradict.
     """
-    path = Path(run)
+    path = user_path(run)
     if target is not None:
         one_of("target", target, TARGETS)
     if is_foreign(path):
