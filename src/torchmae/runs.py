@@ -73,7 +73,7 @@ def start(config: PretrainConfig) -> Run:
     A group of ranks that torchrun has started again (`--max-restarts`) goes on with the run that it began.
     """
     if config.init_from is not None:
-        config = replace(config, model=adopt_shape(config.model, read_initial(config.init_from)))
+        config = replace(config, model=adopt_shape(config.model, read_initial(config.init_from, config.model)))
     name = config.recipe if config.recipe != "auto" else "run"
     path = user_path(config.out) if config.out else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     done, allowed = restarts()
@@ -233,7 +233,7 @@ def _train(
         evaluators = build_evaluators(config, model, data, runtime, folder, tracker, fresh=checkpoint is None)
         if config.init_from is not None and checkpoint is None:  # after the baselines, which are of random weights
             assert isinstance(model, MaskedAutoencoder)
-            for line in initialise(model, read_initial(config.init_from)):
+            for line in initialise(model, read_initial(config.init_from, config.model)):
                 display.say(line)
         try:
             train(

@@ -18,7 +18,6 @@ from torchmae.training.parallel import load_optimizer, load_weights, local
 from torchmae.training.ranks import ALONE, Ranks
 from torchmae.training.run_folder import RunFolder
 
-
 LARGEST_USUAL = 100.0  # deviations from the mean that sound inputs stay below
 
 
