@@ -19,7 +19,10 @@ from torchmae.errors import CheckpointError
 from torchmae.interop.files import plain, read_file
 from torchmae.interop.reading import is_foreign, read_weights
 from torchmae.interop.weights import build
+from torchmae.nn import presets
 from torchmae.nn.encoder import ViTEncoder
+from torchmae.training.pretrained import load
+from torchmae.training.saved_model import Description, write_description
 
 State = dict[str, Tensor]
 
@@ -179,6 +182,7 @@ def archive(folder: Path) -> bytes:
         (lambda *_: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n", "is a Git LFS pointer"),
         (lambda *_: b"\n <!DOCTYPE html>\n<html>403</html>", "is a web page"),
         (lambda *_: b"<HTML><head></head></HTML>", "is a web page"),
+        (lambda *_: b'{"error": "Repository not found"}', "is text, which begins"),
         (lambda *_: b"", "is empty; download it again"),
         (lambda *_: bytes(70_000), "70,000 bytes that are all zero"),
         (lambda suffix, folder: saved(suffix, folder)[:-1000], "is cut short"),
@@ -214,11 +218,17 @@ def test_a_file_is_told_by_its_content_and_not_by_its_name(tmp_path: Path) -> No
         assert same(read_weights(tmp_path / f"x{other}").encoder, state())
 
 
-def test_a_pointer_in_a_folder_is_named(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"architecture": "vit_tiny_patch8_32", "model_args": {"img_size": 32}}')
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_pointer_in_a_folder_is_named(tmp_path: Path, ours: bool) -> None:
+    if ours:
+        arguments = presets.arguments("vit_digits")
+        write_description(tmp_path / "model.json", Description(arguments, (0.3,), (0.2,), {}, None, "0.1.0"))
+    else:
+        config = '{"architecture": "vit_tiny_patch8_32", "model_args": {"img_size": 32}}'
+        (tmp_path / "config.json").write_text(config)
     (tmp_path / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(CheckpointError, match=r"model\.safetensors is a Git LFS pointer.*git lfs pull"):
-        read_weights(tmp_path)
+        load(tmp_path)
 
 
 # Layouts
@@ -241,6 +251,48 @@ def test_split_biases_are_joined(tmp_path: Path, parts: str) -> None:
     weights = read_weights(save(tmp_path / "x.safetensors", given))
     assert same(weights.encoder, wanted)
     assert len(weights.notes) == 1
+
+
+@pytest.mark.parametrize("form", ["", "_proj"])
+@pytest.mark.parametrize("key_bias", [True, False])
+def test_queries_keys_and_values_are_joined(tmp_path: Path, form: str, key_bias: bool) -> None:
+    wanted = state()
+    given = dict(wanted)
+    for i in range(2):
+        block = f"blocks.{i}.attn."
+        for kind in ("weight", "bias"):
+            parts = dict(zip("qkv", given.pop(f"{block}qkv.{kind}").chunk(3), strict=True))
+            if kind == "bias" and not key_bias:
+                parts["k"] = torch.zeros(192)
+                wanted[f"{block}qkv.bias"] = torch.cat([*parts.values()])
+                del parts["k"]
+            given |= {f"{block}{part}{form}.{kind}": value.clone() for part, value in parts.items()}
+    weights = read_weights(save(tmp_path / "x.safetensors", given))
+    assert same(weights.encoder, wanted)
+    assert weights.notes[0] == "queries, keys and values joined"
+    assert weights.notes[1].endswith("joined" if key_bias else "joined; zero for k")
+
+
+def test_a_decoder_of_another_kind_is_named_and_left(tmp_path: Path) -> None:
+    beside = {"decoder_pos_embed_spatial": torch.ones(1, 16, 64), "decoder_blocks.0.attn.q.weight": torch.ones(64, 64)}
+    weights = read_weights(save(tmp_path / "x.safetensors", {**state(), **beside, "mask_token": torch.ones(1, 1, 64)}))
+    assert same(weights.encoder, state())
+    assert weights.decoder is None
+    assert weights.notes == (weights.no_decoder,)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"blocks.0.attn.qkv.weight": torch.ones(576, 192, dtype=torch.int8)}, "holds torch.int8 in blocks.0.attn.qkv"),
+        ({"pos_embed": torch.ones(17, 192)}, "pos_embed is (17, 192)"),
+        ({"patch_embed.proj.weight": torch.ones(192, 192)}, "patch_embed.proj.weight is (192, 192)"),
+    ],
+)
+def test_other_shapes_and_types_are_named(tmp_path: Path, change: State, message: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        read_weights(save(tmp_path / "x.safetensors", {**state(), **change}))
+    assert message in str(caught.value)
 
 
 def test_one_block_without_its_bias_is_damaged(tmp_path: Path) -> None:

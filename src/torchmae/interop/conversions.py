@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchmae.errors import CheckpointError
 
-_QKV = re.compile(r"(?P<attention>(?:decoder_)?blocks\.\d+\.attn\.)qkv\.weight$")
+_ATTENTION = re.compile(r"((?:decoder_)?blocks\.\d+\.attn\.)(?:qkv|q|q_proj)\.weight$")
 _SEPARABLE = ("pos_embed_spatial", "pos_embed_temporal", "pos_embed_class")
 _PATCHES = "patch_embed.proj.weight"
 
@@ -22,8 +22,8 @@ Weights = dict[str, Tensor]
 def convert(weights: Weights, facts: dict[str, Any], size: Sequence[int] | None) -> tuple[Weights, list[str]]:
     """An encoder's parameters under timm's names and in its shapes, and what was done to them, a sentence each.
 
-    Split or absent biases of queries, keys and values become one (an absent one is zero); separable positions are
-    added up; patches of several frames become those of one picture where `size` is that of pictures.
+    Queries, keys and values that stand apart are joined (an absent bias is zero); separable positions are added up;
+    patches of several frames become those of one picture where `size` is that of pictures.
 
     Args:
         weights: with or without the decoder's parameters.
@@ -34,11 +34,17 @@ def convert(weights: Weights, facts: dict[str, Any], size: Sequence[int] | None)
     Raises:
         CheckpointError: positions of a grid that is not known.
     """
-    weights, notes = join_biases(dict(weights))
+    weights, notes = join_attention(dict(weights))
     weights, said = _add_up_positions(weights, facts, size)
     notes += said
-    if "pos_embed" not in weights or weights["pos_embed"].ndim != 3 or weights[_PATCHES].ndim not in (3, 4, 5):
-        return weights, notes  # which whoever compares with an encoder's parameters says
+    for name, dimensions in ((_PATCHES, (3, 4, 5)), ("pos_embed", (3,))):
+        if name not in weights:
+            return weights, notes  # as whoever makes an encoder of them says
+        if weights[name].ndim not in dimensions:
+            raise CheckpointError(
+                f"{facts['origin']} is no vision transformer that torchmae has: {name} is {tuple(weights[name].shape)}",
+                "see docs/weights.md",
+            )
     patch = weights[_PATCHES].shape[2:]
     if facts.get("input_size") is None:
         facts["input_size"] = _input_size(weights, patch, size, facts["origin"])
@@ -48,23 +54,30 @@ def convert(weights: Weights, facts: dict[str, Any], size: Sequence[int] | None)
     return weights, notes
 
 
-def join_biases(weights: Weights) -> tuple[Weights, list[str]]:
-    """`attn.qkv.bias` of q_bias, k_bias and v_bias (BEiT, EVA, VideoMAE); zeros for those that are not there."""
-    joined, zero = False, 0
-    blocks = [match["attention"] for name in weights if (match := _QKV.match(name))]
-    any_bias = any(f"{attention}qkv.bias" in weights for attention in blocks)
-    for attention in blocks:
-        width = len(weights[f"{attention}qkv.weight"]) // 3
-        parts = [weights.pop(f"{attention}{part}_bias", None) for part in "qkv"]
-        if any(part is not None for part in parts):
-            given = [torch.zeros(width) if part is None else part.flatten() for part in parts]
-            weights[f"{attention}qkv.bias"] = torch.cat(given)
-            joined = True
-        elif not any_bias and f"{attention}qkv.bias" not in weights:
-            weights[f"{attention}qkv.bias"] = torch.zeros(3 * width)
-            zero += 1
-    notes = ["biases of query and value joined, with zeros for those of the key that are not there"] if joined else []
-    return weights, notes + (["queries, keys and values have no bias: zeros"] if zero else [])
+def join_attention(weights: Weights) -> tuple[Weights, list[str]]:
+    """`attn.qkv` of what stands apart: q, k and v, or q_bias, k_bias and v_bias; zeros for biases not there."""
+    notes: dict[str, None] = {}
+    blocks = [match[1] for name in weights if (match := _ATTENTION.match(name))]
+    any_bias = any(f"{block}qkv.bias" in weights for block in blocks)
+    for block in blocks:
+        for form in ("", "_proj"):
+            parts = [f"{block}{part}{form}.weight" for part in "qkv"]
+            if all(part in weights for part in parts):
+                weights[f"{block}qkv.weight"] = torch.cat([weights.pop(part) for part in parts])
+                notes["queries, keys and values joined"] = None
+        if f"{block}qkv.weight" not in weights or f"{block}qkv.bias" in weights:
+            continue
+        spellings = [[f"{block}{part}{form}" for form in ("_bias", ".bias", "_proj.bias")] for part in "qkv"]
+        found = [next((weights.pop(name) for name in names if name in weights), None) for names in spellings]
+        if any_bias and all(part is None for part in found):  # this block's alone: damaged, as is said later
+            continue
+        width = len(weights[f"{block}qkv.weight"]) // 3
+        weights[f"{block}qkv.bias"] = torch.cat([torch.zeros(width) if part is None else part for part in found])
+        absent = [part for part, bias in zip("qkv", found, strict=True) if bias is None]
+        notes["biases of queries, keys and values joined" + (f"; zero for {', '.join(absent)}" if absent else "")] = (
+            None
+        )
+    return weights, list(notes)
 
 
 def _add_up_positions(weights: Weights, facts: dict[str, Any], size: Sequence[int] | None) -> tuple[Weights, list[str]]:

@@ -25,6 +25,7 @@ from torchmae.errors import CheckpointError
 _COPY_AGAIN = "download it again"
 _NUMBERS = re.compile(r"[biufc?]\d{0,2}$")
 _PATHS = ("PurePath", "PurePosixPath", "PureWindowsPath", "Path", "PosixPath", "WindowsPath")
+_TEXT = bytes([*b"\t\n\r", *range(32, 127)])
 # First bytes, lower case, of what is saved in place of weights: what it is, and what to do.
 _IN_PLACE = (
     (b"version https://git-lfs", "a Git LFS pointer, not the weights", "fetch them: git lfs pull"),
@@ -46,11 +47,8 @@ def read_file(path: Path) -> dict[str, Any]:
         CheckpointError: another kind of file, one that is damaged or cut short, or that asks for code to be run.
     """
     try:
-        with path.open("rb") as file:
-            head = file.read(4096)
-        size = path.stat().st_size
-        _refuse_others(path, head, size)
-        content = load_file(path) if _is_safetensors(head) else _load_pickled(path)
+        check_content(path)
+        content = load_file(path) if _is_safetensors(path) else _load_pickled(path)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
@@ -67,16 +65,28 @@ def read_file(path: Path) -> dict[str, Any]:
     return content
 
 
-def _refuse_others(path: Path, head: bytes, size: int) -> None:
+def check_content(path: Path) -> None:
+    """Refuses what is often saved in place of weights, and what is left of them where a download stopped.
+
+    Raises:
+        CheckpointError: it says what the file is.
+        OSError: it cannot be read.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(4096)
     if not size:
         raise CheckpointError(f"{path} is empty", _COPY_AGAIN)
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     for start, what, fix in _IN_PLACE:
         if text.startswith(start):
             raise CheckpointError(f"{path} is {what}", fix)
+    if not head.translate(None, _TEXT):
+        shown = " ".join(head[:60].decode("ascii").split())
+        raise CheckpointError(f"{path} is text, which begins {shown!r}, and not weights", _COPY_AGAIN)
     if not any(head) and _only_zeros(path):
         raise CheckpointError(f"{path} holds {size:,} bytes that are all zero: its content never arrived", _COPY_AGAIN)
-    if _is_safetensors(head) and (stated := _stated_size(path, size)) > size:
+    if _is_safetensors(path) and (stated := _stated_size(path, size)) > size:
         raise CheckpointError(f"{path} is cut short: it has {size:,} bytes of {stated:,} or more", _COPY_AGAIN)
     if head.startswith(b"PK\x03\x04"):
         if not zipfile.is_zipfile(path):
@@ -94,8 +104,9 @@ def _only_zeros(path: Path) -> bool:
         return not any(any(chunk) for chunk in iter(lambda: file.read(1 << 20), b""))
 
 
-def _is_safetensors(head: bytes) -> bool:
-    return head[8:9] == b"{"
+def _is_safetensors(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 def _stated_size(path: Path, size: int) -> int:

@@ -114,7 +114,7 @@ def _timm_facts(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if match is None or odd:
         raise CheckpointError(
             f"{path} holds a timm model {name!r}" + (f" with {', '.join(odd)}" if odd else ""),
-            "only plain vision transformers, vit_SIZE_patchN_M, can be read",
+            "only plain vision transformers, vit_SIZE_patchN_M, can be read by config.json; give the weight file alone",
         )
     cfg = config.get("pretrained_cfg") or {}
     size = given.get("img_size") or tuple(cfg["input_size"][1:])
@@ -311,8 +311,10 @@ def _insist(given: Mapping[str, Tensor], module: nn.Module, origin: str) -> None
 
 
 def _insist_on_values(given: Mapping[str, Tensor], origin: str) -> None:
-    """Refuses matrices of zeros, as a download that stopped leaves them, and values that are not finite."""
+    """Refuses matrices of zeros, as a download that stopped leaves them, and values that are no finite floats."""
     for name, tensor in given.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{origin} holds {tensor.dtype} in {name}", "give the weights before quantisation")
         if not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{origin} holds values that are not finite in {name}", "use another checkpoint")
         if name.endswith(".weight") and tensor.ndim > 1 and not bool(tensor.any()):
