@@ -46,7 +46,7 @@ def same(given: State, wanted: State) -> bool:
     ("wrap", "note"),
     [
         (lambda: state(), None),
-        (lambda: {"model": state(), "epoch": 3}, None),
+        (lambda: {"model": state(), "epoch": 3, "args": "python train.py"}, None),
         (lambda: {"state_dict": state()}, "state_dict"),
         (lambda: {"model_ema": state(), "optimizer": {"lr": 0.1}}, "model_ema"),
         (lambda: {"state_dict": state(prefix="backbone.")}, "state_dict.backbone"),
@@ -183,7 +183,7 @@ def archive(folder: Path) -> bytes:
         (lambda *_: b"\n <!DOCTYPE html>\n<html>403</html>", "is a web page"),
         (lambda *_: b"<HTML><head></head></HTML>", "is a web page"),
         (lambda *_: b'{"error": "Repository not found"}', "is text, which begins"),
-        (lambda *_: b"", "is empty; download it again"),
+        (lambda *_: b"", "is empty; copy or download it again"),
         (lambda *_: bytes(70_000), "70,000 bytes that are all zero"),
         (lambda suffix, folder: saved(suffix, folder)[:-1000], "is cut short"),
         (lambda suffix, folder: saved(suffix, folder)[:2000], "is cut short"),

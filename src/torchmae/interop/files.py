@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from torchmae.errors import CheckpointError
 
-_COPY_AGAIN = "download it again"
+_COPY_AGAIN = "copy or download it again"
 _NUMBERS = re.compile(r"[biufc?]\d{0,2}$")
 _PATHS = ("PurePath", "PurePosixPath", "PureWindowsPath", "Path", "PosixPath", "WindowsPath")
 _TEXT = bytes([*b"\t\n\r", *range(32, 127)])
@@ -101,7 +101,7 @@ def check_content(path: Path) -> None:
 
 def _only_zeros(path: Path) -> bool:
     with path.open("rb") as file:
-        return not any(any(chunk) for chunk in iter(lambda: file.read(1 << 20), b""))
+        return all(chunk.count(0) == len(chunk) for chunk in iter(lambda: file.read(1 << 20), b""))
 
 
 def _is_safetensors(path: Path) -> bool:

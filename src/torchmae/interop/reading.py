@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -155,8 +156,9 @@ def _read_file(path: Path, choice: str | None) -> tuple[dict[str, Tensor], dict[
     """Parameters of the encoder in a single file, what the arguments stored beside it say, and notes."""
     content = read_file(path)
     state, notes = find_encoder(content, choice, str(path))
-    stored = content.get("args") or {}
-    stored = {name: plain(value) for name, value in (stored if isinstance(stored, dict) else vars(stored)).items()}
+    stored = content.get("args")
+    stored = vars(stored) if isinstance(stored, Namespace) else stored if isinstance(stored, dict) else {}
+    stored = {name: plain(value) for name, value in stored.items()}
     facts: dict[str, Any] = {}
     if isinstance(stored.get("norm_pix_loss"), bool):
         facts["norm_pix"] = stored["norm_pix_loss"]
