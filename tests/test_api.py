@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import yaml
 from PIL import Image
 
 import torchmae
+from torchmae.api import configure
 from torchmae.config import DataConfig, MaskConfig, PretrainConfig
-from torchmae.errors import ConfigError
+from torchmae.errors import ConfigError, TrainingError
+from torchmae.nn import presets
 from torchmae.report.table import final_table
-from torchmae.runs import MAY_CHANGE, Run, differences
-from torchmae.settings import parse
+from torchmae.runs import MAY_CHANGE, Run, differences, overrides
+from torchmae.settings import as_options, parse
+from torchmae.training import pretrain as pretrain_module
 from torchmae.training import runtime
 from torchmae.training.checkpoint import load_checkpoint
 
@@ -220,3 +224,50 @@ def test_the_final_table() -> None:
     assert "kNN accuracy, % 94.7 46.4 98.3" in lines
     assert "linear probe accuracy, % 95.0 80.0 96.1" in lines
     assert max(map(len, final_table(figures).splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"preset": "vit_tiny"}, ((48, 200), (8, 8))),
+        ({"depth": 3}, ((48, 200), (8, 8))),
+        ({"preset": "vit_tiny", "patch_size": 16}, ((48, 192), (16, 16))),
+        ({"patch_size": [16, 32]}, ((48, 192), (16, 32))),
+        ({"preset": "vit_tiny", "input_size": [64, 128]}, ((64, 128), (16, 16))),
+        ({"preset": "mlp"}, ((32, 32), None)),
+    ],
+)
+def test_the_data_proposes_the_sizes_that_are_not_said(place: Path, options: Any, expected: Any) -> None:
+    file = array_file(place / "x.npy", 8, 48, 200, 3)
+    config = configure(as_options({"data": {"source": file}, "model": options, "progress": "none"}))
+    arguments = presets.arguments(config.model.preset, **overrides(config))
+    assert (arguments["input_size"], arguments.get("patch_size")) == expected
+
+
+def test_a_run_that_fails_before_its_first_step_may_be_tried_again(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    settings = {"recipe": "digits", "model": TINY_VIT, "out": "~/a", **SMALL}
+    monkeypatch.setenv("HOME", str(place))
+    monkeypatch.setattr(pretrain_module, "train_step", fail)
+    with pytest.raises(TrainingError, match="out of memory"):
+        torchmae.pretrain(array_file(place / "x.npy", 20, 8, 8, 1), **settings)
+    assert not (place / "~").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("HOME", str(place))
+    run = torchmae.pretrain("x.npy", **{**settings, "batch_size": 4})
+    assert run.path == place / "a"
+    assert run.figures["state"] == "finished"
+    with pytest.raises(ConfigError, match="holds a run already"):
+        torchmae.pretrain("x.npy", **settings)
+
+
+def test_runs_that_start_in_the_same_second_have_a_folder_each(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "strftime", lambda _: "20260101-000000")
+    file = array_file(place / "x.npy", 20, 8, 8, 1)
+    runs = [torchmae.pretrain(file, recipe="digits", model=TINY_VIT, **SMALL) for _ in range(2)]
+    assert [run.path.name for run in runs] == ["digits-20260101-000000", "digits-20260101-000000-2"]

@@ -18,7 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # From the bottom up. Units of one layer do not import each other; the files of one unit may.
 LAYERS = (
     ("errors",),
-    ("config", "random", "threads"),
+    ("config", "paths", "random", "threads"),
     ("settings", "data", "nn"),
     ("interop",),
     ("training",),
@@ -39,6 +39,7 @@ LIGHT = (
     "torchmae",
     "torchmae.errors",
     "torchmae.config",
+    "torchmae.paths",
     "torchmae.random",
     "torchmae.settings",
     "torchmae.threads",

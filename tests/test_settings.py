@@ -216,6 +216,33 @@ def test_options_are_taken_out() -> None:
     assert not settings.take_flag(args, "json")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--json", "true"], True),
+        (["--json=true"], True),
+        (["--json", "false"], False),
+        (["--json", "--json=false"], False),
+        (["--json", "x"], True),
+    ],
+)
+def test_a_flag_may_say_true_or_false(words: list[str], said: bool) -> None:
+    args = ["--a", "1", *words]
+    assert settings.take_flag(args, "json") == said
+    assert args == ["--a", "1", *(["x"] if "x" in words else [])]
+    with pytest.raises(ConfigError, match=r"^json is '1'; give --json alone, or with true or false$"):
+        settings.take_flag(["--json=1"], "json")
+
+
+def test_a_home_folder_is_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/u")
+    assert settings.normalise(["~/data", "--out", "~/a", "--init-from=~/b.pth", "--x", "~"]) == [
+        *("/home/u/data", "--out", "/home/u/a", "--init_from=/home/u/b.pth", "--x", "~")
+    ]
+    with pytest.raises(ConfigError, match=r"^no home folder is known for the ~ in ~nobody-of-that-name/a; give the"):
+        settings.normalise(["--out", "~nobody-of-that-name/a"])
+
+
 def test_recipes() -> None:
     assert {"cifar10", "digits", "images", "images-96", "tutorial", "tutorial-corrected"} <= set(recipe_names())
     with pytest.raises(

@@ -98,8 +98,8 @@ def begin(args: Sequence[str]) -> Run:
 def configure(args: Sequence[str]) -> PretrainConfig:
     """Command-line options to settings.
 
-    Without --recipe one is chosen by the data; and where nothing is said of the model, so is the size of its input and
-    its patches, should that recipe's not suit.
+    Without --recipe one is chosen by the data; and where the sizes of the model's input and patches are not said, so
+    are they, should that recipe's not suit.
     """
     recipe, source, root = settings.peek(args)
     if recipe is not None:
@@ -117,9 +117,22 @@ def configure(args: Sequence[str]) -> PretrainConfig:
 
     with open_ranks(given.device) as ranks:
         recipe, shape = recommend(ranks.on_main(look))  # what has to be downloaded is so once
-    if given.model == ModelConfig() and given.init_from is None:
-        args = [*settings.as_options({"model": shape}), *args]
+    if given.init_from is None:
+        args = [*settings.as_options({"model": proposed(given.model, shape)}), *args]
     return settings.parse(args, recipe)
+
+
+def proposed(model: ModelConfig, shape: dict[str, Any]) -> dict[str, Any]:
+    """The part of a shape, as `recommend` gives it, that settings leave open: an input size fits a patch size given."""
+    if not shape or model.input_size is not None or model.preset == "mlp":
+        return {}
+    if model.patch_size is None:
+        return shape
+    size = shape["input_size"]
+    patch = (model.patch_size,) * len(size) if isinstance(model.patch_size, int) else model.patch_size
+    if len(patch) != len(size) or min(patch) < 1:
+        return {}
+    return {"input_size": tuple(max(1, length // p) * p for length, p in zip(size, patch, strict=True))}
 
 
 def typical_size(source: str, root: str, progress: Progress | None = None) -> tuple[int, ...]:

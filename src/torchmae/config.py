@@ -235,7 +235,8 @@ class PretrainConfig:
         optim: the optimiser and its schedule.
         eval: what is measured on the way.
         init_from: weights to start from: a run, an exported model, or others' (a released MAE checkpoint, timm's,
-            transformers'); the shape of the network is then theirs. Null: random weights.
+            transformers'; FILE#PART takes one of several encoders in a file); the shape of the network is then theirs.
+            Null: random weights.
         out: the run folder; null: runs/<recipe>-<time>.
         epochs: passes over the training images.
         max_minutes: minutes of training steps; the speed of the first steps fixes how many there are (validation

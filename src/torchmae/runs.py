@@ -23,6 +23,7 @@ from torchmae.interop.weights import initialise
 from torchmae.nn import presets
 from torchmae.nn.autoencoder import Autoencoder
 from torchmae.nn.mae import MaskedAutoencoder, parameter_counts
+from torchmae.paths import user_path
 from torchmae.report.hints import hints
 from torchmae.report.html import write_report
 from torchmae.training.checkpoint import Checkpoint, load_checkpoint
@@ -72,9 +73,9 @@ def start(config: PretrainConfig) -> Run:
     A group of ranks that torchrun has started again (`--max-restarts`) goes on with the run that it began.
     """
     if config.init_from is not None:
-        config = replace(config, model=adopt_shape(config.model, read_initial(config.init_from)))
+        config = replace(config, model=adopt_shape(config.model, read_initial(config.init_from, config.model)))
     name = config.recipe if config.recipe != "auto" else "run"
-    path = Path(config.out) if config.out else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path = user_path(config.out) if config.out else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     done, allowed = restarts()
     if allowed and config.out is None:
         raise ConfigError("torchrun may start this run again and would not find its folder", "give --out")
@@ -97,6 +98,7 @@ def resume_run(path: Path, args: Sequence[str] = ()) -> Run:
         CheckpointError: no run, or all its checkpoints damaged.
         ConfigError: an option that would make it another run.
     """
+    path = user_path(path)
     folder = RunFolder.open(path)
     saved = settings.parse(["--config", str(folder.config)], None)
     config = settings.parse(["--config", str(folder.config), *args], None)
@@ -137,8 +139,10 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, *, resume: bool) -
     def claim() -> Path:
         nonlocal folder
         tracker_names(config.trackers)
-        folder = RunFolder(path) if resume else RunFolder.create(path)
+        folder = RunFolder(path) if resume else RunFolder.create(path, rename=config.out is None)
         folder.lock()
+        if not resume:
+            folder.clear_start()
         return folder.path
 
     claimed = ranks.on_main(claim)
@@ -229,7 +233,7 @@ def _train(
         evaluators = build_evaluators(config, model, data, runtime, folder, tracker, fresh=checkpoint is None)
         if config.init_from is not None and checkpoint is None:  # after the baselines, which are of random weights
             assert isinstance(model, MaskedAutoencoder)
-            for line in initialise(model, read_initial(config.init_from)):
+            for line in initialise(model, read_initial(config.init_from, config.model)):
                 display.say(line)
         try:
             train(

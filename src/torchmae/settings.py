@@ -16,6 +16,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from torchmae.config import PretrainConfig
 from torchmae.errors import ConfigError, one_of
+from torchmae.paths import user_path
 
 # What people type for the settings they reach for most.
 ALIASES = {"data": "data.source", "batch": "batch_size"}
@@ -137,13 +138,19 @@ def recipe_summary(name: str) -> str:
 
 
 def normalise(args: Sequence[str]) -> list[str]:
-    """Spells options as the parser does: underscores for dashes, and the aliases' full names."""
+    """Spells options as the parser does: underscores for dashes, the aliases' full names, `~/` written out.
+
+    Raises:
+        ConfigError: a path below a home folder that is not known.
+    """
     result = []
     for arg in args:
         if arg.startswith("--") and len(arg) > 2:
             name, equals, value = arg[2:].partition("=")
             name = name.replace("-", "_")
-            arg = f"--{ALIASES.get(name, name)}{equals}{value}"
+            arg = f"--{ALIASES.get(name, name)}{equals}{_written_out(value)}"
+        else:
+            arg = _written_out(arg)
         result.append(arg)
     for i, arg in enumerate(result):  # --batch auto
         if arg == "--batch_size=auto":
@@ -151,6 +158,10 @@ def normalise(args: Sequence[str]) -> list[str]:
         elif arg == "--batch_size" and result[i + 1 : i + 2] == ["auto"]:
             result[i : i + 2] = ["--fit_batch=true"]
     return result
+
+
+def _written_out(word: str) -> str:
+    return str(user_path(word)) if word.startswith("~") and "/" in word else word  # "~" alone is YAML's null
 
 
 def as_options(values: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -201,10 +212,25 @@ def take_option(args: list[str], name: str) -> str | None:
 
 
 def take_flag(args: list[str], name: str) -> bool:
-    """Removes --name from `args` and says whether it was there."""
-    found = f"--{name}" in args
-    if found:
-        args.remove(f"--{name}")
+    """Removes every --name, --name=true and --name true (or false) from `args`; whether the last one says true.
+
+    Raises:
+        ConfigError: --name=VALUE with another value.
+    """
+    found = False
+    words = args.copy()
+    args.clear()
+    while words:
+        word = words.pop(0)
+        option, equals, value = word.partition("=")
+        if option != f"--{name}":
+            args.append(word)
+            continue
+        if not equals:
+            value = words.pop(0) if words[:1] in (["true"], ["false"]) else "true"
+        if value not in ("true", "false"):
+            raise ConfigError(f"{name} is {value!r}", f"give --{name} alone, or with {KINDS['bool']}")
+        found = value == "true"
     return found
 
 

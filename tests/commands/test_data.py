@@ -141,3 +141,17 @@ def test_an_empty_name_is_not_the_current_folder(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == (
         "torchmae: data.source is empty; give a folder, a file, or a name such as digits\n"
     )
+
+
+@pytest.mark.parametrize("words", [[], ["--json", "true"], ["--sheet", "sheet.png"]], ids=["plain", "json", "sheet"])
+def test_inspect_of_nothing_that_can_be_read_fails(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        (tmp_path / "in" / f"{name}.png").write_bytes(b"no picture")
+    assert main(["data", "inspect", "in", "--progress", "none", *words]) == 2
+    printed = capsys.readouterr()
+    assert "a.png" in printed.out
+    assert printed.err.count("\n") == 1

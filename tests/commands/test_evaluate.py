@@ -116,7 +116,7 @@ def test_mistakes_end_in_one_line(
     ("damage", "message"),
     [
         (lambda run: (run / "model.safetensors").unlink(), "has no weights yet"),
-        (lambda run: (run / "model.safetensors").write_bytes(b"x" * 100), "cannot load the model in"),
+        (lambda run: (run / "model.safetensors").write_bytes(b"x" * 100), "model.safetensors is text"),
         (lambda run: (run / "model.json").write_text('{"arguments": {'), "model.json"),
         (lambda run: (run / "config.yaml").unlink(), "does not say which; add --data PATH_OR_NAME"),
         (shutil.rmtree, "holds no model"),

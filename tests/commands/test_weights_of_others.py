@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_run import write_others_weights, write_run
 
 from torchmae.cli import main
+from torchmae.nn.encoder import ViTEncoder
+from torchmae.training.pretrained import load
 
 QUICK = ["--threads", "1", "--precision", "fp32", "--progress", "none"]
 
@@ -108,3 +111,27 @@ def test_a_picture_by_ratios_takes_a_target(place: Path, tmp_path: Path, capsys:
     assert main(words) == 2
     assert "say it with --target normalised" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_part_of_a_file_whose_size_is_said_is_trained_and_resumed(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The teacher of two encoders of clips, whose positions do not show their grid, on pictures."""
+    sizes = {"input_size": (3, 32, 32), "patch_size": (1, 8, 8), "in_chans": 3, "embed_dim": 192, "num_heads": 3}
+    encoder = ViTEncoder(**sizes, depth=1).state_dict()
+    teacher = {f"module.backbone.{name}": value + 0.5 for name, value in encoder.items()}
+    torch.save({"student": encoder, "teacher": teacher, "best": np.float64(0.7)}, tmp_path / "x.pth")
+    decoder = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 1}
+    words = ["pretrain", "--data", str(place / "images"), "--recipe", "cifar10", "--out", str(tmp_path / "a")]
+    words += [f"--model.{name}={value}" for name, value in decoder.items()]
+    words += ["--model.preset", "vit_tiny", "--epochs", "1", "--eval.count", "1", "--model.input_size", "[32, 32]"]
+    words += [word if word != "none" else "plain" for word in QUICK]
+    assert main([*words, "--init-from", str(tmp_path / "x.pth")]) == 2
+    assert "holds 2 encoders: student, teacher; choose one:" in capsys.readouterr().err
+    assert main([*words, "--init-from", f"{tmp_path / 'x.pth'}#teacher"]) == 0
+    printed = capsys.readouterr().err
+    said = ("taken from teacher.module.backbone of the file", "not used: student", "positions of the first of 3 frames")
+    assert all(line in printed for line in said)
+    assert load(tmp_path / "a").description.arguments["patch_size"] == (8, 8)
+    (tmp_path / "x.pth").unlink()
+    assert main(["pretrain", "--resume", str(tmp_path / "a")]) == 0

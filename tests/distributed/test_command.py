@@ -105,7 +105,8 @@ def test_one_rank_looks_at_the_data(tmp_path: Path) -> None:
 
 def test_a_mistake_is_said_once(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("")
+    for name in ("config.yaml", "model.safetensors"):
+        (tmp_path / "run" / name).write_text("")
     processes = start(2, command, *OPTIONS, "--out", str(tmp_path / "run"), logs=tmp_path / "logs")
     for process in processes:
         process.join()

@@ -139,7 +139,7 @@ def test_files_that_are_no_weights(tmp_path: Path, name: str, content: bytes) ->
         ({"reg_token": torch.ones(1, 4, 192)}, "it has reg_token besides"),
         ({"blocks.0.ls1.gamma": torch.ones(192)}, "it has blocks.0.ls1.gamma besides"),
         ({"norm.bias": None}, "it lacks norm.bias"),
-        ({"pos_embed": torch.ones(1, 8, 192)}, "has 8 positions, not those of a square image"),
+        ({"pos_embed": torch.ones(1, 8, 192)}, "has 7 positions and does not say of which grid"),
         ({"pos_embed": None}, "it has no pos_embed"),
         ({"cls_token": torch.ones(1, 2, 192)}, "cls_token is (1, 2, 192) where (1, 1, 192) is wanted"),
     ],

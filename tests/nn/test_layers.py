@@ -7,7 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from torchmae.errors import ConfigError
-from torchmae.nn.layers import Attention, Block, CrossAttention, CrossBlock, DropPath, Mlp, init_linear
+from torchmae.nn.layers import (
+    MOST_PLAIN_TOKENS,
+    Attention,
+    Block,
+    CrossAttention,
+    CrossBlock,
+    DropPath,
+    Mlp,
+    attend,
+    init_linear,
+)
 
 
 def by_hand(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
@@ -101,3 +111,18 @@ def test_init_linear() -> None:
     assert not linear.bias.any()
     assert (norm.weight == 1).all()
     assert not norm.bias.any()
+
+
+def test_many_tokens_in_bf16_keep_no_square_of_their_number() -> None:
+    tokens = MOST_PLAIN_TOKENS + 1
+    q, k, v = (torch.randn(1, 1, tokens, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    sizes: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = attend(q, k, v)
+    assert max(sizes) <= 8 * tokens
+    torch.testing.assert_close(out, attend(q.detach(), k.detach(), v.detach()))

@@ -31,7 +31,7 @@ from torchmae.training.pretrain import Evaluator, due_steps
 from torchmae.training.progress import Display
 from torchmae.training.ranks import Ranks, one_line_when_lost
 from torchmae.training.runtime import Runtime
-from torchmae.training.state import State, restore
+from torchmae.training.state import State, input_range, restore
 from torchmae.training.step import draw_mask, train_step
 
 # 10 images in batches of 4: an epoch is 4, 4, 2.
@@ -350,11 +350,13 @@ def test_a_run_that_never_mends_ends(tmp_path: Path) -> None:
     display = Recording()
     with pytest.raises(TrainingError) as caught:
         train(replace(CONFIG, max_skipped=2), vit(), Poisoned(2, 10**6), tmp_path, display=display)
-    assert str(caught.value) == (
-        "2 steps in a row, by step 4, have no finite loss or gradient; the last good checkpoint was kept; go on from "
-        f"it with a smaller step: torchmae pretrain --resume {tmp_path} --optim.lr LR "
+    said = str(caught.value)
+    assert said.startswith("2 steps in a row, by step 4, have no finite loss or gradient; ")
+    assert said.endswith(
+        f"; go on from it with a smaller step: torchmae pretrain --resume {tmp_path} --optim.lr LR "
         "(or --optim.clip_grad 1, or --precision fp32)"
     )
+    assert 0 < said.index("input values are not finite") < said.index("--optim.lr")
     assert caught.value.exit_status == 1
     assert [line.split(", from there")[1] for line in display.warned if "back to" in line] == [
         f" at {scale:g} times the learning rate" for scale in (0.5, 0.25, 0.125)
@@ -387,6 +389,28 @@ def test_memory_that_runs_out(
     assert load_checkpoint(tmp_path / "checkpoints") is not None
 
 
+def test_memory_that_runs_out_names_the_batch_that_was_computed() -> None:
+    with pytest.raises(TrainingError) as caught, module.out_of_memory(replace(CONFIG, batch_size=4096), 10, RUNTIME):
+        raise MemoryError
+    said = str(caught.value)
+    assert said.startswith("out of memory on cpu: 10 images a step in parts of 10; resume with --accumulate 2 ")
+    assert said.endswith("or start again with --batch_size 5")
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ([-9999.0, 2.0], ["from -1e+04 to 2 after", "far from 0"]),
+        ([math.nan, -1.0, 2.0], ["1 input values are not finite", "from -1 to 2 after"]),
+        ([math.inf], ["1 input values are not finite"]),
+    ],
+)
+def test_the_range_of_inputs_in_words(values: list[float], named: list[str]) -> None:
+    said = input_range(torch.tensor(values))
+    assert all(words in said for words in named)
+    assert ("far from 0" in said) == ("far from 0" in named)
+
+
 @pytest.mark.parametrize("kind", [RuntimeError, NotImplementedError, torch.AcceleratorError, dist.DistBackendError])
 def test_other_errors_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[RuntimeError]) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -401,7 +425,7 @@ def test_another_rank_that_is_gone_is_no_lack_of_memory() -> None:
     with (
         pytest.raises(TrainingError, match="^rank 0 lost another"),
         one_line_when_lost(Ranks(0, 2, 0, 2)),
-        module.out_of_memory(CONFIG, RUNTIME),
+        module.out_of_memory(CONFIG, CONFIG.batch_size, RUNTIME),
     ):
         raise dist.DistBackendError("NCCL error: remote process exited or there was a network error")
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ def test_folders_that_cannot_take_a_run(tmp_path: Path) -> None:
     (tmp_path / "full" / "x.png").write_text("")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("")
+    (tmp_path / "run" / "checkpoints" / "step-00000007").mkdir(parents=True)
     run = tmp_path / "run"
     for path, message in (
         (run, f"{run} holds a run already; resume it with --resume {run}, or choose another --out"),
@@ -38,6 +40,30 @@ def test_folders_that_cannot_take_a_run(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as caught:
             RunFolder.create(path)
         assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("kept", ["checkpoints/step-00000001", "model.safetensors", "metrics.jsonl", None])
+def test_a_run_that_took_no_step_is_begun_anew(tmp_path: Path, kept: str | None) -> None:
+    run = RunFolder.create(tmp_path / "a")
+    for name in ("config.yaml", "environment.json", "tracking.json", "metrics.jsonl", "checkpoints/step-00000000"):
+        (run.path / name).parent.mkdir(exist_ok=True)
+        (run.path / name).write_text('{"kind": "baseline"}\n')
+    if kept is None:
+        RunFolder.create(run.path).clear_start()
+        assert list(run.path.iterdir()) == []
+        return
+    (run.path / kept).write_text('{"kind": "train", "step": 1}\n')
+    with pytest.raises(ConfigError, match="holds a run already"):
+        RunFolder.create(run.path)
+
+
+def test_runs_that_start_at_once_get_a_folder_each(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: RunFolder.create(tmp_path / "runs" / "a", rename=True).path.name, range(8)))
+    assert sorted(made) == ["a", *(f"a-{number}" for number in range(2, 9))]
+    again = RunFolder.create(tmp_path / "runs" / "a", rename=True)
+    again.close()
+    assert again.path.name == "a-9" and not again.path.exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchmae import settings
 from torchmae.data.packing import PackOptions
-from torchmae.errors import ConfigError, one_of, within
+from torchmae.errors import ConfigError, DataError, one_of, within
 from torchmae.settings import read_options
 
 if TYPE_CHECKING:
@@ -75,8 +75,9 @@ def inspect(args: Sequence[str]) -> int:
     """`torchmae data inspect`."""
     parser = _parser("inspect DATA", "Reads every image of a data set and says what is there, and what is wrong.")
     parser.add_argument("data", type=str, help="anything that `torchmae pretrain --data` takes")
-    words = ["--json=true" if word == "--json" else word for word in args]
-    values, options = read_options(parser, words, InspectOptions)
+    words = list(args)
+    as_json = settings.take_flag(words, "json")
+    values, options = read_options(parser, [*words, f"--json={json.dumps(as_json)}"], InspectOptions)
     from torchmae.data.inspecting import inspect_splits
     from torchmae.data.layouts import open_splits
     from torchmae.training.progress import Display
@@ -88,15 +89,13 @@ def inspect(args: Sequence[str]) -> int:
     finally:
         display.close()
     command = suggestion(values.data, found)
+    print(json.dumps(_as_json(found, command)) if options.json else describe(found))
+    if command is None:
+        raise DataError(f"nothing in {values.data} can be trained on: no image can be read", "see the reasons above")
     if options.sheet is not None:
         contact_sheet(splits["train"], Path(options.sheet))
-    if options.json:
-        print(json.dumps(_as_json(found, command)))
-        return 0
-    print(describe(found))
-    if options.sheet is not None:
-        print(f"contact sheet: {options.sheet}")
-    print(f"to train on it: {command}" if command else "nothing to train on: no image can be read")
+    if not options.json:
+        print(*([f"contact sheet: {options.sheet}"] if options.sheet else []), f"to train on it: {command}", sep="\n")
     return 0
 
 
@@ -237,7 +236,6 @@ def contact_sheet(source: Source, path: Path) -> None:
     from PIL import Image
 
     from torchmae.data.sources import spread
-    from torchmae.errors import DataError
     from torchmae.report.panels import sample_panels
     from torchmae.report.pictures import save_png
 

@@ -21,6 +21,7 @@ from torchmae.evaluation.options import EvaluateOptions
 from torchmae.evaluation.scores import Labelled, Result, combine, score
 from torchmae.evaluation.sharing import share
 from torchmae.evaluation.subject import PIXELS, RANDOM, Subject, extract_features
+from torchmae.paths import user_path
 from torchmae.training.progress import Display
 from torchmae.training.runtime import Runtime
 
@@ -229,9 +230,9 @@ def finetune_folder(run: str, options: EvaluateOptions) -> Path:
 
 def output_folder(run: str, options: EvaluateOptions) -> Path:
     """The folder asked for, or the run's own; ConfigError where none is asked for and the run is no folder."""
-    if options.out is None and (run == RANDOM or not Path(run).is_dir()):
+    if options.out is None and (run == RANDOM or not user_path(run).is_dir()):
         raise ConfigError(f"out is not given, and {run} is no folder", "add --out DIR")
-    return Path(run if options.out is None else options.out)
+    return user_path(run if options.out is None else options.out)
 
 
 def check_folder(out: Path, resume: bool) -> None:
@@ -254,7 +255,7 @@ def over_draws(draws: Sequence[dict[str, float]]) -> tuple[dict[str, float], dic
 
 def run_data(run: str) -> DataConfig | None:
     """The data that a run was trained on; None where that is not known."""
-    config = Path(run) / "config.yaml"
+    config = user_path(run) / "config.yaml"
     return None if run in (RANDOM, PIXELS) or not config.is_file() else settings.parse(["--config", str(config)]).data
 
 

@@ -19,6 +19,7 @@ from torchmae.evaluation.records import append_record
 from torchmae.evaluation.scores import Result
 from torchmae.evaluation.subject import PIXELS, RANDOM, Subject, pixels, untrained
 from torchmae.nn import presets
+from torchmae.paths import user_path
 from torchmae.training.pretrained import load
 from torchmae.training.progress import Display
 from torchmae.training.ranks import concatenate, one_line_when_lost, open_ranks, ranks_from_environment, share_of_cores
@@ -113,9 +114,9 @@ def record_evaluation(run: str | Path, evaluation: Evaluation) -> Path | None:
     Raises:
         CheckpointError: the file cannot be written.
     """
-    if not ranks_from_environment().is_main or str(run) in (RANDOM, PIXELS) or not Path(run).is_dir():
+    if not ranks_from_environment().is_main or str(run) in (RANDOM, PIXELS) or not user_path(run).is_dir():
         return None
-    return append_record(Path(run), evaluation.record)
+    return append_record(user_path(run), evaluation.record)
 
 
 def open_bench(

@@ -75,14 +75,14 @@ def to_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def split_official(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The encoder's and the decoder's parameters of the released checkpoints' layout, under torchmae's names.
 
-    The decoder's positions keep the class token's row.
+    The decoder's positions keep the class token's row. Other names that begin with "decoder" are the decoder's, too.
     """
     ours = {theirs: name for name, theirs in _DECODER.items()}
     encoder, decoder = {}, {}
     for name, tensor in weights.items():
         head, dot, tail = name.partition(".")
-        if head in ours:
-            decoder[f"{ours[head]}{dot}{tail}"] = tensor
+        if head in ours or head.startswith("decoder"):
+            decoder[f"{ours.get(head, head)}{dot}{tail}"] = tensor
         else:
             encoder[name] = tensor
     return encoder, decoder

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import pickle
 import re
-from collections.abc import Mapping
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from torchmae.errors import CheckpointError, ConfigError
 from torchmae.interop import names
+from torchmae.interop.candidates import find_encoder, split_choice
+from torchmae.interop.conversions import convert
+from torchmae.interop.files import plain, read_file
 from torchmae.interop.weights import Weights
 from torchmae.nn.decoder import SelfDecoder
 from torchmae.nn.encoder import ViTEncoder
@@ -39,29 +40,43 @@ _MAX_LISTED = 4
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether a path is a weight file, or a folder with the config.json of another library."""
+    """Whether a path is a weight file, a part of one (FILE#PART), or a folder with another library's config.json."""
+    path, _ = split_choice(path)
     return path.is_file() or ((path / "config.json").is_file() and not (path / "model.json").is_file())
 
 
-def read_weights(path: Path, *, norm_pix: bool | None = None) -> Weights:
+def read_weights(
+    path: Path,
+    *,
+    norm_pix: bool | None = None,
+    input_size: Sequence[int] | None = None,
+    num_heads: int | None = None,
+) -> Weights:
     """Weights from a file or folder that is not torchmae's own.
 
-    Known are: .safetensors and .pth files in timm's layout, with or without the MAE decoder of the released
-    checkpoints; folders of transformers' ViTMAE and ViT models; folders of timm's plain vision transformers.
+    Known are: .safetensors and .pth files in timm's layout, under any wrapper and prefix, with or without the MAE
+    decoder of the released checkpoints; folders of transformers' ViTMAE and ViT models; folders of timm's plain vision
+    transformers.
 
     Args:
-        path: the file or folder.
+        path: the file or folder; FILE#PART names one of several encoders in a file.
         norm_pix: whether the decoder's target was normalised patches; None: what the source says.
+        input_size: pixels along each axis of the images it is for, where it does not say and they are not square; two
+            numbers for weights of clips: their first frame is taken.
+        num_heads: attention heads, where it does not say.
 
     Raises:
         CheckpointError: it cannot be read, or holds something that this encoder is not.
         ConfigError: `norm_pix` is not what the source says.
     """
-    if path.is_file() and path.name == "model.safetensors" and is_foreign(path.parent):
+    path, choice = split_choice(path)
+    if path.is_file() and path.name == "model.safetensors" and is_foreign(path.parent) and choice is None:
         path = path.parent  # its config.json says more than the file alone
     try:
-        state, facts = _read_folder(path) if path.is_dir() else _read_file(path)
-        weights = _assemble(state, {"origin": str(path), **facts})
+        state, facts, notes = _read_folder(path) if path.is_dir() else _read_file(path, choice)
+        facts = {"origin": str(path), "num_heads_if_unknown": num_heads, **facts}
+        state, converted = convert(_floats(state), facts, input_size)
+        weights = _assemble(state, facts, [*notes, *converted])
     except ConfigError as error:  # sizes that do not fit together
         raise CheckpointError(f"{path} is no vision transformer that torchmae has: {error.problem}") from error
     except CheckpointError:
@@ -76,15 +91,15 @@ def read_weights(path: Path, *, norm_pix: bool | None = None) -> Weights:
     return replace(weights, arguments={**weights.arguments, "norm_pix": norm_pix})
 
 
-def _read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Parameters under the released checkpoints' names, and what config.json says."""
+def _read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+    """Parameters under the released checkpoints' names, what config.json says, and notes."""
     config = _read_json(path / "config.json")
     try:
         if "architecture" in config:
-            return _tensors_of(path), _timm_facts(path, config)
+            return _tensors_of(path), _timm_facts(path, config), []
         if config.get("model_type") in ("vit_mae", "vit"):
             facts = _huggingface_facts(path, config)
-            return names.from_huggingface(_tensors_of(path)), facts
+            return names.from_huggingface(_tensors_of(path)), facts, []
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{path / 'config.json'} is damaged: {error!r}", "copy the folder again") from error
     kind = config.get("model_type", "of an unknown kind")
@@ -100,7 +115,7 @@ def _timm_facts(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if match is None or odd:
         raise CheckpointError(
             f"{path} holds a timm model {name!r}" + (f" with {', '.join(odd)}" if odd else ""),
-            "only plain vision transformers, vit_SIZE_patchN_M, can be read",
+            "only plain vision transformers, vit_SIZE_patchN_M, can be read by config.json; give the weight file alone",
         )
     cfg = config.get("pretrained_cfg") or {}
     size = given.get("img_size") or tuple(cfg["input_size"][1:])
@@ -137,28 +152,21 @@ def _huggingface_facts(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Parameters of a single file, and what the arguments stored beside them say."""
-    content: Any = _load(path)
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{path} holds a {type(content).__name__}", "give a state_dict, or a {'model': state_dict}"
-        )
+def _read_file(path: Path, choice: str | None) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+    """Parameters of the encoder in a single file, what the arguments stored beside it say, and notes."""
+    content = read_file(path)
+    state, notes = find_encoder(content, choice, str(path))
+    stored = content.get("args")
+    stored = vars(stored) if isinstance(stored, Namespace) else stored if isinstance(stored, dict) else {}
+    stored = {name: plain(value) for name, value in stored.items()}
     facts: dict[str, Any] = {}
-    if isinstance(content.get("model"), dict):
-        stored = content.get("args") or {}
-        stored = stored if isinstance(stored, dict) else vars(stored)
-        if isinstance(stored.get("norm_pix_loss"), bool):
-            facts["norm_pix"] = stored["norm_pix_loss"]
-        for name in ("num_heads", "decoder_num_heads", "mean", "std", "mask_ratio"):
-            if name in stored:
-                facts[name] = tuple(stored[name]) if isinstance(stored[name], list) else stored[name]
-        content = content["model"]
-    if not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(f"{path} holds no parameters by name", "give a state_dict, or a {'model': state_dict}")
-    if any(name.startswith(("vit.", "embeddings.")) for name in content):
-        raise CheckpointError(f"{path} is a transformers model", "give its folder, with config.json")
-    return content, facts
+    if isinstance(stored.get("norm_pix_loss"), bool):
+        facts["norm_pix"] = stored["norm_pix_loss"]
+    for name in ("num_heads", "decoder_num_heads", "mean", "std", "mask_ratio"):
+        if stored.get(name) is not None:
+            value = stored[name].tolist() if isinstance(stored[name], Tensor) else stored[name]
+            facts[name] = tuple(value) if isinstance(value, list) else value
+    return state, facts, notes
 
 
 def _tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -168,44 +176,21 @@ def _tensors_of(folder: Path) -> dict[str, Tensor]:
         listed = sorted(set(_read_json(index)["weight_map"].values()))
         if any(Path(name).name != name for name in listed):
             raise CheckpointError(f"{index} names files outside its folder", "do not use it")
-        return {name: tensor for file in listed for name, tensor in _load(folder / file).items()}
+        return {name: tensor for file in listed for name, tensor in read_file(folder / file).items()}
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
-            return _load(folder / name)
+            return read_file(folder / name)
     raise CheckpointError(f"{folder} has no weights", "there must be a model.safetensors beside its config.json")
 
 
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # Namespace, which holds the options of the released code's training, is plain data.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        what = re.search(r"GLOBAL (\S+)", str(error))
-        raise CheckpointError(
-            f"{path} is no file of plain tensors" + (f": it asks for {what[1]}" if what else ""),
-            "torchmae does not run code from files; save its state_dict alone, best as .safetensors",
-        ) from error
-    except Exception as error:  # a file that is damaged, or something else, makes torch.load raise nearly anything
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        raise CheckpointError(f"cannot read {path}: {reason}", "give a .safetensors or .pth file of weights") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}", "give a state_dict, saved by name")
-    return content
+def _floats(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 
 
-def _assemble(state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Weights:
+def _assemble(state: Mapping[str, Tensor], facts: Mapping[str, Any], notes: list[str]) -> Weights:
     """From parameters in the released checkpoints' layout to encoder and decoder, each whole or refused."""
     origin = facts["origin"]
-    if "patch_embed.proj.weight" not in state:
-        raise CheckpointError(
-            f"{origin} holds no vision transformer: it has no patch_embed.proj.weight", "see docs/weights.md"
-        )
-    floats = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
-    encoder, decoder = names.split_official(floats)
-    notes: list[str] = []
+    encoder, decoder = names.split_official(state)
     if "norm.weight" not in encoder and "fc_norm.weight" in encoder:
         encoder |= {f"norm.{kind}": encoder[f"fc_norm.{kind}"] for kind in ("weight", "bias")}
         notes.append("the last norm stood behind the pooling (fc_norm); here it stands before it")
@@ -217,6 +202,7 @@ def _assemble(state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Weights:
     encoder["pos_embed"] = _whole_positions(encoder["pos_embed"], arguments)
     with torch.device("meta"):
         _insist(encoder, ViTEncoder(**arguments), origin)
+    _insist_on_values(encoder, origin)
     usable, decoder_arguments, no_decoder = _take_decoder(decoder, arguments, facts)
     arguments |= decoder_arguments
     if decoder and usable is None:
@@ -242,29 +228,26 @@ def _assemble(state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Weights:
 def _encoder_arguments(encoder: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `ViTEncoder`, read off shapes where they show and off `facts` where they do not."""
     origin = facts["origin"]
-    for name in ("pos_embed", "blocks.0.mlp.fc1.weight"):
+    for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"):
         if name not in encoder:
-            raise CheckpointError(f"{origin} holds no vision transformer that torchmae has: it has no {name}")
-    embed_dim, in_chans, *patch = encoder["patch_embed.proj.weight"].shape
-    class_token = "cls_token" in encoder
-    count = encoder["pos_embed"].shape[1]
-    size = facts.get("input_size")
-    if size is None:
-        side = math.isqrt(count - class_token)
-        if side * side != count - class_token:
+            like = sorted(other for other in encoder if re.search(r"pos|rope" if name == "pos_embed" else "mlp", other))
+            instead = f" (but {_listed(like)})" if like else ""
             raise CheckpointError(
-                f"{origin} has {count} positions, not those of a square image", "give a folder with its config.json"
+                f"{origin} holds no vision transformer that torchmae has: it has no {name}{instead}",
+                "see docs/weights.md",
             )
-        size = tuple(side * length for length in patch)
+    embed_dim, in_chans, *patch = encoder["patch_embed.proj.weight"].shape
     return {
-        "input_size": tuple(size),
+        "input_size": tuple(facts["input_size"]),
         "patch_size": tuple(patch),
         "in_chans": in_chans,
         "embed_dim": embed_dim,
         "depth": _depth(encoder),
-        "num_heads": _heads(embed_dim, facts.get("num_heads"), _HEADS, origin),
+        "num_heads": _heads(
+            embed_dim, facts.get("num_heads"), _HEADS, origin, if_unknown=facts.get("num_heads_if_unknown")
+        ),
         "mlp_ratio": _ratio(len(encoder["blocks.0.mlp.fc1.weight"]), embed_dim),
-        "class_token": class_token,
+        "class_token": "cls_token" in encoder,
     }
 
 
@@ -329,6 +312,17 @@ def _insist(given: Mapping[str, Tensor], module: nn.Module, origin: str) -> None
         raise CheckpointError(f"{origin} is no vision transformer that torchmae has: {problem}", "see docs/weights.md")
 
 
+def _insist_on_values(given: Mapping[str, Tensor], origin: str) -> None:
+    """Refuses matrices of zeros, as a download that stopped leaves them, and values that are no finite floats."""
+    for name, tensor in given.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{origin} holds {tensor.dtype} in {name}", "give the weights before quantisation")
+        if not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{origin} holds values that are not finite in {name}", "use another checkpoint")
+        if name.endswith(".weight") and tensor.ndim > 1 and not bool(tensor.any()):
+            raise CheckpointError(f"{origin} holds nothing but zeros in {name}", "download it again")
+
+
 def _difference(given: Mapping[str, Tensor], module: nn.Module) -> str | None:
     """What parameters lack, have too much, or have in another shape, or None."""
     wanted = module.state_dict()
@@ -354,12 +348,14 @@ def _ratio(hidden: int, dim: int) -> float:
     return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
-def _heads(width: int, given: int | None, known: Mapping[int, int], origin: str) -> int:
-    heads = known.get(width) if given is None else given
+def _heads(
+    width: int, given: int | None, known: Mapping[int, int], origin: str, *, if_unknown: int | None = None
+) -> int:
+    heads = known.get(width, if_unknown) if given is None else given
     if heads is None:
         raise CheckpointError(
             f"{origin} does not say how many attention heads a width of {width} is divided among",
-            "give a folder with its config.json",
+            "give a folder with its config.json, or say --model.num_heads to pretrain",
         )
     return heads
 

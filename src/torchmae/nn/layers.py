@@ -10,6 +10,7 @@ from torchmae.errors import ConfigError
 
 LAYER_NORM_EPS = 1e-6
 FEW_TOKENS = 64
+MOST_PLAIN_TOKENS = 1024  # in bf16; beyond, the weights of plain products take more memory than all else in a block
 
 
 def _heads(width: int, num_heads: int) -> int:
@@ -27,7 +28,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     if q.device.type == "cpu":
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # one copy here saves several inside
-        if q.requires_grad and (q.dtype == torch.bfloat16 or k.shape[-2] <= FEW_TOKENS):
+        most = MOST_PLAIN_TOKENS if q.dtype == torch.bfloat16 else FEW_TOKENS
+        if q.requires_grad and k.shape[-2] <= most:
             weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
             return weights.softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)

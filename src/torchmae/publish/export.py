@@ -16,6 +16,7 @@ from torchmae.interop import huggingface, official, onnx, timm
 from torchmae.interop.exports import TOLERANCE, Check, Exported
 from torchmae.interop.weights import AbsentDecoder
 from torchmae.nn.classifier import Classifier
+from torchmae.paths import user_path
 from torchmae.publish.card import model_card
 from torchmae.publish.options import ExportOptions
 from torchmae.training.pretrained import load
@@ -66,7 +67,7 @@ def export(run: str | Path, out: str | Path, options: ExportOptions) -> Export:
         CheckpointError: a model that cannot be read, a folder that cannot be written, or a check that did not pass;
             nothing is left then.
     """
-    path = Path(out)
+    path = user_path(out)
     check_out(path)
     opened = open_model(run, options.target)
     with whole_or_nothing(path) as writing:
@@ -77,7 +78,7 @@ def export(run: str | Path, out: str | Path, options: ExportOptions) -> Export:
                 f"the export was deleted, since it is not the model: {check}, more than {TOLERANCE}",
                 "please report this with the output of torchmae --version",
             )
-        card = model_card(Path(run), opened.exported, options, check, opened.notes)
+        card = model_card(user_path(run), opened.exported, options, check, opened.notes)
         (writing / "README.md").write_text(card, encoding="utf-8")
     return Export(path, tuple(sorted(item.name for item in path.iterdir())), check, opened.notes)
 
@@ -92,7 +93,7 @@ def check_out(path: Path) -> None:
 
 def open_model(run: str | Path, target: str | None) -> Opened:
     """Opens a run, a classifier, or weights of others."""
-    path = Path(run)
+    path = user_path(run)
     if is_classifier(path):
         classifier, about = load_classifier(path)
         return Opened(Exported(classifier, about.mean, about.std, classes=about.classes), about, ())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from torchmae.config import ModelConfig
 from torchmae.errors import ConfigError
@@ -11,31 +12,41 @@ from torchmae.interop.reading import is_foreign, read_weights
 from torchmae.interop.weights import DECODER_SHAPE, ENCODER_SHAPE, Weights
 from torchmae.nn import presets
 from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.paths import user_path
 from torchmae.training.saved_model import load_model
 
 
-def read_initial(source: str | Path) -> Weights:
+def read_initial(source: str | Path, model: ModelConfig | None = None) -> Weights:
     """The weights of a run, an exported model, or others' (as `torchmae.load` takes them).
+
+    Args:
+        source: where they are.
+        model: settings whose input_size and num_heads say what others' weights do not.
 
     Raises:
         CheckpointError: nothing there that can be loaded.
         ConfigError: the mlp model.
     """
-    path = Path(source)
+    path = user_path(source)
     if is_foreign(path):
-        return read_weights(path)
-    model, description = load_model(path)
-    if not isinstance(model, MaskedAutoencoder):
+        return read_weights(path, **_said(model)) if model is not None else read_weights(path)
+    trained, description = load_model(path)
+    if not isinstance(trained, MaskedAutoencoder):
         raise ConfigError(f"{path} holds the mlp model", "give --init-from weights of a vision transformer")
     return Weights(
         origin=str(path),
         arguments=description.arguments,
-        encoder=model.encoder.state_dict(),
-        decoder=model.decoder.state_dict(),
+        encoder=trained.encoder.state_dict(),
+        decoder=trained.decoder.state_dict(),
         no_decoder="",
         mean=description.mean,
         std=description.std,
     )
+
+
+def _said(model: ModelConfig) -> dict[str, Any]:
+    size = model.input_size
+    return {"input_size": (size, size) if isinstance(size, int) else size, "num_heads": model.num_heads}
 
 
 def adopt_shape(model: ModelConfig, weights: Weights) -> ModelConfig:

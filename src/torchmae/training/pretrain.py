@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from torchmae.config import PretrainConfig
@@ -100,7 +101,7 @@ def pretrain(
     check_parallel(config, ranks.world_size)
     check_progression(config, model)
     plan = Plan(len(loader), min(config.batch_size, len(loader)), config.seed)
-    with one_line_when_lost(ranks), out_of_memory(config, runtime):
+    with one_line_when_lost(ranks), out_of_memory(config, plan.batch_size, runtime):
         total = 0 if checkpoint else plan_steps(config, model, loader, plan, runtime, display)
     wrapped = prepare(model, config, runtime)
     optimizers = build_optimizers(model, config.optim, plan.batch_size)
@@ -114,19 +115,20 @@ def pretrain(
     model.train()
     saved_at = time.monotonic()
     window = Window(time.perf_counter())
+    images = torch.empty(0)  # of the newest step
 
     def settle() -> bool:
         """Closes the window; whether too many of its steps were skipped, and the run was rolled back."""
         close_window(window, state, plan, optimizers, tracker, display)
         if window.longest_skipped < config.max_skipped:
             return False
-        roll_back(state, model, optimizers, folder, window, display, ranks)
+        roll_back(state, model, optimizers, folder, window, display, ranks, images)
         return True
 
     with (
         one_line_when_lost(ranks),
         stop_signals() as stop,
-        out_of_memory(config, runtime),
+        out_of_memory(config, plan.batch_size, runtime),
         plain_at_the_end(model),
         first_shapes_only(config.compile) as compiled,
     ):
@@ -250,8 +252,9 @@ def roll_back(
     window: Window,
     display: Display,
     ranks: Ranks,
+    images: Tensor,
 ) -> None:
-    """Goes back to the newest checkpoint, in place, at half the learning rate.
+    """Goes back to the newest checkpoint, in place, at half the learning rate; `images` are those of the newest step.
 
     Raises:
         TrainingError: that has been done too often.
@@ -260,7 +263,7 @@ def roll_back(
     checkpoint = load_checkpoint(folder.checkpoints)
     scale = state.lr_scale / 2
     if checkpoint is None or scale < SMALLEST_LR_SCALE:
-        raise diverged(problem, folder)
+        raise diverged(problem, folder, images)
     restored = restore(checkpoint, model, optimizers, state.precision)
     vars(state).update(vars(restored), lr_scale=scale)
     if ranks.is_main:
@@ -273,21 +276,27 @@ def roll_back(
 
 
 @contextmanager
-def out_of_memory(config: PretrainConfig, runtime: Runtime) -> Iterator[None]:
-    """Memory that ran out as one line with a way on; other errors as they are."""
+def out_of_memory(config: PretrainConfig, batch_size: int, runtime: Runtime) -> Iterator[None]:
+    """Memory that ran out as one line with a way on; other errors as they are.
+
+    Args:
+        config: the run's.
+        batch_size: images of a step on all ranks together: there may be fewer in all than `config.batch_size`.
+        runtime: where it computes.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not ran_out_of_memory(error):
             raise
-        share = -(-config.batch_size // runtime.ranks.world_size)
-        parts = min(2 * config.accumulate, share)
-        smaller = f"resume with --accumulate {parts} (the same steps in less memory)"
-        if parts == config.accumulate:
+        share = -(-batch_size // runtime.ranks.world_size)
+        parts, more = (part_of(batch_size, runtime.ranks, n * config.accumulate) for n in (1, 2))
+        smaller = f"resume with --accumulate {more} (the same steps in less memory)"
+        if parts == more:
             smaller = "resume with --checkpoint_activations true, or choose a smaller model"
         raise TrainingError(
-            f"out of memory on {runtime.device}: {share} images a step in parts of {-(-share // config.accumulate)}",
-            f"{smaller}, or start again with --batch_size {max(config.batch_size // 2, 1)}",
+            f"out of memory on {runtime.device}: {share} images a step in parts of {-(-share // parts)}",
+            f"{smaller}, or start again with --batch_size {max(batch_size // 2, 1)}",
         ) from error
 
 

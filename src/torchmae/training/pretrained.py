@@ -18,6 +18,7 @@ from torchmae.errors import ConfigError, DataError, one_of
 from torchmae.interop.reading import is_foreign, read_weights
 from torchmae.interop.weights import Weights, build, full_arguments
 from torchmae.nn.autoencoder import Autoencoder, Reconstruction
+from torchmae.paths import user_path
 from torchmae.random import Purpose, uniform
 from torchmae.training.saved_model import Description, load_model
 
@@ -101,27 +102,35 @@ class Pretrained:
         return self.model.draw_mask(strategy, torch.from_numpy(noise), ratio)
 
 
-def load(run: str | Path, *, target: str | None = None) -> Pretrained:
+def load(
+    run: str | Path, *, target: str | None = None, input_size: Sequence[int] | None = None, num_heads: int | None = None
+) -> Pretrained:
     """A trained model: `torchmae.load("runs/a").encode(images)`.
 
     Args:
         run: a run folder, an exported model, or weights of others: a released MAE checkpoint, a folder of transformers'
-            ViTMAE or ViT, or timm's weights of a plain vision transformer (docs/weights.md).
+            ViTMAE or ViT, or timm's weights of a plain vision transformer (docs/weights.md); FILE#PART names one of
+            several encoders in a file.
         target: what the decoder of others' weights was trained to predict, "pixels" or "normalised" patches, where they
             do not say.
+        input_size: pixels along each axis of the images that others' weights are for, where these do not say and they
+            are not square; two numbers for weights of clips: one frame is taken.
+        num_heads: attention heads of others' weights, where they do not say.
 
     Raises:
         CheckpointError: nothing there that can be loaded.
-        ConfigError: a target that the weights contradict.
+        ConfigError: a target that the weights contradict, or one of the others beside a model that says it itself.
     """
-    path = Path(run)
+    path = user_path(run)
     if target is not None:
         one_of("target", target, TARGETS)
     if is_foreign(path):
         norm_pix = None if target is None else target == "normalised"
-        return _adopt(read_weights(path, norm_pix=norm_pix))
+        return _adopt(read_weights(path, norm_pix=norm_pix, input_size=input_size, num_heads=num_heads))
     if target is not None:
         raise ConfigError(f"target is given and {path} says what it was", "leave --target out")
+    if input_size is not None or num_heads is not None:
+        raise ConfigError(f"input_size or num_heads is given and {path} says them itself", "leave them out")
     return Pretrained(*load_model(path))
 
 

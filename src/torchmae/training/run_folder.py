@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -39,21 +40,27 @@ class RunFolder:
         self.bad_files = path / "bad_files.txt"
 
     @classmethod
-    def create(cls, path: Path) -> RunFolder:
-        """A new run's folder.
+    def create(cls, path: Path, *, rename: bool = False) -> RunFolder:
+        """A new run's folder. A run there that took no step does not count: see `clear_start`.
+
+        Args:
+            path: the folder.
+            rename: take PATH-2, PATH-3 and so on where that name is taken.
 
         Raises:
             ConfigError: it holds a run or other files already, or cannot be written.
         """
-        folder = cls(path)
         try:
-            if (path / "config.yaml").exists():
+            folder = cls(_make_new(path) if rename else path)
+            path = folder.path
+            begun = folder.config.exists()
+            if begun and folder._took_steps():
                 raise ConfigError(
                     f"{path} holds a run already", f"resume it with --resume {path}, or choose another --out"
                 )
-            if path.exists() and not (path.is_dir() and _is_empty(path)):
+            if not begun and path.exists() and not (path.is_dir() and _is_empty(path)):
                 raise ConfigError(f"{path} exists and is not an empty folder", "choose another --out")
-            folder._is_new = not path.exists()
+            folder._is_new = rename or not path.exists()
             path.mkdir(parents=True, exist_ok=True)
             probe = path / ".writable"
             probe.touch()
@@ -82,6 +89,18 @@ class RunFolder:
             raise CheckpointError(
                 f"another process is training in {self.path}", "wait for it, stop it, or choose another --out"
             ) from error
+
+    def clear_start(self) -> None:
+        """Removes what a run left that failed before its first step; call with the lock, which such a run may hold."""
+        for name in ("config.yaml", "environment.json", "metrics.jsonl", "tracking.json"):
+            (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    def _took_steps(self) -> bool:
+        """Whether a run got further than its start: a step that was logged or saved, or an end."""
+        saved = {item.name for item in self.checkpoints.glob("step-*")} - {"step-00000000"}  # saved before the first
+        logged = any(record.get("kind") == "train" for record in self.read_metrics())
+        return bool(saved) or logged or self.weights.exists()
 
     def close(self) -> None:
         """Lets other runs in; removes the folder again if `create` made it and nothing was written to it."""
@@ -146,6 +165,18 @@ class RunFolder:
                 break
             length += len(line)
         os.truncate(self.metrics, length)
+
+
+def _make_new(path: Path) -> Path:
+    """Makes the folder PATH, or PATH-2, PATH-3 and so on: the first that is not there yet, whoever else tries."""
+    for number in range(1, 1000):
+        free = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            free.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return free
+    return path  # something else is wrong there: whoever uses it says what
 
 
 def _is_empty(folder: Path) -> bool:

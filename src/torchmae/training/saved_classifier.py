@@ -10,6 +10,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from torchmae.errors import CheckpointError
+from torchmae.interop.files import check_content
 from torchmae.nn.classifier import Classifier
 from torchmae.training.checkpoint import replace_file
 from torchmae.training.saved_model import check_size, write_weights
@@ -69,6 +70,7 @@ def load_classifier(folder: Path) -> tuple[Classifier, ClassifierDescription]:
         for name in ("mean", "std", "classes"):
             values[name] = None if values[name] is None else tuple(values[name])
         description = ClassifierDescription(**values)
+        check_content(folder / "model.safetensors")
         weights = load_file(folder / "model.safetensors")
         check_size(description.arguments, weights, lambda arguments: Classifier(**arguments))
         model = Classifier(**description.arguments)

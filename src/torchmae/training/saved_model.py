@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from torchmae.errors import CheckpointError
+from torchmae.interop.files import check_content
 from torchmae.nn import presets
 from torchmae.nn.autoencoder import Autoencoder
 from torchmae.training.checkpoint import load_checkpoint, replace_file
@@ -70,6 +71,7 @@ def load_model(folder: Path) -> tuple[Autoencoder, Description]:
     weights_path = folder / "model.safetensors"
     try:
         if weights_path.exists():
+            check_content(weights_path)
             weights = load_file(weights_path)
         else:
             checkpoint = load_checkpoint(folder / "checkpoints")

@@ -18,6 +18,8 @@ from torchmae.training.parallel import load_optimizer, load_weights, local
 from torchmae.training.ranks import ALONE, Ranks
 from torchmae.training.run_folder import RunFolder
 
+LARGEST_USUAL = 100.0  # deviations from the mean that sound inputs stay below
+
 
 @dataclass
 class State:
@@ -116,13 +118,27 @@ def differs(saved: dict[str, Tensor], own: dict[str, Tensor]) -> str:
     return "" if not found else found[0] + (f", and {len(found) - 1} more differ" if len(found) > 1 else "")
 
 
-def diverged(problem: str, folder: RunFolder) -> TrainingError:
-    """The error of a run whose numbers are no longer finite."""
+def diverged(problem: str, folder: RunFolder, images: Tensor | None = None) -> TrainingError:
+    """The error of a run whose numbers are no longer finite; `images` are the newest batch, normalised."""
+    values = f"; {input_range(images)}" if images is not None and images.numel() else ""
     return TrainingError(
-        f"{problem}; the last good checkpoint was kept",
+        f"{problem}{values}; the last good checkpoint was kept",
         f"go on from it with a smaller step: torchmae pretrain --resume {shlex.quote(str(folder.path))} --optim.lr LR "
         "(or --optim.clip_grad 1, or --precision fp32)",
     )
+
+
+def input_range(images: Tensor) -> str:
+    """The range of normalised input values in words, and whether it is what a network can be trained on."""
+    finite = images[images.isfinite()].float()
+    count = images.numel() - finite.numel()
+    texts = [f"{count:,} input values are not finite"] if count else []
+    if finite.numel():
+        low, high = finite.min().item(), finite.max().item()
+        texts.append(f"input values of the last step lie from {low:.3g} to {high:.3g} after normalisation")
+        if max(-low, high) > LARGEST_USUAL:
+            texts.append("which is far from 0: look for fill values with `torchmae data inspect` first")
+    return ", ".join(texts)
 
 
 def interrupted(signal_number: int, state: State, folder: RunFolder) -> Interrupted:

@@ -1,0 +1,174 @@
+"""Layouts of other vision transformers, brought into timm's where the result computes exactly the same."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchmae.errors import CheckpointError
+
+_ATTENTION = re.compile(r"((?:decoder_)?blocks\.\d+\.attn\.)(?:qkv|q|q_proj)\.weight$")
+_SEPARABLE = ("pos_embed_spatial", "pos_embed_temporal", "pos_embed_class")
+_PATCHES = "patch_embed.proj.weight"
+
+Weights = dict[str, Tensor]
+
+
+def convert(weights: Weights, facts: dict[str, Any], size: Sequence[int] | None) -> tuple[Weights, list[str]]:
+    """An encoder's parameters under timm's names and in its shapes, and what was done to them, a sentence each.
+
+    Queries, keys and values that stand apart are joined (an absent bias is zero); separable positions are added up;
+    patches of several frames become those of one picture where `size` is that of pictures.
+
+    Args:
+        weights: with or without the decoder's parameters.
+        facts: what is known of the source; "input_size" is added where the weights and `size` tell it.
+        size: pixels along each axis of the images that the weights were trained on, where they do not show that
+            themselves; two numbers for weights of clips: one frame is wanted.
+
+    Raises:
+        CheckpointError: positions of a grid that is not known.
+    """
+    weights, notes = join_attention(dict(weights))
+    weights, said = _add_up_positions(weights, facts, size)
+    notes += said
+    for name, dimensions in ((_PATCHES, (3, 4, 5)), ("pos_embed", (3,))):
+        if name not in weights:
+            return weights, notes  # as whoever makes an encoder of them says
+        if weights[name].ndim not in dimensions:
+            raise CheckpointError(
+                f"{facts['origin']} is no vision transformer that torchmae has: {name} is {tuple(weights[name].shape)}",
+                "see docs/weights.md",
+            )
+    patch = weights[_PATCHES].shape[2:]
+    if facts.get("input_size") is None:
+        facts["input_size"] = _input_size(weights, patch, size, facts["origin"])
+    if len(patch) == 3 and size is not None and len(size) == 2:
+        weights, said = _one_frame(weights, facts)
+        notes += said
+    return weights, notes
+
+
+def join_attention(weights: Weights) -> tuple[Weights, list[str]]:
+    """`attn.qkv` of what stands apart: q, k and v, or q_bias, k_bias and v_bias; zeros for biases not there."""
+    notes: dict[str, None] = {}
+    blocks = [match[1] for name in weights if (match := _ATTENTION.match(name))]
+    any_bias = any(f"{block}qkv.bias" in weights for block in blocks)
+    for block in blocks:
+        for form in ("", "_proj"):
+            parts = [f"{block}{part}{form}.weight" for part in "qkv"]
+            if all(part in weights for part in parts):
+                weights[f"{block}qkv.weight"] = torch.cat([weights.pop(part) for part in parts])
+                notes["queries, keys and values joined"] = None
+        if f"{block}qkv.weight" not in weights or f"{block}qkv.bias" in weights:
+            continue
+        spellings = [[f"{block}{part}{form}" for form in ("_bias", ".bias", "_proj.bias")] for part in "qkv"]
+        found = [next((weights.pop(name) for name in names if name in weights), None) for names in spellings]
+        if any_bias and all(part is None for part in found):  # this block's alone: damaged, as is said later
+            continue
+        width = len(weights[f"{block}qkv.weight"]) // 3
+        weights[f"{block}qkv.bias"] = torch.cat([torch.zeros(width) if part is None else part for part in found])
+        absent = [part for part, bias in zip("qkv", found, strict=True) if bias is None]
+        notes["biases of queries, keys and values joined" + (f"; zero for {', '.join(absent)}" if absent else "")] = (
+            None
+        )
+    return weights, list(notes)
+
+
+def _add_up_positions(weights: Weights, facts: dict[str, Any], size: Sequence[int] | None) -> tuple[Weights, list[str]]:
+    """`pos_embed` of positions in space and in time, which are added for each patch; frames come first in the order."""
+    if "pos_embed" in weights or not {"pos_embed_spatial", "pos_embed_temporal"} <= set(weights):
+        return weights, []
+    space, time, prefix = (weights.pop(name, None) for name in _SEPARABLE)
+    assert space is not None and time is not None
+    positions = (time[0][:, None] + space[0][None]).flatten(0, 1)[None]
+    if prefix is not None:
+        positions = torch.cat([prefix, positions], dim=1)
+    elif "cls_token" in weights:
+        positions = nn.functional.pad(positions, (0, 0, 1, 0))
+    frames, *patch = weights[_PATCHES].shape[2:]
+    if len(patch) == 2:
+        wanted = None if size is None else tuple(size)[-2:]
+        grid = _plane(space.shape[1], patch, wanted) or _unknown(facts["origin"], space.shape[1], patch, 2)
+        facts["input_size"] = (time.shape[1] * frames, *(n * p for n, p in zip(grid, patch, strict=True)))
+    return {**weights, "pos_embed": positions}, ["separable positions added up: in space, in time"]
+
+
+def _input_size(weights: Weights, patch: Sequence[int], size: Sequence[int] | None, origin: str) -> tuple[int, ...]:
+    """The size of the images that the positions are for: what `size` says if it fits, else square ones."""
+    count = weights["pos_embed"].shape[1]
+    rows = [count - 1, count] if "cls_token" in weights else [count]  # timm's models may give the token no position
+    for patches in rows:
+        grid = _grid(patches, patch, size)
+        if grid is not None:
+            return tuple(n * p for n, p in zip(grid, patch, strict=True))
+    return _unknown(origin, rows[0], patch, len(patch))
+
+
+def _grid(count: int, patch: Sequence[int], size: Sequence[int] | None) -> tuple[int, ...] | None:
+    if len(patch) == 1:
+        return (count,)
+    if len(patch) == 2:
+        return _plane(count, patch, size)
+    if size is None or len(size) not in (2, 3):
+        return None
+    grid = tuple(length // p for length, p in zip(size, patch[-len(size) :], strict=True))
+    if len(grid) == 3:
+        return grid if math.prod(grid) == count else None
+    frames, rest = divmod(count, max(1, math.prod(grid)))
+    return None if rest or not frames else (frames, *grid)
+
+
+def _plane(count: int, patch: Sequence[int], size: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Rows and columns of so many patches: a square where they make one, else those of `size`."""
+    side = math.isqrt(count)
+    if side * side == count:
+        return (side, side)
+    if size is None or len(size) != 2:
+        return None
+    grid = tuple(length // p for length, p in zip(size, patch, strict=True))
+    return grid if math.prod(grid) == count else None
+
+
+def _unknown(origin: str, count: int, patch: Sequence[int], axes: int) -> Any:
+    """Raises CheckpointError, with the grids that so many positions may be of."""
+    grids: list[tuple[int, ...]] = []
+    for side in range(math.isqrt(count), 1, -1):
+        rest, odd = divmod(count, side * side if axes == 3 else side)
+        if not odd:
+            grids.append((rest, side, side) if axes == 3 else (side, rest))
+    shown = ", ".join("x".join(map(str, grid)) for grid in grids[:4]) or "of no rectangle"
+    sizes = [[n * p for n, p in zip(grid, patch, strict=True)] for grid in grids[:1]]
+    more = f", or {sizes[0][1:]} for its first frame alone" if axes == 3 and sizes else ""
+    raise CheckpointError(
+        f"{origin} has {count} positions and does not say of which grid: {shown}",
+        f"say the size of the images it is for, such as --model.input_size {sizes[0]}{more}"
+        if sizes
+        else "see docs/weights.md",
+    )
+
+
+def _one_frame(weights: Weights, facts: dict[str, Any]) -> tuple[Weights, list[str]]:
+    """Weights of clips as weights of pictures: what they compute of a clip that is one picture, at its first place."""
+    length = weights[_PATCHES].shape[2]
+    frames, *size = facts["input_size"]
+    patches = math.prod(n // p for n, p in zip(size, weights[_PATCHES].shape[3:], strict=True))
+    facts["input_size"] = tuple(size)
+    positions = weights["pos_embed"]
+    prefix = positions.shape[1] % patches  # the class token's row, where it has one
+    weights = {
+        **weights,
+        _PATCHES: weights[_PATCHES].sum(2),
+        "pos_embed": positions[:, : prefix + patches],
+    }
+    notes = []
+    if length > 1:
+        notes.append(f"patches of {length} frames summed: exact for a picture that is shown {length} times")
+    if frames > length:
+        notes.append(f"positions of the first of {frames // length} frames")
+    return weights, notes

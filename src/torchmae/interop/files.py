@@ -1,0 +1,187 @@
+"""Weight files of others: what a file is by its first bytes, and its content as tensors and plain values.
+
+Nothing in a file is ever run. NumPy's values are read by `_Array` and its neighbours here, not by NumPy's own
+unpickling, and paths become text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import re
+import struct
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from torchmae.errors import CheckpointError
+
+_COPY_AGAIN = "copy or download it again"
+_NUMBERS = re.compile(r"[biufc?]\d{0,2}$")
+_PATHS = ("PurePath", "PurePosixPath", "PureWindowsPath", "Path", "PosixPath", "WindowsPath")
+_TEXT = bytes([*b"\t\n\r", *range(32, 127)])
+# First bytes, lower case, of what is saved in place of weights: what it is, and what to do.
+_IN_PLACE = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the weights", "fetch them: git lfs pull"),
+    (b"<!doctype", "a web page", f"{_COPY_AGAIN}; the address may want a login"),
+    (b"<html", "a web page", f"{_COPY_AGAIN}; the address may want a login"),
+    (b"<?xml", "an XML text, as a server's refusal is", f"{_COPY_AGAIN}; the address may want a login"),
+    (b"\x1f\x8b", "compressed by gzip", "unpack it: gunzip"),
+    (b"\x89hdf", "an HDF5 file", "convert it to .safetensors"),
+)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The content of a .safetensors file, or of one that torch.save wrote, told apart by their bytes.
+
+    Returns:
+        Values by name, as they were saved: tensors, plain values, and dictionaries and lists of them.
+
+    Raises:
+        CheckpointError: another kind of file, one that is damaged or cut short, or that asks for code to be run.
+    """
+    try:
+        check_content(path)
+        content = load_file(path) if _is_safetensors(path) else _load_pickled(path)
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as error:
+        what = re.search(r"GLOBAL (\S+)", str(error))
+        raise CheckpointError(
+            f"{path} is no file of plain tensors" + (f": it asks for {what[1]}" if what else ""),
+            "torchmae does not run code from files; save its state_dict alone, best as .safetensors",
+        ) from error
+    except Exception as error:  # a file that is damaged, or something else, makes torch.load raise nearly anything
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise CheckpointError(f"cannot read {path}: {reason}", "give a .safetensors or .pth file of weights") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}", "give a state_dict, saved by name")
+    return content
+
+
+def check_content(path: Path) -> None:
+    """Refuses what is often saved in place of weights, and what is left of them where a download stopped.
+
+    Raises:
+        CheckpointError: it says what the file is.
+        OSError: it cannot be read.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(4096)
+    if not size:
+        raise CheckpointError(f"{path} is empty", _COPY_AGAIN)
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    for start, what, fix in _IN_PLACE:
+        if text.startswith(start):
+            raise CheckpointError(f"{path} is {what}", fix)
+    if not head.translate(None, _TEXT):
+        shown = " ".join(head[:60].decode("ascii").split())
+        raise CheckpointError(f"{path} is text, which begins {shown!r}, and not weights", _COPY_AGAIN)
+    if not any(head) and _only_zeros(path):
+        raise CheckpointError(f"{path} holds {size:,} bytes that are all zero: its content never arrived", _COPY_AGAIN)
+    if _is_safetensors(path) and (stated := _stated_size(path, size)) > size:
+        raise CheckpointError(f"{path} is cut short: it has {size:,} bytes of {stated:,} or more", _COPY_AGAIN)
+    if head.startswith(b"PK\x03\x04"):
+        if not zipfile.is_zipfile(path):
+            raise CheckpointError(f"{path} is cut short: the end of its archive is missing", _COPY_AGAIN)
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if not any(name.endswith("data.pkl") for name in names):
+            raise CheckpointError(
+                f"{path} is an archive of other files ({', '.join(names[:2])}, ...)", "give the weight file itself"
+            )
+
+
+def _only_zeros(path: Path) -> bool:
+    with path.open("rb") as file:
+        return all(chunk.count(0) == len(chunk) for chunk in iter(lambda: file.read(1 << 20), b""))
+
+
+def _is_safetensors(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def _stated_size(path: Path, size: int) -> int:
+    """The bytes that a safetensors file should have by its header, as far as that can be read."""
+    with path.open("rb") as file:
+        (header,) = struct.unpack("<Q", file.read(8))
+        text = file.read(header) if header < size else b""
+    end = 0
+    with suppress(ValueError, AttributeError, KeyError, TypeError):  # no JSON of tensors, which load_file says
+        end = max(item["data_offsets"][1] for name, item in json.loads(text).items() if name != "__metadata__")
+    return int(8 + header + end)
+
+
+def _load_pickled(path: Path) -> Any:
+    stand_ins: list[Any] = [argparse.Namespace]  # the options of the released code's training: plain data
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+        stand_ins += [(_scalar, f"{module}.scalar"), (_Array, f"{module}._reconstruct")]
+    stand_ins += [(_Array, "numpy.ndarray"), (_Dtype, "numpy.dtype")]
+    stand_ins += [(_no_bytes, f"{module}.bytes") for module in ("builtins", "__builtin__")]
+    stand_ins += [(_path, f"{module}.{name}") for module in ("pathlib", "pathlib._local") for name in _PATHS]
+    with torch.serialization.safe_globals(stand_ins), path.open("rb") as file:  # by a path, its name would count
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+class _Dtype:
+    """In the place of numpy.dtype: a number's kind and size; None of any other kind."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        self.code = code if isinstance(code, str) and _NUMBERS.match(code) else None
+        self.order = "<"
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.order = ">" if state[1] == ">" else "<"
+
+    def read(self, raw: Any, shape: Any, *, columns_first: bool = False) -> Any:
+        """The array of these bytes, in the machine's order; None where they are no numbers."""
+        if self.code is None or not isinstance(raw, bytes):
+            return None
+        dtype = np.dtype(self.order + self.code)
+        array = np.frombuffer(raw, dtype) if raw else np.empty(0, dtype)
+        array = array.reshape(shape, order="F" if columns_first else "C")
+        return np.array(array, dtype.newbyteorder("="), order="C")
+
+
+class _Array:
+    """In the place of numpy.ndarray: `value` is the array; None of what is not numbers."""
+
+    def __init__(self, *_: Any) -> None:
+        self.value: Any = None
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, dtype, columns_first, raw = state
+        if isinstance(dtype, _Dtype):
+            self.value = dtype.read(raw, shape, columns_first=bool(columns_first))
+
+
+def _scalar(dtype: Any, raw: Any = b"") -> Any:
+    """In the place of NumPy's scalars: a Python number; None of what is none."""
+    value = dtype.read(raw, ()) if isinstance(dtype, _Dtype) else None
+    return None if value is None else value.item()
+
+
+def _no_bytes(*_: Any) -> bytes:
+    """In the place of bytes, which arrays without values call without arguments."""
+    return b""
+
+
+def _path(*parts: Any) -> str:
+    return "/".join(map(str, parts))
+
+
+def plain(value: Any) -> Any:
+    """A value of `read_file` with NumPy's arrays as tensors; what is not a number stays None."""
+    if not isinstance(value, _Array):
+        return value
+    with suppress(TypeError):  # kinds of numbers that torch has not
+        return None if value.value is None else torch.from_numpy(value.value)
+    return None
