@@ -30,8 +30,8 @@ def build_augment(
     """The augmentation of a training batch, (B, C, H, W) normalised images and (B,) labels.
 
     RandAugment (Cubuk et al. 2020) draws two operations for every IMAGES_PER_DRAW images; unlike in timm the strength
-    does not vary from image to image. Then one of mixup (Zhang et al. 2018) and cutmix (Yun et al. 2019), each as often,
-    if there are any.
+    does not vary from image to image. Then one of mixup (Zhang et al. 2018) and cutmix (Yun et al. 2019), each as
+    often, if there are any.
     Random numbers are drawn from torch's generator, which a training loop that can be resumed seeds at every step.
 
     Args:
