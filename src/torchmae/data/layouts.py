@@ -14,6 +14,7 @@ import numpy as np
 
 from torchmae.data.decode import IMAGE_SUFFIXES, check_channels
 from torchmae.data.hub import HUB_PREFIX, hub_splits
+from torchmae.data.labels import ordered_classes
 from torchmae.data.lists import csv_splits, is_pattern, matching, pattern_source, text_source
 from torchmae.data.named import NAMED, open_named
 from torchmae.data.parquet import ParquetSource
@@ -182,7 +183,8 @@ def folder_splits(
         runs = {"train": sorted(run for members in runs.values() for run in members)}
         depth = 0
     of_run = {split: _class_names(members, depth) for split, members in runs.items()}
-    classes = sorted({name for names in of_run.values() for name in names or ()})
+    trained = set(of_run["train"] or ())
+    classes = ordered_classes(trained, (name for names in of_run.values() for name in names or ()))
     number = {name: i for i, name in enumerate(classes)}
     splits: dict[str, Source] = {}
     for split, members in runs.items():
@@ -190,7 +192,8 @@ def folder_splits(
         if of_members is not None and len(classes) > 1:
             labels = np.repeat([number[name] for name in of_members], [run.size for run in members])
         names = join_strings([listing.names.between(run.start, run.start + run.size) for run in members])
-        splits[split] = FileSource(folder, names, labels, None if labels is None else classes, channels)
+        own = classes[: len(trained)] if split == "train" else classes
+        splits[split] = FileSource(folder, names, labels, None if labels is None else own, channels)
     return splits
 
 

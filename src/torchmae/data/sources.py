@@ -400,14 +400,3 @@ class Subset:
         same = copy.copy(self)
         same.source = self.source.with_channels(channels)
         return same
-
-
-def relabel(source: Source, classes: tuple[str, ...]) -> Source:
-    """The same images with labels that count in `classes`; -1 for a class that is not among them.
-
-    Without names, labels keep their numbers.
-    """
-    if source.labels is None or source.classes is None or source.classes == classes:
-        return source
-    numbers = np.array([classes.index(name) if name in classes else -1 for name in source.classes] + [-1])
-    return Subset(source, np.arange(len(source)), numbers[source.labels].astype(np.int64), classes)

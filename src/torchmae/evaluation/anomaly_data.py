@@ -10,6 +10,7 @@ import torch
 
 from torchmae.data.decode import BadFiles
 from torchmae.data.layouts import open_splits
+from torchmae.data.opening import check_apart
 from torchmae.data.reading import Progress, probe
 from torchmae.data.sources import Source, Subset
 from torchmae.errors import ConfigError, DataError
@@ -55,8 +56,7 @@ def open_anomaly_data(
     sources = open_splits(normal, options.root, spatial_dims=len(input_size), progress=progress)
     tests = open_splits(test, options.root, spatial_dims=len(input_size), progress=progress)
     split = next(name for name in ("test", "val", "train") if name in tests)
-    if test == normal and split == "train":
-        raise ConfigError(f"{test} has no test split, and its images are the normal ones", "give others to test")
+    check_apart(tests[split], sources["train"], f"test {test!r} has no test split, and", "other images to test")
     known = sources["train"] if normal_classes is None else only_classes(sources["train"], normal_classes)
     names = {GOOD} | folder_names(known) if normal_classes is None else set(normal_classes)
     pair = []
