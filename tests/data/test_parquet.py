@@ -8,6 +8,7 @@ import pytest
 from picture_files import picture, rows_of, write_parquet
 
 from torchmae.data import parquet
+from torchmae.data.formats import Context
 from torchmae.data.parquet import ParquetSource
 from torchmae.errors import ConfigError, DataError
 
@@ -36,7 +37,9 @@ def test_large_tables_are_unpacked_once(tmp_path: Path, monkeypatch: pytest.Monk
     unpacked: list[tuple[int, int]] = []
 
     def opened() -> ParquetSource:
-        return ParquetSource([tmp_path / "a.parquet"], None, lambda what, done, total: unpacked.append((done, total)))
+        return ParquetSource(
+            [tmp_path / "a.parquet"], Context(progress=lambda what, done, total: unpacked.append((done, total)))
+        )
 
     source = opened()
     sent = pickle.dumps(source)

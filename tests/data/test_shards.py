@@ -27,7 +27,7 @@ def test_webdataset_shards(tmp_path: Path) -> None:
         write_tar(tmp_path / f"train-{i}.tar", samples(4, start=4 * i))
     write_tar(tmp_path / "val-0.tar", samples(2, start=12))
     (tmp_path / "classes.txt").write_text("ant\nbee\ncat\n")
-    splits = open_splits(str(tmp_path), "data")
+    splits = open_splits(str(tmp_path))
     assert {split: len(item) for split, item in splits.items()} == {"train": 12, "val": 2}
     train = splits["train"]
     assert train.labels.tolist() == [i % 3 for i in range(12)]
@@ -37,7 +37,7 @@ def test_webdataset_shards(tmp_path: Path) -> None:
         np.testing.assert_array_equal(train.read(index), picture(seed=index))
         np.testing.assert_array_equal(pickle.loads(pickle.dumps(train)).read(index), picture(seed=index))
     assert train.with_channels(1).read(5).shape == (12, 16, 1)
-    by_pattern = open_splits(f"{tmp_path}/train-{{2..1}}.tar", "data")["train"]
+    by_pattern = open_splits(f"{tmp_path}/train-{{2..1}}.tar")["train"]
     assert [by_pattern.name(i) for i in (0, 7)] == ["train-1.tar/0004.png", "train-2.tar/0011.png"]  # sorted
 
 
@@ -126,10 +126,10 @@ def test_damaged_tars(tmp_path: Path, damage, message: str) -> None:
 def test_tars_that_cannot_be_used(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", samples(2), "w:gz")
     with pytest.raises(DataError, match="is no uncompressed tar file .*; unpack it if it is compressed"):
-        open_splits(str(tmp_path / "x.tar"), "data")
+        open_splits(str(tmp_path / "x.tar"))
     write_tar(tmp_path / "y.tar", {"a.txt": b"text"})
-    with pytest.raises(DataError, match=r"y.tar holds no images; accepted are .bmp"):
-        open_splits(str(tmp_path / "y.tar"), "data")
+    with pytest.raises(DataError, match=r"y.tar holds no images; accepted are .jpg"):
+        open_splits(str(tmp_path / "y.tar"))
 
 
 def test_a_shard_that_vanished_is_an_unreadable_image(tmp_path: Path) -> None:

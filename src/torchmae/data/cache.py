@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from typing import IO, BinaryIO
 
-from torchmae.errors import ConfigError, DataError
+from torchmae.errors import ConfigError
 
 _DEFAULT_GIB = 50.0
 
@@ -34,61 +31,3 @@ def cache_limit() -> int:
     if not 0 < gib < float("inf"):
         raise ConfigError(f"TORCHMAE_CACHE_GIB is {given!r}", "set it to a number of GiB above 0, or unset it")
     return int(gib * 2**30)
-
-
-def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Writes a file whole or not at all: under another name, flushed, renamed. Makes its folder.
-
-    Args:
-        path: the file; one that is there is replaced.
-        write: puts the content into an open file, which it may seek in.
-
-    Raises:
-        DataError: the folder cannot be made or written to, or the disk is full.
-    """
-    writing = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with writing.open("wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            writing.replace(path)
-        except BaseException:
-            with suppress(OSError):
-                writing.unlink()
-            raise
-    except OSError as error:
-        raise DataError(
-            f"cannot write {path}: {error.strerror or error}", "free space, or name another folder"
-        ) from error
-
-
-def lock_file(path: Path) -> BinaryIO | None:
-    """Takes a lock that lasts until the file returned is closed, or until this process ends in whatever way.
-
-    Returns:
-        The file, made where it was not there; None where the system or the disk knows no locks, or it cannot be made.
-
-    Raises:
-        BlockingIOError: another process has it, here or on another machine that shares the disk.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    try:
-        file = path.open("ab")
-    except OSError:  # whoever writes there next says why it cannot be
-        return None
-    try:
-        # Not flock: children that outlive a killed process would hold its lock.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        file.close()
-        raise BlockingIOError(f"{path} is locked") from error
-    except OSError:  # a disk that knows no locks
-        file.close()
-        return None
-    return file

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from torchmae.data.formats import Context
 from torchmae.data.sources import EncodedSource, FileSource, Source, check_size, digest
 from torchmae.errors import ConfigError, DataError
 
@@ -27,11 +28,11 @@ class HubSource(EncodedSource):
         label: the column of labels, if there is one.
         title: what to call the images in messages.
         folder: the only folder, beside the library's cache, that a table may name files in.
-        channels: 1 or 3; None: what each image has.
+        context: how the images are read.
     """
 
     def __init__(
-        self, rows: Any, image: str, label: str | None, title: str, folder: Path | None, channels: int | None
+        self, rows: Any, image: str, label: str | None, title: str, folder: Path | None, context: Context
     ) -> None:
         labels = None
         if label is not None:
@@ -39,7 +40,7 @@ class HubSource(EncodedSource):
             indices = getattr(rows, "_indices", None)
             labels = column if indices is None else column[indices.column(0).to_numpy()]
         names = getattr(rows.features[label], "names", None) if label is not None else None
-        super().__init__(len(rows), labels, names, channels, title)
+        super().__init__(len(rows), labels, names, context, title)
         self._rows = rows.select_columns([image])
         self._image = image
         self._title = title
@@ -76,13 +77,13 @@ def _cache_of(rows: Any) -> Path | None:
     return Path(files[0]["filename"]).parents[0] if files else None
 
 
-def hub_splits(spec: str, split_names: Mapping[str, str], channels: int | None = None) -> dict[str, Source]:
+def hub_splits(spec: str, split_names: Mapping[str, str], context: Context = Context()) -> dict[str, Source]:
     """The splits of a data set that the `datasets` library loads; it downloads what it does not have.
 
     Args:
         spec: what follows the prefix: user/name, user/name:configuration, or the path of a folder.
         split_names: what the names of its splits mean; others are left out, unless nothing else is there to train on.
-        channels: 1 or 3; None: what each image has.
+        context: how the images are read.
 
     Raises:
         ConfigError: the library is not installed.
@@ -103,10 +104,10 @@ def hub_splits(spec: str, split_names: Mapping[str, str], channels: int | None =
     if "train" not in groups:
         first = next(iter(loaded))
         groups["train"] = loaded[first]
-    return {split: _source(library, rows, f"{name}/{split}", folder, channels) for split, rows in groups.items()}
+    return {split: _source(library, rows, f"{name}/{split}", folder, context) for split, rows in groups.items()}
 
 
-def _source(library: Any, rows: Any, title: str, folder: Path | None, channels: int | None) -> HubSource:
+def _source(library: Any, rows: Any, title: str, folder: Path | None, context: Context) -> HubSource:
     images = [name for name, feature in rows.features.items() if isinstance(feature, library.Image)]
     if not images:
         raise DataError(f"none of the columns {', '.join(rows.features)} of {title} holds images")
@@ -114,7 +115,7 @@ def _source(library: Any, rows: Any, title: str, folder: Path | None, channels: 
     if label is not None and getattr(rows.features[label], "dtype", "") not in ("int8", "int16", "int32", "int64"):
         label = None
     encoded = rows.cast_column(images[0], library.Image(decode=False))
-    return HubSource(encoded, images[0], label, title, folder, channels)
+    return HubSource(encoded, images[0], label, title, folder, context)
 
 
 def _import_datasets() -> Any:

@@ -14,13 +14,14 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from torchmae.data.cache import cache_folder, write_whole
-from torchmae.data.decode import IMAGE_SUFFIXES
-from torchmae.data.reading import Progress
+from torchmae.data.arrays import unpacked_bytes
+from torchmae.data.cache import cache_folder
+from torchmae.data.formats import Context, picture_suffixes
 from torchmae.data.remote import Place, RemoteBytes, beside, last_name, open_place, place_version, shown
-from torchmae.data.sources import MAX_BYTES, EncodedSource, Labels, digest, printable, spread, unpacked_bytes
+from torchmae.data.sources import MAX_BYTES, EncodedSource, Labels, digest, printable, spread
 from torchmae.data.strings import Strings, StringsWriter
 from torchmae.errors import DataError
+from torchmae.files import replace_file
 
 INDEX_SUFFIX = ".index.npz"
 """What an index that lies beside its shard adds to the shard's name."""
@@ -61,14 +62,13 @@ class ShardSource(EncodedSource):
 
     Args:
         shards: uncompressed tar files: paths or URLs.
-        channels: 1 or 3; None: what each image has.
-        progress: told how far indexing is.
+        context: how the images are read.
 
     Raises:
         DataError: a file that is no tar file, is compressed or damaged; or no images in any of them.
     """
 
-    def __init__(self, shards: Sequence[Place], channels: int | None = None, progress: Progress | None = None) -> None:
+    def __init__(self, shards: Sequence[Place], context: Context = Context()) -> None:
         self._shards = list(shards)
         self._versions: list[tuple[int, str]] = []
         self._indexes: list[ShardIndex] = []
@@ -76,17 +76,17 @@ class ShardSource(EncodedSource):
             for version, index in pool.map(_open, self._shards):
                 self._versions.append(version)
                 self._indexes.append(index)
-                if progress is not None:
-                    progress("indexing shards", len(self._indexes), len(self._shards))
+                if context.progress is not None:
+                    context.progress("indexing shards", len(self._indexes), len(self._shards))
         self._starts = np.cumsum([0] + [len(index.sizes) for index in self._indexes])
         if not self._starts[-1]:
-            raise DataError(f"{shown(str(shards[0]))} holds no images", f"accepted are {', '.join(IMAGE_SUFFIXES)}")
+            raise DataError(f"{shown(str(shards[0]))} holds no images", f"accepted are {', '.join(picture_suffixes())}")
         labels = np.concatenate([index.labels for index in self._indexes])
         super().__init__(
             int(self._starts[-1]),
             labels if (labels >= 0).any() else None,
             _class_names(self._shards[0], labels),
-            channels,
+            context,
             last_name(self._shards[0]),
         )
         self._remote = {
@@ -215,7 +215,7 @@ def write_index(path: Path, index: ShardIndex, size: int) -> None:
         "sizes": index.sizes,
         "labels": index.labels,
     }
-    write_whole(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
+    replace_file(path, lambda file: np.savez(file, allow_pickle=False, **arrays), DataError)
 
 
 def _read_index(place: Place, size: int) -> ShardIndex | None:
@@ -298,7 +298,7 @@ def _scan(file: IO[bytes], size: int, name: str) -> ShardIndex:
             if this_key != key:
                 labels_of[first:] = [label] * (len(rows) - first)
                 key, first, label = this_key, len(rows), -1
-            if suffix in IMAGE_SUFFIXES:
+            if suffix in picture_suffixes():
                 names.add(_bytes(member.name))
                 rows.append((member.offset_data, member.size))
                 labels_of.append(-1)

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from torchmae.data.decode import BadFiles
+from torchmae.data.formats import Context, Progress
 from torchmae.data.layouts import open_splits
-from torchmae.data.reading import Progress, probe
+from torchmae.data.reading import BadFiles, probe
 from torchmae.data.sources import Source, Subset
 from torchmae.errors import ConfigError, DataError
 from torchmae.evaluation.images import ImageSet, Normalisation, check_sizes, with_channels
@@ -52,8 +52,8 @@ def open_anomaly_data(
         ConfigError: images that do not fit the model, a class that does not exist, or the same images twice.
         DataError: data that is missing, without classes, or without normal or without anomalous images.
     """
-    sources = open_splits(normal, options.root, spatial_dims=len(input_size), progress=progress)
-    tests = open_splits(test, options.root, spatial_dims=len(input_size), progress=progress)
+    context = Context.of(options, spatial_dims=len(input_size), progress=progress)
+    sources, tests = open_splits(normal, context), open_splits(test, context)
     split = next(name for name in ("test", "val", "train") if name in tests)
     if test == normal and split == "train":
         raise ConfigError(f"{test} has no test split, and its images are the normal ones", "give others to test")

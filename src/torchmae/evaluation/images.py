@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from torchmae.config import DataConfig
-from torchmae.data.decode import BadFiles
+from torchmae.data.arrays import DoesNotFitError, Held, hold
+from torchmae.data.formats import Context, Progress
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import Batch, ImageLoader
-from torchmae.data.memory import DoesNotFitError, Held, hold
 from torchmae.data.plan import Indices, hold_out
-from torchmae.data.reading import Probe, Progress, probe, reader_processes, statistics
+from torchmae.data.reading import BadFiles, Probe, probe, reader_processes, statistics
 from torchmae.data.sources import Source, Subset, relabel
 from torchmae.data.worker import View
 from torchmae.errors import ConfigError, DataError, one_of
@@ -176,7 +176,7 @@ def open_evaluation_data(
         ConfigError: options that do not fit the data, or data that does not fit the model.
         DataError: data that is missing, empty, unreadable, or without the labels needed.
     """
-    train, test = choose_sources(options, spatial_dims=len(input_size), progress=progress)
+    train, test = choose_sources(options, Context.of(options.data, spatial_dims=len(input_size), progress=progress))
     notes: tuple[str, ...] = ()
     if labelled:
         given = len(train), len(test)
@@ -247,7 +247,7 @@ def open_parts(
         DataError: data that is missing, empty or unreadable.
     """
     assert data.source is not None
-    splits = open_splits(data.source, data.root, spatial_dims=len(input_size), progress=progress)
+    splits = open_splits(data.source, Context.of(data, spatial_dims=len(input_size), progress=progress))
     if split != "all":
         one_of("split", split, splits)
     sources = [splits[name] for name in ("train", "val", "test") if name in splits and split in (name, "all")]
@@ -270,12 +270,10 @@ def open_parts(
     return parts, notes
 
 
-def choose_sources(
-    options: EvaluateOptions, spatial_dims: int, progress: Progress | None = None
-) -> tuple[Source, Source]:
+def choose_sources(options: EvaluateOptions, context: Context) -> tuple[Source, Source]:
     """Training and test images, as `EvaluateOptions.test_data` says."""
     assert options.data.source is not None
-    splits = open_splits(options.data.source, options.data.root, spatial_dims=spatial_dims, progress=progress)
+    splits = open_splits(options.data.source, context)
     train = splits["train"]
     name = options.test_data or next((name for name in ("test", "val") if name in splits), HELD_OUT)
     if name == "train":
@@ -288,7 +286,7 @@ def choose_sources(
     if name in splits:
         return train, splits[name]
     try:
-        others = open_splits(name, options.data.root, spatial_dims=spatial_dims, progress=progress)
+        others = open_splits(name, context)
     except DataError as error:
         known = ", ".join([*(split for split in splits if split != "train"), HELD_OUT, "or a path"])
         raise ConfigError(f"test_data {name!r} cannot be used: {error.problem}", f"choose from {known}") from error
