@@ -32,9 +32,9 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from torchmae.data import jpeg, worker
-from torchmae.data.decode import BadFiles
 from torchmae.data.loader import ImageLoader
 from torchmae.data.plan import Plan
+from torchmae.data.reading import BadFiles
 from torchmae.data.sources import EncodedSource
 from torchmae.data.transforms import Boxes, mirror
 from torchmae.data.worker import Reader, Request, View, boxes_of, crop_numbers, cut, draw_flips

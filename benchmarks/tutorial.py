@@ -83,7 +83,7 @@ def measure_all(source: str, minutes: float, title: str) -> dict[str, Any]:
             environment = json.loads((run.path / "environment.json").read_text(encoding="utf-8"))
             trained[name] = torchmae.load(run.path)
     results["environment"] = {key: environment[key] for key in ("torchmae", "torch", "processor", "threads")}
-    test = open_splits(source, "data")["test"]
+    test = open_splits(source)["test"]
     arrays = [test.read(int(index)) for index in spread(len(test), HELD_OUT)]
     images = trained["vit"].preprocess(*arrays)  # all three have the same normalisation
     patches = trained["vit"].mask(len(images), strategy="random", ratio=PATCH_RATIO)

@@ -14,6 +14,7 @@ import torch
 import torchmae
 from torchmae import settings
 from torchmae.config import PretrainConfig
+from torchmae.data.formats import Context
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import one_line_when_a_worker_ends
 from torchmae.data.opening import Data, open_data
@@ -152,7 +153,8 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, *, resume: bool) -
         arguments = presets.arguments(config.model.preset, **overrides(config))
         check_model(config, arguments)
         if ranks.world_size > 1:  # rank 0 first: what is downloaded or indexed is so once
-            ranks.on_main(lambda: len(open_splits(config.data.source, config.data.root, progress=display.preparing)))
+            context = Context.of(config.data, spatial_dims=len(arguments["input_size"]), progress=display.preparing)
+            ranks.on_main(lambda: len(open_splits(config.data.source, context)))
         data = open_data(
             replace(config.data, num_workers=share_of_cores(config.data.num_workers, ranks)),
             input_size=arguments["input_size"],

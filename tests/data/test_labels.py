@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from torchmae.data.arrays import ArraySource
 from torchmae.data.labels import from_texts, in_one_list, in_training_classes, ordered_classes, read_labels
-from torchmae.data.sources import ArraySource
 
 
 def source(labels: list[int] | None, classes: tuple[str, ...] | None = None) -> ArraySource:

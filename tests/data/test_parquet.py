@@ -13,6 +13,7 @@ import pytest
 from picture_files import picture, rows_of, write_parquet
 
 from torchmae.data import parquet
+from torchmae.data.formats import Context
 from torchmae.data.parquet import ParquetSource
 from torchmae.errors import ConfigError, DataError
 
@@ -41,7 +42,9 @@ def test_large_tables_are_unpacked_once(tmp_path: Path, monkeypatch: pytest.Monk
     unpacked: list[tuple[int, int]] = []
 
     def opened() -> ParquetSource:
-        return ParquetSource([tmp_path / "a.parquet"], None, lambda what, done, total: unpacked.append((done, total)))
+        return ParquetSource(
+            [tmp_path / "a.parquet"], Context(progress=lambda what, done, total: unpacked.append((done, total)))
+        )
 
     source = opened()
     sent = pickle.dumps(source)
@@ -97,7 +100,7 @@ def test_the_limit_of_the_cache_covers_tables_and_spares_what_is_read(
 def _open_at_once(folder: Path, ready: Any, found: Any) -> None:
     unpacked: list[int] = []
     ready.wait()
-    source = ParquetSource([folder / "a.parquet"], None, lambda what, done, total: unpacked.append(done))
+    source = ParquetSource([folder / "a.parquet"], Context(progress=lambda what, done, total: unpacked.append(done)))
     np.testing.assert_array_equal(source.read(2), picture(seed=2))
     found.put(len(unpacked))
 

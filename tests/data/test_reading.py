@@ -8,9 +8,11 @@ from picture_files import picture
 from PIL import Image
 
 from torchmae.data import reading
+from torchmae.data.arrays import ArraySource, hold
+from torchmae.data.formats import Context
 from torchmae.data.layouts import folder_splits
-from torchmae.data.reading import MAX_MISSES, probe, read_many, read_or_next, statistics
-from torchmae.data.sources import ArraySource, Source
+from torchmae.data.reading import MAX_MISSES, BadFiles, probe, read_many, read_or_next, statistics
+from torchmae.data.sources import Source
 from torchmae.errors import DataError
 
 
@@ -62,14 +64,14 @@ def test_reading_many_keeps_the_order(
 def test_probe_finds_channels_sizes_and_type(write_pictures, tmp_path: Path) -> None:
     write_pictures("a.png", "b.png")
     source = folder_splits(tmp_path)["train"]
-    assert (probe(source).channels, probe(source).sizes, probe(source).dtype) == (3, {(12, 16)}, np.uint8)
+    assert (probe(source).channels, probe(source).sizes) == (3, {(12, 16)})
     for name in ("a", "b"):
         Image.fromarray(picture(5, 7)).convert("L").save(tmp_path / f"{name}.png")
     assert (probe(source).channels, probe(source).sizes) == (1, {(5, 7)})
     Image.fromarray(np.zeros((6, 7), np.uint16)).save(tmp_path / "a.png")
     write_pictures("c.png")
     mixed = probe(folder_splits(tmp_path)["train"])
-    assert (mixed.channels, mixed.sizes, mixed.dtype) == (3, {(6, 7), (5, 7), (12, 16)}, np.uint16)
+    assert (mixed.channels, mixed.sizes) == (3, {(6, 7), (5, 7), (12, 16)})
 
 
 @pytest.mark.parametrize(("dtype", "high"), [("uint8", 255), ("uint16", 65535), ("float32", 1)])
@@ -108,7 +110,16 @@ def test_statistics_of_a_sample_reaches_over_the_whole_source() -> None:
 
 
 def test_values_that_are_not_finite_are_named() -> None:
-    images = np.zeros((3, 2, 2), np.float32)
+    images = np.random.default_rng(0).random((6, 2, 2), np.float32)
     images[1, 0, 0] = np.inf
-    with pytest.raises(DataError, match="array/1 holds values that are not finite"):
-        statistics(ArraySource(images))
+    source = ArraySource(images)
+    with pytest.raises(DataError, match="array/1: holds values that are not finite"):
+        source.read(1)
+    bad = BadFiles(6, 0.2)
+    held = hold(source, float("inf"), bad)
+    np.testing.assert_array_equal(held.gather(np.arange(6))[:, 0], images[[0, 2, 2, 3, 4, 5]])
+    assert [name for name, _ in bad.items] == ["array/1"]
+    with pytest.raises(DataError, match=r"--data\.nodata nan"):
+        hold(source, float("inf"), BadFiles(6, 0))
+    filled = ArraySource(images, context=Context(nodata="nan")).read(1)
+    assert filled[0, 0, 0] == pytest.approx(images[1].ravel()[1:].mean())

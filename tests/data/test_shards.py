@@ -12,6 +12,7 @@ from picture_files import picture
 from tar_files import png, samples, write_tar
 
 from torchmae.data import shards
+from torchmae.data.formats import Context
 from torchmae.data.layouts import open_splits
 from torchmae.data.shards import ShardSource, build_index, open_index, write_index
 from torchmae.errors import DataError
@@ -28,7 +29,7 @@ def test_webdataset_shards(tmp_path: Path) -> None:
         write_tar(tmp_path / f"train-{i}.tar", samples(4, start=4 * i))
     write_tar(tmp_path / "val-0.tar", samples(2, start=12))
     (tmp_path / "classes.txt").write_text("ant\nbee\ncat\n")
-    splits = open_splits(str(tmp_path), "data")
+    splits = open_splits(str(tmp_path))
     assert {split: len(item) for split, item in splits.items()} == {"train": 12, "val": 2}
     train = splits["train"]
     assert train.labels.tolist() == [i % 3 for i in range(12)]
@@ -38,7 +39,7 @@ def test_webdataset_shards(tmp_path: Path) -> None:
         np.testing.assert_array_equal(train.read(index), picture(seed=index))
         np.testing.assert_array_equal(pickle.loads(pickle.dumps(train)).read(index), picture(seed=index))
     assert train.with_channels(1).read(5).shape == (12, 16, 1)
-    by_pattern = open_splits(f"{tmp_path}/train-{{2..1}}.tar", "data")["train"]
+    by_pattern = open_splits(f"{tmp_path}/train-{{2..1}}.tar")["train"]
     assert [by_pattern.name(i) for i in (0, 7)] == ["train-1.tar/0004.png", "train-2.tar/0011.png"]  # sorted
 
 
@@ -81,17 +82,17 @@ def test_several_pictures_in_a_sample_need_a_choice(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"3 samples of x.tar have several pictures: 00 has png, seg.png") as caught:
         ShardSource([tmp_path / "x.tar"])
     assert caught.value.fix == "choose one with --data.member png, or --data.member all"
-    masks = ShardSource([tmp_path / "x.tar"], member="seg.png")
+    masks = ShardSource([tmp_path / "x.tar"], Context(member="seg.png"))
     assert masks.labels.tolist() == [0, 1, 2]
     np.testing.assert_array_equal(masks.read(2), picture(seed=21))
-    assert len(ShardSource([tmp_path / "x.tar"], member="all")) == 6
+    assert len(ShardSource([tmp_path / "x.tar"], Context(member="all"))) == 6
     with pytest.raises(DataError, match=r"no sample of x.tar has a picture 'jpg'; choose from png, seg.png"):
-        ShardSource([tmp_path / "x.tar"], member="jpg")
+        ShardSource([tmp_path / "x.tar"], Context(member="jpg"))
     (tmp_path / "again.png").write_bytes(png(5))
     with tarfile.open(tmp_path / "x.tar", "a") as archive:  # a second picture of that name
         archive.add(tmp_path / "again.png", "01.png")
     with pytest.raises(DataError, match=r"1 samples of x.tar have several pictures: 01 has png, seg.png, png"):
-        ShardSource([tmp_path / "x.tar"], member="png")
+        ShardSource([tmp_path / "x.tar"], Context(member="png"))
 
 
 def test_names_cannot_forge_lines(tmp_path: Path) -> None:
@@ -160,10 +161,10 @@ def test_damaged_tars(tmp_path: Path, damage, message: str) -> None:
 def test_tars_that_cannot_be_used(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", samples(2), "w:gz")
     with pytest.raises(DataError, match="is no uncompressed tar file .*; unpack it if it is compressed"):
-        open_splits(str(tmp_path / "x.tar"), "data")
+        open_splits(str(tmp_path / "x.tar"))
     write_tar(tmp_path / "y.tar", {"a.txt": b"text"})
-    with pytest.raises(DataError, match=r"y.tar holds no images; accepted are .bmp"):
-        open_splits(str(tmp_path / "y.tar"), "data")
+    with pytest.raises(DataError, match=r"y.tar holds no images; accepted are .jpg"):
+        open_splits(str(tmp_path / "y.tar"))
 
 
 def test_a_shard_that_vanished_is_an_unreadable_image(tmp_path: Path) -> None:

@@ -10,13 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from torchmae.data import slots as module
-from torchmae.data.decode import BadFiles
+from torchmae.data import worker as module
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import ImageLoader
 from torchmae.data.plan import Plan
-from torchmae.data.slots import PER_WORKER, Slots
-from torchmae.data.worker import View
+from torchmae.data.reading import BadFiles
+from torchmae.data.worker import PER_WORKER, Slots, View
 
 
 def images(*values: int, size: int = 6) -> list[torch.Tensor]:
@@ -72,7 +71,7 @@ def test_batches_are_those_of_one_process(tmp_path: Path, workers: int) -> None:
     random = np.random.default_rng(0)
     for i in range(50):
         Image.fromarray(random.integers(0, 256, (12, 12, 3), dtype=np.uint8)).save(tmp_path / f"{i:02d}.png")
-    source = open_splits(str(tmp_path), "data")["train"]
+    source = open_splits(str(tmp_path))["train"]
 
     def batches(num_workers: int) -> list[torch.Tensor]:
         """Of three epochs, all held until the end: far more than there are slots."""

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from torchmae.data.decode import BadFiles
-from torchmae.data.sources import ArraySource, Source
+from torchmae.data.arrays import ArraySource
+from torchmae.data.reading import BadFiles
+from torchmae.data.sources import Source
 from torchmae.errors import CheckpointError, ConfigError, DataError
 from torchmae.evaluation import anomaly
 from torchmae.evaluation.images import ImageSet, Normalisation

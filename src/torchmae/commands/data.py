@@ -11,6 +11,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from torchmae import settings
+from torchmae.config import ReadOptions
 from torchmae.data.packing import PackOptions
 from torchmae.errors import ConfigError, one_of, within
 from torchmae.settings import read_options
@@ -38,24 +39,23 @@ _PANEL = 128  # pixels of each
 
 
 @dataclass(frozen=True)
-class InspectOptions:
+class InspectOptions(ReadOptions):
     """What to look at.
 
     Attributes:
         json: print everything that was found as one JSON object, and nothing else.
         sheet: where to save a contact sheet, a PNG picture of 64 images; null: nowhere.
         limit: how many images of each split to read, evenly spread; null: all.
-        root: where data sets that go by name are kept and downloaded to.
         progress: "auto" (a bar on a terminal, else lines), "plain" or "none".
     """
 
     json: bool = False
     sheet: str | None = None
     limit: int | None = None
-    root: str = "data"
     progress: str = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         within("limit", self.limit, 1, float("inf"))
         one_of("progress", self.progress, ("auto", "plain", "none"))
         if self.sheet is not None and not self.sheet.lower().endswith(".png"):
@@ -77,13 +77,14 @@ def inspect(args: Sequence[str]) -> int:
     parser.add_argument("data", type=str, help="anything that `torchmae pretrain --data` takes")
     words = ["--json=true" if word == "--json" else word for word in args]
     values, options = read_options(parser, words, InspectOptions)
+    from torchmae.data.formats import Context
     from torchmae.data.inspecting import inspect_splits
     from torchmae.data.layouts import open_splits
     from torchmae.training.progress import Display
 
     display = Display(options.progress)
     try:
-        splits = open_splits(values.data, options.root, progress=display.preparing)
+        splits = open_splits(values.data, Context.of(options, progress=display.preparing))
         found = inspect_splits(splits, options.limit, display.preparing)
     finally:
         display.close()
@@ -110,13 +111,14 @@ def pack(args: Sequence[str]) -> int:
     parser.add_argument("data", type=str, help="anything that `torchmae pretrain --data` takes")
     parser.add_argument("out", type=str, help="a new folder")
     values, options = read_options(parser, args, PackOptions)
+    from torchmae.data.formats import Context
     from torchmae.data.layouts import open_splits
     from torchmae.data.packing import pack as run
     from torchmae.training.progress import Display
 
     display = Display(options.progress)
     try:
-        splits = open_splits(values.data, options.root, progress=display.preparing)
+        splits = open_splits(values.data, Context.of(options, progress=display.preparing))
         packed = run(splits, Path(values.out), options, display.preparing)
     finally:
         display.close()

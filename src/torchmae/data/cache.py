@@ -7,12 +7,12 @@ import re
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, BinaryIO
 
-from torchmae.errors import ConfigError, DataError
+from torchmae.errors import ConfigError
+from torchmae.files import WRITING
 
 _DEFAULT_GIB = 50.0
 _FOLDERS = ("remote", "parquet", "index")
@@ -51,8 +51,8 @@ def trim(limit: int) -> None:
     groups: dict[Path, list[Path]] = defaultdict(list)  # files of one key, which belong together
     for name in _FOLDERS:
         for path in (cache_folder() / name).glob("*"):
-            if match := re.match(r"[0-9a-f]{32}(-[0-9a-f]{32})?", path.name):
-                groups[path.with_name(match[0])].append(path)
+            if match := re.match(rf"(?:{WRITING}\d+-)?([0-9a-f]{{32}}(-[0-9a-f]{{32}})?)\.", path.name):
+                groups[path.with_name(match[1])].append(path)
     entries = []
     for files in groups.values():
         with suppress(OSError):  # another process removed one
@@ -60,7 +60,7 @@ def trim(limit: int) -> None:
             newest = max(state.st_mtime for state, _ in states)
             # Sparse files take less than their size.
             size = sum(getattr(state, "st_blocks", state.st_size // 512) * 512 for state, _ in states)
-            being_written = any(file.suffix == ".partial" for file in files)
+            being_written = any(file.name.startswith(WRITING) for file in files)
             if not being_written or newest < time.time() - _ABANDONED_S:
                 entries.append((newest, size, sorted(files)))
     total = sum(size for _, size, _ in entries)
@@ -122,61 +122,3 @@ def _is_held_open(path: Path) -> bool:
             except OSError:  # a disk that knows no locks
                 return False
     return False
-
-
-def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Writes a file whole or not at all: under another name, flushed, renamed. Makes its folder.
-
-    Args:
-        path: the file; one that is there is replaced.
-        write: puts the content into an open file, which it may seek in.
-
-    Raises:
-        DataError: the folder cannot be made or written to, or the disk is full.
-    """
-    writing = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with writing.open("wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            writing.replace(path)
-        except BaseException:
-            with suppress(OSError):
-                writing.unlink()
-            raise
-    except OSError as error:
-        raise DataError(
-            f"cannot write {path}: {error.strerror or error}", "free space, or name another folder"
-        ) from error
-
-
-def lock_file(path: Path) -> BinaryIO | None:
-    """Takes a lock that lasts until the file returned is closed, or until this process ends in whatever way.
-
-    Returns:
-        The file, made where it was not there; None where the system or the disk knows no locks, or it cannot be made.
-
-    Raises:
-        BlockingIOError: another process has it, here or on another machine that shares the disk.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    try:
-        file = path.open("ab")
-    except OSError:  # whoever writes there next says why it cannot be
-        return None
-    try:
-        # Not flock: children that outlive a killed process would hold its lock.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        file.close()
-        raise BlockingIOError(f"{path} is locked") from error
-    except OSError:  # a disk that knows no locks
-        file.close()
-        return None
-    return file

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from torchmae.data.formats import Context
 from torchmae.data.sources import EncodedSource, FileSource, Source, check_size, digest
 from torchmae.errors import ConfigError, DataError
 
@@ -28,11 +29,11 @@ class HubSource(EncodedSource):
         label: the column of labels, if there is one.
         title: what to call the images in messages.
         folders: the only folders, beside that of the table, that a table may name files in; links in them are followed.
-        channels: 1 or 3; None: what each image has.
+        context: how the images are read.
     """
 
     def __init__(
-        self, rows: Any, image: str, label: str | None, title: str, folders: Sequence[Path], channels: int | None
+        self, rows: Any, image: str, label: str | None, title: str, folders: Sequence[Path], context: Context
     ) -> None:
         labels = None
         if label is not None:
@@ -40,7 +41,7 @@ class HubSource(EncodedSource):
             indices = getattr(rows, "_indices", None)
             labels = column if indices is None else column[indices.column(0).to_numpy()]
         names = getattr(rows.features[label], "names", None) if label is not None else None
-        super().__init__(len(rows), labels, names, channels, title)
+        super().__init__(len(rows), labels, names, context, title)
         self._rows = rows.select_columns([image])
         self._image = image
         self._title = title
@@ -87,13 +88,13 @@ def _download_folders(library: Any, name: str) -> list[Path]:
     ]
 
 
-def hub_splits(spec: str, split_names: Mapping[str, str], channels: int | None = None) -> dict[str, Source]:
+def hub_splits(spec: str, split_names: Mapping[str, str], context: Context = Context()) -> dict[str, Source]:
     """The splits of a data set that the `datasets` library loads; it downloads what it does not have.
 
     Args:
         spec: what follows the prefix: user/name, user/name:configuration, or the path of a folder.
         split_names: what the names of its splits mean; others are left out, unless nothing else is there to train on.
-        channels: 1 or 3; None: what each image has.
+        context: how the images are read.
 
     Raises:
         ConfigError: the library is not installed.
@@ -115,10 +116,10 @@ def hub_splits(spec: str, split_names: Mapping[str, str], channels: int | None =
         first = next(iter(loaded))
         groups["train"] = loaded[first]
     folders = [*_download_folders(library, name), *([] if folder is None else [folder])]
-    return {split: _source(library, rows, f"{name}/{split}", folders, channels) for split, rows in groups.items()}
+    return {split: _source(library, rows, f"{name}/{split}", folders, context) for split, rows in groups.items()}
 
 
-def _source(library: Any, rows: Any, title: str, folders: Sequence[Path], channels: int | None) -> HubSource:
+def _source(library: Any, rows: Any, title: str, folders: Sequence[Path], context: Context) -> HubSource:
     images = [name for name, feature in rows.features.items() if isinstance(feature, library.Image)]
     if not images:
         raise DataError(f"none of the columns {', '.join(rows.features)} of {title} holds images")
@@ -126,7 +127,7 @@ def _source(library: Any, rows: Any, title: str, folders: Sequence[Path], channe
     if label is not None and getattr(rows.features[label], "dtype", "") not in ("int8", "int16", "int32", "int64"):
         label = None
     encoded = rows.cast_column(images[0], library.Image(decode=False))
-    return HubSource(encoded, images[0], label, title, folders, channels)
+    return HubSource(encoded, images[0], label, title, folders, context)
 
 
 def _import_datasets() -> Any:

@@ -8,15 +8,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from io import BytesIO
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image as Pillow
 
-from torchmae.data.decode import decode, quiet_pillow
-from torchmae.data.reading import Progress, num_cores
-from torchmae.data.sources import EncodedSource, Source, read_ahead, resolve, spread
+from torchmae.data.formats import Progress, quiet_pillow
+from torchmae.data.reading import num_cores
+from torchmae.data.sources import Source, spread
 from torchmae.errors import DataError
 
 _CHUNK = 64  # images under way at a time
@@ -160,7 +158,7 @@ def _examine_all(source: Source, indices: np.ndarray[Any, np.dtype[np.int64]]) -
     with ThreadPoolExecutor(num_cores()) as pool:
         for start in range(0, len(indices), _CHUNK):
             part = indices[start : start + _CHUNK]
-            read_ahead(source, part)
+            source.read_ahead(part)
             with quiet_pillow():
                 items = list(pool.map(lambda index: examine(source, int(index)), part))
             yield from zip(part.tolist(), items, strict=True)
@@ -168,27 +166,18 @@ def _examine_all(source: Source, indices: np.ndarray[Any, np.dtype[np.int64]]) -
 
 def examine(source: Source, index: int) -> Examined:
     """Reads one image."""
-    base, own = resolve(source, index)
-    name = source.name(index)
     try:
-        if isinstance(base, EncodedSource):
-            raw = base.encoded(own)
-            image = decode(raw, base.channels)
-            with Pillow.open(BytesIO(raw)) as opened:
-                form = opened.format or "unknown"
-        else:
-            image, form = source.read(index), "array"
+        item = source.open(index)
+        image = item.read()
     except DataError as error:
-        return Examined(failure=str(error).removeprefix(f"{name}: "))
-    if image.dtype.kind == "f" and not np.isfinite(image).all():
-        return Examined(failure="holds values that are not finite")
+        return Examined(failure=str(error))
     state = hashlib.blake2b(f"{image.shape}{image.dtype}".encode(), digest_size=16)
     state.update(np.ascontiguousarray(image).data)
     return Examined(
         size=image.shape[:-1],
         channels=image.shape[-1],
         dtype=str(image.dtype),
-        format=form,
+        format=item.form,
         digest=state.digest(),
         low=float(image.min()),
         high=float(image.max()),

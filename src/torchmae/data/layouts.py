@@ -5,24 +5,32 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from torchmae.data.decode import IMAGE_SUFFIXES, check_channels
+from torchmae.data.arrays import (
+    HDF5_SUFFIXES,
+    PREFIXES,
+    ZARR_SUFFIX,
+    ArraySource,
+    FileArray,
+    named_arrays,
+    npz_splits,
+    stored_splits,
+)
+from torchmae.data.formats import FORMATS, Context, picture_suffixes
 from torchmae.data.hub import HUB_PREFIX, hub_splits
 from torchmae.data.labels import ordered_classes
 from torchmae.data.lists import csv_splits, is_pattern, matching, pattern_source, text_source
 from torchmae.data.named import NAMED, open_named
 from torchmae.data.parquet import ParquetSource
-from torchmae.data.reading import Progress
 from torchmae.data.remote import Place, expand_url, is_url, last_name, shown
 from torchmae.data.shards import CLASSES_FILE, ShardSource
-from torchmae.data.sources import ArraySource, FileSource, Source, map_array, printable, unpacked_bytes
-from torchmae.data.stored import HDF5_SUFFIXES, PREFIXES, ZARR_SUFFIX, stored_splits
+from torchmae.data.sources import FileSource, Source, printable
 from torchmae.data.strings import Strings, StringsWriter, join_strings
 from torchmae.errors import ConfigError, DataError
 
@@ -36,17 +44,15 @@ SPLIT_FOLDERS = {
 }
 """Folder (or parquet file) names that mean a split, in lower case; case does not matter."""
 
-_ACCEPTED = (
-    f"accepted are {', '.join(IMAGE_SUFFIXES)}, or .npy, .npz, .parquet, .tar, .csv, .tsv, .txt, .h5, .hdf5 and .zarr"
-)
+
+def _accepted() -> str:
+    data_sets = ", ".join(suffix for suffixes in LAYOUTS for suffix in suffixes)
+    return f"accepted are {', '.join(picture_suffixes())}, or {data_sets} and {ZARR_SUFFIX}"
 
 
 def open_splits(
     spec: str,
-    root: str,
-    channels: int | None = None,
-    spatial_dims: int | None = None,
-    progress: Progress | None = None,
+    context: Context = Context(),
 ) -> dict[str, Source]:
     """Opens a data set.
 
@@ -55,10 +61,7 @@ def open_splits(
             .npy files) or of a single file (see `_open_file`); a pattern of paths ("photos/**/*.jpg"); the URL of a
             file, also with {000..099} or *; or hf: and what the Hugging Face `datasets` library loads. A name wins
             over a folder of that name: write "./cifar10" for the folder.
-        root: where torchvision's sets are kept and downloaded to.
-        channels: 1 or 3 for image files; None: what each file has.
-        spatial_dims: how many axes of an array are spatial, as in `ArraySource`.
-        progress: told how far indexing shards and unpacking parquet files are.
+        context: how it is opened and read.
 
     Returns:
         split name to source; always "train", and "val" and "test" where the data has them.
@@ -69,68 +72,65 @@ def open_splits(
     if not spec:
         raise ConfigError("data.source is empty", "give a folder, a file, or a name such as digits")
     if spec in NAMED:
-        splits = open_named(spec, root)
-        return splits if channels is None else {name: item.with_channels(channels) for name, item in splits.items()}
+        return open_named(spec, context)
     if spec.startswith(HUB_PREFIX):
-        return hub_splits(spec.removeprefix(HUB_PREFIX), SPLIT_FOLDERS, channels)
+        return hub_splits(spec.removeprefix(HUB_PREFIX), SPLIT_FOLDERS, context)
     if is_url(spec):
-        return _open_files(spec, expand_url(spec), channels, progress)
+        return _open_files(spec, expand_url(spec), context)
     path = Path(spec).expanduser()
     if path.suffix.lower() == ZARR_SUFFIX and path.is_dir():
-        return stored_splits(path, spatial_dims)
+        return stored_splits(path, context)
     if path.is_dir():
-        return folder_splits(path, channels, spatial_dims, progress)
+        return folder_splits(path, context)
     if path.is_file():
-        return _open_file(path, channels, spatial_dims, progress)
+        return _open_file(path, context)
     if is_pattern(spec):
-        return _open_files(spec, matching(spec), channels, progress)
+        return _open_files(spec, matching(spec), context)
     raise _unknown(spec, path)
 
 
-def _open_file(
-    path: Path, channels: int | None, spatial_dims: int | None, progress: Progress | None
-) -> dict[str, Source]:
+def _open_array(path: Path, context: Context) -> dict[str, Source]:
+    return {"train": ArraySource(FileArray(path), title=path.name, context=context)}
+
+
+LAYOUTS: dict[tuple[str, ...], Callable[[Path, Context], dict[str, Source]]] = {
+    (".npy",): _open_array,
+    (".npz",): npz_splits,
+    HDF5_SUFFIXES: stored_splits,
+    (".parquet",): lambda path, context: {"train": ParquetSource([path], context)},
+    (".tar",): lambda path, context: {"train": ShardSource([path], context)},
+    (".csv", ".tsv"): lambda path, context: csv_splits(path, SPLIT_FOLDERS, context),
+    (".txt",): lambda path, context: {"train": text_source(path, context)},
+}
+"""What opens a single file as a data set, by its suffixes. Add a row to teach every command one more."""
+
+
+def _open_file(path: Path, context: Context) -> dict[str, Source]:
     """The splits of a single file, by its suffix; DataError for one that holds no data set."""
     suffix = path.suffix.lower()
-    if suffix == ".npy":
-        return {"train": ArraySource(map_array(path), title=path.name, spatial_dims=spatial_dims, file=path)}
-    if suffix == ".npz":
-        return npz_splits(path, spatial_dims)
-    if suffix == ".parquet":
-        return {"train": ParquetSource([path], channels, progress)}
-    if suffix == ".tar":
-        return {"train": ShardSource([path], channels, progress)}
-    if suffix in (".csv", ".tsv"):
-        return csv_splits(path, SPLIT_FOLDERS, channels)
-    if suffix == ".txt":
-        return {"train": text_source(path, channels)}
-    if suffix in HDF5_SUFFIXES:
-        return stored_splits(path, spatial_dims)
-    hint = f"give its folder: {path.parent}" if suffix in IMAGE_SUFFIXES else "unpack archives first; " + _ACCEPTED
+    for suffixes, opener in LAYOUTS.items():
+        if suffix in suffixes:
+            return opener(path, context)
+    accepted = ", ".join(suffix for suffixes in LAYOUTS for suffix in suffixes)
+    hint = (
+        f"give its folder: {path.parent}"
+        if suffix in picture_suffixes()
+        else f"unpack archives first; accepted are {accepted}"
+    )
     raise DataError(f"{path} is a single file of type {suffix or '(none)'}", hint)
 
 
-def _open_files(
-    spec: str, files: Sequence[Place], channels: int | None, progress: Progress | None
-) -> dict[str, Source]:
+def _open_files(spec: str, files: Sequence[Place], context: Context) -> dict[str, Source]:
     """The splits of the files that a pattern or a URL stands for: parquet or tar files, or (if local) images."""
     kinds = {last_name(file).rpartition(".")[2].lower() for file in files}
     if kinds == {"parquet"}:
-        return table_splits(ParquetSource, files, channels, progress)
+        return table_splits(ParquetSource, files, context)
     if kinds == {"tar"}:
-        return table_splits(ShardSource, files, channels, progress)
+        return table_splits(ShardSource, files, context)
     local = [file for file in files if isinstance(file, Path)]
     if len(local) < len(files):
         raise DataError(f"{shown(spec)} names .{', .'.join(sorted(kinds))} files", "give .tar or .parquet files")
-    return {"train": pattern_source(spec, local, channels)}
-
-
-def memory_bytes() -> float:
-    """Memory of this machine; infinite where it does not say."""
-    try:
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (AttributeError, ValueError, OSError):  # Windows has no sysconf, others not these names
-        return float("inf")
+    return {"train": pattern_source(spec, local, context)}
 
 
 def _unknown(spec: str, path: Path) -> DataError:
@@ -143,9 +143,7 @@ def _unknown(spec: str, path: Path) -> DataError:
     )
 
 
-def folder_splits(
-    folder: Path, channels: int | None = None, spatial_dims: int | None = None, progress: Progress | None = None
-) -> dict[str, Source]:
+def folder_splits(folder: Path, context: Context = Context()) -> dict[str, Source]:
     """The splits of a folder of images, nested or flat; of one without images, those of its parquet, tar or .npy files.
 
     A folder that holds train (or training) with images is read as splits: that one, val (or valid, validation) and
@@ -158,17 +156,17 @@ def folder_splits(
 
     Args:
         folder: an existing folder.
-        channels: 1 or 3; None: what each file has.
-        spatial_dims: how many axes of an array are spatial, as in `ArraySource`.
-        progress: told how far indexing shards and unpacking parquet files are.
+        context: how it is opened and read.
 
     Raises:
         DataError: nothing of that in it; what was there instead.
     """
-    check_channels(channels)
-    listing = list_images(folder)
+    listing = list_images(folder, picture_suffixes())
     if not len(listing.names):
-        return _other_splits(folder, listing.others, channels, spatial_dims, progress)
+        if listing.others[".npy"] and not any((folder / f"{prefix}images.npy").is_file() for prefix, _ in PREFIXES):
+            listing = list_images(folder, FORMATS["npy"].suffixes)  # one array a sample
+        else:
+            return _other_splits(folder, listing.others, context)
     runs: dict[str, list[_Run]] = defaultdict(list)
     start = 0
     for place, count in listing.runs:
@@ -193,7 +191,7 @@ def folder_splits(
             labels = np.repeat([number[name] for name in of_members], [run.size for run in members])
         names = join_strings([listing.names.between(run.start, run.start + run.size) for run in members])
         own = classes[: len(trained)] if split == "train" else classes
-        splits[split] = FileSource(folder, names, labels, None if labels is None else own, channels)
+        splits[split] = FileSource(folder, names, labels, None if labels is None else own, context)
     return splits
 
 
@@ -210,20 +208,18 @@ def _class_names(runs: Sequence[_Run], depth: int) -> list[str] | None:
     return [run.parts[depth] for run in runs] if all(len(run.parts) > depth for run in runs) else None
 
 
-def _other_splits(
-    folder: Path, others: Counter[str], channels: int | None, spatial_dims: int | None, progress: Progress | None
-) -> dict[str, Source]:
+def _other_splits(folder: Path, others: Counter[str], context: Context) -> dict[str, Source]:
     """The splits of a folder without images."""
     if others[".parquet"]:
-        return table_splits(ParquetSource, sorted(folder.rglob("*.parquet")), channels, progress)
+        return table_splits(ParquetSource, sorted(folder.rglob("*.parquet")), context)
     if others[".tar"]:
-        return table_splits(ShardSource, sorted(folder.rglob("*.tar")), channels, progress)
+        return table_splits(ShardSource, sorted(folder.rglob("*.tar")), context)
     if others[".npy"]:
-        return npy_splits(folder, spatial_dims)
+        return npy_splits(folder, context)
     most = sorted(others.items(), key=lambda item: (-item[1], item[0]))[:5]
     seen = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in most)
     found = f"holds no images, only {others.total()} other files ({seen})" if others else "is empty"
-    raise DataError(f"{folder} {found}", _ACCEPTED)
+    raise DataError(f"{folder} {found}", _accepted())
 
 
 class Listing(NamedTuple):
@@ -241,7 +237,7 @@ class Listing(NamedTuple):
     others: Counter[str]
 
 
-def list_images(folder: Path) -> Listing:
+def list_images(folder: Path, suffixes: tuple[str, ...]) -> Listing:
     """Lists the image files under a folder: what is held of a million of them is their paths, end to end.
 
     Raises:
@@ -260,9 +256,9 @@ def list_images(folder: Path) -> Listing:
             waiting += _entries(folder, entry.strip(b"/"), visited)
             continue
         place = os.fsdecode(entry.rpartition(b"/")[0])
-        suffix = os.path.splitext(os.fsdecode(entry.rpartition(b"/")[2]))[1].lower()  # noqa: PTH122 (a Path is slow)
-        if suffix not in IMAGE_SUFFIXES:
-            others[suffix] += 1
+        name = os.fsdecode(entry.rpartition(b"/")[2]).lower()
+        if not name.endswith(suffixes):
+            others[os.path.splitext(name)[1]] += 1  # noqa: PTH122 (a Path is slow)
             continue
         names.add(entry)
         if runs and runs[-1][0] == place:
@@ -306,13 +302,11 @@ def _entries(folder: Path, place: bytes, visited: set[tuple[int, int]]) -> list[
 class _Opener(Protocol):
     """A source that many files make up."""
 
-    def __call__(self, files: Sequence[Place], channels: int | None, progress: Progress | None, /) -> Source:
+    def __call__(self, files: Sequence[Place], context: Context, /) -> Source:
         """Opens it."""
 
 
-def table_splits(
-    opener: _Opener, files: Sequence[Place], channels: int | None = None, progress: Progress | None = None
-) -> dict[str, Source]:
+def table_splits(opener: _Opener, files: Sequence[Place], context: Context) -> dict[str, Source]:
     """The splits of parquet or tar files by the first word of their names: train-00000.tar, validation_1.parquet.
 
     Files whose names begin with no split are all training data, unless there are train files too.
@@ -324,10 +318,10 @@ def table_splits(
     if "train" not in groups:
         groups = {"train": list(files)}
     groups.pop("", None)
-    return {split: opener(members, channels, progress) for split, members in groups.items()}
+    return {split: opener(members, context) for split, members in groups.items()}
 
 
-def npy_splits(folder: Path, spatial_dims: int | None = None) -> dict[str, Source]:
+def npy_splits(folder: Path, context: Context) -> dict[str, Source]:
     """The splits of a folder of .npy files named as the arrays of an .npz file, with the classes in classes.txt.
 
     Raises:
@@ -335,60 +329,6 @@ def npy_splits(folder: Path, spatial_dims: int | None = None) -> dict[str, Sourc
     """
     names = folder / CLASSES_FILE
     classes = names.read_text(encoding="utf-8", errors="replace").splitlines() if names.is_file() else None
-    splits: dict[str, Source] = {}
-    for prefix, split in PREFIXES:
-        images, labels = folder / f"{prefix}images.npy", folder / f"{prefix}labels.npy"
-        if images.is_file():
-            splits[split] = ArraySource(
-                map_array(images),
-                map_array(labels) if labels.is_file() else None,
-                classes,
-                title=images.name,
-                spatial_dims=spatial_dims,
-                file=images,
-            )
-    if "train" not in splits:
-        raise DataError(f"{folder} holds .npy files, none of them images.npy", "give the path of one of them")
-    return splits
-
-
-def npz_splits(path: Path, spatial_dims: int | None = None, max_bytes: float | None = None) -> dict[str, Source]:
-    """The splits of an .npz file: arrays `images` and `labels`, or train_images, val_images, test_images and so on.
-
-    Args:
-        path: the file.
-        spatial_dims: as in `ArraySource`.
-        max_bytes: that they may take in memory, where all of them are kept; None: as many as the machine has.
-
-    Raises:
-        DataError: it cannot be read, holds no images, or more than fit.
-    """
-    limit = memory_bytes() if max_bytes is None else max_bytes
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            wanted = [name for name in arrays.files if name.endswith(("images", "labels"))]
-            if (needed := unpacked_bytes(arrays, wanted)) > limit:
-                raise DataError(
-                    f"{path} unpacks to {needed / 2**30:.1f} GiB and there are {limit / 2**30:.1f} GiB of memory",
-                    "save its images as .npy, of which only what is needed is read",
-                )
-            held = {name: arrays[name] for name in wanted}
-            # A member that is no array comes as bytes.
-            held = {name: array for name, array in held.items() if isinstance(array, np.ndarray)}
-            names = ", ".join(arrays.files)
-    except DataError:
-        raise
-    except Exception as error:  # a damaged zip file fails as zlib, struct, zipfile or NumPy see fit
-        raise DataError(f"cannot read {path}: {' '.join(str(error).split())}", "save it with numpy.savez") from error
-    splits: dict[str, Source] = {}
-    for prefix, split in PREFIXES:
-        if f"{prefix}images" in held:
-            splits[split] = ArraySource(
-                held[f"{prefix}images"],
-                held.get(f"{prefix}labels"),
-                title=f"{path.name}/{prefix}images",
-                spatial_dims=spatial_dims,
-            )
-    if "train" not in splits:
-        raise DataError(f"{path} holds {names or 'nothing'}", "it needs an array named images (and may have labels)")
-    return splits
+    files = [f"{prefix}{kind}" for prefix, _ in PREFIXES for kind in ("images", "labels")]
+    arrays = {name: FileArray(folder / f"{name}.npy") for name in files if (folder / f"{name}.npy").is_file()}
+    return named_arrays(arrays, context, folder.name, classes)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from torchmae.data.decode import IMAGE_SUFFIXES
+from torchmae.data.formats import Context, picture_suffixes
 from torchmae.data.labels import from_texts
 from torchmae.data.remote import expand_braces
 from torchmae.data.sources import FileSource, Source
@@ -46,21 +46,22 @@ def matching(pattern: str) -> list[Path]:
     return files
 
 
-def pattern_source(pattern: str, files: list[Path], channels: int | None) -> FileSource:
+def pattern_source(pattern: str, files: list[Path], context: Context) -> FileSource:
     """The image files among those that a pattern matches.
 
     Raises:
         DataError: there are none.
     """
-    names = [str(file) for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    names = [str(file) for file in files if file.suffix.lower() in picture_suffixes()]
     if not names:
         raise DataError(
-            f"{pattern} matches no images, only files such as {files[0]}", f"accepted are {', '.join(IMAGE_SUFFIXES)}"
+            f"{pattern} matches no images, only files such as {files[0]}",
+            f"accepted are {', '.join(picture_suffixes())}",
         )
-    return FileSource(Path(), names, channels=channels)
+    return FileSource(Path(), names, context=context)
 
 
-def text_source(path: Path, channels: int | None) -> FileSource:
+def text_source(path: Path, context: Context) -> FileSource:
     """The images of a text file with a path on each line, relative to the file's own folder.
 
     Raises:
@@ -76,10 +77,10 @@ def text_source(path: Path, channels: int | None) -> FileSource:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     if not len(names):
         raise DataError(f"{path} is empty", "write the path of an image on each line")
-    return FileSource(path.parent, names.finish(), channels=channels)
+    return FileSource(path.parent, names.finish(), context=context)
 
 
-def csv_splits(path: Path, splits: dict[str, str], channels: int | None) -> dict[str, Source]:
+def csv_splits(path: Path, splits: dict[str, str], context: Context) -> dict[str, Source]:
     """The images of a CSV file, a row each.
 
     A first row with a column called path (or file, filename, file_name, image) names the columns: also label (or
@@ -90,7 +91,7 @@ def csv_splits(path: Path, splits: dict[str, str], channels: int | None) -> dict
     Args:
         path: the file; .tsv means tabs.
         splits: what names in the split column mean.
-        channels: 1 or 3; None: what each file has.
+        context: how the images are read.
 
     Raises:
         DataError: it cannot be read, has no rows, or a row without a path or of an unknown split; with its line.
@@ -117,7 +118,7 @@ def csv_splits(path: Path, splits: dict[str, str], channels: int | None) -> dict
     for split, names in rows.names.items():
         labels = numbers[places[split]] if rows.has_labels and numbers is not None else None
         own = classes if classes is None or split != "train" else classes[: len(trained & set(classes))]
-        found[split] = FileSource(path.parent, names.finish(), labels, own if rows.has_labels else None, channels)
+        found[split] = FileSource(path.parent, names.finish(), labels, own if rows.has_labels else None, context)
     return found
 
 

@@ -15,17 +15,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from torchmae.data.decode import BadFiles
-from torchmae.data.memory import Held
+from torchmae.data.arrays import Held
 from torchmae.data.plan import Indices, Plan, shard
-from torchmae.data.slots import Slots
+from torchmae.data.reading import BadFiles
 from torchmae.data.sources import Source
-from torchmae.data.transfer import to_device
-from torchmae.data.transforms import mirror, normalise, resample, value_range
+from torchmae.data.transforms import mirror, normalise, resample, to_device, value_range
 from torchmae.data.worker import (
     Fetched,
     Reader,
     Request,
+    Slots,
     View,
     boxes_of,
     crop_numbers,

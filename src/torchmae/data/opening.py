@@ -9,14 +9,14 @@ import numpy as np
 import torch
 
 from torchmae.config import DataConfig
-from torchmae.data.decode import BadFiles
+from torchmae.data.arrays import DoesNotFitError, Held, hold
+from torchmae.data.formats import Context, Progress
 from torchmae.data.labels import in_training_classes
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import ImageLoader
-from torchmae.data.memory import DoesNotFitError, Held, hold
 from torchmae.data.plan import hold_out
-from torchmae.data.reading import Probe, Progress, probe, reader_processes, statistics
-from torchmae.data.sources import ArraySource, Source, Subset, spread
+from torchmae.data.reading import BadFiles, Probe, fit_channels, probe, reader_processes, statistics
+from torchmae.data.sources import Source, Subset, all_notes, spread
 from torchmae.data.worker import View
 from torchmae.errors import ConfigError, DataError
 
@@ -38,6 +38,8 @@ class Data:
         std: one for each channel, of values in [0, 1].
         classes: the name of each label, where known.
         fingerprint: of the training images: changes when they do.
+        label_fingerprint: of their labels.
+        notes: what was assumed, decided or left out, a short phrase each.
         bad: the images that could not be read so far, of both sets.
     """
 
@@ -48,6 +50,8 @@ class Data:
     std: tuple[float, ...]
     classes: tuple[str, ...] | None
     fingerprint: str
+    label_fingerprint: str
+    notes: tuple[str, ...]
     bad: BadFiles
 
 
@@ -72,17 +76,20 @@ def open_data(
         ConfigError: settings that do not fit the data.
         DataError: data that is missing, empty or unreadable.
     """
-    splits = open_splits(config.source, config.root, spatial_dims=len(input_size), progress=progress)
-    train, val = choose_splits(config, splits, input_size, progress)
+    context = Context.of(config, spatial_dims=len(input_size), progress=progress)
+    splits = open_splits(config.source, context)
+    train, val = choose_splits(config, splits, context)
     seen = _checked_probe(train, input_size)
     channels = seen.channels if channels is None else channels
-    train, val = train.with_channels(channels), None if val is None else val.with_channels(channels)
+    train = fit_channels(train, seen, channels)
+    val_seen = None if val is None else _checked_probe(val, input_size)
+    val = None if val is None or val_seen is None else fit_channels(val, val_seen, channels)
     bad = BadFiles(len(train) + (0 if val is None else len(val)), config.max_bad)
     limit = config.memory_limit * _GIB
     held = _hold(train, config, limit, seen, bad, progress)
     shared = held is not None and val is not None and _holds(held, val)  # parts of one array are held once
     val_limit = limit if held is None or shared else limit - held.nbytes
-    val_held = None if val is None else _hold(val, config, val_limit, _checked_probe(val, input_size), bad, progress)
+    val_held = None if val is None or val_seen is None else _hold(val, config, val_limit, val_seen, bad, progress)
     mean, std = _mean_and_std(config, train, held, channels, progress)
     placed = None if held is None else _on_device(held, config, device)
     if val_held is not None:
@@ -113,13 +120,13 @@ def open_data(
         std=std,
         classes=train.classes,
         fingerprint=train.fingerprint(),
+        label_fingerprint=train.label_fingerprint(),
+        notes=tuple(dict.fromkeys([*all_notes(splits), *seen.notes])),
         bad=bad,
     )
 
 
-def choose_splits(
-    config: DataConfig, splits: dict[str, Source], input_size: tuple[int, ...], progress: Progress | None = None
-) -> tuple[Source, Source | None]:
+def choose_splits(config: DataConfig, splits: dict[str, Source], context: Context) -> tuple[Source, Source | None]:
     """The training images, and the held-out ones that `config.val` asks for.
 
     "auto" never takes a test split: where there is no "val", some of the training images are held out.
@@ -139,7 +146,7 @@ def choose_splits(
     if name in splits:
         return train, in_training_classes(splits[name], train, name)[0]
     try:
-        val = open_splits(config.val, config.root, spatial_dims=len(input_size), progress=progress)["train"]
+        val = open_splits(config.val, context)["train"]
     except DataError as error:
         others = [split for split in splits if split != "train"]
         raise ConfigError(
@@ -228,8 +235,8 @@ def _hold(
 
 def _holds(held: Held, source: Source) -> bool:
     """Whether the images of a source are part of an array that is held as it is."""
-    base = source.source if isinstance(source, Subset) else source
-    return isinstance(base, ArraySource) and base.images.ctypes.data == held.images.data_ptr()
+    whole = source.whole()
+    return whole is not None and whole[0].ctypes.data == held.images.data_ptr()
 
 
 def _on_device(held: Held, config: DataConfig, device: torch.device) -> Held:
@@ -253,7 +260,7 @@ def _mean_and_std(
     config: DataConfig, train: Source, held: Held | None, channels: int, progress: Progress | None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if config.mean is None or config.std is None:
-        return statistics(train if held is None else _as_source(held), progress=progress)
+        return statistics(train if held is None else held.source(), progress=progress)
     for name, values in (("mean", config.mean), ("std", config.std)):
         if len(values) != channels:
             raise ConfigError(
@@ -261,10 +268,3 @@ def _mean_and_std(
                 f"give {channels}, or leave data.mean and data.std out",
             )
     return config.mean, config.std
-
-
-def _as_source(held: Held) -> Source:
-    """Images that are in memory, read from there."""
-    images = held.images.movedim(1, -1).numpy()
-    source = ArraySource(images, title="images", spatial_dims=images.ndim - 2)
-    return source if held.rows is None else Subset(source, held.rows)

@@ -18,11 +18,13 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from PIL import Image as Pillow
 
-from torchmae.data.cache import write_whole
+from torchmae.data.arrays import map_array
+from torchmae.data.formats import Image
 from torchmae.data.parquet import ParquetTable, import_pyarrow
 from torchmae.data.shards import INDEX_SUFFIX, build_index, write_index
-from torchmae.data.sources import Image, Source, map_array
+from torchmae.data.sources import Source
 from torchmae.errors import ConfigError, DataError
+from torchmae.files import replace_file
 
 _ROWS = 100  # of a row group of parquet
 _PARTIAL = ".partial"
@@ -391,7 +393,7 @@ class ArrayWriter(Writer):
             raise DataError(f"{self.partial} has lost rows", "remove the folder, and pack again")
         if self.source.labels is not None:
             labels = np.array(self._labels, dtype=np.int64)
-            write_whole(self._labels_path, lambda file: np.save(file, labels))
+            replace_file(self._labels_path, lambda file: np.save(file, labels), DataError)
         self.partial.replace(self.path)
 
     def abandon(self) -> None:

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image as Pillow
 
-from torchmae.data.cache import lock_file, write_whole
-from torchmae.data.decode import BadFiles, decode, quiet_pillow
+from torchmae.config import ReadOptions
+from torchmae.data.formats import Image, Progress, quiet_pillow
 from torchmae.data.pack_writers import WRITERS, PackedFile, Record, open_writer
-from torchmae.data.reading import Progress, num_cores, probe
+from torchmae.data.reading import BadFiles, num_cores, probe
 from torchmae.data.shards import CLASSES_FILE, INDEX_SUFFIX
-from torchmae.data.sources import EncodedSource, Image, Source, resolve
+from torchmae.data.sources import Source
 from torchmae.errors import ConfigError, DataError, one_of, within
+from torchmae.files import lock_file, replace_file
 
 MANIFEST = "pack.json"
 """What was packed from what, and how far it got."""
@@ -31,7 +32,7 @@ _LOSSY = (b"\xff\xd8\xff", b"RIFF")  # JPEG and WebP begin with these
 
 
 @dataclass(frozen=True)
-class PackOptions:
+class PackOptions(ReadOptions):
     """How to pack.
 
     Attributes:
@@ -43,7 +44,6 @@ class PackOptions:
         shard_mib: MiB after which the next file begins.
         max_bad: share of the images that may be unreadable: each is left out and named, and one more ends the packing;
             0: none may.
-        root: where data sets that go by name are kept and downloaded to.
         progress: "auto" (a bar on a terminal, else lines), "plain" or "none".
     """
 
@@ -52,10 +52,10 @@ class PackOptions:
     quality: int = 95
     shard_mib: int = 256
     max_bad: float = 0.01
-    root: str = "data"
     progress: str = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         one_of("format", self.format, WRITERS)
         one_of("progress", self.progress, ("auto", "plain", "none"))
         within("max_size", self.max_size, 8, float("inf"))
@@ -148,7 +148,7 @@ def _pack(
     for name, reason in manifest.bad:
         bad.add(name, reason)
     if classes and options.format != "parquet":
-        write_whole(out / CLASSES_FILE, lambda file: _ignore(file.write("\n".join((*classes, "")).encode())))
+        replace_file(out / CLASSES_FILE, "\n".join((*classes, "")).encode(), DataError)
     before = 0
     for split, source in splits.items():
         done = [file for file in manifest.files if file.split == split]
@@ -179,10 +179,6 @@ def _pack(
         manifest.resumed,
         bad.items,
     )
-
-
-def _ignore(_: object) -> None:
-    return None
 
 
 class _Manifest:
@@ -241,8 +237,7 @@ class _Manifest:
             "files": [file._asdict() for file in self.files],
             "bad": sorted(set(self.bad)),
         }
-        content = json.dumps(state, indent=1).encode()
-        write_whole(self._path, lambda file: _ignore(file.write(content)))
+        replace_file(self._path, json.dumps(state, indent=1).encode(), DataError)
 
 
 def _records(source: Source, start: int, options: PackOptions) -> Iterator[Record]:
@@ -271,15 +266,12 @@ def _array(source: Source, index: int, options: PackOptions) -> Image:
 
 def _bytes(source: Source, index: int, options: PackOptions) -> bytes:
     """An image file: the source's own bytes where they need not change."""
-    base, own = resolve(source, index)
-    if isinstance(base, EncodedSource):
-        raw = base.encoded(own)
-        image = decode(raw, base.channels)  # so that what is packed can be read
-        if _fits(image, options.max_size):
-            return raw
-        return encode(reduce(image, options.max_size or 0), options.quality if raw.startswith(_LOSSY) else None)
-    image = source.read(index)
-    return encode(image if _fits(image, options.max_size) else reduce(image, options.max_size or 0), None)
+    raw, image = source.encoded(index), source.open(index).read()  # so that what is packed can be read
+    if raw is not None and _fits(image, options.max_size):
+        return raw
+    lossy = raw is not None and raw.startswith(_LOSSY)
+    image = image if _fits(image, options.max_size) else reduce(image, options.max_size or 0)
+    return encode(image, options.quality if lossy else None)
 
 
 def _fits(image: Image, max_size: int | None) -> bool:

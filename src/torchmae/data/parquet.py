@@ -14,19 +14,12 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from torchmae.data.cache import (
-    cache_folder,
-    cache_limit,
-    hold_open,
-    lock_file,
-    remove_unless_open,
-    trim,
-    write_whole,
-)
-from torchmae.data.reading import Progress
+from torchmae.data.cache import cache_folder, cache_limit, hold_open, remove_unless_open, trim
+from torchmae.data.formats import Context, Progress
 from torchmae.data.remote import Place, last_name, open_place, place_version
 from torchmae.data.sources import EncodedSource, check_size, digest
 from torchmae.errors import ConfigError, DataError
+from torchmae.files import lock_file, replace_file
 
 IN_MEMORY = 256 * 2**20
 """Bytes of encoded images up to which tables are kept in memory; each worker process has a copy of them."""
@@ -45,15 +38,14 @@ class ParquetSource(EncodedSource):
     Args:
         files: parquet files (or their URLs) with one and the same schema: a column of images (a struct with `bytes`,
             or plain binary), and integers called label, labels or fine_label.
-        channels: 1 or 3; None: what each image has.
-        progress: told how far unpacking is.
+        context: how the images are read.
 
     Raises:
         ConfigError: pyarrow is not installed.
         DataError: a file that is not parquet, or has no column of images.
     """
 
-    def __init__(self, files: Sequence[Place], channels: int | None = None, progress: Progress | None = None) -> None:
+    def __init__(self, files: Sequence[Place], context: Context = Context()) -> None:
         self._names = [last_name(file) for file in files]
         tables = [ParquetTable(file) for file in files]
         self._versions = [place_version(file) for file in files]
@@ -66,10 +58,10 @@ class ParquetSource(EncodedSource):
                 )
         labels = None if first.label is None else np.concatenate([table.labels() for table in tables])
         names = None if first.label is None else _label_names(first.metadata, first.label)
-        super().__init__(int(self._starts[-1]), labels, names, channels, self._names[0])
+        super().__init__(int(self._starts[-1]), labels, names, context, self._names[0])
         if not len(self):
             raise DataError(f"{self._names[0]} holds no rows", "give a table of images")
-        self._encoded = _load(tables, self._versions, progress)
+        self._encoded = _load(tables, self._versions, context.progress)
 
     def encoded(self, index: int) -> bytes:
         """The bytes in the table."""
@@ -216,8 +208,8 @@ def _load(tables: Sequence[ParquetTable], versions: Sequence[tuple[int, str]], p
 
 def _unpack_to(tables: Sequence[ParquetTable], images: Path, index: Path, progress: Progress | None) -> None:
     found: list[Any] = []
-    write_whole(images, lambda file: found.append(_unpack(tables, file, progress)))
-    write_whole(index, lambda file: np.save(file, found[0]))  # last: where it is, the other is whole
+    replace_file(images, lambda file: found.append(_unpack(tables, file, progress)), DataError)
+    replace_file(index, lambda file: np.save(file, found[0]), DataError)  # last: where it is, the other is whole
 
 
 def _unpack(

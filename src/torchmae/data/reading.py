@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from torchmae.data.decode import quiet_pillow
-from torchmae.data.sources import Image, Source, read_ahead, spread
-from torchmae.errors import DataError
+from torchmae.data.formats import CUT_SHORT, NOT_FINITE, Image, Item, Progress, quiet_pillow
+from torchmae.data.sources import Source, spread
+from torchmae.errors import ConfigError, DataError
 
 Result = TypeVar("Result")
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is, and how much there is."""
 
 MAX_MISSES = 64
 """Unreadable images in a row after which a source counts as gone (a disk that went away, say)."""
@@ -32,9 +30,58 @@ _ANNOUNCED = 256  # images at a time that a source is told of
 _WORTH_THREADS = 128 * 128 * 3  # values in an image
 
 
+_MENDS = {
+    NOT_FINITE: "nodata nan puts the mean in such places",
+    CUT_SHORT: "truncated keep takes the rows that are there",
+}
+"""By what the reason begins with, the option that makes bad files good ones."""
+
+
 def num_cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class BadFiles:
+    """The files that could not be read, each once, up to the share that the user allows.
+
+    Args:
+        total: how many files there are.
+        max_bad: share of them that may be unreadable, in [0, 1]; 0: none, else one at least.
+        option: what the user calls that share.
+    """
+
+    def __init__(self, total: int, max_bad: float, option: str = "data.max_bad") -> None:
+        self.total = total
+        self.max_bad = max_bad
+        self.option = option
+        self.limit = max(1, int(max_bad * total)) if max_bad > 0 else 0
+        self._reasons: dict[str, str] = {}
+
+    @property
+    def items(self) -> list[tuple[str, str]]:
+        """(name, reason) of every bad file, in the order they were met."""
+        return list(self._reasons.items())
+
+    def add(self, name: str, reason: str) -> None:
+        """Counts a bad file; one that is known already is not counted again.
+
+        Raises:
+            DataError: there are now more than the limit.
+        """
+        self._reasons[name] = reason
+        if len(self._reasons) > self.limit:
+            allowed = f"more than {self.option} {self.max_bad:g} allows" if self.max_bad else f"and {self.option} is 0"
+            raise DataError(
+                f"{len(self._reasons)} of {self.total} images cannot be read, {allowed}; the last: {name}: {reason}",
+                self._fix(reason),
+            )
+
+    def _fix(self, reason: str) -> str:
+        """What to do about the bad files, of which the last one was so for this reason."""
+        group = self.option.rpartition("max_bad")[0]
+        first = next((f"--{group}{text}, or " for begin, text in _MENDS.items() if reason.startswith(begin)), "")
+        return f"{first}mend or remove them, or raise {self.option}"
 
 
 def reader_processes(asked: int | None, sharing: int = 1) -> int:
@@ -67,16 +114,35 @@ def first_readable(
     Raises:
         DataError: MAX_MISSES in a row cannot be read.
     """
-    attempts = min(len(source), MAX_MISSES)
+    attempts, fix = min(len(source), MAX_MISSES), ""
     for candidate in range(index, index + attempts):
         candidate %= len(source)
         try:
             return candidate, read(candidate)
         except DataError as error:
             name = source.name(candidate)
-            bad.append((name, str(error).removeprefix(f"{name}: ")))
+            bad.append((name, error.problem.removeprefix(f"{name}: ")))
+            fix = error.fix
     name, reason = bad[-1]
-    raise DataError(f"{attempts} images in a row cannot be read; the last: {name}: {reason}", "check the data")
+    raise DataError(f"{attempts} images in a row cannot be read; the last: {name}: {reason}", fix or "check the data")
+
+
+def stand_ins(source: Source, readable: npt.NDArray[np.bool_], reason: str, bad: BadFiles) -> npt.NDArray[np.int64]:
+    """(N,) the index that is read in place of each: itself, or the next that is readable; after the last the first.
+
+    Args:
+        source: the samples.
+        readable: (N,) which of them are; not none.
+        reason: why the others are not.
+        bad: takes those.
+
+    Raises:
+        DataError: more of them than `bad` allows.
+    """
+    for index in np.flatnonzero(~readable):
+        bad.add(source.name(int(index)), reason)
+    good = np.flatnonzero(readable)
+    return good[np.searchsorted(good, np.arange(len(readable))) % len(good)]
 
 
 class Reading(NamedTuple):
@@ -126,7 +192,7 @@ def _announced(source: Source, indices: npt.NDArray[np.int64]) -> Iterator[np.in
     """The same indices; the source is told of each some time before it is its turn."""
     for start in range(0, len(indices), _ANNOUNCED):
         part = indices[start : start + _ANNOUNCED]
-        read_ahead(source, part)
+        source.read_ahead(part)
         yield from part
 
 
@@ -135,36 +201,52 @@ class Probe:
     """What a sample of a source looks like.
 
     Attributes:
-        channels: 1 if every image is greyscale; for arrays, what they have; else 3.
+        channels: 3 where some samples are grey and the rest in colour; else what most have.
         sizes: the spatial sizes seen.
-        dtype: the type that holds them all: uint8, uint16 or float32.
+        notes: what was decided about the samples, a short phrase each.
     """
 
     channels: int
     sizes: frozenset[tuple[int, ...]]
-    dtype: np.dtype[Any]
+    notes: tuple[str, ...]
 
 
 def probe(source: Source, sample: int = 64) -> Probe:
-    """Reads images evenly spread over a source; unreadable ones are passed over.
+    """Opens samples evenly spread over a source; unreadable ones are passed over.
 
     Raises:
         DataError: none of them can be read.
     """
-    images, failure = [], None
+    items: list[Item] = []
+    failure: DataError | None = None
     for index in spread(len(source), sample):
         try:
-            images.append(source.read(int(index)))
+            items.append(source.open(int(index)))
         except DataError as error:
-            failure = error
-    if not images:
+            failure = DataError(f"{source.name(int(index))}: {error.problem}", error.fix)
+    if not items:
         assert failure is not None
-        raise DataError(f"none of {min(sample, len(source))} images can be read; the last: {failure}", "check the data")
+        raise DataError(
+            f"none of {min(sample, len(source))} images can be read; the last: {failure.problem}",
+            failure.fix or "check the data",
+        )
+    counts = Counter(item.channels for item in items)
+    notes = Counter(note for item in items for note in item.notes)
     return Probe(
-        channels=max(image.shape[-1] for image in images),
-        sizes=frozenset(image.shape[:-1] for image in images),
-        dtype=np.result_type(*{image.dtype for image in images}),
+        channels=3 if set(counts) == {1, 3} else counts.most_common(1)[0][0],
+        sizes=frozenset(item.size for item in items),
+        notes=tuple(notes),
     )
+
+
+def fit_channels(source: Source, seen: Probe, channels: int) -> Source:
+    """The samples with a model's number of channels; ConfigError where they have another and cannot be converted."""
+    if channels != seen.channels and {channels, seen.channels} != {1, 3}:
+        raise ConfigError(
+            f"the images have {seen.channels} channels ({source.name(0)}) and the model takes {channels}",
+            f"set model.in_chans to {seen.channels}, or give images that have {channels}",
+        )
+    return source.with_channels(channels)
 
 
 def statistics(

@@ -14,13 +14,14 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from torchmae.data.cache import cache_folder, write_whole
-from torchmae.data.decode import IMAGE_SUFFIXES
-from torchmae.data.reading import Progress
+from torchmae.data.arrays import unpacked_bytes
+from torchmae.data.cache import cache_folder
+from torchmae.data.formats import Context, picture_suffixes
 from torchmae.data.remote import Place, RemoteBytes, beside, last_name, open_place, place_version, shown
-from torchmae.data.sources import MAX_BYTES, EncodedSource, Labels, digest, printable, spread, unpacked_bytes
+from torchmae.data.sources import MAX_BYTES, EncodedSource, Labels, digest, printable, spread
 from torchmae.data.strings import Strings, StringsWriter, pack_strings
 from torchmae.errors import DataError
+from torchmae.files import replace_file
 
 INDEX_SUFFIX = ".index.npz"
 """What an index that lies beside its shard adds to the shard's name."""
@@ -67,22 +68,14 @@ class ShardSource(EncodedSource):
 
     Args:
         shards: uncompressed tar files: paths or URLs.
-        channels: 1 or 3; None: what each image has.
-        progress: told how far indexing is.
-        member: which picture of each sample: what stands behind the dot after its key ("jpg", "seg.png"), or "all".
+        context: how the images are read; `member` says which picture of each sample.
 
     Raises:
         DataError: a file that is no tar file, is compressed or damaged; no images in any of them; or samples with
             several pictures and no `member`.
     """
 
-    def __init__(
-        self,
-        shards: Sequence[Place],
-        channels: int | None = None,
-        progress: Progress | None = None,
-        member: str | None = None,
-    ) -> None:
+    def __init__(self, shards: Sequence[Place], context: Context = Context()) -> None:
         self._shards = list(shards)
         self._versions: list[tuple[int, str]] = []
         self._indexes: list[ShardIndex] = []
@@ -90,20 +83,21 @@ class ShardSource(EncodedSource):
             for version, index in pool.map(_open, self._shards):
                 self._versions.append(version)
                 self._indexes.append(index)
-                if progress is not None:
-                    progress("indexing shards", len(self._indexes), len(self._shards))
+                if context.progress is not None:
+                    context.progress("indexing shards", len(self._indexes), len(self._shards))
         self._indexes = [
-            _chosen(index, last_name(shard), member) for shard, index in zip(self._shards, self._indexes, strict=True)
+            _chosen(index, last_name(shard), context.member)
+            for shard, index in zip(self._shards, self._indexes, strict=True)
         ]
         self._starts = np.cumsum([0] + [len(index.sizes) for index in self._indexes])
         if not self._starts[-1]:
-            raise DataError(f"{shown(str(shards[0]))} holds no images", f"accepted are {', '.join(IMAGE_SUFFIXES)}")
+            raise DataError(f"{shown(str(shards[0]))} holds no images", f"accepted are {', '.join(picture_suffixes())}")
         labels = np.concatenate([index.labels for index in self._indexes])
         super().__init__(
             int(self._starts[-1]),
             labels if (labels >= 0).any() else None,
             _class_names(self._shards[0], labels),
-            channels,
+            context,
             last_name(self._shards[0]),
         )
         self._remote = {
@@ -233,7 +227,7 @@ def write_index(path: Path, index: ShardIndex, size: int) -> None:
         "labels": index.labels,
         "samples": index.samples,
     }
-    write_whole(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
+    replace_file(path, lambda file: np.savez(file, allow_pickle=False, **arrays), DataError)
 
 
 def _read_index(place: Place, size: int) -> ShardIndex | None:
@@ -263,11 +257,11 @@ def _chosen(index: ShardIndex, shard: str, member: str | None) -> ShardIndex:
         return index
     rows = np.arange(len(index.samples))
     if member is not None:
-        rows = np.array([i for i in rows if _parts(_text(index.names[i]))[1] == member.lower()], dtype=np.int64)
+        rows = np.flatnonzero([_parts(_text(name))[1] == member.lower() for name in index.names])
     samples, counts = np.unique(index.samples[rows], return_counts=True)
     if (counts > 1).any():
-        shared = np.flatnonzero(index.samples == samples[counts > 1][0])
-        first = _text(index.names[shared[0]])
+        shared = np.flatnonzero(index.samples == samples[counts > 1][0]).tolist()
+        first = _text(index.names[int(shared[0])])
         parts = [_parts(_text(index.names[row]))[1] for row in shared]
         raise DataError(
             f"{int((counts > 1).sum()):,} samples of {shard} have several pictures: "
@@ -281,7 +275,7 @@ def _chosen(index: ShardIndex, shard: str, member: str | None) -> ShardIndex:
         raise DataError(
             f"no sample of {shard} has a picture {member!r}", f"choose from {printable(', '.join(known).encode())}"
         )
-    names = pack_strings(index.names[row] for row in rows)
+    names = pack_strings(index.names[row] for row in rows.tolist())
     return ShardIndex(names, index.offsets[rows], index.sizes[rows], index.labels[rows], index.samples[rows])
 
 
@@ -340,7 +334,7 @@ def _scan(file: IO[bytes], size: int, name: str) -> ShardIndex:
             if end > size:
                 raise DataError(f"{name} is cut short in {printable(_bytes(member.name))}", "copy it again")
             stem, _, suffix = member.name.rpartition(".")
-            if f".{suffix.lower()}" in IMAGE_SUFFIXES:
+            if f".{suffix.lower()}" in picture_suffixes():
                 names.add(_bytes(member.name))
                 rows.append((member.offset_data, member.size))
             elif suffix.lower() == "cls":

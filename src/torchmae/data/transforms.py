@@ -9,8 +9,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from torchmae.data.transfer import to_device
-
 Boxes = npt.NDArray[np.int64]
 
 _TRIES = 10
@@ -238,3 +236,14 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor, scale: float) -> Tensor
     channels = (-1,) + (1,) * (images.ndim - 2)
     floats = images.to(torch.float32, memory_format=torch.contiguous_format)
     return (floats * (1 / (scale * std)).view(channels)).sub_((mean / std).view(channels))
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device. A GPU's copy may still be under way: work that is queued behind it sees it done.
+
+    It comes from pinned memory, which PyTorch keeps until then; from other memory CUDA would wait for the work before
+    it, and other devices might read what has been freed.
+    """
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)

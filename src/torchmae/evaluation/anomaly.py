@@ -28,11 +28,11 @@ from torchmae.data.sources import Source
 from torchmae.errors import CheckpointError, ConfigError, DataError
 from torchmae.evaluation.images import ImageSet, Normalisation
 from torchmae.evaluation.sharing import Share
+from torchmae.files import replace_file
 from torchmae.nn.autoencoder import Autoencoder
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Mask
 from torchmae.random import Purpose, permutation, uniform
-from torchmae.training.checkpoint import replace_file
 from torchmae.training.pretrained import denormalise
 from torchmae.training.progress import Display
 from torchmae.training.runtime import Runtime

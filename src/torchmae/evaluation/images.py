@@ -10,14 +10,14 @@ import numpy as np
 import torch
 
 from torchmae.config import DataConfig
-from torchmae.data.decode import BadFiles
+from torchmae.data.arrays import DoesNotFitError, Held, hold
+from torchmae.data.formats import Context, Progress
 from torchmae.data.labels import in_training_classes
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import Batch, ImageLoader
-from torchmae.data.memory import DoesNotFitError, Held, hold
 from torchmae.data.opening import check_apart
 from torchmae.data.plan import Indices, hold_out
-from torchmae.data.reading import Probe, Progress, probe, reader_processes, statistics
+from torchmae.data.reading import BadFiles, Probe, probe, reader_processes, statistics
 from torchmae.data.sources import Source, Subset
 from torchmae.data.worker import View
 from torchmae.errors import ConfigError, DataError, one_of
@@ -178,7 +178,8 @@ def open_evaluation_data(
         ConfigError: options that do not fit the data, or data that does not fit the model.
         DataError: data that is missing, empty, unreadable, or without the labels needed.
     """
-    train, test, notes = choose_sources(options, spatial_dims=len(input_size), progress=progress)
+    context = Context.of(options.data, spatial_dims=len(input_size), progress=progress)
+    train, test, notes = choose_sources(options, context)
     if labelled:
         for what, source in (("training", train), ("test", test)):
             unlabelled = 0 if source.labels is None else int((source.labels < 0).sum())
@@ -250,7 +251,7 @@ def open_parts(
         DataError: data that is missing, empty or unreadable.
     """
     assert data.source is not None
-    splits = open_splits(data.source, data.root, spatial_dims=len(input_size), progress=progress)
+    splits = open_splits(data.source, Context.of(data, spatial_dims=len(input_size), progress=progress))
     if split != "all":
         one_of("split", split, splits)
     sources = [splits[name] for name in ("train", "val", "test") if name in splits and split in (name, "all")]
@@ -273,12 +274,10 @@ def open_parts(
     return parts, notes
 
 
-def choose_sources(
-    options: EvaluateOptions, spatial_dims: int, progress: Progress | None = None
-) -> tuple[Source, Source, tuple[str, ...]]:
+def choose_sources(options: EvaluateOptions, context: Context) -> tuple[Source, Source, tuple[str, ...]]:
     """Training and test images, as `EvaluateOptions.test_data` says, and what there is to say about them."""
     assert options.data.source is not None
-    splits = open_splits(options.data.source, options.data.root, spatial_dims=spatial_dims, progress=progress)
+    splits = open_splits(options.data.source, context)
     train = splits["train"]
     name = options.test_data or next((name for name in ("test", "val") if name in splits), HELD_OUT)
     if name == "train":
@@ -291,7 +290,7 @@ def choose_sources(
     if name in splits:
         return train, splits[name], ()
     try:
-        others = open_splits(name, options.data.root, spatial_dims=spatial_dims, progress=progress)
+        others = open_splits(name, context)
     except DataError as error:
         known = ", ".join([*(split for split in splits if split != "train"), HELD_OUT, "or a path"])
         raise ConfigError(f"test_data {name!r} cannot be used: {error.problem}", f"choose from {known}") from error

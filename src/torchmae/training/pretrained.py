@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import torchmae
-from torchmae.data.decode import decode
+from torchmae.data.formats import Context, read_file
 from torchmae.data.transforms import eval_box, normalise, resample, value_range
 from torchmae.errors import ConfigError, DataError, one_of
 from torchmae.interop.reading import is_foreign, read_weights
@@ -132,9 +132,9 @@ def _adopt(weights: Weights) -> Pretrained:
 
 
 def read_image(path: Path, channels: int | None) -> npt.NDArray[Any]:
-    """One image file as `decode` gives it; DataError where it cannot be read."""
+    """(*size, C) of one file; DataError where it cannot be read."""
     try:
-        return decode(path, channels)
+        return read_file(path, Context(channels=channels))
     except DataError as error:
         raise DataError(f"cannot read {error}", "give image files, such as PNG or JPEG") from error
 

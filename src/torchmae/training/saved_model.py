@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from torchmae.errors import CheckpointError
+from torchmae.files import replace_file
 from torchmae.nn import presets
 from torchmae.nn.autoencoder import Autoencoder
-from torchmae.training.checkpoint import load_checkpoint, replace_file
+from torchmae.training.checkpoint import load_checkpoint
 
 FORMAT = 1
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from torchmae.config import DataConfig
+from torchmae.data.formats import Context
 from torchmae.data.layouts import open_splits
 from torchmae.data.opening import choose_splits
 from torchmae.errors import ConfigError
@@ -15,7 +16,7 @@ from torchmae.errors import ConfigError
 
 def val_labels(folder: Path) -> list[int]:
     config = DataConfig(source=str(folder))
-    _, val = choose_splits(config, open_splits(config.source, config.root), (8, 8))
+    _, val = choose_splits(config, open_splits(config.source), Context(spatial_dims=2))
     assert val is not None and val.labels is not None
     return val.labels.tolist()
 
@@ -29,11 +30,12 @@ def test_the_training_images_are_not_held_out(tmp_path: Path, monkeypatch: pytes
     source = write_arrays(tmp_path / "a.npy")
     (tmp_path / "link.npy").symlink_to(source)
     monkeypatch.chdir(tmp_path)
-    splits = open_splits(source, "data")
+    context = Context(spatial_dims=2)
+    splits = open_splits(source, context)
     for val in (source, "a.npy", "link.npy"):
         with pytest.raises(ConfigError, match="leads to the training images"):
-            choose_splits(DataConfig(source=source, val=val), splits, (8, 8))
-    _, val_images = choose_splits(DataConfig(source=source, val=write_arrays(tmp_path / "b.npy", 1)), splits, (8, 8))
+            choose_splits(DataConfig(source=source, val=val), splits, context)
+    _, val_images = choose_splits(DataConfig(source=source, val=write_arrays(tmp_path / "b.npy", 1)), splits, context)
     assert val_images is not None and len(val_images) == 20
 
 
