@@ -28,7 +28,7 @@ from torchmae.data.folders import SPLIT_NAMES, Masks, Role, is_system_name, mask
 from torchmae.data.formats import FORMATS, Context, picture_suffixes
 from torchmae.data.hub import HUB_PREFIX, hub_splits
 from torchmae.data.labels import ordered_classes
-from torchmae.data.lists import csv_splits, is_pattern, matching, pattern_source, text_source
+from torchmae.data.lists import is_pattern, list_splits, matching, pattern_source
 from torchmae.data.named import NAMED, open_named
 from torchmae.data.parquet import ParquetSource
 from torchmae.data.remote import Place, expand_url, is_url, last_name, shown
@@ -94,8 +94,7 @@ LAYOUTS: dict[tuple[str, ...], Callable[[Path, Context], dict[str, Source]]] = {
     HDF5_SUFFIXES: stored_splits,
     (".parquet",): lambda path, context: {"train": ParquetSource([path], context)},
     (".tar",): lambda path, context: {"train": ShardSource([path], context)},
-    (".csv", ".tsv"): lambda path, context: csv_splits(path, SPLIT_NAMES, context),
-    (".txt",): lambda path, context: {"train": text_source(path, context)},
+    (".csv", ".tsv", ".txt", ".lst"): lambda path, context: list_splits(path, SPLIT_NAMES, context),
 }
 """What opens a single file as a data set, by its suffixes. Add a row to teach every command one more."""
 
