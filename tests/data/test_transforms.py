@@ -14,13 +14,14 @@ from torchvision.transforms.v2 import functional as F
 
 from torchmae.data.transforms import (
     CROP_NUMBERS,
+    FULL_SCALE,
+    Normalisation,
     crop_boxes,
     eval_box,
     mirror,
     normalise,
     reduction,
     resample,
-    value_range,
 )
 from torchmae.random import Purpose, uniform
 
@@ -151,7 +152,7 @@ def test_only_the_box_contributes() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
 def test_integers_stay_in_range_and_whole(dtype: torch.dtype) -> None:
-    high = int(value_range(dtype))
+    high = int(FULL_SCALE[str(dtype)[6:]])
     images = (torch.rand(8, 2, 16, 16) > 0.5).int().mul(high).to(dtype)  # edges that overshoot
     result = resample(images, crop_boxes(numbers(8), (16, 16), (0.2, 1), (1, 1), (24, 24)), (24, 24), no_flip(8))
     assert result.dtype == torch.float32
@@ -201,7 +202,10 @@ def test_normalise() -> None:
     mean, std = torch.tensor([0.25, 0.5]), torch.tensor([0.5, 2.0])
     expected = (images.double() / 255 - mean.view(2, 1, 1)) / std.view(2, 1, 1)
     torch.testing.assert_close(normalise(images, mean, std, 255.0), expected.float(), atol=1e-6, rtol=1e-6)
-    assert [value_range(dtype) for dtype in (torch.uint8, torch.uint16, torch.float32)] == [255, 65535, 1]
+    plain = Normalisation((0.0,), (1.0,))
+    assert [plain.one(dtype) for dtype in (torch.uint8, torch.uint16, torch.float32)] == [255, 65535, 1]
+    twelve = Normalisation((0.0,), (1.0,), scale={"uint16": 4095.0})
+    assert [twelve.one(dtype) for dtype in (torch.uint8, torch.uint16)] == [255, 4095]
 
 
 @pytest.mark.parametrize(

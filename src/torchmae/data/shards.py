@@ -298,7 +298,7 @@ def _scan(file: IO[bytes], size: int, name: str) -> ShardIndex:
             if this_key != key:
                 labels_of[first:] = [label] * (len(rows) - first)
                 key, first, label = this_key, len(rows), -1
-            if suffix in picture_suffixes():
+            if member.name.lower().endswith(picture_suffixes()):
                 names.add(_bytes(member.name))
                 rows.append((member.offset_data, member.size))
                 labels_of.append(-1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -163,7 +165,7 @@ def resample(images: Tensor, boxes: Boxes, target: tuple[int, ...], flip: npt.ND
     resampled = resampled.movedim(-1, 1).contiguous()  # every axis has moved in front of the channels
     if images.is_floating_point():
         return resampled
-    return resampled.round_().clamp_(0, value_range(images.dtype))
+    return resampled.round_().clamp_(0, torch.iinfo(images.dtype).max)
 
 
 def resample_weights(boxes: Tensor, source: int, target: int) -> Tensor:
@@ -216,26 +218,73 @@ def mirror(images: Tensor, rows: Tensor) -> Tensor:
     return images
 
 
-def value_range(dtype: torch.dtype) -> float:
-    """The value that stands for 1.0: 255 for uint8, 65535 for uint16, 1 for floats."""
-    return float(torch.iinfo(dtype).max) if not dtype.is_floating_point else 1.0
+FULL_SCALE = {"uint8": 255.0, "uint16": 65535.0, "float32": 1.0}
+"""The value of each type of stored values that stands for 1, unless data.scale says otherwise."""
 
 
-def normalise(images: Tensor, mean: Tensor, std: Tensor, scale: float) -> Tensor:
-    """(images / scale - mean) / std.
+@dataclass(frozen=True)
+class Normalisation:
+    """From stored values to the model's input, and back to what can be looked at and measured.
+
+    A stored value is divided by the number that stands for 1 in its type; then `mean` is subtracted, and the rest is
+    divided by `std`.
+
+    Attributes:
+        mean: one for each channel, of scaled values.
+        std: likewise, above 0.
+        low: the scaled value that is shown black, one for each channel; None: 0.
+        high: the one that is shown white; None: 1.
+        scale: what stands for 1 in each type of stored values that the model was trained on; of other types, and where
+            it is None, FULL_SCALE says.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    low: tuple[float, ...] | None = None
+    high: tuple[float, ...] | None = None
+    scale: dict[str, float] | None = None
+
+    def one(self, dtype: torch.dtype | np.dtype[Any]) -> float:
+        """The stored value that stands for 1."""
+        name = str(dtype).removeprefix("torch.")
+        return {**FULL_SCALE, **(self.scale or {})}["float32" if name.startswith("float") else name]
+
+    def apply(self, images: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Stored values, (B, C, *size), as the model takes them: float32, contiguous, on the same device.
+
+        Args:
+            images: any type.
+            dtype: that they were stored in; None: their own.
+        """
+        mean, std = (torch.tensor(values, device=images.device) for values in (self.mean, self.std))
+        return normalise(images, mean, std, self.one(dtype or images.dtype))
+
+    def shown(self, images: Tensor) -> Tensor:
+        """The model's input, (B, C, *size), on the CPU, with 0 for `low` and 1 for `high`; nothing is clamped."""
+        shape = (1, -1, *(1,) * (images.ndim - 2))
+        mean, std = (torch.tensor(values).view(shape) for values in (self.mean, self.std))
+        values = images.float().cpu() * std + mean
+        if self.low is None or self.high is None:
+            return values
+        low, high = (torch.tensor(ends).view(shape) for ends in (self.low, self.high))
+        return (values - low) / (high - low)
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor, one: float) -> Tensor:
+    """(images / one - mean) / std.
 
     Args:
         images: (B, C, *size).
-        mean: (C,), of values in [0, 1].
-        std: (C,), of values in [0, 1], above 0.
-        scale: `value_range` of the type that the images were stored in.
+        mean: (C,), of scaled values.
+        std: (C,), of scaled values, above 0.
+        one: the stored value that stands for 1.
 
     Returns:
         (B, C, *size) float32, contiguous whatever `images` is.
     """
     channels = (-1,) + (1,) * (images.ndim - 2)
     floats = images.to(torch.float32, memory_format=torch.contiguous_format)
-    return (floats * (1 / (scale * std)).view(channels)).sub_((mean / std).view(channels))
+    return (floats * (1 / (one * std)).view(channels)).sub_((mean / std).view(channels))
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import torchmae
 from torchmae.data.formats import Context, read_file
-from torchmae.data.transforms import eval_box, normalise, resample, value_range
+from torchmae.data.reading import FAR
+from torchmae.data.transforms import eval_box, resample
 from torchmae.errors import ConfigError, DataError, one_of
 from torchmae.interop.reading import is_foreign, read_weights
 from torchmae.interop.weights import Weights, build, full_arguments
@@ -60,16 +61,32 @@ class Pretrained:
         size = self.description.input_size
         channels = self.description.arguments["in_chans"]
         array = image if isinstance(image, np.ndarray) else read_image(Path(image), channels)
-        if array.dtype.kind != "f" and array.dtype not in (np.uint8, np.uint16):
-            raise ConfigError(f"an image has type {array.dtype}", "give uint8, uint16 or floats from 0 to 1")
+        array = self._checked(array)
         if array.ndim != len(size) + 1 or array.shape[-1] != channels:
             raise ConfigError(
                 f"an image has shape {array.shape}", f"this model takes {len(size)} axes and {channels} channels, last"
             )
         pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 0)))[None]
         resized = resample(pixels, eval_box(array.shape[:-1], size)[None], size, np.zeros(1, dtype=np.bool_))
-        mean, std = torch.tensor(self.description.mean), torch.tensor(self.description.std)
-        return normalise(resized, mean, std, value_range(pixels.dtype))
+        return self.description.normalisation.apply(resized, pixels.dtype)
+
+    def _checked(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """An image of a type, and on a scale, that the model was trained on."""
+        trained = self.description.normalisation.scale or {}
+        if "float32" in trained and len(trained) == 1 and array.dtype.kind in "ui":
+            raise ConfigError(
+                f"an image has type {array.dtype} and the model was trained on floats, taken as they are",
+                "convert it to float32, in the unit of the training data",
+            )
+        if array.dtype.kind != "f" and array.dtype not in (np.uint8, np.uint16):
+            raise ConfigError(f"an image has type {array.dtype}", "give uint8, uint16 or floats from 0 to 1")
+        if trained and "float32" not in trained and array.dtype.kind == "f" and np.nanmax(np.abs(array)) > FAR:
+            kinds = ", ".join(f"{kind} divided by {one:g}" for kind, one in trained.items())
+            raise ConfigError(
+                f"an image has floats up to {np.nanmax(np.abs(array)):g} and the model was trained on {kinds}",
+                "divide by the same number first",
+            )
+        return array
 
     @torch.no_grad()
     def encode(self, images: Tensor, pool: str = "mean") -> Tensor:
@@ -137,10 +154,3 @@ def read_image(path: Path, channels: int | None) -> npt.NDArray[Any]:
         return read_file(path, Context(channels=channels))
     except DataError as error:
         raise DataError(f"cannot read {error}", "give image files, such as PNG or JPEG") from error
-
-
-def denormalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(B, C, *size) back to values in [0, 1], on the CPU; those outside are clamped."""
-    shape = (1, -1, *(1,) * (images.ndim - 2))
-    scale = torch.tensor(std).view(shape)
-    return (images.float().cpu() * scale + torch.tensor(mean).view(shape)).clamp(0, 1)
