@@ -31,6 +31,8 @@ class ReadOptions:
             at a fraction of its size.
         nodata: a value that means "nothing measured", such as -9999; such places, and those that are not finite
             numbers, get the mean of their channel in the same sample; "nan": those alone; null: there is none.
+        member: which picture of tar samples with several: what stands behind the dot after the sample's key ("jpg",
+            "seg.png"), or "all" (each picture is a sample); null: no sample has several.
         scale: for each type of stored values, the one that stands for 1; null: 255 for uint8, 65535 for uint16, and
             1 for all others, which are taken as they are.
     """
@@ -41,6 +43,7 @@ class ReadOptions:
     truncated: Literal["skip", "keep"] = "skip"
     max_megapixels: float = 100.0
     nodata: float | Literal["nan"] | None = None
+    member: str | None = None
     scale: dict[str, float] | None = None
 
     def filled_from(self, other: ReadOptions) -> dict[str, Any]:

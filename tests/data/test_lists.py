@@ -49,6 +49,8 @@ def test_a_text_file_of_paths(write_pictures, tmp_path: Path) -> None:
         ("path,label\na.png,dog\nb.png,cat\n", [1, 0], ("cat", "dog")),
         ("Label , FileName\n,a.png\ncat,b.png\n", [-1, 0], ("cat",)),
         ('class,path\n"a, b",a.png\n10,"b.png"\n', [1, 0], ("10", "a, b")),
+        ("a.png,-1\nb.png,3.0\n", [-1, 3], None),
+        ("path,label\na.png,dog\nb.png,-1\n", [0, -1], ("dog",)),
         ("a.png\nb.png\n", None, None),
         ("\ufeffpath\na.png\nb.png\n", None, None),
     ],

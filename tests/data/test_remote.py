@@ -12,9 +12,10 @@ import pytest
 from picture_files import picture, rows_of, write_parquet
 from tar_files import samples, write_tar
 
-from torchmae.data import remote
+from torchmae.data import cache, remote
+from torchmae.data.cache import trim
 from torchmae.data.layouts import open_splits
-from torchmae.data.remote import BLOCK, RemoteBytes, expand_braces, place_version, shown, trim
+from torchmae.data.remote import BLOCK, RemoteBytes, expand_braces, expand_url, place_version, shown
 from torchmae.data.shards import INDEX_SUFFIX, build_index, write_index
 from torchmae.data.sources import Subset
 from torchmae.errors import ConfigError, DataError
@@ -192,6 +193,29 @@ def test_the_cache_is_bounded_and_a_full_disk_does_no_harm(server: Server, monke
     assert 4 * BLOCK <= kept <= 9 * BLOCK
     monkeypatch.setattr(remote, "_write_at", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left")))
     assert remote_bytes(server, "0.bin").read(3, 5) == b"\x01\x01"
+
+
+def test_the_cache_is_looked_at_once_in_a_while_however_many_shards_there_are(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+    monkeypatch.setattr(cache, "trim", looks.append)
+    for i in range(6):
+        (server.folder / f"{i}.bin").write_bytes(bytes(BLOCK))
+        remote_bytes(server, f"{i}.bin").read(0, BLOCK)
+    assert len(looks) == 1
+
+
+def test_a_question_mark_is_a_character_in_a_bucket_and_a_query_at_http(server: Server, tmp_path: Path) -> None:
+    for i in range(3):
+        write_tar(tmp_path / f"x{i}.tar", samples(1, start=i))
+    found = expand_url(f"file://{tmp_path}/x?.tar")
+    assert [Path(url).name for url in found] == ["x0.tar", "x1.tar", "x2.tar"]
+    assert len(open_splits(f"file://{tmp_path}/x[01].tar")["train"]) == 2
+    assert shown("s3://bucket/x?.tar") == "s3://bucket/x?.tar"
+    assert shown("s3://bucket/x.tar?versionId=secret") == "s3://bucket/x.tar"
+    signed = f"{server.url}/x.tar?sig=a*b[c]"
+    assert expand_url(signed) == [signed]
 
 
 def test_parquet_over_http(server: Server) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from torchmae.data.arrays import ArraySource, FileArray, map_array
 from torchmae.data.formats import Context
-from torchmae.data.sources import FileSource, Subset, relabel, spread
+from torchmae.data.sources import FileSource, Subset, spread
 from torchmae.errors import ConfigError, DataError
 
 
@@ -229,14 +229,6 @@ def test_subset() -> None:
     assert subset.fingerprint() != Subset(source, np.array([2, 7])).fingerprint()
     with pytest.raises(ConfigError):
         subset.with_channels(3)
-
-
-def test_relabel_goes_by_class_names() -> None:
-    source = ArraySource(np.zeros((4, 2, 2), np.uint8), [0, 1, 2, -1], ["bee", "cat", "dog"])
-    assert relabel(source, ("ape", "cat", "bee")).labels.tolist() == [2, 1, -1, -1]
-    assert relabel(source, ("bee", "cat", "dog")) is source
-    nameless = ArraySource(np.zeros((2, 2, 2), np.uint8), [0, 1])
-    assert relabel(nameless, ("ape",)) is nameless
 
 
 @pytest.mark.parametrize(("length", "count"), [(1, 5), (5, 5), (100, 7), (3, 64)])

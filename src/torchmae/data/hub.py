@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,12 @@ class HubSource(EncodedSource):
         image: the column of images.
         label: the column of labels, if there is one.
         title: what to call the images in messages.
-        folder: the only folder, beside the library's cache, that a table may name files in.
+        folders: the only folders, beside that of the table, that a table may name files in; links in them are followed.
         context: how the images are read.
     """
 
     def __init__(
-        self, rows: Any, image: str, label: str | None, title: str, folder: Path | None, context: Context
+        self, rows: Any, image: str, label: str | None, title: str, folders: Sequence[Path], context: Context
     ) -> None:
         labels = None
         if label is not None:
@@ -44,7 +45,8 @@ class HubSource(EncodedSource):
         self._rows = rows.select_columns([image])
         self._image = image
         self._title = title
-        self._folders = [path.resolve() for path in (folder, _cache_of(rows)) if path is not None]
+        tables = [Path(file["filename"]).parent for file in rows.cache_files[:1]]
+        self._folders = {place for path in (*folders, *tables) for place in (_normal(path), path.resolve())}
 
     def encoded(self, index: int) -> bytes:
         """The bytes in the table, or those of the file that it names."""
@@ -53,7 +55,7 @@ class HubSource(EncodedSource):
             return check_size(bytes(cell["bytes"]))
         if not cell.get("path"):
             raise DataError("the table holds no bytes for it")
-        path = Path(cell["path"]).resolve()
+        path = _normal(cell["path"])
         if not any(path.is_relative_to(folder) for folder in self._folders):
             raise DataError(f"the table names {path}, which lies outside of its folder")
         return FileSource(path.parent, [path.name]).encoded(0)
@@ -72,9 +74,18 @@ class HubSource(EncodedSource):
         return [cell.get("bytes") or Path(cell.get("path") or "").name for cell in cells]
 
 
-def _cache_of(rows: Any) -> Path | None:
-    files = rows.cache_files
-    return Path(files[0]["filename"]).parents[0] if files else None
+def _normal(path: str | Path) -> Path:
+    """An absolute path without "..", and with the links that are in it."""
+    return Path(os.path.abspath(path))  # noqa: PTH100 (resolve() follows links)
+
+
+def _download_folders(library: Any, name: str) -> list[Path]:
+    """Where the library keeps the files of a data set of the hub, and what it unpacks."""
+    hub = importlib.import_module("huggingface_hub.constants")
+    return [
+        Path(library.config.DOWNLOADED_DATASETS_PATH),
+        Path(hub.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}",
+    ]
 
 
 def hub_splits(spec: str, split_names: Mapping[str, str], context: Context = Context()) -> dict[str, Source]:
@@ -97,17 +108,18 @@ def hub_splits(spec: str, split_names: Mapping[str, str], context: Context = Con
         loaded = library.load_dataset(str(folder or name), configuration or None)
     except Exception as error:  # network, parsers, builders: each has errors of its own
         raise DataError(
-            f"{HUB_PREFIX}{spec} cannot be loaded: {' '.join(str(error).split())[:200]}",
+            f"{HUB_PREFIX}{spec} cannot be loaded: {' '.join(str(error.__cause__ or error).split())[:200]}",
             "check the name, the network and HF_HOME",
         ) from error
     groups = {split_names[key.lower()]: rows for key, rows in loaded.items() if key.lower() in split_names}
     if "train" not in groups:
         first = next(iter(loaded))
         groups["train"] = loaded[first]
-    return {split: _source(library, rows, f"{name}/{split}", folder, context) for split, rows in groups.items()}
+    folders = [*_download_folders(library, name), *([] if folder is None else [folder])]
+    return {split: _source(library, rows, f"{name}/{split}", folders, context) for split, rows in groups.items()}
 
 
-def _source(library: Any, rows: Any, title: str, folder: Path | None, context: Context) -> HubSource:
+def _source(library: Any, rows: Any, title: str, folders: Sequence[Path], context: Context) -> HubSource:
     images = [name for name, feature in rows.features.items() if isinstance(feature, library.Image)]
     if not images:
         raise DataError(f"none of the columns {', '.join(rows.features)} of {title} holds images")
@@ -115,7 +127,7 @@ def _source(library: Any, rows: Any, title: str, folder: Path | None, context: C
     if label is not None and getattr(rows.features[label], "dtype", "") not in ("int8", "int16", "int32", "int64"):
         label = None
     encoded = rows.cast_column(images[0], library.Image(decode=False))
-    return HubSource(encoded, images[0], label, title, folder, context)
+    return HubSource(encoded, images[0], label, title, folders, context)
 
 
 def _import_datasets() -> Any:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from torchmae.data.formats import Context, picture_suffixes
+from torchmae.data.labels import from_texts
 from torchmae.data.remote import expand_braces
 from torchmae.data.sources import FileSource, Source
 from torchmae.data.strings import StringsWriter
@@ -86,7 +86,7 @@ def csv_splits(path: Path, splits: dict[str, str], context: Context) -> dict[str
     A first row with a column called path (or file, filename, file_name, image) names the columns: also label (or
     class, target) and split. Without one, the first column is the path and the second, if any, the label. Paths are
     relative to the file's own folder. Labels that are all whole numbers are taken as they are, any others are class
-    names, numbered in sorted order; an empty one means unknown.
+    names, numbered in sorted order, those of training images first; an empty one and -1 mean unknown.
 
     Args:
         path: the file; .tsv means tabs.
@@ -111,17 +111,15 @@ def csv_splits(path: Path, splits: dict[str, str], context: Context) -> dict[str
         raise DataError(f"{path} is not a CSV file: {error}", "write one path and label a line") from error
     if "train" not in rows.names:
         raise DataError(f"{path} has no rows of the train split", "write the path of an image on each line")
-    numbers, classes = _numbered(rows.texts)
-    return {
-        split: FileSource(
-            path.parent,
-            names.finish(),
-            numbers[np.frombuffer(rows.labels[split], dtype=np.intc)] if rows.has_labels else None,
-            classes if rows.has_labels else None,
-            context,
-        )
-        for split, names in rows.names.items()
-    }
+    places = {split: np.frombuffer(labels, dtype=np.intc) for split, labels in rows.labels.items()}
+    trained = {rows.texts[place] for place in np.unique(places["train"])}
+    numbers, classes, _ = from_texts(rows.texts, trained)
+    found: dict[str, Source] = {}
+    for split, names in rows.names.items():
+        labels = numbers[places[split]] if rows.has_labels and numbers is not None else None
+        own = classes if classes is None or split != "train" else classes[: len(trained & set(classes))]
+        found[split] = FileSource(path.parent, names.finish(), labels, own if rows.has_labels else None, context)
+    return found
 
 
 class _Rows(NamedTuple):
@@ -173,13 +171,3 @@ def _header(cells: list[str]) -> tuple[int, int | None, int | None] | None:
         for names in (PATH_COLUMNS, LABEL_COLUMNS, (SPLIT_COLUMN,))
     ]
     return None if found[0] is None else (found[0], found[1], found[2])
-
-
-def _numbered(texts: list[str]) -> tuple[npt.NDArray[np.int64], tuple[str, ...] | None]:
-    """The label of each text, of "" -1; and the class names, None where the texts are numbers themselves."""
-    given = texts[1:]
-    if all(text.isascii() and text.isdigit() and len(text) < 19 for text in given):
-        return np.array([-1, *map(int, given)], dtype=np.int64), None
-    classes = sorted(given)
-    number = {name: i for i, name in enumerate(classes)}
-    return np.array([-1, *(number[text] for text in given)], dtype=np.int64), tuple(classes)

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from torchmae.config import DataConfig
 from torchmae.data.arrays import DoesNotFitError, Held, hold
 from torchmae.data.formats import Context, Progress
+from torchmae.data.labels import in_training_classes
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import ImageLoader
 from torchmae.data.plan import hold_out
 from torchmae.data.reading import FEW, SAMPLE, BadFiles, Measured, Probe, fit_channels, measure, probe, reader_processes
-from torchmae.data.sources import Source, Subset, all_notes, relabel
+from torchmae.data.sources import Source, Subset, all_notes, spread
 from torchmae.data.transforms import Normalisation
 from torchmae.data.worker import View
 from torchmae.errors import ConfigError, DataError
 
 _GIB = 2**30
+_COMPARED = 64  # held-out images that are looked for among the training images
+_NAMESAKES = 4  # training images that each is compared with
 _DEVICE_SHARE = 0.1  # of a GPU's free memory that images may take unasked: the model is not there yet
 
 
@@ -128,12 +133,15 @@ def choose_splits(config: DataConfig, splits: dict[str, Source], context: Contex
         return train, None
     if config.val == "auto" and "val" not in splits:
         kept, held_out = hold_out(len(train), config.val_size)
-        return (Subset(train, kept), Subset(train, held_out)) if len(held_out) else (train, None)
+        if not len(held_out):
+            return train, None
+        rest = Subset(train, kept)
+        return rest, in_training_classes(Subset(train, held_out), rest, "held-out")[0]
     name = "val" if config.val == "auto" else config.val
     if name == "train":
         raise ConfigError("data.val is 'train'", "hold out other images than those trained on: auto or a path")
     if name in splits:
-        return train, splits[name]
+        return train, in_training_classes(splits[name], train, name)[0]
     try:
         val = open_splits(config.val, context)["train"]
     except DataError as error:
@@ -142,7 +150,58 @@ def choose_splits(config: DataConfig, splits: dict[str, Source], context: Contex
             f"data.val {config.val!r} cannot be used: {error.problem}",
             f"choose from auto, none, {', '.join([*others, 'or a path'])}",
         ) from error
-    return train, val if train.classes is None else relabel(val, train.classes)
+    check_apart(val, train, f"data.val {config.val!r}", "auto (some are held out) or another path")
+    return train, in_training_classes(val, train, "val")[0]
+
+
+def check_apart(test: Source, train: Source, what: str, fix: str) -> tuple[str, ...]:
+    """A note where some held-out images are training images too; ConfigError where all are.
+
+    Args:
+        test: the held-out images.
+        train: the training images.
+        what: names the held-out images in the message.
+        fix: what to choose instead.
+    """
+    share = training_share(test, train)
+    if share == 1:
+        raise ConfigError(f"{what} leads to the training images", f"choose {fix}")
+    return (f"about {share:.0%} of the images of {what} are training images too: figures flatter",) if share else ()
+
+
+def training_share(test: Source, train: Source) -> float:
+    """Share of held-out images that are training images too, as far as 64 of them show.
+
+    A training image is the same one when it has the same file name (or number in an array) and the same pixels,
+    wherever it lies: a link, a second path or a copy of the data set is found.
+    """
+    looked_for = [(int(i), test.name(int(i)).split("/")) for i in spread(len(test), _COMPARED)]
+    namesakes: dict[str, list[int]] = {parts[-1]: [] for _, parts in looked_for}
+    for i in range(len(train)):
+        last = train.name(i).rpartition("/")[2]
+        if last in namesakes:
+            namesakes[last].append(i)
+    found = 0
+    for index, parts in looked_for:
+        alike = sorted(namesakes[parts[-1]], key=lambda i: -_common_end(parts, train.name(i).split("/")))
+        found += any(_same(test, index, train, i) for i in alike[:_NAMESAKES])
+    return found / len(looked_for)
+
+
+def _common_end(one: Sequence[str], other: Sequence[str]) -> int:
+    count = 0
+    for a, b in zip(reversed(one), reversed(other), strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
+
+
+def _same(one: Source, i: int, other: Source, j: int) -> bool:
+    try:
+        return np.array_equal(one.read(i), other.read(j))
+    except DataError:
+        return False
 
 
 def _checked_probe(source: Source, input_size: tuple[int, ...]) -> Probe:

@@ -122,8 +122,8 @@ def pack(splits: Mapping[str, Source], out: Path, options: PackOptions, progress
     try:
         manifest = _Manifest.open(out, splits, options)  # as it is now that no other process adds to it
         return _pack(splits, out, options, manifest, classes, progress)
-    except ConfigError:  # what does not fit the format will never do
-        if not manifest.resumed:
+    except (ConfigError, DataError) as error:  # what does not fit the format will never do
+        if not manifest.resumed and (isinstance(error, ConfigError) or not manifest.files):
             manifest.forget()
         raise
     finally:

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import importlib
 import json
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from io import BytesIO
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from torchmae.data.blobs import Blobs
-from torchmae.data.cache import cache_folder
+from torchmae.data.cache import cache_folder, cache_limit, hold_open, remove_unless_open, trim
 from torchmae.data.formats import Context, Progress
 from torchmae.data.remote import Place, last_name, open_place, place_version
 from torchmae.data.sources import EncodedSource, check_size, digest
 from torchmae.errors import ConfigError, DataError
-from torchmae.files import replace_file
+from torchmae.files import lock_file, replace_file
 
 IN_MEMORY = 256 * 2**20
 """Bytes of encoded images up to which tables are kept in memory; each worker process has a copy of them."""
 
 _ROWS = 256  # read at a time
+_LOOK_EVERY_S = 0.2  # while another process unpacks
 
 
 class ParquetSource(EncodedSource):
@@ -58,7 +61,7 @@ class ParquetSource(EncodedSource):
         super().__init__(int(self._starts[-1]), labels, names, context, self._names[0])
         if not len(self):
             raise DataError(f"{self._names[0]} holds no rows", "give a table of images")
-        self._encoded = _load(tables, digest([*files, *self._versions]), context.progress)
+        self._encoded = _load(tables, self._versions, context.progress)
 
     def encoded(self, index: int) -> bytes:
         """The bytes in the table."""
@@ -133,23 +136,80 @@ class ParquetTable:
         return DataError(f"cannot read {self.file}: {' '.join(str(error).split())[:200]}")
 
 
-def _load(tables: Sequence[ParquetTable], key: str, progress: Progress | None) -> Blobs:
+class _Blobs:
+    """Byte strings end to end, in memory or in a file that is mapped, of which a worker process gets no copy.
+
+    Args:
+        ends: (N,) int64, the end of each string within the content, rising.
+        content: the bytes of all strings, or a file of them in the cache folder, which is held open.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+
+    def __init__(self, ends: npt.NDArray[np.int64], content: bytes | Path) -> None:
+        self._ends = ends
+        self._content = content
+        self._mapped: npt.NDArray[np.uint8] | None = None
+        if isinstance(content, Path):
+            hold_open(content, self)
+
+    def __getitem__(self, index: int) -> bytes:
+        start, stop = (int(self._ends[index - 1]) if index else 0), int(self._ends[index])
+        if isinstance(self._content, bytes):
+            return self._content[start:stop]
+        if start == stop:  # of nothing at all, no file can be mapped
+            return b""
+        if self._mapped is None:
+            self._mapped = np.memmap(self._content, mode="r")
+        return self._mapped[start:stop].tobytes()
+
+    def __reduce__(self) -> tuple[type[_Blobs], tuple[npt.NDArray[np.int64], bytes | Path]]:
+        return _Blobs, (self._ends, self._content)
+
+
+def _load(tables: Sequence[ParquetTable], versions: Sequence[tuple[int, str]], progress: Progress | None) -> _Blobs:
     """The encoded images of all tables, in memory or in the cache folder."""
     if sum(table.nbytes for table in tables) <= IN_MEMORY:
         content = BytesIO()
         ends = _unpack(tables, content, progress, IN_MEMORY)
         if ends is not None:
-            return Blobs(ends, content.getvalue())
-    stem = cache_folder() / "parquet" / key
-    images, index = stem.with_suffix(".bin"), stem.with_suffix(".npy")
-    if not (index.exists() and images.exists()):
-        found: list[Any] = []
-        replace_file(images, lambda file: found.append(_unpack(tables, file, progress)), DataError)
-        replace_file(index, lambda file: np.save(file, found[0]), DataError)  # last: where it is, the other is whole
-    ends = np.load(index, allow_pickle=False)
+            return _Blobs(ends, content.getvalue())
+    files = digest(table.file.absolute() if isinstance(table.file, Path) else table.file for table in tables)
+    stem = cache_folder() / "parquet" / f"{files}-{digest(versions)}"
+    images, index, lock = (stem.with_suffix(suffix) for suffix in (".bin", ".npy", ".lock"))
+    while True:
+        with suppress(FileNotFoundError):  # not made yet, or removed by `trim` before it was held open
+            ends = np.load(index, allow_pickle=False)
+            blobs = _Blobs(ends, images)
+            break
+        with suppress(OSError):  # what is wrong with the folder is said when a file is written to it
+            stem.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            locked = lock_file(lock)
+        except BlockingIOError:  # another process unpacks the same tables: other ranks do
+            time.sleep(_LOOK_EVERY_S)
+            continue
+        try:
+            if not (images.exists() and index.exists()):
+                _unpack_to(tables, images, index, progress)
+        finally:
+            with suppress(OSError):
+                lock.unlink()
+            if locked is not None:
+                locked.close()
     if images.stat().st_size != ends[-1]:
         raise DataError(f"{images} is damaged", "remove it; it is made anew")
-    return Blobs(ends, images)
+    for other in {path.with_suffix("") for path in stem.parent.glob(f"{files}-*")} - {stem}:  # of older versions
+        remove_unless_open(other.with_suffix(suffix) for suffix in (".bin", ".npy"))
+    trim(cache_limit())
+    return blobs
+
+
+def _unpack_to(tables: Sequence[ParquetTable], images: Path, index: Path, progress: Progress | None) -> None:
+    found: list[Any] = []
+    replace_file(images, lambda file: found.append(_unpack(tables, file, progress)), DataError)
+    replace_file(index, lambda file: np.save(file, found[0]), DataError)  # last: where it is, the other is whole
 
 
 def _unpack(

@@ -8,6 +8,7 @@ import os
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -15,7 +16,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from torchmae.data.formats import Context, Image, Item, open_item
+from torchmae.data.formats import Context, Image, Item, Progress, open_item
 from torchmae.data.strings import Strings, pack_strings
 from torchmae.errors import DataError
 
@@ -47,6 +48,10 @@ class Source(ABC):
     @abstractmethod
     def open(self, index: int) -> Item:
         """One sample, its header read; DataError with the reason, without its name, where it cannot be opened."""
+
+    def open_page(self, index: int, page: int) -> Item:  # noqa: ARG002
+        """One page of a sample's file, from 0."""
+        return self.open(index)
 
     @abstractmethod
     def name(self, index: int) -> str:
@@ -172,6 +177,10 @@ class EncodedSource(Source):
         """As in `Source`."""
         return open_item(self.encoded(index), self.context, lambda: self.file_name(index))
 
+    def open_page(self, index: int, page: int) -> Item:
+        """As in `Source`."""
+        return open_item(self.encoded(index), replace(self.context, page=page), lambda: self.file_name(index))
+
     def with_channels(self, channels: int) -> Self:
         """The same samples; one that has another number, and is neither grey nor colour, cannot be opened."""
         same = copy.copy(self)
@@ -294,6 +303,10 @@ class Subset(Source):
         """The source's."""
         return self.source.open(int(self.indices[index]))
 
+    def open_page(self, index: int, page: int) -> Item:
+        """The source's."""
+        return self.source.open_page(int(self.indices[index]), page)
+
     def encoded(self, index: int) -> bytes | None:
         """The source's."""
         return self.source.encoded(int(self.indices[index]))
@@ -329,12 +342,38 @@ class Subset(Source):
         self.source.read_ahead(self.indices[indices])
 
 
-def relabel(source: Source, classes: tuple[str, ...]) -> Source:
-    """The same images with labels that count in `classes`; -1 for a class that is not among them.
+class EachPage(Subset):
+    """Every page of a source's files as a sample of its own.
 
-    Without names, labels keep their numbers.
+    Args:
+        source: the files.
+        counts: (N,) how many pages each has.
     """
-    if source.labels is None or source.classes is None or source.classes == classes:
-        return source
-    numbers = np.array([classes.index(name) if name in classes else -1 for name in source.classes] + [-1])
-    return Subset(source, np.arange(len(source)), numbers[source.labels].astype(np.int64), classes)
+
+    def __init__(self, source: Source, counts: npt.NDArray[np.int64]) -> None:
+        super().__init__(source, np.repeat(np.arange(len(counts)), counts))
+        self._pages = np.concatenate([np.arange(count) for count in counts])
+        self.remarks = (*source.remarks, f"{len(self):,} pages of {len(counts):,} files, each a sample")
+
+    def open(self, index: int) -> Item:
+        """One page."""
+        return self.source.open_page(int(self.indices[index]), int(self._pages[index]))
+
+    def encoded(self, index: int) -> bytes | None:  # noqa: ARG002
+        """None: the file holds other pages too."""
+        return None
+
+    def name(self, index: int) -> str:
+        """The file and the page, from 1."""
+        return f"{super().name(index)}, page {self._pages[index] + 1}"
+
+
+def each_page(source: Source, progress: Progress | None) -> Source:
+    """A source whose samples are the pages of the files; the source itself where each has one."""
+    counts = np.ones(len(source), dtype=np.int64)
+    for index in range(len(source)):
+        with suppress(DataError):  # which says so again when it is read
+            counts[index] = source.open(index).meta.get("pages", 1)
+        if progress is not None and ((index + 1) % 1000 == 0 or index + 1 == len(source)):
+            progress("counting pages", index + 1, len(source))
+    return source if (counts == 1).all() else EachPage(source, counts)

@@ -10,6 +10,7 @@ import torch
 
 from torchmae.data.formats import Context, Progress
 from torchmae.data.layouts import open_splits
+from torchmae.data.opening import check_apart
 from torchmae.data.reading import BadFiles, probe
 from torchmae.data.sources import Source, Subset
 from torchmae.data.transforms import Normalisation
@@ -56,8 +57,7 @@ def open_anomaly_data(
     context = Context.of(options, spatial_dims=len(input_size), progress=progress)
     sources, tests = open_splits(normal, context), open_splits(test, context)
     split = next(name for name in ("test", "val", "train") if name in tests)
-    if test == normal and split == "train":
-        raise ConfigError(f"{test} has no test split, and its images are the normal ones", "give others to test")
+    check_apart(tests[split], sources["train"], f"test {test!r} has no test split, and", "other images to test")
     known = sources["train"] if normal_classes is None else only_classes(sources["train"], normal_classes)
     names = {GOOD} | folder_names(known) if normal_classes is None else set(normal_classes)
     pair = []

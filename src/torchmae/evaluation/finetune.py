@@ -109,7 +109,7 @@ def finetune(
     display = display or Display("none")
     ranks = runtime.ranks
     rows, test_rows = labelled_rows(train, "training"), labelled_rows(test, "test")
-    classes = class_names(train.source, test.source)
+    classes = class_names(train.source)
     check_classes(Subset(train.source, rows), classes)
     assert train.labels is not None
     if labels_per_class is not None:

@@ -12,11 +12,13 @@ import torch
 from torchmae.config import DataConfig
 from torchmae.data.arrays import DoesNotFitError, Held, hold
 from torchmae.data.formats import Context, Progress
+from torchmae.data.labels import in_training_classes
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import Batch, ImageLoader
+from torchmae.data.opening import check_apart
 from torchmae.data.plan import Indices, hold_out
 from torchmae.data.reading import BadFiles, Probe, fit_channels, measure, probe, reader_processes
-from torchmae.data.sources import Source, Subset, all_notes, data_line, relabel
+from torchmae.data.sources import Source, Subset, all_notes, data_line
 from torchmae.data.transforms import Normalisation
 from torchmae.data.worker import View
 from torchmae.errors import ConfigError, DataError, one_of
@@ -163,16 +165,18 @@ def open_evaluation_data(
         ConfigError: options that do not fit the data, or data that does not fit the model.
         DataError: data that is missing, empty, unreadable, or without the labels needed.
     """
-    train, test = choose_sources(options, Context.of(options.data, spatial_dims=len(input_size), progress=progress))
-    notes: tuple[str, ...] = ()
+    context = Context.of(options.data, spatial_dims=len(input_size), progress=progress)
+    train, test, notes = choose_sources(options, context)
     if labelled:
-        given = len(train), len(test)
+        for what, source in (("training", train), ("test", test)):
+            unlabelled = 0 if source.labels is None else int((source.labels < 0).sum())
+            if unlabelled:
+                notes += (f"{unlabelled:,} {what} images without a label are left out",)
+        test, lost = in_training_classes(test, train, "test")
+        notes += lost
         train, test = only_labelled(train, "training"), only_labelled(test, "test")
-        for what, before, after in zip(("training", "test"), given, (len(train), len(test)), strict=True):
-            if after < before:
-                notes += (f"{before - after:,} {what} images without a label (or of an unknown class) are left out",)
     train, test = first_of_fixed_order(train, options.train_images), first_of_fixed_order(test, options.test_images)
-    classes = class_names(train, test)
+    classes = class_names(train)
     if labelled:
         check_classes(train, classes)
     seen = probe(train)
@@ -268,8 +272,8 @@ def open_parts(
     return parts, notes
 
 
-def choose_sources(options: EvaluateOptions, context: Context) -> tuple[Source, Source]:
-    """Training and test images, as `EvaluateOptions.test_data` says."""
+def choose_sources(options: EvaluateOptions, context: Context) -> tuple[Source, Source, tuple[str, ...]]:
+    """Training and test images, as `EvaluateOptions.test_data` says, and what there is to say about them."""
     assert options.data.source is not None
     splits = open_splits(options.data.source, context)
     train = splits["train"]
@@ -280,16 +284,17 @@ def choose_sources(options: EvaluateOptions, context: Context) -> tuple[Source, 
         kept, held_out = hold_out(len(train), options.data.val_size)
         if not len(held_out):
             raise DataError(f"{options.data.source} has too few images to hold some out", "give --test-data too")
-        return Subset(train, kept), Subset(train, held_out)
+        return Subset(train, kept), Subset(train, held_out), ()
     if name in splits:
-        return train, splits[name]
+        return train, splits[name], ()
     try:
         others = open_splits(name, context)
     except DataError as error:
         known = ", ".join([*(split for split in splits if split != "train"), HELD_OUT, "or a path"])
         raise ConfigError(f"test_data {name!r} cannot be used: {error.problem}", f"choose from {known}") from error
     test = next(others[split] for split in ("test", "val", "train") if split in others)
-    return train, test if train.classes is None else relabel(test, train.classes)
+    apart = check_apart(test, train, f"test_data {name!r}", f"{HELD_OUT} or another path")
+    return train, test, apart
 
 
 def rows_with_label(labels: Indices | None) -> Indices:
@@ -321,12 +326,11 @@ def first_of_fixed_order(source: Source, count: int | None) -> Source:
     return source if len(rows) == len(source) else Subset(source, rows)
 
 
-def class_names(train: Source, test: Source) -> tuple[str, ...]:
-    """The name of each label; its number where it has none."""
+def class_names(train: Source) -> tuple[str, ...]:
+    """The name of each label of the training images; its number where it has none."""
     if train.classes is not None:
         return train.classes
-    labels = [item.labels for item in (train, test) if item.labels is not None and len(item.labels)]
-    return tuple(str(i) for i in range(max((int(item.max()) + 1 for item in labels), default=0)))
+    return tuple(str(i) for i in range(0 if train.labels is None else int(train.labels.max(initial=-1)) + 1))
 
 
 def check_classes(train: Source, classes: tuple[str, ...]) -> None:
