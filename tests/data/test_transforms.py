@@ -12,6 +12,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from torchmae.data import transforms
 from torchmae.data.transforms import (
     CROP_NUMBERS,
     FULL_SCALE,
@@ -22,6 +23,8 @@ from torchmae.data.transforms import (
     normalise,
     reduction,
     resample,
+    resample_long,
+    resample_weights,
 )
 from torchmae.random import Purpose, uniform
 
@@ -225,3 +228,33 @@ def test_mirror_turns_some_images_round(dtype: torch.dtype) -> None:
     expected = images.clone()
     expected[1] = torch.from_numpy(images[1].numpy()[:, ::-1].copy())
     assert torch.equal(mirror(images, torch.tensor([1])), expected)
+
+
+@pytest.mark.parametrize("target", [3, 100, 250, 700])
+def test_long_axes_are_resampled_as_short_ones(target: int) -> None:
+    values = torch.from_numpy(np.random.default_rng(0).random((3, 2, 400), np.float32))
+    boxes = np.array([[0, 400], [17, 300], [399, 1]])
+    weights = resample_weights(torch.from_numpy(boxes), 400, target)
+    expected = torch.bmm(values, weights.transpose(1, 2))
+    torch.testing.assert_close(resample_long(values, boxes, target), expected, atol=2e-4, rtol=0)
+
+
+def test_a_signal_of_a_million_samples_takes_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transforms, "resample_weights", lambda *_: pytest.fail("a matrix"))
+    signals = torch.linspace(0, 1, 1_000_000).expand(2, 1, -1)
+    halves = resample(signals, np.array([[[0, 500_000]], [[500_000, 500_000]]]), (16_000,), np.array([False, True]))
+    assert halves.shape == (2, 1, 16_000)
+    assert float(halves[0, 0, -1]) == pytest.approx(0.5, abs=1e-4)
+    assert [float(halves[1, 0, i]) for i in (0, -1)] == pytest.approx([1, 0.5], abs=1e-4)
+
+
+def test_volumes_with_one_long_axis() -> None:
+    volumes = torch.from_numpy(np.random.default_rng(0).random((2, 2, 4, 3000), np.float32))
+    boxes = np.array([[[0, 4], [100, 2000]], [[1, 2], [0, 3000]]])
+    found = resample(volumes, boxes, (3, 900), np.array([False, True]))
+    for i, flip in enumerate((False, True)):
+        rows = torch.bmm(
+            volumes[i], resample_weights(torch.tensor(boxes[i, 1:]), 3000, 900).transpose(1, 2).expand(2, -1, -1)
+        )
+        columns = resample_weights(torch.tensor(boxes[i, :1]), 4, 3).expand(2, -1, -1) @ rows
+        torch.testing.assert_close(found[i], columns.flip(-1) if flip else columns, atol=2e-4, rtol=0)

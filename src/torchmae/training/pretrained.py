@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -60,7 +60,7 @@ class Pretrained:
     def _preprocess(self, image: str | Path | npt.NDArray[Any]) -> Tensor:
         size = self.description.input_size
         channels = self.description.arguments["in_chans"]
-        array = image if isinstance(image, np.ndarray) else read_image(Path(image), channels)
+        array = image if isinstance(image, np.ndarray) else read_image(Path(image), channels, len(size))
         array = self._checked(array)
         if array.ndim != len(size) + 1 or array.shape[-1] != channels:
             raise ConfigError(
@@ -150,9 +150,10 @@ def _adopt(weights: Weights) -> Pretrained:
     return Pretrained(build(weights), description, weights.notes)
 
 
-def read_image(path: Path, channels: int | None) -> npt.NDArray[Any]:
-    """(*size, C) of one file; DataError where it cannot be read."""
+def read_image(path: Path, channels: int | None, spatial_dims: int = 2) -> npt.NDArray[Any]:
+    """(*size, C) of one file, all pages of it for a volume; DataError where it cannot be read."""
+    pages: Literal["first", "stack"] = "stack" if spatial_dims > 2 else "first"
     try:
-        return read_file(path, Context(channels=channels))
+        return read_file(path, Context(channels=channels, spatial_dims=spatial_dims, pages=pages))
     except DataError as error:
         raise DataError(f"cannot read {error}", "give image files, such as PNG or JPEG") from error
