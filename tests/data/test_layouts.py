@@ -98,8 +98,11 @@ def test_a_folder_that_may_not_be_read(write_pictures, tmp_path: Path, monkeypat
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
+    source = folder_splits(tmp_path)["train"]
+    assert len(source) == 1
+    assert "folder b cannot be read (Permission denied) and is passed over" in source.remarks
     with pytest.raises(DataError, match=r"cannot read folder .*b: Permission denied"):
-        folder_splits(tmp_path)
+        folder_splits(tmp_path / "b")
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from torchmae.data.arrays import (
     HDF5_SUFFIXES,
@@ -22,6 +24,7 @@ from torchmae.data.arrays import (
     npz_splits,
     stored_splits,
 )
+from torchmae.data.folders import SPLIT_NAMES, Masks, Role, is_system_name, masks_among, roles, split_named
 from torchmae.data.formats import FORMATS, Context, picture_suffixes
 from torchmae.data.hub import HUB_PREFIX, hub_splits
 from torchmae.data.labels import ordered_classes
@@ -31,18 +34,10 @@ from torchmae.data.parquet import ParquetSource
 from torchmae.data.remote import Place, expand_url, is_url, last_name, shown
 from torchmae.data.shards import CLASSES_FILE, ShardSource
 from torchmae.data.sources import FileSource, Source, each_page, printable
-from torchmae.data.strings import Strings, StringsWriter, join_strings
+from torchmae.data.strings import Strings, StringsWriter, join_strings, pack_strings
 from torchmae.errors import ConfigError, DataError
 
-SPLIT_FOLDERS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-}
-"""Folder (or parquet file) names that mean a split, in lower case; case does not matter."""
+_LISTED = 5  # names in a remark
 
 
 def _accepted() -> str:
@@ -119,7 +114,7 @@ LAYOUTS: dict[str, Layout] = {
     "named": Layout(lambda spec: spec in NAMED, open_named),
     "hub": Layout(
         lambda spec: spec.startswith(HUB_PREFIX),
-        lambda spec, context: hub_splits(spec.removeprefix(HUB_PREFIX), SPLIT_FOLDERS, context),
+        lambda spec, context: hub_splits(spec.removeprefix(HUB_PREFIX), SPLIT_NAMES, context),
     ),
     "url": Layout(is_url, lambda spec, context: _open_files(spec, expand_url(spec), context)),
     "zarr": file_layout((ZARR_SUFFIX,), stored_splits),
@@ -132,7 +127,7 @@ LAYOUTS: dict[str, Layout] = {
     "hdf5": file_layout(HDF5_SUFFIXES, stored_splits),
     "parquet": file_layout((".parquet",), lambda path, context: {"train": ParquetSource([path], context)}),
     "tar": file_layout((".tar",), lambda path, context: {"train": ShardSource([path], context)}),
-    "csv": file_layout((".csv", ".tsv"), lambda path, context: csv_splits(path, SPLIT_FOLDERS, context)),
+    "csv": file_layout((".csv", ".tsv"), lambda path, context: csv_splits(path, SPLIT_NAMES, context)),
     "text": file_layout((".txt",), lambda path, context: {"train": text_source(path, context)}),
     "file": Layout(lambda spec: Path(spec).expanduser().is_file(), _refuse_file),
     "pattern": Layout(is_pattern, lambda spec, context: _open_files(spec, matching(spec), context)),
@@ -166,83 +161,127 @@ def _unknown(spec: str, path: Path) -> DataError:
 def folder_splits(folder: Path, context: Context = Context()) -> dict[str, Source]:
     """The splits of a folder of images, nested or flat; of one without images, those of its parquet, tar or .npy files.
 
-    A folder that holds train (or training) with images is read as splits: that one, val (or valid, validation) and
-    test; what lies beside them is not used. Any other folder is all training data.
-
-    Sub-folders are classes where every image of a split lies in one and there are two or more: the label is the
-    first folder under the split. Shards (00/, 01/, ...) look the same and become classes too, which matters to
-    nobody but the kNN figure. Hidden files are passed over, links to folders followed, each folder read once. Images
-    are in the order of their paths, byte by byte.
+    Splits, masks and classes go by the names of folders (`folders.roles`). Masks and what lies beside the splits is
+    not used. Sub-folders are classes where every image lies in one and there are two or more. Hidden and system files
+    are passed over, links to folders followed, each folder read once. Images are in the order of their paths, byte by
+    byte.
 
     Args:
         folder: an existing folder.
         context: how it is opened and read.
 
     Raises:
-        DataError: nothing of that in it; what was there instead.
+        DataError: nothing of that in it, with what was there instead; or a folder that cannot be read.
     """
     listing = list_images(folder, picture_suffixes())
     if not len(listing.names):
         if listing.others[".npy"] and not any((folder / f"{prefix}images.npy").is_file() for prefix, _ in PREFIXES):
             listing = list_images(folder, FORMATS["npy"].suffixes)  # one array a sample
         else:
-            return _other_splits(folder, listing.others, context)
+            return _other_splits(folder, listing, context)
+    masks = masks_among(listing.names)
+    is_mask = np.zeros(len(listing.names), dtype=bool)
+    is_mask[masks] = True
+    role_of = dict(zip(places := sorted({place for place, _ in listing.runs}), roles(places), strict=True))
     runs: dict[str, list[_Run]] = defaultdict(list)
     start = 0
     for place, count in listing.runs:
-        parts = place.split("/") if place else []
-        split = SPLIT_FOLDERS.get(parts[0].lower(), "") if parts else ""
-        runs[split].append(_Run(start, count, parts))
+        role = role_of[place]
+        is_mask[start : start + count] |= bool(role.masks)
+        if role.split:
+            runs[role.split].append(_Run(start, count, role.label))
         start += count
-    if "train" in runs:
-        runs.pop("", None)
-        depth = 1
-    else:
-        runs = {"train": sorted(run for members in runs.values() for run in members)}
-        depth = 0
-    of_run = {split: _class_names(members, depth) for split, members in runs.items()}
-    trained = set(of_run["train"] or ())
-    classes = ordered_classes(trained, (name for names in of_run.values() for name in names or ()))
+    trained = {run.label for run in runs["train"] if run.label is not None}
+    classes = ordered_classes(trained, (run.label for members in runs.values() for run in members if run.label))
     number = {name: i for i, name in enumerate(classes)}
+    remarks = _folder_remarks(folder, listing, role_of, is_mask, len(trained) if len(classes) > 1 else 0)
+    mask_names = [os.fsdecode(listing.names[int(i)]) for i in np.flatnonzero(is_mask)]
     splits: dict[str, Source] = {}
     for split, members in runs.items():
-        labels, of_members = None, of_run[split]
-        if of_members is not None and len(classes) > 1:
-            labels = np.repeat([number[name] for name in of_members], [run.size for run in members])
-        names = join_strings([listing.names.between(run.start, run.start + run.size) for run in members])
+        rows = np.concatenate([np.arange(run.start, run.start + run.size) for run in members])
+        kept = ~is_mask[rows]
+        labels = None
+        if len(classes) > 1 and all(run.label is not None for run in members):
+            labels = np.repeat([number[run.label or ""] for run in members], [run.size for run in members])[kept]
+        if kept.all():
+            names = join_strings([listing.names.between(run.start, run.start + run.size) for run in members])
+        else:
+            names = pack_strings(listing.names[row] for row in rows[kept].tolist())
         own = classes[: len(trained)] if split == "train" else classes
-        splits[split] = FileSource(folder, names, labels, None if labels is None else own, context)
+        source = FileSource(folder, names, labels, None if labels is None else own, context, remarks)
+        source.masks = Masks(folder, mask_names) if mask_names else None
+        splits[split] = source
     return splits
 
 
 class _Run(NamedTuple):
-    """Images that follow each other in a listing and lie in one folder: where they start, how many, the folder."""
+    """Images that follow each other in a listing and lie in one folder: where they start, how many, their class."""
 
     start: int
     size: int
-    parts: list[str]
+    label: str | None
 
 
-def _class_names(runs: Sequence[_Run], depth: int) -> list[str] | None:
-    """The folder at `depth` of each run; None unless every image lies in one there."""
-    return [run.parts[depth] for run in runs] if all(len(run.parts) > depth for run in runs) else None
+def _folder_remarks(
+    folder: Path, listing: Listing, role_of: Mapping[str, Role], is_mask: npt.NDArray[np.bool_], num_classes: int
+) -> list[str]:
+    """What was decided about a folder, and what in it is not used, a short phrase each."""
+    counts: Counter[str] = Counter()  # of pictures, by split; "" beside the splits
+    beside: set[str] = set()
+    mask_places: set[str] = set()
+    start = 0
+    for place, count in listing.runs:
+        role, masked = role_of[place], int(is_mask[start : start + count].sum())
+        start += count
+        if not role.masks:
+            counts[role.split] += count - masked
+        if masked:
+            mask_places.add(f"{role.masks}/" if role.masks else "*_mask")
+        if not role.split and not role.masks:
+            beside.add(f"{place.partition('/')[0] or '.'}/")
+    found = [split for split in ("train", "val", "test") if counts[split]]
+    remarks = [f"splits {'/'.join(found)} found"] if len(found) > 1 or counts[""] else []
+    if num_classes:
+        remarks.append(f"labels from folders ({num_classes} classes)")
+    if found == ["train"]:
+        tops = sorted({place.partition("/")[0] for place in role_of})
+        remarks += [
+            f"no train folder, so that {top}/ is trained on" for top in tops if split_named(top) in ("val", "test")
+        ]
+    if counts[""]:
+        remarks.append(f"{counts['']:,} images beside the splits ({_some(beside)}) not used")
+    if is_mask.any():
+        remarks.append(f"{int(is_mask.sum()):,} masks ({_some(mask_places)}) not used")
+    if listing.twins:
+        number, example = listing.twins
+        remarks.append(
+            f"{number:,} images share name and folder with another ({example}) and are used all the same: "
+            f"'{printable(os.fsencode(folder))}/**/*.SUFFIX' gives one kind alone"
+        )
+    return [*remarks, *listing.remarks()]
 
 
-def _other_splits(folder: Path, others: Counter[str], context: Context) -> dict[str, Source]:
+def _some(names: Iterable[str]) -> str:
+    ordered = sorted(printable(os.fsencode(name)) for name in names)
+    return ", ".join(ordered[:_LISTED]) + (f" and {len(ordered) - _LISTED} more" if len(ordered) > _LISTED else "")
+
+
+def _other_splits(folder: Path, listing: Listing, context: Context) -> dict[str, Source]:
     """The splits of a folder without images."""
+    others = listing.others
     if others[".parquet"]:
         return table_splits(ParquetSource, sorted(folder.rglob("*.parquet")), context)
     if others[".tar"]:
         return table_splits(ShardSource, sorted(folder.rglob("*.tar")), context)
     if others[".npy"]:
         return npy_splits(folder, context)
-    most = sorted(others.items(), key=lambda item: (-item[1], item[0]))[:5]
-    seen = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in most)
-    found = f"holds no images, only {others.total()} other files ({seen})" if others else "is empty"
-    raise DataError(f"{folder} {found}", _accepted())
+    found = f"holds no images, only {others.total()} other files ({listing.kinds()})" if others else "is empty"
+    unreadable = "".join(f"; {remark}" for remark in listing.remarks() if "cannot be read" in remark)
+    raise DataError(f"{folder} {found}{unreadable}", _accepted())
 
 
-class Listing(NamedTuple):
+@dataclass
+class Listing:
     """The image files under a folder.
 
     Attributes:
@@ -250,71 +289,118 @@ class Listing(NamedTuple):
         runs: the folders that they lie in ("" is the folder itself, "a/b"), and how many names after the last that is;
             a folder comes again where those of its sub-folders stand between its own.
         others: how many other files there are of each suffix.
+        system: how many hidden or system files and folders of each name were passed over; of files, only pictures.
+        unreadable: folders that cannot be read, with the reason.
+        twins: images that share folder and name but not the suffix: how many, and an example; () where none do.
     """
 
     names: Strings
     runs: list[tuple[str, int]]
     others: Counter[str]
+    system: Counter[str]
+    unreadable: dict[str, str]
+    twins: tuple[int, str] | tuple[()] = ()
+
+    def remarks(self) -> list[str]:
+        """What was passed over, a short phrase each."""
+        found = [f"{self.kinds()} not used"] if self.others else []
+        if self.system:
+            found.append(
+                f"{self.system.total():,} hidden or system files and folders ({_some(self.system)}) passed over"
+            )
+        for place, reason in list(self.unreadable.items())[:_LISTED]:
+            found.append(f"folder {place} cannot be read ({reason}) and is passed over")
+        if len(self.unreadable) > _LISTED:
+            found.append(f"{len(self.unreadable) - _LISTED:,} more folders cannot be read and are passed over")
+        return found
+
+    def kinds(self) -> str:
+        """The other files, the most frequent kinds first."""
+        most = sorted(self.others.items(), key=lambda item: (-item[1], item[0]))
+        shown = [f"{count:,} {suffix or 'without suffix'}" for suffix, count in most[:_LISTED]]
+        more = sum(count for _, count in most[_LISTED:])
+        return ", ".join([*shown, *([f"{more:,} more files"] if more else [])])
 
 
 def list_images(folder: Path, suffixes: tuple[str, ...]) -> Listing:
     """Lists the image files under a folder: what is held of a million of them is their paths, end to end.
 
+    Folders below it that cannot be read are passed over.
+
     Raises:
-        DataError: a folder that cannot be read.
+        DataError: the folder itself cannot be read.
     """
     names = StringsWriter()
-    runs: list[tuple[str, int]] = []
-    others: Counter[str] = Counter()
+    listing = Listing(pack_strings([]), [], Counter(), Counter(), {})
     visited: set[tuple[int, int]] = set()
+    last, num_twins, example = (b"", b""), 0, ""
     # Folders yet to be listed and files yet to be taken, the next one last. Sorted with a "/" behind the name of each
     # folder, entries come in the order of the full paths.
     waiting = [b"/"]
     while waiting:
         entry = waiting.pop()
         if entry.endswith(b"/"):
-            waiting += _entries(folder, entry.strip(b"/"), visited)
+            try:
+                waiting += _entries(folder, entry.strip(b"/"), visited, suffixes, listing.system)
+            except OSError as error:
+                place = printable(entry.strip(b"/"))
+                if not place:
+                    raise DataError(
+                        f"cannot read folder {printable(os.fsencode(folder))}: {error.strerror}",
+                        "mend its permissions, or give another",
+                    ) from error
+                listing.unreadable[place] = error.strerror or str(error)
             continue
         place = os.fsdecode(entry.rpartition(b"/")[0])
         name = os.fsdecode(entry.rpartition(b"/")[2]).lower()
         if not name.endswith(suffixes):
-            others[os.path.splitext(name)[1]] += 1  # noqa: PTH122 (a Path is slow)
+            listing.others[os.path.splitext(name)[1]] += 1  # noqa: PTH122 (a Path is slow)
             continue
         names.add(entry)
-        if runs and runs[-1][0] == place:
-            runs[-1] = place, runs[-1][1] + 1
+        stem, _, suffix = entry.rpartition(b".")
+        if stem == last[0] and not num_twins:
+            example = f"{os.fsdecode(stem.rpartition(b'/')[2])}.{os.fsdecode(last[1])}, .{os.fsdecode(suffix)}"
+        num_twins += stem == last[0]
+        last = stem, suffix
+        if listing.runs and listing.runs[-1][0] == place:
+            listing.runs[-1] = place, listing.runs[-1][1] + 1
         else:
-            runs.append((place, 1))
-    return Listing(names.finish(), runs, others)
+            listing.runs.append((place, 1))
+    listing.names = names.finish()
+    listing.twins = (num_twins, printable(os.fsencode(example))) if num_twins else ()
+    return listing
 
 
-def _entries(folder: Path, place: bytes, visited: set[tuple[int, int]]) -> list[bytes]:
+def _entries(
+    folder: Path, place: bytes, visited: set[tuple[int, int]], suffixes: tuple[str, ...], system: Counter[str]
+) -> list[bytes]:
     """Paths of what is to be looked at in a folder, with "/" behind those of folders, the first one last.
 
     Args:
         folder: the root.
         place: the folder's path relative to it.
         visited: device and number of the folders listed so far.
+        suffixes: of pictures.
+        system: counts the hidden and system folders, and pictures of such names, that are passed over.
+
+    Raises:
+        OSError: it cannot be read.
     """
     path = os.fsencode(folder) + (b"/" + place if place else b"")
     found = []
-    try:
-        status = os.stat(path)  # noqa: PTH116 (a Path for each folder of a million is slow)
-        if (status.st_dev, status.st_ino) in visited:  # a link back up, or a second link to the same folder
-            return []
-        visited.add((status.st_dev, status.st_ino))
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if entry.name.startswith(b"."):
-                    continue
-                if not entry.is_dir():
-                    found.append(place + b"/" + entry.name if place else entry.name)
-                elif not entry.name.startswith(b"__MACOSX"):
-                    found.append((place + b"/" + entry.name if place else entry.name) + b"/")
-    except OSError as error:
-        raise DataError(
-            f"cannot read folder {printable(path)}: {error.strerror}", "mend its permissions, or move it away"
-        ) from error
+    status = os.stat(path)  # noqa: PTH116 (a Path for each folder of a million is slow)
+    if (status.st_dev, status.st_ino) in visited:  # a link back up, or a second link to the same folder
+        return []
+    visited.add((status.st_dev, status.st_ino))
+    with os.scandir(path) as entries:
+        for entry in entries:
+            is_folder = entry.is_dir()
+            if is_system_name(entry.name):
+                name = os.fsdecode(entry.name)
+                if is_folder or name.lower().endswith(suffixes):
+                    system["._*" if name.startswith("._") else name] += 1
+                continue
+            found.append((place + b"/" if place else b"") + entry.name + (b"/" if is_folder else b""))
     found.sort(reverse=True)
     return found
 
@@ -333,8 +419,7 @@ def table_splits(opener: _Opener, files: Sequence[Place], context: Context) -> d
     """
     groups: dict[str, list[Place]] = defaultdict(list)
     for file in files:
-        first_word = re.split(r"[-_.]", last_name(file).lower(), maxsplit=1)[0]
-        groups[SPLIT_FOLDERS.get(first_word, "")].append(file)
+        groups[split_named(re.split(r"[-_.]", last_name(file), maxsplit=1)[0])].append(file)
     if "train" not in groups:
         groups = {"train": list(files)}
     groups.pop("", None)

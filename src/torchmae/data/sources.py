@@ -16,6 +16,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from torchmae.data.folders import Masks
 from torchmae.data.formats import Context, Image, Item, Progress, open_item
 from torchmae.data.strings import Strings, pack_strings
 from torchmae.errors import DataError
@@ -198,7 +199,12 @@ class FileSource(EncodedSource):
         classes: the name of each label.
         context: how they are decoded.
         remarks: as in `Source`.
+
+    Attributes:
+        masks: the masks beside the files; None: there are none.
     """
+
+    masks: Masks | None = None
 
     def __init__(
         self,
