@@ -6,8 +6,8 @@ precedence: these defaults < recipe < --config file < options.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from torchmae.errors import ConfigError, one_of, within
 
@@ -45,6 +45,12 @@ class ReadOptions:
     nodata: float | Literal["nan"] | None = None
     member: str | None = None
     scale: dict[str, float] | None = None
+
+    def filled_from(self, other: ReadOptions) -> dict[str, Any]:
+        """The options that are left at their defaults here, as `other` has them."""
+        default = ReadOptions()
+        names = [item.name for item in fields(ReadOptions) if getattr(self, item.name) == getattr(default, item.name)]
+        return {name: getattr(other, name) for name in names}
 
     def __post_init__(self) -> None:
         one_of("data.pages", self.pages, ("first", "all", "stack"))

@@ -11,7 +11,7 @@ import pytest
 from picture_files import encoded, picture
 from PIL import Image
 
-from torchmae.data import pack_writers, packing
+from torchmae.data import packing
 from torchmae.data.arrays import ArraySource
 from torchmae.data.formats import Context
 from torchmae.data.layouts import folder_splits, open_splits
@@ -58,7 +58,7 @@ def test_goes_on_where_it_was_stopped(folder: Path, tmp_path: Path, form: str, m
     splits, out = folder_splits(folder), tmp_path / "out"
     whole = tmp_path / "whole"
     monkeypatch.setattr("torchmae.data.packing.PackOptions.shard_mib", 1)
-    monkeypatch.setattr(pack_writers.Writer, "add", limited(pack_writers.Writer.add))
+    monkeypatch.setattr(packing.Writer, "add", limited(packing.Writer.add))
     pack(splits, whole, PackOptions(format=form))
 
     def stop(what: str, done: int, total: int) -> None:
@@ -81,7 +81,7 @@ def test_goes_on_after_it_was_killed(
     folder: Path, tmp_path: Path, form: str, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     splits, out, whole = folder_splits(folder), tmp_path / "out", tmp_path / "whole"
-    monkeypatch.setattr(pack_writers.Writer, "add", limited(pack_writers.Writer.add))
+    monkeypatch.setattr(packing.Writer, "add", limited(packing.Writer.add))
     pack(splits, whole, PackOptions(format=form))
 
     def die(what: str, done: int, total: int) -> None:
@@ -117,7 +117,7 @@ def test_the_name_is_given_last(folder: Path, tmp_path: Path, monkeypatch: pytes
     """An array whose parts are all whole, but which was not renamed, is renamed when packing goes on."""
     splits, out = folder_splits(folder), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(pack_writers, "map_array", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(packing.ArrayWriter, "settle", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             pack(splits, out, PackOptions(format="npy"))
     assert pack(splits, out, PackOptions(format="npy")).resumed == 20
@@ -127,9 +127,9 @@ def test_the_name_is_given_last(folder: Path, tmp_path: Path, monkeypatch: pytes
 def test_a_file_that_does_not_hold_what_was_written_is_noticed(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read_back = pack_writers.ShardWriter.read_back
+    read_back = packing.ShardWriter.read_back
     monkeypatch.setattr(
-        pack_writers.ShardWriter, "read_back", lambda self: ((raw[:-1] + b"?", n) for raw, n in read_back(self))
+        packing.ShardWriter, "read_back", lambda self: ((raw[:-1] + b"?", n) for raw, n in read_back(self))
     )
     with pytest.raises(DataError, match="train-000000.tar does not hold what was written; check the disk"):
         pack(folder_splits(folder), tmp_path / "out", PackOptions(format="wds"))
@@ -181,11 +181,11 @@ def test_folders_that_hold_something_else(folder: Path, tmp_path: Path) -> None:
 def test_images_that_do_not_fit_the_format(write_pictures, tmp_path: Path) -> None:
     write_pictures("in/a.png")
     write_pictures("in/b.png", size=(5, 5))
-    with pytest.raises(ConfigError, match=r"one array cannot hold them: .*a.png is 12x16x3 uint8, .*b.png is 5x5x3"):
+    with pytest.raises(ConfigError, match=r"one array cannot hold them: 12x16x3 uint8 before, .*b.png is 5x5x3"):
         pack(folder_splits(tmp_path / "in"), tmp_path / "out", PackOptions(format="npy"))
     spectra = {"train": ArraySource(np.zeros((3, 4, 4, 5), np.uint8), context=Context(axes="HWC"))}
-    with pytest.raises(ConfigError, match="no image file holds 4x4x5 values of uint8; choose the format npy"):
-        pack(spectra, tmp_path / "wds", PackOptions(format="wds"))
+    pack(spectra, tmp_path / "wds", PackOptions(format="wds"))
+    assert open_splits(str(tmp_path / "wds"))["train"].read(2).shape == (4, 4, 5)
     pack(spectra, tmp_path / "npy", PackOptions(format="npy"))
     assert open_splits(str(tmp_path / "npy"), Context(axes="HWC"))["train"].read(2).shape == (4, 4, 5)
 

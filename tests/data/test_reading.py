@@ -11,9 +11,14 @@ from torchmae.data import reading
 from torchmae.data.arrays import ArraySource, hold
 from torchmae.data.formats import Context
 from torchmae.data.layouts import folder_splits
-from torchmae.data.reading import MAX_MISSES, BadFiles, probe, read_many, read_or_next, statistics
+from torchmae.data.reading import MAX_MISSES, BadFiles, measure, probe, read_many, read_or_next
 from torchmae.data.sources import Source
 from torchmae.errors import DataError
+
+
+def statistics_of(source: Source, **options) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    found = measure(source, **options).normalisation
+    return found.mean, found.std
 
 
 @pytest.fixture
@@ -78,7 +83,7 @@ def test_probe_finds_channels_sizes_and_type(write_pictures, tmp_path: Path) -> 
 def test_statistics_are_those_of_numpy(dtype: str, high: int) -> None:
     rng = np.random.default_rng(0)
     images = (rng.random((40, 6, 5, 2)) * [high, high / 2]).astype(dtype)
-    mean, std = statistics(ArraySource(images))
+    mean, std = statistics_of(ArraySource(images))
     scaled = images.astype(np.float64) / high
     np.testing.assert_allclose(mean, scaled.mean(axis=(0, 1, 2)), rtol=1e-9)
     np.testing.assert_allclose(std, scaled.std(axis=(0, 1, 2)), rtol=1e-6)
@@ -87,7 +92,7 @@ def test_statistics_are_those_of_numpy(dtype: str, high: int) -> None:
 def test_statistics_count_every_image_alike(write_pictures, tmp_path: Path) -> None:
     for name, value, size in (("a", 0, (40, 40)), ("b", 255, (4, 4))):
         Image.new("L", size, value).save(tmp_path / f"{name}.png")
-    mean, std = statistics(folder_splits(tmp_path)["train"])
+    mean, std = statistics_of(folder_splits(tmp_path)["train"])
     assert mean == pytest.approx((0.5,))
     assert std == pytest.approx((0.5,))
 
@@ -96,7 +101,7 @@ def test_a_channel_that_never_changes_gets_deviation_one() -> None:
     images = np.zeros((10, 4, 4, 2), np.uint8)
     images[..., 0] = 51
     images[:5, ..., 1] = 255
-    mean, std = statistics(ArraySource(images))
+    mean, std = statistics_of(ArraySource(images))
     assert mean == pytest.approx((0.2, 0.5))
     assert std == pytest.approx((1.0, 0.5))
 
@@ -104,7 +109,7 @@ def test_a_channel_that_never_changes_gets_deviation_one() -> None:
 def test_statistics_of_a_sample_reaches_over_the_whole_source() -> None:
     images = np.arange(1000, dtype=np.float32)[:, None, None] * np.ones((1, 2, 2), np.float32)
     seen = []
-    mean, _ = statistics(ArraySource(images), sample=200, progress=lambda *report: seen.append(report))
+    mean, _ = statistics_of(ArraySource(images), sample=200, progress=lambda *report: seen.append(report))
     assert mean[0] == pytest.approx(499.5, abs=3)
     assert seen == [("measuring mean and deviation", 100, 200), ("measuring mean and deviation", 200, 200)]
 

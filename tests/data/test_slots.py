@@ -15,6 +15,7 @@ from torchmae.data.layouts import open_splits
 from torchmae.data.loader import ImageLoader
 from torchmae.data.plan import Plan
 from torchmae.data.reading import BadFiles
+from torchmae.data.transforms import Normalisation
 from torchmae.data.worker import PER_WORKER, Slots, View
 
 
@@ -79,8 +80,7 @@ def test_batches_are_those_of_one_process(tmp_path: Path, workers: int) -> None:
             source,
             None,
             view=View((8, 8), (0.2, 1.0), (0.75, 1.3333), True),
-            mean=(0.5,) * 3,
-            std=(0.25,) * 3,
+            normalisation=Normalisation((0.5,) * 3, (0.25,) * 3),
             device=torch.device("cpu"),
             num_workers=num_workers,
             bad=BadFiles(50, 0),

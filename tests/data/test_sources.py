@@ -64,9 +64,11 @@ def test_shapes_with_several_readings_are_refused_until_one_is_chosen(
 
 
 def test_a_guess_about_axes_is_said_and_choices_are_not() -> None:
-    assert ArraySource(np.zeros((5, 9, 9, 2), np.uint8)).notes() == ["9 x 9 x 2 read as HWC (pictures, channels last)"]
+    assert ArraySource(np.zeros((5, 9, 9, 6), np.uint8)).notes() == ["9 x 9 x 6 read as HWC (pictures, channels last)"]
+    assert ArraySource(np.zeros((5, 9, 9), np.uint8)).notes() == ["9 x 9 read as HW (pictures, one channel)"]
+    assert ArraySource(np.zeros((5, 9, 9, 3), np.uint8)).notes() == []
     assert ArraySource(np.zeros((5, 99), np.uint8)).notes() == []
-    assert ArraySource(np.zeros((5, 9, 9, 2), np.uint8), context=Context(axes="HWC")).notes() == []
+    assert ArraySource(np.zeros((5, 9, 9, 6), np.uint8), context=Context(axes="HWC")).notes() == []
 
 
 def test_parts_of_a_sample_with_channels_first() -> None:

@@ -11,7 +11,8 @@ from torchmae.config import DataConfig, PretrainConfig
 from torchmae.data.layouts import open_splits
 from torchmae.data.reading import BadFiles
 from torchmae.data.sources import Source, Subset
-from torchmae.evaluation.images import ImageSet, Normalisation
+from torchmae.data.transforms import Normalisation
+from torchmae.evaluation.images import ImageSet
 from torchmae.evaluation.options import DataOptions
 from torchmae.evaluation.subject import Subject, untrained
 from torchmae.nn import presets

@@ -37,7 +37,7 @@ from torchmae.evaluation.subject import Subject
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Mask, mask_from_pixels, mask_from_tokens
 from torchmae.nn.patches import patchify
-from torchmae.training.pretrained import Pretrained, denormalise, load
+from torchmae.training.pretrained import Pretrained, load
 from torchmae.training.runtime import open_runtime
 from torchmae.visualize import held_out, name_of, open_run_data, sample
 
@@ -301,7 +301,7 @@ class Session:
             return ()
         images, _ = sample(held_out(self._data), NUM_EXAMPLES)
         description = self.models[0].description
-        shown: FloatArray = denormalise(images, description.mean, description.std).numpy()
+        shown: FloatArray = description.normalisation.shown(images).numpy()
         return tuple(shown)
 
     def _fill(self, name: str, pretrained: Pretrained, images: Tensor, mask: Mask) -> Filled:
@@ -480,7 +480,7 @@ def _vit(pretrained: Pretrained) -> MaskedAutoencoder:
 
 def _to_show(pretrained: Pretrained, images: Tensor) -> FloatArray:
     """(1, C, H, W) as the model takes it to (C, H, W) in [0, 1]."""
-    shown: FloatArray = denormalise(images, pretrained.description.mean, pretrained.description.std)[0].numpy()
+    shown: FloatArray = pretrained.description.normalisation.shown(images)[0].numpy()
     return shown
 
 

@@ -107,7 +107,7 @@ def torchvision_batches(
         ),
         *([transforms.RandomHorizontalFlip()] if options.flip else []),
         transforms.ToTensor(),
-        transforms.Normalize(data.mean, data.std),
+        transforms.Normalize(data.normalisation.mean, data.normalisation.std),
     ]
     files = _Files(paths, transforms.Compose(steps), "L" if data.channels == 1 else "RGB")
     loader = DataLoader(

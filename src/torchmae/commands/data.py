@@ -19,6 +19,7 @@ from torchmae.settings import read_options
 if TYPE_CHECKING:
     from torchmae.data.inspecting import Inspection, SplitFacts
     from torchmae.data.sources import Source
+    from torchmae.data.transforms import Normalisation
 
 USAGE = """\
 usage: torchmae data inspect DATA [OPTIONS]
@@ -80,6 +81,7 @@ def inspect(args: Sequence[str]) -> int:
     from torchmae.data.formats import Context
     from torchmae.data.inspecting import inspect_splits
     from torchmae.data.layouts import open_splits
+    from torchmae.data.sources import data_line
     from torchmae.training.progress import Display
 
     display = Display(options.progress)
@@ -90,11 +92,13 @@ def inspect(args: Sequence[str]) -> int:
         display.close()
     command = suggestion(values.data, found)
     if options.sheet is not None:
-        contact_sheet(splits["train"], Path(options.sheet))
+        contact_sheet(splits["train"], Path(options.sheet), found.normalisation)
     if options.json:
         print(json.dumps(_as_json(found, command)))
         return 0
     print(describe(found))
+    if line := data_line(found.notes):
+        print(line)
     if options.sheet is not None:
         print(f"contact sheet: {options.sheet}")
     print(f"to train on it: {command}" if command else "nothing to train on: no image can be read")
@@ -174,7 +178,8 @@ def _describe_split(split: str, facts: SplitFacts) -> list[str]:
         if known and len(known) <= _SHOWN + 4:
             each = (f"{_one_line(name)} {count:,}" for name, count in facts.classes.items())
             lines.append(f"            {', '.join(each)}")
-    lines.append(f"  corrupt   {len(facts.corrupt) or 'none'}")
+    cut = f", {facts.cut_short:,} of them cut short (--truncated keep reads such JPEGs)" if facts.cut_short else ""
+    lines.append(f"  corrupt   {len(facts.corrupt) or 'none'}{cut}")
     lines += [f"            {name}: {reason}" for name, reason in facts.corrupt[:_SHOWN]]
     if len(facts.corrupt) > _SHOWN:
         lines.append(f"            and {len(facts.corrupt) - _SHOWN:,} more (--json lists all)")
@@ -228,14 +233,20 @@ def suggestion(data: str, found: Inspection) -> str | None:
     return " ".join(quote(word) for word in words)
 
 
-def contact_sheet(source: Source, path: Path) -> None:
+def contact_sheet(source: Source, path: Path, normalisation: Normalisation | None) -> None:
     """Saves a picture of images evenly spread over a source; those that cannot be read are left blank.
+
+    Args:
+        source: the images.
+        path: of the picture.
+        normalisation: says which values are black and white; None: no image can be read.
 
     Raises:
         CheckpointError: it cannot be saved.
         ConfigError: no image can be drawn.
     """
     import numpy as np
+    import torch
     from PIL import Image
 
     from torchmae.data.sources import spread
@@ -253,10 +264,10 @@ def contact_sheet(source: Source, path: Path) -> None:
             image = source.read(int(index))
         except DataError:
             continue
-        scale = 1.0 if image.dtype.kind == "f" else float(np.iinfo(image.dtype).max)
-        values = np.moveaxis(image, -1, 0).astype(np.float32) / np.float32(scale)
-        if image.dtype != np.uint8 and values.max() > values.min():  # sensors seldom fill their range
-            values = (values - values.min()) / (values.max() - values.min())
+        if normalisation is None or image.shape[-1] != len(normalisation.mean):
+            continue
+        stored = torch.from_numpy(np.moveaxis(image, -1, 0).copy())[None]
+        values = normalisation.shown(normalisation.apply(stored))[0].numpy()
         panel = sample_panels([values], 1 if values.ndim > 2 else _PANEL)[0]
         small = max(panel.size) < _PANEL // 2
         factor = _PANEL // max(panel.size) if small else _PANEL / max(panel.size)
@@ -273,5 +284,6 @@ def _as_json(found: Inspection, command: str | None) -> dict[str, Any]:
         "splits": {split: facts.as_json() for split, facts in found.splits.items()},
         "duplicates": found.duplicates,
         "leaked": found.leaked,
+        "notes": list(found.notes),
         "suggestion": command,
     }

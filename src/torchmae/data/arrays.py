@@ -82,7 +82,11 @@ def sample_axes(shape: tuple[int, ...], context: Context, title: str) -> Axes:
             f"say which: --data.axes {(readings or _all_readings(shape, dims))[0]}",
         )
     axes = readings[0]
-    note = None if dims == len(shape) else f"{_times(shape)} read as {axes} ({_words(axes)})"
+    note = (
+        None
+        if dims == len(shape) or (axes.endswith("C") and shape[-1] <= _SURE)
+        else f"{_times(shape)} read as {axes} ({_words(axes)})"
+    )
     return Axes(axes.index("C") if "C" in axes else None, note)
 
 

@@ -39,6 +39,12 @@ Progress = Callable[[str, int, int], None]
 
 NOT_FINITE = "holds values that are not finite"
 
+PACKED_ARRAY = ".sample.npy"
+"""What the name of an array ends with that is one sample, wherever it lies."""
+
+CHANNELS = "channels"
+"""The one field of a .npy file whose values are whole pixels, so that its shape has one reading."""
+
 CUT_SHORT = "cut short"
 """What the reason begins with where a file ends before its pixels do."""
 
@@ -302,7 +308,7 @@ def read_file(path: Path, context: Context) -> Image:
 def picture_suffixes() -> tuple[str, ...]:
     """The suffixes, in lower case, of files that are samples wherever they lie: all but arrays, and what is missing."""
     forms = (form for name, form in FORMATS.items() if name != "npy" and not form.needs())
-    return tuple(suffix for form in forms for suffix in form.suffixes)
+    return (*(suffix for form in forms for suffix in form.suffixes), PACKED_ARRAY)
 
 
 def missing_extra(suffix: str) -> str | None:
@@ -565,6 +571,8 @@ def _open_npy(data: bytes, context: Context) -> Item:
     from torchmae.data.arrays import read_npy, sample_axes
 
     values = read_npy(data)
+    if values.dtype.names == (CHANNELS,):
+        return ArrayItem(values[CHANNELS])
     return ArrayItem(values, sample_axes(values.shape, context, "the array").channel_axis)
 
 

@@ -7,14 +7,16 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from torchmae.data.formats import Progress, quiet_pillow
-from torchmae.data.reading import num_cores
-from torchmae.data.sources import Source, spread
+from torchmae.data.formats import CUT_SHORT, Progress, quiet_pillow
+from torchmae.data.reading import FEW, measure, num_cores, probe
+from torchmae.data.sources import Source, all_notes, spread
+from torchmae.data.transforms import Normalisation
 from torchmae.errors import DataError
 
 _CHUNK = 64  # images under way at a time
@@ -74,6 +76,11 @@ class SplitFacts:
     corrupt: list[tuple[str, str]] = field(default_factory=list)
     classes: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def cut_short(self) -> int:
+        """How many of the corrupt ones end before their pixels do."""
+        return sum(reason.startswith(CUT_SHORT) for _, reason in self.corrupt)
+
     def add(self, item: Examined) -> None:
         """Counts a readable image."""
         self.sizes[item.size] += 1
@@ -93,6 +100,7 @@ class SplitFacts:
             "dtypes": dict(self.dtypes.most_common()),
             "formats": dict(self.formats.most_common()),
             "range": [self.low, self.high] if self.sizes else None,
+            "cut_short": self.cut_short,
             "corrupt": [{"name": name, "reason": reason} for name, reason in self.corrupt],
             "classes": self.classes,
         }
@@ -105,11 +113,15 @@ class Inspection(NamedTuple):
         splits: by name.
         duplicates: names of images with the same pixels, a list for each group of two or more; "split: name".
         leaked: how many groups span two splits: a held-out figure on them is worth nothing.
+        notes: what was assumed, decided or left out, a short phrase each.
+        normalisation: of the training images; None where they cannot be read.
     """
 
     splits: dict[str, SplitFacts]
     duplicates: list[list[str]]
     leaked: int
+    notes: tuple[str, ...] = ()
+    normalisation: Normalisation | None = None
 
 
 def inspect_splits(
@@ -138,10 +150,18 @@ def inspect_splits(
             if progress is not None:
                 progress("inspecting", done, total)
     groups = [group for group in places.values() if len(group) > 1]
+    notes, normalisation = all_notes(splits), None
+    with suppress(DataError):  # nothing can be read, which the facts say
+        seen = probe(splits["train"])
+        measured = measure(splits["train"].with_channels(seen.channels), kinds=seen.kinds, sample=FEW)
+        notes += [*seen.notes, *measured.notes]
+        normalisation = measured.normalisation
     return Inspection(
         facts,
         [[f"{split}: {splits[split].name(index)}" for split, index in group] for group in groups],
         sum(len({split for split, _ in group}) > 1 for group in groups),
+        tuple(notes),
+        normalisation,
     )
 
 
@@ -170,7 +190,7 @@ def examine(source: Source, index: int) -> Examined:
         item = source.open(index)
         image = item.read()
     except DataError as error:
-        return Examined(failure=str(error))
+        return Examined(failure=error.problem)
     state = hashlib.blake2b(f"{image.shape}{image.dtype}".encode(), digest_size=16)
     state.update(np.ascontiguousarray(image).data)
     return Examined(

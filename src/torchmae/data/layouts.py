@@ -33,7 +33,7 @@ from torchmae.data.named import NAMED, open_named
 from torchmae.data.parquet import ParquetSource
 from torchmae.data.remote import Place, expand_url, is_url, last_name, shown
 from torchmae.data.shards import CLASSES_FILE, ShardSource
-from torchmae.data.sources import FileSource, Source, printable
+from torchmae.data.sources import FileSource, Source, each_page, printable
 from torchmae.data.strings import Strings, StringsWriter, join_strings, pack_strings
 from torchmae.errors import ConfigError, DataError
 
@@ -41,14 +41,11 @@ _LISTED = 5  # names in a remark
 
 
 def _accepted() -> str:
-    data_sets = ", ".join(suffix for suffixes in LAYOUTS for suffix in suffixes)
-    return f"accepted are {', '.join(picture_suffixes())}, or {data_sets} and {ZARR_SUFFIX}"
+    data_sets = ", ".join(suffix for layout in LAYOUTS.values() for suffix in layout.suffixes)
+    return f"accepted are {', '.join(picture_suffixes())}, or {data_sets}"
 
 
-def open_splits(
-    spec: str,
-    context: Context = Context(),
-) -> dict[str, Source]:
+def open_splits(spec: str, context: Context = Context()) -> dict[str, Source]:
     """Opens a data set.
 
     Args:
@@ -66,52 +63,77 @@ def open_splits(
     """
     if not spec:
         raise ConfigError("data.source is empty", "give a folder, a file, or a name such as digits")
-    if spec in NAMED:
-        return open_named(spec, context)
-    if spec.startswith(HUB_PREFIX):
-        return hub_splits(spec.removeprefix(HUB_PREFIX), SPLIT_NAMES, context)
-    if is_url(spec):
-        return _open_files(spec, expand_url(spec), context)
-    path = Path(spec).expanduser()
-    if path.suffix.lower() == ZARR_SUFFIX and path.is_dir():
-        return stored_splits(path, context)
-    if path.is_dir():
-        return folder_splits(path, context)
-    if path.is_file():
-        return _open_file(path, context)
-    if is_pattern(spec):
-        return _open_files(spec, matching(spec), context)
-    raise _unknown(spec, path)
+    layout = next((layout for layout in LAYOUTS.values() if layout.fits(spec)), None)
+    if layout is None:
+        raise _unknown(spec, Path(spec).expanduser())
+    splits = layout.open(spec, context)
+    if context.pages == "all":
+        return {split: each_page(source, context.progress) for split, source in splits.items()}
+    return splits
+
+
+class Layout(NamedTuple):
+    """One kind of thing that a data source may be.
+
+    Attributes:
+        fits: whether a source, as the user gives it, is of this kind.
+        open: its splits.
+        suffixes: of files of this kind, where it is one of files.
+    """
+
+    fits: Callable[[str], bool]
+    open: Callable[[str, Context], dict[str, Source]]
+    suffixes: tuple[str, ...] = ()
+
+
+def file_layout(suffixes: tuple[str, ...], opener: Callable[[Path, Context], dict[str, Source]]) -> Layout:
+    """The layout of single files with these suffixes, in lower case, that are a data set each."""
+
+    def fits(spec: str) -> bool:
+        path = Path(spec).expanduser()
+        return path.suffix.lower() in suffixes and path.exists() and path.is_dir() == (suffixes == (ZARR_SUFFIX,))
+
+    return Layout(fits, lambda spec, context: opener(Path(spec).expanduser(), context), suffixes)
 
 
 def _open_array(path: Path, context: Context) -> dict[str, Source]:
     return {"train": ArraySource(FileArray(path), title=path.name, context=context)}
 
 
-LAYOUTS: dict[tuple[str, ...], Callable[[Path, Context], dict[str, Source]]] = {
-    (".npy",): _open_array,
-    (".npz",): npz_splits,
-    HDF5_SUFFIXES: stored_splits,
-    (".parquet",): lambda path, context: {"train": ParquetSource([path], context)},
-    (".tar",): lambda path, context: {"train": ShardSource([path], context)},
-    (".csv", ".tsv", ".txt", ".lst"): lambda path, context: list_splits(path, SPLIT_NAMES, context),
-}
-"""What opens a single file as a data set, by its suffixes. Add a row to teach every command one more."""
-
-
-def _open_file(path: Path, context: Context) -> dict[str, Source]:
-    """The splits of a single file, by its suffix; DataError for one that holds no data set."""
+def _refuse_file(spec: str, context: Context) -> dict[str, Source]:
+    del context
+    path = Path(spec).expanduser()
     suffix = path.suffix.lower()
-    for suffixes, opener in LAYOUTS.items():
-        if suffix in suffixes:
-            return opener(path, context)
-    accepted = ", ".join(suffix for suffixes in LAYOUTS for suffix in suffixes)
     hint = (
-        f"give its folder: {path.parent}"
-        if suffix in picture_suffixes()
-        else f"unpack archives first; accepted are {accepted}"
+        f"give its folder: {path.parent}" if suffix in picture_suffixes() else f"unpack archives first; {_accepted()}"
     )
     raise DataError(f"{path} is a single file of type {suffix or '(none)'}", hint)
+
+
+LAYOUTS: dict[str, Layout] = {
+    "named": Layout(lambda spec: spec in NAMED, open_named),
+    "hub": Layout(
+        lambda spec: spec.startswith(HUB_PREFIX),
+        lambda spec, context: hub_splits(spec.removeprefix(HUB_PREFIX), SPLIT_NAMES, context),
+    ),
+    "url": Layout(is_url, lambda spec, context: _open_files(spec, expand_url(spec), context)),
+    "zarr": file_layout((ZARR_SUFFIX,), stored_splits),
+    "folder": Layout(
+        lambda spec: Path(spec).expanduser().is_dir(),
+        lambda spec, context: folder_splits(Path(spec).expanduser(), context),
+    ),
+    "npy": file_layout((".npy",), _open_array),
+    "npz": file_layout((".npz",), npz_splits),
+    "hdf5": file_layout(HDF5_SUFFIXES, stored_splits),
+    "parquet": file_layout((".parquet",), lambda path, context: {"train": ParquetSource([path], context)}),
+    "tar": file_layout((".tar",), lambda path, context: {"train": ShardSource([path], context)}),
+    "list": file_layout(
+        (".csv", ".tsv", ".txt", ".lst"), lambda path, context: list_splits(path, SPLIT_NAMES, context)
+    ),
+    "file": Layout(lambda spec: Path(spec).expanduser().is_file(), _refuse_file),
+    "pattern": Layout(is_pattern, lambda spec, context: _open_files(spec, matching(spec), context)),
+}
+"""What opens a data source, by the kind that it is; the first row that fits counts. A row more teaches all commands."""
 
 
 def _open_files(spec: str, files: Sequence[Place], context: Context) -> dict[str, Source]:
@@ -399,10 +421,16 @@ def table_splits(opener: _Opener, files: Sequence[Place], context: Context) -> d
     groups: dict[str, list[Place]] = defaultdict(list)
     for file in files:
         groups[split_named(re.split(r"[-_.]", last_name(file), maxsplit=1)[0])].append(file)
+    remarks = []
     if "train" not in groups:
+        others = [name for name in ("val", "test") if name in groups]
+        remarks += [f"no train files, so that {name} files are trained on" for name in others]
         groups = {"train": list(files)}
-    groups.pop("", None)
-    return {split: opener(members, context) for split, members in groups.items()}
+    elif beside := groups.pop("", []):
+        remarks.append(f"{len(beside):,} files beside the splits ({_some(map(last_name, beside))}) not used")
+    splits = {split: opener(members, context) for split, members in groups.items()}
+    splits["train"].remarks += tuple(remarks)
+    return splits
 
 
 def npy_splits(folder: Path, context: Context) -> dict[str, Source]:

@@ -15,8 +15,9 @@ from torchmae.data.labels import in_training_classes
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import ImageLoader
 from torchmae.data.plan import hold_out
-from torchmae.data.reading import BadFiles, Probe, fit_channels, probe, reader_processes, statistics
+from torchmae.data.reading import FEW, SAMPLE, BadFiles, Measured, Probe, fit_channels, measure, probe, reader_processes
 from torchmae.data.sources import Source, Subset, all_notes, spread
+from torchmae.data.transforms import Normalisation
 from torchmae.data.worker import View
 from torchmae.errors import ConfigError, DataError
 
@@ -34,8 +35,7 @@ class Data:
         train: training images.
         val: held-out images; None: there are none.
         channels: of every image.
-        mean: one for each channel, of values in [0, 1].
-        std: one for each channel, of values in [0, 1].
+        normalisation: how stored values become the model's input.
         classes: the name of each label, where known.
         fingerprint: of the training images: changes when they do.
         label_fingerprint: of their labels.
@@ -46,8 +46,7 @@ class Data:
     train: ImageLoader
     val: ImageLoader | None
     channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    normalisation: Normalisation
     classes: tuple[str, ...] | None
     fingerprint: str
     label_fingerprint: str
@@ -90,7 +89,7 @@ def open_data(
     shared = held is not None and val is not None and _holds(held, val)  # parts of one array are held once
     val_limit = limit if held is None or shared else limit - held.nbytes
     val_held = None if val is None or val_seen is None else _hold(val, config, val_limit, val_seen, bad, progress)
-    mean, std = _mean_and_std(config, train, held, channels, progress)
+    measured = _measure(config, train if held is None else held.source(), seen, channels, progress)
     placed = None if held is None else _on_device(held, config, device)
     if val_held is not None:
         if placed is not None and shared:
@@ -104,8 +103,7 @@ def open_data(
             source,
             in_memory,
             view=view,
-            mean=mean,
-            std=std,
+            normalisation=measured.normalisation,
             device=device,
             num_workers=reader_processes(config.num_workers),
             bad=bad,
@@ -116,12 +114,11 @@ def open_data(
         train=loader(train, placed),
         val=None if val is None else loader(val, val_held),
         channels=channels,
-        mean=mean,
-        std=std,
+        normalisation=measured.normalisation,
         classes=train.classes,
         fingerprint=train.fingerprint(),
         label_fingerprint=train.label_fingerprint(),
-        notes=tuple(dict.fromkeys([*all_notes(splits), *seen.notes])),
+        notes=tuple(dict.fromkeys([*all_notes(splits), *seen.notes, *measured.notes])),
         bad=bad,
     )
 
@@ -256,15 +253,16 @@ def _on_device(held: Held, config: DataConfig, device: torch.device) -> Held:
         ) from None
 
 
-def _mean_and_std(
-    config: DataConfig, train: Source, held: Held | None, channels: int, progress: Progress | None
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    if config.mean is None or config.std is None:
-        return statistics(train if held is None else held.source(), progress=progress)
+def _measure(config: DataConfig, train: Source, seen: Probe, channels: int, progress: Progress | None) -> Measured:
+    """Mean, deviation and range of the training images; those that the settings give count."""
     for name, values in (("mean", config.mean), ("std", config.std)):
-        if len(values) != channels:
+        if values is not None and len(values) != channels:
             raise ConfigError(
                 f"data.{name} has {len(values)} numbers and the images {channels} channels",
                 f"give {channels}, or leave data.mean and data.std out",
             )
-    return config.mean, config.std
+    sample = SAMPLE if config.mean is None else FEW
+    measured = measure(train, scale=config.scale, kinds=seen.kinds, sample=sample, progress=progress)
+    if config.mean is None or config.std is None:
+        return measured
+    return measured._replace(normalisation=replace(measured.normalisation, mean=config.mean, std=config.std))

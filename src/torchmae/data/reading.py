@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -15,6 +17,7 @@ import numpy.typing as npt
 
 from torchmae.data.formats import CUT_SHORT, NOT_FINITE, Image, Item, Progress, quiet_pillow
 from torchmae.data.sources import Source, spread
+from torchmae.data.transforms import FULL_SCALE, Normalisation
 from torchmae.errors import ConfigError, DataError
 
 Result = TypeVar("Result")
@@ -24,6 +27,17 @@ MAX_MISSES = 64
 
 MAX_READERS = 8
 """Reader processes that are started unasked."""
+
+FEW = 64
+"""Samples that are opened to see what a source holds."""
+
+SAMPLE = 2000
+"""Images that mean and deviation are measured on, at most."""
+
+_PICKED = 256  # values of each channel that an image adds to the percentiles
+_SHOWN = (0.5, 99.5)  # percentiles that are drawn black and white
+FAR = 4.0
+"""Floats above are no shares of 1."""
 
 _AHEAD = 8  # images per thread that are decoded before they are asked for
 _ANNOUNCED = 256  # images at a time that a source is told of
@@ -203,15 +217,17 @@ class Probe:
     Attributes:
         channels: 3 where some samples are grey and the rest in colour; else what most have.
         sizes: the spatial sizes seen.
+        kinds: how many have each type of values.
         notes: what was decided about the samples, a short phrase each.
     """
 
     channels: int
     sizes: frozenset[tuple[int, ...]]
+    kinds: Counter[str]
     notes: tuple[str, ...]
 
 
-def probe(source: Source, sample: int = 64) -> Probe:
+def probe(source: Source, sample: int = FEW) -> Probe:
     """Opens samples evenly spread over a source; unreadable ones are passed over.
 
     Raises:
@@ -231,12 +247,26 @@ def probe(source: Source, sample: int = 64) -> Probe:
             failure.fix or "check the data",
         )
     counts = Counter(item.channels for item in items)
+    channels = 3 if set(counts) == {1, 3} else counts.most_common(1)[0][0]
     notes = Counter(note for item in items for note in item.notes)
+    phrases = [_share(note, count, len(items)) for note, count in notes.items()]
+    if channels not in (1, 3) and items[0].form != "array":
+        bands = next((item.bands for item in items if item.channels == channels and item.bands), ())
+        phrases.append(f"{channels} bands" + (f" ({', '.join(bands)})" if bands else ""))
+    for number, count in counts.items():
+        if number != channels:
+            what = "grey, read as colour" if (number, channels) == (1, 3) else f"of {number} bands, not used"
+            phrases.append(_share(what, count, len(items)))
     return Probe(
-        channels=3 if set(counts) == {1, 3} else counts.most_common(1)[0][0],
+        channels=channels,
         sizes=frozenset(item.size for item in items),
-        notes=tuple(notes),
+        kinds=Counter(str(item.dtype) for item in items),
+        notes=tuple(phrases),
     )
+
+
+def _share(note: str, count: int, total: int) -> str:
+    return note if count == total else f"{note} ({count} of {total} looked at)"
 
 
 def fit_channels(source: Source, seen: Probe, channels: int) -> Source:
@@ -249,39 +279,121 @@ def fit_channels(source: Source, seen: Probe, channels: int) -> Source:
     return source.with_channels(channels)
 
 
-def statistics(
-    source: Source, sample: int = 2000, progress: Progress | None = None
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of each channel, on integers scaled to [0, 1] and floats as they are.
+class Measured(NamedTuple):
+    """What the values of a sample of the images are like.
+
+    Attributes:
+        normalisation: mean, deviation, and the range that is shown; with the scale of every type among the images.
+        notes: what is odd about the values, a short phrase each, with the option that mends it.
+    """
+
+    normalisation: Normalisation
+    notes: tuple[str, ...]
+
+
+def measure(
+    source: Source,
+    *,
+    scale: dict[str, float] | None = None,
+    kinds: Iterable[str] = (),
+    sample: int = SAMPLE,
+    progress: Progress | None = None,
+) -> Measured:
+    """Mean and deviation of each channel of scaled values, the range that is shown, and what is odd about the values.
 
     Every image of an evenly spread sample counts alike, whatever its size. A channel that never changes gets a
     deviation of 1, so that normalising leaves it at 0.
 
     Args:
         source: images with one number of channels.
+        scale: as data.scale.
+        kinds: types that are known to be among the images.
         sample: how many to read, at most.
         progress: told how far it is.
 
-    Returns:
-        means and deviations, one for each channel.
-
     Raises:
-        DataError: the images hold values that are not finite, or cannot be read.
+        DataError: the images cannot be read.
     """
     indices = spread(len(source), sample)
     first: list[npt.NDArray[np.float64]] = []
     second: list[npt.NDArray[np.float64]] = []
+    stored: dict[str, list[Image]] = {}  # of each type, (values, C) of each image
+    given = Normalisation((), (), scale=scale)
     for reading in read_many(source, indices):
         image = reading.image
-        scale = 1.0 if image.dtype.kind == "f" else 1.0 / np.iinfo(image.dtype).max
-        values = image.reshape(-1, image.shape[-1]).astype(np.float64) * scale
-        first.append(values.mean(axis=0))
-        second.append(np.square(values).mean(axis=0))
-        if not np.isfinite(second[-1]).all():
-            raise DataError(f"{source.name(reading.read)} holds values that are not finite", "remove or replace it")
+        values = image.reshape(-1, image.shape[-1])
+        scaled = values.astype(np.float64) * (1 / given.one(image.dtype))
+        first.append(scaled.mean(axis=0))
+        second.append(np.square(scaled).mean(axis=0))
+        stored.setdefault(str(image.dtype), []).append(values[spread(len(values), _PICKED)])
         if progress is not None and (len(first) % 100 == 0 or len(first) == len(indices)):
             progress("measuring mean and deviation", len(first), len(indices))
     mean = np.mean(first, axis=0)
     std = np.sqrt(np.maximum(np.mean(second, axis=0) - mean**2, 0))
     std[std < 1e-6] = 1.0
-    return tuple(mean.tolist()), tuple(std.tolist())
+    pools = {kind: np.concatenate(parts) for kind, parts in stored.items()}
+    odd = {kind: lone_extremes(pool) for kind, pool in pools.items() if kind != "uint8"}
+    low, high = _shown_range(pools, odd, given)
+    used = {kind: given.one(np.dtype(kind)) for kind in (*FULL_SCALE, *(scale or {})) if kind in {*pools, *kinds}}
+    normalisation = Normalisation(tuple(mean.tolist()), tuple(std.tolist()), low, high, used)
+    return Measured(normalisation, tuple(_value_notes(pools, odd, used)))
+
+
+def lone_extremes(values: Image) -> list[float]:
+    """The smallest or largest value, where it comes more than once and lies far from all others.
+
+    Args:
+        values: (N, C).
+    """
+    flat = values.ravel()
+    found = []
+    for end in (flat.min(), flat.max()):
+        rest = flat[flat != end].astype(np.float64)
+        if len(flat) - len(rest) > 1 and len(rest):
+            extent, gap = rest.max() - rest.min(), min(abs(float(end) - rest.min()), abs(float(end) - rest.max()))
+            if gap > 2 * extent > 0:
+                found.append(float(end))
+    return found
+
+
+def _shown_range(
+    pools: dict[str, Image], odd: dict[str, list[float]], given: Normalisation
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """What is shown black and white in each channel; None, None where 0 and 1 do."""
+    if set(pools) == {"uint8"}:
+        return None, None
+    parts = []
+    for kind, pool in pools.items():
+        kept = pool[~np.isin(pool, np.asarray(odd.get(kind, ()), pool.dtype)).any(axis=-1)]
+        kept = kept if len(kept) else pool
+        parts.append(kept.astype(np.float64) / given.one(pool.dtype))
+    values = np.concatenate(parts)
+    low, high = np.percentile(values, _SHOWN, axis=0)
+    if values.min() >= 0 and values.max() <= 1 and high.max() > 0.5:
+        return None, None
+    flat = high - low < 1e-12
+    return tuple((low - flat * 0.5).tolist()), tuple((high + flat * 0.5).tolist())
+
+
+def _value_notes(pools: dict[str, Image], odd: dict[str, list[float]], used: dict[str, float]) -> Iterator[str]:
+    """What is odd about the values of a sample."""
+    for kind, values in odd.items():
+        for value in values:
+            share = (pools[kind] == np.asarray(value).astype(pools[kind].dtype)).mean()
+            yield f"{value:g} in {share:.1%} of the values, far from all others: --data.nodata {value:g} if it is none"
+    tops = {kind: _top(pool, odd.get(kind, [])) for kind, pool in pools.items()}
+    if "uint16" in tops and (bits := max(1, math.ceil(math.log2(tops["uint16"] + 1)))) < 16:
+        yield f"{bits}-bit values in uint16"
+    if len(used) > 1:
+        each = ", ".join(f"{kind} up to {tops[kind]:g} divided by {used[kind]:g}" for kind in tops)
+        fitting = {kind: 2.0 ** math.ceil(math.log2(top + 1)) - 1 for kind, top in tops.items() if top > 1}
+        wrong = {kind: top for kind, top in fitting.items() if kind in used and top != used[kind]}
+        mend = f": --data.scale '{json.dumps(wrong)}' puts all on one scale" if wrong else ""
+        yield f"types mixed ({each}){mend}"
+    elif "float32" in tops and tops["float32"] > FAR:
+        yield f"floats up to {tops['float32']:g}, taken as they are"
+
+
+def _top(values: Image, odd: Sequence[float]) -> float:
+    kept = values[~np.isin(values, np.asarray(odd, values.dtype))]
+    return float(kept.max()) if kept.size else 0.0

@@ -334,7 +334,7 @@ def _scan(file: IO[bytes], size: int, name: str) -> ShardIndex:
             if end > size:
                 raise DataError(f"{name} is cut short in {printable(_bytes(member.name))}", "copy it again")
             stem, _, suffix = member.name.rpartition(".")
-            if f".{suffix.lower()}" in picture_suffixes():
+            if member.name.lower().endswith(picture_suffixes()):
                 names.add(_bytes(member.name))
                 rows.append((member.offset_data, member.size))
             elif suffix.lower() == "cls":

@@ -8,6 +8,7 @@ import os
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from torchmae.data.folders import Masks
-from torchmae.data.formats import Context, Image, Item, open_item
+from torchmae.data.formats import Context, Image, Item, Progress, open_item
 from torchmae.data.strings import Strings, pack_strings
 from torchmae.errors import DataError
 
@@ -49,6 +50,10 @@ class Source(ABC):
     def open(self, index: int) -> Item:
         """One sample, its header read; DataError with the reason, without its name, where it cannot be opened."""
 
+    def open_page(self, index: int, page: int) -> Item:  # noqa: ARG002
+        """One page of a sample's file, from 0."""
+        return self.open(index)
+
     @abstractmethod
     def name(self, index: int) -> str:
         """Where a sample is from, for messages: a path, or "digits/17"."""
@@ -76,6 +81,10 @@ class Source(ABC):
         """A hexadecimal digest that changes when labels or classes do; "" where there are none."""
         return "" if self.labels is None else digest([np.ascontiguousarray(self.labels), *(self.classes or ())])
 
+    def stamp(self) -> str:
+        """What changes when a file is replaced by one of the same name and size; "" where nothing tells."""
+        return ""
+
     def encoded(self, index: int) -> bytes | None:  # noqa: ARG002
         """The bytes of a sample's file; None: it is in none of its own. DataError without the name."""
         return None
@@ -95,6 +104,12 @@ class Source(ABC):
 def all_notes(splits: Mapping[str, Source]) -> list[str]:
     """The notes of all splits, each once."""
     return list(dict.fromkeys(note for source in splits.values() for note in source.notes()))
+
+
+def data_line(notes: Iterable[str]) -> str:
+    """The line that says what was assumed, decided or left out; "" where nothing was."""
+    said = "; ".join(dict.fromkeys(notes))
+    return f"data: {said}" if said else ""
 
 
 def digest(parts: Iterable[object]) -> str:
@@ -163,6 +178,10 @@ class EncodedSource(Source):
         """As in `Source`."""
         return open_item(self.encoded(index), self.context, lambda: self.file_name(index))
 
+    def open_page(self, index: int, page: int) -> Item:
+        """As in `Source`."""
+        return open_item(self.encoded(index), replace(self.context, page=page), lambda: self.file_name(index))
+
     def with_channels(self, channels: int) -> Self:
         """The same samples; one that has another number, and is neither grey nor colour, cannot be opened."""
         same = copy.copy(self)
@@ -225,6 +244,10 @@ class FileSource(EncodedSource):
         sizes = (file_size(self._path(int(i))) for i in spread(len(self), _SIZES_ASKED))
         return digest([*self._names.parts, *sizes])
 
+    def stamp(self) -> str:
+        """Of when 10,000 files at most were changed."""
+        return digest(_changed(self._path(int(i))) for i in spread(len(self), _SIZES_ASKED))
+
 
 def printable(name: bytes) -> str:
     """A name as one line of text: what is not printable (line ends, a terminal's escape codes) is escaped."""
@@ -237,6 +260,14 @@ def check_size(raw: bytes) -> bytes:
     if len(raw) > MAX_BYTES:
         raise DataError(f"the file has more than {MAX_BYTES // 2**20:,} MiB")
     return raw
+
+
+def _changed(path: Path) -> int:
+    """When a file was changed, in nanoseconds; -1 where there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except (OSError, ValueError):
+        return -1
 
 
 def file_size(path: Path) -> int:
@@ -278,6 +309,10 @@ class Subset(Source):
         """The source's."""
         return self.source.open(int(self.indices[index]))
 
+    def open_page(self, index: int, page: int) -> Item:
+        """The source's."""
+        return self.source.open_page(int(self.indices[index]), page)
+
     def encoded(self, index: int) -> bytes | None:
         """The source's."""
         return self.source.encoded(int(self.indices[index]))
@@ -289,6 +324,10 @@ class Subset(Source):
     def fingerprint(self) -> str:
         """Of the source's and the indices."""
         return digest([self.source.fingerprint(), np.ascontiguousarray(self.indices)])
+
+    def stamp(self) -> str:
+        """The source's."""
+        return self.source.stamp()
 
     def with_channels(self, channels: int) -> Subset:
         """The same subset of the source with `channels`."""
@@ -307,3 +346,40 @@ class Subset(Source):
     def read_ahead(self, indices: npt.NDArray[np.int64]) -> None:
         """Tells the source."""
         self.source.read_ahead(self.indices[indices])
+
+
+class EachPage(Subset):
+    """Every page of a source's files as a sample of its own.
+
+    Args:
+        source: the files.
+        counts: (N,) how many pages each has.
+    """
+
+    def __init__(self, source: Source, counts: npt.NDArray[np.int64]) -> None:
+        super().__init__(source, np.repeat(np.arange(len(counts)), counts))
+        self._pages = np.concatenate([np.arange(count) for count in counts])
+        self.remarks = (*source.remarks, f"{len(self):,} pages of {len(counts):,} files, each a sample")
+
+    def open(self, index: int) -> Item:
+        """One page."""
+        return self.source.open_page(int(self.indices[index]), int(self._pages[index]))
+
+    def encoded(self, index: int) -> bytes | None:  # noqa: ARG002
+        """None: the file holds other pages too."""
+        return None
+
+    def name(self, index: int) -> str:
+        """The file and the page, from 1."""
+        return f"{super().name(index)}, page {self._pages[index] + 1}"
+
+
+def each_page(source: Source, progress: Progress | None) -> Source:
+    """A source whose samples are the pages of the files; the source itself where each has one."""
+    counts = np.ones(len(source), dtype=np.int64)
+    for index in range(len(source)):
+        with suppress(DataError):  # which says so again when it is read
+            counts[index] = source.open(index).meta.get("pages", 1)
+        if progress is not None and ((index + 1) % 1000 == 0 or index + 1 == len(source)):
+            progress("counting pages", index + 1, len(source))
+    return source if (counts == 1).all() else EachPage(source, counts)

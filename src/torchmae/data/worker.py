@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from multiprocessing import connection
@@ -25,7 +25,7 @@ from torchmae.data.formats import FORMATS, Image, Region
 from torchmae.data.plan import Indices
 from torchmae.data.reading import first_readable
 from torchmae.data.sources import Labels, Source
-from torchmae.data.transforms import CROP_NUMBERS, Boxes, crop_boxes, eval_box, reduction, resample, value_range
+from torchmae.data.transforms import CROP_NUMBERS, FULL_SCALE, Boxes, crop_boxes, eval_box, reduction, resample
 from torchmae.errors import DataError
 from torchmae.random import Purpose, uniform
 
@@ -176,13 +176,22 @@ class Reader(Dataset[Fetched]):
         channels: of each image.
         view: how they become the model's input.
         slots: memory to hand batches over in; None: new memory for each.
+        scale: as in `Normalisation`.
     """
 
-    def __init__(self, source: Source, channels: int, view: View, slots: Slots | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        channels: int,
+        view: View,
+        slots: Slots | None = None,
+        scale: Mapping[str, float] | None = None,
+    ) -> None:
         self.source = source
         self.channels = channels
         self.view = view
         self.slots = slots or Slots(0)
+        self.scale = scale
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_formats": dict(FORMATS)}  # with those that were added from outside
@@ -211,7 +220,7 @@ class Reader(Dataset[Fetched]):
         labels = labels_of(self.source.labels, np.array(read, dtype=np.int64))
         if not images:  # a rank's part of a batch smaller than the world
             return Fetched(torch.empty(0, *self.view.input_size, self.channels), labels, bad)
-        batch, slot = self.slots.stack(of_one_type(images))
+        batch, slot = self.slots.stack(of_one_type(images, self.scale))
         return Fetched(batch, labels, bad, slot=slot)
 
     def _open(self, index: int, numbers: npt.NDArray[np.float32], bad: list[tuple[str, str]]) -> _Sample:
@@ -348,14 +357,14 @@ def cut_between_pixels(image: Image, box: npt.NDArray[np.float64], target: tuple
     return torch.from_numpy(np.array(resized).reshape(*target, -1))
 
 
-def of_one_type(images: list[Tensor]) -> list[Tensor]:
-    """Images that may differ in type as such that do not: bytes beside 16 bits are widened, integers beside floats
-    scaled."""
+def of_one_type(images: list[Tensor], scale: Mapping[str, float] | None = None) -> list[Tensor]:
+    """Casts a batch to one type: bytes beside 16 bits are widened; floats or a `data.scale` make all of it floats."""
     kinds = {image.dtype for image in images}
     if len(kinds) == 1:
         return images
-    if any(kind.is_floating_point for kind in kinds):
-        return [image.float() / value_range(image.dtype) for image in images]
+    if scale or any(kind.is_floating_point for kind in kinds):
+        one = {**FULL_SCALE, **(scale or {})}
+        return [image.float() * (one["float32"] / one[str(image.dtype)[6:]]) for image in images]
     wide = (image.int() * (257 if image.dtype == torch.uint8 else 1) for image in images)  # 255 * 257 = 65535
     return [image.to(torch.uint16) for image in wide]
 

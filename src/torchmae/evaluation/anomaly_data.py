@@ -13,8 +13,9 @@ from torchmae.data.layouts import open_splits
 from torchmae.data.opening import check_apart
 from torchmae.data.reading import BadFiles, probe
 from torchmae.data.sources import Source, Subset
+from torchmae.data.transforms import Normalisation
 from torchmae.errors import ConfigError, DataError
-from torchmae.evaluation.images import ImageSet, Normalisation, check_sizes, with_channels
+from torchmae.evaluation.images import ImageSet, check_sizes, with_channels
 from torchmae.evaluation.options import DataOptions
 
 GOOD = "good"
@@ -61,8 +62,9 @@ def open_anomaly_data(
     names = {GOOD} | folder_names(known) if normal_classes is None else set(normal_classes)
     pair = []
     for source in (known, mark_anomalous(tests[split], names)):
-        fitting = with_channels(source, channels)
-        check_sizes(probe(fitting), fitting, input_size)
+        seen = probe(source)
+        fitting = with_channels(source, seen, channels)
+        check_sizes(seen, fitting, input_size)
         images = ImageSet(
             fitting,
             data=options,

@@ -19,12 +19,13 @@ from torchmae.config import DataConfig
 from torchmae.data.loader import Batch, ImageLoader
 from torchmae.data.plan import Indices
 from torchmae.data.sources import Subset
+from torchmae.data.transforms import Normalisation
 from torchmae.errors import ConfigError, DataError
 from torchmae.evaluation.augment import build_augment
 from torchmae.evaluation.few_shot import check_counts, draw_images
 from torchmae.evaluation.finetune_config import FinetuneConfig
 from torchmae.evaluation.finetune_training import Job, Learner, State, SubsetPlan, fit, restore, save
-from torchmae.evaluation.images import Normalisation, check_classes, class_names, rows_with_label
+from torchmae.evaluation.images import check_classes, class_names, rows_with_label
 from torchmae.evaluation.scores import Result, Scores, rank, score
 from torchmae.evaluation.sharing import share
 from torchmae.nn.autoencoder import Autoencoder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -17,8 +17,9 @@ from torchmae.data.layouts import open_splits
 from torchmae.data.loader import Batch, ImageLoader
 from torchmae.data.opening import check_apart
 from torchmae.data.plan import Indices, hold_out
-from torchmae.data.reading import BadFiles, Probe, probe, reader_processes, statistics
-from torchmae.data.sources import Source, Subset
+from torchmae.data.reading import BadFiles, Probe, fit_channels, measure, probe, reader_processes
+from torchmae.data.sources import Source, Subset, all_notes, data_line
+from torchmae.data.transforms import Normalisation
 from torchmae.data.worker import View
 from torchmae.errors import ConfigError, DataError, one_of
 from torchmae.evaluation.options import DataOptions, EvaluateOptions
@@ -28,19 +29,6 @@ from torchmae.training.ranks import Ranks
 
 HELD_OUT = "held-out"
 _GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Normalisation:
-    """What the model was trained with.
-
-    Attributes:
-        mean: one for each channel, of values in [0, 1].
-        std: likewise.
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
 
 class ImageSet:
@@ -92,8 +80,7 @@ class ImageSet:
             self.source,
             hold_if_it_fits(self.source, self._data.memory_limit * _GIB, self.bad, self._progress),
             view=View(self._input_size, augmentation.crop_scale, augmentation.crop_ratio, augmentation.flip),
-            mean=self._normalisation.mean,
-            std=self._normalisation.std,
+            normalisation=self._normalisation,
             device=self._device,
             num_workers=reader_processes(self._data.num_workers),
             bad=self.bad,
@@ -193,12 +180,18 @@ def open_evaluation_data(
     if labelled:
         check_classes(train, classes)
     seen = probe(train)
-    notes += check_sizes(seen, train, input_size) or check_sizes(probe(test), test, input_size)
+    test_seen = probe(test)
+    notes += check_sizes(seen, train, input_size) or check_sizes(test_seen, test, input_size)
     channels = seen.channels if channels is None else channels
-    train, test = with_channels(train, channels), with_channels(test, channels)
+    train, test = with_channels(train, seen, channels), with_channels(test, test_seen, channels)
     bad = BadFiles(len(train) + len(test), options.data.max_bad)
+    said = [*all_notes({"train": train, "test": test}), *seen.notes]
     if normalisation is None:
-        normalisation = Normalisation(*statistics(train, progress=progress))
+        normalisation = measure(train, scale=options.data.scale, kinds=seen.kinds, progress=progress).normalisation
+    else:
+        normalisation, types = rescaled(normalisation, options.data, seen)
+        said += types
+    notes += tuple(filter(None, [data_line(said)]))
     image_set = partial(
         ImageSet,
         data=options.data,
@@ -256,11 +249,16 @@ def open_parts(
         one_of("split", split, splits)
     sources = [splits[name] for name in ("train", "val", "test") if name in splits and split in (name, "all")]
     notes: tuple[str, ...] = ()
-    for source in sources:
-        notes = notes or check_sizes(probe(source), source, input_size)
+    probes = [probe(source) for source in sources]
+    said = all_notes({str(i): source for i, source in enumerate(sources)})
+    for source, seen in zip(sources, probes, strict=True):
+        notes = notes or check_sizes(seen, source, input_size)
+        normalisation, types = rescaled(normalisation, data, seen)
+        said += [*seen.notes, *types]
+    notes += tuple(filter(None, [data_line(said)]))
     parts = [
         ImageSet(
-            with_channels(source, channels),
+            with_channels(source, seen, channels),
             data=data,
             batch_size=batch_size,
             input_size=input_size,
@@ -269,7 +267,7 @@ def open_parts(
             bad=BadFiles(len(source), data.max_bad),
             progress=progress,
         )
-        for source in sources
+        for source, seen in zip(sources, probes, strict=True)
     ]
     return parts, notes
 
@@ -360,10 +358,23 @@ def check_sizes(seen: Probe, source: Source, input_size: tuple[int, ...]) -> tup
     return (f"images of {found} are cropped and resampled to the model's {'x'.join(map(str, input_size))}",)
 
 
-def with_channels(source: Source, channels: int) -> Source:
+def rescaled(normalisation: Normalisation, data: DataOptions, seen: Probe) -> tuple[Normalisation, list[str]]:
+    """A model's normalisation with data.scale, and a note where the images are of a type that it was not trained on."""
+    trained = normalisation.scale
+    if data.scale:
+        normalisation = replace(normalisation, scale={**(trained or {}), **data.scale})
+    new = [] if not trained else [kind for kind in seen.kinds if kind not in {**trained, **(data.scale or {})}]
+    if not new:
+        return normalisation, []
+    theirs = ", ".join(f"{kind} divided by {one:g}" for kind, one in (trained or {}).items())
+    ours = ", ".join(f"{kind} divided by {normalisation.one(np.dtype(kind)):g}" for kind in new)
+    return normalisation, [f"{ours} for a model trained on {theirs}; --data.scale sets another divisor"]
+
+
+def with_channels(source: Source, seen: Probe, channels: int) -> Source:
     """The images with the model's number of channels; ConfigError where that cannot be."""
     try:
-        return source.with_channels(channels)
+        return fit_channels(source, seen, channels)
     except ConfigError as error:
         raise ConfigError(error.problem, f"give images that have, or convert to, {channels} channels") from error
 

@@ -12,7 +12,7 @@ from torchmae.data.reading import probe
 from torchmae.errors import ConfigError, Interrupted, one_of
 from torchmae.evaluation import attentive, few_shot
 from torchmae.evaluation.anomaly_data import open_anomaly_data
-from torchmae.evaluation.images import EvaluationData, Normalisation, check_sizes, open_evaluation_data
+from torchmae.evaluation.images import EvaluationData, check_sizes, open_evaluation_data
 from torchmae.evaluation.methods import ANOMALY, METHODS, WITHOUT_LABELS, Bench, output_folder, run_data
 from torchmae.evaluation.options import APPLIES_TO, ComputeOptions, DataOptions, EvaluateOptions
 from torchmae.evaluation.records import append_record
@@ -155,7 +155,7 @@ def open_bench(
         batch_size=batch_size,
         input_size=tuple(arguments["input_size"]),
         channels=None if trained is None else arguments["in_chans"],
-        normalisation=None if description is None else Normalisation(description.mean, description.std),
+        normalisation=None if description is None else description.normalisation,
         device=runtime.device,
         labelled=options.method not in WITHOUT_LABELS,
         progress=display.preparing,
@@ -182,7 +182,7 @@ def open_normal_and_test(
     """The images of anomaly detection, the normal ones as training images; errors as of `open_anomaly_data`."""
     assert options.normal is not None
     assert options.test is not None
-    normalisation, channels = Normalisation(description.mean, description.std), description.arguments["in_chans"]
+    normalisation, channels = description.normalisation, description.arguments["in_chans"]
     names = None if options.normal_classes is None else [name.strip() for name in options.normal_classes.split(",")]
     normal, test = open_anomaly_data(
         options.normal,
@@ -207,13 +207,20 @@ def mask_ratio(description: Description) -> float:
 
 
 def own_data(run: str, data: DataOptions) -> DataOptions:
-    """The options with the run's own data in place of none; ConfigError where the run does not say."""
-    if data.source is not None:
-        return data
+    """The options with the run's own data in place of none, read as the run did where nothing else is said.
+
+    Raises:
+        ConfigError: there is no data, and the run does not say which.
+    """
     own = run_data(run)
-    if own is None:
+    if own is None and data.source is None:
         raise ConfigError(f"data is not given and {run} does not say which", "add --data PATH_OR_NAME")
-    return replace(data, source=own.source, root=own.root, val_size=own.val_size)
+    if own is None:
+        return data
+    same = data.filled_from(own)  # a model sees other data as it saw its own
+    if data.source is None:
+        return replace(data, **same, source=own.source, val_size=own.val_size)
+    return replace(data, **{**same, "root": data.root})
 
 
 def measure(

@@ -38,6 +38,7 @@ _ENVIRONMENT_LABELS = {
     "precision": "Precision",
     "started": "Started",
     "command": "Command",
+    "data": "Data",
 }
 
 

@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 from torchmae.config import PretrainConfig
 from torchmae.data.loader import Batch, ImageLoader
 from torchmae.data.plan import Plan
+from torchmae.data.reading import FEW
+from torchmae.data.sources import spread
 from torchmae.errors import TrainingError
 from torchmae.nn.autoencoder import Autoencoder
 from torchmae.training.allocation import ran_out_of_memory
@@ -37,6 +39,7 @@ from torchmae.training.window import Window, close_window, timed
 PROBE_STEPS = 10
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, spread evenly however many there are
 PROBE_SHARE = 0.02  # of max_minutes, at least, is spent on measuring the speed
+FAR_DEVIATIONS = 20.0  # of the mean, beyond which a value is more likely a fault of the data than a rare one
 SMALLEST_LR_SCALE = 1 / 8  # a run that diverges at an eighth of its learning rate has another fault
 
 
@@ -120,7 +123,7 @@ def pretrain(
         close_window(window, state, plan, optimizers, tracker, display)
         if window.longest_skipped < config.max_skipped:
             return False
-        roll_back(state, model, optimizers, folder, window, display, ranks)
+        roll_back(state, model, optimizers, folder, window, display, ranks, loader)
         return True
 
     with (
@@ -246,6 +249,7 @@ def roll_back(
     window: Window,
     display: Display,
     ranks: Ranks,
+    loader: ImageLoader,
 ) -> None:
     """Goes back to the newest checkpoint, in place, at half the learning rate.
 
@@ -256,7 +260,7 @@ def roll_back(
     checkpoint = load_checkpoint(folder.checkpoints)
     scale = state.lr_scale / 2
     if checkpoint is None or scale < SMALLEST_LR_SCALE:
-        raise diverged(problem, folder)
+        raise diverged(problem, folder, far_values(loader))
     restored = restore(checkpoint, model, optimizers, state.precision)
     vars(state).update(vars(restored), lr_scale=scale)
     if ranks.is_main:
@@ -265,6 +269,19 @@ def roll_back(
     window.restart()
     display.warn(
         f"{problem}: back to the checkpoint of step {state.step}, from there at {scale:g} times the learning rate"
+    )
+
+
+def far_values(loader: ImageLoader) -> str:
+    """What to look at first where a sample of the images has values far from all others; else nothing."""
+    sample = spread(len(loader), FEW)
+    batch = next(iter(loader.eval_batches(sample, FEW)))
+    low, high = float(batch.images.min()), float(batch.images.max())
+    if max(-low, high) <= FAR_DEVIATIONS:
+        return ""
+    return (
+        f"look at the images first: their values reach from {low:.3g} to {high:.3g} deviations of the mean "
+        "(torchmae data inspect; --data.nodata takes out values that are none); then "
     )
 
 

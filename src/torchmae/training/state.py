@@ -116,11 +116,12 @@ def differs(saved: dict[str, Tensor], own: dict[str, Tensor]) -> str:
     return "" if not found else found[0] + (f", and {len(found) - 1} more differ" if len(found) > 1 else "")
 
 
-def diverged(problem: str, folder: RunFolder) -> TrainingError:
-    """The error of a run whose numbers are no longer finite."""
+def diverged(problem: str, folder: RunFolder, values: str = "") -> TrainingError:
+    """The error of a run whose numbers are no longer finite; `values` says what range its images have."""
     return TrainingError(
         f"{problem}; the last good checkpoint was kept",
-        f"go on from it with a smaller step: torchmae pretrain --resume {shlex.quote(str(folder.path))} --optim.lr LR "
+        f"{values}go on from it with a smaller step: "
+        f"torchmae pretrain --resume {shlex.quote(str(folder.path))} --optim.lr LR "
         "(or --optim.clip_grad 1, or --precision fp32)",
     )
 
