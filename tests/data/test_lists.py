@@ -38,7 +38,7 @@ def test_a_text_file_of_paths(write_pictures, tmp_path: Path) -> None:
     assert paths(source, tmp_path) == ["list/b.png", "list/a.png", "elsewhere/1.png"]
     assert [source.read(i).shape for i in range(3)] == [(12, 16, 3)] * 3
     (tmp_path / "none.txt").write_text("\n\n")
-    with pytest.raises(DataError, match=r"none.txt is empty"):
+    with pytest.raises(DataError, match=r"none.txt has no rows"):
         open_splits(str(tmp_path / "none.txt"))
 
 
@@ -86,7 +86,7 @@ def test_csv_with_splits_and_tabs(tmp_path: Path) -> None:
         ("path,split\na.png,other\n", "line 2: the split is 'other'; choose from"),
         ("path,label\na.png,1\n,2\n", "line 3: no path"),
         ("path,split\na.png,test\n", "has no rows of the train split"),
-        (f'"{"a" * 70000}"\n', "is not a CSV file: field larger than"),
+        (f'"{"a" * 70000}"\n', "is not a list: field larger than"),
     ],
 )
 def test_csv_that_cannot_be_used(tmp_path: Path, text: str, message: str) -> None:

@@ -108,13 +108,15 @@ def test_types_that_are_read(dtype: str, read: str) -> None:
     assert images.max() == 1  # a copy
 
 
-def test_labels_are_checked() -> None:
+def test_labels_that_are_none_of_classes_are_left_out_and_said() -> None:
     images = np.zeros((3, 4, 4), np.uint8)
     assert ArraySource(images, np.array([[1], [2], [-1]], np.int8)).labels.tolist() == [1, 2, -1]
-    with pytest.raises(DataError, match=r"labels of x have shape \(2,\).* they should be 3 integers"):
-        ArraySource(images, [1, 2], title="x")
-    with pytest.raises(DataError, match="type float64"):
-        ArraySource(images, [1.0, 2.0, 3.0])
+    source = ArraySource(images, ["b", "a", ""])
+    assert (source.labels.tolist(), source.classes) == ([1, 0, -1], ("a", "b"))
+    for labels in ([1, 2], [0.5, 1.0, 2.0], np.ones((3, 14), np.uint8)):
+        source = ArraySource(images, labels, classes=["x"])
+        assert (source.labels, source.classes) == (None, None)
+        assert len(source.remarks) == 1 and "not used" in source.remarks[0]
 
 
 def test_array_channels_are_what_they_are() -> None:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from torchmae.data.formats import NOT_FINITE, ArrayItem, Context, Image, Progress, stored_type
+from torchmae.data.labels import Labels
 from torchmae.data.reading import BadFiles, Reading, read_many, read_or_next, stand_ins
-from torchmae.data.sources import Labels, Source, checked_labels, digest, spread
+from torchmae.data.sources import Source, digest, spread
 from torchmae.data.transforms import to_device
 from torchmae.errors import ConfigError, DataError, TorchmaeError
 
@@ -180,9 +181,8 @@ class ArraySource(Source):
             raise DataError(f"{title} {error.problem}", error.fix) from None
         axes = sample_axes(tuple(images.shape[1:]), context, title)
         self.images = images
-        self.labels = None if labels is None else checked_labels(labels, len(self), title)
-        self.classes = None if classes is None else tuple(classes)
         self.remarks = () if axes.note is None else (axes.note,)
+        self._take_labels(labels, classes)
         self._axis = axes.channel_axis
         self._title = title
         self._nodata = context.nodata
@@ -326,27 +326,23 @@ def named_arrays(
     for prefix, split in PREFIXES:
         if f"{prefix}images" in arrays:
             labels = arrays.get(f"{prefix}labels")
-            splits[split] = _labelled(arrays[f"{prefix}images"], labels, classes, f"{title}/{prefix}images", context)
+            labels = None if labels is None else np.asarray(labels[...])
+            splits[split] = ArraySource(
+                arrays[f"{prefix}images"], labels, classes, title=f"{title}/{prefix}images", context=context
+            )
     others = [name for name in arrays if not name.endswith("labels")]
     if not splits and len(others) == 1:
         name = others[0]
-        splits["train"] = _labelled(arrays[name], arrays.get("labels"), classes, f"{title}/{name}".rstrip("/"), context)
+        labels = arrays.get("labels")
+        labels = None if labels is None else np.asarray(labels[...])
+        splits["train"] = ArraySource(
+            arrays[name], labels, classes, title=f"{title}/{name}".rstrip("/"), context=context
+        )
     if "train" not in splits:
         raise DataError(
             f"{title} holds {', '.join(arrays) or 'no arrays'}", "it needs an array named images (and may have labels)"
         )
     return splits
-
-
-def _labelled(images: Any, labels: Any, classes: Sequence[str] | None, title: str, context: Context) -> ArraySource:
-    """The source of one array; labels of a shape that gives no class of each sample are left out, and it says so."""
-    values = None if labels is None else np.asarray(labels[...])
-    several = values is not None and values.ndim == 2 and values.shape[1] > 1 and len(values) == images.shape[0]
-    source = ArraySource(images, None if several else values, classes, title=title, context=context)
-    if several:
-        assert values is not None
-        source.remarks += (f"{values.shape[1]} labels a sample not used",)
-    return source
 
 
 def npz_splits(path: Path, context: Context, max_bytes: float | None = None) -> dict[str, Source]:

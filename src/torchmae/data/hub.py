@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from torchmae.data.formats import Context
+from torchmae.data.parquet import label_values
 from torchmae.data.sources import EncodedSource, FileSource, Source, check_size, digest
 from torchmae.errors import ConfigError, DataError
 
@@ -18,6 +20,7 @@ HUB_PREFIX = "hf:"
 """What a data source of this kind begins with: hf:user/name, hf:user/name:configuration, hf:./folder."""
 
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
+_LABEL_TYPES = r"u?int\d+|float\d+|(large_)?string"
 
 
 class HubSource(EncodedSource):
@@ -37,11 +40,11 @@ class HubSource(EncodedSource):
     ) -> None:
         labels = None
         if label is not None:
-            column = rows.data.column(label).cast("int64").fill_null(-1).to_numpy()
+            column = label_values(rows.data.column(label))
             indices = getattr(rows, "_indices", None)
             labels = column if indices is None else column[indices.column(0).to_numpy()]
         names = getattr(rows.features[label], "names", None) if label is not None else None
-        super().__init__(len(rows), labels, names, context, title)
+        super().__init__(len(rows), labels, names, context)
         self._rows = rows.select_columns([image])
         self._image = image
         self._title = title
@@ -123,11 +126,13 @@ def _source(library: Any, rows: Any, title: str, folders: Sequence[Path], contex
     images = [name for name, feature in rows.features.items() if isinstance(feature, library.Image)]
     if not images:
         raise DataError(f"none of the columns {', '.join(rows.features)} of {title} holds images")
-    label = next((name for name in _LABEL_COLUMNS if name in rows.features), None)
-    if label is not None and getattr(rows.features[label], "dtype", "") not in ("int8", "int16", "int32", "int64"):
-        label = None
+    given = [name for name in _LABEL_COLUMNS if name in rows.features]
+    label = next((name for name in given if re.match(_LABEL_TYPES, getattr(rows.features[name], "dtype", ""))), None)
     encoded = rows.cast_column(images[0], library.Image(decode=False))
-    return HubSource(encoded, images[0], label, title, folders, context)
+    source = HubSource(encoded, images[0], label, title, folders, context)
+    if given and label is None:
+        source.remarks += (f"column {given[0]} not used: one number or name an image is needed",)
+    return source
 
 
 def _import_datasets() -> Any:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 Labels = npt.NDArray[np.int64]
 
 _NUMBER = re.compile(r"-?\d{1,18}(\.0+)?")  # "3.0": a table with gaps turns whole numbers into floats
+_MEASURED = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _UNKNOWN = {"", "-1"}
 _LARGEST = 100_000  # number of a class; larger ones are identifiers, and are numbered in their order
 _NAMED = 5  # classes that a note lists
@@ -77,6 +78,9 @@ def from_texts(texts: Sequence[str], training: Iterable[str] | None = None) -> R
     if all(text == "" or _NUMBER.fullmatch(text) for text in different):
         numbers = np.array([int(text.partition(".")[0] or -1) for text in different], dtype=np.int64)
         return _from_numbers(numbers[inverse])
+    if all(text == "" or _MEASURED.fullmatch(text) for text in different):
+        example = next(text for text in different if text)
+        return ReadLabels(None, None, f"labels such as {example} are measurements and not used")
     names = set(different) - _UNKNOWN
     classes = ordered_classes(names if training is None else names & set(training), names)
     number_of = {**dict.fromkeys(_UNKNOWN, -1), **{name: i for i, name in enumerate(classes)}}

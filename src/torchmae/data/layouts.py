@@ -28,7 +28,7 @@ from torchmae.data.folders import SPLIT_NAMES, Masks, Role, is_system_name, mask
 from torchmae.data.formats import FORMATS, Context, picture_suffixes
 from torchmae.data.hub import HUB_PREFIX, hub_splits
 from torchmae.data.labels import ordered_classes
-from torchmae.data.lists import csv_splits, is_pattern, matching, pattern_source, text_source
+from torchmae.data.lists import is_pattern, list_splits, matching, pattern_source
 from torchmae.data.named import NAMED, open_named
 from torchmae.data.parquet import ParquetSource
 from torchmae.data.remote import Place, expand_url, is_url, last_name, shown
@@ -127,8 +127,9 @@ LAYOUTS: dict[str, Layout] = {
     "hdf5": file_layout(HDF5_SUFFIXES, stored_splits),
     "parquet": file_layout((".parquet",), lambda path, context: {"train": ParquetSource([path], context)}),
     "tar": file_layout((".tar",), lambda path, context: {"train": ShardSource([path], context)}),
-    "csv": file_layout((".csv", ".tsv"), lambda path, context: csv_splits(path, SPLIT_NAMES, context)),
-    "text": file_layout((".txt",), lambda path, context: {"train": text_source(path, context)}),
+    "list": file_layout(
+        (".csv", ".tsv", ".txt", ".lst"), lambda path, context: list_splits(path, SPLIT_NAMES, context)
+    ),
     "file": Layout(lambda spec: Path(spec).expanduser().is_file(), _refuse_file),
     "pattern": Layout(is_pattern, lambda spec, context: _open_files(spec, matching(spec), context)),
 }
@@ -420,10 +421,16 @@ def table_splits(opener: _Opener, files: Sequence[Place], context: Context) -> d
     groups: dict[str, list[Place]] = defaultdict(list)
     for file in files:
         groups[split_named(re.split(r"[-_.]", last_name(file), maxsplit=1)[0])].append(file)
+    remarks = []
     if "train" not in groups:
+        others = [name for name in ("val", "test") if name in groups]
+        remarks += [f"no train files, so that {name} files are trained on" for name in others]
         groups = {"train": list(files)}
-    groups.pop("", None)
-    return {split: opener(members, context) for split, members in groups.items()}
+    elif beside := groups.pop("", []):
+        remarks.append(f"{len(beside):,} files beside the splits ({_some(map(last_name, beside))}) not used")
+    splits = {split: opener(members, context) for split, members in groups.items()}
+    splits["train"].remarks += tuple(remarks)
+    return splits
 
 
 def npy_splits(folder: Path, context: Context) -> dict[str, Source]:

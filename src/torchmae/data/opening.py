@@ -77,7 +77,7 @@ def open_data(
     """
     context = Context.of(config, spatial_dims=len(input_size), progress=progress)
     splits = open_splits(config.source, context)
-    train, val = choose_splits(config, splits, context)
+    train, val, apart = choose_splits(config, splits, context)
     seen = _checked_probe(train, input_size)
     channels = seen.channels if channels is None else channels
     train = fit_channels(train, seen, channels)
@@ -118,30 +118,32 @@ def open_data(
         classes=train.classes,
         fingerprint=train.fingerprint(),
         label_fingerprint=train.label_fingerprint(),
-        notes=tuple(dict.fromkeys([*all_notes(splits), *seen.notes, *measured.notes])),
+        notes=tuple(dict.fromkeys([*all_notes(splits), *apart, *seen.notes, *measured.notes])),
         bad=bad,
     )
 
 
-def choose_splits(config: DataConfig, splits: dict[str, Source], context: Context) -> tuple[Source, Source | None]:
-    """The training images, and the held-out ones that `config.val` asks for.
+def choose_splits(
+    config: DataConfig, splits: dict[str, Source], context: Context
+) -> tuple[Source, Source | None, tuple[str, ...]]:
+    """The training images, the held-out ones that `config.val` asks for, and what there is to say about those.
 
     "auto" never takes a test split: where there is no "val", some of the training images are held out.
     """
     train = splits["train"]
     if config.val == "none":
-        return train, None
+        return train, None, ()
     if config.val == "auto" and "val" not in splits:
         kept, held_out = hold_out(len(train), config.val_size)
         if not len(held_out):
-            return train, None
+            return train, None, ()
         rest = Subset(train, kept)
-        return rest, in_training_classes(Subset(train, held_out), rest, "held-out")[0]
+        return (rest, *in_training_classes(Subset(train, held_out), rest, "held-out"))
     name = "val" if config.val == "auto" else config.val
     if name == "train":
         raise ConfigError("data.val is 'train'", "hold out other images than those trained on: auto or a path")
     if name in splits:
-        return train, in_training_classes(splits[name], train, name)[0]
+        return (train, *in_training_classes(splits[name], train, name))
     try:
         val = open_splits(config.val, context)["train"]
     except DataError as error:
@@ -150,8 +152,9 @@ def choose_splits(config: DataConfig, splits: dict[str, Source], context: Contex
             f"data.val {config.val!r} cannot be used: {error.problem}",
             f"choose from auto, none, {', '.join([*others, 'or a path'])}",
         ) from error
-    check_apart(val, train, f"data.val {config.val!r}", "auto (some are held out) or another path")
-    return train, in_training_classes(val, train, "val")[0]
+    apart = check_apart(val, train, f"data.val {config.val!r}", "auto (some are held out) or another path")
+    val, lost = in_training_classes(val, train, "val")
+    return train, val, (*apart, *lost)
 
 
 def check_apart(test: Source, train: Source, what: str, fix: str) -> tuple[str, ...]:

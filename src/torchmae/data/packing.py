@@ -24,6 +24,7 @@ from torchmae.config import ReadOptions
 from torchmae.data import jpeg
 from torchmae.data.arrays import map_array
 from torchmae.data.formats import CHANNELS, FORMATS, PACKED_ARRAY, Image, Progress, format_of, quiet_pillow
+from torchmae.data.labels import in_one_list
 from torchmae.data.parquet import ParquetTable, import_pyarrow
 from torchmae.data.reading import BadFiles, num_cores, probe
 from torchmae.data.shards import CLASSES_FILE, INDEX_SUFFIX, build_index, write_index
@@ -108,7 +109,8 @@ def pack(splits: Mapping[str, Source], out: Path, options: PackOptions, progress
         ConfigError: `out` holds something else, or the images do not fit the format.
         DataError: more unreadable images than allowed, or a file that cannot be written or read back.
     """
-    classes = next((source.classes for source in splits.values() if source.classes), None)
+    splits = in_one_list(splits)
+    classes = max((source.classes or () for source in splits.values()), key=len)
     if classes and options.format != "parquet":  # which holds them itself
         check_names(classes)
     is_new = not out.exists()
@@ -150,7 +152,7 @@ def _pack(
     out: Path,
     options: PackOptions,
     manifest: _Manifest,
-    classes: tuple[str, ...] | None,
+    classes: tuple[str, ...],
     progress: Progress | None,
 ) -> Packed:
     total = sum(map(len, splits.values()))

@@ -58,7 +58,8 @@ class ParquetSource(EncodedSource):
                 )
         labels = None if first.label is None else np.concatenate([table.labels() for table in tables])
         names = None if first.label is None else _label_names(first.metadata, first.label)
-        super().__init__(int(self._starts[-1]), labels, names, context, self._names[0])
+        self.remarks = (first.note,) if first.note else ()
+        super().__init__(int(self._starts[-1]), labels, names, context)
         if not len(self):
             raise DataError(f"{self._names[0]} holds no rows", "give a table of images")
         self._encoded = _load(tables, self._versions, context.progress)
@@ -86,6 +87,7 @@ class ParquetTable:
     Attributes:
         leaf: the column of bytes, as parquet names it ("image.bytes").
         label: the column of labels, if there is one.
+        note: what to say of a column of labels that is not used, else "".
         metadata: what stands beside the schema.
         file: where it is.
         num_rows: images in it.
@@ -104,19 +106,19 @@ class ParquetTable:
             raise self._unreadable(error) from error
         self.metadata: dict[bytes, bytes] | None = schema.metadata
         self.leaf = _image_leaf(arrow, schema)
-        self.label = _label_column(arrow, schema)
+        self.label, self.note = _label_column(arrow, schema)
         self.num_rows: int = facts.num_rows
         column = next(i for i in range(facts.num_columns) if facts.schema.column(i).path == self.leaf)
         self.nbytes = sum(
             facts.row_group(i).column(column).total_uncompressed_size for i in range(facts.num_row_groups)
         )
 
-    def labels(self) -> npt.NDArray[np.int64]:
-        """(N,), -1 where the table says nothing."""
+    def labels(self) -> npt.NDArray[Any]:
+        """(N,) integers, floats or texts; -1, NaN or "" where the table says nothing."""
         try:
             with open_place(self.file) as opened:
                 column = self._parquet.read_table(opened, columns=[self.label]).column(0)
-                labels: npt.NDArray[np.int64] = column.cast("int64").fill_null(-1).to_numpy()
+                labels: npt.NDArray[Any] = label_values(column)
         except self._failures as error:
             raise self._unreadable(error) from error
         return labels
@@ -259,11 +261,31 @@ def _image_leaf(arrow: Any, schema: Any) -> str:
     )
 
 
-def _label_column(arrow: Any, schema: Any) -> str | None:
+def _label_column(arrow: Any, schema: Any) -> tuple[str | None, str]:
+    """The column of labels, if there is one; and what to say of one whose values are no labels, else ""."""
+    kinds, note = arrow.types, ""
     for name in ("label", "labels", "fine_label"):
-        if name in schema.names and arrow.types.is_integer(schema.field(name).type):
-            return name
-    return None
+        if name in schema.names:
+            kind = schema.field(name).type
+            if (
+                kinds.is_integer(kind)
+                or kinds.is_floating(kind)
+                or kinds.is_string(kind)
+                or kinds.is_large_string(kind)
+            ):
+                return name, ""
+            note = note or f"column {name} of {kind} not used: one number or name an image is needed"
+    return None, note
+
+
+def label_values(column: Any) -> npt.NDArray[Any]:
+    """A column of an Arrow table as labels: integers, floats or texts; -1, NaN or "" where it holds nothing."""
+    kind = str(column.type)
+    if "int" in kind:
+        return np.asarray(column.cast("int64").fill_null(-1).to_numpy())
+    if "string" in kind:
+        return np.array(column.fill_null("").to_pylist(), dtype=object)
+    return np.asarray(column.cast("float64").to_numpy(), dtype=np.float64)
 
 
 def _label_names(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, ...] | None:

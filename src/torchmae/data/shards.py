@@ -17,8 +17,9 @@ import numpy.typing as npt
 from torchmae.data.arrays import unpacked_bytes
 from torchmae.data.cache import cache_folder
 from torchmae.data.formats import Context, picture_suffixes
+from torchmae.data.labels import Labels
 from torchmae.data.remote import Place, RemoteBytes, beside, last_name, open_place, place_version, shown
-from torchmae.data.sources import MAX_BYTES, EncodedSource, Labels, digest, printable, spread
+from torchmae.data.sources import MAX_BYTES, EncodedSource, digest, printable, spread
 from torchmae.data.strings import Strings, StringsWriter, pack_strings
 from torchmae.errors import DataError
 from torchmae.files import replace_file
@@ -35,6 +36,7 @@ CLASSES_FILE = "classes.txt"
 _FORMAT = 2
 _CHECKED = 8  # members whose headers are compared with an index before it is trusted
 _LABEL_BYTES = 20
+_NO_NUMBER = -2  # label in a .cls file that is text
 _INDEX_HEAD = 2**14  # bytes that an index takes before its first member
 _SHOWN = 8  # endings of pictures that a message lists
 _FETCHERS = 16  # requests under way at a time, in each process
@@ -98,8 +100,9 @@ class ShardSource(EncodedSource):
             labels if (labels >= 0).any() else None,
             _class_names(self._shards[0], labels),
             context,
-            last_name(self._shards[0]),
         )
+        if no_numbers := int((labels == _NO_NUMBER).sum()):
+            self.remarks += (f"{no_numbers:,} .cls files of {last_name(shards[0])} hold no number and are not used",)
         self._remote = {
             i: RemoteBytes(shard, *version)
             for i, (shard, version) in enumerate(zip(self._shards, self._versions, strict=True))
@@ -379,7 +382,7 @@ def _label(file: IO[bytes], member: tarfile.TarInfo) -> int:
     text = file.read(min(member.size, _LABEL_BYTES)).strip()
     if text.isdigit() and len(text) < _LABEL_BYTES - 1:
         return int(text)
-    return -1 if not text or text.removeprefix(b"-").isdigit() else -2
+    return -1 if not text or text.removeprefix(b"-").isdigit() else _NO_NUMBER
 
 
 def _text(name: bytes) -> str:

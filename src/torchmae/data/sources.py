@@ -18,10 +18,9 @@ import numpy.typing as npt
 
 from torchmae.data.folders import Masks
 from torchmae.data.formats import Context, Image, Item, Progress, open_item
+from torchmae.data.labels import Labels, ReadLabels, read_labels
 from torchmae.data.strings import Strings, pack_strings
 from torchmae.errors import DataError
-
-Labels = npt.NDArray[np.int64]
 
 MAX_BYTES = 512 * 2**20
 """Largest image file that is read: as many bytes as a hundred million pixels seldom take."""
@@ -77,6 +76,13 @@ class Source(ABC):
         """What was assumed, decided or left out, a short phrase each, without the values' own (`reading.survey`)."""
         return list(self.remarks)
 
+    def _take_labels(self, labels: npt.ArrayLike | None, classes: Sequence[str] | None) -> None:
+        """Sets labels and classes from whatever form they are stored in (`labels.read_labels`)."""
+        read = ReadLabels(None) if labels is None else read_labels(labels, len(self))
+        self.labels = read.labels
+        self.classes = read.classes or (None if classes is None or read.note else tuple(classes))
+        self.remarks = (*self.remarks, *([read.note] if read.note else []))
+
     def label_fingerprint(self) -> str:
         """A hexadecimal digest that changes when labels or classes do; "" where there are none."""
         return "" if self.labels is None else digest([np.ascontiguousarray(self.labels), *(self.classes or ())])
@@ -127,19 +133,6 @@ def spread(length: int, count: int) -> npt.NDArray[np.int64]:
     return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(np.int64))
 
 
-def checked_labels(labels: npt.ArrayLike, count: int, title: str) -> Labels:
-    """Labels as (N,) int64, a second axis of length 1 taken off; DataError unless they are `count` integers."""
-    array = np.asarray(labels)
-    if array.shape == (count, 1):
-        array = array[:, 0]
-    if array.shape != (count,) or array.dtype.kind not in "iu":
-        raise DataError(
-            f"the labels of {title} have shape {array.shape} and type {array.dtype}",
-            f"they should be {count} integers, one an image, -1 where unknown",
-        )
-    return array.astype(np.int64, copy=False)
-
-
 class EncodedSource(Source):
     """Samples that are stored as encoded files, whatever those lie in, and decoded when they are read.
 
@@ -147,7 +140,6 @@ class EncodedSource(Source):
         labels: (N,) integers, -1 where unknown.
         classes: the name of each label.
         context: how they are decoded.
-        title: what to call the samples in messages.
     """
 
     def __init__(
@@ -156,12 +148,10 @@ class EncodedSource(Source):
         labels: npt.ArrayLike | None,
         classes: Sequence[str] | None,
         context: Context,
-        title: str,
     ) -> None:
         self.context = context
-        self.labels = None if labels is None else checked_labels(labels, length, title)
-        self.classes = None if classes is None else tuple(classes)
         self._length = length
+        self._take_labels(labels, classes)
 
     def __len__(self) -> int:
         return self._length
@@ -215,7 +205,7 @@ class FileSource(EncodedSource):
         context: Context = Context(),
         remarks: Sequence[str] = (),
     ) -> None:
-        super().__init__(len(names), labels, classes, context, str(root))
+        super().__init__(len(names), labels, classes, context)
         self._root = root
         self._names = names if isinstance(names, Strings) else pack_strings(os.fsencode(name) for name in names)
         self.remarks = tuple(remarks)

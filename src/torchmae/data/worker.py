@@ -22,9 +22,10 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, get_worker_info
 
 from torchmae.data.formats import FORMATS, Image, Region
+from torchmae.data.labels import Labels
 from torchmae.data.plan import Indices
 from torchmae.data.reading import first_readable
-from torchmae.data.sources import Labels, Source
+from torchmae.data.sources import Source
 from torchmae.data.transforms import CROP_NUMBERS, FULL_SCALE, Boxes, crop_boxes, eval_box, reduction, resample
 from torchmae.errors import DataError
 from torchmae.random import Purpose, uniform

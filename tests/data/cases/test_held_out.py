@@ -16,8 +16,9 @@ from torchmae.errors import ConfigError
 
 def val_labels(folder: Path) -> list[int]:
     config = DataConfig(source=str(folder))
-    _, val = choose_splits(config, open_splits(config.source), Context(spatial_dims=2))
+    _, val, notes = choose_splits(config, open_splits(config.source), Context(spatial_dims=2))
     assert val is not None and val.labels is not None
+    assert len(notes) == 1 and "1 of 3 val images" in notes[0]
     return val.labels.tolist()
 
 
@@ -35,7 +36,9 @@ def test_the_training_images_are_not_held_out(tmp_path: Path, monkeypatch: pytes
     for val in (source, "a.npy", "link.npy"):
         with pytest.raises(ConfigError, match="leads to the training images"):
             choose_splits(DataConfig(source=source, val=val), splits, context)
-    _, val_images = choose_splits(DataConfig(source=source, val=write_arrays(tmp_path / "b.npy", 1)), splits, context)
+    _, val_images, _ = choose_splits(
+        DataConfig(source=source, val=write_arrays(tmp_path / "b.npy", 1)), splits, context
+    )
     assert val_images is not None and len(val_images) == 20
 
 
