@@ -63,6 +63,8 @@ class ReadOptions:
                 raise ConfigError(
                     f"data.axes is {self.axes!r}", "give a letter for each axis of a sample, such as HWC, CL or ZYX"
                 )
+        if self.scale is not None and not isinstance(self.scale, dict):
+            raise ConfigError(f"data.scale is {self.scale!r}", 'give a number for each type, such as {"uint16": 4095}')
         for kind, top in (self.scale or {}).items():
             one_of("data.scale", kind, ("uint8", "uint16", "float32"))
             within(f"data.scale of {kind}", top, 0, float("inf"), open_low=True)

@@ -76,6 +76,9 @@ def sample_axes(shape: tuple[int, ...], context: Context, title: str) -> Axes:
     if len(shape) == 1 or (dims == len(shape) and len(shape) < 3):
         return Axes(None)
     readings = _readings(shape, dims)
+    if context.channels is not None:  # which may tell them apart
+        fitting = [axes for axes in readings if context.channels == (shape[axes.index("C")] if "C" in axes else 1)]
+        readings = fitting[:1] or readings
     if len(readings) != 1:
         words = ", ".join(f"{axes} ({_words(axes)})" for axes in readings or _all_readings(shape, dims))
         raise DataError(
@@ -282,9 +285,13 @@ def read_npy(data: bytes) -> Image:
     return array
 
 
+def _holds_objects(error: Exception) -> bool:
+    return "Object arrays" in str(error) or "Python objects in dtype" in str(error)
+
+
 def _npy_reason(error: Exception) -> str:
     reason = " ".join(str(error).split())
-    if "bjects" in reason:
+    if _holds_objects(error):
         return "it holds objects, such as samples of unequal length"
     if not isinstance(error, OSError) and (" at 0x" in reason or not isinstance(error, (ValueError, EOFError))):
         return "its header is damaged"
@@ -292,7 +299,7 @@ def _npy_reason(error: Exception) -> str:
 
 
 def _npy_fix(error: Exception) -> str:
-    if "bjects" in str(error):
+    if _holds_objects(error):
         return "save each sample as a .npy file of its own in one folder; they are cropped to model.input_size"
     return "save one numeric array with numpy.save"
 
