@@ -23,6 +23,8 @@ def test_patterns(write_pictures, tmp_path: Path) -> None:
     assert paths(open_splits(f"{tmp_path}/{{b,a}}/*", Context(channels=1))["train"], tmp_path) == ["a/1.jpg", "b/2.png"]
     with pytest.raises(DataError, match=r"no file matches .*\*\.gif; check the pattern, and quote it"):
         open_splits(f"{tmp_path}/*.gif")
+    some = open_splits(f"{tmp_path}/a/*")["train"]
+    assert (len(some), some.remarks) == (1, ("1 other files not used",))
     with pytest.raises(DataError, match=r"matches no images, only files such as .*notes.txt"):
         open_splits(f"{tmp_path}/a/*.txt")
     # A folder whose name looks like a pattern is a folder.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -179,23 +180,23 @@ class Masks:
         names: paths of the masks relative to it.
     """
 
-    def __init__(self, root: Path, names: Sequence[str]) -> None:
+    def __init__(self, root: Path, names: Strings) -> None:
         self._root = root
-        self.names = names
+        self._names = names
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self._names)
 
     @cached_property
-    def _by_key(self) -> dict[tuple[str, ...], str]:
-        return {_pair_key(name): name for name in reversed(self.names)}
+    def _by_key(self) -> dict[tuple[str, ...], int]:
+        return {_pair_key(os.fsdecode(self._names[i])): i for i in reversed(range(len(self)))}
 
     def of(self, picture: str | Path) -> Path | None:
         """The mask of a picture, by its path below the root; the first one where it has several; None: it has none."""
         path = Path(picture)
         name = path.relative_to(self._root) if path.is_relative_to(self._root) else path
         found = self._by_key.get(_pair_key(name.as_posix()))
-        return None if found is None else self._root / found
+        return None if found is None else self._root / os.fsdecode(self._names[found])
 
 
 def _pair_key(name: str) -> tuple[str, ...]:

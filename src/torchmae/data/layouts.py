@@ -180,9 +180,8 @@ def folder_splits(folder: Path, context: Context = Context()) -> dict[str, Sourc
             listing = list_images(folder, FORMATS["npy"].suffixes)  # one array a sample
         else:
             return _other_splits(folder, listing, context)
-    masks = masks_among(listing.names)
     is_mask = np.zeros(len(listing.names), dtype=bool)
-    is_mask[masks] = True
+    is_mask[masks_among(listing.names)] = True
     role_of = dict(zip(places := sorted({place for place, _ in listing.runs}), roles(places), strict=True))
     runs: dict[str, list[_Run]] = defaultdict(list)
     start = 0
@@ -196,7 +195,7 @@ def folder_splits(folder: Path, context: Context = Context()) -> dict[str, Sourc
     classes = ordered_classes(trained, (run.label for members in runs.values() for run in members if run.label))
     number = {name: i for i, name in enumerate(classes)}
     remarks = _folder_remarks(folder, listing, role_of, is_mask, len(trained) if len(classes) > 1 else 0)
-    mask_names = [os.fsdecode(listing.names[int(i)]) for i in np.flatnonzero(is_mask)]
+    masks = Masks(folder, pack_strings(listing.names[i] for i in np.flatnonzero(is_mask).tolist()))
     splits: dict[str, Source] = {}
     for split, members in runs.items():
         rows = np.concatenate([np.arange(run.start, run.start + run.size) for run in members])
@@ -210,7 +209,7 @@ def folder_splits(folder: Path, context: Context = Context()) -> dict[str, Sourc
             names = pack_strings(listing.names[row] for row in rows[kept].tolist())
         own = classes[: len(trained)] if split == "train" else classes
         source = FileSource(folder, names, labels, None if labels is None else own, context, remarks)
-        source.masks = Masks(folder, mask_names) if mask_names else None
+        source.masks = masks if len(masks) else None
         splits[split] = source
     return splits
 

@@ -73,7 +73,8 @@ def pattern_source(pattern: str, files: list[Path], context: Context) -> FileSou
             f"{pattern} matches no images, only files such as {files[0]}",
             f"accepted are {', '.join(picture_suffixes())}",
         )
-    return FileSource(Path(), names, context=context)
+    others = len(files) - len(names)
+    return FileSource(Path(), names, context=context, remarks=[f"{others:,} other files not used"] if others else ())
 
 
 def list_splits(path: Path, splits: Mapping[str, str], context: Context) -> dict[str, Source]:

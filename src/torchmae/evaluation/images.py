@@ -313,8 +313,9 @@ def only_labelled(source: Source, what: str) -> Source:
     """The images that have a label; DataError when none has."""
     known = rows_with_label(source.labels)
     if not len(known):
+        why = "".join(f"; {note}" for note in source.remarks if "labels" in note and "not used" in note)
         raise DataError(
-            f"the {what} images have no labels ({source.name(0)})",
+            f"the {what} images have no labels ({source.name(0)}{why})",
             "put each class into a folder of its own, or use --method reconstruction",
         )
     return source if len(known) == len(source) else Subset(source, known)
