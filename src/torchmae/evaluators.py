@@ -72,7 +72,7 @@ def build_evaluators(
         if fresh:
             untrained = {f"{name}_untrained": value for name, value in probe.run(model, runtime).items()}
             by_pixels = {f"{name}_pixels": value for name, value in probe.run_on_pixels(runtime.ranks).items()}
-            tracker.log("baseline", 0, {**by_pixels, **untrained})
+            tracker.log("baseline", 0, {**by_pixels, **untrained, **probe.majority()})
         evaluators.append(Evaluator(min(config.eval.knn_count, config.eval.count), lambda _: probe.run(model, runtime)))
     return evaluators
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -77,7 +77,7 @@ def inspect(args: Sequence[str]) -> int:
     parser = _parser("inspect DATA", "Reads every image of a data set and says what is there, and what is wrong.")
     parser.add_argument("data", type=str, help="anything that `torchmae pretrain --data` takes")
     words = ["--json=true" if word == "--json" else word for word in args]
-    values, options = read_options(parser, words, InspectOptions)
+    values, options = read_options(parser, _as_here(words), InspectOptions)
     from torchmae.data.formats import Context
     from torchmae.data.inspecting import inspect_splits
     from torchmae.data.layouts import open_splits
@@ -90,7 +90,7 @@ def inspect(args: Sequence[str]) -> int:
         found = inspect_splits(splits, options.limit, display.preparing)
     finally:
         display.close()
-    command = suggestion(values.data, found)
+    command = suggestion(values.data, found, options)
     if options.sheet is not None:
         contact_sheet(splits["train"], Path(options.sheet), found.normalisation)
     if options.json:
@@ -114,7 +114,7 @@ def pack(args: Sequence[str]) -> int:
     )
     parser.add_argument("data", type=str, help="anything that `torchmae pretrain --data` takes")
     parser.add_argument("out", type=str, help="a new folder")
-    values, options = read_options(parser, args, PackOptions)
+    values, options = read_options(parser, _as_here(args), PackOptions)
     from torchmae.data.formats import Context
     from torchmae.data.layouts import open_splits
     from torchmae.data.packing import pack as run
@@ -134,6 +134,11 @@ def pack(args: Sequence[str]) -> int:
     print(f"{values.out}  ({packed.images:,} images in {files}, {packed.nbytes / 1e6:,.1f} MB{more}{resumed})")
     print(f"to train on it: torchmae pretrain --data {quote(values.out)}")
     return 0
+
+
+def _as_here(words: Sequence[str]) -> list[str]:
+    """Options with the names that they have here: messages say --data.axes, as it is for all other commands."""
+    return [word.replace("--data.", "--", 1) if word.startswith("--data.") else word for word in words]
 
 
 def _parser(usage: str, description: str) -> settings.Parser:
@@ -220,8 +225,8 @@ def _counts(counter: Counter[Any]) -> str:
     return ", ".join(f"{value} ({count:,})" for value, count in counter.most_common(_SHOWN))
 
 
-def suggestion(data: str, found: Inspection) -> str | None:
-    """The command to begin with; None when no image can be read."""
+def suggestion(data: str, found: Inspection, options: ReadOptions) -> str | None:
+    """The command to begin with, which reads the data as it was read here; None when no image can be read."""
     from torchmae.api import recommend
     from torchmae.data.inspecting import median_size
 
@@ -230,6 +235,10 @@ def suggestion(data: str, found: Inspection) -> str | None:
         return None
     recipe, shape = recommend(median_size(sizes))
     words = ["torchmae", "pretrain", "--data", data, "--recipe", recipe]
+    for item in fields(ReadOptions):
+        value = getattr(options, item.name)
+        if value != item.default:
+            words += [f"--data.{item.name}", value if isinstance(value, str) else json.dumps(value)]
     for name, value in shape.items():
         words += [f"--model.{name}", json.dumps(value)]
     return " ".join(quote(word) for word in words)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from torchmae.data.formats import CUT_SHORT, NOT_FINITE, Progress, quiet_pillow
+from torchmae.data.labels import in_training_classes
 from torchmae.data.reading import FEW, measure, num_cores, probe
 from torchmae.data.sources import Source, all_notes, spread
 from torchmae.data.transforms import Normalisation
@@ -157,6 +158,9 @@ def inspect_splits(
                 progress("inspecting", done, total)
     groups = [group for group in places.values() if len(group) > 1]
     notes, normalisation = all_notes(splits), None
+    for split, source in splits.items():
+        if split != "train":
+            notes += in_training_classes(source, splits["train"], split)[1]
     with suppress(DataError):  # nothing can be read, which the facts say
         seen = probe(splits["train"])
         measured = measure(splits["train"].with_channels(seen.channels), kinds=seen.kinds, sample=FEW)

@@ -16,7 +16,7 @@ from torchmae.evaluation.images import EvaluationData, check_sizes, open_evaluat
 from torchmae.evaluation.methods import ANOMALY, METHODS, WITHOUT_LABELS, Bench, output_folder, run_data
 from torchmae.evaluation.options import APPLIES_TO, ComputeOptions, DataOptions, EvaluateOptions
 from torchmae.evaluation.records import append_record
-from torchmae.evaluation.scores import Result
+from torchmae.evaluation.scores import Result, chance_note
 from torchmae.evaluation.subject import PIXELS, RANDOM, Subject, pixels, untrained
 from torchmae.nn import presets
 from torchmae.training.pretrained import load
@@ -102,7 +102,12 @@ def evaluate(run: str | Path, options: EvaluateOptions, compute: ComputeOptions)
             display.close()
     unread = (f"{len(bad)} images could not be read, the first: {': '.join(bad[0])}",) if bad else ()
     of_methods = (note for by_subject in results.values() for result in by_subject.values() for note in result.notes)
-    notes = tuple(dict.fromkeys([*bench.data.notes, *unread, *left_out, *of_methods]))
+    own = {name: value for by in results.values() for name, value in by[subjects[0].name].figures.items()}
+    train, test = bench.data.train.source.labels, bench.data.test.source.labels
+    chance: tuple[str, ...] = ()
+    if options.method not in (*WITHOUT_LABELS, ANOMALY) and train is not None and test is not None:
+        chance = chance_note(own, train, test, bench.data.classes)
+    notes = tuple(dict.fromkeys([*bench.data.notes, *unread, *left_out, *of_methods, *chance]))
     return Evaluation(results, bench.data, notes, make_record(str(run), bench, subjects, options, results, notes))
 
 
