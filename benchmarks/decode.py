@@ -48,7 +48,7 @@ class InMemory(EncodedSource):
     """Image files that were read before."""
 
     def __init__(self, files: list[bytes]) -> None:
-        super().__init__(len(files), None, None, Context(channels=3), "files")
+        super().__init__(len(files), None, None, Context(channels=3))
         self.files = files
 
     def encoded(self, index: int) -> bytes:

@@ -184,6 +184,8 @@ def _describe_split(split: str, facts: SplitFacts) -> list[str]:
             each = (f"{_one_line(name)} {count:,}" for name, count in facts.classes.items())
             lines.append(f"            {', '.join(each)}")
     cut = f", {facts.cut_short:,} of them cut short (--truncated keep reads such JPEGs)" if facts.cut_short else ""
+    if facts.not_finite:
+        cut += f", {facts.not_finite:,} with values that are not finite (--nodata nan puts the mean in such places)"
     lines.append(f"  corrupt   {len(facts.corrupt) or 'none'}{cut}")
     lines += [f"            {name}: {reason}" for name, reason in facts.corrupt[:_SHOWN]]
     if len(facts.corrupt) > _SHOWN:

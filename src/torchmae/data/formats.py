@@ -168,6 +168,8 @@ class ArrayItem(Item):
         self._axis = None if channel_axis is None else channel_axis % len(shape)
         channels = 1 if self._axis is None else shape.pop(self._axis)
         super().__init__(shape, channels, stored_type(values.dtype), **facts)
+        if (values.dtype.kind in "iuf" and values.dtype.itemsize > self.dtype.itemsize) or values.dtype.kind == "i":
+            self.notes += (f"{values.dtype.name} as float32",)
         self._values = values
         self._place = () if place is None else (place,)
         self.nodata: float | str | None = None
@@ -573,7 +575,8 @@ def _open_npy(data: bytes, context: Context) -> Item:
     values = read_npy(data)
     if values.dtype.names == (CHANNELS,):
         return ArrayItem(values[CHANNELS])
-    return ArrayItem(values, sample_axes(values.shape, context, "the array").channel_axis)
+    axes = sample_axes(values.shape, context, "the array")
+    return ArrayItem(values, axes.channel_axis, notes=[axes.note] if axes.note else [])
 
 
 def _is_ftyp(*brands: bytes) -> Callable[[bytes], bool]:

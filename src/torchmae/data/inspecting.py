@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from torchmae.data.formats import CUT_SHORT, Progress, quiet_pillow
+from torchmae.data.formats import CUT_SHORT, NOT_FINITE, Progress, quiet_pillow
 from torchmae.data.labels import in_training_classes
 from torchmae.data.reading import FEW, measure, num_cores, probe
 from torchmae.data.sources import Source, all_notes, spread
@@ -82,6 +82,11 @@ class SplitFacts:
         """How many of the corrupt ones end before their pixels do."""
         return sum(reason.startswith(CUT_SHORT) for _, reason in self.corrupt)
 
+    @property
+    def not_finite(self) -> int:
+        """How many of the corrupt ones hold values that are no finite numbers."""
+        return sum(reason.startswith(NOT_FINITE) for _, reason in self.corrupt)
+
     def add(self, item: Examined) -> None:
         """Counts a readable image."""
         self.sizes[item.size] += 1
@@ -102,6 +107,7 @@ class SplitFacts:
             "formats": dict(self.formats.most_common()),
             "range": [self.low, self.high] if self.sizes else None,
             "cut_short": self.cut_short,
+            "not_finite": self.not_finite,
             "corrupt": [{"name": name, "reason": reason} for name, reason in self.corrupt],
             "classes": self.classes,
         }

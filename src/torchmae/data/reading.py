@@ -380,7 +380,8 @@ def _value_notes(pools: dict[str, Image], odd: dict[str, list[float]], used: dic
     for kind, values in odd.items():
         for value in values:
             share = (pools[kind] == np.asarray(value).astype(pools[kind].dtype)).mean()
-            yield f"{value:g} in {share:.1%} of the values, far from all others: --data.nodata {value:g} if it is none"
+            exact = str(pools[kind].dtype.type(value))  # all digits, so that the option finds it again
+            yield f"{exact} in {share:.1%} of the values, far from all others: --data.nodata={exact} if it is none"
     tops = {kind: _top(pool, odd.get(kind, [])) for kind, pool in pools.items()}
     if "uint16" in tops and (bits := max(1, math.ceil(math.log2(tops["uint16"] + 1)))) < 16:
         yield f"{bits}-bit values in uint16"
