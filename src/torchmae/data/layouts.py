@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -244,6 +245,9 @@ def _folder_remarks(
     if num_classes:
         remarks.append(f"labels from folders ({num_classes} classes)")
     if found == ["train"]:
+        names = (f"{split}{suffix}" for split in SPLIT_NAMES for suffix in LAYOUTS["list"].suffixes)
+        if lists := [name for name in names if (folder / name).is_file()]:
+            remarks.append(f"lists {', '.join(lists)} not used, so that all images are trained on")
         tops = sorted({place.partition("/")[0] for place in role_of})
         remarks += [
             f"no train folder, so that {top}/ is trained on" for top in tops if split_named(top) in ("val", "test")
@@ -413,13 +417,17 @@ class _Opener(Protocol):
 
 
 def table_splits(opener: _Opener, files: Sequence[Place], context: Context) -> dict[str, Source]:
-    """The splits of parquet or tar files by the first word of their names: train-00000.tar, validation_1.parquet.
+    """The splits of parquet or tar files by the first word of their names (train-00000.tar) or by their folders.
 
     Files whose names begin with no split are all training data, unless there are train files too.
     """
     groups: dict[str, list[Place]] = defaultdict(list)
-    for file in files:
-        groups[split_named(re.split(r"[-_.]", last_name(file), maxsplit=1)[0])].append(file)
+    above = [str(file).split("/")[:-1] for file in files]
+    shared = sum(1 for _ in takewhile(lambda names: len(set(names)) == 1, zip(*above, strict=False)))
+    for file, folders in zip(files, above, strict=True):
+        first_word = re.split(r"[-_.]", last_name(file), maxsplit=1)[0]
+        words = (first_word, *reversed(folders[shared:]))
+        groups[next(filter(None, map(split_named, words)), "")].append(file)
     remarks = []
     if "train" not in groups:
         others = [name for name in ("val", "test") if name in groups]

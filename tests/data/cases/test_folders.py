@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from picture_files import picture
 from PIL import Image
+from tar_files import samples, write_tar
 
 from torchmae.data.folders import roles, split_named
-from torchmae.data.layouts import folder_splits
+from torchmae.data.layouts import folder_splits, open_splits
 from torchmae.data.sources import FileSource
 
 
@@ -114,6 +115,25 @@ def test_what_is_beside_the_splits_or_of_another_kind_is_said(write_pictures, tm
     assert "1 without suffix, 1 .txt not used" in said
     assert "test/ is trained on" in remarks(tmp_path / "b")
     assert "1 images share name and folder" in remarks(tmp_path / "c")
+
+
+def test_lists_of_splits_beside_the_images_are_named(write_pictures, tmp_path: Path) -> None:
+    write_pictures("images/1.png", "images/2.png")
+    (tmp_path / "train.txt").write_text("images/1.png")
+    (tmp_path / "test.csv").write_text("images/2.png")
+    assert "lists train.txt, test.csv not used, so that all images are trained on" in remarks(tmp_path)
+
+
+def test_shards_in_folders_called_by_split(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / "test" / split).mkdir(parents=True)
+        write_tar(tmp_path / "test" / split / "00000.tar", samples(2))
+    write_tar(tmp_path / "test" / "extra.tar", samples(1))
+    splits = open_splits(str(tmp_path / "test"))
+    assert {split: len(item) for split, item in splits.items()} == {"train": 2, "val": 2}
+    assert splits["train"].remarks == ("1 files beside the splits (extra.tar) not used",)
+    alone = open_splits(f"{tmp_path}/test/val/*.tar")["train"]
+    assert (len(alone), alone.remarks) == (2, ())
 
 
 def test_what_systems_leave_behind(write_pictures, tmp_path: Path) -> None:
