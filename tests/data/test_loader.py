@@ -407,9 +407,7 @@ def test_given_mean_and_deviation() -> None:
     (batch,) = data.train.eval_batches(np.arange(2), 2)
     stored = torch.from_numpy(data.train.source.read(1)[..., 0]) / 255
     torch.testing.assert_close(batch.images[1, 0], (stored - 0.5) / 0.25)
-    with pytest.raises(
-        ConfigError, match=r"data.normalisation.mean has 3 numbers and the images 1 channels; give 1, or leave"
-    ):
+    with pytest.raises(ConfigError, match=r"data.mean has 3 numbers and the images 1 channels; give 1, or leave"):
         opened(mean=(0.5, 0.5, 0.5), std=(1.0, 1.0, 1.0))
 
 

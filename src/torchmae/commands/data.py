@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from shlex import quote
@@ -132,13 +133,33 @@ def pack(args: Sequence[str]) -> int:
     resumed = f", {packed.resumed:,} of them were done already" if packed.resumed else ""
     files = f"{packed.files:,} file{'s' if packed.files != 1 else ''}"
     print(f"{values.out}  ({packed.images:,} images in {files}, {packed.nbytes / 1e6:,.1f} MB{more}{resumed})")
-    print(f"to train on it: torchmae pretrain --data {quote(values.out)}")
+    print(
+        f"to train on it: torchmae pretrain --data {quote(values.out)}{_axes_of_array(splits['train'], options.format)}"
+    )
     return 0
 
 
 def _as_here(words: Sequence[str]) -> list[str]:
     """Options with the names that they have here: messages say --data.axes, as it is for all other commands."""
     return [word.replace("--data.", "--", 1) if word.startswith("--data.") else word for word in words]
+
+
+def _axes_of_array(source: Source, format: str) -> str:
+    """The option that one array of such samples needs for its shape to have one reading."""
+    from torchmae.data.arrays import sample_axes
+    from torchmae.data.formats import Context
+    from torchmae.errors import DataError
+
+    if format != "npy":
+        return ""
+    with suppress(DataError):  # an image that cannot be read tells nothing
+        item = source.open(0)
+        axes = f" --data.axes={'ZYX'[-len(item.size) :] if len(item.size) != 1 else 'L'}C"
+        with suppress(DataError):
+            if sample_axes((*item.size, item.channels), Context(), "").channel_axis == len(item.size):
+                return ""
+        return axes
+    return ""
 
 
 def _parser(usage: str, description: str) -> settings.Parser:
@@ -238,7 +259,7 @@ def suggestion(data: str, found: Inspection, options: ReadOptions) -> str | None
     for item in fields(ReadOptions):
         value = getattr(options, item.name)
         if value != item.default:
-            words += [f"--data.{item.name}", value if isinstance(value, str) else json.dumps(value)]
+            words.append(f"--data.{item.name}={value if isinstance(value, str) else json.dumps(value)}")
     for name, value in shape.items():
         words += [f"--model.{name}", json.dumps(value)]
     return " ".join(quote(word) for word in words)

@@ -112,8 +112,7 @@ def _readings(shape: tuple[int, ...], dims: int | None) -> list[str]:
     """The plausible meanings of the axes of a sample, the likeliest first; of two axes or more."""
     low, high = min(shape), max(shape)
     last, first = shape[-1], shape[0]
-    few_last = last <= _FEW and last <= min(shape[:-1])
-    few_first = first <= _FEW and first <= min(shape[1:])
+    few_last, few_first = last <= _FEW, first <= _FEW
     square = first == shape[1] and first != last
     if square and max(shape[1:]) >= _ELONGATED * min(shape[1:]):
         few_first = False  # a long last axis behind two equal ones is no side of a picture

@@ -11,6 +11,7 @@ import numpy as np
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from torchmae.data.formats import (
+    CUT_SHORT,
     UPRIGHT,
     ArrayItem,
     Context,
@@ -30,6 +31,7 @@ _KIND, _BITS, _PHOTOMETRIC, _ORIENTATION, _SAMPLES, _EXTRA_SAMPLES, _FORMAT = 25
 _NODATA = 42113
 _WHITE_IS_ZERO, _PALETTE, _CMYK = 0, 3, 5
 _PREMULTIPLIED, _ALPHA = 1, 2
+_BYTES_PER_PIXEL = 16  # at the limit of pixels; more pixels may not take more
 _MAX_PAGES = 100_000
 _NAMES = {1: "uint", 2: "int", 3: "float"}
 
@@ -41,6 +43,8 @@ def open_tiff(data: bytes, context: Context) -> Item:
         DataError: damaged or too large; or without tifffile anything but one page of 8 bits, grey or RGB.
     """
     head = _read_head(data)
+    if head.is_cut and context.pages != "first":
+        raise DataError(f"{CUT_SHORT}: the file ends before its pages do", "--data.pages first")
     if head.is_plain:
         return loaded_item(open_pillow(data, ("TIFF",)), context)
     try:
@@ -61,10 +65,12 @@ class _Head(NamedTuple):
     Attributes:
         is_plain: one page of 8 bits, grey or RGB, all of which Pillow reads.
         text: samples, type and pages, for people.
+        is_cut: whether the file ends before the pages do that it names.
     """
 
     is_plain: bool
     text: str
+    is_cut: bool
 
 
 def _read_head(data: bytes) -> _Head:
@@ -72,7 +78,7 @@ def _read_head(data: bytes) -> _Head:
     pages, tags = 0, None
     at = ImageFileDirectory_v2(data[: 16 if big else 8])
     file = io.BytesIO(data)
-    while at.next and pages < _MAX_PAGES:
+    while 0 < at.next < len(data) and pages < _MAX_PAGES:
         file.seek(at.next)
         at.load(file)
         if not at.get(_KIND, 0) & 1:
@@ -87,7 +93,7 @@ def _read_head(data: bytes) -> _Head:
     kind = f"{_NAMES.get(formats[0], 'complex ')}{bits[0]}"
     plain_samples = samples == (4 if photometric == _CMYK else 3 if photometric in (2, 6) else 1)
     plain = pages == 1 and plain_samples and set(bits) <= {1, 8} and formats[0] == 1 and not tags.get(_EXTRA_SAMPLES)
-    return _Head(plain, f"{samples} bands, {kind}, {pages} page{'s' if pages > 1 else ''}")
+    return _Head(plain, f"{samples} bands, {kind}, {pages} page{'s' if pages > 1 else ''}", at.next >= len(data))
 
 
 def _open(file: Any, context: Context) -> Item:
@@ -112,6 +118,15 @@ def _open(file: Any, context: Context) -> Item:
     if len(size) > 3:
         raise DataError(f"its axes are {series.axes}, more than three of space and time", "--data.pages first or all")
     check_pixels(size, context)
+    samples = int(np.prod([n for axis, n in zip(series.axes, series.shape, strict=True) if axis in "SC"]))
+    if np.prod(size, dtype=np.float64) * samples * series.dtype.itemsize > _BYTES_PER_PIXEL * context.max_pixels:
+        raise DataError(
+            f"{samples} bands of {series.dtype.name} take more than {_BYTES_PER_PIXEL} bytes for each of "
+            f"{context.max_pixels:,} pixels",
+            "raise data.max_megapixels if it is genuine",
+        )
+    if _end_of_pixels(series.keyframe) > file.filehandle.size:
+        raise DataError(f"{CUT_SHORT}: the file ends before its pixels do")
     pixels, found = _in_order(_values(series, page), axes, series.keyframe)
     item = ArrayItem(pixels, form="TIFF", notes=[*notes, *found], meta={"pages": sum(counts)})
     tag = series.keyframe.tags.get(_NODATA)
@@ -119,6 +134,11 @@ def _open(file: Any, context: Context) -> Item:
         item.nodata = "nan" if str(tag.value).strip("\0 ").lower() == "nan" else float(str(tag.value).strip("\0 "))
         item.notes += (f"{item.nodata} means no data, as the file says",)
     return item
+
+
+def _end_of_pixels(page: Any) -> int:
+    """Where the last byte of a page's pixels lies in the file."""
+    return max((start + count for start, count in zip(page.dataoffsets, page.databytecounts, strict=True)), default=0)
 
 
 def _number_of_pages(series: Any) -> int:

@@ -113,6 +113,21 @@ def test_white_may_be_zero(photometric: str) -> None:
     np.testing.assert_array_equal(opened(tiff(values, photometric=photometric)).read()[..., 0], expected)
 
 
+@pytest.mark.parametrize("compression", [None, "lzw"])
+def test_a_tiff_that_ends_early_is_cut_short_and_a_bomb_is_refused(compression: str | None) -> None:
+    data = tiff(
+        RNG.integers(0, 9, (20, 24, 60)).astype(np.uint16),
+        photometric="minisblack",
+        planarconfig="contig",
+        compression=compression,
+    )
+    for kept in (0.5, 0.95):
+        with pytest.raises(DataError):
+            opened(data[: int(kept * len(data))]).read()
+    with pytest.raises(DataError, match="60 bands of uint16 take more than 16 bytes .* raise data.max_megapixels"):
+        opened(data, max_megapixels=0.0005)
+
+
 def test_pages_are_the_first_all_or_a_stack(tmp_path: Path) -> None:
     stack = RNG.integers(0, 60000, (6, 20, 24)).astype(np.uint16)
     data = tiff(stack, photometric="minisblack")
@@ -140,6 +155,15 @@ def test_axes_of_microscopes(kind: dict[str, bool]) -> None:
     whole = opened(data, pages="stack")
     assert (whole.size, whole.channels) == ((3, 20, 24), 4)
     np.testing.assert_array_equal(whole.read(), np.moveaxis(values, 1, -1))
+
+
+def test_a_stack_that_was_cut_short_is_no_smaller_stack() -> None:
+    data = tiff(RNG.integers(0, 9, (6, 20, 24)).astype(np.uint16), photometric="minisblack", metadata=None)
+    cut = data[: len(data) * 2 // 3]
+    assert opened(cut).read().shape == (20, 24, 1)
+    for pages in ("stack", "all"):
+        with pytest.raises(DataError, match="^cut short"):
+            opened(cut, pages=pages).read()
 
 
 def test_previews_are_no_pages() -> None:
