@@ -38,7 +38,6 @@ class Data:
         normalisation: how stored values become the model's input.
         classes: the name of each label, where known.
         fingerprint: of the training images: changes when they do.
-        label_fingerprint: of their labels.
         notes: what was assumed, decided or left out, a short phrase each.
         bad: the images that could not be read so far, of both sets.
     """
@@ -49,7 +48,6 @@ class Data:
     normalisation: Normalisation
     classes: tuple[str, ...] | None
     fingerprint: str
-    label_fingerprint: str
     notes: tuple[str, ...]
     bad: BadFiles
 
@@ -117,7 +115,6 @@ def open_data(
         normalisation=measured.normalisation,
         classes=train.classes,
         fingerprint=train.fingerprint(),
-        label_fingerprint=train.label_fingerprint(),
         notes=tuple(dict.fromkeys([*all_notes(splits), *apart, *seen.notes, *measured.notes])),
         bad=bad,
     )

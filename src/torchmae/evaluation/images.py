@@ -134,8 +134,10 @@ class EvaluationData:
     bad: BadFiles
 
     def fingerprints(self) -> dict[str, str]:
-        """Digests that change when the images do."""
-        return {"train": self.train.source.fingerprint(), "test": self.test.source.fingerprint()}
+        """Digests that change when the images do, and others that change when the labels do."""
+        sources = {"train": self.train.source, "test": self.test.source}
+        images = {split: source.fingerprint() for split, source in sources.items()}
+        return images | {f"{split}_labels": source.label_fingerprint() for split, source in sources.items()}
 
 
 def open_evaluation_data(
@@ -185,7 +187,7 @@ def open_evaluation_data(
     channels = seen.channels if channels is None else channels
     train, test = with_channels(train, seen, channels), with_channels(test, test_seen, channels)
     bad = BadFiles(len(train) + len(test), options.data.max_bad)
-    said = [*all_notes({"train": train, "test": test}), *seen.notes]
+    said = [*all_notes({"train": train, "test": test}), *seen.notes, *test_seen.notes]
     if normalisation is None:
         normalisation = measure(train, scale=options.data.scale, kinds=seen.kinds, progress=progress).normalisation
     else:

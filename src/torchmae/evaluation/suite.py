@@ -9,10 +9,11 @@ from typing import Any
 
 from torchmae.data.loader import one_line_when_a_worker_ends
 from torchmae.data.reading import probe
+from torchmae.data.sources import all_notes, data_line
 from torchmae.errors import ConfigError, Interrupted, one_of
 from torchmae.evaluation import attentive, few_shot
 from torchmae.evaluation.anomaly_data import open_anomaly_data
-from torchmae.evaluation.images import EvaluationData, check_sizes, open_evaluation_data
+from torchmae.evaluation.images import EvaluationData, check_sizes, open_evaluation_data, rescaled
 from torchmae.evaluation.methods import ANOMALY, METHODS, WITHOUT_LABELS, Bench, output_folder, run_data
 from torchmae.evaluation.options import APPLIES_TO, ComputeOptions, DataOptions, EvaluateOptions
 from torchmae.evaluation.records import append_record
@@ -201,8 +202,13 @@ def open_normal_and_test(
         batch_size=batch_size,
         progress=display.preparing,
     )
-    resampled = (check_sizes(probe(part.source), part.source, description.input_size) for part in (normal, test))
-    notes = next(filter(None, resampled), ())
+    notes: tuple[str, ...] = ()
+    said = all_notes({"normal": normal.source, "test": test.source})
+    for part in (normal, test):
+        seen = probe(part.source)
+        notes = notes or check_sizes(seen, part.source, description.input_size)
+        said += [*seen.notes, *rescaled(normalisation, options.data, seen)[1]]
+    notes += tuple(filter(None, [data_line(said)]))
     return EvaluationData(normal, test, normalisation, channels, ("normal", "anomalous"), notes, test.bad)
 
 
