@@ -32,11 +32,12 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from torchmae.data import jpeg, worker
-from torchmae.data.decode import BadFiles
+from torchmae.data.formats import Context
 from torchmae.data.loader import ImageLoader
 from torchmae.data.plan import Plan
+from torchmae.data.reading import BadFiles
 from torchmae.data.sources import EncodedSource
-from torchmae.data.transforms import Boxes, mirror
+from torchmae.data.transforms import Boxes, Normalisation, mirror
 from torchmae.data.worker import Reader, Request, View, boxes_of, crop_numbers, cut, draw_flips
 
 BASELINE = "torchvision on Pillow, to normalised floats"
@@ -47,7 +48,7 @@ class InMemory(EncodedSource):
     """Image files that were read before."""
 
     def __init__(self, files: list[bytes]) -> None:
-        super().__init__(len(files), None, None, 3, "files")
+        super().__init__(len(files), None, None, Context(channels=3))
         self.files = files
 
     def encoded(self, index: int) -> bytes:
@@ -217,8 +218,7 @@ def worker_seconds(source: InMemory, view: View, rounds: int) -> float:
         source,
         None,
         view=view,
-        mean=(0.5,) * 3,
-        std=(0.25,) * 3,
+        normalisation=Normalisation((0.5,) * 3, (0.25,) * 3),
         device=torch.device("cpu"),
         num_workers=1,
         bad=BadFiles(len(source), 0),

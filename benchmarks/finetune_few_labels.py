@@ -21,9 +21,9 @@ import torch
 
 from torchmae.config import DataConfig
 from torchmae.data.opening import open_data
+from torchmae.data.transforms import Normalisation
 from torchmae.evaluation import finetune
 from torchmae.evaluation.finetune_config import FinetuneConfig
-from torchmae.evaluation.images import Normalisation
 from torchmae.training.runtime import open_runtime
 from torchmae.training.saved_model import load_model
 

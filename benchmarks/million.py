@@ -77,7 +77,7 @@ def measure(path: str) -> dict[str, object]:
         seconds[name] = now - start
         start = now
 
-    source = open_splits(path, "data")["train"]
+    source = open_splits(path)["train"]
     lap("open the list")
     kept, held_out = hold_out(len(source), 2000)
     train, val = Subset(source, kept), Subset(source, held_out)

@@ -23,10 +23,11 @@ from torch import Tensor
 
 import torchmae
 from torchmae.data.layouts import open_splits
+from torchmae.data.transforms import Normalisation
 from torchmae.evaluation.inpainting import interpolate
 from torchmae.evaluation.reconstruction import HoldOut
 from torchmae.evaluators import spread
-from torchmae.training.pretrained import Pretrained, denormalise
+from torchmae.training.pretrained import Pretrained
 from torchmae.training.runtime import open_runtime
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,7 +84,7 @@ def measure_all(source: str, minutes: float, title: str) -> dict[str, Any]:
             environment = json.loads((run.path / "environment.json").read_text(encoding="utf-8"))
             trained[name] = torchmae.load(run.path)
     results["environment"] = {key: environment[key] for key in ("torchmae", "torch", "processor", "threads")}
-    test = open_splits(source, "data")["test"]
+    test = open_splits(source)["test"]
     arrays = [test.read(int(index)) for index in spread(len(test), HELD_OUT)]
     images = trained["vit"].preprocess(*arrays)  # all three have the same normalisation
     patches = trained["vit"].mask(len(images), strategy="random", ratio=PATCH_RATIO)
@@ -173,7 +174,7 @@ def draw(columns: Sequence[Column], path: Path) -> None:
     pen = ImageDraw.Draw(picture)
     for number, (label, images, removed) in enumerate(columns):
         pen.text((number * step + width * scale / 2, 4), label, fill=LABEL_COLOUR, font=font, anchor="ma")
-        pixels = (denormalise(images, HALF, HALF) * 255).round().byte().permute(0, 2, 3, 1).clone()
+        pixels = (Normalisation(HALF, HALF).shown(images).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).clone()
         if removed is not None:
             pixels[removed[:, 0]] = torch.tensor(HIDDEN_GREY, dtype=torch.uint8)
         for row, image in enumerate(pixels):

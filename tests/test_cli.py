@@ -98,9 +98,9 @@ def complaint(words: str, capsys: pytest.CaptureFixture[str]) -> str:
         # data
         ("pretrain --data no/where", "no such file or folder: no/where; check data.source"),
         ("pretrain --data cifar11", "'cifar11' is neither a path nor the name of a data set; did you mean 'cifar10'? "),
-        ("pretrain --data empty", "empty is empty; accepted are .bmp, .gif, .jpeg, .jpg, .png, "),
-        ("pretrain --data text", "text holds no images, only 1 other files (1 .txt); accepted are .bmp, "),
-        ("pretrain --data file", "file is a single file of type (none); unpack archives first; accepted are .bmp, "),
+        ("pretrain --data empty", "empty is empty; accepted are .jpg, .jpeg, "),
+        ("pretrain --data text", "text holds no images, only 1 other files (1 .txt); accepted are .jpg, "),
+        ("pretrain --data file", "file is a single file of type (none); unpack archives first; accepted are .jpg, "),
         # run folders
         ("pretrain --out file", "file exists and is not an empty folder; choose another --out"),
         ("pretrain --out images", "images exists and is not an empty folder; choose another --out"),

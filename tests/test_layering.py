@@ -18,7 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # From the bottom up. Units of one layer do not import each other; the files of one unit may.
 LAYERS = (
     ("errors",),
-    ("config", "paths", "random", "threads"),
+    ("config", "files", "paths", "random", "threads"),
     ("settings", "data", "nn"),
     ("interop",),
     ("training",),

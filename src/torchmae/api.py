@@ -9,9 +9,10 @@ from typing import Any
 
 from torchmae import settings
 from torchmae.config import ModelConfig, PretrainConfig
+from torchmae.data.formats import Context
 from torchmae.data.inspecting import median_size, suggested_input
 from torchmae.data.layouts import open_splits
-from torchmae.data.reading import Progress, probe
+from torchmae.data.reading import probe
 from torchmae.errors import ConfigError
 from torchmae.evaluation import suite
 from torchmae.evaluation.options import ComputeOptions, EvaluateOptions
@@ -101,7 +102,7 @@ def configure(args: Sequence[str]) -> PretrainConfig:
     Without --recipe one is chosen by the data; and where the sizes of the model's input and patches are not said, so
     are they, should that recipe's not suit.
     """
-    recipe, source, root = settings.peek(args)
+    recipe, source = settings.peek(args)
     if recipe is not None:
         return settings.parse(args, recipe)
     if source == "digits":
@@ -111,7 +112,7 @@ def configure(args: Sequence[str]) -> PretrainConfig:
     def look() -> tuple[int, ...]:
         display = Display(given.progress)
         try:
-            return typical_size(source, root, display.preparing)
+            return typical_size(source, Context.of(given.data, progress=display.preparing))
         finally:
             display.close()
 
@@ -135,9 +136,9 @@ def proposed(model: ModelConfig, shape: dict[str, Any]) -> dict[str, Any]:
     return {"input_size": tuple(max(1, length // p) * p for length, p in zip(size, patch, strict=True))}
 
 
-def typical_size(source: str, root: str, progress: Progress | None = None) -> tuple[int, ...]:
+def typical_size(source: str, context: Context) -> tuple[int, ...]:
     """The median size of a sample of the training images, in pixels."""
-    seen = probe(open_splits(source, root, progress=progress)["train"], sample=PROBED)
+    seen = probe(open_splits(source, context)["train"], sample=PROBED)
     return median_size(Counter(seen.sizes))
 
 

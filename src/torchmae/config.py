@@ -6,7 +6,8 @@ precedence: these defaults < recipe < --config file < options.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from torchmae.errors import ConfigError, one_of, within
 
@@ -14,14 +15,69 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class ReadOptions:
+    """How data is opened and read, in every command the same.
+
+    Attributes:
+        root: where data sets that go by name are kept and downloaded to.
+        axes: what the axes of one sample in an array are, a letter each: C for channels, any other (L, H, W, Z, Y, X,
+            T) for space and time, such as HWC, CHW, LC, CL, ZYX or TYXC; null: as the shape suggests, where it has one
+            reading only.
+        pages: of a TIFF with several pages, the "first", "all" (each page is a sample) or a "stack" (all of them are
+            one sample with an axis more).
+        truncated: what becomes of a JPEG without its last rows: "skip" counts it as unreadable, "keep" takes the rows
+            that are there, and grey for the others.
+        max_megapixels: pixels, in millions, above which a picture is refused; a JPEG up to ten times as large is read
+            at a fraction of its size.
+        nodata: a value that means "nothing measured", such as -9999; such places, and those that are not finite
+            numbers, get the mean of their channel in the same sample; "nan": those alone; null: there is none.
+        member: which picture of tar samples with several: what stands behind the dot after the sample's key ("jpg",
+            "seg.png"), or "all" (each picture is a sample); null: no sample has several.
+        scale: for each type of stored values, the one that stands for 1; null: 255 for uint8, 65535 for uint16, and
+            1 for all others, which are taken as they are.
+    """
+
+    root: str = "data"
+    axes: str | None = None
+    pages: Literal["first", "all", "stack"] = "first"
+    truncated: Literal["skip", "keep"] = "skip"
+    max_megapixels: float = 100.0
+    nodata: float | Literal["nan"] | None = None
+    member: str | None = None
+    scale: dict[str, float] | None = None
+
+    def filled_from(self, other: ReadOptions) -> dict[str, Any]:
+        """The options that are left at their defaults here, as `other` has them."""
+        default = ReadOptions()
+        names = [item.name for item in fields(ReadOptions) if getattr(self, item.name) == getattr(default, item.name)]
+        return {name: getattr(other, name) for name in names}
+
+    def __post_init__(self) -> None:
+        one_of("data.pages", self.pages, ("first", "all", "stack"))
+        one_of("data.truncated", self.truncated, ("skip", "keep"))
+        within("data.max_megapixels", self.max_megapixels, 0, float("inf"), open_low=True)
+        if self.axes is not None:
+            object.__setattr__(self, "axes", self.axes.upper().removeprefix("N"))
+            letters = set(self.axes)
+            if not self.axes.isalpha() or len(letters) < len(self.axes) or not 1 <= len(letters - {"C"}) <= 3:
+                raise ConfigError(
+                    f"data.axes is {self.axes!r}", "give a letter for each axis of a sample, such as HWC, CL or ZYX"
+                )
+        if self.scale is not None and not isinstance(self.scale, dict):
+            raise ConfigError(f"data.scale is {self.scale!r}", 'give a number for each type, such as {"uint16": 4095}')
+        for kind, top in (self.scale or {}).items():
+            one_of("data.scale", kind, ("uint8", "uint16", "float32"))
+            within(f"data.scale of {kind}", top, 0, float("inf"), open_low=True)
+
+
+@dataclass(frozen=True)
+class DataConfig(ReadOptions):
     """What to train on.
 
     Attributes:
         source: "digits", a folder of images (class sub-folders give labels), a pattern ('photos/**/*.jpg'), a .csv or
             .txt list, .parquet or .tar files (also a folder, or the URL, of them), a .npy, .npz, .h5 or .zarr array, a
             torchvision set by name (cifar10, stl10, ...), or hf: and what the `datasets` library loads (docs/data.md).
-        root: where torchvision's sets are kept and downloaded to.
         val: held-out images: "auto" (the data's own val split, else val_size of the training images), "none",
             the name of a split ("test"), or a path (its training split).
         val_size: how many training images "auto" holds out when there is no val split; at most a fifth of them.
@@ -42,7 +98,6 @@ class DataConfig:
     """
 
     source: str = "digits"
-    root: str = "data"
     val: str = "auto"
     val_size: int = 2000
     cache: str = "auto"
@@ -58,6 +113,7 @@ class DataConfig:
     allow_change: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         one_of("data.cache", self.cache, ("auto", "memory", "device", "none"))
         within("data.val_size", self.val_size, 1, float("inf"))
         within("data.memory_limit", self.memory_limit, 0, float("inf"))

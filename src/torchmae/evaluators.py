@@ -19,7 +19,6 @@ from torchmae.nn.autoencoder import Autoencoder
 from torchmae.random import Purpose, permutation, uniform
 from torchmae.report.pictures import reconstruction_grid
 from torchmae.training.pretrain import Evaluator
-from torchmae.training.pretrained import denormalise
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime
 from torchmae.training.tracking import Trackers
@@ -73,7 +72,7 @@ def build_evaluators(
         if fresh:
             untrained = {f"{name}_untrained": value for name, value in probe.run(model, runtime).items()}
             by_pixels = {f"{name}_pixels": value for name, value in probe.run_on_pixels(runtime.ranks).items()}
-            tracker.log("baseline", 0, {**by_pixels, **untrained})
+            tracker.log("baseline", 0, {**by_pixels, **untrained, **probe.majority()})
         evaluators.append(Evaluator(min(config.eval.knn_count, config.eval.count), lambda _: probe.run(model, runtime)))
     return evaluators
 
@@ -99,7 +98,7 @@ def draw_pictures(model: Autoencoder, data: Data, images: Tensor, mask: Any, pat
     result = model.reconstruct(images, mask)
     if path is None:
         return
-    original = denormalise(images, data.mean, data.std)
+    original = data.normalisation.shown(images)
     masked = original.masked_fill(result.removed.cpu(), torch.nan)
-    filled = denormalise(result.images, data.mean, data.std)
+    filled = data.normalisation.shown(result.images)
     reconstruction_grid(masked, filled, original, path, note=result.note)

@@ -14,9 +14,11 @@ import torch
 import torchmae
 from torchmae import settings
 from torchmae.config import PretrainConfig
+from torchmae.data.formats import Context
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import one_line_when_a_worker_ends
 from torchmae.data.opening import Data, open_data
+from torchmae.data.sources import data_line
 from torchmae.errors import ConfigError, DataError, Interrupted, TorchmaeError
 from torchmae.evaluators import build_evaluators
 from torchmae.interop.weights import initialise
@@ -156,7 +158,8 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, *, resume: bool) -
         arguments = presets.arguments(config.model.preset, **overrides(config))
         check_model(config, arguments)
         if ranks.world_size > 1:  # rank 0 first: what is downloaded or indexed is so once
-            ranks.on_main(lambda: len(open_splits(config.data.source, config.data.root, progress=display.preparing)))
+            context = Context.of(config.data, spatial_dims=len(arguments["input_size"]), progress=display.preparing)
+            ranks.on_main(lambda: len(open_splits(config.data.source, context)))
         data = open_data(
             replace(config.data, num_workers=share_of_cores(config.data.num_workers, ranks)),
             input_size=arguments["input_size"],
@@ -173,6 +176,8 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, *, resume: bool) -
                     "--data.allow_change true",
                 )
             display.warn(f"{changed}; going on with what is there")
+        if data.notes:
+            display.say(data_line(data.notes))
         torch.manual_seed(config.seed)
         arguments["in_chans"] = data.channels
         model = presets.construct(arguments).to(runtime.device)
@@ -213,13 +218,20 @@ def _train(
 ) -> Run:
     """Writes the run folder around one call of the training loop."""
     ranks = runtime.ranks
-    description = Description(arguments, data.mean, data.std, asdict(config.mask), data.classes, torchmae.__version__)
+    description = Description(
+        arguments,
+        mask=asdict(config.mask),
+        classes=data.classes,
+        torchmae=torchmae.__version__,
+        **asdict(data.normalisation),
+    )
     start = checkpoint.state["step"] if checkpoint else 0
 
     def begin() -> None:
         folder.write_text("config.yaml", settings.to_yaml(config))
         folder.remove_results()
-        folder.write_json("environment.json", {**environment(runtime), **folder.first_start()})
+        about = {**environment(runtime), **folder.first_start()}
+        folder.write_json("environment.json", {**about, "data": "; ".join(data.notes)} if data.notes else about)
         write_description(folder.model_json, description)
         folder.rewind_metrics(start if checkpoint else -1)
 

@@ -240,8 +240,8 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     return near[0] if near else None
 
 
-def peek(args: Sequence[str]) -> tuple[str | None, str, str]:
-    """What options and their --config files say of the recipe (None when none is named), data.source and data.root."""
+def peek(args: Sequence[str]) -> tuple[str | None, str]:
+    """What options and their --config files say of the recipe (None when none is named) and data.source."""
     rest = normalise(args)
     values: dict[str, Any] = {}
     data: dict[str, Any] = {}
@@ -251,8 +251,7 @@ def peek(args: Sequence[str]) -> tuple[str | None, str, str]:
     default = PretrainConfig()
     recipe = take_option(rest, "recipe") or values.get("recipe") or default.recipe
     source = take_option(rest, "data.source") or data.get("source") or default.data.source
-    root = take_option(rest, "data.root") or data.get("root") or default.data.root
-    return (None if recipe == "auto" else str(recipe)), str(source), str(root)
+    return (None if recipe == "auto" else str(recipe)), str(source)
 
 
 def parse(args: Sequence[str], recipe: str | None = None) -> PretrainConfig:

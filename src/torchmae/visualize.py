@@ -31,7 +31,7 @@ from torchmae.random import Purpose, permutation
 from torchmae.report.feature_pictures import attention_picture, neighbours_picture, pca_picture, ratios_picture
 from torchmae.report.pictures import save_png
 from torchmae.report.scatter import class_name, map_picture
-from torchmae.training.pretrained import Pretrained, denormalise
+from torchmae.training.pretrained import Pretrained
 from torchmae.training.runtime import Runtime
 
 RATIOS = (0.25, 0.5, 0.75, 0.9)
@@ -233,4 +233,4 @@ def name_of(label: int, classes: Sequence[str] | None) -> str:
 
 
 def _to_show(pretrained: Pretrained, images: Tensor) -> Tensor:
-    return denormalise(images, pretrained.description.mean, pretrained.description.std)
+    return pretrained.description.normalisation.shown(images)

@@ -58,7 +58,7 @@ def test_filling_is_the_models_own_and_its_errors_are_of_the_hidden_pixels(
     flags = torch.zeros(24, dtype=torch.bool)
     flags[list(HOLE)] = True
     tensor = model.preprocess(photo)
-    expected = (model.reconstruct(tensor, mask_from_tokens(flags)).images[0] * 0.25 + 0.5).clamp(0, 1).numpy()
+    expected = (model.reconstruct(tensor, mask_from_tokens(flags)).images[0] * 0.25 + 0.5).numpy()
     np.testing.assert_allclose(filled.reconstructed, expected, atol=1e-6)
     hidden = np.repeat(np.repeat(flags.view(4, 6).numpy(), 4, 0), 4, 1)
     np.testing.assert_array_equal(filled.reconstructed[:, ~hidden], filled.original[:, ~hidden])
@@ -147,18 +147,18 @@ def test_arrays_for_models_of_other_channels(tmp_path: Path, photo: Path) -> Non
     picture = session.open(tmp_path / "a.npy")
     np.testing.assert_allclose(session.original(picture), array.transpose(2, 0, 1), atol=1e-6)
     assert session.fill(picture, HOLE)[0].reconstructed.shape == (5, 16, 24)
-    with pytest.raises(DataError, match="this model takes 5 channels, which image files do not have; choose a .npy"):
+    with pytest.raises(DataError, match="has 3 channels where 5 are wanted"):
         session.open(photo)
 
 
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.zeros((4, 4, 4)), r"an image has shape \(4, 4, 4\)"),
-        (np.zeros((4, 4, 3), dtype=np.int64), "an image has type int64"),
+        (np.zeros((9, 9, 4)), "has 4 channels where 3 are wanted"),
+        (np.zeros((4, 4, 3), dtype=np.complex64), "holds complex64"),
         (np.full((4, 4, 3), np.nan), "holds values that are not finite"),
-        (np.zeros((0, 4, 3)), r"the array has shape \(0, 4, 3\)"),
-        (np.array([print], dtype=object), "Python objects"),
+        (np.zeros((0, 4, 3)), "samples of shape 0 x 4 x 3: they are empty"),
+        (np.array([print], dtype=object), "holds objects"),
     ],
 )
 def test_arrays_that_are_refused(session: Session, tmp_path: Path, array: np.ndarray[Any, Any], message: str) -> None:

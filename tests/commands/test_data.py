@@ -37,6 +37,7 @@ def test_inspect(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         "  corrupt   1",
         f"            {folder}/bee/bad.png: not an image, or cut short before its first pixel",
         "duplicates: none",
+        "data: labels from folders (2 classes)",
         f"contact sheet: {sheet}",
         f"to train on it: torchmae pretrain --data {folder} --recipe cifar10",
     ]

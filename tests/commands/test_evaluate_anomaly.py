@@ -97,7 +97,7 @@ def test_the_share_that_is_hidden_is_that_of_training(run: Path, monkeypatch: py
         ([], "method anomaly has no normal and test images; give --normal DIR --test DIR"),
         (["--normal", "normal"], "method anomaly has no test images; give --normal DIR --test DIR"),
         (["--test", "test"], "method anomaly has no normal images; give --normal DIR --test DIR"),
-        (["--normal", "normal", "--test", "normal"], "has no test split, and its images are the normal ones"),
+        (["--normal", "normal", "--test", "normal"], "leads to the training images"),
         (
             ["--normal", "normal", "--test", "strange"],
             "the test images are all anomalous: their classes are crack, hole",

@@ -9,11 +9,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from torchmae.data.formats import Context, Item, open_item
+
 
 def picture(height: int = 12, width: int = 16, seed: int = 0) -> np.ndarray:
     """A smooth RGB picture of (height, width, 3) uint8, so that JPEG and resampling keep it recognisable."""
     coarse = np.random.default_rng(seed).integers(0, 256, (3, 3, 3), dtype=np.uint8)
     return np.array(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def opened(raw: bytes, channels: int | None = None, **options: object) -> Item:
+    return open_item(raw, Context(channels=channels, **options))
+
+
+def decode(raw: bytes, channels: int | None = None, **options: object) -> np.ndarray:
+    return opened(raw, channels, **options).read()
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from picture_files import encoded, picture
+from picture_files import decode, encoded, opened, picture
 from PIL import Image
 
 from torchmae.data import jpeg
-from torchmae.data.decode import BadFiles, Picture, decode
-from torchmae.errors import ConfigError, DataError
+from torchmae.data.formats import Context, JpegItem, read_file
+from torchmae.data.reading import BadFiles
+from torchmae.errors import DataError
 
 RGB = picture()
 GREY = np.array(Image.fromarray(RGB).convert("L"))
@@ -93,10 +94,8 @@ def test_sixteen_bits_stay(format: str) -> None:
 
 
 def test_thirty_two_bit_tiff() -> None:
-    values = np.arange(48, dtype=np.int32).reshape(6, 8) * 1000
+    values = (np.arange(48, dtype=np.int32).reshape(6, 8) - 9) * 100_000
     np.testing.assert_array_equal(decode(encoded(Image.fromarray(values), "TIFF"), 1)[..., 0], values)
-    with pytest.raises(DataError, match="32-bit values from 0 to 4700000 do not fit 16 bits"):
-        decode(encoded(Image.fromarray(values * 100), "TIFF"), 1)
 
 
 def test_float_tiff_stays_float() -> None:
@@ -132,10 +131,10 @@ def test_a_jpeg_has_the_same_pixels_with_simplejpeg_and_without(
     for channels in (None, 1, 3):
         with monkeypatch.context() as patch:
             patch.setattr(jpeg, "_import_simplejpeg", lambda: None)
-            slow = Picture(raw, channels).read(reduction)
-        fast = Picture(raw, channels)
+            slow = opened(raw, channels).read(reduction=reduction)
+        fast = opened(raw, channels)
         assert fast.size == decode(raw, channels).shape[:2]
-        np.testing.assert_array_equal(fast.read(reduction), slow)
+        np.testing.assert_array_equal(fast.read(reduction=reduction), slow)
         height, width = fast.size
         assert slow.shape[:2] == (-(-height // reduction), -(-width // reduction))
 
@@ -166,7 +165,7 @@ def test_a_region_is_a_part_of_the_whole(
             whole = np.array(image.convert("L" if channels == 1 or (channels is None and mode == "L") else "RGB"))
         whole = whole.reshape(45, 67, -1)
         for top, left, height, width in REGIONS:
-            part = Picture(raw, channels).read(region=(top, left, height, width))
+            part = opened(raw, channels).read(((top, height), (left, width)))
             np.testing.assert_array_equal(part, whole[top : top + height, left : left + width])
 
 
@@ -175,14 +174,14 @@ def test_a_region_is_one_of_the_upright_picture(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     raw = encoded(Image.fromarray(picture(45, 67)), "JPEG", quality=90, exif=exif)
-    part = Picture(raw, 3).read(region=(3, 9, 21, 11))
+    part = opened(raw, 3).read(((3, 21), (9, 11)))
     np.testing.assert_array_equal(part, decode(raw, 3)[3:24, 9:20])
 
 
 def test_orientation_in_xmp_is_applied() -> None:
     packet = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     raw = encoded(Image.fromarray(picture(45, 67)), "JPEG", xmp=packet)
-    assert Picture(raw, 3).size == (67, 45)
+    assert opened(raw, 3).size == (67, 45)
 
 
 def test_nvimgcodec_decodes_regions_and_says_nothing(
@@ -190,10 +189,10 @@ def test_nvimgcodec_decodes_regions_and_says_nothing(
 ) -> None:
     needs_nvimgcodec()
     assert "nvidia-nvimgcodec-cu" in jpeg.jpeg_decoder()
-    monkeypatch.setattr(Picture, "_read_whole", lambda self, reduction: pytest.fail("decoded whole"))
-    assert Picture(JPEG, 3).read(region=(1, 2, 10, 20)).shape == (10, 20, 3)
-    assert jpeg.read_region(b"no picture", (0, 0, 4, 4)) is None
-    assert jpeg.read_region(JPEG, (60, 60, 10, 10)) is None
+    monkeypatch.setattr(JpegItem, "_read_whole", lambda self, reduction: pytest.fail("decoded whole"))
+    assert opened(JPEG, 3).read(((1, 10), (2, 20))).shape == (10, 20, 3)
+    assert jpeg.read_region(b"no picture", ((0, 4), (0, 4))) is None
+    assert jpeg.read_region(JPEG, ((60, 10), (60, 10))) is None
     assert capfd.readouterr() == ("", "")
 
 
@@ -216,14 +215,14 @@ def test_nvimgcodec_that_cannot_start_is_done_without(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(jpeg, "_import_nvimgcodec", lambda: Broken())
     monkeypatch.setattr(jpeg, "_region_decoder", jpeg._region_decoder.__wrapped__)
-    np.testing.assert_array_equal(Picture(JPEG, 3).read(region=(1, 2, 10, 20)), decode(JPEG, 3)[1:11, 2:22])
+    np.testing.assert_array_equal(opened(JPEG, 3).read(((1, 10), (2, 20))), decode(JPEG, 3)[1:11, 2:22])
 
 
 @pytest.mark.parametrize("kept", [0.5, 0.9, 0.999])
 def test_a_jpeg_that_was_cut_short_is_refused_whatever_part_is_wanted(kept: float) -> None:
     raw = encoded(Image.fromarray(picture(200, 300)), "JPEG", quality=90)
     with pytest.raises(DataError, match="truncated"):
-        Picture(raw[: int(kept * len(raw))], 3).read(region=(0, 0, 8, 8))
+        opened(raw[: int(kept * len(raw))], 3).read(((0, 8), (0, 8)))
 
 
 def test_simplejpeg_is_used_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,12 +234,12 @@ def test_simplejpeg_is_used_where_it_is_installed(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("format", ["PNG", "BMP", "WEBP"])
 def test_other_formats_come_whole(format: str) -> None:
-    whole = Picture(encoded(Image.fromarray(RGB), format), 3)
+    whole = opened(encoded(Image.fromarray(RGB), format), 3)
     assert whole.size == (12, 16)
-    assert whole.read(4).shape == (12, 16, 3)
+    assert whole.read(reduction=4).shape == (12, 16, 3)
 
 
-@pytest.mark.parametrize("format", ["EPS", "PPM", "ICO", "PCX"])
+@pytest.mark.parametrize("format", ["EPS", "ICO", "PCX"])
 def test_formats_that_are_not_promised_are_not_opened(format: str) -> None:
     with pytest.raises(DataError, match="not an image"):
         decode(encoded(Image.fromarray(RGB), format), 3)
@@ -291,7 +290,7 @@ def test_damage_is_one_line(what: str, tmp_path: Path) -> None:
     path = tmp_path / "damaged.png"
     path.write_bytes(raw)
     with pytest.raises(DataError) as named:
-        decode(path, 3)
+        read_file(path, Context())
     assert str(named.value) == f"{path}: {caught.value}"
 
 
@@ -302,22 +301,22 @@ def test_noise_in_a_file_is_an_image_or_a_data_error(seed: int) -> None:
     for position in rng.integers(4, len(raw), 20):
         raw[position] = rng.integers(256)
     try:
-        assert decode(bytes(raw), 3, max_pixels=10**6).shape[-1] == 3
+        assert decode(bytes(raw), 3, max_megapixels=1).shape[-1] == 3
     except DataError as error:
         assert "\n" not in str(error)
 
 
 def test_missing_and_unreadable_paths(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone\.png: No such file"):
-        decode(tmp_path / "gone.png", 3)
+        read_file(tmp_path / "gone.png", Context())
     with pytest.raises(DataError, match="Is a directory"):
-        decode(tmp_path, 3)
+        read_file(tmp_path, Context())
 
 
 def test_a_bomb_is_refused_unopened() -> None:
     raw = encoded(Image.new("1", (2000, 2000)))
     with pytest.raises(DataError, match="2000 x 2000 is more than 1,000,000 pixels"):
-        decode(raw, 1, max_pixels=1_000_000)
+        decode(raw, 1, max_megapixels=1)
     header = bytearray(encoded(Image.new("1", (8, 8))))
     header[16:24] = (30_000).to_bytes(4, "big") * 2  # width and height, and the checksum of the block
     header[29:33] = zlib.crc32(bytes(header[12:29])).to_bytes(4, "big")
@@ -325,8 +324,8 @@ def test_a_bomb_is_refused_unopened() -> None:
         decode(bytes(header), 1)
 
 
-def test_other_channel_counts_name_the_way_out() -> None:
-    with pytest.raises(ConfigError, match=r"4 channels; set model.in_chans to 1 or 3, or .*\.npy"):
+def test_channels_that_a_picture_does_not_have() -> None:
+    with pytest.raises(DataError, match="has 3 channels where 4 are wanted"):
         decode(PNG, 4)
 
 

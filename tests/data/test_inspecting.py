@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from torchmae.data.arrays import ArraySource
 from torchmae.data.inspecting import inspect_splits, suggested_input
 from torchmae.data.layouts import folder_splits
-from torchmae.data.sources import ArraySource
 
 
 def test_what_a_folder_holds(write_pictures, tmp_path: Path) -> None:

@@ -14,12 +14,12 @@ from PIL import Image
 
 from torchmae.config import DataConfig
 from torchmae.data import opening
-from torchmae.data.decode import BadFiles
+from torchmae.data.arrays import ArraySource, hold
 from torchmae.data.loader import Batch
-from torchmae.data.memory import hold
 from torchmae.data.opening import Data, _on_device, open_data
 from torchmae.data.plan import Plan
-from torchmae.data.sources import ArraySource, FileSource, Subset
+from torchmae.data.reading import BadFiles
+from torchmae.data.sources import FileSource, Subset
 from torchmae.data.transforms import normalise
 from torchmae.errors import ConfigError, DataError
 
@@ -90,7 +90,7 @@ def test_evaluation_is_in_order_and_whole() -> None:
     images = torch.cat([batch.images for batch in batches])
     source = data.val.source
     stored = torch.stack([torch.from_numpy(source.read(i)) for i in reversed(range(360))]).permute(0, 3, 1, 2)
-    expected = normalise(stored, torch.tensor(data.mean), torch.tensor(data.std), 255.0)
+    expected = normalise(stored, torch.tensor(data.normalisation.mean), torch.tensor(data.normalisation.std), 255.0)
     torch.testing.assert_close(images, expected)
     assert torch.cat([batch.labels for batch in batches]).tolist() == source.labels[::-1].tolist()
     assert list(data.val.eval_batches(np.arange(0), 5)) == []
@@ -102,7 +102,7 @@ def test_memory_and_workers_give_the_same_batches(uniform_size: Path, input_size
     from_files = opened(uniform_size, input_size, cache="none", val="none", num_workers=0)
     assert (from_memory.train.in_memory, from_files.train.in_memory) == (True, False)
     assert from_memory.fingerprint == from_files.fingerprint
-    assert from_memory.mean == pytest.approx(from_files.mean)
+    assert from_memory.normalisation.mean == pytest.approx(from_files.normalisation.mean)
     indices = np.arange(20)
     pairs = [
         *zip(steps(from_memory), steps(from_files), strict=True),
@@ -111,7 +111,7 @@ def test_memory_and_workers_give_the_same_batches(uniform_size: Path, input_size
     for a, b in pairs:
         np.testing.assert_array_equal(a.indices, b.indices)
         assert torch.equal(a.labels, b.labels)
-        levels = (a.images - b.images).abs() * torch.tensor(from_memory.std).view(-1, 1, 1) * 255
+        levels = (a.images - b.images).abs() * torch.tensor(from_memory.normalisation.std).view(-1, 1, 1) * 255
         assert levels.mean() < 0.5
         assert levels.max() < 3
 
@@ -303,7 +303,7 @@ def test_arrays_of_any_dimension(
     data = opened(tmp_path / "x.npy", input_size, cache=cache, num_workers=1)
     assert (len(data.train), len(data.val)) == (10, 2)
     assert data.channels == (shape[-1] if len(shape) == len(input_size) + 2 else 1)
-    assert data.mean == pytest.approx((0.5,) * data.channels, abs=0.1)
+    assert data.normalisation.mean == pytest.approx((0.5,) * data.channels, abs=0.1)
     images = torch.cat([batch.images for batch in steps(data)])
     assert images.shape[1:] == (data.channels, *input_size)
     assert images.mean() == pytest.approx(0, abs=0.3)
@@ -388,7 +388,7 @@ def test_channels_come_from_the_data_unless_given(write_pictures, tmp_path: Path
     write_pictures(*(f"{i}.png" for i in range(5)))
     assert opened(tmp_path, (16, 16)).channels == 3
     grey = opened(tmp_path, (16, 16), channels=1)
-    assert (grey.channels, len(grey.mean)) == (1, 1)
+    assert (grey.channels, len(grey.normalisation.mean)) == (1, 1)
     assert steps(grey, 0, 1)[0].images.shape[1] == 1
     with pytest.raises(ConfigError, match=r"digits has 1 channels and the model takes 3; set model.in_chans to 1"):
         opened(channels=3)
@@ -403,7 +403,7 @@ def test_dimensions_have_to_agree(uniform_size: Path) -> None:
 
 def test_given_mean_and_deviation() -> None:
     data = opened(mean=(0.5,), std=(0.25,))
-    assert (data.mean, data.std) == ((0.5,), (0.25,))
+    assert (data.normalisation.mean, data.normalisation.std) == ((0.5,), (0.25,))
     (batch,) = data.train.eval_batches(np.arange(2), 2)
     stored = torch.from_numpy(data.train.source.read(1)[..., 0]) / 255
     torch.testing.assert_close(batch.images[1, 0], (stored - 0.5) / 0.25)

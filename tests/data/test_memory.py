@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from torchmae.data.decode import BadFiles
+from torchmae.data.arrays import ArraySource, DoesNotFitError, hold, map_array
 from torchmae.data.layouts import folder_splits
-from torchmae.data.memory import DoesNotFitError, hold
-from torchmae.data.sources import ArraySource, Subset, map_array
+from torchmae.data.reading import BadFiles
+from torchmae.data.sources import Subset
 from torchmae.errors import DataError
 
 EVERYTHING = float("inf")

@@ -9,12 +9,13 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from torchmae.data import named
+from torchmae.data.formats import Context
 from torchmae.data.layouts import open_splits
 from torchmae.errors import DataError
 
 
 def test_digits() -> None:
-    splits = open_splits("digits", "unused")
+    splits = open_splits("digits")
     train, val = splits["train"], splits["val"]
     assert (len(train), len(val)) == (1437, 360)
     assert train.classes == tuple("0123456789")
@@ -44,7 +45,7 @@ def test_idx_files_that_are_there_are_used(name: str, folder: str, tmp_path: Pat
     for prefix, count in (("train", 7), ("t10k", 3)):
         write_idx(raw / f"{prefix}-images-idx3-ubyte", images[:count])
         write_idx(raw / f"{prefix}-labels-idx1-ubyte", np.arange(count, dtype=np.uint8))
-    splits = open_splits(name, str(tmp_path))
+    splits = open_splits(name, Context(root=str(tmp_path)))
     assert {split: len(item) for split, item in splits.items()} == {"train": 7, "test": 3}
     np.testing.assert_array_equal(splits["train"].read(5)[..., 0], images[5])
     assert splits["train"].labels.tolist() == list(range(7))
@@ -64,7 +65,7 @@ def test_stl10_trains_on_the_unlabelled_too(tmp_path: Path, monkeypatch: pytest.
     np.array([1, 2], np.uint8).tofile(folder / "train_y.bin")
     np.array([3], np.uint8).tofile(folder / "test_y.bin")
     (folder / "class_names.txt").write_text("\n".join("abcdefghij"))
-    splits = open_splits("stl10", str(tmp_path))
+    splits = open_splits("stl10", Context(root=str(tmp_path)))
     assert splits["train"].labels.tolist() == [0, 1, -1, -1, -1]
     assert splits["test"].labels.tolist() == [2]
     assert splits["train"].read(0).shape == (96, 96, 3)
@@ -90,10 +91,10 @@ def test_cifar100_and_svhn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             tmp_path / f"{split}_32x32.mat", {"X": images.transpose(1, 2, 3, 0), "y": np.array([[10], [1], [2], [3]])}
         )
     (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": ["apple", "bee"]}))
-    cifar = open_splits("cifar100", str(tmp_path))["train"]
+    cifar = open_splits("cifar100", Context(root=str(tmp_path)))["train"]
     np.testing.assert_array_equal(cifar.read(3), images[3])
     assert (cifar.labels.tolist(), cifar.classes) == ([1, 0, 1, 0], ("apple", "bee"))
-    svhn = open_splits("svhn", str(tmp_path))["test"]
+    svhn = open_splits("svhn", Context(root=str(tmp_path)))["test"]
     np.testing.assert_array_equal(svhn.read(2), images[2])
     assert svhn.labels.tolist() == [0, 1, 2, 3]
 
@@ -104,14 +105,14 @@ def test_sets_of_files(write_pictures, tmp_path: Path) -> None:
     meta.mkdir()
     (meta / "train.json").write_text('{"pie": ["pie/1", "pie/2"], "rice": []}')
     (meta / "test.json").write_text('{"pie": [], "rice": ["rice/3"]}')
-    food = open_splits("food101", str(tmp_path))
+    food = open_splits("food101", Context(root=str(tmp_path)))
     assert food["train"].labels.tolist() == [0, 0]
     assert food["test"].labels.tolist() == [1]
     assert food["test"].classes == ("pie", "rice")
     assert food["test"].read(0).shape == (12, 16, 3)
 
     write_pictures("eurosat/2750/Forest/1.jpg", "eurosat/2750/River/1.jpg")
-    eurosat = open_splits("eurosat", str(tmp_path))
+    eurosat = open_splits("eurosat", Context(root=str(tmp_path)))
     assert {split: item.labels.tolist() for split, item in eurosat.items()} == {"train": [0, 1]}
 
     write_pictures("oxford-iiit-pet/images/Abyssinian_1.jpg", "oxford-iiit-pet/images/beagle_2.jpg")
@@ -119,7 +120,7 @@ def test_sets_of_files(write_pictures, tmp_path: Path) -> None:
     lists.mkdir()
     (lists / "trainval.txt").write_text("Abyssinian_1 1 1 1\n")
     (lists / "test.txt").write_text("beagle_2 2 2 1\n")
-    pets = open_splits("oxford_iiit_pet", str(tmp_path))
+    pets = open_splits("oxford_iiit_pet", Context(root=str(tmp_path)))
     assert [pets[split].labels.tolist() for split in ("train", "test")] == [[0], [1]]
     assert pets["test"].read(0).shape == (12, 16, 3)
 
@@ -136,7 +137,7 @@ def test_flowers(write_pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     savemat(
         folder / "setid.mat", {"trnid": np.array([[1, 2]]), "valid": np.array([[3, 4]]), "tstid": np.array([[5, 6]])}
     )
-    flowers = open_splits("flowers102", str(tmp_path))
+    flowers = open_splits("flowers102", Context(root=str(tmp_path)))
     assert {split: item.labels.tolist() for split, item in flowers.items()} == {
         "train": [0, 1],
         "val": [0, 1],
@@ -152,7 +153,7 @@ def test_offline_says_what_to_put_where(name: str, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr("urllib.request.urlopen", no_network)
     with pytest.raises(DataError) as caught:
-        open_splits(name, str(tmp_path / "sets"))
+        open_splits(name, Context(root=str(tmp_path / "sets")))
     message = str(caught.value)
     assert message.startswith(f"{name} is not in {tmp_path}/sets/ and cannot be downloaded (")
     assert f"put {named.NAMED[name].files} into {tmp_path}/sets/, or set data.root" in message
@@ -162,5 +163,5 @@ def test_offline_says_what_to_put_where(name: str, tmp_path: Path, monkeypatch: 
 def test_a_home_folder_is_expanded(write_pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     write_pictures("eurosat/2750/Forest/1.jpg")
-    assert len(open_splits("eurosat", "~")["train"]) == 1
-    Image.open(open_splits("eurosat", "~")["train"].name(0)).close()
+    assert len(open_splits("eurosat", Context(root="~"))["train"]) == 1
+    Image.open(open_splits("eurosat", Context(root="~"))["train"].name(0)).close()

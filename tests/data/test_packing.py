@@ -11,10 +11,11 @@ import pytest
 from picture_files import encoded, picture
 from PIL import Image
 
-from torchmae.data import pack_writers, packing
+from torchmae.data import packing
+from torchmae.data.arrays import ArraySource
+from torchmae.data.formats import Context
 from torchmae.data.layouts import folder_splits, open_splits
 from torchmae.data.packing import PackOptions, encode, pack, reduce
-from torchmae.data.sources import ArraySource
 from torchmae.errors import ConfigError, DataError
 
 FORMATS = ("parquet", "wds", "npy")
@@ -35,10 +36,12 @@ def folder(write_pictures, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("form", FORMATS)
 def test_packed_images_are_the_same_in_the_same_order(folder: Path, tmp_path: Path, form: str) -> None:
     splits, seen = folder_splits(folder), []
-    packed = pack(splits, tmp_path / "out", PackOptions(form), lambda what, done, total: seen.append((done, total)))
+    packed = pack(
+        splits, tmp_path / "out", PackOptions(format=form), lambda what, done, total: seen.append((done, total))
+    )
     assert (packed.images, packed.resumed, packed.bad) == (23, 0, [])
     assert seen == [(i + 1, 23) for i in range(23)]
-    again = open_splits(str(tmp_path / "out"), "data")
+    again = open_splits(str(tmp_path / "out"))
     assert {split: len(source) for split, source in again.items()} == {"train": 20, "val": 3}
     for split, source in splits.items():
         for i in range(len(source)):
@@ -55,18 +58,18 @@ def test_goes_on_where_it_was_stopped(folder: Path, tmp_path: Path, form: str, m
     splits, out = folder_splits(folder), tmp_path / "out"
     whole = tmp_path / "whole"
     monkeypatch.setattr("torchmae.data.packing.PackOptions.shard_mib", 1)
-    monkeypatch.setattr(pack_writers.Writer, "add", limited(pack_writers.Writer.add))
-    pack(splits, whole, PackOptions(form))
+    monkeypatch.setattr(packing.Writer, "add", limited(packing.Writer.add))
+    pack(splits, whole, PackOptions(format=form))
 
     def stop(what: str, done: int, total: int) -> None:
         if done == 14:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pack(splits, out, PackOptions(form), stop)
-    packed = pack(splits, out, PackOptions(form))
+        pack(splits, out, PackOptions(format=form), stop)
+    packed = pack(splits, out, PackOptions(format=form))
     assert packed.resumed == 10  # two parts of five
-    assert pack(splits, out, PackOptions(form)).resumed == 23
+    assert pack(splits, out, PackOptions(format=form)).resumed == 23
     assert {file.name: file.read_bytes() for file in out.iterdir() if file.suffix != ".npz"} == {
         file.name: file.read_bytes() for file in whole.iterdir() if file.suffix != ".npz"
     }
@@ -78,20 +81,22 @@ def test_goes_on_after_it_was_killed(
     folder: Path, tmp_path: Path, form: str, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     splits, out, whole = folder_splits(folder), tmp_path / "out", tmp_path / "whole"
-    monkeypatch.setattr(pack_writers.Writer, "add", limited(pack_writers.Writer.add))
-    pack(splits, whole, PackOptions(form))
+    monkeypatch.setattr(packing.Writer, "add", limited(packing.Writer.add))
+    pack(splits, whole, PackOptions(format=form))
 
     def die(what: str, done: int, total: int) -> None:
         if done == 14:
             os.kill(os.getpid(), number)
 
-    process = multiprocessing.get_context("fork").Process(target=pack, args=(splits, out, PackOptions(form), die))
+    process = multiprocessing.get_context("fork").Process(
+        target=pack, args=(splits, out, PackOptions(format=form), die)
+    )
     process.start()
     process.join()
     assert process.exitcode == -number
     (out / "pack.json.1.partial").write_text("{")  # as it is when the end comes while the manifest is written
     assert json.loads((out / "pack.json").read_text())["complete"] is False
-    again = pack(splits, out, PackOptions(form))
+    again = pack(splits, out, PackOptions(format=form))
     assert (again.images, again.resumed) == (23, 10)
     assert {file.name: file.read_bytes() for file in out.iterdir() if file.suffix != ".npz"} == {
         file.name: file.read_bytes() for file in whole.iterdir() if file.suffix != ".npz"
@@ -112,22 +117,22 @@ def test_the_name_is_given_last(folder: Path, tmp_path: Path, monkeypatch: pytes
     """An array whose parts are all whole, but which was not renamed, is renamed when packing goes on."""
     splits, out = folder_splits(folder), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(pack_writers, "map_array", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(packing.ArrayWriter, "settle", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            pack(splits, out, PackOptions("npy"))
-    assert pack(splits, out, PackOptions("npy")).resumed == 20
-    assert len(open_splits(str(out), "data")["train"]) == 20
+            pack(splits, out, PackOptions(format="npy"))
+    assert pack(splits, out, PackOptions(format="npy")).resumed == 20
+    assert len(open_splits(str(out))["train"]) == 20
 
 
 def test_a_file_that_does_not_hold_what_was_written_is_noticed(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read_back = pack_writers.ShardWriter.read_back
+    read_back = packing.ShardWriter.read_back
     monkeypatch.setattr(
-        pack_writers.ShardWriter, "read_back", lambda self: ((raw[:-1] + b"?", n) for raw, n in read_back(self))
+        packing.ShardWriter, "read_back", lambda self: ((raw[:-1] + b"?", n) for raw, n in read_back(self))
     )
     with pytest.raises(DataError, match="train-000000.tar does not hold what was written; check the disk"):
-        pack(folder_splits(folder), tmp_path / "out", PackOptions("wds"))
+        pack(folder_splits(folder), tmp_path / "out", PackOptions(format="wds"))
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
@@ -152,8 +157,8 @@ def test_max_size(tmp_path: Path) -> None:
     Image.fromarray(picture(90, 120)).save(folder / "a.jpg", quality=90)
     Image.fromarray(picture(40, 30)).save(folder / "b.jpg", quality=90)
     Image.fromarray(picture(120, 90)).save(folder / "c.png")
-    pack(folder_splits(folder), tmp_path / "out", PackOptions("wds", max_size=60))
-    packed = open_splits(str(tmp_path / "out"), "data")["train"]
+    pack(folder_splits(folder), tmp_path / "out", PackOptions(format="wds", max_size=60))
+    packed = open_splits(str(tmp_path / "out"))["train"]
     assert [packed.read(i).shape for i in range(3)] == [(45, 60, 3), (40, 30, 3), (60, 45, 3)]
     assert [packed.name(i)[-3:] for i in range(3)] == ["jpg", "jpg", "png"]
     assert packed.encoded(1) == (folder / "b.jpg").read_bytes()
@@ -176,20 +181,20 @@ def test_folders_that_hold_something_else(folder: Path, tmp_path: Path) -> None:
 def test_images_that_do_not_fit_the_format(write_pictures, tmp_path: Path) -> None:
     write_pictures("in/a.png")
     write_pictures("in/b.png", size=(5, 5))
-    with pytest.raises(ConfigError, match=r"one array cannot hold them: .*a.png is 12x16x3 uint8, .*b.png is 5x5x3"):
-        pack(folder_splits(tmp_path / "in"), tmp_path / "out", PackOptions("npy"))
-    spectra = {"train": ArraySource(np.zeros((3, 4, 4, 5), np.uint8))}
-    with pytest.raises(ConfigError, match="no image file holds 4x4x5 values of uint8; choose the format npy"):
-        pack(spectra, tmp_path / "wds", PackOptions("wds"))
-    pack(spectra, tmp_path / "npy", PackOptions("npy"))
-    assert open_splits(str(tmp_path / "npy"), "data")["train"].read(2).shape == (4, 4, 5)
+    with pytest.raises(ConfigError, match=r"one array cannot hold them: 12x16x3 uint8 before, .*b.png is 5x5x3"):
+        pack(folder_splits(tmp_path / "in"), tmp_path / "out", PackOptions(format="npy"))
+    spectra = {"train": ArraySource(np.zeros((3, 4, 4, 5), np.uint8), context=Context(axes="HWC"))}
+    pack(spectra, tmp_path / "wds", PackOptions(format="wds"))
+    assert open_splits(str(tmp_path / "wds"))["train"].read(2).shape == (4, 4, 5)
+    pack(spectra, tmp_path / "npy", PackOptions(format="npy"))
+    assert open_splits(str(tmp_path / "npy"), Context(axes="HWC"))["train"].read(2).shape == (4, 4, 5)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
 def test_lossless_files(dtype: type, tmp_path: Path) -> None:
     images = (np.random.default_rng(0).random((3, 6, 5, 1)) * 200).astype(dtype)
-    pack({"train": ArraySource(images)}, tmp_path / "out", PackOptions("wds"))
-    packed = open_splits(str(tmp_path / "out"), "data")["train"]
+    pack({"train": ArraySource(images)}, tmp_path / "out", PackOptions(format="wds"))
+    packed = open_splits(str(tmp_path / "out"))["train"]
     np.testing.assert_array_equal(packed.read(2), images[2])
     assert packed.read(2).dtype == dtype
 
@@ -224,7 +229,7 @@ def test_options_are_checked(options: dict, message: str) -> None:
 
 @pytest.mark.parametrize(("form", "gone"), [("wds", "train-000000.tar"), ("parquet", "train-000000.parquet")])
 def test_what_was_packed_and_is_gone_or_changed_is_noticed(folder: Path, tmp_path: Path, form: str, gone: str) -> None:
-    out, splits = tmp_path / "packed", open_splits(str(folder), "")
+    out, splits = tmp_path / "packed", open_splits(str(folder))
     pack(splits, out, PackOptions(format=form))
     assert pack(splits, out, PackOptions(format=form)).resumed == sum(map(len, splits.values()))
     (out / gone).write_bytes(b"xx")
@@ -250,7 +255,7 @@ def test_one_process_packs_into_a_folder(folder: Path, tmp_path: Path, monkeypat
 
     monkeypatch.setattr(packing, "lock_file", taken)
     with pytest.raises(ConfigError, match="^another process is packing into .*packed; wait for it"):
-        pack(open_splits(str(folder), ""), tmp_path / "packed", PackOptions())
+        pack(open_splits(str(folder)), tmp_path / "packed", PackOptions())
 
 
 @pytest.mark.parametrize("form", ["wds", "npy"])
@@ -260,13 +265,13 @@ def test_a_class_of_two_lines_needs_parquet(tmp_path: Path, form: str) -> None:
         pack(splits, tmp_path / "packed", PackOptions(format=form))
     assert not (tmp_path / "packed").exists()
     pack(splits, tmp_path / "packed", PackOptions())
-    assert open_splits(str(tmp_path / "packed"), "")["train"].classes == ("a", "b\nc")
+    assert open_splits(str(tmp_path / "packed"))["train"].classes == ("a", "b\nc")
 
 
 def test_what_does_not_fit_leaves_nothing_behind(write_pictures, tmp_path: Path) -> None:
     write_pictures("p/a.png", size=(8, 8))
     write_pictures("p/b.png", size=(8, 9))
-    splits = open_splits(str(tmp_path / "p"), "")
+    splits = open_splits(str(tmp_path / "p"))
     with pytest.raises(ConfigError, match="choose the format parquet or wds"):
         pack(splits, tmp_path / "packed", PackOptions(format="npy"))
     assert not (tmp_path / "packed").exists()

@@ -8,10 +8,17 @@ from picture_files import picture
 from PIL import Image
 
 from torchmae.data import reading
+from torchmae.data.arrays import ArraySource, hold
+from torchmae.data.formats import Context
 from torchmae.data.layouts import folder_splits
-from torchmae.data.reading import MAX_MISSES, probe, read_many, read_or_next, statistics
-from torchmae.data.sources import ArraySource, Source
+from torchmae.data.reading import MAX_MISSES, BadFiles, measure, probe, read_many, read_or_next
+from torchmae.data.sources import Source
 from torchmae.errors import DataError
+
+
+def statistics_of(source: Source, **options) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    found = measure(source, **options).normalisation
+    return found.mean, found.std
 
 
 @pytest.fixture
@@ -62,21 +69,21 @@ def test_reading_many_keeps_the_order(
 def test_probe_finds_channels_sizes_and_type(write_pictures, tmp_path: Path) -> None:
     write_pictures("a.png", "b.png")
     source = folder_splits(tmp_path)["train"]
-    assert (probe(source).channels, probe(source).sizes, probe(source).dtype) == (3, {(12, 16)}, np.uint8)
+    assert (probe(source).channels, probe(source).sizes) == (3, {(12, 16)})
     for name in ("a", "b"):
         Image.fromarray(picture(5, 7)).convert("L").save(tmp_path / f"{name}.png")
     assert (probe(source).channels, probe(source).sizes) == (1, {(5, 7)})
     Image.fromarray(np.zeros((6, 7), np.uint16)).save(tmp_path / "a.png")
     write_pictures("c.png")
     mixed = probe(folder_splits(tmp_path)["train"])
-    assert (mixed.channels, mixed.sizes, mixed.dtype) == (3, {(6, 7), (5, 7), (12, 16)}, np.uint16)
+    assert (mixed.channels, mixed.sizes) == (3, {(6, 7), (5, 7), (12, 16)})
 
 
 @pytest.mark.parametrize(("dtype", "high"), [("uint8", 255), ("uint16", 65535), ("float32", 1)])
 def test_statistics_are_those_of_numpy(dtype: str, high: int) -> None:
     rng = np.random.default_rng(0)
     images = (rng.random((40, 6, 5, 2)) * [high, high / 2]).astype(dtype)
-    mean, std = statistics(ArraySource(images))
+    mean, std = statistics_of(ArraySource(images))
     scaled = images.astype(np.float64) / high
     np.testing.assert_allclose(mean, scaled.mean(axis=(0, 1, 2)), rtol=1e-9)
     np.testing.assert_allclose(std, scaled.std(axis=(0, 1, 2)), rtol=1e-6)
@@ -85,7 +92,7 @@ def test_statistics_are_those_of_numpy(dtype: str, high: int) -> None:
 def test_statistics_count_every_image_alike(write_pictures, tmp_path: Path) -> None:
     for name, value, size in (("a", 0, (40, 40)), ("b", 255, (4, 4))):
         Image.new("L", size, value).save(tmp_path / f"{name}.png")
-    mean, std = statistics(folder_splits(tmp_path)["train"])
+    mean, std = statistics_of(folder_splits(tmp_path)["train"])
     assert mean == pytest.approx((0.5,))
     assert std == pytest.approx((0.5,))
 
@@ -94,7 +101,7 @@ def test_a_channel_that_never_changes_gets_deviation_one() -> None:
     images = np.zeros((10, 4, 4, 2), np.uint8)
     images[..., 0] = 51
     images[:5, ..., 1] = 255
-    mean, std = statistics(ArraySource(images))
+    mean, std = statistics_of(ArraySource(images))
     assert mean == pytest.approx((0.2, 0.5))
     assert std == pytest.approx((1.0, 0.5))
 
@@ -102,13 +109,22 @@ def test_a_channel_that_never_changes_gets_deviation_one() -> None:
 def test_statistics_of_a_sample_reaches_over_the_whole_source() -> None:
     images = np.arange(1000, dtype=np.float32)[:, None, None] * np.ones((1, 2, 2), np.float32)
     seen = []
-    mean, _ = statistics(ArraySource(images), sample=200, progress=lambda *report: seen.append(report))
+    mean, _ = statistics_of(ArraySource(images), sample=200, progress=lambda *report: seen.append(report))
     assert mean[0] == pytest.approx(499.5, abs=3)
     assert seen == [("measuring mean and deviation", 100, 200), ("measuring mean and deviation", 200, 200)]
 
 
 def test_values_that_are_not_finite_are_named() -> None:
-    images = np.zeros((3, 2, 2), np.float32)
+    images = np.random.default_rng(0).random((6, 2, 2), np.float32)
     images[1, 0, 0] = np.inf
-    with pytest.raises(DataError, match="array/1 holds values that are not finite"):
-        statistics(ArraySource(images))
+    source = ArraySource(images)
+    with pytest.raises(DataError, match="array/1: holds values that are not finite"):
+        source.read(1)
+    bad = BadFiles(6, 0.2)
+    held = hold(source, float("inf"), bad)
+    np.testing.assert_array_equal(held.gather(np.arange(6))[:, 0], images[[0, 2, 2, 3, 4, 5]])
+    assert [name for name, _ in bad.items] == ["array/1"]
+    with pytest.raises(DataError, match=r"--data\.nodata nan"):
+        hold(source, float("inf"), BadFiles(6, 0))
+    filled = ArraySource(images, context=Context(nodata="nan")).read(1)
+    assert filled[0, 0, 0] == pytest.approx(images[1].ravel()[1:].mean())

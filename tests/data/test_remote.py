@@ -12,11 +12,12 @@ import pytest
 from picture_files import picture, rows_of, write_parquet
 from tar_files import samples, write_tar
 
-from torchmae.data import remote
+from torchmae.data import cache, remote
+from torchmae.data.cache import trim
 from torchmae.data.layouts import open_splits
-from torchmae.data.remote import BLOCK, RemoteBytes, expand_braces, place_version, shown, trim
+from torchmae.data.remote import BLOCK, RemoteBytes, expand_braces, expand_url, place_version, shown
 from torchmae.data.shards import INDEX_SUFFIX, build_index, write_index
-from torchmae.data.sources import Subset, read_ahead
+from torchmae.data.sources import Subset
 from torchmae.errors import ConfigError, DataError
 
 pytest.importorskip("aiohttp")
@@ -98,20 +99,20 @@ def remote_bytes(server: Server, name: str, waits: list[float] | None = None) ->
 def test_shards_over_http(server: Server) -> None:
     for i in range(3):
         write_tar(server.folder / f"train-{i:02d}.tar", samples(3, start=3 * i))
-    splits = open_splits(f"{server.url}/train-{{00..02}}.tar", "data")
+    splits = open_splits(f"{server.url}/train-{{00..02}}.tar")
     train = splits["train"]
     assert len(train) == 9
     assert train.labels.tolist() == [i % 3 for i in range(9)]
     np.testing.assert_array_equal(train.read(7), picture(seed=7))
     assert train.name(7) == "train-02.tar/0007.png"
     asked = len(server.ranges)
-    again = pickle.loads(pickle.dumps(open_splits(f"{server.url}/train-{{00..02}}.tar", "data")["train"]))
+    again = pickle.loads(pickle.dumps(open_splits(f"{server.url}/train-{{00..02}}.tar")["train"]))
     for index in (8, 0):
         np.testing.assert_array_equal(again.read(index), picture(seed=index))
     assert len(server.ranges) == asked  # the index and the images are in the cache
     assert again.fingerprint() == train.fingerprint()
     write_tar(server.folder / "train-00.tar", samples(3, start=20))
-    changed = open_splits(f"{server.url}/train-{{00..02}}.tar", "data")["train"]
+    changed = open_splits(f"{server.url}/train-{{00..02}}.tar")["train"]
     np.testing.assert_array_equal(changed.read(0), picture(seed=20))
 
 
@@ -120,7 +121,7 @@ def test_with_an_index_beside_it_only_what_is_read_is_fetched(server: Server) ->
     write_tar(path, {f"{i:03d}.png": bytes(200_000) for i in range(20)} | samples(1))
     size = path.stat().st_size
     write_index(path.with_name(path.name + INDEX_SUFFIX), build_index(path, size), size)
-    source = open_splits(f"{server.url}/x.tar", "data")["train"]
+    source = open_splits(f"{server.url}/x.tar")["train"]
     server.ranges.clear()
     np.testing.assert_array_equal(source.read(20), picture(seed=0))
     assert sum(last + 1 - first for _, first, last in server.ranges) <= 2 * BLOCK
@@ -130,8 +131,8 @@ def test_read_ahead_fetches_what_is_read_next(server: Server) -> None:
     write_tar(server.folder / "x.tar", {f"{i:03d}.png": bytes(BLOCK) for i in range(12)} | samples(3))
     path = server.folder / "x.tar"
     write_index(path.with_name(path.name + INDEX_SUFFIX), build_index(path, path.stat().st_size), path.stat().st_size)
-    source = open_splits(f"{server.url}/x.tar", "data")["train"]
-    read_ahead(Subset(source, np.array([14, 13])), np.array([1, 0]))
+    source = open_splits(f"{server.url}/x.tar")["train"]
+    Subset(source, np.array([14, 13])).read_ahead(np.array([1, 0]))
     for future in list(source._coming.values()):
         future.result()
     asked = len(server.ranges)
@@ -159,7 +160,7 @@ def test_failed_requests_are_made_again_with_longer_and_longer_waits(server: Ser
 
 def test_what_does_not_exist_is_not_asked_for_twice(server: Server) -> None:
     with pytest.raises(DataError, match=r"^http://.*/gone.tar does not exist; check the address"):
-        open_splits(f"{server.url}/gone.tar?key=secret", "data")
+        open_splits(f"{server.url}/gone.tar?key=secret")
 
 
 def test_a_server_without_ranges_is_named(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,10 +195,33 @@ def test_the_cache_is_bounded_and_a_full_disk_does_no_harm(server: Server, monke
     assert remote_bytes(server, "0.bin").read(3, 5) == b"\x01\x01"
 
 
+def test_the_cache_is_looked_at_once_in_a_while_however_many_shards_there_are(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+    monkeypatch.setattr(cache, "trim", looks.append)
+    for i in range(6):
+        (server.folder / f"{i}.bin").write_bytes(bytes(BLOCK))
+        remote_bytes(server, f"{i}.bin").read(0, BLOCK)
+    assert len(looks) == 1
+
+
+def test_a_question_mark_is_a_character_in_a_bucket_and_a_query_at_http(server: Server, tmp_path: Path) -> None:
+    for i in range(3):
+        write_tar(tmp_path / f"x{i}.tar", samples(1, start=i))
+    found = expand_url(f"file://{tmp_path}/x?.tar")
+    assert [Path(url).name for url in found] == ["x0.tar", "x1.tar", "x2.tar"]
+    assert len(open_splits(f"file://{tmp_path}/x[01].tar")["train"]) == 2
+    assert shown("s3://bucket/x?.tar") == "s3://bucket/x?.tar"
+    assert shown("s3://bucket/x.tar?versionId=secret") == "s3://bucket/x.tar"
+    signed = f"{server.url}/x.tar?sig=a*b[c]"
+    assert expand_url(signed) == [signed]
+
+
 def test_parquet_over_http(server: Server) -> None:
     pytest.importorskip("pyarrow")
     write_parquet(server.folder / "train-0.parquet", rows_of(4))
-    source = open_splits(f"{server.url}/train-0.parquet", "data")["train"]
+    source = open_splits(f"{server.url}/train-0.parquet")["train"]
     assert source.labels.tolist() == [0, 1, 2, 0]
     np.testing.assert_array_equal(source.read(3), picture(seed=3))
 
@@ -219,11 +243,11 @@ def test_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for i in range(2):
             write_tar(tmp_path / "x.tar", samples(3, start=3 * i))
             bucket.upload_file(str(tmp_path / "x.tar"), f"train-{i}.tar")
-        source = open_splits("s3://pictures/train-*.tar", "data")["train"]
+        source = open_splits("s3://pictures/train-*.tar")["train"]
         assert source.labels.tolist() == [0, 1, 2, 0, 1, 2]
         np.testing.assert_array_equal(source.read(4), picture(seed=4))
         with pytest.raises(DataError, match=r"s3://pictures/gone.tar does not exist"):
-            open_splits("s3://pictures/gone.tar", "data")
+            open_splits("s3://pictures/gone.tar")
     finally:
         stand_in.stop()
 
@@ -239,9 +263,9 @@ def test_secrets_are_not_shown() -> None:
 
 def test_unknown_protocols(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nosuch://x/y.tar: Protocol not known"):
-        open_splits("nosuch://x/y.tar", "data")
+        open_splits("nosuch://x/y.tar")
     with pytest.raises(DataError, match=r"file://x.png names .png files; give .tar or .parquet files"):
-        open_splits("file://x.png", "data")
+        open_splits("file://x.png")
 
 
 def test_the_limit_of_the_cache_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:

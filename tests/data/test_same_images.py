@@ -19,8 +19,8 @@ COUNT = 200
 
 def images_of(name: str, request: pytest.FixtureRequest) -> Source:
     if name == "digits":
-        return open_splits("digits", "data")["train"]
-    return open_splits(str(request.getfixturevalue("shared_data") / "cifar10"), "data")["train"]
+        return open_splits("digits")["train"]
+    return open_splits(str(request.getfixturevalue("shared_data") / "cifar10"))["train"]
 
 
 def losses(data: Path, out: Path, cache: str) -> list[float]:
@@ -50,7 +50,7 @@ def test_the_loss_curve_does_not_depend_on_the_format(
         Image.fromarray(np.squeeze(source.read(i))).save(path)
     curves = {"folder": losses(folder, tmp_path / "run-folder", cache)}
     for form in ("parquet", "wds", "npy"):
-        pack(folder_splits(folder), tmp_path / form, PackOptions(form))
+        pack(folder_splits(folder), tmp_path / form, PackOptions(format=form))
         curves[form] = losses(tmp_path / form, tmp_path / f"run-{form}", cache)
     assert len(curves["folder"]) == 10
     assert len(set(curves["folder"])) == 10

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import pickle
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from picture_files import picture
 from tar_files import png, samples, write_tar
 
 from torchmae.data import shards
+from torchmae.data.formats import Context
 from torchmae.data.layouts import open_splits
 from torchmae.data.shards import ShardSource, build_index, open_index, write_index
 from torchmae.errors import DataError
@@ -27,7 +29,7 @@ def test_webdataset_shards(tmp_path: Path) -> None:
         write_tar(tmp_path / f"train-{i}.tar", samples(4, start=4 * i))
     write_tar(tmp_path / "val-0.tar", samples(2, start=12))
     (tmp_path / "classes.txt").write_text("ant\nbee\ncat\n")
-    splits = open_splits(str(tmp_path), "data")
+    splits = open_splits(str(tmp_path))
     assert {split: len(item) for split, item in splits.items()} == {"train": 12, "val": 2}
     train = splits["train"]
     assert train.labels.tolist() == [i % 3 for i in range(12)]
@@ -37,7 +39,7 @@ def test_webdataset_shards(tmp_path: Path) -> None:
         np.testing.assert_array_equal(train.read(index), picture(seed=index))
         np.testing.assert_array_equal(pickle.loads(pickle.dumps(train)).read(index), picture(seed=index))
     assert train.with_channels(1).read(5).shape == (12, 16, 1)
-    by_pattern = open_splits(f"{tmp_path}/train-{{2..1}}.tar", "data")["train"]
+    by_pattern = open_splits(f"{tmp_path}/train-{{2..1}}.tar")["train"]
     assert [by_pattern.name(i) for i in (0, 7)] == ["train-1.tar/0004.png", "train-2.tar/0011.png"]  # sorted
 
 
@@ -58,6 +60,39 @@ def test_other_members_are_passed_over(tmp_path: Path) -> None:
     assert source.labels is None
     assert [source.name(i) for i in range(len(source))] == ["x.tar/../../up.png", f"x.tar/{'a' * 150}.JPG"]
     np.testing.assert_array_equal(source.read(1), picture(seed=1))
+
+
+def test_labels_lie_anywhere_in_the_shard(tmp_path: Path) -> None:
+    """Packed by kind of file, or with dots in the names; text is no label."""
+    pictures = {f"{i:02d}.png": png(i) for i in range(3)}
+    write_tar(tmp_path / "a.tar", pictures | {f"{i:02d}.cls": str(i).encode() for i in range(3)})
+    assert ShardSource([tmp_path / "a.tar"]).labels.tolist() == [0, 1, 2]
+    write_tar(
+        tmp_path / "b.tar",
+        {f"scan.{i}.{kind}": data for i in range(3) for kind, data in (("png", png(i)), ("cls", b"%d" % i))},
+    )
+    assert ShardSource([tmp_path / "b.tar"]).labels.tolist() == [0, 1, 2]
+    write_tar(tmp_path / "c.tar", pictures | {"00.cls": b"cat", "01.cls": b"-1", "02.cls": b"5"})
+    assert build_index(tmp_path / "c.tar", (tmp_path / "c.tar").stat().st_size).labels.tolist() == [-2, -1, 5]
+
+
+def test_several_pictures_in_a_sample_need_a_choice(tmp_path: Path) -> None:
+    members = {f"{i:02d}.{part}": png(10 * i + j) for i in range(3) for j, part in enumerate(("png", "seg.PNG"))}
+    write_tar(tmp_path / "x.tar", members | {f"{i:02d}.cls": str(i).encode() for i in range(3)})
+    with pytest.raises(DataError, match=r"3 samples of x.tar have several pictures: 00 has png, seg.png") as caught:
+        ShardSource([tmp_path / "x.tar"])
+    assert caught.value.fix == "choose one with --data.member png, or --data.member all"
+    masks = ShardSource([tmp_path / "x.tar"], Context(member="seg.png"))
+    assert masks.labels.tolist() == [0, 1, 2]
+    np.testing.assert_array_equal(masks.read(2), picture(seed=21))
+    assert len(ShardSource([tmp_path / "x.tar"], Context(member="all"))) == 6
+    with pytest.raises(DataError, match=r"no sample of x.tar has a picture 'jpg'; choose from png, seg.png"):
+        ShardSource([tmp_path / "x.tar"], Context(member="jpg"))
+    (tmp_path / "again.png").write_bytes(png(5))
+    with tarfile.open(tmp_path / "x.tar", "a") as archive:  # a second picture of that name
+        archive.add(tmp_path / "again.png", "01.png")
+    with pytest.raises(DataError, match=r"1 samples of x.tar have several pictures: 01 has png, seg.png, png"):
+        ShardSource([tmp_path / "x.tar"], Context(member="png"))
 
 
 def test_names_cannot_forge_lines(tmp_path: Path) -> None:
@@ -100,10 +135,10 @@ def test_an_index_beside_the_shard_is_used_if_it_agrees(tmp_path: Path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(shards, "build_index", lambda shard, size: pytest.fail("made anew"))
         assert list(open_index(path, size, "1").names) == list(index.names)
-    wrong = shards.ShardIndex(index.names, index.offsets - 512, index.sizes, index.labels)
+    wrong = replace(index, offsets=index.offsets - 512)
     write_index(beside, wrong, size)
     assert open_index(path, size, "2").offsets.tolist() == index.offsets.tolist()
-    write_index(beside, shards.ShardIndex(index.names, index.offsets + size, index.sizes, index.labels), size)
+    write_index(beside, replace(index, offsets=index.offsets + size), size)
     assert open_index(path, size, "3").offsets.tolist() == index.offsets.tolist()
 
 
@@ -126,10 +161,10 @@ def test_damaged_tars(tmp_path: Path, damage, message: str) -> None:
 def test_tars_that_cannot_be_used(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", samples(2), "w:gz")
     with pytest.raises(DataError, match="is no uncompressed tar file .*; unpack it if it is compressed"):
-        open_splits(str(tmp_path / "x.tar"), "data")
+        open_splits(str(tmp_path / "x.tar"))
     write_tar(tmp_path / "y.tar", {"a.txt": b"text"})
-    with pytest.raises(DataError, match=r"y.tar holds no images; accepted are .bmp"):
-        open_splits(str(tmp_path / "y.tar"), "data")
+    with pytest.raises(DataError, match=r"y.tar holds no images; accepted are .jpg"):
+        open_splits(str(tmp_path / "y.tar"))
 
 
 def test_a_shard_that_vanished_is_an_unreadable_image(tmp_path: Path) -> None:

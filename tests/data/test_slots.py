@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from torchmae.data import slots as module
-from torchmae.data.decode import BadFiles
+from torchmae.data import worker as module
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import ImageLoader
 from torchmae.data.plan import Plan
-from torchmae.data.slots import PER_WORKER, Slots
-from torchmae.data.worker import View
+from torchmae.data.reading import BadFiles
+from torchmae.data.transforms import Normalisation
+from torchmae.data.worker import PER_WORKER, Slots, View
 
 
 def images(*values: int, size: int = 6) -> list[torch.Tensor]:
@@ -72,7 +72,7 @@ def test_batches_are_those_of_one_process(tmp_path: Path, workers: int) -> None:
     random = np.random.default_rng(0)
     for i in range(50):
         Image.fromarray(random.integers(0, 256, (12, 12, 3), dtype=np.uint8)).save(tmp_path / f"{i:02d}.png")
-    source = open_splits(str(tmp_path), "data")["train"]
+    source = open_splits(str(tmp_path))["train"]
 
     def batches(num_workers: int) -> list[torch.Tensor]:
         """Of three epochs, all held until the end: far more than there are slots."""
@@ -80,8 +80,7 @@ def test_batches_are_those_of_one_process(tmp_path: Path, workers: int) -> None:
             source,
             None,
             view=View((8, 8), (0.2, 1.0), (0.75, 1.3333), True),
-            mean=(0.5,) * 3,
-            std=(0.25,) * 3,
+            normalisation=Normalisation((0.5,) * 3, (0.25,) * 3),
             device=torch.device("cpu"),
             num_workers=num_workers,
             bad=BadFiles(50, 0),

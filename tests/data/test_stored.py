@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from torchmae.data.formats import Context
 from torchmae.data.layouts import open_splits
 from torchmae.errors import ConfigError, DataError
 
@@ -33,7 +34,7 @@ WRITERS = {"x.h5": write_hdf5, "x.zarr": write_zarr}
 def test_splits_labels_and_images(tmp_path: Path, name: str) -> None:
     arrays = {"train_images": IMAGES, "train_labels": np.arange(5), "val_images": IMAGES[:2, ..., 0]}
     WRITERS[name](tmp_path / name, arrays)
-    splits = open_splits(str(tmp_path / name), "data")
+    splits = open_splits(str(tmp_path / name))
     assert {split: len(source) for split, source in splits.items()} == {"train": 5, "val": 2}
     train = pickle.loads(pickle.dumps(splits["train"]))
     np.testing.assert_array_equal(train.read(3), IMAGES[3])
@@ -51,7 +52,7 @@ def test_splits_labels_and_images(tmp_path: Path, name: str) -> None:
 def test_a_single_array_of_any_name_and_number_of_axes(tmp_path: Path, name: str) -> None:
     volumes = np.linspace(0, 1, 2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
     WRITERS[name](tmp_path / name, {"scans": volumes})
-    image = open_splits(str(tmp_path / name), "data", spatial_dims=3)["train"].read(1)
+    image = open_splits(str(tmp_path / name), Context(spatial_dims=3))["train"].read(1)
     assert (image.shape, image.dtype) == ((3, 4, 5, 1), np.float32)
 
 
@@ -59,17 +60,17 @@ def test_a_single_array_of_any_name_and_number_of_axes(tmp_path: Path, name: str
 def test_what_cannot_be_used(tmp_path: Path, name: str) -> None:
     WRITERS[name](tmp_path / name, {"a": IMAGES, "b": IMAGES})
     with pytest.raises(DataError, match=r"holds a, b; it needs an array named images"):
-        open_splits(str(tmp_path / name), "data")
-    WRITERS[name](tmp_path / f"2{name}", {"images": IMAGES.astype(np.int32)})
-    with pytest.raises(DataError, match=r"images holds int32; save uint8"):
-        open_splits(str(tmp_path / f"2{name}"), "data")
+        open_splits(str(tmp_path / name))
+    WRITERS[name](tmp_path / f"2{name}", {"images": IMAGES.astype(np.complex64)})
+    with pytest.raises(DataError, match=r"images holds complex64; save integers"):
+        open_splits(str(tmp_path / f"2{name}"))
 
 
 def test_damaged_hdf5(tmp_path: Path) -> None:
     pytest.importorskip("h5py")
     (tmp_path / "x.h5").write_bytes(b"no such thing")
     with pytest.raises(DataError, match=r"cannot read .*x.h5: .*; is it a whole file"):
-        open_splits(str(tmp_path / "x.h5"), "data")
+        open_splits(str(tmp_path / "x.h5"))
 
 
 def test_arrays_that_lie_in_other_files_are_refused(tmp_path: Path) -> None:
@@ -83,7 +84,7 @@ def test_arrays_that_lie_in_other_files_are_refused(tmp_path: Path) -> None:
         file.create_virtual_dataset("images", layout)
     for name in ("outside.h5", "virtual.h5"):
         with pytest.raises(DataError, match=f"{name}/images takes its values from other files; copy them into"):
-            open_splits(str(tmp_path / name), "data")
+            open_splits(str(tmp_path / name))
 
 
 def test_links_out_of_a_file_are_not_followed(tmp_path: Path) -> None:
@@ -92,7 +93,7 @@ def test_links_out_of_a_file_are_not_followed(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file["images"] = h5py.ExternalLink("other.h5", "images")
     with pytest.raises(DataError, match="holds no arrays"):
-        open_splits(str(tmp_path / "x.h5"), "data")
+        open_splits(str(tmp_path / "x.h5"))
 
 
 def test_pickled_objects_are_refused(tmp_path: Path) -> None:
@@ -101,7 +102,7 @@ def test_pickled_objects_are_refused(tmp_path: Path) -> None:
     group = zarr.open_group(tmp_path / "x.zarr", mode="w", zarr_format=2)
     group.create_array("images", shape=(2, 4, 4), dtype="uint8", filters=[numcodecs.Pickle()])
     with pytest.raises(DataError, match="pickle"):
-        open_splits(str(tmp_path / "x.zarr"), "data")
+        open_splits(str(tmp_path / "x.zarr"))
 
 
 @pytest.mark.parametrize(("name", "module"), [("x.h5", "h5py"), ("x.zarr", "zarr")])
@@ -109,4 +110,4 @@ def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
     WRITERS[name](tmp_path / name, {"images": IMAGES})
     monkeypatch.setitem(__import__("sys").modules, module, None)
     with pytest.raises(ConfigError, match=rf"needs? {module}; pip install 'torchmae\[arrays\]'"):
-        open_splits(str(tmp_path / name), "data")
+        open_splits(str(tmp_path / name))

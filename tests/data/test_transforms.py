@@ -12,15 +12,19 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from torchmae.data import transforms
 from torchmae.data.transforms import (
     CROP_NUMBERS,
+    FULL_SCALE,
+    Normalisation,
     crop_boxes,
     eval_box,
     mirror,
     normalise,
     reduction,
     resample,
-    value_range,
+    resample_long,
+    resample_weights,
 )
 from torchmae.random import Purpose, uniform
 
@@ -151,7 +155,7 @@ def test_only_the_box_contributes() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
 def test_integers_stay_in_range_and_whole(dtype: torch.dtype) -> None:
-    high = int(value_range(dtype))
+    high = int(FULL_SCALE[str(dtype)[6:]])
     images = (torch.rand(8, 2, 16, 16) > 0.5).int().mul(high).to(dtype)  # edges that overshoot
     result = resample(images, crop_boxes(numbers(8), (16, 16), (0.2, 1), (1, 1), (24, 24)), (24, 24), no_flip(8))
     assert result.dtype == torch.float32
@@ -201,7 +205,10 @@ def test_normalise() -> None:
     mean, std = torch.tensor([0.25, 0.5]), torch.tensor([0.5, 2.0])
     expected = (images.double() / 255 - mean.view(2, 1, 1)) / std.view(2, 1, 1)
     torch.testing.assert_close(normalise(images, mean, std, 255.0), expected.float(), atol=1e-6, rtol=1e-6)
-    assert [value_range(dtype) for dtype in (torch.uint8, torch.uint16, torch.float32)] == [255, 65535, 1]
+    plain = Normalisation((0.0,), (1.0,))
+    assert [plain.one(dtype) for dtype in (torch.uint8, torch.uint16, torch.float32)] == [255, 65535, 1]
+    twelve = Normalisation((0.0,), (1.0,), scale={"uint16": 4095.0})
+    assert [twelve.one(dtype) for dtype in (torch.uint8, torch.uint16)] == [255, 4095]
 
 
 @pytest.mark.parametrize(
@@ -221,3 +228,33 @@ def test_mirror_turns_some_images_round(dtype: torch.dtype) -> None:
     expected = images.clone()
     expected[1] = torch.from_numpy(images[1].numpy()[:, ::-1].copy())
     assert torch.equal(mirror(images, torch.tensor([1])), expected)
+
+
+@pytest.mark.parametrize("target", [3, 100, 250, 700])
+def test_long_axes_are_resampled_as_short_ones(target: int) -> None:
+    values = torch.from_numpy(np.random.default_rng(0).random((3, 2, 400), np.float32))
+    boxes = np.array([[0, 400], [17, 300], [399, 1]])
+    weights = resample_weights(torch.from_numpy(boxes), 400, target)
+    expected = torch.bmm(values, weights.transpose(1, 2))
+    torch.testing.assert_close(resample_long(values, boxes, target), expected, atol=2e-4, rtol=0)
+
+
+def test_a_signal_of_a_million_samples_takes_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transforms, "resample_weights", lambda *_: pytest.fail("a matrix"))
+    signals = torch.linspace(0, 1, 1_000_000).expand(2, 1, -1)
+    halves = resample(signals, np.array([[[0, 500_000]], [[500_000, 500_000]]]), (16_000,), np.array([False, True]))
+    assert halves.shape == (2, 1, 16_000)
+    assert float(halves[0, 0, -1]) == pytest.approx(0.5, abs=1e-4)
+    assert [float(halves[1, 0, i]) for i in (0, -1)] == pytest.approx([1, 0.5], abs=1e-4)
+
+
+def test_volumes_with_one_long_axis() -> None:
+    volumes = torch.from_numpy(np.random.default_rng(0).random((2, 2, 4, 3000), np.float32))
+    boxes = np.array([[[0, 4], [100, 2000]], [[1, 2], [0, 3000]]])
+    found = resample(volumes, boxes, (3, 900), np.array([False, True]))
+    for i, flip in enumerate((False, True)):
+        rows = torch.bmm(
+            volumes[i], resample_weights(torch.tensor(boxes[i, 1:]), 3000, 900).transpose(1, 2).expand(2, -1, -1)
+        )
+        columns = resample_weights(torch.tensor(boxes[i, :1]), 4, 3).expand(2, -1, -1) @ rows
+        torch.testing.assert_close(found[i], columns.flip(-1) if flip else columns, atol=2e-4, rtol=0)

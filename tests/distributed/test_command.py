@@ -103,6 +103,13 @@ def test_one_rank_looks_at_the_data(tmp_path: Path) -> None:
     assert answers == [["cifar10", 1], ["cifar10", 0]]
 
 
+def test_volumes_are_opened_alike_by_all_ranks(tmp_path: Path) -> None:
+    np.save(tmp_path / "volumes.npy", np.random.default_rng(0).random((12, 16, 24, 24), dtype=np.float32))
+    model = ("--model.input_size=[4, 8, 8]", "--model.patch_size=4", "--data.num_workers=0", "--epochs=1", "--batch=4")
+    words = (*OPTIONS, "--data", str(tmp_path / "volumes.npy"), *model, "--out", str(tmp_path / "run"))
+    assert run(2, command, *words, logs=tmp_path / "logs") == [0, 0]
+
+
 def test_a_mistake_is_said_once(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     for name in ("config.yaml", "model.safetensors"):

@@ -13,11 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from torchmae.data.decode import BadFiles
-from torchmae.data.sources import ArraySource, Source
+from torchmae.data.arrays import ArraySource
+from torchmae.data.reading import BadFiles
+from torchmae.data.sources import Source
+from torchmae.data.transforms import Normalisation
 from torchmae.errors import CheckpointError, ConfigError, DataError
 from torchmae.evaluation import anomaly
-from torchmae.evaluation.images import ImageSet, Normalisation
+from torchmae.evaluation.images import ImageSet
 from torchmae.evaluation.options import DataOptions
 from torchmae.nn import presets
 from torchmae.nn.mae import MaskedAutoencoder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -70,10 +71,12 @@ def test_data_that_cannot_work(tmp_path: Path) -> None:
     ):
         opened(tmp_path / "n", tmp_path / "t")
     with pytest.raises(DataError, match="are all normal: their classes are plane, ship"):
-        opened(tmp_path / "t", tmp_path / "t" / ".." / "t")
+        shutil.copytree(tmp_path / "t", tmp_path / "u")
+        (tmp_path / "u" / "ship" / "e.png").rename(tmp_path / "u" / "ship" / "new.png")
+        opened(tmp_path / "t", tmp_path / "u")
     with pytest.raises(DataError, match=r"the test images have no classes .*; put normal ones in a folder named good"):
         opened(tmp_path / "n", tmp_path / "flat")
     with pytest.raises(ConfigError, match="is called 'cow'; choose from cat, dog"):
         opened(tmp_path / "n", tmp_path / "t", ["cow"])
-    with pytest.raises(ConfigError, match="has no test split, and its images are the normal ones"):
-        opened(tmp_path / "n", tmp_path / "n", ["cat"])
+    with pytest.raises(ConfigError, match="leads to the training images; choose other images to test"):
+        opened(tmp_path / "n", tmp_path / "t" / ".." / "n")

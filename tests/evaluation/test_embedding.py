@@ -21,7 +21,7 @@ from torchmae.training.runtime import Runtime
 
 
 def parts() -> list[ImageSet]:
-    return [tiny.image_set(tiny.some(open_splits("digits", "")[name], 70), batch_size=10) for name in ("train", "val")]
+    return [tiny.image_set(tiny.some(open_splits("digits")[name], 70), batch_size=10) for name in ("train", "val")]
 
 
 def write(out: Path, pool: str = "mean", **options: int) -> embedding.Written:
@@ -144,7 +144,7 @@ def test_an_unreadable_image_is_left_out(tmp_path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(np.full((8, 8), 20 * i, dtype=np.uint8)).save(path)
     (tmp_path / "images" / "05.png").write_bytes(b"nothing")
-    source = open_splits(str(tmp_path / "images"), "")["train"].with_channels(1)
+    source = open_splits(str(tmp_path / "images"))["train"].with_channels(1)
     out = tmp_path / "features.npz"
     images = tiny.image_set(source, batch_size=4)
     written = embed(tiny.subject(), [images], out, pool="mean", runtime=tiny.RUNTIME, block_images=4)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 
 from torchmae.errors import ConfigError, DataError
 from torchmae.evaluation.images import EvaluationData, open_evaluation_data, open_parts
@@ -85,10 +86,43 @@ def test_images_without_a_label_are_left_out_and_said(save: Save) -> None:
     data = opened(save([0, 1, -1, 0, 1, -1, 2, -1], test=[0, 1, -1]))
     assert (len(data.train), len(data.test)) == (5, 2)
     assert data.notes == (
-        "3 training images without a label (or of an unknown class) are left out",
-        "1 test images without a label (or of an unknown class) are left out",
+        "3 training images without a label are left out",
+        "1 test images without a label are left out",
     )
     assert data.classes == ("0", "1", "2")
+
+
+def test_classes_are_those_of_the_training_images(save: Save) -> None:
+    data = opened(save([0, 1, 0, 1], test=[0, 1, 2, 2]))
+    assert (len(data.test), data.classes) == (2, ("0", "1"))
+    assert sum("2 of 4 test images" in note for note in data.notes) == 1
+
+
+def test_training_images_are_no_test_images(save: Save, tmp_path: Path) -> None:
+    """By the same name, by a link, as a part, and as a copy; another set with the same names is none of them."""
+    source = save([0, 1] * 20)
+    Path(f"{source}.link.npz").symlink_to(source)
+    for other in (source, f"{source}.link.npz"):
+        with pytest.raises(ConfigError, match="leads to the training images") as caught:
+            opened(source, test_data=other)
+        assert "held-out" in str(caught.value.fix)
+    assert len(opened(source, test_data=save([0, 1] * 20 + [1])).test) == 41
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        for name in "ab":
+            path = tmp_path / "all" / name / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 255, (8, 8), np.uint8)).save(path)
+    part = tmp_path / "part"
+    for name in ("a/1.png", "b/2.png"):
+        (part / name).parent.mkdir(parents=True)
+        (part / name).symlink_to(tmp_path / "all" / name)
+    with pytest.raises(ConfigError, match="leads to the training images"):
+        opened(str(tmp_path / "all"), test_data=str(part))
+    for i in range(100, 106):
+        Image.fromarray(rng.integers(0, 255, (8, 8), np.uint8)).save(part / "a" / f"{i}.png")
+    notes = opened(str(tmp_path / "all"), test_data=str(part)).notes
+    assert sum("25%" in note for note in notes) == 1
 
 
 def test_labels_that_are_missing_or_all_alike(save: Save) -> None:
@@ -100,9 +134,9 @@ def test_labels_that_are_missing_or_all_alike(save: Save) -> None:
 
 
 def test_images_of_another_kind(save: Save) -> None:
-    with pytest.raises(ConfigError, match="has 5 channels and the model takes 1; give images that have"):
+    with pytest.raises(ConfigError, match="have 5 channels .* and the model takes 1; give images that have"):
         opened(save([0, 1] * 5, shape=(8, 8, 5)))
-    with pytest.raises(ConfigError, match="does not fit the 2 numbers"):
+    with pytest.raises(ConfigError, match="model.input_size has 2 numbers"):
         opened(save([0, 1] * 5, shape=(8, 8, 8, 1)))
     assert opened(save([0, 1] * 5, shape=(8, 8, 5)), channels=None).channels == 5
 

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 
+from torchmae.data.transforms import Normalisation
 from torchmae.errors import ConfigError
 from torchmae.evaluation import quality
 from torchmae.evaluation.subject import untrained
@@ -19,12 +20,15 @@ def metrics() -> object:
     return pytest.importorskip("skimage.metrics", reason="pip install 'torchmae[eval]'")
 
 
+PLAIN = Normalisation((0.0,), (1.0,))
+
+
 def run(**options: object) -> dict[str, float]:
     model = tiny.subject(norm_pix=False).model
     assert model is not None
     images = next(iter(tiny.digits("val", 12).batches())).images
     normalisation = tiny.NORMALISATION
-    return quality.run(model, images, mean=normalisation.mean, std=normalisation.std, runtime=tiny.RUNTIME, **options)
+    return quality.run(model, images, normalisation=normalisation, runtime=tiny.RUNTIME, **options)
 
 
 @pytest.mark.usefixtures("metrics")
@@ -69,10 +73,10 @@ def test_the_mlp_model_hides_elements() -> None:
     model = untrained(presets.arguments("mlp", input_size=8, in_chans=1, hidden_dim=4), 0, tiny.CPU).model
     assert model is not None
     images = torch.randn(5, 1, 8, 8)
-    figures = quality.run(model, images, mean=(0.0,), std=(1.0,), runtime=tiny.RUNTIME, ratios=(0.5,))
+    figures = quality.run(model, images, normalisation=PLAIN, runtime=tiny.RUNTIME, ratios=(0.5,))
     assert "elements_0.5_psnr" in figures
     with pytest.raises(ConfigError, match="strategies is 'grid'"):
-        quality.run(model, images, mean=(0.0,), std=(1.0,), runtime=tiny.RUNTIME, strategies=("grid",))
+        quality.run(model, images, normalisation=PLAIN, runtime=tiny.RUNTIME, strategies=("grid",))
 
 
 def test_without_scikit_image(monkeypatch: pytest.MonkeyPatch) -> None:

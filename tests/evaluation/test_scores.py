@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from torchmae.evaluation.scores import MAX_CONFUSION_CLASSES, Labelled, bootstrap_interval, num_classes_of, rank, score
+from torchmae.evaluation.scores import (
+    MAX_CONFUSION_CLASSES,
+    Labelled,
+    bootstrap_interval,
+    chance_note,
+    majority,
+    num_classes_of,
+    rank,
+    score,
+)
 
 
 def test_scores_by_hand() -> None:
@@ -71,3 +80,15 @@ def test_a_very_large_confusion_matrix_is_left_out() -> None:
 def test_num_classes_covers_all_sets() -> None:
     sets = [Labelled(torch.zeros(2, 1), torch.tensor(labels)) for labels in ([0, 1], [4, 2])]
     assert num_classes_of(*sets) == 5
+
+
+def test_accuracies_at_chance_are_said_to_be_so() -> None:
+    train, test = np.array([0, 0, 0, 1, 2]), np.array([0] * 4 + [1] * 4 + [2] * 2)
+    assert majority(train, test) == (0, 40.0)
+    poor = {"knn20": 50.0, "knn20_low": 30.0, "knn20_high": 70.0, "loss": 99.0}
+    (note,) = chance_note(poor, train, test, ("cat", "dog", "eel"))
+    assert "'cat' (40.0%)" in note and "shards" not in note
+    (note,) = chance_note(poor, train, test, ("000", "001", "shard-2"))
+    assert "shards" in note
+    assert not chance_note({**poor, "linear": 60.0, "linear_low": 41.0}, train, test, ("0", "1", "2"))
+    assert not chance_note({"loss": 1.0}, train, test, ("0", "1", "2"))

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from torchmae.config import DataConfig, PretrainConfig
-from torchmae.data.decode import BadFiles
 from torchmae.data.layouts import open_splits
+from torchmae.data.reading import BadFiles
 from torchmae.data.sources import Source, Subset
-from torchmae.evaluation.images import ImageSet, Normalisation
+from torchmae.data.transforms import Normalisation
+from torchmae.evaluation.images import ImageSet
 from torchmae.evaluation.options import DataOptions
 from torchmae.evaluation.subject import Subject, untrained
 from torchmae.nn import presets
@@ -43,7 +44,7 @@ def some(source: Source, count: int) -> Source:
 
 def digits(split: str, count: int) -> ImageSet:
     """Some of the digits."""
-    return image_set(some(open_splits("digits", "")[split], count))
+    return image_set(some(open_splits("digits")[split], count))
 
 
 def image_set(source: Source, *, batch_size: int = 50, max_bad: float = 0.5) -> ImageSet:

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from torchmae.data import parquet, shards, sources
-from torchmae.data.layouts import npz_splits, open_splits
+from torchmae.data.arrays import npz_splits
+from torchmae.data.layouts import open_splits
 from torchmae.data.parquet import ParquetSource
 from torchmae.data.shards import ShardSource, build_index, write_index
 from torchmae.errors import DataError
@@ -66,7 +67,7 @@ def test_npz_that_fits(tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     np.savez_compressed(path, images=np.ones((3, 8, 8), dtype=np.uint8), ignored=ZEROS)
     assert len(npz_splits(path, max_bytes=MIB)["train"]) == 3  # what is passed over does not count
-    assert len(open_splits(str(path), "data")["train"]) == 3
+    assert len(open_splits(str(path))["train"]) == 3
 
 
 def test_npz_that_lies_about_what_it_holds(tmp_path: Path) -> None:
@@ -94,7 +95,7 @@ def test_an_index_larger_than_its_shard_is_not_unpacked(shard: Path, name: str) 
 
 def test_a_file_that_is_too_large(tmp_path: Path, png: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "0.png").write_bytes(png)
-    source = open_splits(str(tmp_path), "data")["train"]
+    source = open_splits(str(tmp_path))["train"]
     assert source.read(0).shape == (20, 20, 3)
     monkeypatch.setattr(sources, "MAX_BYTES", len(png) - 1)
     with pytest.raises(DataError, match="0.png: the file has more than"):
@@ -142,6 +143,6 @@ def test_pixels_that_a_header_promises(tmp_path: Path) -> None:
     Image.new("1", (20_000, 20_000)).save(tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size < MIB
     Image.new("RGB", (8, 8)).save(tmp_path / "y.png")
-    source = open_splits(str(tmp_path), "data")["train"]
+    source = open_splits(str(tmp_path))["train"]
     with pytest.raises(DataError, match="x.png: more than 100,000,000 pixels"):
         source.read(0)

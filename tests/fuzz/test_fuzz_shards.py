@@ -31,7 +31,7 @@ def png(seed: int) -> bytes:
 
 def read_all(path: Path) -> None:
     """Opens a data set and reads it as a run does: past images that cannot be read."""
-    for source in open_splits(str(path), "data").values():
+    for source in open_splits(str(path)).values():
         source.fingerprint()
         for index in range(min(len(source), 4)):
             bad: list[tuple[str, str]] = []
@@ -150,14 +150,14 @@ def test_indexes(folder: Path) -> None:
     path, beside = folder / "x.tar", folder / f"x.tar{INDEX_SUFFIX}"
     path.write_bytes(SHARD)
     write_index(beside, build_index(path, len(SHARD)), len(SHARD))
-    expected = open_splits(str(path), "data")["train"].fingerprint()
+    expected = open_splits(str(path))["train"].fingerprint()
 
     @FUZZ
     @given(damaged(beside.read_bytes()))
     def check(raw: bytes) -> None:
         beside.write_bytes(raw)
         shutil.rmtree(cache_folder(), ignore_errors=True)
-        source = open_splits(str(path), "data")["train"]  # a damaged index is made anew
+        source = open_splits(str(path))["train"]  # a damaged index is made anew
         assert len(source) == 4
         assert [len(source.read(index)) for index in range(4)] == [8] * 4
         assert source.fingerprint() == expected

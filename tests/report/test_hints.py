@@ -46,6 +46,13 @@ def test_the_untrained_network_is_part_of_the_fall() -> None:
     assert collapse_hint(untrained) == ""
 
 
+@pytest.mark.parametrize(("knn", "said"), [(96.0, True), (89.0, True), (99.0, False)])
+def test_an_accuracy_of_always_answering_the_commonest_class(knn: float, said: bool) -> None:
+    baseline = {"kind": "baseline", "step": 0, "majority": 95.0, "majority_images": 200.0}
+    found = hints([baseline, *val("knn", [knn])])
+    assert [("95.0%" in hint) for hint in found] == [True] * said
+
+
 def test_a_gradient_norm_that_leaves_its_range_at_the_end() -> None:
     steady = [1.0, 2.0] * 20
     assert gradient_hint(train("grad_norm", steady)) == ""

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from torchmae.errors import CheckpointError
+from torchmae.files import replace_file
 from torchmae.training import checkpoint as module
-from torchmae.training.checkpoint import load_checkpoint, replace_file, save_checkpoint, verify
+from torchmae.training.checkpoint import load_checkpoint, save_checkpoint, verify
 
 FILES = ("checksums.json", "model.safetensors", "optimizer.pt", "state.json")
 

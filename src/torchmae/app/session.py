@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchmae.data.decode import MAX_PIXELS, decode
+from torchmae.data.formats import Context, check_pixels, open_item
 from torchmae.data.loader import ImageLoader
 from torchmae.data.opening import Data
-from torchmae.data.sources import map_array
+from torchmae.data.sources import MAX_BYTES, check_size
 from torchmae.errors import ConfigError, DataError, TorchmaeError
 from torchmae.evaluation.embedding import read_features
 from torchmae.evaluation.feature_maps import (
@@ -37,7 +37,7 @@ from torchmae.evaluation.subject import Subject
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Mask, mask_from_pixels, mask_from_tokens
 from torchmae.nn.patches import patchify
-from torchmae.training.pretrained import Pretrained, denormalise, load
+from torchmae.training.pretrained import Pretrained, load
 from torchmae.training.runtime import open_runtime
 from torchmae.visualize import held_out, name_of, open_run_data, sample
 
@@ -221,14 +221,11 @@ class Session:
             DataError: no image, one that is damaged or has too many pixels.
             ConfigError: an array of another type or number of channels than the models take.
         """
-        if path.suffix.lower() == ".npy":
-            return self._picture(_read_array(path))
-        if self.channels not in (1, 3):
-            raise DataError(
-                f"this model takes {self.channels} channels, which image files do not have",
-                "choose a .npy array (height, width, channels)",
-            )
-        return self._picture(decode(path.read_bytes(), self.channels))
+        context = Context(channels=self.channels, spatial_dims=2)
+        with path.open("rb") as file:
+            item = open_item(check_size(file.read(MAX_BYTES + 1)), context, lambda: path.name)
+        check_pixels(item.size, context)
+        return self._picture(item.read())
 
     def example(self, index: int) -> Picture:
         """One of `examples`."""
@@ -304,7 +301,7 @@ class Session:
             return ()
         images, _ = sample(held_out(self._data), NUM_EXAMPLES)
         description = self.models[0].description
-        shown: FloatArray = denormalise(images, description.mean, description.std).numpy()
+        shown: FloatArray = description.normalisation.shown(images).numpy()
         return tuple(shown)
 
     def _fill(self, name: str, pretrained: Pretrained, images: Tensor, mask: Mask) -> Filled:
@@ -483,7 +480,7 @@ def _vit(pretrained: Pretrained) -> MaskedAutoencoder:
 
 def _to_show(pretrained: Pretrained, images: Tensor) -> FloatArray:
     """(1, C, H, W) as the model takes it to (C, H, W) in [0, 1]."""
-    shown: FloatArray = denormalise(images, pretrained.description.mean, pretrained.description.std)[0].numpy()
+    shown: FloatArray = pretrained.description.normalisation.shown(images)[0].numpy()
     return shown
 
 
@@ -501,19 +498,3 @@ def _same_hole(removed: Tensor, name: str, pretrained: Pretrained) -> Mask:
         return mask_from_pixels(resized, _vit(pretrained).patch_size)
     except ConfigError as error:
         raise ConfigError(f"{name}, whose patches are larger: {error.problem}", "hide less, or a block") from error
-
-
-def _read_array(path: Path) -> npt.NDArray[Any]:
-    """(H, W, C) of a .npy file; never unpickled."""
-    try:
-        array = map_array(path)
-    except DataError as error:  # without the path, which is the server's own
-        raise DataError(error.problem.rpartition(f"{path}: ")[2], error.fix) from error
-    array = array[..., None] if array.ndim == 2 else array
-    if array.ndim != 3 or 0 in array.shape:
-        raise DataError(f"the array has shape {array.shape}", "give one image: (height, width, channels)")
-    if array.shape[0] * array.shape[1] > MAX_PIXELS:
-        raise DataError(f"{array.shape[1]} x {array.shape[0]} is more than {MAX_PIXELS:,} pixels")
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise DataError("the array holds values that are not finite")
-    return array

@@ -20,10 +20,11 @@ from torchmae.bench.options import DataOptions
 from torchmae.bench.results import Report, Result
 from torchmae.bench.timing import synchronise, take_turns
 from torchmae.config import PretrainConfig
+from torchmae.data.formats import Progress
 from torchmae.data.opening import Data, open_data
 from torchmae.data.plan import Plan
-from torchmae.data.reading import Progress, num_cores
-from torchmae.data.transfer import to_device
+from torchmae.data.reading import num_cores
+from torchmae.data.transforms import to_device
 from torchmae.data.worker import start_worker
 from torchmae.errors import ConfigError
 from torchmae.training.runtime import Runtime, environment, open_runtime
@@ -106,7 +107,7 @@ def torchvision_batches(
         ),
         *([transforms.RandomHorizontalFlip()] if options.flip else []),
         transforms.ToTensor(),
-        transforms.Normalize(data.mean, data.std),
+        transforms.Normalize(data.normalisation.mean, data.normalisation.std),
     ]
     files = _Files(paths, transforms.Compose(steps), "L" if data.channels == 1 else "RGB")
     loader = DataLoader(

@@ -14,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from torchmae.training.checkpoint import replace_file
+from torchmae.files import replace_file
 
 FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "share_of_peak": ("of peak", lambda value: f"{value:.1%}"),

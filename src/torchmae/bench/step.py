@@ -13,7 +13,7 @@ from torchmae.bench.processes import Introduction, Process
 from torchmae.bench.results import Report, Result
 from torchmae.bench.timing import take_turns
 from torchmae.config import PretrainConfig
-from torchmae.data.reading import Progress
+from torchmae.data.formats import Progress
 from torchmae.nn.flops import count_flops
 
 

@@ -16,8 +16,8 @@ from torchmae.bench.processes import images_per_second, step_shares, warm_up
 from torchmae.bench.results import Report, Result
 from torchmae.bench.step import title
 from torchmae.config import PretrainConfig
+from torchmae.data.formats import Progress
 from torchmae.data.opening import Data, open_data
-from torchmae.data.reading import Progress
 from torchmae.errors import Interrupted
 from torchmae.nn import presets
 from torchmae.training.pretrain import Evaluator, pretrain

@@ -14,7 +14,7 @@ from torchmae.settings import read_options
 if TYPE_CHECKING:
     from torchmae.bench.results import Report
     from torchmae.config import PretrainConfig
-    from torchmae.data.reading import Progress
+    from torchmae.data.formats import Progress
 
 USAGE = """\
 usage: torchmae bench step|data|train [OPTIONS]
@@ -87,7 +87,7 @@ def separate(args: list[str], kinds: Sequence[type[Any]]) -> tuple[list[str], li
 def configure(kind: str, args: Sequence[str]) -> PretrainConfig:
     """The run's settings. Only a step needs no data, which elsewhere chooses the recipe if nothing else does."""
     if kind == "step":
-        recipe, _, _ = settings.peek(args)
+        recipe, _ = settings.peek(args)
         named = [word for word in args if word.startswith(("--config", "--model.preset"))]
         return settings.parse(args if recipe or named else [f"--model.preset={STEP_PRESET}", *args], recipe)
     from torchmae.api import configure as configure_run

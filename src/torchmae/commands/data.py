@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, fields
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from torchmae import settings
+from torchmae.config import ReadOptions
 from torchmae.data.packing import PackOptions
 from torchmae.errors import ConfigError, DataError, one_of, within
 from torchmae.settings import read_options
@@ -18,6 +20,7 @@ from torchmae.settings import read_options
 if TYPE_CHECKING:
     from torchmae.data.inspecting import Inspection, SplitFacts
     from torchmae.data.sources import Source
+    from torchmae.data.transforms import Normalisation
 
 USAGE = """\
 usage: torchmae data inspect DATA [OPTIONS]
@@ -38,24 +41,23 @@ _PANEL = 128  # pixels of each
 
 
 @dataclass(frozen=True)
-class InspectOptions:
+class InspectOptions(ReadOptions):
     """What to look at.
 
     Attributes:
         json: print everything that was found as one JSON object, and nothing else.
         sheet: where to save a contact sheet, a PNG picture of 64 images; null: nowhere.
         limit: how many images of each split to read, evenly spread; null: all.
-        root: where data sets that go by name are kept and downloaded to.
         progress: "auto" (a bar on a terminal, else lines), "plain" or "none".
     """
 
     json: bool = False
     sheet: str | None = None
     limit: int | None = None
-    root: str = "data"
     progress: str = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         within("limit", self.limit, 1, float("inf"))
         one_of("progress", self.progress, ("auto", "plain", "none"))
         if self.sheet is not None and not self.sheet.lower().endswith(".png"):
@@ -77,23 +79,27 @@ def inspect(args: Sequence[str]) -> int:
     parser.add_argument("data", type=str, help="anything that `torchmae pretrain --data` takes")
     words = list(args)
     as_json = settings.take_flag(words, "json")
-    values, options = read_options(parser, [*words, f"--json={json.dumps(as_json)}"], InspectOptions)
+    values, options = read_options(parser, [*_as_here(words), f"--json={json.dumps(as_json)}"], InspectOptions)
+    from torchmae.data.formats import Context
     from torchmae.data.inspecting import inspect_splits
     from torchmae.data.layouts import open_splits
+    from torchmae.data.sources import data_line
     from torchmae.training.progress import Display
 
     display = Display(options.progress)
     try:
-        splits = open_splits(values.data, options.root, progress=display.preparing)
+        splits = open_splits(values.data, Context.of(options, progress=display.preparing))
         found = inspect_splits(splits, options.limit, display.preparing)
     finally:
         display.close()
-    command = suggestion(values.data, found)
+    command = suggestion(values.data, found, options)
     print(json.dumps(_as_json(found, command)) if options.json else describe(found))
+    if not options.json and (line := data_line(found.notes)):
+        print(line)
     if command is None:
         raise DataError(f"nothing in {values.data} can be trained on: no image can be read", "see the reasons above")
     if options.sheet is not None:
-        contact_sheet(splits["train"], Path(options.sheet))
+        contact_sheet(splits["train"], Path(options.sheet), found.normalisation)
     if not options.json:
         print(*([f"contact sheet: {options.sheet}"] if options.sheet else []), f"to train on it: {command}", sep="\n")
     return 0
@@ -108,14 +114,15 @@ def pack(args: Sequence[str]) -> int:
     )
     parser.add_argument("data", type=str, help="anything that `torchmae pretrain --data` takes")
     parser.add_argument("out", type=str, help="a new folder")
-    values, options = read_options(parser, args, PackOptions)
+    values, options = read_options(parser, _as_here(args), PackOptions)
+    from torchmae.data.formats import Context
     from torchmae.data.layouts import open_splits
     from torchmae.data.packing import pack as run
     from torchmae.training.progress import Display
 
     display = Display(options.progress)
     try:
-        splits = open_splits(values.data, options.root, progress=display.preparing)
+        splits = open_splits(values.data, Context.of(options, progress=display.preparing))
         packed = run(splits, Path(values.out), options, display.preparing)
     finally:
         display.close()
@@ -125,8 +132,33 @@ def pack(args: Sequence[str]) -> int:
     resumed = f", {packed.resumed:,} of them were done already" if packed.resumed else ""
     files = f"{packed.files:,} file{'s' if packed.files != 1 else ''}"
     print(f"{values.out}  ({packed.images:,} images in {files}, {packed.nbytes / 1e6:,.1f} MB{more}{resumed})")
-    print(f"to train on it: torchmae pretrain --data {quote(values.out)}")
+    print(
+        f"to train on it: torchmae pretrain --data {quote(values.out)}{_axes_of_array(splits['train'], options.format)}"
+    )
     return 0
+
+
+def _as_here(words: Sequence[str]) -> list[str]:
+    """Options with the names that they have here: messages say --data.axes, as it is for all other commands."""
+    return [word.replace("--data.", "--", 1) if word.startswith("--data.") else word for word in words]
+
+
+def _axes_of_array(source: Source, format: str) -> str:
+    """The option that one array of such samples needs for its shape to have one reading."""
+    from torchmae.data.arrays import sample_axes
+    from torchmae.data.formats import Context
+    from torchmae.errors import DataError
+
+    if format != "npy":
+        return ""
+    with suppress(DataError):  # an image that cannot be read tells nothing
+        item = source.open(0)
+        axes = f" --data.axes={'ZYX'[-len(item.size) :] if len(item.size) != 1 else 'L'}C"
+        with suppress(DataError):
+            if sample_axes((*item.size, item.channels), Context(), "").channel_axis == len(item.size):
+                return ""
+        return axes
+    return ""
 
 
 def _parser(usage: str, description: str) -> settings.Parser:
@@ -171,7 +203,10 @@ def _describe_split(split: str, facts: SplitFacts) -> list[str]:
         if known and len(known) <= _SHOWN + 4:
             each = (f"{_one_line(name)} {count:,}" for name, count in facts.classes.items())
             lines.append(f"            {', '.join(each)}")
-    lines.append(f"  corrupt   {len(facts.corrupt) or 'none'}")
+    cut = f", {facts.cut_short:,} of them cut short (--truncated keep reads such JPEGs)" if facts.cut_short else ""
+    if facts.not_finite:
+        cut += f", {facts.not_finite:,} with values that are not finite (--nodata nan puts the mean in such places)"
+    lines.append(f"  corrupt   {len(facts.corrupt) or 'none'}{cut}")
     lines += [f"            {name}: {reason}" for name, reason in facts.corrupt[:_SHOWN]]
     if len(facts.corrupt) > _SHOWN:
         lines.append(f"            and {len(facts.corrupt) - _SHOWN:,} more (--json lists all)")
@@ -210,8 +245,8 @@ def _counts(counter: Counter[Any]) -> str:
     return ", ".join(f"{value} ({count:,})" for value, count in counter.most_common(_SHOWN))
 
 
-def suggestion(data: str, found: Inspection) -> str | None:
-    """The command to begin with; None when no image can be read."""
+def suggestion(data: str, found: Inspection, options: ReadOptions) -> str | None:
+    """The command to begin with, which reads the data as it was read here; None when no image can be read."""
     from torchmae.api import recommend
     from torchmae.data.inspecting import median_size
 
@@ -220,19 +255,29 @@ def suggestion(data: str, found: Inspection) -> str | None:
         return None
     recipe, shape = recommend(median_size(sizes))
     words = ["torchmae", "pretrain", "--data", data, "--recipe", recipe]
+    for item in fields(ReadOptions):
+        value = getattr(options, item.name)
+        if value != item.default:
+            words.append(f"--data.{item.name}={value if isinstance(value, str) else json.dumps(value)}")
     for name, value in shape.items():
         words += [f"--model.{name}", json.dumps(value)]
     return " ".join(quote(word) for word in words)
 
 
-def contact_sheet(source: Source, path: Path) -> None:
+def contact_sheet(source: Source, path: Path, normalisation: Normalisation | None) -> None:
     """Saves a picture of images evenly spread over a source; those that cannot be read are left blank.
+
+    Args:
+        source: the images.
+        path: of the picture.
+        normalisation: says which values are black and white; None: no image can be read.
 
     Raises:
         CheckpointError: it cannot be saved.
         ConfigError: no image can be drawn.
     """
     import numpy as np
+    import torch
     from PIL import Image
 
     from torchmae.data.sources import spread
@@ -249,10 +294,10 @@ def contact_sheet(source: Source, path: Path) -> None:
             image = source.read(int(index))
         except DataError:
             continue
-        scale = 1.0 if image.dtype.kind == "f" else float(np.iinfo(image.dtype).max)
-        values = np.moveaxis(image, -1, 0).astype(np.float32) / np.float32(scale)
-        if image.dtype != np.uint8 and values.max() > values.min():  # sensors seldom fill their range
-            values = (values - values.min()) / (values.max() - values.min())
+        if normalisation is None or image.shape[-1] != len(normalisation.mean):
+            continue
+        stored = torch.from_numpy(np.moveaxis(image, -1, 0).copy())[None]
+        values = normalisation.shown(normalisation.apply(stored))[0].numpy()
         panel = sample_panels([values], 1 if values.ndim > 2 else _PANEL)[0]
         small = max(panel.size) < _PANEL // 2
         factor = _PANEL // max(panel.size) if small else _PANEL / max(panel.size)
@@ -269,5 +314,6 @@ def _as_json(found: Inspection, command: str | None) -> dict[str, Any]:
         "splits": {split: facts.as_json() for split, facts in found.splits.items()},
         "duplicates": found.duplicates,
         "leaked": found.leaked,
+        "notes": list(found.notes),
         "suggestion": command,
     }

@@ -44,7 +44,7 @@ def write(run: str, options: EmbedOptions, compute: ComputeOptions) -> str | Non
     """
     from torchmae.data.loader import one_line_when_a_worker_ends
     from torchmae.evaluation.embedding import embed
-    from torchmae.evaluation.images import ImageSet, Normalisation, open_parts
+    from torchmae.evaluation.images import ImageSet, open_parts
     from torchmae.evaluation.subject import Subject
     from torchmae.evaluation.suite import own_data
     from torchmae.training.pretrained import load
@@ -66,7 +66,7 @@ def write(run: str, options: EmbedOptions, compute: ComputeOptions) -> str | Non
                 batch_size=compute.batch_size,
                 input_size=description.input_size,
                 channels=description.arguments["in_chans"],
-                normalisation=Normalisation(description.mean, description.std),
+                normalisation=description.normalisation,
                 device=runtime.device,
                 progress=display.preparing,
             )

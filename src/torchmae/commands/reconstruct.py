@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from torchmae import settings
-from torchmae.data.transforms import eval_box, resample, value_range
+from torchmae.data.transforms import FULL_SCALE, eval_box, resample
 from torchmae.errors import ConfigError, within
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Mask, mask_from_pixels
 from torchmae.report.pictures import reconstruction_grid, save_png
 from torchmae.settings import read_options
-from torchmae.training.pretrained import Pretrained, denormalise, load, read_image
+from torchmae.training.pretrained import Pretrained, load, read_image
 
 DESCRIPTION = "Hides part of some images and lets a trained model fill it in: masked | reconstructed | original."
 
@@ -97,10 +97,10 @@ def reconstruct(pretrained: Pretrained, paths: Sequence[Path], options: Options)
     else:
         mask = pretrained.mask(len(images), strategy=options.mask.strategy, ratio=options.mask.ratio, seed=options.seed)
     result = pretrained.reconstruct(images, mask)
-    mean, std = pretrained.description.mean, pretrained.description.std
-    original = denormalise(images, mean, std)
+    shown = pretrained.description.normalisation.shown
+    original = shown(images)
     masked = original.masked_fill(result.removed, torch.nan)
-    grid = reconstruction_grid(masked, denormalise(result.images, mean, std), original, note=result.note)
+    grid = reconstruction_grid(masked, shown(result.images), original, note=result.note)
     save_png(grid, options.out)
     return result.note
 
@@ -124,7 +124,7 @@ def hole(pretrained: Pretrained, path: Path, count: int) -> Mask:
             f"this model takes {len(size)} axes and mask_file is an image", "hide patches with --mask.ratio"
         )
     array = torch.from_numpy(read_image(path, 1)[..., 0])
-    values = (array.float() / value_range(array.dtype))[None, None]
+    values = (array.float() / FULL_SCALE[str(array.numpy().dtype)])[None, None]
     resized = resample(values, eval_box(tuple(array.shape), size)[None], size, np.zeros(1, dtype=np.bool_))
     removed = (resized[:, 0] > 0.5).expand(count, *size)
     try:

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import re
+import time
+import weakref
+from collections import defaultdict
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, BinaryIO
 
-from torchmae.errors import ConfigError, DataError
+from torchmae.errors import ConfigError
+from torchmae.files import WRITING
+from torchmae.paths import user_path
 
 _DEFAULT_GIB = 50.0
+_FOLDERS = ("remote", "parquet", "index")
+_TRIM_EVERY_S = 30.0
+_ABANDONED_S = 86400.0  # without a change, a file that is being written was left by a process that is gone
 
 
 def cache_folder() -> Path:
     """TORCHMAE_CACHE; else torchmae/ in XDG_CACHE_HOME; else ~/.cache/torchmae. Need not exist."""
     if given := os.environ.get("TORCHMAE_CACHE"):
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "torchmae"
+        return user_path(given)
+    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "torchmae"
 
 
 def cache_limit() -> int:
-    """Bytes that parts of remote files may take in the cache folder: TORCHMAE_CACHE_GIB, 50 GiB if not set.
+    """Bytes that the cache folder may take: TORCHMAE_CACHE_GIB, 50 GiB if not set.
 
     Raises:
         ConfigError: TORCHMAE_CACHE_GIB is no positive number.
@@ -36,59 +44,82 @@ def cache_limit() -> int:
     return int(gib * 2**30)
 
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Writes a file whole or not at all: under another name, flushed, renamed. Makes its folder.
+def trim(limit: int) -> None:
+    """Removes files from the cache folder, the oldest first, until they take `limit` bytes at most.
 
-    Args:
-        path: the file; one that is there is replaced.
-        write: puts the content into an open file, which it may seek in.
+    The time of a file is that of its last change; `hold_open` counts as one. Files that a process holds open stay.
+    """
+    groups: dict[Path, list[Path]] = defaultdict(list)  # files of one key, which belong together
+    for name in _FOLDERS:
+        for path in (cache_folder() / name).glob("*"):
+            if match := re.match(rf"(?:{WRITING}\d+-)?([0-9a-f]{{32}}(-[0-9a-f]{{32}})?)\.", path.name):
+                groups[path.with_name(match[1])].append(path)
+    entries = []
+    for files in groups.values():
+        with suppress(OSError):  # another process removed one
+            states = [(file.stat(), file) for file in files]
+            newest = max(state.st_mtime for state, _ in states)
+            # Sparse files take less than their size.
+            size = sum(getattr(state, "st_blocks", state.st_size // 512) * 512 for state, _ in states)
+            being_written = any(file.name.startswith(WRITING) for file in files)
+            if not being_written or newest < time.time() - _ABANDONED_S:
+                entries.append((newest, size, sorted(files)))
+    total = sum(size for _, size, _ in entries)
+    for _, size, files in sorted(entries):
+        if total <= limit:
+            return
+        if remove_unless_open(files):
+            total -= size
+
+
+def remove_unless_open(files: Iterable[Path]) -> bool:
+    """Removes files that belong together, unless a process holds one of them open (`hold_open`); whether it did."""
+    files = list(files)
+    if any(map(_is_held_open, files)):
+        return False
+    for file in files:
+        with suppress(OSError):
+            file.unlink()
+    return True
+
+
+def trim_sometimes() -> None:
+    """`trim` to the limit of the cache, at most once in 30 seconds whatever the number of processes."""
+    marker = cache_folder() / ".trimmed"
+    with suppress(OSError):
+        if marker.exists() and abs(time.time() - marker.stat().st_mtime) < _TRIM_EVERY_S:
+            return
+        marker.touch()
+        trim(cache_limit())
+
+
+def hold_open(path: Path, owner: object) -> None:
+    """Keeps `trim` from removing a file of the cache as long as an object lives, here or in a forked process.
+
+    The file counts as the newest.
 
     Raises:
-        DataError: the folder cannot be made or written to, or the disk is full.
+        OSError: it cannot be opened.
     """
-    writing = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with writing.open("wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            writing.replace(path)
-        except BaseException:
-            with suppress(OSError):
-                writing.unlink()
-            raise
-    except OSError as error:
-        raise DataError(
-            f"cannot write {path}: {error.strerror or error}", "free space, or name another folder"
-        ) from error
-
-
-def lock_file(path: Path) -> BinaryIO | None:
-    """Takes a lock that lasts until the file returned is closed, or until this process ends in whatever way.
-
-    Returns:
-        The file, made where it was not there; None where the system or the disk knows no locks, or it cannot be made.
-
-    Raises:
-        BlockingIOError: another process has it, here or on another machine that shares the disk.
-    """
-    try:
+    descriptor = os.open(path, os.O_RDONLY)
+    weakref.finalize(owner, os.close, descriptor)
+    with suppress(OSError):
+        os.utime(path)
+    with suppress(ImportError, OSError):  # Windows removes no open file; some disks know no locks
         import fcntl
-    except ImportError:  # Windows
-        return None
-    try:
-        file = path.open("ab")
-    except OSError:  # whoever writes there next says why it cannot be
-        return None
-    try:
-        # Not flock: children that outlive a killed process would hold its lock.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        file.close()
-        raise BlockingIOError(f"{path} is locked") from error
-    except OSError:  # a disk that knows no locks
-        file.close()
-        return None
-    return file
+
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+
+
+def _is_held_open(path: Path) -> bool:
+    with suppress(ImportError, FileNotFoundError):
+        import fcntl
+
+        with path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            except OSError:  # a disk that knows no locks
+                return False
+    return False

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from torchmae.data.formats import Context
+from torchmae.data.parquet import label_values
 from torchmae.data.sources import EncodedSource, FileSource, Source, check_size, digest
 from torchmae.errors import ConfigError, DataError
 
@@ -16,6 +20,7 @@ HUB_PREFIX = "hf:"
 """What a data source of this kind begins with: hf:user/name, hf:user/name:configuration, hf:./folder."""
 
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
+_LABEL_TYPES = r"u?int\d+|float\d+|(large_)?string"
 
 
 class HubSource(EncodedSource):
@@ -26,24 +31,25 @@ class HubSource(EncodedSource):
         image: the column of images.
         label: the column of labels, if there is one.
         title: what to call the images in messages.
-        folder: the only folder, beside the library's cache, that a table may name files in.
-        channels: 1 or 3; None: what each image has.
+        folders: the only folders, beside that of the table, that a table may name files in; links in them are followed.
+        context: how the images are read.
     """
 
     def __init__(
-        self, rows: Any, image: str, label: str | None, title: str, folder: Path | None, channels: int | None
+        self, rows: Any, image: str, label: str | None, title: str, folders: Sequence[Path], context: Context
     ) -> None:
         labels = None
         if label is not None:
-            column = rows.data.column(label).cast("int64").fill_null(-1).to_numpy()
+            column = label_values(rows.data.column(label))
             indices = getattr(rows, "_indices", None)
             labels = column if indices is None else column[indices.column(0).to_numpy()]
         names = getattr(rows.features[label], "names", None) if label is not None else None
-        super().__init__(len(rows), labels, names, channels, title)
+        super().__init__(len(rows), labels, names, context)
         self._rows = rows.select_columns([image])
         self._image = image
         self._title = title
-        self._folders = [path.resolve() for path in (folder, _cache_of(rows)) if path is not None]
+        tables = [Path(file["filename"]).parent for file in rows.cache_files[:1]]
+        self._folders = {place for path in (*folders, *tables) for place in (_normal(path), path.resolve())}
 
     def encoded(self, index: int) -> bytes:
         """The bytes in the table, or those of the file that it names."""
@@ -52,7 +58,7 @@ class HubSource(EncodedSource):
             return check_size(bytes(cell["bytes"]))
         if not cell.get("path"):
             raise DataError("the table holds no bytes for it")
-        path = Path(cell["path"]).resolve()
+        path = _normal(cell["path"])
         if not any(path.is_relative_to(folder) for folder in self._folders):
             raise DataError(f"the table names {path}, which lies outside of its folder")
         return FileSource(path.parent, [path.name]).encoded(0)
@@ -71,18 +77,27 @@ class HubSource(EncodedSource):
         return [cell.get("bytes") or Path(cell.get("path") or "").name for cell in cells]
 
 
-def _cache_of(rows: Any) -> Path | None:
-    files = rows.cache_files
-    return Path(files[0]["filename"]).parents[0] if files else None
+def _normal(path: str | Path) -> Path:
+    """An absolute path without "..", and with the links that are in it."""
+    return Path(os.path.abspath(path))  # noqa: PTH100 (resolve() follows links)
 
 
-def hub_splits(spec: str, split_names: Mapping[str, str], channels: int | None = None) -> dict[str, Source]:
+def _download_folders(library: Any, name: str) -> list[Path]:
+    """Where the library keeps the files of a data set of the hub, and what it unpacks."""
+    hub = importlib.import_module("huggingface_hub.constants")
+    return [
+        Path(library.config.DOWNLOADED_DATASETS_PATH),
+        Path(hub.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}",
+    ]
+
+
+def hub_splits(spec: str, split_names: Mapping[str, str], context: Context = Context()) -> dict[str, Source]:
     """The splits of a data set that the `datasets` library loads; it downloads what it does not have.
 
     Args:
         spec: what follows the prefix: user/name, user/name:configuration, or the path of a folder.
         split_names: what the names of its splits mean; others are left out, unless nothing else is there to train on.
-        channels: 1 or 3; None: what each image has.
+        context: how the images are read.
 
     Raises:
         ConfigError: the library is not installed.
@@ -96,25 +111,28 @@ def hub_splits(spec: str, split_names: Mapping[str, str], channels: int | None =
         loaded = library.load_dataset(str(folder or name), configuration or None)
     except Exception as error:  # network, parsers, builders: each has errors of its own
         raise DataError(
-            f"{HUB_PREFIX}{spec} cannot be loaded: {' '.join(str(error).split())[:200]}",
+            f"{HUB_PREFIX}{spec} cannot be loaded: {' '.join(str(error.__cause__ or error).split())[:200]}",
             "check the name, the network and HF_HOME",
         ) from error
     groups = {split_names[key.lower()]: rows for key, rows in loaded.items() if key.lower() in split_names}
     if "train" not in groups:
         first = next(iter(loaded))
         groups["train"] = loaded[first]
-    return {split: _source(library, rows, f"{name}/{split}", folder, channels) for split, rows in groups.items()}
+    folders = [*_download_folders(library, name), *([] if folder is None else [folder])]
+    return {split: _source(library, rows, f"{name}/{split}", folders, context) for split, rows in groups.items()}
 
 
-def _source(library: Any, rows: Any, title: str, folder: Path | None, channels: int | None) -> HubSource:
+def _source(library: Any, rows: Any, title: str, folders: Sequence[Path], context: Context) -> HubSource:
     images = [name for name, feature in rows.features.items() if isinstance(feature, library.Image)]
     if not images:
         raise DataError(f"none of the columns {', '.join(rows.features)} of {title} holds images")
-    label = next((name for name in _LABEL_COLUMNS if name in rows.features), None)
-    if label is not None and getattr(rows.features[label], "dtype", "") not in ("int8", "int16", "int32", "int64"):
-        label = None
+    given = [name for name in _LABEL_COLUMNS if name in rows.features]
+    label = next((name for name in given if re.match(_LABEL_TYPES, getattr(rows.features[name], "dtype", ""))), None)
     encoded = rows.cast_column(images[0], library.Image(decode=False))
-    return HubSource(encoded, images[0], label, title, folder, channels)
+    source = HubSource(encoded, images[0], label, title, folders, context)
+    if given and label is None:
+        source.remarks += (f"column {given[0]} not used: one number or name an image is needed",)
+    return source
 
 
 def _import_datasets() -> Any:

@@ -7,16 +7,17 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
-from io import BytesIO
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image as Pillow
 
-from torchmae.data.decode import decode, quiet_pillow
-from torchmae.data.reading import Progress, num_cores
-from torchmae.data.sources import EncodedSource, Source, read_ahead, resolve, spread
+from torchmae.data.formats import CUT_SHORT, NOT_FINITE, Progress, quiet_pillow
+from torchmae.data.labels import in_training_classes
+from torchmae.data.reading import FEW, measure, num_cores, probe
+from torchmae.data.sources import Source, all_notes, spread
+from torchmae.data.transforms import Normalisation
 from torchmae.errors import DataError
 
 _CHUNK = 64  # images under way at a time
@@ -76,6 +77,16 @@ class SplitFacts:
     corrupt: list[tuple[str, str]] = field(default_factory=list)
     classes: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def cut_short(self) -> int:
+        """How many of the corrupt ones end before their pixels do."""
+        return sum(reason.startswith(CUT_SHORT) for _, reason in self.corrupt)
+
+    @property
+    def not_finite(self) -> int:
+        """How many of the corrupt ones hold values that are no finite numbers."""
+        return sum(reason.startswith(NOT_FINITE) for _, reason in self.corrupt)
+
     def add(self, item: Examined) -> None:
         """Counts a readable image."""
         self.sizes[item.size] += 1
@@ -95,6 +106,8 @@ class SplitFacts:
             "dtypes": dict(self.dtypes.most_common()),
             "formats": dict(self.formats.most_common()),
             "range": [self.low, self.high] if self.sizes else None,
+            "cut_short": self.cut_short,
+            "not_finite": self.not_finite,
             "corrupt": [{"name": name, "reason": reason} for name, reason in self.corrupt],
             "classes": self.classes,
         }
@@ -107,11 +120,15 @@ class Inspection(NamedTuple):
         splits: by name.
         duplicates: names of images with the same pixels, a list for each group of two or more; "split: name".
         leaked: how many groups span two splits: a held-out figure on them is worth nothing.
+        notes: what was assumed, decided or left out, a short phrase each.
+        normalisation: of the training images; None where they cannot be read.
     """
 
     splits: dict[str, SplitFacts]
     duplicates: list[list[str]]
     leaked: int
+    notes: tuple[str, ...] = ()
+    normalisation: Normalisation | None = None
 
 
 def inspect_splits(
@@ -140,10 +157,21 @@ def inspect_splits(
             if progress is not None:
                 progress("inspecting", done, total)
     groups = [group for group in places.values() if len(group) > 1]
+    notes, normalisation = all_notes(splits), None
+    for split, source in splits.items():
+        if split != "train":
+            notes += in_training_classes(source, splits["train"], split)[1]
+    with suppress(DataError):  # nothing can be read, which the facts say
+        seen = probe(splits["train"])
+        measured = measure(splits["train"].with_channels(seen.channels), kinds=seen.kinds, sample=FEW)
+        notes += [*seen.notes, *measured.notes]
+        normalisation = measured.normalisation
     return Inspection(
         facts,
         [[f"{split}: {splits[split].name(index)}" for split, index in group] for group in groups],
         sum(len({split for split, _ in group}) > 1 for group in groups),
+        tuple(notes),
+        normalisation,
     )
 
 
@@ -160,7 +188,7 @@ def _examine_all(source: Source, indices: np.ndarray[Any, np.dtype[np.int64]]) -
     with ThreadPoolExecutor(num_cores()) as pool:
         for start in range(0, len(indices), _CHUNK):
             part = indices[start : start + _CHUNK]
-            read_ahead(source, part)
+            source.read_ahead(part)
             with quiet_pillow():
                 items = list(pool.map(lambda index: examine(source, int(index)), part))
             yield from zip(part.tolist(), items, strict=True)
@@ -168,27 +196,18 @@ def _examine_all(source: Source, indices: np.ndarray[Any, np.dtype[np.int64]]) -
 
 def examine(source: Source, index: int) -> Examined:
     """Reads one image."""
-    base, own = resolve(source, index)
-    name = source.name(index)
     try:
-        if isinstance(base, EncodedSource):
-            raw = base.encoded(own)
-            image = decode(raw, base.channels)
-            with Pillow.open(BytesIO(raw)) as opened:
-                form = opened.format or "unknown"
-        else:
-            image, form = source.read(index), "array"
+        item = source.open(index)
+        image = item.read()
     except DataError as error:
-        return Examined(failure=str(error).removeprefix(f"{name}: "))
-    if image.dtype.kind == "f" and not np.isfinite(image).all():
-        return Examined(failure="holds values that are not finite")
+        return Examined(failure=error.problem)
     state = hashlib.blake2b(f"{image.shape}{image.dtype}".encode(), digest_size=16)
     state.update(np.ascontiguousarray(image).data)
     return Examined(
         size=image.shape[:-1],
         channels=image.shape[-1],
         dtype=str(image.dtype),
-        format=form,
+        format=item.form,
         digest=state.digest(),
         low=float(image.min()),
         high=float(image.max()),

@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -20,13 +20,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-_MARKER, _START_OF_SCAN, _EXIF_OR_XMP = 0xFF, 0xDA, 0xE1  # of JPEG's segments
-_END_OF_IMAGE = b"\xff\xd9"
+_MARKER, _START_OF_SCAN, _EXIF_OR_XMP, _PROGRESSIVE = 0xFF, 0xDA, 0xE1, 0xC2  # of JPEG's segments
+END_OF_IMAGE = b"\xff\xd9"
+"""The last bytes of a JPEG."""
+
 _NVIMGCODEC = ("nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13")  # one library, named for two versions of CUDA
 _TAIL = 1024  # bytes at the end of a file, some of which a camera may have written behind the picture
-
-Region = tuple[int, int, int, int]
-"""First row, first column, height and width of a part of a picture, in pixels."""
 
 
 class Header(NamedTuple):
@@ -60,12 +59,27 @@ def is_upright(data: bytes) -> bool:
 
     It takes a hundredth of the time in which Pillow reads what stands before the pixels.
     """
+    return _first_segment(data, (_START_OF_SCAN, _EXIF_OR_XMP)) == _START_OF_SCAN
+
+
+def is_progressive(data: bytes) -> bool:
+    """Whether a JPEG comes in several passes over the picture, for which the decoder holds all of it."""
+    return _first_segment(data, (_START_OF_SCAN, _PROGRESSIVE)) == _PROGRESSIVE
+
+
+def is_whole(data: bytes) -> bool:
+    """Whether the mark of the end of a JPEG is there; bytes of a camera may follow it."""
+    return END_OF_IMAGE in data[-_TAIL:]
+
+
+def _first_segment(data: bytes, wanted: Sequence[int]) -> int | None:
+    """The first of a JPEG's segments that is of a wanted kind."""
     position = 2 if data.startswith(b"\xff\xd8") else len(data)
-    while position + 4 <= len(data) and data[position] == _MARKER and data[position + 1] != _EXIF_OR_XMP:
-        if data[position + 1] == _START_OF_SCAN:
-            return True
+    while position + 4 <= len(data) and data[position] == _MARKER:
+        if data[position + 1] in wanted:
+            return data[position + 1]
         position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return False
+    return None
 
 
 def read_whole(data: bytes, header: Header, reduction: int) -> npt.NDArray[np.uint8] | None:
@@ -82,16 +96,17 @@ def read_whole(data: bytes, header: Header, reduction: int) -> npt.NDArray[np.ui
     return pixels
 
 
-def read_region(data: bytes, region: Region) -> npt.NDArray[np.uint8] | None:
+def read_region(data: bytes, region: tuple[tuple[int, int], ...]) -> npt.NDArray[np.uint8] | None:
     """(height, width, 3) of a part of a JPEG in colour, as stored; None: it has to be decoded whole.
 
-    So it has without nvImageCodec, and where the file was cut short, which this part of it might not show.
+    So it has without nvImageCodec, and where the file was cut short, which this part of it might not show. `region` is
+    first row and height, first column and width.
     """
     decoder = _region_decoder(os.getpid())
-    if decoder is None or _END_OF_IMAGE not in data[-_TAIL:]:
+    if decoder is None or not is_whole(data):
         return None
     module = _import_nvimgcodec()
-    top, left, height, width = region
+    (top, height), (left, width) = region
     box = module.Region(top, left, top + height, left + width)
     try:
         decoded = decoder.decode(module.CodeStream(data).get_sub_code_stream(region=box))

@@ -5,48 +5,49 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
-from torchmae.data.decode import IMAGE_SUFFIXES, check_channels
+from torchmae.data.arrays import (
+    HDF5_SUFFIXES,
+    PREFIXES,
+    ZARR_SUFFIX,
+    ArraySource,
+    FileArray,
+    named_arrays,
+    npz_splits,
+    stored_splits,
+)
+from torchmae.data.folders import SPLIT_NAMES, Masks, Role, is_system_name, masks_among, roles, split_named
+from torchmae.data.formats import FORMATS, Context, picture_suffixes
 from torchmae.data.hub import HUB_PREFIX, hub_splits
-from torchmae.data.lists import csv_splits, is_pattern, matching, pattern_source, text_source
+from torchmae.data.labels import ordered_classes
+from torchmae.data.lists import is_pattern, list_splits, matching, pattern_source
 from torchmae.data.named import NAMED, open_named
 from torchmae.data.parquet import ParquetSource
-from torchmae.data.reading import Progress
 from torchmae.data.remote import Place, expand_url, is_url, last_name, shown
 from torchmae.data.shards import CLASSES_FILE, ShardSource
-from torchmae.data.sources import ArraySource, FileSource, Source, map_array, printable, unpacked_bytes
-from torchmae.data.stored import HDF5_SUFFIXES, PREFIXES, ZARR_SUFFIX, stored_splits
-from torchmae.data.strings import Strings, StringsWriter, join_strings
+from torchmae.data.sources import FileSource, Source, each_page, printable
+from torchmae.data.strings import Strings, StringsWriter, join_strings, pack_strings
 from torchmae.errors import ConfigError, DataError
+from torchmae.paths import user_path
 
-SPLIT_FOLDERS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-}
-"""Folder (or parquet file) names that mean a split, in lower case; case does not matter."""
-
-_ACCEPTED = (
-    f"accepted are {', '.join(IMAGE_SUFFIXES)}, or .npy, .npz, .parquet, .tar, .csv, .tsv, .txt, .h5, .hdf5 and .zarr"
-)
+_LISTED = 5  # names in a remark
 
 
-def open_splits(
-    spec: str,
-    root: str,
-    channels: int | None = None,
-    spatial_dims: int | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Source]:
+def _accepted() -> str:
+    data_sets = ", ".join(suffix for layout in LAYOUTS.values() for suffix in layout.suffixes)
+    return f"accepted are {', '.join(picture_suffixes())}, or {data_sets}"
+
+
+def open_splits(spec: str, context: Context = Context()) -> dict[str, Source]:
     """Opens a data set.
 
     Args:
@@ -54,10 +55,7 @@ def open_splits(
             .npy files) or of a single file (see `_open_file`); a pattern of paths ("photos/**/*.jpg"); the URL of a
             file, also with {000..099} or *; or hf: and what the Hugging Face `datasets` library loads. A name wins
             over a folder of that name: write "./cifar10" for the folder.
-        root: where torchvision's sets are kept and downloaded to.
-        channels: 1 or 3 for image files; None: what each file has.
-        spatial_dims: how many axes of an array are spatial, as in `ArraySource`.
-        progress: told how far indexing shards and unpacking parquet files are.
+        context: how it is opened and read.
 
     Returns:
         split name to source; always "train", and "val" and "test" where the data has them.
@@ -67,69 +65,90 @@ def open_splits(
     """
     if not spec:
         raise ConfigError("data.source is empty", "give a folder, a file, or a name such as digits")
-    if spec in NAMED:
-        splits = open_named(spec, root)
-        return splits if channels is None else {name: item.with_channels(channels) for name, item in splits.items()}
-    if spec.startswith(HUB_PREFIX):
-        return hub_splits(spec.removeprefix(HUB_PREFIX), SPLIT_FOLDERS, channels)
-    if is_url(spec):
-        return _open_files(spec, expand_url(spec), channels, progress)
-    path = Path(spec).expanduser()
-    if path.suffix.lower() == ZARR_SUFFIX and path.is_dir():
-        return stored_splits(path, spatial_dims)
-    if path.is_dir():
-        return folder_splits(path, channels, spatial_dims, progress)
-    if path.is_file():
-        return _open_file(path, channels, spatial_dims, progress)
-    if is_pattern(spec):
-        return _open_files(spec, matching(spec), channels, progress)
-    raise _unknown(spec, path)
+    layout = next((layout for layout in LAYOUTS.values() if layout.fits(spec)), None)
+    if layout is None:
+        raise _unknown(spec, user_path(spec))
+    splits = layout.open(spec, context)
+    if context.pages == "all":
+        return {split: each_page(source, context.progress) for split, source in splits.items()}
+    return splits
 
 
-def _open_file(
-    path: Path, channels: int | None, spatial_dims: int | None, progress: Progress | None
-) -> dict[str, Source]:
-    """The splits of a single file, by its suffix; DataError for one that holds no data set."""
+class Layout(NamedTuple):
+    """One kind of thing that a data source may be.
+
+    Attributes:
+        fits: whether a source, as the user gives it, is of this kind.
+        open: its splits.
+        suffixes: of files of this kind, where it is one of files.
+    """
+
+    fits: Callable[[str], bool]
+    open: Callable[[str, Context], dict[str, Source]]
+    suffixes: tuple[str, ...] = ()
+
+
+def file_layout(suffixes: tuple[str, ...], opener: Callable[[Path, Context], dict[str, Source]]) -> Layout:
+    """The layout of single files with these suffixes, in lower case, that are a data set each."""
+
+    def fits(spec: str) -> bool:
+        path = user_path(spec)
+        return path.suffix.lower() in suffixes and path.exists() and path.is_dir() == (suffixes == (ZARR_SUFFIX,))
+
+    return Layout(fits, lambda spec, context: opener(user_path(spec), context), suffixes)
+
+
+def _open_array(path: Path, context: Context) -> dict[str, Source]:
+    return {"train": ArraySource(FileArray(path), title=path.name, context=context)}
+
+
+def _refuse_file(spec: str, context: Context) -> dict[str, Source]:
+    del context
+    path = user_path(spec)
     suffix = path.suffix.lower()
-    if suffix == ".npy":
-        return {"train": ArraySource(map_array(path), title=path.name, spatial_dims=spatial_dims, file=path)}
-    if suffix == ".npz":
-        return npz_splits(path, spatial_dims)
-    if suffix == ".parquet":
-        return {"train": ParquetSource([path], channels, progress)}
-    if suffix == ".tar":
-        return {"train": ShardSource([path], channels, progress)}
-    if suffix in (".csv", ".tsv"):
-        return csv_splits(path, SPLIT_FOLDERS, channels)
-    if suffix == ".txt":
-        return {"train": text_source(path, channels)}
-    if suffix in HDF5_SUFFIXES:
-        return stored_splits(path, spatial_dims)
-    hint = f"give its folder: {path.parent}" if suffix in IMAGE_SUFFIXES else "unpack archives first; " + _ACCEPTED
+    hint = (
+        f"give its folder: {path.parent}" if suffix in picture_suffixes() else f"unpack archives first; {_accepted()}"
+    )
     raise DataError(f"{path} is a single file of type {suffix or '(none)'}", hint)
 
 
-def _open_files(
-    spec: str, files: Sequence[Place], channels: int | None, progress: Progress | None
-) -> dict[str, Source]:
+LAYOUTS: dict[str, Layout] = {
+    "named": Layout(lambda spec: spec in NAMED, open_named),
+    "hub": Layout(
+        lambda spec: spec.startswith(HUB_PREFIX),
+        lambda spec, context: hub_splits(spec.removeprefix(HUB_PREFIX), SPLIT_NAMES, context),
+    ),
+    "url": Layout(is_url, lambda spec, context: _open_files(spec, expand_url(spec), context)),
+    "zarr": file_layout((ZARR_SUFFIX,), stored_splits),
+    "folder": Layout(
+        lambda spec: user_path(spec).is_dir(),
+        lambda spec, context: folder_splits(user_path(spec), context),
+    ),
+    "npy": file_layout((".npy",), _open_array),
+    "npz": file_layout((".npz",), npz_splits),
+    "hdf5": file_layout(HDF5_SUFFIXES, stored_splits),
+    "parquet": file_layout((".parquet",), lambda path, context: {"train": ParquetSource([path], context)}),
+    "tar": file_layout((".tar",), lambda path, context: {"train": ShardSource([path], context)}),
+    "list": file_layout(
+        (".csv", ".tsv", ".txt", ".lst"), lambda path, context: list_splits(path, SPLIT_NAMES, context)
+    ),
+    "file": Layout(lambda spec: user_path(spec).is_file(), _refuse_file),
+    "pattern": Layout(is_pattern, lambda spec, context: _open_files(spec, matching(spec), context)),
+}
+"""What opens a data source, by the kind that it is; the first row that fits counts. A row more teaches all commands."""
+
+
+def _open_files(spec: str, files: Sequence[Place], context: Context) -> dict[str, Source]:
     """The splits of the files that a pattern or a URL stands for: parquet or tar files, or (if local) images."""
     kinds = {last_name(file).rpartition(".")[2].lower() for file in files}
     if kinds == {"parquet"}:
-        return table_splits(ParquetSource, files, channels, progress)
+        return table_splits(ParquetSource, files, context)
     if kinds == {"tar"}:
-        return table_splits(ShardSource, files, channels, progress)
+        return table_splits(ShardSource, files, context)
     local = [file for file in files if isinstance(file, Path)]
     if len(local) < len(files):
         raise DataError(f"{shown(spec)} names .{', .'.join(sorted(kinds))} files", "give .tar or .parquet files")
-    return {"train": pattern_source(spec, local, channels)}
-
-
-def memory_bytes() -> float:
-    """Memory of this machine; infinite where it does not say."""
-    try:
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (AttributeError, ValueError, OSError):  # Windows has no sysconf, others not these names
-        return float("inf")
+    return {"train": pattern_source(spec, local, context)}
 
 
 def _unknown(spec: str, path: Path) -> DataError:
@@ -142,88 +161,132 @@ def _unknown(spec: str, path: Path) -> DataError:
     )
 
 
-def folder_splits(
-    folder: Path, channels: int | None = None, spatial_dims: int | None = None, progress: Progress | None = None
-) -> dict[str, Source]:
+def folder_splits(folder: Path, context: Context = Context()) -> dict[str, Source]:
     """The splits of a folder of images, nested or flat; of one without images, those of its parquet, tar or .npy files.
 
-    A folder that holds train (or training) with images is read as splits: that one, val (or valid, validation) and
-    test; what lies beside them is not used. Any other folder is all training data.
-
-    Sub-folders are classes where every image of a split lies in one and there are two or more: the label is the
-    first folder under the split. Shards (00/, 01/, ...) look the same and become classes too, which matters to
-    nobody but the kNN figure. Hidden files are passed over, links to folders followed, each folder read once. Images
-    are in the order of their paths, byte by byte.
+    Splits, masks and classes go by the names of folders (`folders.roles`). Masks and what lies beside the splits is
+    not used. Sub-folders are classes where every image lies in one and there are two or more. Hidden and system files
+    are passed over, links to folders followed, each folder read once. Images are in the order of their paths, byte by
+    byte.
 
     Args:
         folder: an existing folder.
-        channels: 1 or 3; None: what each file has.
-        spatial_dims: how many axes of an array are spatial, as in `ArraySource`.
-        progress: told how far indexing shards and unpacking parquet files are.
+        context: how it is opened and read.
 
     Raises:
-        DataError: nothing of that in it; what was there instead.
+        DataError: nothing of that in it, with what was there instead; or a folder that cannot be read.
     """
-    check_channels(channels)
-    listing = list_images(folder)
+    listing = list_images(folder, picture_suffixes())
     if not len(listing.names):
-        return _other_splits(folder, listing.others, channels, spatial_dims, progress)
+        if listing.others[".npy"] and not any((folder / f"{prefix}images.npy").is_file() for prefix, _ in PREFIXES):
+            listing = list_images(folder, FORMATS["npy"].suffixes)  # one array a sample
+        else:
+            return _other_splits(folder, listing, context)
+    is_mask = np.zeros(len(listing.names), dtype=bool)
+    is_mask[masks_among(listing.names)] = True
+    role_of = dict(zip(places := sorted({place for place, _ in listing.runs}), roles(places), strict=True))
     runs: dict[str, list[_Run]] = defaultdict(list)
     start = 0
     for place, count in listing.runs:
-        parts = place.split("/") if place else []
-        split = SPLIT_FOLDERS.get(parts[0].lower(), "") if parts else ""
-        runs[split].append(_Run(start, count, parts))
+        role = role_of[place]
+        is_mask[start : start + count] |= bool(role.masks)
+        if role.split:
+            runs[role.split].append(_Run(start, count, role.label))
         start += count
-    if "train" in runs:
-        runs.pop("", None)
-        depth = 1
-    else:
-        runs = {"train": sorted(run for members in runs.values() for run in members)}
-        depth = 0
-    of_run = {split: _class_names(members, depth) for split, members in runs.items()}
-    classes = sorted({name for names in of_run.values() for name in names or ()})
+    trained = {run.label for run in runs["train"] if run.label is not None}
+    classes = ordered_classes(trained, (run.label for members in runs.values() for run in members if run.label))
     number = {name: i for i, name in enumerate(classes)}
+    remarks = _folder_remarks(folder, listing, role_of, is_mask, len(trained) if len(classes) > 1 else 0)
+    masks = Masks(folder, pack_strings(listing.names[i] for i in np.flatnonzero(is_mask).tolist()))
     splits: dict[str, Source] = {}
     for split, members in runs.items():
-        labels, of_members = None, of_run[split]
-        if of_members is not None and len(classes) > 1:
-            labels = np.repeat([number[name] for name in of_members], [run.size for run in members])
-        names = join_strings([listing.names.between(run.start, run.start + run.size) for run in members])
-        splits[split] = FileSource(folder, names, labels, None if labels is None else classes, channels)
+        rows = np.concatenate([np.arange(run.start, run.start + run.size) for run in members])
+        kept = ~is_mask[rows]
+        labels = None
+        if len(classes) > 1 and all(run.label is not None for run in members):
+            labels = np.repeat([number[run.label or ""] for run in members], [run.size for run in members])[kept]
+        if kept.all():
+            names = join_strings([listing.names.between(run.start, run.start + run.size) for run in members])
+        else:
+            names = pack_strings(listing.names[row] for row in rows[kept].tolist())
+        own = classes[: len(trained)] if split == "train" else classes
+        source = FileSource(folder, names, labels, None if labels is None else own, context, remarks)
+        source.masks = masks if len(masks) else None
+        splits[split] = source
     return splits
 
 
 class _Run(NamedTuple):
-    """Images that follow each other in a listing and lie in one folder: where they start, how many, the folder."""
+    """Images that follow each other in a listing and lie in one folder: where they start, how many, their class."""
 
     start: int
     size: int
-    parts: list[str]
+    label: str | None
 
 
-def _class_names(runs: Sequence[_Run], depth: int) -> list[str] | None:
-    """The folder at `depth` of each run; None unless every image lies in one there."""
-    return [run.parts[depth] for run in runs] if all(len(run.parts) > depth for run in runs) else None
+def _folder_remarks(
+    folder: Path, listing: Listing, role_of: Mapping[str, Role], is_mask: npt.NDArray[np.bool_], num_classes: int
+) -> list[str]:
+    """What was decided about a folder, and what in it is not used, a short phrase each."""
+    counts: Counter[str] = Counter()  # of pictures, by split; "" beside the splits
+    beside: set[str] = set()
+    mask_places: set[str] = set()
+    start = 0
+    for place, count in listing.runs:
+        role, masked = role_of[place], int(is_mask[start : start + count].sum())
+        start += count
+        if not role.masks:
+            counts[role.split] += count - masked
+        if masked:
+            mask_places.add(f"{role.masks}/" if role.masks else "*_mask")
+        if not role.split and not role.masks:
+            beside.add(f"{place.partition('/')[0] or '.'}/")
+    found = [split for split in ("train", "val", "test") if counts[split]]
+    remarks = [f"splits {'/'.join(found)} found"] if len(found) > 1 or counts[""] else []
+    if num_classes:
+        remarks.append(f"labels from folders ({num_classes} classes)")
+    if found == ["train"]:
+        names = (f"{split}{suffix}" for split in SPLIT_NAMES for suffix in LAYOUTS["list"].suffixes)
+        if lists := [name for name in names if (folder / name).is_file()]:
+            remarks.append(f"lists {', '.join(lists)} not used, so that all images are trained on")
+        tops = sorted({place.partition("/")[0] for place in role_of})
+        remarks += [
+            f"no train folder, so that {top}/ is trained on" for top in tops if split_named(top) in ("val", "test")
+        ]
+    if counts[""]:
+        remarks.append(f"{counts['']:,} images beside the splits ({_some(beside)}) not used")
+    if is_mask.any():
+        remarks.append(f"{int(is_mask.sum()):,} masks ({_some(mask_places)}) not used")
+    if listing.twins:
+        number, example = listing.twins
+        remarks.append(
+            f"{number:,} images share name and folder with another ({example}) and are used all the same: "
+            f"'{printable(os.fsencode(folder))}/**/*.SUFFIX' gives one kind alone"
+        )
+    return [*remarks, *listing.remarks()]
 
 
-def _other_splits(
-    folder: Path, others: Counter[str], channels: int | None, spatial_dims: int | None, progress: Progress | None
-) -> dict[str, Source]:
+def _some(names: Iterable[str]) -> str:
+    ordered = sorted(printable(os.fsencode(name)) for name in names)
+    return ", ".join(ordered[:_LISTED]) + (f" and {len(ordered) - _LISTED} more" if len(ordered) > _LISTED else "")
+
+
+def _other_splits(folder: Path, listing: Listing, context: Context) -> dict[str, Source]:
     """The splits of a folder without images."""
+    others = listing.others
     if others[".parquet"]:
-        return table_splits(ParquetSource, sorted(folder.rglob("*.parquet")), channels, progress)
+        return table_splits(ParquetSource, sorted(folder.rglob("*.parquet")), context)
     if others[".tar"]:
-        return table_splits(ShardSource, sorted(folder.rglob("*.tar")), channels, progress)
+        return table_splits(ShardSource, sorted(folder.rglob("*.tar")), context)
     if others[".npy"]:
-        return npy_splits(folder, spatial_dims)
-    most = sorted(others.items(), key=lambda item: (-item[1], item[0]))[:5]
-    seen = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in most)
-    found = f"holds no images, only {others.total()} other files ({seen})" if others else "is empty"
-    raise DataError(f"{folder} {found}", _ACCEPTED)
+        return npy_splits(folder, context)
+    found = f"holds no images, only {others.total()} other files ({listing.kinds()})" if others else "is empty"
+    unreadable = "".join(f"; {remark}" for remark in listing.remarks() if "cannot be read" in remark)
+    raise DataError(f"{folder} {found}{unreadable}", _accepted())
 
 
-class Listing(NamedTuple):
+@dataclass
+class Listing:
     """The image files under a folder.
 
     Attributes:
@@ -231,71 +294,118 @@ class Listing(NamedTuple):
         runs: the folders that they lie in ("" is the folder itself, "a/b"), and how many names after the last that is;
             a folder comes again where those of its sub-folders stand between its own.
         others: how many other files there are of each suffix.
+        system: how many hidden or system files and folders of each name were passed over; of files, only pictures.
+        unreadable: folders that cannot be read, with the reason.
+        twins: images that share folder and name but not the suffix: how many, and an example; () where none do.
     """
 
     names: Strings
     runs: list[tuple[str, int]]
     others: Counter[str]
+    system: Counter[str]
+    unreadable: dict[str, str]
+    twins: tuple[int, str] | tuple[()] = ()
+
+    def remarks(self) -> list[str]:
+        """What was passed over, a short phrase each."""
+        found = [f"{self.kinds()} not used"] if self.others else []
+        if self.system:
+            found.append(
+                f"{self.system.total():,} hidden or system files and folders ({_some(self.system)}) passed over"
+            )
+        for place, reason in list(self.unreadable.items())[:_LISTED]:
+            found.append(f"folder {place} cannot be read ({reason}) and is passed over")
+        if len(self.unreadable) > _LISTED:
+            found.append(f"{len(self.unreadable) - _LISTED:,} more folders cannot be read and are passed over")
+        return found
+
+    def kinds(self) -> str:
+        """The other files, the most frequent kinds first."""
+        most = sorted(self.others.items(), key=lambda item: (-item[1], item[0]))
+        shown = [f"{count:,} {suffix or 'without suffix'}" for suffix, count in most[:_LISTED]]
+        more = sum(count for _, count in most[_LISTED:])
+        return ", ".join([*shown, *([f"{more:,} more files"] if more else [])])
 
 
-def list_images(folder: Path) -> Listing:
+def list_images(folder: Path, suffixes: tuple[str, ...]) -> Listing:
     """Lists the image files under a folder: what is held of a million of them is their paths, end to end.
 
+    Folders below it that cannot be read are passed over.
+
     Raises:
-        DataError: a folder that cannot be read.
+        DataError: the folder itself cannot be read.
     """
     names = StringsWriter()
-    runs: list[tuple[str, int]] = []
-    others: Counter[str] = Counter()
+    listing = Listing(pack_strings([]), [], Counter(), Counter(), {})
     visited: set[tuple[int, int]] = set()
+    last, num_twins, example = (b"", b""), 0, ""
     # Folders yet to be listed and files yet to be taken, the next one last. Sorted with a "/" behind the name of each
     # folder, entries come in the order of the full paths.
     waiting = [b"/"]
     while waiting:
         entry = waiting.pop()
         if entry.endswith(b"/"):
-            waiting += _entries(folder, entry.strip(b"/"), visited)
+            try:
+                waiting += _entries(folder, entry.strip(b"/"), visited, suffixes, listing.system)
+            except OSError as error:
+                place = printable(entry.strip(b"/"))
+                if not place:
+                    raise DataError(
+                        f"cannot read folder {printable(os.fsencode(folder))}: {error.strerror}",
+                        "mend its permissions, or give another",
+                    ) from error
+                listing.unreadable[place] = error.strerror or str(error)
             continue
         place = os.fsdecode(entry.rpartition(b"/")[0])
-        suffix = os.path.splitext(os.fsdecode(entry.rpartition(b"/")[2]))[1].lower()  # noqa: PTH122 (a Path is slow)
-        if suffix not in IMAGE_SUFFIXES:
-            others[suffix] += 1
+        name = os.fsdecode(entry.rpartition(b"/")[2]).lower()
+        if not name.endswith(suffixes):
+            listing.others[os.path.splitext(name)[1]] += 1  # noqa: PTH122 (a Path is slow)
             continue
         names.add(entry)
-        if runs and runs[-1][0] == place:
-            runs[-1] = place, runs[-1][1] + 1
+        stem, _, suffix = entry.rpartition(b".")
+        if stem == last[0] and not num_twins:
+            example = f"{os.fsdecode(stem.rpartition(b'/')[2])}.{os.fsdecode(last[1])}, .{os.fsdecode(suffix)}"
+        num_twins += stem == last[0]
+        last = stem, suffix
+        if listing.runs and listing.runs[-1][0] == place:
+            listing.runs[-1] = place, listing.runs[-1][1] + 1
         else:
-            runs.append((place, 1))
-    return Listing(names.finish(), runs, others)
+            listing.runs.append((place, 1))
+    listing.names = names.finish()
+    listing.twins = (num_twins, printable(os.fsencode(example))) if num_twins else ()
+    return listing
 
 
-def _entries(folder: Path, place: bytes, visited: set[tuple[int, int]]) -> list[bytes]:
+def _entries(
+    folder: Path, place: bytes, visited: set[tuple[int, int]], suffixes: tuple[str, ...], system: Counter[str]
+) -> list[bytes]:
     """Paths of what is to be looked at in a folder, with "/" behind those of folders, the first one last.
 
     Args:
         folder: the root.
         place: the folder's path relative to it.
         visited: device and number of the folders listed so far.
+        suffixes: of pictures.
+        system: counts the hidden and system folders, and pictures of such names, that are passed over.
+
+    Raises:
+        OSError: it cannot be read.
     """
     path = os.fsencode(folder) + (b"/" + place if place else b"")
     found = []
-    try:
-        status = os.stat(path)  # noqa: PTH116 (a Path for each folder of a million is slow)
-        if (status.st_dev, status.st_ino) in visited:  # a link back up, or a second link to the same folder
-            return []
-        visited.add((status.st_dev, status.st_ino))
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if entry.name.startswith(b"."):
-                    continue
-                if not entry.is_dir():
-                    found.append(place + b"/" + entry.name if place else entry.name)
-                elif not entry.name.startswith(b"__MACOSX"):
-                    found.append((place + b"/" + entry.name if place else entry.name) + b"/")
-    except OSError as error:
-        raise DataError(
-            f"cannot read folder {printable(path)}: {error.strerror}", "mend its permissions, or move it away"
-        ) from error
+    status = os.stat(path)  # noqa: PTH116 (a Path for each folder of a million is slow)
+    if (status.st_dev, status.st_ino) in visited:  # a link back up, or a second link to the same folder
+        return []
+    visited.add((status.st_dev, status.st_ino))
+    with os.scandir(path) as entries:
+        for entry in entries:
+            is_folder = entry.is_dir()
+            if is_system_name(entry.name):
+                name = os.fsdecode(entry.name)
+                if is_folder or name.lower().endswith(suffixes):
+                    system["._*" if name.startswith("._") else name] += 1
+                continue
+            found.append((place + b"/" if place else b"") + entry.name + (b"/" if is_folder else b""))
     found.sort(reverse=True)
     return found
 
@@ -303,28 +413,35 @@ def _entries(folder: Path, place: bytes, visited: set[tuple[int, int]]) -> list[
 class _Opener(Protocol):
     """A source that many files make up."""
 
-    def __call__(self, files: Sequence[Place], channels: int | None, progress: Progress | None, /) -> Source:
+    def __call__(self, files: Sequence[Place], context: Context, /) -> Source:
         """Opens it."""
 
 
-def table_splits(
-    opener: _Opener, files: Sequence[Place], channels: int | None = None, progress: Progress | None = None
-) -> dict[str, Source]:
-    """The splits of parquet or tar files by the first word of their names: train-00000.tar, validation_1.parquet.
+def table_splits(opener: _Opener, files: Sequence[Place], context: Context) -> dict[str, Source]:
+    """The splits of parquet or tar files by the first word of their names (train-00000.tar) or by their folders.
 
     Files whose names begin with no split are all training data, unless there are train files too.
     """
     groups: dict[str, list[Place]] = defaultdict(list)
-    for file in files:
-        first_word = re.split(r"[-_.]", last_name(file).lower(), maxsplit=1)[0]
-        groups[SPLIT_FOLDERS.get(first_word, "")].append(file)
+    above = [str(file).split("/")[:-1] for file in files]
+    shared = sum(1 for _ in takewhile(lambda names: len(set(names)) == 1, zip(*above, strict=False)))
+    for file, folders in zip(files, above, strict=True):
+        first_word = re.split(r"[-_.]", last_name(file), maxsplit=1)[0]
+        words = (first_word, *reversed(folders[shared:]))
+        groups[next(filter(None, map(split_named, words)), "")].append(file)
+    remarks = []
     if "train" not in groups:
+        others = [name for name in ("val", "test") if name in groups]
+        remarks += [f"no train files, so that {name} files are trained on" for name in others]
         groups = {"train": list(files)}
-    groups.pop("", None)
-    return {split: opener(members, channels, progress) for split, members in groups.items()}
+    elif beside := groups.pop("", []):
+        remarks.append(f"{len(beside):,} files beside the splits ({_some(map(last_name, beside))}) not used")
+    splits = {split: opener(members, context) for split, members in groups.items()}
+    splits["train"].remarks += tuple(remarks)
+    return splits
 
 
-def npy_splits(folder: Path, spatial_dims: int | None = None) -> dict[str, Source]:
+def npy_splits(folder: Path, context: Context) -> dict[str, Source]:
     """The splits of a folder of .npy files named as the arrays of an .npz file, with the classes in classes.txt.
 
     Raises:
@@ -332,60 +449,6 @@ def npy_splits(folder: Path, spatial_dims: int | None = None) -> dict[str, Sourc
     """
     names = folder / CLASSES_FILE
     classes = names.read_text(encoding="utf-8", errors="replace").splitlines() if names.is_file() else None
-    splits: dict[str, Source] = {}
-    for prefix, split in PREFIXES:
-        images, labels = folder / f"{prefix}images.npy", folder / f"{prefix}labels.npy"
-        if images.is_file():
-            splits[split] = ArraySource(
-                map_array(images),
-                map_array(labels) if labels.is_file() else None,
-                classes,
-                title=images.name,
-                spatial_dims=spatial_dims,
-                file=images,
-            )
-    if "train" not in splits:
-        raise DataError(f"{folder} holds .npy files, none of them images.npy", "give the path of one of them")
-    return splits
-
-
-def npz_splits(path: Path, spatial_dims: int | None = None, max_bytes: float | None = None) -> dict[str, Source]:
-    """The splits of an .npz file: arrays `images` and `labels`, or train_images, val_images, test_images and so on.
-
-    Args:
-        path: the file.
-        spatial_dims: as in `ArraySource`.
-        max_bytes: that they may take in memory, where all of them are kept; None: as many as the machine has.
-
-    Raises:
-        DataError: it cannot be read, holds no images, or more than fit.
-    """
-    limit = memory_bytes() if max_bytes is None else max_bytes
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            wanted = [name for name in arrays.files if name.endswith(("images", "labels"))]
-            if (needed := unpacked_bytes(arrays, wanted)) > limit:
-                raise DataError(
-                    f"{path} unpacks to {needed / 2**30:.1f} GiB and there are {limit / 2**30:.1f} GiB of memory",
-                    "save its images as .npy, of which only what is needed is read",
-                )
-            held = {name: arrays[name] for name in wanted}
-            # A member that is no array comes as bytes.
-            held = {name: array for name, array in held.items() if isinstance(array, np.ndarray)}
-            names = ", ".join(arrays.files)
-    except DataError:
-        raise
-    except Exception as error:  # a damaged zip file fails as zlib, struct, zipfile or NumPy see fit
-        raise DataError(f"cannot read {path}: {' '.join(str(error).split())}", "save it with numpy.savez") from error
-    splits: dict[str, Source] = {}
-    for prefix, split in PREFIXES:
-        if f"{prefix}images" in held:
-            splits[split] = ArraySource(
-                held[f"{prefix}images"],
-                held.get(f"{prefix}labels"),
-                title=f"{path.name}/{prefix}images",
-                spatial_dims=spatial_dims,
-            )
-    if "train" not in splits:
-        raise DataError(f"{path} holds {names or 'nothing'}", "it needs an array named images (and may have labels)")
-    return splits
+    files = [f"{prefix}{kind}" for prefix, _ in PREFIXES for kind in ("images", "labels")]
+    arrays = {name: FileArray(folder / f"{name}.npy") for name in files if (folder / f"{name}.npy").is_file()}
+    return named_arrays(arrays, context, folder.name, classes)

@@ -15,17 +15,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from torchmae.data.decode import BadFiles
-from torchmae.data.memory import Held
+from torchmae.data.arrays import Held
 from torchmae.data.plan import Indices, Plan, shard
-from torchmae.data.slots import Slots
+from torchmae.data.reading import BadFiles
 from torchmae.data.sources import Source
-from torchmae.data.transfer import to_device
-from torchmae.data.transforms import mirror, normalise, resample, value_range
+from torchmae.data.transforms import Normalisation, mirror, normalise, resample, to_device
 from torchmae.data.worker import (
     Fetched,
     Reader,
     Request,
+    Slots,
     View,
     boxes_of,
     crop_numbers,
@@ -65,8 +64,7 @@ class ImageLoader:
         source: the images.
         held: the same images in memory, the processor's or the device's; None: they are read by worker processes.
         view: how they become the model's input.
-        mean: one for each channel, of values in [0, 1].
-        std: one for each channel, of values in [0, 1].
+        normalisation: how stored values become the model's input.
         device: where batches go.
         num_workers: processes that read, where images are not held; 0: this one.
         bad: takes the images that cannot be read.
@@ -79,8 +77,7 @@ class ImageLoader:
         held: Held | None,
         *,
         view: View,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        normalisation: Normalisation,
         device: torch.device,
         num_workers: int,
         bad: BadFiles,
@@ -90,8 +87,9 @@ class ImageLoader:
         self.labels = source.labels if held is None else held.labels
         self._held = held
         self._view = view
-        self._mean = torch.tensor(mean, device=device)
-        self._std = torch.tensor(std, device=device)
+        self.normalisation = normalisation
+        self._mean = torch.tensor(normalisation.mean, device=device)
+        self._std = torch.tensor(normalisation.std, device=device)
         self._device = device
         self._num_workers = num_workers
         self._bad = bad
@@ -145,14 +143,14 @@ class ImageLoader:
 
     def _from_memory(self, requests: Iterator[Request], held: Held) -> Generator[Batch, None, None]:
         size = tuple(held.images.shape[2:])
-        scale = value_range(held.images.dtype)
+        one = self.normalisation.one(held.images.dtype)
         for request in requests:
             boxes, flips = boxes_of(crop_numbers(request), size, self._view), draw_flips(request, self._view)
             images = resample(
                 to_device(held.gather(request.indices), self._device), boxes, self._view.input_size, flips
             )
             labels = to_device(labels_of(held.labels, request.indices), self._device)
-            yield self._batch(images, scale, labels, request)
+            yield self._batch(images, one, labels, request)
 
     def _from_workers(self, requests: Iterator[Request], count: int) -> Generator[Batch, None, None]:
         asked: list[Request] = []
@@ -166,7 +164,7 @@ class ImageLoader:
         # Copies to other devices may still be under way when their slot is given back; CUDA's are from pinned copies.
         slots = Slots(workers if self._device.type in ("cpu", "cuda") else 0)
         loader = DataLoader(
-            Reader(self.source, len(self._mean), self._view, slots),
+            Reader(self.source, len(self._mean), self._view, slots, self.normalisation.scale),
             sampler=noted(),
             batch_size=None,  # the reader makes whole batches
             collate_fn=_as_it_is,
@@ -183,7 +181,7 @@ class ImageLoader:
             request = asked.pop(0)
             mirrored = to_device(torch.from_numpy(np.flatnonzero(draw_flips(request, self._view))), self._device)
             images = mirror(images, mirrored).movedim(-1, 1)
-            batch = self._batch(images, value_range(fetched.images.dtype), labels, request)
+            batch = self._batch(images, self.normalisation.one(fetched.images.dtype), labels, request)
             slots.give_back(fetched.slot)
             yield batch
 
@@ -210,8 +208,8 @@ class ImageLoader:
     def _on_device(self, item: Fetched) -> tuple[Tensor, Tensor]:
         return to_device(item.images, self._device), to_device(item.labels, self._device)
 
-    def _batch(self, images: Tensor, scale: float, labels: Tensor, request: Request) -> Batch:
-        normalised = normalise(images, self._mean, self._std, scale)
+    def _batch(self, images: Tensor, one: float, labels: Tensor, request: Request) -> Batch:
+        normalised = normalise(images, self._mean, self._std, one)
         return Batch(normalised, labels, request.indices, request.epoch)
 
 

@@ -8,8 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from torchmae.data.sources import ArraySource, FileSource, Source
+from torchmae.data.arrays import ArraySource
+from torchmae.data.formats import Context
+from torchmae.data.sources import FileSource, Source
 from torchmae.errors import DataError
+from torchmae.paths import user_path
 from torchmae.random import Purpose, permutation
 
 Splits = dict[str, Source]
@@ -44,14 +47,15 @@ def digits(root: str) -> Splits:
     is_val[by_class[::5]] = True
     classes = [str(digit) for digit in range(10)]
     return {
-        split: ArraySource(images[chosen], data.target[chosen], classes, title=title)
+        split: ArraySource(images[chosen], data.target[chosen], classes, title=title, context=Context(axes="HW"))
         for split, title, chosen in (("train", "digits", ~is_val), ("val", "digits-val", is_val))
     }
 
 
 def _arrays(dataset: Any, title: str, labels: Any, classes: Sequence[str] | None, channels_last: bool = True) -> Source:
     images = np.asarray(dataset.data)
-    return ArraySource(images if channels_last else np.moveaxis(images, 1, -1), labels, classes, title=title)
+    axes = "HW" if images.ndim == 3 else "HWC" if channels_last else "CHW"
+    return ArraySource(images, labels, classes, title=title, context=Context(axes=axes))
 
 
 def _train_and_test(class_name: str) -> Callable[[str], Splits]:
@@ -148,18 +152,20 @@ NAMED: dict[str, Named] = {
 """Every data set that has a name."""
 
 
-def open_named(name: str, root: str) -> Splits:
-    """The splits of a set in `NAMED`; what is not in the folder `root` is downloaded to it, with progress.
+def open_named(name: str, context: Context) -> Splits:
+    """The splits of a set in `NAMED`; what is not in the folder `context.root` is downloaded to it, with progress.
 
     Raises:
         DataError: it is not there and cannot be downloaded; with what to put where.
     """
-    named = NAMED[name]
+    named, root = NAMED[name], context.root
     try:
-        return named.build(str(Path(root).expanduser()))
+        splits = named.build(str(user_path(root)))
     except (OSError, RuntimeError, ValueError, EOFError) as error:  # URLError is an OSError
         reason = " ".join(str(error).split())[:200]
         raise DataError(
             f"{name} is not in {root}/ and cannot be downloaded ({reason})",
             f"put {named.files} into {root}/, or set data.root to where it lies",
         ) from error
+    wanted = context.channels
+    return splits if wanted is None else {split: source.with_channels(wanted) for split, source in splits.items()}

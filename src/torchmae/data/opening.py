@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from torchmae.config import DataConfig
-from torchmae.data.decode import BadFiles
+from torchmae.data.arrays import DoesNotFitError, Held, hold
+from torchmae.data.formats import Context, Progress
+from torchmae.data.labels import in_training_classes
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import ImageLoader
-from torchmae.data.memory import DoesNotFitError, Held, hold
 from torchmae.data.plan import hold_out
-from torchmae.data.reading import Probe, Progress, probe, reader_processes, statistics
-from torchmae.data.sources import ArraySource, Source, Subset, relabel
+from torchmae.data.reading import FEW, SAMPLE, BadFiles, Measured, Probe, fit_channels, measure, probe, reader_processes
+from torchmae.data.sources import Source, Subset, all_notes, spread
+from torchmae.data.transforms import Normalisation
 from torchmae.data.worker import View
 from torchmae.errors import ConfigError, DataError
 
 _GIB = 2**30
+_COMPARED = 64  # held-out images that are looked for among the training images
+_NAMESAKES = 4  # training images that each is compared with
 _DEVICE_SHARE = 0.1  # of a GPU's free memory that images may take unasked: the model is not there yet
 
 
@@ -29,20 +35,20 @@ class Data:
         train: training images.
         val: held-out images; None: there are none.
         channels: of every image.
-        mean: one for each channel, of values in [0, 1].
-        std: one for each channel, of values in [0, 1].
+        normalisation: how stored values become the model's input.
         classes: the name of each label, where known.
         fingerprint: of the training images: changes when they do.
+        notes: what was assumed, decided or left out, a short phrase each.
         bad: the images that could not be read so far, of both sets.
     """
 
     train: ImageLoader
     val: ImageLoader | None
     channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    normalisation: Normalisation
     classes: tuple[str, ...] | None
     fingerprint: str
+    notes: tuple[str, ...]
     bad: BadFiles
 
 
@@ -67,18 +73,21 @@ def open_data(
         ConfigError: settings that do not fit the data.
         DataError: data that is missing, empty or unreadable.
     """
-    splits = open_splits(config.source, config.root, spatial_dims=len(input_size), progress=progress)
-    train, val = choose_splits(config, splits, input_size, progress)
+    context = Context.of(config, spatial_dims=len(input_size), progress=progress)
+    splits = open_splits(config.source, context)
+    train, val, apart = choose_splits(config, splits, context)
     seen = _checked_probe(train, input_size)
     channels = seen.channels if channels is None else channels
-    train, val = train.with_channels(channels), None if val is None else val.with_channels(channels)
+    train = fit_channels(train, seen, channels)
+    val_seen = None if val is None else _checked_probe(val, input_size)
+    val = None if val is None or val_seen is None else fit_channels(val, val_seen, channels)
     bad = BadFiles(len(train) + (0 if val is None else len(val)), config.max_bad)
     limit = config.memory_limit * _GIB
     held = _hold(train, config, limit, seen, bad, progress)
     shared = held is not None and val is not None and _holds(held, val)  # parts of one array are held once
     val_limit = limit if held is None or shared else limit - held.nbytes
-    val_held = None if val is None else _hold(val, config, val_limit, _checked_probe(val, input_size), bad, progress)
-    mean, std = _mean_and_std(config, train, held, channels, progress)
+    val_held = None if val is None or val_seen is None else _hold(val, config, val_limit, val_seen, bad, progress)
+    measured = _measure(config, train if held is None else held.source(), seen, channels, progress)
     placed = None if held is None else _on_device(held, config, device)
     if val_held is not None:
         if placed is not None and shared:
@@ -92,8 +101,7 @@ def open_data(
             source,
             in_memory,
             view=view,
-            mean=mean,
-            std=std,
+            normalisation=measured.normalisation,
             device=device,
             num_workers=reader_processes(config.num_workers),
             bad=bad,
@@ -104,41 +112,96 @@ def open_data(
         train=loader(train, placed),
         val=None if val is None else loader(val, val_held),
         channels=channels,
-        mean=mean,
-        std=std,
+        normalisation=measured.normalisation,
         classes=train.classes,
         fingerprint=train.fingerprint(),
+        notes=tuple(dict.fromkeys([*all_notes(splits), *apart, *seen.notes, *measured.notes])),
         bad=bad,
     )
 
 
 def choose_splits(
-    config: DataConfig, splits: dict[str, Source], input_size: tuple[int, ...], progress: Progress | None = None
-) -> tuple[Source, Source | None]:
-    """The training images, and the held-out ones that `config.val` asks for.
+    config: DataConfig, splits: dict[str, Source], context: Context
+) -> tuple[Source, Source | None, tuple[str, ...]]:
+    """The training images, the held-out ones that `config.val` asks for, and what there is to say about those.
 
     "auto" never takes a test split: where there is no "val", some of the training images are held out.
     """
     train = splits["train"]
     if config.val == "none":
-        return train, None
+        return train, None, ()
     if config.val == "auto" and "val" not in splits:
         kept, held_out = hold_out(len(train), config.val_size)
-        return (Subset(train, kept), Subset(train, held_out)) if len(held_out) else (train, None)
+        if not len(held_out):
+            return train, None, ()
+        rest = Subset(train, kept)
+        return (rest, *in_training_classes(Subset(train, held_out), rest, "held-out"))
     name = "val" if config.val == "auto" else config.val
     if name == "train":
         raise ConfigError("data.val is 'train'", "hold out other images than those trained on: auto or a path")
     if name in splits:
-        return train, splits[name]
+        return (train, *in_training_classes(splits[name], train, name))
     try:
-        val = open_splits(config.val, config.root, spatial_dims=len(input_size), progress=progress)["train"]
+        val = open_splits(config.val, context)["train"]
     except DataError as error:
         others = [split for split in splits if split != "train"]
         raise ConfigError(
             f"data.val {config.val!r} cannot be used: {error.problem}",
             f"choose from auto, none, {', '.join([*others, 'or a path'])}",
         ) from error
-    return train, val if train.classes is None else relabel(val, train.classes)
+    apart = check_apart(val, train, f"data.val {config.val!r}", "auto (some are held out) or another path")
+    val, lost = in_training_classes(val, train, "val")
+    return train, val, (*apart, *lost)
+
+
+def check_apart(test: Source, train: Source, what: str, fix: str) -> tuple[str, ...]:
+    """A note where some held-out images are training images too; ConfigError where all are.
+
+    Args:
+        test: the held-out images.
+        train: the training images.
+        what: names the held-out images in the message.
+        fix: what to choose instead.
+    """
+    share = training_share(test, train)
+    if share == 1:
+        raise ConfigError(f"{what} leads to the training images", f"choose {fix}")
+    return (f"about {share:.0%} of the images of {what} are training images too: figures flatter",) if share else ()
+
+
+def training_share(test: Source, train: Source) -> float:
+    """Share of held-out images that are training images too, as far as 64 of them show.
+
+    A training image is the same one when it has the same file name (or number in an array) and the same pixels,
+    wherever it lies: a link, a second path or a copy of the data set is found.
+    """
+    looked_for = [(int(i), test.name(int(i)).split("/")) for i in spread(len(test), _COMPARED)]
+    namesakes: dict[str, list[int]] = {parts[-1]: [] for _, parts in looked_for}
+    for i in range(len(train)):
+        last = train.name(i).rpartition("/")[2]
+        if last in namesakes:
+            namesakes[last].append(i)
+    found = 0
+    for index, parts in looked_for:
+        alike = sorted(namesakes[parts[-1]], key=lambda i: -_common_end(parts, train.name(i).split("/")))
+        found += any(_same(test, index, train, i) for i in alike[:_NAMESAKES])
+    return found / len(looked_for)
+
+
+def _common_end(one: Sequence[str], other: Sequence[str]) -> int:
+    count = 0
+    for a, b in zip(reversed(one), reversed(other), strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
+
+
+def _same(one: Source, i: int, other: Source, j: int) -> bool:
+    try:
+        return np.array_equal(one.read(i), other.read(j))
+    except DataError:
+        return False
 
 
 def _checked_probe(source: Source, input_size: tuple[int, ...]) -> Probe:
@@ -169,8 +232,8 @@ def _hold(
 
 def _holds(held: Held, source: Source) -> bool:
     """Whether the images of a source are part of an array that is held as it is."""
-    base = source.source if isinstance(source, Subset) else source
-    return isinstance(base, ArraySource) and base.images.ctypes.data == held.images.data_ptr()
+    whole = source.whole()
+    return whole is not None and whole[0].ctypes.data == held.images.data_ptr()
 
 
 def _on_device(held: Held, config: DataConfig, device: torch.device) -> Held:
@@ -190,22 +253,16 @@ def _on_device(held: Held, config: DataConfig, device: torch.device) -> Held:
         ) from None
 
 
-def _mean_and_std(
-    config: DataConfig, train: Source, held: Held | None, channels: int, progress: Progress | None
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    if config.mean is None or config.std is None:
-        return statistics(train if held is None else _as_source(held), progress=progress)
+def _measure(config: DataConfig, train: Source, seen: Probe, channels: int, progress: Progress | None) -> Measured:
+    """Mean, deviation and range of the training images; those that the settings give count."""
     for name, values in (("mean", config.mean), ("std", config.std)):
-        if len(values) != channels:
+        if values is not None and len(values) != channels:
             raise ConfigError(
                 f"data.{name} has {len(values)} numbers and the images {channels} channels",
                 f"give {channels}, or leave data.mean and data.std out",
             )
-    return config.mean, config.std
-
-
-def _as_source(held: Held) -> Source:
-    """Images that are in memory, read from there."""
-    images = held.images.movedim(1, -1).numpy()
-    source = ArraySource(images, title="images", spatial_dims=images.ndim - 2)
-    return source if held.rows is None else Subset(source, held.rows)
+    sample = SAMPLE if config.mean is None else FEW
+    measured = measure(train, scale=config.scale, kinds=seen.kinds, sample=sample, progress=progress)
+    if config.mean is None or config.std is None:
+        return measured
+    return measured._replace(normalisation=replace(measured.normalisation, mean=config.mean, std=config.std))

@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import os
+import tarfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from io import BytesIO
-from pathlib import Path
-from typing import Any, NamedTuple
+from pathlib import Path, PurePath
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
 import numpy as np
+from numpy.lib.format import open_memmap
 from PIL import Image as Pillow
 
-from torchmae.data.cache import lock_file, write_whole
-from torchmae.data.decode import BadFiles, decode, quiet_pillow
-from torchmae.data.pack_writers import WRITERS, PackedFile, Record, open_writer
-from torchmae.data.reading import Progress, num_cores, probe
-from torchmae.data.shards import CLASSES_FILE, INDEX_SUFFIX
-from torchmae.data.sources import EncodedSource, Image, Source, resolve
+from torchmae.config import ReadOptions
+from torchmae.data import jpeg
+from torchmae.data.arrays import map_array
+from torchmae.data.formats import CHANNELS, FORMATS, PACKED_ARRAY, Image, Progress, format_of, quiet_pillow
+from torchmae.data.labels import in_one_list
+from torchmae.data.parquet import ParquetTable, import_pyarrow
+from torchmae.data.reading import BadFiles, num_cores, probe
+from torchmae.data.shards import CLASSES_FILE, INDEX_SUFFIX, build_index, write_index
+from torchmae.data.sources import Source
 from torchmae.errors import ConfigError, DataError, one_of, within
+from torchmae.files import lock_file, replace_file
 
 MANIFEST = "pack.json"
 """What was packed from what, and how far it got."""
 
 _LOCK = ".lock"
+_PARTIAL = ".partial"
 _CHUNK = 64  # images under way at a time
-_LOSSY = (b"\xff\xd8\xff", b"RIFF")  # JPEG and WebP begin with these
+_ROWS = 100  # of a row group of parquet
+_LOSSY = ("jpeg", "webp")
 
 
 @dataclass(frozen=True)
-class PackOptions:
+class PackOptions(ReadOptions):
     """How to pack.
 
     Attributes:
@@ -43,7 +55,6 @@ class PackOptions:
         shard_mib: MiB after which the next file begins.
         max_bad: share of the images that may be unreadable: each is left out and named, and one more ends the packing;
             0: none may.
-        root: where data sets that go by name are kept and downloaded to.
         progress: "auto" (a bar on a terminal, else lines), "plain" or "none".
     """
 
@@ -52,11 +63,11 @@ class PackOptions:
     quality: int = 95
     shard_mib: int = 256
     max_bad: float = 0.01
-    root: str = "data"
     progress: str = "auto"
 
     def __post_init__(self) -> None:
-        one_of("format", self.format, WRITERS)
+        super().__post_init__()
+        one_of("format", self.format, ("parquet", "wds", "npy"))
         one_of("progress", self.progress, ("auto", "plain", "none"))
         within("max_size", self.max_size, 8, float("inf"))
         within("quality", self.quality, 1, 100)
@@ -98,7 +109,8 @@ def pack(splits: Mapping[str, Source], out: Path, options: PackOptions, progress
         ConfigError: `out` holds something else, or the images do not fit the format.
         DataError: more unreadable images than allowed, or a file that cannot be written or read back.
     """
-    classes = next((source.classes for source in splits.values() if source.classes), None)
+    splits = in_one_list(splits)
+    classes = max((source.classes or () for source in splits.values()), key=len)
     if classes and options.format != "parquet":  # which holds them itself
         check_names(classes)
     is_new = not out.exists()
@@ -112,8 +124,8 @@ def pack(splits: Mapping[str, Source], out: Path, options: PackOptions, progress
     try:
         manifest = _Manifest.open(out, splits, options)  # as it is now that no other process adds to it
         return _pack(splits, out, options, manifest, classes, progress)
-    except ConfigError:  # what does not fit the format will never do
-        if not manifest.resumed:
+    except (ConfigError, DataError) as error:  # what does not fit the format will never do
+        if not manifest.resumed and (isinstance(error, ConfigError) or not manifest.files):
             manifest.forget()
         raise
     finally:
@@ -140,7 +152,7 @@ def _pack(
     out: Path,
     options: PackOptions,
     manifest: _Manifest,
-    classes: tuple[str, ...] | None,
+    classes: tuple[str, ...],
     progress: Progress | None,
 ) -> Packed:
     total = sum(map(len, splits.values()))
@@ -148,13 +160,13 @@ def _pack(
     for name, reason in manifest.bad:
         bad.add(name, reason)
     if classes and options.format != "parquet":
-        write_whole(out / CLASSES_FILE, lambda file: _ignore(file.write("\n".join((*classes, "")).encode())))
+        replace_file(out / CLASSES_FILE, "\n".join((*classes, "")).encode(), DataError)
     before = 0
     for split, source in splits.items():
         done = [file for file in manifest.files if file.split == split]
         if options.format == "npy":
             source = source.with_channels(probe(source).channels)
-        with open_writer(options.format, out, split, source, done, options.shard_mib * 2**20) as writer:
+        with WRITERS[options.format](out, split, source, done, options.shard_mib * 2**20) as writer:
             writer.check_done()
             for record in _records(source, writer.next, options):
                 if record.failure is not None:
@@ -171,6 +183,10 @@ def _pack(
         before += len(source)
     for left_over in out.glob("*.partial"):  # by a process that was killed
         left_over.unlink()
+    if not sum(file.images for file in manifest.files):
+        manifest.forget()
+        first = f", the first: {': '.join(bad.items[0])}" if bad.items else ""
+        raise DataError(f"none of {total:,} images can be read, so there is nothing to pack{first}", "check the data")
     manifest.close()
     return Packed(
         sum(file.images for file in manifest.files),
@@ -179,10 +195,6 @@ def _pack(
         manifest.resumed,
         bad.items,
     )
-
-
-def _ignore(_: object) -> None:
-    return None
 
 
 class _Manifest:
@@ -199,7 +211,11 @@ class _Manifest:
     def open(cls, out: Path, splits: Mapping[str, Source], options: PackOptions) -> _Manifest:
         """The manifest of a folder, new or of the same task; ConfigError where the folder holds something else."""
         how = {name: value for name, value in asdict(options).items() if name not in ("max_bad", "root", "progress")}
-        task = {"options": how, "data": {split: source.fingerprint() for split, source in splits.items()}}
+        task = {
+            "options": how,
+            "data": {split: [source.fingerprint(), source.stamp()] for split, source in splits.items()},
+            "labels": {split: source.label_fingerprint() for split, source in splits.items()},
+        }
         path = out / MANIFEST
         if path.is_file():
             try:
@@ -241,8 +257,7 @@ class _Manifest:
             "files": [file._asdict() for file in self.files],
             "bad": sorted(set(self.bad)),
         }
-        content = json.dumps(state, indent=1).encode()
-        write_whole(self._path, lambda file: _ignore(file.write(content)))
+        replace_file(self._path, json.dumps(state, indent=1).encode(), DataError)
 
 
 def _records(source: Source, start: int, options: PackOptions) -> Iterator[Record]:
@@ -252,9 +267,9 @@ def _records(source: Source, start: int, options: PackOptions) -> Iterator[Recor
         label = -1 if source.labels is None else int(source.labels[index])
         name = source.name(index)
         try:
-            content = _array(source, index, options) if options.format == "npy" else _bytes(source, index, options)
+            content = _prepare(source, index, options)
         except DataError as error:
-            return Record(index, name, label, None, str(error).removeprefix(f"{name}: "))
+            return Record(index, name, label, None, error.problem)
         return Record(index, name, label, content, None)
 
     with ThreadPoolExecutor(num_cores()) as pool:
@@ -264,26 +279,25 @@ def _records(source: Source, start: int, options: PackOptions) -> Iterator[Recor
             yield from records
 
 
-def _array(source: Source, index: int, options: PackOptions) -> Image:
-    image = source.read(index)
-    return image if _fits(image, options.max_size) else reduce(image, options.max_size or 0)
+def _prepare(source: Source, index: int, options: PackOptions) -> bytes | Image:
+    """What is written of one image: its values, or a file, which is the source's own where it need not change."""
+    image = source.open(index).read()  # so that what is packed can be read
+    whole = options.max_size is None or max(image.shape[:-1]) <= options.max_size
+    changed = image if whole else reduce(image, options.max_size or 0)
+    if options.format == "npy":
+        return changed
+    raw = source.encoded(index)
+    form = None if raw is None else format_of(raw)
+    if raw is not None and form is not None and whole and _is_plain(raw, options):
+        return raw
+    lossy = form is not None and any(form is FORMATS[name] for name in _LOSSY)
+    return encode(changed, options.quality if lossy and not whole else None)
 
 
-def _bytes(source: Source, index: int, options: PackOptions) -> bytes:
-    """An image file: the source's own bytes where they need not change."""
-    base, own = resolve(source, index)
-    if isinstance(base, EncodedSource):
-        raw = base.encoded(own)
-        image = decode(raw, base.channels)  # so that what is packed can be read
-        if _fits(image, options.max_size):
-            return raw
-        return encode(reduce(image, options.max_size or 0), options.quality if raw.startswith(_LOSSY) else None)
-    image = source.read(index)
-    return encode(image if _fits(image, options.max_size) else reduce(image, options.max_size or 0), None)
-
-
-def _fits(image: Image, max_size: int | None) -> bool:
-    return max_size is None or max(image.shape[:-1]) <= max_size
+def _is_plain(raw: bytes, options: PackOptions) -> bool:
+    """Whether a file reads the same without the options that it was read with."""
+    odd = options.nodata is not None or options.pages != "first" or options.axes is not None
+    return not odd and (options.truncated == "skip" or not raw.startswith(b"\xff\xd8") or jpeg.is_whole(raw))
 
 
 def reduce(image: Image, max_size: int) -> Image:
@@ -312,24 +326,400 @@ def reduce(image: Image, max_size: int) -> Image:
 
 
 def encode(image: Image, quality: int | None) -> bytes:
-    """An image as a file: JPEG of some quality, else lossless (PNG; TIFF for float32).
+    """An image as a file: JPEG of some quality, else lossless: PNG, or an array of its own where no picture holds it.
 
     Args:
-        image: (H, W, C) uint8 with 1 or 3 channels, uint16 or float32 with 1.
-        quality: 1 to 100; None: lossless. Of no effect on more than 8 bits.
-
-    Raises:
-        ConfigError: an image that no such file can hold.
+        image: (*size, C).
+        quality: 1 to 100; None: lossless. Of no effect on what is not 8 bits, grey or RGB.
     """
-    if image.ndim != 3 or image.shape[2] not in ((1, 3) if image.dtype == np.uint8 else (1,)):
-        shape = "x".join(map(str, image.shape))
-        raise ConfigError(f"no image file holds {shape} values of {image.dtype}", "choose the format npy")
-    pixels = Pillow.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-    buffer = BytesIO()
-    if image.dtype.kind == "f":
-        pixels.save(buffer, "TIFF")
-    elif quality is None or image.dtype != np.uint8:
-        pixels.save(buffer, "PNG")
+    buffer = io.BytesIO()
+    channels = (1, 3) if image.dtype == np.uint8 else (1,) if image.dtype == np.uint16 else ()
+    if image.ndim != 3 or image.shape[2] not in channels:
+        np.save(buffer, image.view([(CHANNELS, image.dtype, image.shape[-1:])])[..., 0])
+        return buffer.getvalue()
+    picture = Pillow.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+    if quality is None or image.dtype != np.uint8:
+        picture.save(buffer, "PNG")
     else:
-        pixels.save(buffer, "JPEG", quality=quality, subsampling=0)
+        picture.save(buffer, "JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image to write.
+
+    Attributes:
+        index: in its source.
+        name: where it is from.
+        label: -1 where unknown.
+        content: an encoded image, or (for arrays) its values; None: it cannot be read.
+        failure: why it cannot be read.
+    """
+
+    index: int
+    name: str
+    label: int
+    content: bytes | Image | None
+    failure: str | None
+
+
+class PackedFile(NamedTuple):
+    """A file, or a part of one, that is whole and was read back.
+
+    Attributes:
+        split: it belongs to.
+        name: of the file.
+        stop: index in the source after the last image in it.
+        images: in it.
+        digest: of their bytes and labels.
+        labels: of its images, where nothing else holds them.
+        nbytes: of the file, up to the end of the part; None: packed by a version that did not note it.
+    """
+
+    split: str
+    name: str
+    stop: int
+    images: int
+    digest: str
+    labels: list[int] | None = None
+    nbytes: int | None = None
+
+
+class Digest:
+    """A digest of images in an order."""
+
+    def __init__(self) -> None:
+        self._state = hashlib.blake2b(digest_size=16)
+
+    def add(self, content: bytes | memoryview, label: int) -> None:
+        """Takes in one image."""
+        self._state.update(f"{len(content)},{label}\n".encode())
+        self._state.update(content)
+
+    def value(self) -> str:
+        """32 hexadecimal digits."""
+        return self._state.hexdigest()
+
+
+class Writer(ABC):
+    """Writes the images of one split into files.
+
+    Args:
+        out: the folder.
+        split: whose images they are.
+        source: the images.
+        done: what is whole already.
+        limit: bytes after which a file (or a part of one) is closed.
+    """
+
+    def __init__(self, out: Path, split: str, source: Source, done: Sequence[PackedFile], limit: int) -> None:
+        self.out = out
+        self.split = split
+        self.source = source
+        self.done = list(done)
+        self.limit = limit
+        self.next = done[-1].stop if done else 0
+        self._size = 0
+        self._images = 0
+        self._digest = Digest()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.abandon()
+        if isinstance(error, OSError):
+            raise DataError(f"cannot write to {self.out}: {error.strerror or error}", "free space, then run it again")
+
+    def add(self, record: Record) -> PackedFile | None:
+        """Writes an image; returns the file that it filled."""
+        self.next = record.index + 1
+        if record.content is None:
+            return None
+        raw = record.content if isinstance(record.content, bytes) else plain_order(record.content).data.cast("B")
+        self.write(record)
+        self._digest.add(raw, record.label)
+        self._size += len(raw)
+        self._images += 1
+        return self.close_part() if self._size >= self.limit else None
+
+    def finish(self) -> list[PackedFile]:
+        """Closes the last file (or part of one)."""
+        return [self.close_part()] if self._images else []
+
+    def settle(self) -> None:
+        """Does what is left when every part has been noted as whole."""
+        return
+
+    def close_part(self) -> PackedFile:
+        """Closes a file, compares what it holds with what was to be written, and gives it its name."""
+        name, found, labels = self.seal()
+        if found != self._digest.value():
+            raise DataError(f"{self.out / name} does not hold what was written", "check the disk, then run it again")
+        nbytes = self.commit()
+        part = PackedFile(self.split, name, self.next, self._images, found, labels, nbytes)
+        self.done.append(part)
+        self._size, self._images, self._digest = 0, 0, Digest()
+        return part
+
+    @abstractmethod
+    def write(self, record: Record) -> None:
+        """Puts an image into the file under way."""
+
+    @abstractmethod
+    def seal(self) -> tuple[str, str, list[int] | None]:
+        """Ends the file under way: its final name, the digest of what can be read from it, and labels to keep."""
+
+    @abstractmethod
+    def commit(self) -> int:
+        """Gives the file its name, and returns how many bytes it has."""
+
+    def check_done(self) -> None:
+        """DataError unless what is noted as whole is there, and of the size that it had."""
+        for part in self.done:
+            self._check_size(self.out / part.name, part.nbytes)
+
+    def _check_size(self, path: Path, nbytes: int | None) -> None:
+        size = path.stat().st_size if path.is_file() else None
+        if size is None or (nbytes is not None and size != nbytes):
+            what = "is gone" if size is None else f"has {size:,} bytes and had {nbytes:,}"
+            raise DataError(f"{path} {what}, though it was packed before", "remove the folder, and pack again")
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """Closes what is open and removes what is not whole."""
+
+
+class _FileWriter(Writer):
+    """A writer whose parts are files of their own."""
+
+    suffix: str
+
+    def __init__(self, out: Path, split: str, source: Source, done: Sequence[PackedFile], limit: int) -> None:
+        super().__init__(out, split, source, done, limit)
+        self._opened: Any = None
+
+    @property
+    def path(self) -> Path:
+        """Of the file under way, once it is whole."""
+        return self.out / f"{self.split}-{len(self.done):06d}{self.suffix}"
+
+    @property
+    def partial(self) -> Path:
+        """Of the file under way."""
+        return self.path.with_name(self.path.name + _PARTIAL)
+
+    def seal(self) -> tuple[str, str, list[int] | None]:
+        """As in `Writer`."""
+        self._opened.close()
+        self._opened = None
+        with self.partial.open("rb") as file:
+            os.fsync(file.fileno())
+        found = Digest()
+        for content, label in self.read_back():
+            found.add(content, label)
+        return self.path.name, found.value(), None
+
+    @abstractmethod
+    def read_back(self) -> Iterator[tuple[bytes, int]]:
+        """The images and labels in the file that was just closed."""
+
+    def commit(self) -> int:
+        """As in `Writer`."""
+        self.partial.replace(self.path)
+        return self.path.stat().st_size
+
+    def abandon(self) -> None:
+        """Closes what is open; the rows that are whole stay."""
+        if self._opened is not None:
+            with suppress(Exception):  # the error that led here is the one to report
+                self._opened.close()
+        with suppress(OSError):
+            self.partial.unlink()
+
+
+class ParquetWriter(_FileWriter):
+    """Parquet files in the schema of the `datasets` library."""
+
+    suffix = ".parquet"
+
+    def __init__(self, out: Path, split: str, source: Source, done: Sequence[PackedFile], limit: int) -> None:
+        super().__init__(out, split, source, done, limit)
+        self._arrow, self._parquet = import_pyarrow()
+        self._rows: list[dict[str, Any]] = []
+
+    def _schema(self) -> Any:
+        features: dict[str, Any] = {"image": {"_type": "Image"}}
+        fields = [("image", self._arrow.struct([("bytes", self._arrow.binary()), ("path", self._arrow.string())]))]
+        if self.source.labels is not None:
+            fields.append(("label", self._arrow.int64()))
+            names = self.source.classes
+            features["label"] = (
+                {"dtype": "int64", "_type": "Value"} if names is None else {"names": list(names), "_type": "ClassLabel"}
+            )
+        metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+        return self._arrow.schema(fields, metadata=metadata)
+
+    def write(self, record: Record) -> None:
+        """As in `Writer`."""
+        if self._opened is None:
+            self._opened = self._parquet.ParquetWriter(
+                self.partial, self._schema(), compression="none", use_dictionary=False
+            )
+        row: dict[str, Any] = {"image": {"bytes": record.content, "path": PurePath(record.name).name}}
+        if self.source.labels is not None:
+            row["label"] = record.label
+        self._rows.append(row)
+        if len(self._rows) == _ROWS:
+            self._write_rows()
+
+    def _write_rows(self) -> None:
+        self._opened.write_table(self._arrow.Table.from_pylist(self._rows, self._schema()))
+        self._rows = []
+
+    def seal(self) -> tuple[str, str, list[int] | None]:
+        """As in `Writer`."""
+        if self._rows:
+            self._write_rows()
+        return super().seal()
+
+    def read_back(self) -> Iterator[tuple[bytes, int]]:
+        """As in `_FileWriter`."""
+        table = ParquetTable(self.partial)
+        labels = [-1] * table.num_rows if table.label is None else table.labels().tolist()
+        images = (content for batch in table.images() for content in batch)
+        yield from zip(images, labels, strict=True)
+
+
+class ShardWriter(_FileWriter):
+    """WebDataset shards, each with its index beside it."""
+
+    suffix = ".tar"
+
+    def write(self, record: Record) -> None:
+        """As in `Writer`."""
+        assert isinstance(record.content, bytes)
+        if self._opened is None:
+            self._opened = tarfile.open(self.partial, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 (many images)
+        key, form = f"{record.index:09d}", format_of(record.content)
+        assert form is not None
+        suffix = PACKED_ARRAY if form is FORMATS["npy"] else form.suffixes[0]
+        self._member(f"{key}{suffix}", record.content)
+        if self.source.labels is not None and record.label >= 0:
+            self._member(f"{key}.cls", str(record.label).encode())
+
+    def _member(self, name: str, content: bytes) -> None:
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        self._opened.addfile(member, io.BytesIO(content))
+
+    def read_back(self) -> Iterator[tuple[bytes, int]]:
+        """As in `_FileWriter`."""
+        index = build_index(self.partial, self.partial.stat().st_size)
+        with self.partial.open("rb") as file:
+            for offset, size, label in zip(index.offsets, index.sizes, index.labels, strict=True):
+                file.seek(int(offset))
+                yield file.read(int(size)), int(label)
+        write_index(self.path.with_name(self.path.name + INDEX_SUFFIX), index, self.partial.stat().st_size)
+
+
+class ArrayWriter(Writer):
+    """One .npy file of images and one of labels, named as in an .npz file; each part is some rows more."""
+
+    def __init__(self, out: Path, split: str, source: Source, done: Sequence[PackedFile], limit: int) -> None:
+        super().__init__(out, split, source, done, limit)
+        self.path = out / f"{split}_images.npy"
+        self.partial = self.path.with_name(self.path.name + _PARTIAL)
+        self._labels_path = out / f"{split}_labels.npy"
+        self._rows = sum(part.images for part in done)
+        self._labels = [label for part in done for label in part.labels or []]
+        self._new_labels: list[int] = []
+        self._first: Record | None = None
+        self._array: Any = None
+
+    def write(self, record: Record) -> None:
+        """As in `Writer`."""
+        assert isinstance(record.content, np.ndarray)
+        image = plain_order(record.content)
+        if self._array is None:
+            self._first = record
+            self._array = self._open(image)
+        first = self._array[0]
+        if image.shape != first.shape or image.dtype != first.dtype:
+            described = [f"{'x'.join(map(str, item.shape))} {item.dtype}" for item in (first, image)]
+            raise ConfigError(
+                f"one array cannot hold them: {described[0]} before, {record.name} is {described[1]}",
+                "choose the format parquet or wds",
+            )
+        self._array[self._rows + len(self._new_labels)] = image
+        self._new_labels.append(record.label)
+
+    def _open(self, image: Image) -> Any:
+        """The array, mapped, with room for every image of the source; new, or with the rows that are whole."""
+        if self._rows:
+            array = open_memmap(self.partial, mode="r+") if self.partial.exists() else None
+            if array is None or array.shape != (len(self.source), *array.shape[1:]):
+                raise DataError(f"{self.partial} has lost rows", "remove the folder, and pack again")
+            return array
+        array = open_memmap(self.partial, mode="w+", dtype=image.dtype, shape=(len(self.source), *image.shape))
+        if hasattr(os, "posix_fallocate"):  # else a disk that fills up would end the process in the middle of a row
+            with self.partial.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, self.partial.stat().st_size)
+        return array
+
+    def seal(self) -> tuple[str, str, list[int] | None]:
+        """As in `Writer`."""
+        self._array.flush()
+        found = Digest()
+        for row, label in enumerate(self._new_labels, self._rows):
+            found.add(np.ascontiguousarray(self._array[row]).data.cast("B"), label)
+        return self.path.name, found.value(), self._new_labels
+
+    def commit(self) -> int:
+        """As in `Writer`."""
+        self._rows += len(self._new_labels)
+        self._labels += self._new_labels
+        self._new_labels = []
+        return self.partial.stat().st_size
+
+    def check_done(self) -> None:
+        """As in `Writer`."""
+        if self.done and not self.partial.exists():  # whose rows are counted where more are added
+            self._check_size(self.path, None)
+            if self.source.labels is not None:
+                self._check_size(self._labels_path, None)
+            if len(map_array(self.path)) != self._rows:
+                raise DataError(f"{self.path} has lost rows", "remove the folder, and pack again")
+
+    def settle(self) -> None:
+        """Takes the room of unreadable images off, and gives the file its name."""
+        self.abandon()
+        if not self.partial.exists():  # all was done already
+            return
+        array = open_memmap(self.partial, mode="r+")
+        shape, dtype, start = (self._rows, *array.shape[1:]), array.dtype, array.offset
+        del array
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        with self.partial.open("r+b") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            assert file.tell() == start  # NumPy leaves room for any number of rows
+            file.truncate(start + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
+            os.fsync(file.fileno())
+        if self.source.labels is not None:
+            labels = np.array(self._labels, dtype=np.int64)
+            replace_file(self._labels_path, lambda file: np.save(file, labels), DataError)
+        self.partial.replace(self.path)
+
+    def abandon(self) -> None:
+        """Closes what is open; the rows that are whole stay."""
+        self._array = None
+
+
+def plain_order(image: Image) -> Image:
+    """Contiguous and little-endian, as it is stored."""
+    return np.ascontiguousarray(image, dtype=image.dtype.newbyteorder("<"))
+
+
+WRITERS: dict[str, type[Writer]] = {"parquet": ParquetWriter, "wds": ShardWriter, "npy": ArrayWriter}
+"""The formats."""

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from torchmae.data.cache import cache_folder, cache_limit
+from torchmae.data.cache import cache_folder, trim_sometimes
 from torchmae.data.sources import digest
 from torchmae.errors import ConfigError, DataError
 
@@ -32,7 +32,6 @@ FIRST_WAIT_S = 0.5
 """Seconds before the second attempt; doubled before each further one."""
 
 _READ_BUFFER = 4 * 2**20
-_TRIM_EVERY = 64  # requests between two looks at the size of the cache
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _MAX_EXPANDED = 1_000_000
 # What file systems say a file's version is, by whatever name.
@@ -50,16 +49,23 @@ def last_name(place: Place) -> str:
 
 
 def shown(url: str) -> str:
-    """A URL as it may be printed: without what follows a "?" and without a password."""
-    return re.sub(r"(://)[^/@]*@", r"\1", url.partition("?")[0])
+    """A URL as it may be printed: without a query and without a password."""
+    return re.sub(r"(://)[^/@]*@", r"\1", _split_query(url)[0])
 
 
 def beside(place: Place, name: str) -> Place:
     """The place of another file in the same folder."""
     if isinstance(place, Path):
         return place.with_name(name)
-    path, question, query = place.partition("?")
-    return f"{path.rpartition('/')[0]}/{name}{question}{query}"
+    path, query = _split_query(place)
+    return f"{path.rpartition('/')[0]}/{name}{query}"
+
+
+def _split_query(url: str) -> tuple[str, str]:
+    """A URL and its query, with the "?" before it. In buckets, "?" without "=" behind it stands for any character."""
+    path, question, query = url.partition("?")
+    is_query = re.match("https?:", url, re.IGNORECASE) or "=" in query
+    return (path, question + query) if is_query else (url, "")
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -88,14 +94,16 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def expand_url(pattern: str) -> list[str]:
-    """The URLs that a URL with braces and, where the file system can list, with * and ? stands for.
+    """The URLs that a URL with braces and, where the file system can list, with *, ? and [...] stands for.
+
+    At http(s), "?" begins the query, which is kept as it is.
 
     Raises:
         DataError: none matches.
     """
     urls: list[str] = []
     for url in expand_braces(pattern):
-        if "*" not in url:
+        if not any(character in _split_query(url)[0] for character in "*?["):
             urls.append(url)
             continue
         system, path = file_system(url)
@@ -189,7 +197,6 @@ class RemoteBytes:
         self.size = size
         self._key = digest([url, size, version])
         self._wait = wait
-        self._requests = 0
 
     def read(self, start: int, stop: int) -> bytes:
         """Bytes `start` to `stop - 1`, from the cache where they are there.
@@ -256,31 +263,12 @@ class RemoteBytes:
         blocks = [content[i : i + BLOCK] for i in range(0, len(content), BLOCK)]
         _write_at(data, first * BLOCK, content)
         _write_at(sums, 4 * first, np.array([_checksum(block) for block in blocks], dtype="<u4").tobytes())
-        self._requests += 1
-        if self._requests % _TRIM_EVERY == 1:
-            trim(cache_limit())
+        trim_sometimes()
 
 
 def remote_folder() -> Path:
     """Where parts of remote files are kept."""
     return cache_folder() / "remote"
-
-
-def trim(limit: int) -> None:
-    """Removes cached parts of remote files, those fetched longest ago first, until they take `limit` bytes at most."""
-    files = []
-    for data in remote_folder().glob("*.data"):
-        with suppress(OSError):
-            status = data.stat()
-            # Sparse files take less than their size.
-            files.append((status.st_mtime, getattr(status, "st_blocks", status.st_size // 512) * 512, data))
-    total = sum(size for _, size, _ in files)
-    for _, size, data in sorted(files):
-        if total <= limit:
-            return
-        for file in (data.with_suffix(".sums"), data):
-            file.unlink(missing_ok=True)
-        total -= size
 
 
 def open_place(place: Place) -> IO[bytes]:

@@ -14,24 +14,31 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from torchmae.data.cache import cache_folder, write_whole
-from torchmae.data.decode import IMAGE_SUFFIXES
-from torchmae.data.reading import Progress
+from torchmae.data.arrays import unpacked_bytes
+from torchmae.data.cache import cache_folder
+from torchmae.data.formats import Context, picture_suffixes
+from torchmae.data.labels import Labels
 from torchmae.data.remote import Place, RemoteBytes, beside, last_name, open_place, place_version, shown
-from torchmae.data.sources import MAX_BYTES, EncodedSource, Labels, digest, printable, spread, unpacked_bytes
-from torchmae.data.strings import Strings, StringsWriter
+from torchmae.data.sources import MAX_BYTES, EncodedSource, digest, printable, spread
+from torchmae.data.strings import Strings, StringsWriter, pack_strings
 from torchmae.errors import DataError
+from torchmae.files import replace_file
 
 INDEX_SUFFIX = ".index.npz"
 """What an index that lies beside its shard adds to the shard's name."""
 
+ALL_MEMBERS = "all"
+"""Stands for every picture of each sample."""
+
 CLASSES_FILE = "classes.txt"
 """The names of the labels, one a line, beside the shards."""
 
-_FORMAT = 1
+_FORMAT = 2
 _CHECKED = 8  # members whose headers are compared with an index before it is trusted
 _LABEL_BYTES = 20
+_NO_NUMBER = -2  # label in a .cls file that is text
 _INDEX_HEAD = 2**14  # bytes that an index takes before its first member
+_SHOWN = 8  # endings of pictures that a message lists
 _FETCHERS = 16  # requests under way at a time, in each process
 
 
@@ -43,32 +50,34 @@ class ShardIndex:
         names: their paths in the archive.
         offsets: (N,) where the bytes of each begin.
         sizes: (N,) how many they are.
-        labels: (N,), -1 where unknown.
+        labels: (N,), -1 where unknown, -2 where there is one that is no number.
+        samples: (N,) which sample each belongs to, from 0 on.
     """
 
     names: Strings
     offsets: npt.NDArray[np.int64]
     sizes: npt.NDArray[np.int64]
     labels: Labels
+    samples: npt.NDArray[np.int64]
 
 
 class ShardSource(EncodedSource):
     """Images in tar files, in the order of the files and of the images in them.
 
-    Every member that is an image by its name is one image. In a WebDataset shard, `0001.cls` beside `0001.jpg` holds
-    its label as a decimal number; other members are passed over. Nothing is unpacked, so that a member's name can
-    lead nowhere.
+    Every member that is an image by its name is one image. In a WebDataset shard, `0001.cls` holds the label of
+    `0001.jpg` as a decimal number; other members are passed over. Where samples have several pictures (`0001.jpg` and
+    `0001.seg.png`), `member` says which one is meant. Nothing is unpacked, so that a member's name can lead nowhere.
 
     Args:
         shards: uncompressed tar files: paths or URLs.
-        channels: 1 or 3; None: what each image has.
-        progress: told how far indexing is.
+        context: how the images are read; `member` says which picture of each sample.
 
     Raises:
-        DataError: a file that is no tar file, is compressed or damaged; or no images in any of them.
+        DataError: a file that is no tar file, is compressed or damaged; no images in any of them; or samples with
+            several pictures and no `member`.
     """
 
-    def __init__(self, shards: Sequence[Place], channels: int | None = None, progress: Progress | None = None) -> None:
+    def __init__(self, shards: Sequence[Place], context: Context = Context()) -> None:
         self._shards = list(shards)
         self._versions: list[tuple[int, str]] = []
         self._indexes: list[ShardIndex] = []
@@ -76,19 +85,24 @@ class ShardSource(EncodedSource):
             for version, index in pool.map(_open, self._shards):
                 self._versions.append(version)
                 self._indexes.append(index)
-                if progress is not None:
-                    progress("indexing shards", len(self._indexes), len(self._shards))
+                if context.progress is not None:
+                    context.progress("indexing shards", len(self._indexes), len(self._shards))
+        self._indexes = [
+            _chosen(index, last_name(shard), context.member)
+            for shard, index in zip(self._shards, self._indexes, strict=True)
+        ]
         self._starts = np.cumsum([0] + [len(index.sizes) for index in self._indexes])
         if not self._starts[-1]:
-            raise DataError(f"{shown(str(shards[0]))} holds no images", f"accepted are {', '.join(IMAGE_SUFFIXES)}")
+            raise DataError(f"{shown(str(shards[0]))} holds no images", f"accepted are {', '.join(picture_suffixes())}")
         labels = np.concatenate([index.labels for index in self._indexes])
         super().__init__(
             int(self._starts[-1]),
             labels if (labels >= 0).any() else None,
             _class_names(self._shards[0], labels),
-            channels,
-            last_name(self._shards[0]),
+            context,
         )
+        if no_numbers := int((labels == _NO_NUMBER).sum()):
+            self.remarks += (f"{no_numbers:,} .cls files of {last_name(shards[0])} hold no number and are not used",)
         self._remote = {
             i: RemoteBytes(shard, *version)
             for i, (shard, version) in enumerate(zip(self._shards, self._versions, strict=True))
@@ -214,8 +228,9 @@ def write_index(path: Path, index: ShardIndex, size: int) -> None:
         "offsets": index.offsets,
         "sizes": index.sizes,
         "labels": index.labels,
+        "samples": index.samples,
     }
-    write_whole(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
+    replace_file(path, lambda file: np.savez(file, allow_pickle=False, **arrays), DataError)
 
 
 def _read_index(place: Place, size: int) -> ShardIndex | None:
@@ -225,18 +240,46 @@ def _read_index(place: Place, size: int) -> ShardIndex | None:
             if unpacked_bytes(arrays) > size + _INDEX_HEAD:  # an entry is smaller than a member's header in the shard
                 return None
             expected = arrays["size"].tolist() == [size, _FORMAT]
-            ends, offsets, sizes, labels = (
-                np.asarray(arrays[name], dtype=np.int64) for name in ("ends", "offsets", "sizes", "labels")
+            ends, offsets, sizes, labels, samples = (
+                np.asarray(arrays[name], dtype=np.int64) for name in ("ends", "offsets", "sizes", "labels", "samples")
             )
             names = arrays["names"].astype(np.uint8).tobytes()
     except Exception:  # zip, NumPy and the network fail in many ways; whichever it was, the index is made anew
         return None
-    counts = {ends.shape, offsets.shape, sizes.shape, labels.shape}
+    counts = {ends.shape, offsets.shape, sizes.shape, labels.shape, samples.shape}
     inside = (offsets >= 0).all() and (sizes >= 0).all() and (offsets <= size - sizes).all()
     rising = (np.diff(ends, prepend=0) >= 0).all() and (ends.max(initial=0) == len(names))
     if not expected or len(counts) > 1 or ends.ndim != 1 or not inside or not rising:
         return None
-    return ShardIndex(Strings(names, ends), offsets, sizes, labels)
+    return ShardIndex(Strings(names, ends), offsets, sizes, labels, samples)
+
+
+def _chosen(index: ShardIndex, shard: str, member: str | None) -> ShardIndex:
+    """The pictures that `member` asks for; DataError where it does not and a sample has several, or it has none."""
+    if member == ALL_MEMBERS:
+        return index
+    rows = np.arange(len(index.samples))
+    if member is not None:
+        rows = np.flatnonzero([_parts(_text(name))[1] == member.lower() for name in index.names])
+    samples, counts = np.unique(index.samples[rows], return_counts=True)
+    if (counts > 1).any():
+        shared = np.flatnonzero(index.samples == samples[counts > 1][0]).tolist()
+        first = _text(index.names[int(shared[0])])
+        parts = [_parts(_text(index.names[row]))[1] for row in shared]
+        raise DataError(
+            f"{int((counts > 1).sum()):,} samples of {shard} have several pictures: "
+            f"{printable(os.fsencode(_parts(first)[0]))} has {printable(', '.join(parts).encode())}",
+            f"choose one with --data.member {printable(parts[0].encode())}, or --data.member {ALL_MEMBERS}",
+        )
+    if member is None or not len(index.samples):
+        return index
+    if not len(rows):
+        known = sorted({_parts(_text(name))[1] for name in index.names})[:_SHOWN]
+        raise DataError(
+            f"no sample of {shard} has a picture {member!r}", f"choose from {printable(', '.join(known).encode())}"
+        )
+    names = pack_strings(index.names[row] for row in rows.tolist())
+    return ShardIndex(names, index.offsets[rows], index.sizes[rows], index.labels[rows], index.samples[rows])
 
 
 def _agrees(index: ShardIndex, shard: Place) -> bool:
@@ -282,9 +325,8 @@ def build_index(shard: Place, size: int) -> ShardIndex:
 def _scan(file: IO[bytes], size: int, name: str) -> ShardIndex:
     names = StringsWriter()
     rows: list[tuple[int, int]] = []
+    labels_of: dict[str, int] = {}  # by the path of the .cls file without its suffix
     with tarfile.open(fileobj=file, mode="r:") as archive:
-        labels_of: list[int] = []  # of each image
-        key, first, label = "", 0, -1  # the sample under way, its first image, its label
         for member in archive:
             archive.members = []  # type: ignore[attr-defined]  # else it keeps every header
             end = member.offset_data + member.size
@@ -294,35 +336,57 @@ def _scan(file: IO[bytes], size: int, name: str) -> ShardIndex:
                 continue
             if end > size:
                 raise DataError(f"{name} is cut short in {printable(_bytes(member.name))}", "copy it again")
-            this_key, suffix = _split_name(member.name)
-            if this_key != key:
-                labels_of[first:] = [label] * (len(rows) - first)
-                key, first, label = this_key, len(rows), -1
-            if suffix in IMAGE_SUFFIXES:
+            stem, _, suffix = member.name.rpartition(".")
+            if member.name.lower().endswith(picture_suffixes()):
                 names.add(_bytes(member.name))
                 rows.append((member.offset_data, member.size))
-                labels_of.append(-1)
-            elif suffix == ".cls":
-                label = _label(file, member)
-        labels_of[first:] = [label] * (len(rows) - first)
+            elif suffix.lower() == "cls":
+                labels_of[stem] = _label(file, member)
         file.seek(archive.offset)
         if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end
             raise DataError(f"{name} is damaged at byte {archive.offset:,}", "copy it again")
     table = np.array(rows, dtype=np.int64).reshape(-1, 2)
-    return ShardIndex(names.finish(), table[:, 0].copy(), table[:, 1].copy(), np.array(labels_of, dtype=np.int64))
+    packed = names.finish()
+    keys = _keys([_text(item) for item in packed])
+    number_of: dict[str, int] = {}
+    samples = np.array([number_of.setdefault(key, len(number_of)) for key in keys], dtype=np.int64)
+    stems = (_text(item).rpartition(".")[0] for item in packed)
+    labels = np.array(
+        [labels_of.get(stem, labels_of.get(key, -1)) for stem, key in zip(stems, keys, strict=True)], dtype=np.int64
+    )
+    return ShardIndex(packed, table[:, 0].copy(), table[:, 1].copy(), labels, samples)
 
 
-def _split_name(name: str) -> tuple[str, str]:
-    """WebDataset's key (the path up to the first dot of the file name), and the last suffix in lower case."""
+def _keys(names: Sequence[str]) -> list[str]:
+    """The sample that each picture belongs to: WebDataset's key, the path up to the first dot of the file name.
+
+    In a tar file that is no WebDataset, names may hold dots too (`scan.0001.jpg`): where behind the first dot there
+    are more different endings than keys, each name without its suffix is a sample of its own.
+    """
+    split = [_parts(name) for name in names]
+    if len({part for _, part in split}) <= max(1, len({key for key, _ in split})):
+        return [key for key, _ in split]
+    return [name.rpartition(".")[0] for name in names]
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """WebDataset's key, and what stands behind its dot in lower case: "0001" and "seg.png"."""
     folder, slash, file = name.rpartition("/")
-    return f"{folder}{slash}{file.partition('.')[0]}", PurePosixPath(file).suffix.lower()
+    key, _, part = file.partition(".")
+    return f"{folder}{slash}{key}", part.lower()
 
 
 def _label(file: IO[bytes], member: tarfile.TarInfo) -> int:
-    """The number in a .cls file; -1 where it is none."""
+    """The number in a .cls file; -1 where it is empty or negative, -2 where it is none."""
     file.seek(member.offset_data)
     text = file.read(min(member.size, _LABEL_BYTES)).strip()
-    return int(text) if text.isdigit() and len(text) < _LABEL_BYTES - 1 else -1
+    if text.isdigit() and len(text) < _LABEL_BYTES - 1:
+        return int(text)
+    return -1 if not text or text.removeprefix(b"-").isdigit() else _NO_NUMBER
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
 
 
 def _bytes(name: str) -> bytes:

@@ -1,4 +1,4 @@
-"""What images come from: arrays and encoded files behind one small protocol."""
+"""What samples come from: a `Source` opens each as an `Item`, whatever it lies in."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import hashlib
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-from torchmae.data.decode import check_channels, decode
+from torchmae.data.folders import Masks
+from torchmae.data.formats import Context, Image, Item, Progress, open_item
+from torchmae.data.labels import Labels, ReadLabels, read_labels
 from torchmae.data.strings import Strings, pack_strings
-from torchmae.errors import ConfigError, DataError
-
-Image = npt.NDArray[Any]
-Labels = npt.NDArray[np.int64]
+from torchmae.errors import DataError
 
 MAX_BYTES = 512 * 2**20
 """Largest image file that is read: as many bytes as a hundred million pixels seldom take."""
@@ -27,56 +28,94 @@ MAX_BYTES = 512 * 2**20
 _SIZES_ASKED = 10_000
 
 
-class Source(Protocol):
-    """Images in a fixed order, with labels where there are any.
+class Source(ABC):
+    """Samples in a fixed order, with labels where there are any.
 
     Attributes:
         labels: (N,), -1 where unknown; None where nothing has a label.
         classes: the name of each label, where known.
+        remarks: what was assumed or left out when it was opened, a short phrase each: "3 .heic files not used".
     """
 
-    labels: Labels | None
-    classes: tuple[str, ...] | None
+    labels: Labels | None = None
+    classes: tuple[str, ...] | None = None
+    remarks: tuple[str, ...] = ()
 
+    @abstractmethod
     def __len__(self) -> int:
-        """How many images there are."""
+        """How many samples there are."""
+
+    @abstractmethod
+    def open(self, index: int) -> Item:
+        """One sample, its header read; DataError with the reason, without its name, where it cannot be opened."""
+
+    def open_page(self, index: int, page: int) -> Item:  # noqa: ARG002
+        """One page of a sample's file, from 0."""
+        return self.open(index)
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Where a sample is from, for messages: a path, or "digits/17"."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hexadecimal digest that changes when samples are added, removed, renamed or replaced."""
+
+    @abstractmethod
+    def with_channels(self, channels: int) -> Source:
+        """The same samples read with so many channels; ConfigError where that cannot be."""
 
     def read(self, index: int) -> Image:
-        """(*size, C) uint8, uint16 or float32, an array of the caller's own; DataError, naming it, if unreadable."""
+        """The values of a sample, (*size, C) uint8, uint16 or float32; DataError, which names it, if unreadable."""
+        try:
+            return self.open(index).read()
+        except DataError as error:
+            raise DataError(f"{self.name(index)}: {error.problem}", error.fix) from None
 
-    def name(self, index: int) -> str:
-        """Where an image is from, for messages: a path, or "digits/17"."""
+    def notes(self) -> list[str]:
+        """What was assumed, decided or left out, a short phrase each, without the values' own (`reading.survey`)."""
+        return list(self.remarks)
 
-    def fingerprint(self) -> str:
-        """A hexadecimal digest that changes when images are added, removed, renamed or replaced."""
+    def _take_labels(self, labels: npt.ArrayLike | None, classes: Sequence[str] | None) -> None:
+        """Sets labels and classes from whatever form they are stored in (`labels.read_labels`)."""
+        read = ReadLabels(None) if labels is None else read_labels(labels, len(self))
+        self.labels = read.labels
+        self.classes = read.classes or (None if classes is None or read.note else tuple(classes))
+        self.remarks = (*self.remarks, *([read.note] if read.note else []))
 
-    def with_channels(self, channels: int) -> Source:
-        """The same images read with so many channels; ConfigError where that cannot be."""
+    def label_fingerprint(self) -> str:
+        """A hexadecimal digest that changes when labels or classes do; "" where there are none."""
+        return "" if self.labels is None else digest([np.ascontiguousarray(self.labels), *(self.classes or ())])
+
+    def stamp(self) -> str:
+        """What changes when a file is replaced by one of the same name and size; "" where nothing tells."""
+        return ""
+
+    def encoded(self, index: int) -> bytes | None:  # noqa: ARG002
+        """The bytes of a sample's file; None: it is in none of its own. DataError without the name."""
+        return None
+
+    def whole(self) -> tuple[Image, npt.NDArray[np.int64] | None] | None:
+        """All samples where they lie in memory as one array: (M, *size, C) and the row of each, None if in order."""
+        return None
+
+    def read_ahead(self, indices: npt.NDArray[np.int64]) -> None:  # noqa: B027 (most have nothing to do)
+        """Starts to bring these samples near; returns at once, and fails for none of them."""
+
+    def subset(self, indices: npt.NDArray[np.int64]) -> Source:
+        """Some of the samples, in this order."""
+        return Subset(self, indices)
 
 
-@runtime_checkable
-class ReadsAhead(Protocol):
-    """A source that is faster when it knows what will be wanted next."""
-
-    def read_ahead(self, indices: npt.NDArray[np.int64]) -> None:
-        """Starts to bring these images near; returns at once, and fails for none of them."""
+def all_notes(splits: Mapping[str, Source]) -> list[str]:
+    """The notes of all splits, each once."""
+    return list(dict.fromkeys(note for source in splits.values() for note in source.notes()))
 
 
-def read_ahead(source: Source, indices: npt.NDArray[np.int64]) -> None:
-    """Tells a source which images will be read next; of no effect where they are at hand."""
-    while isinstance(source, Subset):
-        indices = source.indices[indices]
-        source = source.source
-    if isinstance(source, ReadsAhead):
-        source.read_ahead(indices)
-
-
-def resolve(source: Source, index: int) -> tuple[Source, int]:
-    """The source that an image of subsets of subsets is in the end read from, and its index there."""
-    while isinstance(source, Subset):
-        index = int(source.indices[index])
-        source = source.source
-    return source, index
+def data_line(notes: Iterable[str]) -> str:
+    """The line that says what was assumed, decided or left out; "" where nothing was."""
+    said = "; ".join(dict.fromkeys(notes))
+    return f"data: {said}" if said else ""
 
 
 def digest(parts: Iterable[object]) -> str:
@@ -94,156 +133,13 @@ def spread(length: int, count: int) -> npt.NDArray[np.int64]:
     return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(np.int64))
 
 
-class ArraySource:
-    """Images in one array.
+class EncodedSource(Source):
+    """Samples that are stored as encoded files, whatever those lie in, and decoded when they are read.
 
     Args:
-        images: (N, *size, C) or, without a channel axis, (N, *size); bool, uint8, uint16 or floats.
         labels: (N,) integers, -1 where unknown.
         classes: the name of each label.
-        title: what to call the images in messages.
-        spatial_dims: how many axes are spatial, 1 to 3; None: (N, L), (N, H, W), (N, H, W, C), (N, D, H, W, C).
-        file: a .npy file that `images` is mapped from: worker processes map it again instead of copying it.
-
-    Raises:
-        DataError: an array that is no set of images, with the way to make it one.
-        ConfigError: its shape does not have `spatial_dims` spatial axes.
-    """
-
-    def __init__(
-        self,
-        images: Image,
-        labels: npt.ArrayLike | None = None,
-        classes: Sequence[str] | None = None,
-        *,
-        title: str = "array",
-        spatial_dims: int | None = None,
-        file: Path | None = None,
-    ) -> None:
-        check_type(images.dtype, title)
-        dims = spatial_axes(images.shape, spatial_dims, title)
-        self.images = images if images.ndim == dims + 2 else images[..., None]
-        self.labels = None if labels is None else checked_labels(labels, len(images), title)
-        self.classes = None if classes is None else tuple(classes)
-        self._title = title
-        self._file = file
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def read(self, index: int) -> Image:
-        """(*size, C): bool becomes uint8 0 and 255, any float float32."""
-        return plain_type(self.images[index])
-
-    def name(self, index: int) -> str:
-        """The title and the index."""
-        return f"{self._title}/{index}"
-
-    def fingerprint(self) -> str:
-        """Of shape, type and the content of 64 images."""
-        sample = self.images[spread(len(self), 64)]
-        return digest([self.images.shape, self.images.dtype, np.ascontiguousarray(sample).tobytes()])
-
-    def with_channels(self, channels: int) -> ArraySource:
-        """The source itself; ConfigError where `channels` is not what the array has."""
-        have = self.images.shape[-1]
-        if channels != have:
-            raise ConfigError(
-                f"{self._title} has {have} channels and the model takes {channels}",
-                f"set model.in_chans to {have}, or leave it out",
-            )
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        if self._file is not None:
-            state["images"] = self.images.shape
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if self._file is not None:
-            self.images = map_array(self._file).reshape(state["images"])
-
-
-def check_type(dtype: np.dtype[Any], title: str) -> None:
-    """DataError unless images can be of this type."""
-    if dtype.kind not in "bf" and dtype not in (np.uint8, np.uint16):
-        raise DataError(f"{title} holds {dtype}", "save uint8 (0 to 255), uint16 (0 to 65535) or floats (0 to 1)")
-
-
-def plain_type(image: Image) -> Image:
-    """A copy of an image in a type that a source may give: bool becomes uint8 0 and 255, any float float32."""
-    if image.dtype == np.bool_:
-        return image.astype(np.uint8) * np.uint8(255)
-    with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold is infinite, and found to be so later
-        return image.astype(np.float32 if image.dtype.kind == "f" else image.dtype.newbyteorder("="))
-
-
-def map_array(path: Path) -> Image:
-    """Maps a .npy file into memory; nothing is read before it is used, and writing does not reach the file."""
-    try:
-        array: Image = np.load(path, mmap_mode="c", allow_pickle=False)
-    except Exception as error:  # a damaged header fails as NumPy's parser, or the memory it asks for, sees fit
-        reason = " ".join(str(error).split())
-        if not isinstance(error, OSError) and (" at 0x" in reason or not isinstance(error, (ValueError, EOFError))):
-            reason = "its header is damaged"
-        raise DataError(f"cannot read {path}: {reason}", "save one numeric array with numpy.save") from error
-    return array
-
-
-def unpacked_bytes(arrays: Any, names: Iterable[str] | None = None) -> int:
-    """Bytes that arrays of an opened .npz file take in memory, as it says itself; no more are ever read from it.
-
-    Args:
-        arrays: as numpy.load gives them.
-        names: which of them; None: all.
-    """
-    wanted = set(arrays.files if names is None else names)
-    return sum(item.file_size for item in arrays.zip.infolist() if item.filename.removesuffix(".npy") in wanted)
-
-
-def spatial_axes(shape: tuple[int, ...], given: int | None, title: str) -> int:
-    """How many axes of an array of images are spatial, as `ArraySource` says; DataError when it looks like none."""
-    dims = given if given is not None else {2: 1, 3: 2, 4: 2, 5: 3}.get(len(shape), 0)
-    if dims == 0 or len(shape) not in (dims + 1, dims + 2):
-        form = "it should be (images, *size) or (images, *size, channels)"
-        if given is None:
-            raise DataError(f"{title} has shape {shape}", f"{form} with 1 to 3 numbers in size")
-        raise ConfigError(
-            f"{title} has shape {shape}, which does not fit the {given} numbers of model.input_size",
-            f"{form} with as many numbers in size as model.input_size has",
-        )
-    if 0 in shape:
-        raise DataError(f"{title} has shape {shape}: it is empty", "save at least one image")
-    if len(shape) == dims + 2 and shape[1] <= 16 < shape[-1] and shape[1] < shape[2]:
-        raise DataError(
-            f"{title} has shape {shape}, which looks like channels first", "save numpy.moveaxis(images, 1, -1) instead"
-        )
-    return dims
-
-
-def checked_labels(labels: npt.ArrayLike, count: int, title: str) -> Labels:
-    """Labels as (N,) int64, a second axis of length 1 taken off; DataError unless they are `count` integers."""
-    array = np.asarray(labels)
-    if array.shape == (count, 1):
-        array = array[:, 0]
-    if array.shape != (count,) or array.dtype.kind not in "iu":
-        raise DataError(
-            f"the labels of {title} have shape {array.shape} and type {array.dtype}",
-            f"they should be {count} integers, one an image, -1 where unknown",
-        )
-    return array.astype(np.int64, copy=False)
-
-
-class EncodedSource(ABC):
-    """Images that are stored as the bytes of image files and decoded when they are read.
-
-    Args:
-        channels: 1 or 3; None: what each image has.
-        labels: (N,) integers, -1 where unknown.
-        classes: the name of each label.
-        title: what to call the images in messages.
+        context: how they are decoded.
     """
 
     def __init__(
@@ -251,53 +147,54 @@ class EncodedSource(ABC):
         length: int,
         labels: npt.ArrayLike | None,
         classes: Sequence[str] | None,
-        channels: int | None,
-        title: str,
+        context: Context,
     ) -> None:
-        self.channels = check_channels(channels)
-        self.labels = None if labels is None else checked_labels(labels, length, title)
-        self.classes = None if classes is None else tuple(classes)
+        self.context = context
         self._length = length
+        self._take_labels(labels, classes)
 
     def __len__(self) -> int:
         return self._length
 
     @abstractmethod
     def encoded(self, index: int) -> bytes:
-        """The bytes of an image file; DataError with the reason, without the name, where they cannot be had."""
+        """The bytes of a sample's file; DataError with the reason, without the name, where they cannot be had."""
 
-    @abstractmethod
-    def name(self, index: int) -> str:
-        """Where an image is from."""
+    def file_name(self, index: int) -> str:
+        """A name whose suffix tells the format where the content does not."""
+        return self.name(index)
 
-    @abstractmethod
-    def fingerprint(self) -> str:
+    def open(self, index: int) -> Item:
         """As in `Source`."""
+        return open_item(self.encoded(index), self.context, lambda: self.file_name(index))
 
-    def read(self, index: int) -> Image:
-        """(H, W, C), as `decode` gives it."""
-        try:
-            return decode(self.encoded(index), self.channels)
-        except DataError as error:
-            raise DataError(f"{self.name(index)}: {error}") from None
+    def open_page(self, index: int, page: int) -> Item:
+        """As in `Source`."""
+        return open_item(self.encoded(index), replace(self.context, page=page), lambda: self.file_name(index))
 
     def with_channels(self, channels: int) -> Self:
-        """The same images, all decoded to 1 or 3 channels."""
+        """The same samples; one that has another number, and is neither grey nor colour, cannot be opened."""
         same = copy.copy(self)
-        same.channels = check_channels(channels)
+        same.context = replace(self.context, channels=channels)
         return same
 
 
 class FileSource(EncodedSource):
-    """Image files.
+    """Encoded files on a disk.
 
     Args:
         root: the folder that `names` are relative to.
         names: paths of the files, with "/".
         labels: (N,) integers, -1 where unknown.
         classes: the name of each label.
-        channels: 1 or 3; None: what each file has.
+        context: how they are decoded.
+        remarks: as in `Source`.
+
+    Attributes:
+        masks: the masks beside the files; None: there are none.
     """
+
+    masks: Masks | None = None
 
     def __init__(
         self,
@@ -305,11 +202,13 @@ class FileSource(EncodedSource):
         names: Sequence[str] | Strings,
         labels: npt.ArrayLike | None = None,
         classes: Sequence[str] | None = None,
-        channels: int | None = None,
+        context: Context = Context(),
+        remarks: Sequence[str] = (),
     ) -> None:
-        super().__init__(len(names), labels, classes, channels, str(root))
+        super().__init__(len(names), labels, classes, context)
         self._root = root
         self._names = names if isinstance(names, Strings) else pack_strings(os.fsencode(name) for name in names)
+        self.remarks = tuple(remarks)
 
     def _path(self, index: int) -> Path:
         return self._root / os.fsdecode(self._names[index])
@@ -335,6 +234,10 @@ class FileSource(EncodedSource):
         sizes = (file_size(self._path(int(i))) for i in spread(len(self), _SIZES_ASKED))
         return digest([*self._names.parts, *sizes])
 
+    def stamp(self) -> str:
+        """Of when 10,000 files at most were changed."""
+        return digest(_changed(self._path(int(i))) for i in spread(len(self), _SIZES_ASKED))
+
 
 def printable(name: bytes) -> str:
     """A name as one line of text: what is not printable (line ends, a terminal's escape codes) is escaped."""
@@ -349,6 +252,14 @@ def check_size(raw: bytes) -> bytes:
     return raw
 
 
+def _changed(path: Path) -> int:
+    """When a file was changed, in nanoseconds; -1 where there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except (OSError, ValueError):
+        return -1
+
+
 def file_size(path: Path) -> int:
     """Bytes of a file; -1 where there is none."""
     try:
@@ -357,11 +268,11 @@ def file_size(path: Path) -> int:
         return -1
 
 
-class Subset:
-    """Some of a source's images.
+class Subset(Source):
+    """Some of a source's samples.
 
     Args:
-        source: the images.
+        source: the samples.
         indices: (M,) which of them, in this order.
         labels: (M,) labels to put in place of the source's own.
         classes: the names of `labels`; only with them.
@@ -379,13 +290,22 @@ class Subset:
         own = None if source.labels is None else source.labels[indices]
         self.labels = own if labels is None else labels
         self.classes = source.classes if labels is None else classes
+        self.remarks = source.remarks
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def read(self, index: int) -> Image:
+    def open(self, index: int) -> Item:
         """The source's."""
-        return self.source.read(int(self.indices[index]))
+        return self.source.open(int(self.indices[index]))
+
+    def open_page(self, index: int, page: int) -> Item:
+        """The source's."""
+        return self.source.open_page(int(self.indices[index]), page)
+
+    def encoded(self, index: int) -> bytes | None:
+        """The source's."""
+        return self.source.encoded(int(self.indices[index]))
 
     def name(self, index: int) -> str:
         """The source's."""
@@ -395,19 +315,61 @@ class Subset:
         """Of the source's and the indices."""
         return digest([self.source.fingerprint(), np.ascontiguousarray(self.indices)])
 
+    def stamp(self) -> str:
+        """The source's."""
+        return self.source.stamp()
+
     def with_channels(self, channels: int) -> Subset:
         """The same subset of the source with `channels`."""
         same = copy.copy(self)
         same.source = self.source.with_channels(channels)
         return same
 
+    def whole(self) -> tuple[Image, npt.NDArray[np.int64] | None] | None:
+        """The source's, and which of its rows these are."""
+        found = self.source.whole()
+        if found is None:
+            return None
+        images, rows = found
+        return images, self.indices if rows is None else rows[self.indices]
 
-def relabel(source: Source, classes: tuple[str, ...]) -> Source:
-    """The same images with labels that count in `classes`; -1 for a class that is not among them.
+    def read_ahead(self, indices: npt.NDArray[np.int64]) -> None:
+        """Tells the source."""
+        self.source.read_ahead(self.indices[indices])
 
-    Without names, labels keep their numbers.
+
+class EachPage(Subset):
+    """Every page of a source's files as a sample of its own.
+
+    Args:
+        source: the files.
+        counts: (N,) how many pages each has.
     """
-    if source.labels is None or source.classes is None or source.classes == classes:
-        return source
-    numbers = np.array([classes.index(name) if name in classes else -1 for name in source.classes] + [-1])
-    return Subset(source, np.arange(len(source)), numbers[source.labels].astype(np.int64), classes)
+
+    def __init__(self, source: Source, counts: npt.NDArray[np.int64]) -> None:
+        super().__init__(source, np.repeat(np.arange(len(counts)), counts))
+        self._pages = np.concatenate([np.arange(count) for count in counts])
+        self.remarks = (*source.remarks, f"{len(self):,} pages of {len(counts):,} files, each a sample")
+
+    def open(self, index: int) -> Item:
+        """One page."""
+        return self.source.open_page(int(self.indices[index]), int(self._pages[index]))
+
+    def encoded(self, index: int) -> bytes | None:  # noqa: ARG002
+        """None: the file holds other pages too."""
+        return None
+
+    def name(self, index: int) -> str:
+        """The file and the page, from 1."""
+        return f"{super().name(index)}, page {self._pages[index] + 1}"
+
+
+def each_page(source: Source, progress: Progress | None) -> Source:
+    """A source whose samples are the pages of the files; the source itself where each has one."""
+    counts = np.ones(len(source), dtype=np.int64)
+    for index in range(len(source)):
+        with suppress(DataError):  # which says so again when it is read
+            counts[index] = source.open(index).meta.get("pages", 1)
+        if progress is not None and ((index + 1) % 1000 == 0 or index + 1 == len(source)):
+            progress("counting pages", index + 1, len(source))
+    return source if (counts == 1).all() else EachPage(source, counts)

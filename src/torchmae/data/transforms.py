@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from torchmae.data.transfer import to_device
-
 Boxes = npt.NDArray[np.int64]
 
 _TRIES = 10
+_LONG = 2**21  # pixels times target pixels of an axis, above which a matrix is not worth its zeros
 _MAX_WEIGHTS = 2**24  # of one axis at a time: 64 MB, and a few times that in passing
 CROP_NUMBERS = 2 * _TRIES + 2
 """Random numbers that `crop_boxes` takes for each sample: area and aspect of ten tries, and a place on two axes."""
@@ -130,7 +131,8 @@ def resample(images: Tensor, boxes: Boxes, target: tuple[int, ...], flip: npt.ND
     """Cuts a box out of each image and resamples it: separable, antialiased bicubic (a = -0.5, as in Pillow).
 
     Only pixels inside the box contribute. One weight matrix per image and axis, applied by one batched product per
-    axis; a flip is the reversed matrix of the last axis.
+    axis; a flip is the reversed matrix of the last axis. Along an axis so long that most of the matrix would be zeros,
+    only the pixels that count are taken (`resample_long`).
 
     Args:
         images: (B, C, *size), 1 to 3 spatial dimensions, floats or unsigned integers, on any device.
@@ -148,13 +150,20 @@ def resample(images: Tensor, boxes: Boxes, target: tuple[int, ...], flip: npt.ND
     # Boxes and flips stay NumPy's up to here, so that this question does not wait for an accelerator.
     if size == target and (boxes == [(0, length) for length in size]).all() and not flip.any():
         return resampled
-    part = max(1, _MAX_WEIGHTS // max(have * want for have, want in zip(size, target, strict=True)))
+    products = [have * want for have, want in zip(size, target, strict=True)]
+    part = max(1, _MAX_WEIGHTS // min(max(products), _LONG))
     if batch > part:
         starts = [slice(i, i + part) for i in range(0, batch, part)]
         return torch.cat([resample(images[i], boxes[i], target, flip[i]) for i in starts])
     box_tensor = to_device(torch.from_numpy(boxes), images.device)
     mirrored = to_device(torch.from_numpy(flip), images.device)[:, None, None]
     for axis in reversed(range(len(size))):
+        if products[axis] > _LONG:
+            columns = resample_long(resampled.flatten(1, -2), boxes[:, axis], target[axis])  # (B, rest, target)
+            if axis == len(size) - 1:
+                columns = torch.where(mirrored, columns.flip(-1), columns)
+            resampled = columns.transpose(1, 2).reshape(batch, target[axis], *resampled.shape[1:-1])
+            continue
         weights = resample_weights(box_tensor[:, axis], size[axis], target[axis])  # (B, target, source)
         if axis == len(size) - 1:
             weights = torch.where(mirrored, weights.flip(1), weights)
@@ -165,7 +174,36 @@ def resample(images: Tensor, boxes: Boxes, target: tuple[int, ...], flip: npt.ND
     resampled = resampled.movedim(-1, 1).contiguous()  # every axis has moved in front of the channels
     if images.is_floating_point():
         return resampled
-    return resampled.round_().clamp_(0, value_range(images.dtype))
+    return resampled.round_().clamp_(0, torch.iinfo(images.dtype).max)
+
+
+def resample_long(values: Tensor, boxes: Boxes, target: int) -> Tensor:
+    """What `resample` does along one axis, without a matrix: a pass for each of the pixels that a target pixel takes.
+
+    Args:
+        values: (B, rows, length) float32, on any device.
+        boxes: (B, 2), start and length of the box in pixels.
+        target: pixels wanted.
+
+    Returns:
+        (B, rows, target) float32.
+    """
+    start, length = boxes[:, :1].astype(np.float64), boxes[:, 1:].astype(np.float64)
+    step = length / target
+    width = np.maximum(step, 1)
+    centres = start + (np.arange(target) + 0.5) * step  # (B, target)
+    first = np.ceil(centres - 2 * width - 0.5)
+    result = values.new_zeros(*values.shape[:2], target)
+    total = np.zeros_like(centres)
+    for offset in range(math.ceil(4 * width.max()) + 1):
+        pixels = first + offset
+        weights = _cubic(torch.from_numpy(np.abs(pixels + 0.5 - centres) / width)).numpy()
+        weights[(pixels < start) | (pixels >= start + length)] = 0
+        total += weights
+        places = to_device(torch.from_numpy(pixels.clip(0, values.shape[-1] - 1).astype(np.int64)), values.device)
+        taken = values.gather(2, places[:, None].expand(-1, values.shape[1], -1))
+        result.addcmul_(taken, to_device(torch.from_numpy(weights.astype(np.float32)), values.device)[:, None])
+    return result.div_(to_device(torch.from_numpy(total.astype(np.float32)), values.device)[:, None])
 
 
 def resample_weights(boxes: Tensor, source: int, target: int) -> Tensor:
@@ -218,23 +256,81 @@ def mirror(images: Tensor, rows: Tensor) -> Tensor:
     return images
 
 
-def value_range(dtype: torch.dtype) -> float:
-    """The value that stands for 1.0: 255 for uint8, 65535 for uint16, 1 for floats."""
-    return float(torch.iinfo(dtype).max) if not dtype.is_floating_point else 1.0
+FULL_SCALE = {"uint8": 255.0, "uint16": 65535.0, "float32": 1.0}
+"""The value of each type of stored values that stands for 1, unless data.scale says otherwise."""
 
 
-def normalise(images: Tensor, mean: Tensor, std: Tensor, scale: float) -> Tensor:
-    """(images / scale - mean) / std.
+@dataclass(frozen=True)
+class Normalisation:
+    """From stored values to the model's input, and back to what can be looked at and measured.
+
+    A stored value is divided by the number that stands for 1 in its type; then `mean` is subtracted, and the rest is
+    divided by `std`.
+
+    Attributes:
+        mean: one for each channel, of scaled values.
+        std: likewise, above 0.
+        low: the scaled value that is shown black, one for each channel; None: 0.
+        high: the one that is shown white; None: 1.
+        scale: what stands for 1 in each type of stored values that the model was trained on; of other types, and where
+            it is None, FULL_SCALE says.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    low: tuple[float, ...] | None = None
+    high: tuple[float, ...] | None = None
+    scale: dict[str, float] | None = None
+
+    def one(self, dtype: torch.dtype | np.dtype[Any]) -> float:
+        """The stored value that stands for 1."""
+        name = str(dtype).removeprefix("torch.")
+        return {**FULL_SCALE, **(self.scale or {})}["float32" if name.startswith("float") else name]
+
+    def apply(self, images: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Stored values, (B, C, *size), as the model takes them: float32, contiguous, on the same device.
+
+        Args:
+            images: any type.
+            dtype: that they were stored in; None: their own.
+        """
+        mean, std = (torch.tensor(values, device=images.device) for values in (self.mean, self.std))
+        return normalise(images, mean, std, self.one(dtype or images.dtype))
+
+    def shown(self, images: Tensor) -> Tensor:
+        """The model's input, (B, C, *size), on the CPU, with 0 for `low` and 1 for `high`; nothing is clamped."""
+        shape = (1, -1, *(1,) * (images.ndim - 2))
+        mean, std = (torch.tensor(values).view(shape) for values in (self.mean, self.std))
+        values = images.float().cpu() * std + mean
+        if self.low is None or self.high is None:
+            return values
+        low, high = (torch.tensor(ends).view(shape) for ends in (self.low, self.high))
+        return (values - low) / (high - low)
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor, one: float) -> Tensor:
+    """(images / one - mean) / std.
 
     Args:
         images: (B, C, *size).
-        mean: (C,), of values in [0, 1].
-        std: (C,), of values in [0, 1], above 0.
-        scale: `value_range` of the type that the images were stored in.
+        mean: (C,), of scaled values.
+        std: (C,), of scaled values, above 0.
+        one: the stored value that stands for 1.
 
     Returns:
         (B, C, *size) float32, contiguous whatever `images` is.
     """
     channels = (-1,) + (1,) * (images.ndim - 2)
     floats = images.to(torch.float32, memory_format=torch.contiguous_format)
-    return (floats * (1 / (scale * std)).view(channels)).sub_((mean / std).view(channels))
+    return (floats * (1 / (one * std)).view(channels)).sub_((mean / std).view(channels))
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device. A GPU's copy may still be under way: work that is queued behind it sees it done.
+
+    It comes from pinned memory, which PyTorch keeps until then; from other memory CUDA would wait for the work before
+    it, and other devices might read what has been freed.
+    """
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)

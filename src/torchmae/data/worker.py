@@ -7,11 +7,11 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from multiprocessing import connection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,18 +19,18 @@ import torch
 from PIL import Image as PillowImage
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
-from torchmae.data.decode import Picture
-from torchmae.data.jpeg import Region
+from torchmae.data.formats import FORMATS, Image, Region
+from torchmae.data.labels import Labels
 from torchmae.data.plan import Indices
 from torchmae.data.reading import first_readable
-from torchmae.data.slots import Slots
-from torchmae.data.sources import EncodedSource, Image, Labels, Source, read_ahead, resolve
-from torchmae.data.transforms import CROP_NUMBERS, Boxes, crop_boxes, eval_box, reduction, resample, value_range
+from torchmae.data.sources import Source
+from torchmae.data.transforms import CROP_NUMBERS, FULL_SCALE, Boxes, crop_boxes, eval_box, reduction, resample
 from torchmae.errors import DataError
 from torchmae.random import Purpose, uniform
 
+PER_WORKER = 4  # slots: two batches that PyTorch asks for in advance, and two on their way to a GPU
 _GROUP = 16  # images that are opened, then decoded, then cut up together
 _GROUP_PIXELS = 2**22  # of such images: 12 MB in colour
 
@@ -117,6 +117,58 @@ class Fetched(NamedTuple):
     slot: int | None = None
 
 
+class Slots:
+    """Memory in which worker processes hand batches over, kept from batch to batch; made in the main process.
+
+    PyTorch takes new shared memory for each batch, which the system clears page by page as it is written: an eighth of
+    the time that a worker needs for a batch of JPEGs on one machine (docs/performance.md). Here each worker has some of
+    its own, and is told which of it is free again.
+
+    Args:
+        num_workers: how many there are; with none, there are no slots.
+    """
+
+    def __init__(self, num_workers: int) -> None:
+        self._taken = torch.zeros(num_workers * PER_WORKER, dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
+        self._memory: dict[int, Tensor] = {}  # a worker's own
+
+    def stack(self, images: Sequence[Tensor]) -> tuple[Tensor, int | None]:
+        """In a worker: the images as one batch, and its slot.
+
+        Args:
+            images: (*size) each, of one type.
+
+        Returns:
+            (B, *size), and what to call `give_back` with when it was copied; None: in memory of its own, since this is
+            no worker or none of its slots is free.
+        """
+        slot = self._take()
+        if slot is None:
+            return torch.stack(list(images)), None
+        first = images[0]
+        num_bytes = len(images) * first.nbytes
+        if slot not in self._memory or self._memory[slot].nbytes < num_bytes:
+            self._memory[slot] = torch.empty(num_bytes, dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
+        batch = self._memory[slot][:num_bytes].view(first.dtype).view(len(images), *first.shape)
+        torch.stack(list(images), out=batch)
+        return batch, slot
+
+    def give_back(self, slot: int | None) -> None:
+        """In the main process: what the slot holds was copied, and may be written over."""
+        if slot is not None:
+            self._taken[slot] = False
+
+    def _take(self) -> int | None:
+        worker = get_worker_info()
+        if worker is None:
+            return None
+        own = range(worker.id * PER_WORKER, (worker.id + 1) * PER_WORKER)
+        slot = next((slot for slot in own if not self._taken[slot]), None)
+        if slot is not None:
+            self._taken[slot] = True
+        return slot
+
+
 class Reader(Dataset[Fetched]):
     """Makes batches in a worker process: decodes, crops and resizes, and leaves integers integers.
 
@@ -125,16 +177,32 @@ class Reader(Dataset[Fetched]):
         channels: of each image.
         view: how they become the model's input.
         slots: memory to hand batches over in; None: new memory for each.
+        scale: as in `Normalisation`.
     """
 
-    def __init__(self, source: Source, channels: int, view: View, slots: Slots | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        channels: int,
+        view: View,
+        slots: Slots | None = None,
+        scale: Mapping[str, float] | None = None,
+    ) -> None:
         self.source = source
         self.channels = channels
         self.view = view
         self.slots = slots or Slots(0)
+        self.scale = scale
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_formats": dict(FORMATS)}  # with those that were added from outside
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        FORMATS.update(state.pop("_formats"))
+        self.__dict__.update(state)
 
     def __getitem__(self, request: Request) -> Fetched:
-        read_ahead(self.source, request.indices)
+        self.source.read_ahead(request.indices)
         numbers = crop_numbers(request)
         bad: list[tuple[str, str]] = []
         images: list[Tensor] = []
@@ -153,7 +221,7 @@ class Reader(Dataset[Fetched]):
         labels = labels_of(self.source.labels, np.array(read, dtype=np.int64))
         if not images:  # a rank's part of a batch smaller than the world
             return Fetched(torch.empty(0, *self.view.input_size, self.channels), labels, bad)
-        batch, slot = self.slots.stack(of_one_type(images))
+        batch, slot = self.slots.stack(of_one_type(images, self.scale))
         return Fetched(batch, labels, bad, slot=slot)
 
     def _open(self, index: int, numbers: npt.NDArray[np.float32], bad: list[tuple[str, str]]) -> _Sample:
@@ -197,33 +265,25 @@ class _Sample:
         self.index = index
         self.numbers = numbers
         self._target = view.input_size
-        self._picture: Picture | None = None
+        self._item = source.open(index)
         self._image: Image | None = None
-        base, position = resolve(source, index)
-        if isinstance(base, EncodedSource):
-            self._picture = Picture(base.encoded(position), base.channels)
-            size: tuple[int, ...] = self._picture.size
-        else:
-            self._image = base.read(position)
-            size = self._image.shape[:-1]
-        self.pixels = math.prod(size)
-        self._boxes = boxes_of(numbers, size, view)
+        self.pixels = math.prod(self._item.size)
+        self._boxes = boxes_of(numbers, self._item.size, view)
         self._factor = 1
 
     def read(self) -> None:
         """Reads the pixels that the crops need; DataError where they cannot be."""
-        if self._picture is None:
+        if self._image is not None:
             return
-        factor = reduction(self._boxes, self._target)
-        if factor == 1:
-            region = _around(self._boxes)
-            self._image = self._picture.read(region=region)
-            self._boxes = self._boxes - np.array([[region[0], 0], [region[1], 0]])
-        else:
-            self._image = self._picture.read(factor)
-            if self._image.shape[:-1] != self._picture.size:
+        factor = reduction(self._boxes, self._target) if self._item.reduces else 1
+        if factor > 1:
+            self._image = self._item.read(reduction=factor)
+            if self._image.shape[:-1] != self._item.size:
                 self._factor = factor
-        self._picture = None
+            return
+        region = _around(self._boxes)
+        self._image = self._item.read(region)
+        self._boxes = self._boxes - np.array([[start, 0] for start, _ in region])
 
     def crops(self) -> list[Tensor]:
         """The crops, (*input_size, C) each; after `read`."""
@@ -253,12 +313,11 @@ def _groups(samples: Iterable[_Sample]) -> Iterator[list[_Sample]]:
 
 
 def _around(boxes: Boxes) -> Region:
-    """The smallest region of a picture that holds all of its boxes."""
-    (top, height), (left, width) = boxes[0].tolist()
-    if len(boxes) > 1:
-        (top, left), (bottom, right) = boxes[..., 0].min(axis=0).tolist(), boxes.sum(axis=-1).max(axis=0).tolist()
-        height, width = bottom - top, right - left
-    return top, left, height, width
+    """The smallest region of an image that holds all of its boxes."""
+    if len(boxes) == 1:
+        return tuple((start, length) for start, length in boxes[0].tolist())
+    first, behind = boxes[..., 0].min(axis=0).tolist(), boxes.sum(axis=-1).max(axis=0).tolist()
+    return tuple((start, stop - start) for start, stop in zip(first, behind, strict=True))
 
 
 def cut(image: Image, box: Boxes, target: tuple[int, ...]) -> Tensor:
@@ -299,14 +358,14 @@ def cut_between_pixels(image: Image, box: npt.NDArray[np.float64], target: tuple
     return torch.from_numpy(np.array(resized).reshape(*target, -1))
 
 
-def of_one_type(images: list[Tensor]) -> list[Tensor]:
-    """Images that may differ in type as such that do not: bytes beside 16 bits are widened, integers beside floats
-    scaled."""
+def of_one_type(images: list[Tensor], scale: Mapping[str, float] | None = None) -> list[Tensor]:
+    """Casts a batch to one type: bytes beside 16 bits are widened; floats or a `data.scale` make all of it floats."""
     kinds = {image.dtype for image in images}
     if len(kinds) == 1:
         return images
-    if any(kind.is_floating_point for kind in kinds):
-        return [image.float() / value_range(image.dtype) for image in images]
+    if scale or any(kind.is_floating_point for kind in kinds):
+        one = {**FULL_SCALE, **(scale or {})}
+        return [image.float() * (one["float32"] / one[str(image.dtype)[6:]]) for image in images]
     wide = (image.int() * (257 if image.dtype == torch.uint8 else 1) for image in images)  # 255 * 257 = 65535
     return [image.to(torch.uint16) for image in wide]
 

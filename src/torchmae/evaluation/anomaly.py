@@ -25,15 +25,15 @@ from torch import Tensor
 
 from torchmae.data.loader import Batch
 from torchmae.data.sources import Source
+from torchmae.data.transforms import Normalisation
 from torchmae.errors import CheckpointError, ConfigError, DataError
-from torchmae.evaluation.images import ImageSet, Normalisation
+from torchmae.evaluation.images import ImageSet
 from torchmae.evaluation.sharing import Share
+from torchmae.files import replace_file
 from torchmae.nn.autoencoder import Autoencoder
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Mask
 from torchmae.random import Purpose, permutation, uniform
-from torchmae.training.checkpoint import replace_file
-from torchmae.training.pretrained import denormalise
 from torchmae.training.progress import Display
 from torchmae.training.runtime import Runtime
 
@@ -123,7 +123,7 @@ def run(
         shown = detection.scores["patch_knn"].argsort(descending=True, stable=True)[:PICTURED]
         images = torch.cat([batch.images.cpu() for batch in test.only(shown.numpy()).batches()])
         if images.ndim == 4:
-            pixels = denormalise(images, normalisation.mean, normalisation.std)
+            pixels = normalisation.shown(images).clamp(0, 1)
             assert isinstance(model, MaskedAutoencoder)
             picture = heat_map_grid(pixels, detection, shown, model.encoder.grid)
             buffer = io.BytesIO()

@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from torchmae.data.decode import BadFiles
+from torchmae.data.formats import Context, Progress
 from torchmae.data.layouts import open_splits
-from torchmae.data.reading import Progress, probe
+from torchmae.data.opening import check_apart
+from torchmae.data.reading import BadFiles, probe
 from torchmae.data.sources import Source, Subset
+from torchmae.data.transforms import Normalisation
 from torchmae.errors import ConfigError, DataError
-from torchmae.evaluation.images import ImageSet, Normalisation, check_sizes, with_channels
+from torchmae.evaluation.images import ImageSet, check_sizes, with_channels
 from torchmae.evaluation.options import DataOptions
 
 GOOD = "good"
@@ -52,17 +54,17 @@ def open_anomaly_data(
         ConfigError: images that do not fit the model, a class that does not exist, or the same images twice.
         DataError: data that is missing, without classes, or without normal or without anomalous images.
     """
-    sources = open_splits(normal, options.root, spatial_dims=len(input_size), progress=progress)
-    tests = open_splits(test, options.root, spatial_dims=len(input_size), progress=progress)
+    context = Context.of(options, spatial_dims=len(input_size), progress=progress)
+    sources, tests = open_splits(normal, context), open_splits(test, context)
     split = next(name for name in ("test", "val", "train") if name in tests)
-    if test == normal and split == "train":
-        raise ConfigError(f"{test} has no test split, and its images are the normal ones", "give others to test")
+    check_apart(tests[split], sources["train"], f"test {test!r} has no test split, and", "other images to test")
     known = sources["train"] if normal_classes is None else only_classes(sources["train"], normal_classes)
     names = {GOOD} | folder_names(known) if normal_classes is None else set(normal_classes)
     pair = []
     for source in (known, mark_anomalous(tests[split], names)):
-        fitting = with_channels(source, channels)
-        check_sizes(probe(fitting), fitting, input_size)
+        seen = probe(source)
+        fitting = with_channels(source, seen, channels)
+        check_sizes(seen, fitting, input_size)
         images = ImageSet(
             fitting,
             data=options,

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchmae.data.reading import Progress
+from torchmae.data.formats import Progress
 from torchmae.evaluation.images import ImageSet
 from torchmae.evaluation.options import AttentiveOptions
 from torchmae.evaluation.scores import rank, score

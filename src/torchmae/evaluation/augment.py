@@ -10,8 +10,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-from torchmae.data.transfer import to_device
-from torchmae.data.transforms import normalise
+from torchmae.data.transforms import normalise, to_device
 from torchmae.errors import ConfigError
 from torchmae.evaluation.finetune_config import InputSettings
 

@@ -15,7 +15,7 @@ from torchmae.evaluation import linear
 from torchmae.evaluation.features import extract, pixels
 from torchmae.evaluation.images import fixed_rows, rows_with_label
 from torchmae.evaluation.knn import knn_accuracy
-from torchmae.evaluation.scores import Labelled, num_classes_of
+from torchmae.evaluation.scores import Labelled, majority, num_classes_of
 from torchmae.evaluation.sharing import share
 from torchmae.nn.autoencoder import Autoencoder
 from torchmae.training.ranks import ALONE, Ranks
@@ -62,6 +62,13 @@ class FeatureProbe:
     def run_on_pixels(self, ranks: Ranks = ALONE) -> dict[str, float]:
         """knn and linear of the images themselves, the baseline that a model has to beat."""
         return class_figures(*self._features(pixels, ranks), self._linear_train)
+
+    def majority(self) -> dict[str, float]:
+        """majority: percent of the held-out images that are of the commonest class; majority_images: of how many."""
+        assert self._train.labels is not None and self._val.labels is not None
+        val = self._val.labels[self._val_rows]
+        share = majority(self._train.labels[self._train_rows], val)[1]
+        return {"majority": share, "majority_images": float(len(val))}
 
     def _features(
         self, encode: Callable[[Iterable[Batch]], tuple[Tensor, Tensor]], ranks: Ranks

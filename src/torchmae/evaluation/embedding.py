@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from torchmae.data.reading import Progress
+from torchmae.data.formats import Progress
 from torchmae.errors import CheckpointError, ConfigError, DataError
 from torchmae.evaluation.images import ImageSet
 from torchmae.evaluation.subject import Subject
-from torchmae.training.checkpoint import replace_file
+from torchmae.files import replace_file
 from torchmae.training.runtime import Runtime
 
 BLOCK_IMAGES = 2000

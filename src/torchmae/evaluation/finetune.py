@@ -19,12 +19,13 @@ from torchmae.config import DataConfig
 from torchmae.data.loader import Batch, ImageLoader
 from torchmae.data.plan import Indices
 from torchmae.data.sources import Subset
+from torchmae.data.transforms import Normalisation
 from torchmae.errors import ConfigError, DataError
 from torchmae.evaluation.augment import build_augment
 from torchmae.evaluation.few_shot import check_counts, draw_images
 from torchmae.evaluation.finetune_config import FinetuneConfig
 from torchmae.evaluation.finetune_training import Job, Learner, State, SubsetPlan, fit, restore, save
-from torchmae.evaluation.images import Normalisation, check_classes, class_names, rows_with_label
+from torchmae.evaluation.images import check_classes, class_names, rows_with_label
 from torchmae.evaluation.scores import Result, Scores, rank, score
 from torchmae.evaluation.sharing import share
 from torchmae.nn.autoencoder import Autoencoder
@@ -108,7 +109,7 @@ def finetune(
     display = display or Display("none")
     ranks = runtime.ranks
     rows, test_rows = labelled_rows(train, "training"), labelled_rows(test, "test")
-    classes = class_names(train.source, test.source)
+    classes = class_names(train.source)
     check_classes(Subset(train.source, rows), classes)
     assert train.labels is not None
     if labels_per_class is not None:

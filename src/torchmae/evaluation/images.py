@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import numpy as np
 import torch
 
 from torchmae.config import DataConfig
-from torchmae.data.decode import BadFiles
+from torchmae.data.arrays import DoesNotFitError, Held, hold
+from torchmae.data.formats import Context, Progress
+from torchmae.data.labels import in_training_classes
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import Batch, ImageLoader
-from torchmae.data.memory import DoesNotFitError, Held, hold
+from torchmae.data.opening import check_apart
 from torchmae.data.plan import Indices, hold_out
-from torchmae.data.reading import Probe, Progress, probe, reader_processes, statistics
-from torchmae.data.sources import Source, Subset, relabel
+from torchmae.data.reading import BadFiles, Probe, fit_channels, measure, probe, reader_processes
+from torchmae.data.sources import Source, Subset, all_notes, data_line
+from torchmae.data.transforms import Normalisation
 from torchmae.data.worker import View
 from torchmae.errors import ConfigError, DataError, one_of
 from torchmae.evaluation.options import DataOptions, EvaluateOptions
@@ -26,19 +29,6 @@ from torchmae.training.ranks import Ranks
 
 HELD_OUT = "held-out"
 _GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Normalisation:
-    """What the model was trained with.
-
-    Attributes:
-        mean: one for each channel, of values in [0, 1].
-        std: likewise.
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
 
 class ImageSet:
@@ -90,8 +80,7 @@ class ImageSet:
             self.source,
             hold_if_it_fits(self.source, self._data.memory_limit * _GIB, self.bad, self._progress),
             view=View(self._input_size, augmentation.crop_scale, augmentation.crop_ratio, augmentation.flip),
-            mean=self._normalisation.mean,
-            std=self._normalisation.std,
+            normalisation=self._normalisation,
             device=self._device,
             num_workers=reader_processes(self._data.num_workers),
             bad=self.bad,
@@ -145,8 +134,10 @@ class EvaluationData:
     bad: BadFiles
 
     def fingerprints(self) -> dict[str, str]:
-        """Digests that change when the images do."""
-        return {"train": self.train.source.fingerprint(), "test": self.test.source.fingerprint()}
+        """Digests that change when the images do, and others that change when the labels do."""
+        sources = {"train": self.train.source, "test": self.test.source}
+        images = {split: source.fingerprint() for split, source in sources.items()}
+        return images | {f"{split}_labels": source.label_fingerprint() for split, source in sources.items()}
 
 
 def open_evaluation_data(
@@ -176,25 +167,33 @@ def open_evaluation_data(
         ConfigError: options that do not fit the data, or data that does not fit the model.
         DataError: data that is missing, empty, unreadable, or without the labels needed.
     """
-    train, test = choose_sources(options, spatial_dims=len(input_size), progress=progress)
-    notes: tuple[str, ...] = ()
+    context = Context.of(options.data, spatial_dims=len(input_size), progress=progress)
+    train, test, notes = choose_sources(options, context)
     if labelled:
-        given = len(train), len(test)
+        for what, source in (("training", train), ("test", test)):
+            unlabelled = 0 if source.labels is None else int((source.labels < 0).sum())
+            if unlabelled:
+                notes += (f"{unlabelled:,} {what} images without a label are left out",)
+        test, lost = in_training_classes(test, train, "test")
+        notes += lost
         train, test = only_labelled(train, "training"), only_labelled(test, "test")
-        for what, before, after in zip(("training", "test"), given, (len(train), len(test)), strict=True):
-            if after < before:
-                notes += (f"{before - after:,} {what} images without a label (or of an unknown class) are left out",)
     train, test = first_of_fixed_order(train, options.train_images), first_of_fixed_order(test, options.test_images)
-    classes = class_names(train, test)
+    classes = class_names(train)
     if labelled:
         check_classes(train, classes)
     seen = probe(train)
-    notes += check_sizes(seen, train, input_size) or check_sizes(probe(test), test, input_size)
+    test_seen = probe(test)
+    notes += check_sizes(seen, train, input_size) or check_sizes(test_seen, test, input_size)
     channels = seen.channels if channels is None else channels
-    train, test = with_channels(train, channels), with_channels(test, channels)
+    train, test = with_channels(train, seen, channels), with_channels(test, test_seen, channels)
     bad = BadFiles(len(train) + len(test), options.data.max_bad)
+    said = [*all_notes({"train": train, "test": test}), *seen.notes, *test_seen.notes]
     if normalisation is None:
-        normalisation = Normalisation(*statistics(train, progress=progress))
+        normalisation = measure(train, scale=options.data.scale, kinds=seen.kinds, progress=progress).normalisation
+    else:
+        normalisation, types = rescaled(normalisation, options.data, seen)
+        said += types
+    notes += tuple(filter(None, [data_line(said)]))
     image_set = partial(
         ImageSet,
         data=options.data,
@@ -247,16 +246,21 @@ def open_parts(
         DataError: data that is missing, empty or unreadable.
     """
     assert data.source is not None
-    splits = open_splits(data.source, data.root, spatial_dims=len(input_size), progress=progress)
+    splits = open_splits(data.source, Context.of(data, spatial_dims=len(input_size), progress=progress))
     if split != "all":
         one_of("split", split, splits)
     sources = [splits[name] for name in ("train", "val", "test") if name in splits and split in (name, "all")]
     notes: tuple[str, ...] = ()
-    for source in sources:
-        notes = notes or check_sizes(probe(source), source, input_size)
+    probes = [probe(source) for source in sources]
+    said = all_notes({str(i): source for i, source in enumerate(sources)})
+    for source, seen in zip(sources, probes, strict=True):
+        notes = notes or check_sizes(seen, source, input_size)
+        normalisation, types = rescaled(normalisation, data, seen)
+        said += [*seen.notes, *types]
+    notes += tuple(filter(None, [data_line(said)]))
     parts = [
         ImageSet(
-            with_channels(source, channels),
+            with_channels(source, seen, channels),
             data=data,
             batch_size=batch_size,
             input_size=input_size,
@@ -265,17 +269,15 @@ def open_parts(
             bad=BadFiles(len(source), data.max_bad),
             progress=progress,
         )
-        for source in sources
+        for source, seen in zip(sources, probes, strict=True)
     ]
     return parts, notes
 
 
-def choose_sources(
-    options: EvaluateOptions, spatial_dims: int, progress: Progress | None = None
-) -> tuple[Source, Source]:
-    """Training and test images, as `EvaluateOptions.test_data` says."""
+def choose_sources(options: EvaluateOptions, context: Context) -> tuple[Source, Source, tuple[str, ...]]:
+    """Training and test images, as `EvaluateOptions.test_data` says, and what there is to say about them."""
     assert options.data.source is not None
-    splits = open_splits(options.data.source, options.data.root, spatial_dims=spatial_dims, progress=progress)
+    splits = open_splits(options.data.source, context)
     train = splits["train"]
     name = options.test_data or next((name for name in ("test", "val") if name in splits), HELD_OUT)
     if name == "train":
@@ -284,16 +286,17 @@ def choose_sources(
         kept, held_out = hold_out(len(train), options.data.val_size)
         if not len(held_out):
             raise DataError(f"{options.data.source} has too few images to hold some out", "give --test-data too")
-        return Subset(train, kept), Subset(train, held_out)
+        return Subset(train, kept), Subset(train, held_out), ()
     if name in splits:
-        return train, splits[name]
+        return train, splits[name], ()
     try:
-        others = open_splits(name, options.data.root, spatial_dims=spatial_dims, progress=progress)
+        others = open_splits(name, context)
     except DataError as error:
         known = ", ".join([*(split for split in splits if split != "train"), HELD_OUT, "or a path"])
         raise ConfigError(f"test_data {name!r} cannot be used: {error.problem}", f"choose from {known}") from error
     test = next(others[split] for split in ("test", "val", "train") if split in others)
-    return train, test if train.classes is None else relabel(test, train.classes)
+    apart = check_apart(test, train, f"test_data {name!r}", f"{HELD_OUT} or another path")
+    return train, test, apart
 
 
 def rows_with_label(labels: Indices | None) -> Indices:
@@ -312,8 +315,9 @@ def only_labelled(source: Source, what: str) -> Source:
     """The images that have a label; DataError when none has."""
     known = rows_with_label(source.labels)
     if not len(known):
+        why = "".join(f"; {note}" for note in source.remarks if "labels" in note and "not used" in note)
         raise DataError(
-            f"the {what} images have no labels ({source.name(0)})",
+            f"the {what} images have no labels ({source.name(0)}{why})",
             "put each class into a folder of its own, or use --method reconstruction",
         )
     return source if len(known) == len(source) else Subset(source, known)
@@ -325,12 +329,11 @@ def first_of_fixed_order(source: Source, count: int | None) -> Source:
     return source if len(rows) == len(source) else Subset(source, rows)
 
 
-def class_names(train: Source, test: Source) -> tuple[str, ...]:
-    """The name of each label; its number where it has none."""
+def class_names(train: Source) -> tuple[str, ...]:
+    """The name of each label of the training images; its number where it has none."""
     if train.classes is not None:
         return train.classes
-    labels = [item.labels for item in (train, test) if item.labels is not None and len(item.labels)]
-    return tuple(str(i) for i in range(max((int(item.max()) + 1 for item in labels), default=0)))
+    return tuple(str(i) for i in range(0 if train.labels is None else int(train.labels.max(initial=-1)) + 1))
 
 
 def check_classes(train: Source, classes: tuple[str, ...]) -> None:
@@ -358,10 +361,23 @@ def check_sizes(seen: Probe, source: Source, input_size: tuple[int, ...]) -> tup
     return (f"images of {found} are cropped and resampled to the model's {'x'.join(map(str, input_size))}",)
 
 
-def with_channels(source: Source, channels: int) -> Source:
+def rescaled(normalisation: Normalisation, data: DataOptions, seen: Probe) -> tuple[Normalisation, list[str]]:
+    """A model's normalisation with data.scale, and a note where the images are of a type that it was not trained on."""
+    trained = normalisation.scale
+    if data.scale:
+        normalisation = replace(normalisation, scale={**(trained or {}), **data.scale})
+    new = [] if not trained else [kind for kind in seen.kinds if kind not in {**trained, **(data.scale or {})}]
+    if not new:
+        return normalisation, []
+    theirs = ", ".join(f"{kind} divided by {one:g}" for kind, one in (trained or {}).items())
+    ours = ", ".join(f"{kind} divided by {normalisation.one(np.dtype(kind)):g}" for kind in new)
+    return normalisation, [f"{ours} for a model trained on {theirs}; --data.scale sets another divisor"]
+
+
+def with_channels(source: Source, seen: Probe, channels: int) -> Source:
     """The images with the model's number of channels; ConfigError where that cannot be."""
     try:
-        return source.with_channels(channels)
+        return fit_channels(source, seen, channels)
     except ConfigError as error:
         raise ConfigError(error.problem, f"give images that have, or convert to, {channels} channels") from error
 

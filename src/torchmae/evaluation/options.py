@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torchmae.config import ReadOptions
 from torchmae.errors import ConfigError, one_of, within
 from torchmae.evaluation.finetune_config import FinetuneConfig
 
@@ -22,12 +23,11 @@ APPLIES_TO = {
 
 
 @dataclass(frozen=True)
-class DataOptions:
+class DataOptions(ReadOptions):
     """Where images come from and how they are read.
 
     Attributes:
         source: what `torchmae pretrain --data` takes: a folder, a file or a name; null: what the run was trained on.
-        root: where torchvision's sets are kept and downloaded to.
         val_size: how many training images are held out for testing when there is neither a test nor a val split (at
             most a fifth of them): the same ones that pre-training holds out.
         memory_limit: GiB that the decoded images of a split may fill; larger ones are read anew each time.
@@ -36,13 +36,13 @@ class DataOptions:
     """
 
     source: str | None = None
-    root: str = "data"
     val_size: int = 2000
     memory_limit: float = 4.0
     num_workers: int | None = None
     max_bad: float = 0.01
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         within("data.val_size", self.val_size, 1, UNLIMITED)
         within("data.memory_limit", self.memory_limit, 0, UNLIMITED)
         within("data.num_workers", self.num_workers, 0, 256)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchmae.data.transforms import Normalisation
 from torchmae.errors import ConfigError, one_of
 from torchmae.evaluation.inpainting import interpolate
 from torchmae.evaluation.reconstruction import HoldOut
@@ -19,7 +20,6 @@ from torchmae.nn.autoencoder import Autoencoder
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import STRATEGIES
 from torchmae.random import Purpose, uniform
-from torchmae.training.pretrained import denormalise
 from torchmae.training.runtime import Runtime
 
 BATCH = 250
@@ -37,8 +37,7 @@ def run(
     model: Autoencoder,
     images: Tensor,
     *,
-    mean: Sequence[float],
-    std: Sequence[float],
+    normalisation: Normalisation,
     runtime: Runtime,
     ratios: Sequence[float] = (0.5, 0.75, 0.9),
     strategies: Sequence[str] | None = None,
@@ -46,7 +45,7 @@ def run(
 ) -> dict[str, float]:
     """Figures for every strategy and ratio, each beside the same of interpolation. Arguments as for `measure`."""
     return measure(
-        model, images, mean=mean, std=std, runtime=runtime, ratios=ratios, strategies=strategies, seed=seed
+        model, images, normalisation=normalisation, runtime=runtime, ratios=ratios, strategies=strategies, seed=seed
     ).figures
 
 
@@ -54,8 +53,7 @@ def measure(
     model: Autoencoder,
     images: Tensor,
     *,
-    mean: Sequence[float],
-    std: Sequence[float],
+    normalisation: Normalisation,
     runtime: Runtime,
     ratios: Sequence[float] = (0.5, 0.75, 0.9),
     strategies: Sequence[str] | None = None,
@@ -67,8 +65,7 @@ def measure(
     Args:
         model: the model.
         images: (B, C, *size) float32, normalised, on the device.
-        mean: what was subtracted from each channel, of values in [0, 1].
-        std: what it was divided by.
+        normalisation: how they became so; PSNR and SSIM are of the range that it shows.
         runtime: where to compute.
         ratios: shares that are hidden, each in (0, 1).
         strategies: how; None: all that the model has.
@@ -99,7 +96,7 @@ def measure(
                     torch.split(images, BATCH), torch.split(torch.from_numpy(noise), BATCH), strict=True
                 )
             ]
-            values, note = _measure_one(model, batches, mean, std, runtime, metrics, share)
+            values, note = _measure_one(model, batches, normalisation, runtime, metrics, share)
             figures |= {f"{strategy}_{ratio:g}_{name}": value for name, value in values.items()}
             rows.append({"strategy": strategy, "ratio": ratio, **values})
             notes.append(f"PSNR and SSIM: {note}")
@@ -111,8 +108,7 @@ def measure(
 def _measure_one(
     model: Autoencoder,
     batches: Sequence[tuple[Tensor, Any]],
-    mean: Sequence[float],
-    std: Sequence[float],
+    normalisation: Normalisation,
     runtime: Runtime,
     metrics: Any,
     share: Share,
@@ -123,11 +119,11 @@ def _measure_one(
         with runtime.autocast():
             result = model.reconstruct(images, mask)
         note = result.note
-        original = denormalise(images, mean, std).numpy()
+        original = normalisation.shown(images).numpy()
         by_name: dict[str, list[float]] = {}
         guesses = {"": result.images, "_interpolation": interpolate(images, result.removed)}
         for suffix, guess in guesses.items():
-            for true, filled in zip(original, denormalise(guess, mean, std).numpy(), strict=True):
+            for true, filled in zip(original, normalisation.shown(guess).numpy(), strict=True):
                 for name, value in _compare(metrics, true, filled).items():
                     by_name.setdefault(f"{name}{suffix}", []).append(value)
         by_batch.append(by_name)
@@ -139,7 +135,7 @@ def _measure_one(
 
 
 def _compare(metrics: Any, true: np.ndarray[Any, Any], filled: np.ndarray[Any, Any]) -> dict[str, float]:
-    """PSNR and SSIM of one image (C, *size) with values in [0, 1]; SSIM from 3 pixels a side."""
+    """PSNR and SSIM of one image (C, *size) whose range is 1; SSIM from 3 pixels a side."""
     smallest = min(true.shape[1:])
     window = min(_WINDOW, smallest - 1 + smallest % 2)  # an odd number of pixels
     with np.errstate(divide="ignore"):  # equal pictures have no noise at all

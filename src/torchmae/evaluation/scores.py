@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from torchmae.data.plan import Indices
 
 TOP = 5
 CONFIDENCE = 0.95
 MAX_CONFUSION_CLASSES = 100
+_SHARD = re.compile(r"(?:[a-z]+[-_ ]?)?(?:\d+|[0-9a-f]{2})", re.IGNORECASE)  # names of folders that may be shards
 
 
 class Labelled(NamedTuple):
@@ -107,6 +112,31 @@ def score(ranking: Tensor, labels: Tensor, num_classes: int) -> Scores:
         counts=counts,
         confusion=confusion,
     )
+
+
+def majority(train: Indices, test: Indices) -> tuple[int, float]:
+    """The commonest class of the training labels, and the share of test labels that are of it, in percent."""
+    commonest = int(np.bincount(train).argmax())
+    return commonest, 100.0 * float((test == commonest).mean())
+
+
+def chance_note(figures: Mapping[str, float], train: Indices, test: Indices, classes: Sequence[str]) -> tuple[str, ...]:
+    """A note where no accuracy is surely above that of always answering the commonest class.
+
+    Args:
+        figures: as `Scores.figures` gives them; others are passed over.
+        train: labels of the training images.
+        test: labels of the test images.
+        classes: the name of each.
+    """
+    lowest = [figures[f"{name}_low"] for name in figures if f"{name}_low" in figures]
+    commonest, share = majority(train, test)
+    if not lowest or max(lowest) > share:
+        return ()
+    doubt = ""
+    if all(map(_SHARD.fullmatch, classes)):
+        doubt = f"; are {', '.join(classes[:3])} classes, or shards of one set of images?"
+    return (f"no better than always answering {classes[commonest]!r} ({share:.1f}%), within chance{doubt}",)
 
 
 def exact(tensor: Tensor) -> Tensor:

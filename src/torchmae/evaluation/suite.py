@@ -9,14 +9,15 @@ from typing import Any
 
 from torchmae.data.loader import one_line_when_a_worker_ends
 from torchmae.data.reading import probe
+from torchmae.data.sources import all_notes, data_line
 from torchmae.errors import ConfigError, Interrupted, one_of
 from torchmae.evaluation import attentive, few_shot
 from torchmae.evaluation.anomaly_data import open_anomaly_data
-from torchmae.evaluation.images import EvaluationData, Normalisation, check_sizes, open_evaluation_data
+from torchmae.evaluation.images import EvaluationData, check_sizes, open_evaluation_data, rescaled
 from torchmae.evaluation.methods import ANOMALY, METHODS, WITHOUT_LABELS, Bench, output_folder, run_data
 from torchmae.evaluation.options import APPLIES_TO, ComputeOptions, DataOptions, EvaluateOptions
 from torchmae.evaluation.records import append_record
-from torchmae.evaluation.scores import Result
+from torchmae.evaluation.scores import Result, chance_note
 from torchmae.evaluation.subject import PIXELS, RANDOM, Subject, pixels, untrained
 from torchmae.nn import presets
 from torchmae.paths import user_path
@@ -103,7 +104,12 @@ def evaluate(run: str | Path, options: EvaluateOptions, compute: ComputeOptions)
             display.close()
     unread = (f"{len(bad)} images could not be read, the first: {': '.join(bad[0])}",) if bad else ()
     of_methods = (note for by_subject in results.values() for result in by_subject.values() for note in result.notes)
-    notes = tuple(dict.fromkeys([*bench.data.notes, *unread, *left_out, *of_methods]))
+    own = {name: value for by in results.values() for name, value in by[subjects[0].name].figures.items()}
+    train, test = bench.data.train.source.labels, bench.data.test.source.labels
+    chance: tuple[str, ...] = ()
+    if options.method not in (*WITHOUT_LABELS, ANOMALY) and train is not None and test is not None:
+        chance = chance_note(own, train, test, bench.data.classes)
+    notes = tuple(dict.fromkeys([*bench.data.notes, *unread, *left_out, *of_methods, *chance]))
     return Evaluation(results, bench.data, notes, make_record(str(run), bench, subjects, options, results, notes))
 
 
@@ -156,7 +162,7 @@ def open_bench(
         batch_size=batch_size,
         input_size=tuple(arguments["input_size"]),
         channels=None if trained is None else arguments["in_chans"],
-        normalisation=None if description is None else Normalisation(description.mean, description.std),
+        normalisation=None if description is None else description.normalisation,
         device=runtime.device,
         labelled=options.method not in WITHOUT_LABELS,
         progress=display.preparing,
@@ -183,7 +189,7 @@ def open_normal_and_test(
     """The images of anomaly detection, the normal ones as training images; errors as of `open_anomaly_data`."""
     assert options.normal is not None
     assert options.test is not None
-    normalisation, channels = Normalisation(description.mean, description.std), description.arguments["in_chans"]
+    normalisation, channels = description.normalisation, description.arguments["in_chans"]
     names = None if options.normal_classes is None else [name.strip() for name in options.normal_classes.split(",")]
     normal, test = open_anomaly_data(
         options.normal,
@@ -197,8 +203,13 @@ def open_normal_and_test(
         batch_size=batch_size,
         progress=display.preparing,
     )
-    resampled = (check_sizes(probe(part.source), part.source, description.input_size) for part in (normal, test))
-    notes = next(filter(None, resampled), ())
+    notes: tuple[str, ...] = ()
+    said = all_notes({"normal": normal.source, "test": test.source})
+    for part in (normal, test):
+        seen = probe(part.source)
+        notes = notes or check_sizes(seen, part.source, description.input_size)
+        said += [*seen.notes, *rescaled(normalisation, options.data, seen)[1]]
+    notes += tuple(filter(None, [data_line(said)]))
     return EvaluationData(normal, test, normalisation, channels, ("normal", "anomalous"), notes, test.bad)
 
 
@@ -208,13 +219,20 @@ def mask_ratio(description: Description) -> float:
 
 
 def own_data(run: str, data: DataOptions) -> DataOptions:
-    """The options with the run's own data in place of none; ConfigError where the run does not say."""
-    if data.source is not None:
-        return data
+    """The options with the run's own data in place of none, read as the run did where nothing else is said.
+
+    Raises:
+        ConfigError: there is no data, and the run does not say which.
+    """
     own = run_data(run)
-    if own is None:
+    if own is None and data.source is None:
         raise ConfigError(f"data is not given and {run} does not say which", "add --data PATH_OR_NAME")
-    return replace(data, source=own.source, root=own.root, val_size=own.val_size)
+    if own is None:
+        return data
+    same = data.filled_from(own)  # a model sees other data as it saw its own
+    if data.source is None:
+        return replace(data, **same, source=own.source, val_size=own.val_size)
+    return replace(data, **{**same, "root": data.root})
 
 
 def measure(

@@ -36,6 +36,7 @@ class Exported:
         std: per-channel deviation.
         mask_ratio: that it was trained with.
         classes: the name of each logit of a classifier, where known.
+        scale: for each type of stored values, the one that stood for 1 in training; None: as FULL_SCALE says.
     """
 
     model: Autoencoder | Classifier
@@ -43,6 +44,7 @@ class Exported:
     std: tuple[float, ...]
     mask_ratio: float = 0.75
     classes: tuple[str, ...] | None = None
+    scale: dict[str, float] | None = None
 
     @property
     def encoder(self) -> ViTEncoder:

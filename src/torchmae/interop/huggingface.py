@@ -143,7 +143,7 @@ def _processor(exported: Exported) -> dict[str, Any]:
         "size": {"height": exported.input_size[0], "width": exported.input_size[1]},
         "resample": _BICUBIC,
         "do_rescale": True,
-        "rescale_factor": 1 / 255,
+        "rescale_factor": 1 / next(iter((exported.scale or {"uint8": 255.0}).values())),
         "do_normalize": True,
         "image_mean": list(exported.mean),
         "image_std": list(exported.std),

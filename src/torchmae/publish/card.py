@@ -47,7 +47,7 @@ def model_card(run: Path, exported: Exported, options: ExportOptions, check: Che
         _front_matter(options.to, classifier),
         f"# {_title(known, exported)}\n",
         f"{_summary(exported, options)}\n",
-        f"## Use\n\n{_ASIDE} Images are scaled to [0, 1], less the mean {_numbers(exported.mean)}, divided by "
+        f"## Use\n\n{_ASIDE} Images are {_scaled(exported)}, less the mean {_numbers(exported.mean)}, divided by "
         f"{_numbers(exported.std)} (for each channel).\n\n```python\n{code}```\n",
         f"## Training\n\n{_training(known, exported, options.data_licence)}\n",
     ]
@@ -134,6 +134,13 @@ def _front_matter(to: str, classifier: bool) -> str:
         f"---\nlibrary_name: {_LIBRARY.get(to, 'torchmae')}\npipeline_tag: {task}\n"
         "tags:\n- masked-autoencoder\n- self-supervised-learning\n- torchmae\n---\n"
     )
+
+
+def _scaled(exported: Exported) -> str:
+    """How stored values are scaled."""
+    if exported.scale is None or set(exported.scale) == {"uint8"}:
+        return "scaled to [0, 1]"
+    return " or ".join(f"{kind} divided by {one:g}" for kind, one in exported.scale.items())
 
 
 def _title(known: Run | None, exported: Exported) -> str:

@@ -100,7 +100,11 @@ def open_model(run: str | Path, target: str | None) -> Opened:
     pretrained = load(path, target=target)
     description = pretrained.description
     ratio = float(description.mask.get("ratio", 0.75))
-    return Opened(Exported(pretrained.model, description.mean, description.std, ratio), description, pretrained.notes)
+    return Opened(
+        Exported(pretrained.model, description.mean, description.std, ratio, scale=description.scale),
+        description,
+        pretrained.notes,
+    )
 
 
 def write(folder: Path, options: ExportOptions, opened: Opened) -> None:

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from torchmae.errors import ConfigError
+from torchmae.files import replace_file
 from torchmae.report.charts import ACCURACIES, RUN_COLOURS, Chart, Points, series_of
 from torchmae.report.evaluations import figures_of_run
 from torchmae.report.facts import duration, hidden_unit, latest, setting, short_count, state, title, yaml_text
@@ -25,7 +26,6 @@ from torchmae.report.page import Embedded, Titled, embed, load_titled, open_pict
 from torchmae.report.pictures import comparison_grid, read_layout, split_columns
 from torchmae.report.run import Run, load_run
 from torchmae.report.verdict import Figures, Verdict, final_figures, finite, judge, number, percent
-from torchmae.training.checkpoint import replace_file
 
 MAX_RUNS = 16
 

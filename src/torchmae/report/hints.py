@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +16,8 @@ _DATA_WAIT = 0.2
 # A gradient norm so many times its usual value has left the range in which a step can be trusted.
 _EXPLODING = 10.0
 _FEWEST_RECORDS = 10
+# Between two accuracies; less is put down to chance.
+_STANDARD_ERRORS = 2.0
 # Features that use fewer directions than this, or than this share of what they once used, have collapsed. On CIFAR-10
 # a ViT of width 192 begins at 34 and ends at 50 to 60.
 _COLLAPSED_RANK = 3.0
@@ -35,7 +38,13 @@ def hints(records: Records) -> list[str]:
 
 def training_hints(records: Records) -> list[str]:
     """As `hints`, without the loss: for a page that weighs it elsewhere."""
-    found = (collapse_hint(records), gradient_hint(records), update_hint(records), data_hint(records))
+    found = (
+        collapse_hint(records),
+        chance_hint(records),
+        gradient_hint(records),
+        update_hint(records),
+        data_hint(records),
+    )
     return [text for text in found if text]
 
 
@@ -62,6 +71,20 @@ def collapse_hint(records: Records) -> str:
     return (
         f"The features are collapsing: they use {last:.1f} directions in effect{fell}, so that images look alike to "
         "them. Lower the learning rate, or hide more."
+    )
+
+
+def chance_hint(records: Records) -> str:
+    """Whether kNN is no better than always answering the commonest class; empty if it is, or was not measured."""
+    knn, share = _last(records, "val", "knn"), _last(records, "baseline", "majority")
+    images = _last(records, "baseline", "majority_images")
+    if knn is None or share is None or not images:
+        return ""
+    if knn - share > _STANDARD_ERRORS * math.sqrt(max(share * (100 - share), 1.0) / images):
+        return ""
+    return (
+        f"kNN classifies {knn:.1f}% of {images:,.0f} held-out images correctly, always answering the commonest class "
+        f"{share:.1f}%: no difference. The labels may say nothing of the images, as folders that are mere shards do."
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from torchmae.config import PretrainConfig
+from torchmae.files import replace_file
 from torchmae.report import charts
 from torchmae.report.evaluations import latest_evaluations
 from torchmae.report.facts import describe, facts, hidden_unit, is_finished, setting, state, title, yaml_text
@@ -19,7 +20,6 @@ from torchmae.report.page import Embedded, embed, load_titled, open_picture, ren
 from torchmae.report.pictures import HEADERS, progress_grid, read_layout, split_columns
 from torchmae.report.run import Record, Run, load_run
 from torchmae.report.verdict import Figures, final_figures, finite, judge, number, percent, trend
-from torchmae.training.checkpoint import replace_file
 
 # Reconstructions shown side by side, from the first to the last.
 _MAX_MOMENTS = 4
@@ -38,6 +38,7 @@ _ENVIRONMENT_LABELS = {
     "precision": "Precision",
     "started": "Started",
     "command": "Command",
+    "data": "Data",
 }
 
 

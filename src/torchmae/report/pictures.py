@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from torchmae.errors import CheckpointError
+from torchmae.files import replace_file
 from torchmae.report.panels import BACKGROUND, TEXT, as_numpy, panel_scale, sample_panels
-from torchmae.training.checkpoint import replace_file
 
 if TYPE_CHECKING:
     from torchmae.report.panels import Images

@@ -22,7 +22,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,23 +191,6 @@ def clean(folder: Path) -> None:
     """Removes what an interrupted write left behind."""
     for path in folder.glob(f"{_WRITING}*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all: under another name, flushed, renamed.
-
-    Raises:
-        CheckpointError: the disk is full or cannot be written; an older file of that name is untouched.
-    """
-    writing = path.with_name(f"{_WRITING}{path.name}")
-    try:
-        writing.write_bytes(content)
-        _flush(writing)
-        writing.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            writing.unlink()
-        raise CheckpointError(f"cannot write {path}: {error.strerror}", "free space or mend the folder") from error
 
 
 def _read(path: Path) -> Checkpoint:

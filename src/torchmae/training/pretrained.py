@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import torchmae
-from torchmae.data.decode import decode
-from torchmae.data.transforms import eval_box, normalise, resample, value_range
+from torchmae.data.formats import Context, plain_type, read_file
+from torchmae.data.reading import FAR
+from torchmae.data.transforms import eval_box, resample
 from torchmae.errors import ConfigError, DataError, one_of
 from torchmae.interop.reading import is_foreign, read_weights
 from torchmae.interop.weights import Weights, build, full_arguments
@@ -60,17 +61,35 @@ class Pretrained:
     def _preprocess(self, image: str | Path | npt.NDArray[Any]) -> Tensor:
         size = self.description.input_size
         channels = self.description.arguments["in_chans"]
-        array = image if isinstance(image, np.ndarray) else read_image(Path(image), channels)
-        if array.dtype.kind != "f" and array.dtype not in (np.uint8, np.uint16):
-            raise ConfigError(f"an image has type {array.dtype}", "give uint8, uint16 or floats from 0 to 1")
+        array = image if isinstance(image, np.ndarray) else read_image(Path(image), channels, len(size))
+        array = self._checked(array)
         if array.ndim != len(size) + 1 or array.shape[-1] != channels:
             raise ConfigError(
                 f"an image has shape {array.shape}", f"this model takes {len(size)} axes and {channels} channels, last"
             )
         pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 0)))[None]
         resized = resample(pixels, eval_box(array.shape[:-1], size)[None], size, np.zeros(1, dtype=np.bool_))
-        mean, std = torch.tensor(self.description.mean), torch.tensor(self.description.std)
-        return normalise(resized, mean, std, value_range(pixels.dtype))
+        return self.description.normalisation.apply(resized, pixels.dtype)
+
+    def _checked(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """An image of a type, and on a scale, that the model was trained on."""
+        if array.dtype.kind == "i" or (array.dtype.kind == "u" and array.dtype.itemsize > 2):
+            array = plain_type(array)
+        trained = self.description.normalisation.scale or {}
+        if "float32" in trained and len(trained) == 1 and array.dtype.kind in "ui":
+            raise ConfigError(
+                f"an image has type {array.dtype} and the model was trained on floats, taken as they are",
+                "convert it to float32, in the unit of the training data",
+            )
+        if array.dtype.kind != "f" and array.dtype not in (np.uint8, np.uint16):
+            raise ConfigError(f"an image has type {array.dtype}", "give uint8, uint16 or floats from 0 to 1")
+        if trained and "float32" not in trained and array.dtype.kind == "f" and np.nanmax(np.abs(array)) > FAR:
+            kinds = ", ".join(f"{kind} divided by {one:g}" for kind, one in trained.items())
+            raise ConfigError(
+                f"an image has floats up to {np.nanmax(np.abs(array)):g} and the model was trained on {kinds}",
+                "divide by the same number first",
+            )
+        return array
 
     @torch.no_grad()
     def encode(self, images: Tensor, pool: str = "mean") -> Tensor:
@@ -140,16 +159,10 @@ def _adopt(weights: Weights) -> Pretrained:
     return Pretrained(build(weights), description, weights.notes)
 
 
-def read_image(path: Path, channels: int | None) -> npt.NDArray[Any]:
-    """One image file as `decode` gives it; DataError where it cannot be read."""
+def read_image(path: Path, channels: int | None, spatial_dims: int = 2) -> npt.NDArray[Any]:
+    """(*size, C) of one file, all pages of it for a volume; DataError where it cannot be read."""
+    pages: Literal["first", "stack"] = "stack" if spatial_dims > 2 else "first"
     try:
-        return decode(path, channels)
+        return read_file(path, Context(channels=channels, spatial_dims=spatial_dims, pages=pages))
     except DataError as error:
         raise DataError(f"cannot read {error}", "give image files, such as PNG or JPEG") from error
-
-
-def denormalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(B, C, *size) back to values in [0, 1], on the CPU; those outside are clamped."""
-    shape = (1, -1, *(1,) * (images.ndim - 2))
-    scale = torch.tensor(std).view(shape)
-    return (images.float().cpu() * scale + torch.tensor(mean).view(shape)).clamp(0, 1)

@@ -9,9 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from torchmae.data.cache import lock_file
 from torchmae.errors import CheckpointError, ConfigError
-from torchmae.training.checkpoint import replace_file
+from torchmae.files import lock_file, replace_file
 
 
 class RunFolder:

@@ -10,9 +10,9 @@ from typing import Any
 from safetensors.torch import load_file
 
 from torchmae.errors import CheckpointError
+from torchmae.files import replace_file
 from torchmae.interop.files import check_content
 from torchmae.nn.classifier import Classifier
-from torchmae.training.checkpoint import replace_file
 from torchmae.training.saved_model import check_size, write_weights
 
 FORMAT = 1

@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from torchmae.data.transforms import Normalisation
 from torchmae.errors import CheckpointError
+from torchmae.files import replace_file
 from torchmae.interop.files import check_content
 from torchmae.nn import presets
 from torchmae.nn.autoencoder import Autoencoder
-from torchmae.training.checkpoint import load_checkpoint, replace_file
+from torchmae.training.checkpoint import load_checkpoint
 
 FORMAT = 1
 
@@ -33,6 +35,9 @@ class Description:
         classes: class names of the training data, if it had any; the model knows nothing of them.
         torchmae: version that wrote it.
         format: of this file.
+        low: value of each channel that is shown black; None: 0.
+        high: value of each channel that is shown white; None: 1.
+        scale: for each type of values that the training images were stored in, the value that stood for 1.
     """
 
     arguments: dict[str, Any]
@@ -42,6 +47,14 @@ class Description:
     classes: tuple[str, ...] | None
     torchmae: str
     format: int = FORMAT
+    low: tuple[float, ...] | None = None
+    high: tuple[float, ...] | None = None
+    scale: dict[str, float] | None = None
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """How stored values become the model's input."""
+        return Normalisation(self.mean, self.std, self.low, self.high, self.scale)
 
     @property
     def input_size(self) -> tuple[int, ...]:
@@ -119,8 +132,8 @@ def _read_description(path: Path) -> Description:
         for name in ("input_size", "patch_size"):
             if name in values["arguments"]:
                 values["arguments"][name] = tuple(values["arguments"][name])
-        for name in ("mean", "std", "classes"):
-            if values[name] is not None:
+        for name in ("mean", "std", "classes", "low", "high"):
+            if values.get(name) is not None:
                 values[name] = tuple(values[name])
         return Description(**values)
     except OSError as error:

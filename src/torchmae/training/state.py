@@ -137,7 +137,7 @@ def input_range(images: Tensor) -> str:
         low, high = finite.min().item(), finite.max().item()
         texts.append(f"input values of the last step lie from {low:.3g} to {high:.3g} after normalisation")
         if max(-low, high) > LARGEST_USUAL:
-            texts.append("which is far from 0: look for fill values with `torchmae data inspect` first")
+            texts.append("which is far from 0: `torchmae data inspect` shows fill values, --data.nodata takes them out")
     return ", ".join(texts)
 
 

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from torchmae.config import MaskConfig, PretrainConfig
 from torchmae.data.loader import Batch
-from torchmae.data.transfer import to_device
+from torchmae.data.transforms import to_device
 from torchmae.nn.autoencoder import Autoencoder
 from torchmae.nn.masking import Mask
 from torchmae.random import Purpose, uniform

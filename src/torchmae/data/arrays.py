@@ -1,0 +1,549 @@
+"""Samples in arrays: in memory, mapped from .npy files, in HDF5 and Zarr; what their axes mean; what is held."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from torchmae.data.formats import NOT_FINITE, ArrayItem, Context, Image, Progress, stored_type
+from torchmae.data.labels import Labels
+from torchmae.data.reading import BadFiles, Reading, read_many, read_or_next, stand_ins
+from torchmae.data.sources import Source, digest, spread
+from torchmae.data.transforms import to_device
+from torchmae.errors import ConfigError, DataError, TorchmaeError
+
+HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf")
+ZARR_SUFFIX = ".zarr"
+
+PREFIXES = (("", "train"), ("train_", "train"), ("val_", "val"), ("test_", "test"))
+"""What the names of the arrays `images` and `labels` may begin with, and the split that it means."""
+
+_GIB = 2**30
+_FEW = 16  # channels that an axis may be taken for
+_SURE = 4  # channels that a last axis is taken for whatever the others are
+_ELONGATED = 3  # a picture whose sides differ more may as well be a signal
+_CHECKED_AT_ONCE = 2**24  # values
+
+
+class Axes(NamedTuple):
+    """What the axes of a sample mean.
+
+    Attributes:
+        channel_axis: of the sample; None: it has one channel and no axis for it.
+        note: how they were taken, where the shape leaves a choice.
+    """
+
+    channel_axis: int | None
+    note: str | None = None
+
+
+def sample_axes(shape: tuple[int, ...], context: Context, title: str) -> Axes:
+    """What the axes of a sample mean: as `context.axes` says, else the one reading that its shape has.
+
+    Args:
+        shape: of one sample.
+        context: `axes`, and how many of them the model takes for spatial.
+        title: what to call it in messages.
+
+    Raises:
+        DataError: a shape with several readings, or none.
+        ConfigError: axes, or an input of the model, that do not fit it.
+    """
+    if 0 in shape:
+        raise DataError(f"{title} has samples of shape {_times(shape)}: they are empty", "save at least one value")
+    dims = context.spatial_dims
+    if context.axes is not None:
+        return _given_axes(shape, context.axes, dims, title)
+    if len(shape) not in (1, 2, 3, 4) if dims is None else len(shape) not in (dims, dims + 1):
+        form = "samples are (*size) or (*size, channels), 1 to 3 numbers in size"
+        if dims is None:
+            raise DataError(f"{title} has samples of shape {_times(shape)}", form)
+        raise ConfigError(
+            f"{title} has samples of shape {_times(shape)} and model.input_size has {dims} numbers",
+            "give model.input_size a number for each axis that is not channels",
+        )
+    if len(shape) == 1 or (dims == len(shape) and len(shape) < 3):
+        return Axes(None)
+    readings = _readings(shape, dims)
+    if context.channels is not None:  # which may tell them apart
+        fitting = [axes for axes in readings if context.channels == (shape[axes.index("C")] if "C" in axes else 1)]
+        readings = fitting[:1] or readings
+    if len(readings) != 1:
+        words = ", ".join(f"{axes} ({_words(axes)})" for axes in readings or _all_readings(shape, dims))
+        raise DataError(
+            f"{title} has samples of shape {_times(shape)}, which may be read as {words}",
+            f"say which: --data.axes {(readings or _all_readings(shape, dims))[0]}",
+        )
+    axes = readings[0]
+    note = (
+        None
+        if dims == len(shape) or (axes.endswith("C") and shape[-1] <= _SURE)
+        else f"{_times(shape)} read as {axes} ({_words(axes)})"
+    )
+    return Axes(axes.index("C") if "C" in axes else None, note)
+
+
+def _given_axes(shape: tuple[int, ...], axes: str, dims: int | None, title: str) -> Axes:
+    if len(axes) != len(shape):
+        raise ConfigError(
+            f"data.axes is {axes!r} and {title} has samples of shape {_times(shape)}", f"give {len(shape)} letters"
+        )
+    spatial = len(axes.replace("C", ""))
+    if dims is not None and spatial != dims:
+        raise ConfigError(
+            f"data.axes {axes!r} has {spatial} axes beside channels and model.input_size {dims} numbers",
+            f"give model.input_size {spatial} numbers, or other axes",
+        )
+    return Axes(axes.index("C") if "C" in axes else None)
+
+
+def _readings(shape: tuple[int, ...], dims: int | None) -> list[str]:
+    """The plausible meanings of the axes of a sample, the likeliest first; of two axes or more."""
+    low, high = min(shape), max(shape)
+    last, first = shape[-1], shape[0]
+    few_last, few_first = last <= _FEW, first <= _FEW
+    square = first == shape[1] and first != last
+    if square and max(shape[1:]) >= _ELONGATED * min(shape[1:]):
+        few_first = False  # a long last axis behind two equal ones is no side of a picture
+    if len(shape) == 2:
+        if dims == 1:
+            return ["LC"] if last < first else ["CL", "LC"]
+        return ["HW"] if high < _ELONGATED * low else ["HW", "CL" if first < last else "LC"]
+    sure = last <= _SURE and last < min(shape[:-1])
+    space, volume = ("HW", "ZYX") if len(shape) == 3 else ("ZYX", "")
+    if dims == len(shape):
+        return [volume]
+    if sure or (few_last and first > last):
+        return [f"{space}C"]
+    found = [f"{space}C"] if few_last or square else []
+    if few_first or (len(set(shape[1:])) == 1 and first != last):
+        found.append(f"C{space}")
+    if volume and dims is None:
+        found.append(volume)
+    return found or _all_readings(shape, dims)
+
+
+def _all_readings(shape: tuple[int, ...], dims: int | None) -> list[str]:
+    by_length = {2: ["HW", "LC", "CL"], 3: ["HWC", "CHW", "ZYX"], 4: ["ZYXC", "CZYX"]}
+    return [axes for axes in by_length[len(shape)] if dims is None or len(axes.replace("C", "")) == dims]
+
+
+def _words(axes: str) -> str:
+    kind = {1: "signals", 2: "pictures", 3: "volumes"}[len(axes.replace("C", ""))]
+    where = {0: "channels first", len(axes) - 1: "channels last", -1: "one channel"}[axes.find("C")]
+    return f"{kind}, {where}"
+
+
+def _times(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+class ArraySource(Source):
+    """Samples along the first axis of one array.
+
+    Args:
+        images: (N, ...) of any integers, floats or bool: a NumPy array, or what `FileArray` gives.
+        labels: (N,) integers, -1 where unknown.
+        classes: the name of each label.
+        title: what to call the samples in messages.
+        context: `axes` and `spatial_dims` say what its axes are, `nodata` which values are none.
+
+    Raises:
+        DataError: an array that is no set of samples, with the way to make it one.
+        ConfigError: its shape does not fit what `context` says of it.
+    """
+
+    def __init__(
+        self,
+        images: Any,
+        labels: npt.ArrayLike | None = None,
+        classes: Sequence[str] | None = None,
+        *,
+        title: str = "array",
+        context: Context = Context(),
+    ) -> None:
+        if len(images.shape) < 2 or not images.shape[0]:
+            raise DataError(
+                f"{title} has shape {images.shape}", "it should be (samples, *size) or (samples, *size, channels)"
+            )
+        try:
+            stored_type(np.dtype(images.dtype))
+        except DataError as error:
+            raise DataError(f"{title} {error.problem}", error.fix) from None
+        axes = sample_axes(tuple(images.shape[1:]), context, title)
+        self.images = images
+        self.remarks = () if axes.note is None else (axes.note,)
+        self._take_labels(labels, classes)
+        self._axis = axes.channel_axis
+        self._title = title
+        self._nodata = context.nodata
+
+    def __len__(self) -> int:
+        return int(self.images.shape[0])
+
+    def open(self, index: int) -> ArrayItem:
+        """As in `Source`."""
+        item = ArrayItem(self.images, self._axis, place=index)
+        item.nodata = self._nodata
+        return item
+
+    def name(self, index: int) -> str:
+        """The title and the index."""
+        return f"{self._title}/{index}"
+
+    def fingerprint(self) -> str:
+        """Of shape, type and the content of 64 samples."""
+        shape = tuple(self.images.shape) if self._axis is not None else (*self.images.shape, 1)
+        sample = (np.ascontiguousarray(self.images[int(i)]).tobytes() for i in spread(len(self), 64))
+        return digest([shape, self.images.dtype, b"".join(sample)])
+
+    def with_channels(self, channels: int) -> ArraySource:
+        """The source itself; ConfigError where `channels` is not what the array has."""
+        have = 1 if self._axis is None else int(self.images.shape[1:][self._axis])
+        if channels != have:
+            raise ConfigError(
+                f"{self._title} has {have} channels and the model takes {channels}",
+                f"set model.in_chans to {have}, or leave it out",
+            )
+        return self
+
+    def whole(self) -> tuple[Image, npt.NDArray[np.int64] | None] | None:
+        """As in `Source`."""
+        array = getattr(self.images, "mapped", self.images)
+        usable = isinstance(array, np.ndarray) and array.dtype in (np.uint8, np.uint16, np.float32)
+        if not usable or not array.flags.writeable or self._nodata is not None:
+            return None
+        return (array[..., None] if self._axis is None else np.moveaxis(array, self._axis + 1, -1)), None
+
+
+class FileArray:
+    """An array in a file, of which only what is asked for is read. Each process opens the file for itself.
+
+    Args:
+        path: a .npy or HDF5 file, or the folder that a Zarr store is.
+        name: of the array in it; "": the file is the array.
+
+    Raises:
+        DataError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path, name: str = "") -> None:
+        self._path, self._name = path, name
+        self._opened: tuple[int, Any] | None = None
+        self.shape: tuple[int, ...] = tuple(self._array().shape)
+        self.dtype = np.dtype(self._array().dtype)
+
+    def _array(self) -> Any:
+        # Neither h5py's nor zarr's open files may be used on both sides of a fork.
+        if self._opened is None or self._opened[0] != os.getpid():
+            is_npy = self._path.suffix.lower() not in (*HDF5_SUFFIXES, ZARR_SUFFIX)
+            self._opened = os.getpid(), map_array(self._path) if is_npy else open_store(self._path)[self._name]
+        return self._opened[1]
+
+    @property
+    def mapped(self) -> Any:
+        """The array itself; a NumPy one where it is mapped."""
+        return self._array()
+
+    def __getitem__(self, index: Any) -> Image:
+        try:
+            return np.asarray(self._array()[index])
+        except Exception as error:  # damaged chunks fail as each compressor sees fit
+            raise DataError(" ".join(str(error).split())[:200]) from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}
+
+
+def map_array(path: Path) -> Image:
+    """Maps a .npy file into memory; nothing is read before it is used, and writing does not reach the file."""
+    try:
+        array: Image = np.load(path, mmap_mode="c", allow_pickle=False)
+    except Exception as error:  # a damaged header fails as NumPy's parser, or the memory it asks for, sees fit
+        raise DataError(f"cannot read {path}: {_npy_reason(error)}", _npy_fix(error)) from error
+    return array
+
+
+def read_npy(data: bytes) -> Image:
+    """The array of a .npy file; it takes no more memory than the file has bytes."""
+    try:
+        array: Image = np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:
+        raise DataError(_npy_reason(error), _npy_fix(error)) from error
+    return array
+
+
+def _holds_objects(error: Exception) -> bool:
+    return "Object arrays" in str(error) or "Python objects in dtype" in str(error)
+
+
+def _npy_reason(error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    if _holds_objects(error):
+        return "it holds objects, such as samples of unequal length"
+    if not isinstance(error, OSError) and (" at 0x" in reason or not isinstance(error, (ValueError, EOFError))):
+        return "its header is damaged"
+    return reason
+
+
+def _npy_fix(error: Exception) -> str:
+    if _holds_objects(error):
+        return "save each sample as a .npy file of its own in one folder; they are cropped to model.input_size"
+    return "save one numeric array with numpy.save"
+
+
+def unpacked_bytes(arrays: Any, names: Iterable[str] | None = None) -> int:
+    """Bytes that arrays of an opened .npz file take in memory, as it says itself; no more are ever read from it.
+
+    Args:
+        arrays: as numpy.load gives them.
+        names: which of them; None: all.
+    """
+    wanted = set(arrays.files if names is None else names)
+    return sum(item.file_size for item in arrays.zip.infolist() if item.filename.removesuffix(".npy") in wanted)
+
+
+def named_arrays(
+    arrays: Mapping[str, Any], context: Context, title: str, classes: Sequence[str] | None = None
+) -> dict[str, Source]:
+    """The splits of arrays called images and labels, or train_images and so on; of one array of any other name.
+
+    Args:
+        arrays: by name.
+        context: as for `ArraySource`.
+        title: what the names stand behind in messages.
+        classes: the name of each label.
+
+    Raises:
+        DataError: no array of images.
+    """
+    splits: dict[str, Source] = {}
+    for prefix, split in PREFIXES:
+        if f"{prefix}images" in arrays:
+            labels = arrays.get(f"{prefix}labels")
+            labels = None if labels is None else np.asarray(labels[...])
+            splits[split] = ArraySource(
+                arrays[f"{prefix}images"], labels, classes, title=f"{title}/{prefix}images", context=context
+            )
+    others = [name for name in arrays if not name.endswith("labels")]
+    if not splits and len(others) == 1:
+        name = others[0]
+        labels = arrays.get("labels")
+        labels = None if labels is None else np.asarray(labels[...])
+        splits["train"] = ArraySource(
+            arrays[name], labels, classes, title=f"{title}/{name}".rstrip("/"), context=context
+        )
+    if "train" not in splits:
+        raise DataError(
+            f"{title} holds {', '.join(arrays) or 'no arrays'}", "it needs an array named images (and may have labels)"
+        )
+    return splits
+
+
+def npz_splits(path: Path, context: Context, max_bytes: float | None = None) -> dict[str, Source]:
+    """The splits of an .npz file: arrays `images` and `labels`, or train_images, val_images, test_images and so on.
+
+    Args:
+        path: the file.
+        context: as for `ArraySource`.
+        max_bytes: that they may take in memory, where all of them are kept; None: as many as the machine has.
+
+    Raises:
+        DataError: it cannot be read, holds no images, or more than fit.
+    """
+    limit = memory_bytes() if max_bytes is None else max_bytes
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            wanted = [name for name in arrays.files if name.endswith(("images", "labels"))] or arrays.files
+            if (needed := unpacked_bytes(arrays, wanted)) > limit:
+                raise DataError(
+                    f"{path} unpacks to {needed / _GIB:.1f} GiB and there are {limit / _GIB:.1f} GiB of memory",
+                    "save its images as .npy, of which only what is needed is read",
+                )
+            held = {name: arrays[name] for name in wanted}
+            # A member that is no array comes as bytes.
+            held = {name: array for name, array in held.items() if isinstance(array, np.ndarray)}
+    except DataError:
+        raise
+    except Exception as error:  # a damaged zip file fails as zlib, struct, zipfile or NumPy see fit
+        raise DataError(f"cannot read {path}: {_npy_reason(error)}", _npy_fix(error)) from error
+    return named_arrays(held, context, path.name)
+
+
+def memory_bytes() -> float:
+    """Memory of this machine; infinite where it does not say."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf, others not these names
+        return float("inf")
+
+
+def open_store(path: Path) -> dict[str, Any]:
+    """The arrays of an HDF5 file or a Zarr store by name; a store that is a single array has the name "".
+
+    Links out of an HDF5 file are left alone.
+
+    Raises:
+        ConfigError: the library is not installed.
+        DataError: an array whose values would be unpickled, or lie in files that it names.
+        Exception: the library's own, of which h5py and zarr have many, where the store is damaged.
+    """
+    if path.suffix.lower() == ZARR_SUFFIX:
+        store = _library("zarr", f"{path}: Zarr needs zarr").open(path, mode="r")
+        arrays = {"": store} if hasattr(store, "shape") else dict(sorted(store.arrays()))
+        for name, array in arrays.items():
+            if "pickle" in str(array.metadata.to_dict()).lower():
+                raise DataError(f"{path}/{name} holds pickled objects, which may run anything", "save plain numbers")
+        return arrays
+    store = _library("h5py", f"{path}: HDF5 files need h5py").File(path, "r")
+    own = [name for name in store if type(store.get(name, getlink=True)).__name__ == "HardLink"]
+    datasets = {name: store[name] for name in own if hasattr(store[name], "shape")}
+    for name, dataset in datasets.items():
+        if dataset.external or dataset.is_virtual:
+            raise DataError(f"{path}/{name} takes its values from other files", "copy them into the file itself")
+    return datasets
+
+
+def _library(name: str, problem: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(problem, "pip install 'torchmae[arrays]'") from error
+
+
+def stored_splits(path: Path, context: Context) -> dict[str, Source]:
+    """The splits of an HDF5 file or a Zarr store: arrays named as in an .npz file, or a single array of any name.
+
+    Raises:
+        ConfigError: the library that reads it is not installed.
+        DataError: it cannot be read, or holds no images.
+    """
+    try:
+        names = list(open_store(path))
+        arrays = {name: FileArray(path, name) for name in names}
+        return named_arrays(arrays, context, path.name)
+    except TorchmaeError:
+        raise
+    except Exception as error:  # h5py and zarr have no common error
+        raise DataError(f"cannot read {path}: {' '.join(str(error).split())[:200]}", "is it a whole file?") from error
+
+
+class DoesNotFitError(Exception):
+    """Why images cannot be held in memory."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """All images of a source.
+
+    Attributes:
+        images: (M, C, *size), uint8, uint16 or float32; on the CPU, unless they were moved.
+        rows: (N,) the row of each image; None: they are in order.
+        labels: (N,), None where nothing has a label. The label of an unreadable image is its stand-in's.
+    """
+
+    images: Tensor
+    rows: npt.NDArray[np.int64] | None
+    labels: Labels | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return self.images.nbytes
+
+    def gather(self, indices: npt.NDArray[np.int64]) -> Tensor:
+        """(B, C, *size) copies of some images."""
+        rows = indices if self.rows is None else self.rows[indices]
+        chosen = to_device(torch.from_numpy(rows), self.images.device)
+        if self.images.dtype == torch.uint16:  # few kernels know it: CUDA's for this one does not
+            return self.images.view(torch.int16)[chosen].view(torch.uint16)
+        return self.images[chosen]
+
+    def source(self) -> Source:
+        """The same images, read from memory; not where they were moved to a device."""
+        images = self.images.movedim(1, -1).numpy()
+        source = ArraySource(images, title="images", context=Context(axes=" LHD"[1 : images.ndim - 1] + "C"))
+        return source if self.rows is None else source.subset(self.rows)
+
+
+def hold(source: Source, limit: float, bad: BadFiles, progress: Progress | None = None) -> Held:
+    """Brings all images of a source into memory; an array that is there already is not copied.
+
+    Args:
+        source: the images.
+        limit: bytes that they may take.
+        bad: takes the ones that cannot be read; their neighbours stand in for them.
+        progress: told how far it is.
+
+    Raises:
+        DoesNotFitError: more than `limit`, or images of different sizes or types; found at the first that differs.
+        DataError: more bad ones than `bad` allows.
+    """
+    whole = source.whole()
+    if whole is None:
+        return _decode_all(source, limit, bad, progress)
+    images, rows = whole
+    _check_limit(images.nbytes, limit)
+    held = torch.from_numpy(images).movedim(-1, 1)
+    if images.dtype.kind != "f":
+        return Held(held, rows, source.labels)
+    used = np.arange(len(images)) if rows is None else rows
+    finite = _finite(images)[used]
+    if finite.all():
+        return Held(held, rows, source.labels)
+    taken = stand_ins(source, finite, NOT_FINITE, bad)
+    return Held(held, used[taken], None if source.labels is None else source.labels[taken])
+
+
+def _finite(images: Image) -> npt.NDArray[np.bool_]:
+    """(N,) whether all values of each image are finite."""
+    step = max(1, _CHECKED_AT_ONCE // max(1, math.prod(images.shape[1:])))
+    axes = tuple(range(1, images.ndim))
+    parts = [np.isfinite(images[i : i + step]).all(axis=axes) for i in range(0, len(images), step)]
+    return np.concatenate(parts)
+
+
+def _check_limit(nbytes: int, limit: float) -> None:
+    if nbytes > limit:
+        raise DoesNotFitError(
+            f"the images take {nbytes / _GIB:.1f} GiB and data.memory_limit leaves {limit / _GIB:.1f}"
+        )
+
+
+def _decode_all(source: Source, limit: float, bad: BadFiles, progress: Progress | None) -> Held:
+    first_bad: list[tuple[str, str]] = []
+    first, image = read_or_next(source, 0, first_bad)
+    _check_limit(image.nbytes * len(source), limit)
+    held = np.empty((len(source), image.shape[-1], *image.shape[:-1]), dtype=image.dtype)
+    labels = None if source.labels is None else source.labels.copy()
+    for reading in read_many(source, np.arange(len(source))):
+        for name, reason in reading.bad:
+            bad.add(name, reason)
+        if reading.image.shape != image.shape or reading.image.dtype != image.dtype:
+            raise DoesNotFitError(_difference(source, Reading(first, first, image, []), reading))
+        held[reading.asked] = np.moveaxis(reading.image, -1, 0)
+        if labels is not None and source.labels is not None:
+            labels[reading.asked] = source.labels[reading.read]
+        done = reading.asked + 1
+        if progress is not None and (done % 1000 == 0 or done == len(source)):
+            progress("reading images", done, len(source))
+    return Held(torch.from_numpy(held), None, labels)
+
+
+def _difference(source: Source, one: Reading, other: Reading) -> str:
+    what = [
+        f"{source.name(item.read)} is {'x'.join(map(str, item.image.shape))} {item.image.dtype}"
+        for item in (one, other)
+    ]
+    return f"the images differ: {what[0]}, {what[1]}"

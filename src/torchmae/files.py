@@ -1,0 +1,79 @@
+"""Files that are written whole or not at all, and locks between processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, BinaryIO
+
+from torchmae.errors import CheckpointError, TorchmaeError
+
+WRITING = ".writing-"
+"""What the name of a file begins with until it is whole."""
+
+
+def replace_file(
+    path: Path, content: bytes | Callable[[IO[bytes]], object], error: type[TorchmaeError] = CheckpointError
+) -> None:
+    """Writes a file whole or not at all: under another name, flushed, renamed. Makes its folder.
+
+    Args:
+        path: the file; one that is there is replaced.
+        content: the bytes, or a function that puts them into an open file, which it may seek in.
+        error: what to raise.
+
+    Raises:
+        TorchmaeError: of the kind `error`: the folder cannot be made or written to, or the disk is full; an older file
+            of that name is untouched.
+    """
+    writing = path.with_name(f"{WRITING}{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with writing.open("wb") as file:
+                if isinstance(content, bytes):
+                    file.write(content)
+                else:
+                    content(file)
+                file.flush()
+                os.fsync(file.fileno())
+            writing.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                writing.unlink()
+            raise
+    except OSError as failure:
+        raise error(
+            f"cannot write {path}: {failure.strerror or failure}", "free space, or name another folder"
+        ) from failure
+
+
+def lock_file(path: Path) -> BinaryIO | None:
+    """Takes a lock that lasts until the file returned is closed, or until this process ends in whatever way.
+
+    Returns:
+        The file, made where it was not there; None where the system or the disk knows no locks, or it cannot be made.
+
+    Raises:
+        BlockingIOError: another process has it, here or on another machine that shares the disk.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    try:
+        file = path.open("ab")
+    except OSError:  # whoever writes there next says why it cannot be
+        return None
+    try:
+        # Not flock: children that outlive a killed process would hold its lock.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.close()
+        raise BlockingIOError(f"{path} is locked") from error
+    except OSError:  # a disk that knows no locks
+        file.close()
+        return None
+    return file
