@@ -87,15 +87,17 @@ def _tried_lengths(
     u: npt.NDArray[np.float64], size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Boxes:
     """(B, 2) height and width of the first try that fits, zeros where none does."""
-    if scale[0] == 1:
-        return np.zeros((len(u), 2), dtype=np.int64)
-    area = size[0] * size[1] * (scale[0] + (scale[1] - scale[0]) * u[:, :_TRIES])
+    found = np.zeros((len(u), 2), dtype=np.int64)
+    waiting = np.arange(len(u))  # for a try that fits: nearly all find one at first
     low, high = math.log(ratio[0]), math.log(ratio[1])
-    aspect = np.exp(low + (high - low) * u[:, _TRIES : 2 * _TRIES])
-    lengths = np.stack([np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))], axis=-1)  # (B, tries, 2)
-    fits = (lengths.min(axis=-1) >= 1) & (lengths[..., 0] <= size[0]) & (lengths[..., 1] <= size[1])
-    first = np.take_along_axis(lengths, fits.argmax(axis=1)[:, None, None], axis=1)[:, 0]
-    return np.where(fits.any(axis=1)[:, None], first, 0).astype(np.int64)
+    for i in range(_TRIES if scale[0] < 1 else 0):
+        area = size[0] * size[1] * (scale[0] + (scale[1] - scale[0]) * u[waiting, i])
+        aspect = np.exp(low + (high - low) * u[waiting, _TRIES + i])
+        lengths = np.stack([np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))], axis=-1)
+        fits = (lengths.min(axis=1) >= 1) & (lengths <= size).all(axis=1)
+        found[waiting[fits]] = lengths[fits]
+        waiting = waiting[~fits]
+    return found
 
 
 def _centred_lengths(size: tuple[int, int], ratio: tuple[float, float]) -> tuple[int, int]:
