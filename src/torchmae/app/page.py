@@ -12,7 +12,7 @@ import gradio as gr
 from torchmae.app import markup
 from torchmae.app.session import Picture, Session
 from torchmae.app.strings import LANGUAGES, TEXT, preferred
-from torchmae.data.decode import IMAGE_SUFFIXES
+from torchmae.data.formats import picture_suffixes
 from torchmae.errors import TorchmaeError
 from torchmae.nn.masking import STRATEGIES
 
@@ -96,7 +96,7 @@ class Page:
         self._status = _html("status")
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=260):
-                self._file = gr.File(file_types=[*IMAGE_SUFFIXES, ".npy"], height=180, elem_id="upload")
+                self._file = gr.File(file_types=[*picture_suffixes(), ".npy"], height=180, elem_id="upload")
                 self._examples = _html("examples", js_on_load=_CHOOSE)
             with gr.Column(scale=3, min_width=320), gr.Tabs():
                 with gr.Tab(id="fill", elem_id="tab-fill") as self._fill_tab:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torchmae.app.session import Session
-from torchmae.data.decode import quiet_pillow
+from torchmae.data.formats import quiet_pillow
 from torchmae.errors import ConfigError
 
 MAX_UPLOAD = 32 * 2**20
