@@ -159,4 +159,4 @@ def test_a_choice_that_the_data_asks_for_is_part_of_the_command_to_begin_with(
     assert "4 samples of x.tar have several pictures" in asked and "--data.member png" in asked
     assert main(["data", "inspect", str(shard), "--data.member", "png", "--progress", "none"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "train: 4 images" and lines[-1].endswith("--data.member png")
+    assert lines[0] == "train: 4 images" and lines[-1].endswith("--data.member=png")
