@@ -73,7 +73,7 @@ def test_settings_as_dictionaries(place: Path) -> None:
     assert 0 <= figures["knn"] <= 100
     baselines = {f"{key}_{of}" for key in ("knn", "linear") for of in ("pixels", "untrained")}
     (baseline,) = records(run, "baseline")
-    assert baseline.keys() == {"kind", "step", "effective_rank_untrained", *baselines}
+    assert baseline.keys() == {"kind", "step", "effective_rank_untrained", "majority", "majority_images", *baselines}
     assert all(figures[name] == baseline[name] for name in baselines)
     assert figures["linear"] == records(run, "val")[-1]["linear"]
     assert figures["loss"] == records(run, "val")[-1]["loss"]

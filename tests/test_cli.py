@@ -208,6 +208,7 @@ def test_the_run_folder(run: Path) -> None:
     assert len(list((run / "reconstructions").glob("*.png"))) == 2
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     baselines = {"knn_pixels", "knn_untrained", "linear_pixels", "linear_untrained", "effective_rank_untrained"}
+    baselines |= {"majority", "majority_images"}
     assert records[0].keys() == {"kind", "step"} | baselines
     assert {record["kind"] for record in records} == {"baseline", "train", "epoch", "val"}
     assert all(len(record) > 3 for record in records if record["kind"] == "val")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -156,3 +157,20 @@ def test_inspect_of_nothing_that_can_be_read_fails(
     printed = capsys.readouterr()
     assert "a.png" in printed.out
     assert printed.err.count("\n") == 1
+
+
+def test_a_choice_that_the_data_asks_for_is_part_of_the_command_to_begin_with(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHMAE_CACHE", str(folder.parent / "cache"))
+    shard = folder.parent / "x.tar"
+    with tarfile.open(shard, "w") as archive:
+        for i in range(4):
+            archive.add(folder / "ant" / f"{i}.png", f"{i}.png")
+            archive.add(folder / "ant" / f"{i}.png", f"{i}.seg.png")
+    assert main(["data", "inspect", str(shard), "--progress", "none"]) == 2
+    asked = capsys.readouterr().err
+    assert "4 samples of x.tar have several pictures" in asked and "--data.member png" in asked
+    assert main(["data", "inspect", str(shard), "--data.member", "png", "--progress", "none"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "train: 4 images" and lines[-1].endswith("--data.member=png")

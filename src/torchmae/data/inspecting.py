@@ -200,7 +200,7 @@ def examine(source: Source, index: int) -> Examined:
         item = source.open(index)
         image = item.read()
     except DataError as error:
-        return Examined(failure=error.problem)
+        return Examined(failure=str(error))
     state = hashlib.blake2b(f"{image.shape}{image.dtype}".encode(), digest_size=16)
     state.update(np.ascontiguousarray(image).data)
     return Examined(
