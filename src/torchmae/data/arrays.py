@@ -173,14 +173,14 @@ class ArraySource(Source):
         title: str = "array",
         context: Context = Context(),
     ) -> None:
-        if len(images.shape) < 2 or not images.shape[0]:
-            raise DataError(
-                f"{title} has shape {images.shape}", "it should be (samples, *size) or (samples, *size, channels)"
-            )
         try:
             stored_type(np.dtype(images.dtype))
         except DataError as error:
             raise DataError(f"{title} {error.problem}", error.fix) from None
+        if len(images.shape) < 2 or not images.shape[0]:
+            raise DataError(
+                f"{title} has shape {images.shape}", "it should be (samples, *size) or (samples, *size, channels)"
+            )
         axes = sample_axes(tuple(images.shape[1:]), context, title)
         self.images = images
         self.remarks = () if axes.note is None else (axes.note,)

@@ -183,7 +183,7 @@ class ArrayItem(Item):
         if self.nodata is not None:
             fill(image, self.nodata)
         elif not np.isfinite(image).all():
-            raise DataError(NOT_FINITE)
+            raise DataError(NOT_FINITE, "--data.nodata nan puts the mean in such places")
         return image[part] if part else image
 
     def _take(self, part: tuple[slice, ...]) -> Image:
