@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 PHASES = ("mask", "forward", "backward", "optimiser")
 
 _PEAK_SIZE = {"cpu": 2048, "cuda": 8192}  # rows of the matrices: large enough to fill the machine
+_SMALL_SIZE = 256
+_PRODUCT_S = 1.0  # of one product on a processor, at most
 _PEAK_REPEATS = {"cpu": 2, "cuda": 10}
 
 
@@ -60,9 +62,20 @@ def matrix_product_rate(device: torch.device, precision: str, size: int | None =
     Args:
         device: where.
         precision: "bf16" or "fp32", of the factors.
-        size: rows; None: large enough to fill the device.
+        size: rows; None: enough to fill the device, but on a processor that has no instructions for the precision no
+            more than it multiplies in about a second.
     """
-    rows = size or _PEAK_SIZE.get(device.type, 2048)
+    if size is not None:
+        return _product_rate(device, precision, size)
+    rows = _PEAK_SIZE.get(device.type, 2048)
+    if device.type == "cpu":
+        operations = _product_rate(device, precision, _SMALL_SIZE) * _PRODUCT_S
+        while rows > _SMALL_SIZE and 2 * rows**3 > operations:
+            rows //= 2
+    return _product_rate(device, precision, rows)
+
+
+def _product_rate(device: torch.device, precision: str, rows: int) -> float:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn(rows, rows, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
