@@ -276,3 +276,29 @@ def test_what_does_not_fit_leaves_nothing_behind(write_pictures, tmp_path: Path)
         pack(splits, tmp_path / "packed", PackOptions(format="npy"))
     assert not (tmp_path / "packed").exists()
     assert pack(splits, tmp_path / "packed", PackOptions(format="wds")).images == 2
+
+
+@pytest.mark.parametrize("change", ["labels", "content"])
+def test_data_that_changed_is_no_reason_to_go_on(folder: Path, tmp_path: Path, change: str) -> None:
+    """Labels that were mended, and a file replaced by one of the same size, whose names and sizes are as before."""
+    pack(folder_splits(folder), tmp_path / "out", PackOptions("parquet"))
+    assert pack(folder_splits(folder), tmp_path / "out", PackOptions("parquet")).resumed == 23
+    splits = folder_splits(folder)
+    if change == "labels":
+        splits["train"].labels = 1 - splits["train"].labels
+    else:
+        path = folder / "val" / "ant" / "1.png"
+        path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(ConfigError, match="was packed from other data"):
+        pack(splits, tmp_path / "out", PackOptions("parquet"))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_packed_files_that_changed_are_noticed_when_packed_again(folder: Path, tmp_path: Path, form: str) -> None:
+    """Tables, shards and arrays too, replaced by others of the same names, sizes and labels."""
+    pack({"train": folder_splits(folder)["train"]}, tmp_path / "one", PackOptions(form))
+    pack(open_splits(str(tmp_path / "one")), tmp_path / "two", PackOptions(form))
+    for path in (tmp_path / "one").iterdir():
+        os.utime(path, (1, 1))
+    with pytest.raises(ConfigError, match="was packed from other data"):
+        pack(open_splits(str(tmp_path / "one")), tmp_path / "two", PackOptions(form))

@@ -208,6 +208,10 @@ class ArraySource(Source):
         sample = (np.ascontiguousarray(self.images[int(i)]).tobytes() for i in spread(len(self), 64))
         return digest([shape, self.images.dtype, b"".join(sample)])
 
+    def stamp(self) -> str:
+        """Of when its file was changed; "" in memory."""
+        return self.images.changed() if isinstance(self.images, FileArray) else ""
+
     def with_channels(self, channels: int) -> ArraySource:
         """The source itself; ConfigError where `channels` is not what the array has."""
         have = 1 if self._axis is None else int(self.images.shape[1:][self._axis])
@@ -250,6 +254,10 @@ class FileArray:
             is_npy = self._path.suffix.lower() not in (*HDF5_SUFFIXES, ZARR_SUFFIX)
             self._opened = os.getpid(), map_array(self._path) if is_npy else open_store(self._path)[self._name]
         return self._opened[1]
+
+    def changed(self) -> str:
+        """When the file was changed, in nanoseconds."""
+        return str(self._path.stat().st_mtime_ns)
 
     @property
     def mapped(self) -> Any:

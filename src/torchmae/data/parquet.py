@@ -80,6 +80,10 @@ class ParquetSource(EncodedSource):
         """Of the names and sizes of the files."""
         return digest([list(zip(self._names, [size for size, _ in self._versions], strict=True)), len(self)])
 
+    def stamp(self) -> str:
+        """Of the versions of the files."""
+        return digest(self._versions)
+
 
 class ParquetTable:
     """One parquet file, read from its beginning to its end.

@@ -166,6 +166,10 @@ class ShardSource(EncodedSource):
             parts += [last_name(shard), version[0], *index.names.parts, index.offsets]
         return digest(parts)
 
+    def stamp(self) -> str:
+        """Of the versions of the files."""
+        return digest(self._versions)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_coming": {}, "_fetchers": None}
 

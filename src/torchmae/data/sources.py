@@ -235,8 +235,8 @@ class FileSource(EncodedSource):
         return digest([*self._names.parts, *sizes])
 
     def stamp(self) -> str:
-        """Of when 10,000 files at most were changed."""
-        return digest(_changed(self._path(int(i))) for i in spread(len(self), _SIZES_ASKED))
+        """Of when each file was changed."""
+        return digest(_changed(self._path(i)) for i in range(len(self)))
 
 
 def printable(name: bytes) -> str:
