@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from torchmae.config import PretrainConfig
@@ -51,6 +52,11 @@ class Images:
             epoch, indices = plan.indices(step)
             indices = shard(indices, rank, world_size)
             yield Batch(self.images[indices], torch.full((len(indices),), -1), indices, epoch)
+
+    def eval_batches(self, indices: np.ndarray, batch_size: int) -> Iterator[Batch]:
+        for first in range(0, len(indices), batch_size):
+            mine = indices[first : first + batch_size]
+            yield Batch(self.images[torch.from_numpy(mine)], torch.full((len(mine),), -1), mine, 0)
 
 
 def images(count: int) -> Images:

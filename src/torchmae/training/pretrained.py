@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import torchmae
-from torchmae.data.formats import Context, plain_type, read_file
+from torchmae.data.formats import Context, plain_type, read_file, stored_type
 from torchmae.data.reading import FAR
 from torchmae.data.transforms import eval_box, resample
 from torchmae.errors import ConfigError, DataError, one_of
@@ -73,9 +73,9 @@ class Pretrained:
 
     def _checked(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """An image of a type, and on a scale, that the model was trained on."""
-        if array.dtype.kind == "i" or (array.dtype.kind == "u" and array.dtype.itemsize > 2):
-            array = plain_type(array)
         trained = self.description.normalisation.scale or {}
+        if "float32" in trained and stored_type(array.dtype) == np.float32:
+            array = plain_type(array)
         if "float32" in trained and len(trained) == 1 and array.dtype.kind in "ui":
             raise ConfigError(
                 f"an image has type {array.dtype} and the model was trained on floats, taken as they are",
