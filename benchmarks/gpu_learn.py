@@ -14,11 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
 
-from gpu_run import NETWORK, TRY, lines, pack, torchmae
+from gpu_run import NETWORK, TRY, Stages, lines, pack, torchmae
 
 PRETRAIN = [
     *NETWORK,
@@ -54,17 +52,7 @@ def main() -> None:
         pretraining += [*TRY, "--batch_size", "32"]
     else:
         tuning += ["--finetune.compile", "true"]
-    found: dict[str, Any] = {"seconds": {}, "pretraining": pretraining, "fine-tuning": tuning}
-    clock = time.perf_counter()
-
-    def note(stage: str, **figures: Any) -> None:
-        nonlocal clock
-        now = time.perf_counter()
-        found["seconds"][stage], clock = now - clock, now
-        found.update(figures)
-        args.out.write_text(json.dumps(found, indent=2) + "\n")
-        print(f"{stage}: {found['seconds'][stage]:.1f} s; {json.dumps(figures)}", flush=True)
-
+    note = Stages(args.out, pretraining=pretraining, tuning=tuning)
     with tempfile.TemporaryDirectory() as place:
         folder = args.keep or Path(place)
         folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +76,10 @@ def main() -> None:
             words = [*tuning, "--finetune.init", init, "--finetune.epochs", epochs, "--out", out, "--json"]
             printed = torchmae("evaluate", run, "--method", "finetune", "--data", data, "--test-data", "test", *words)
             figures = json.loads(printed.splitlines()[-1])["figures"]["model"]
-            note(f"fine-tuning, {init}", **{f"{init}_epochs": epochs, init: figures})
+            note(
+                f"fine-tuning, {init}",
+                **{f"{init}_epochs": epochs, f"{init}_accuracy": figures["finetune"], init: figures},
+            )
 
 
 if __name__ == "__main__":

@@ -37,6 +37,30 @@ def torchmae(*words: object) -> str:
     return done.stdout
 
 
+class Stages:
+    """The seconds and figures of stages that follow each other, written after each.
+
+    Args:
+        out: the JSON file.
+        **facts: what else belongs into it.
+    """
+
+    def __init__(self, out: Path, **facts: Any) -> None:
+        self._out = out
+        self._found: dict[str, Any] = {"seconds": {}, **facts}
+        self._since = time.perf_counter()
+
+    def __call__(self, stage: str, **figures: Any) -> None:
+        """Ends a stage: prints and writes its seconds and figures."""
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        self._found["seconds"][stage] = seconds
+        self._found.update(figures)
+        self._out.write_text(json.dumps(self._found, indent=2) + "\n")
+        shown = (f"{name} {value:.5g}" for name, value in figures.items() if isinstance(value, (int, float)))
+        print("; ".join([f"{stage}: {seconds:.1f} s", *shown]), flush=True)
+
+
 def lines(run: Path, kind: str) -> list[dict[str, Any]]:
     """The lines of one kind in a run's metrics."""
     path = run / "metrics.jsonl"
@@ -82,18 +106,7 @@ def main() -> None:
     parser.add_argument("--try", action="store_true", dest="tried", help="a tiny network for a few seconds")
     args = parser.parse_args()
     seconds = 2 if args.tried else args.seconds
-    found: dict[str, Any] = {"seconds": {}}
-    clock = time.perf_counter()
-
-    def note(stage: str, **figures: Any) -> None:
-        nonlocal clock
-        now = time.perf_counter()
-        found["seconds"][stage], clock = now - clock, now
-        found.update(figures)
-        args.out.write_text(json.dumps(found, indent=2) + "\n")
-        shown = ", ".join(f"{name} {value:.5g}" for name, value in figures.items() if isinstance(value, (int, float)))
-        print(f"{stage}: {found['seconds'][stage]:.1f} s{'; ' if shown else ''}{shown}", flush=True)
-
+    note = Stages(args.out)
     with tempfile.TemporaryDirectory() as place:
         folder = args.keep or Path(place)
         folder.mkdir(parents=True, exist_ok=True)
