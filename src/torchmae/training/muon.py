@@ -10,13 +10,16 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from torchmae.training.runtime import has_fast_bf16
+
 
 class BatchedMuon(torch.optim.Muon):
     """Muon (Jordan et al. 2024) with the update size of AdamW (Liu et al. 2025, "match_rms_adamw").
 
     A transformer has a few shapes of matrices, each once per block. torch.optim.Muon iterates on them one by one;
     here all of a shape (or its transpose) are one batch of products. What is computed does not change, nor does the
-    state that a checkpoint holds.
+    state that a checkpoint holds; but where bf16 products are slow (a processor without instructions for them), the
+    iteration is in fp32.
 
     Args:
         params: the matrices.
@@ -56,7 +59,8 @@ class BatchedMuon(torch.optim.Muon):
         momenta = [self._momentum(param) for param in params]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
-        stack = torch.empty(len(params), *shape, dtype=torch.bfloat16, device=params[0].device)
+        dtype = torch.bfloat16 if has_fast_bf16(params[0].device) else torch.float32
+        stack = torch.empty(len(params), *shape, dtype=dtype, device=params[0].device)
         torch._foreach_copy_(stack.unbind(), _turned(updates, wide))
         orthogonal = orthogonalise(stack, group["ns_coefficients"], group["ns_steps"], group["eps"]).unbind()
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
@@ -79,7 +83,7 @@ def orthogonalise(matrices: Tensor, coefficients: tuple[float, float, float], st
     """Brings every singular value near 1 by a quintic Newton-Schulz iteration (Jordan et al. 2024).
 
     Args:
-        matrices: (B, M, N) with M <= N, bfloat16; changed in place.
+        matrices: (B, M, N) with M <= N; changed in place.
         coefficients: of x, x^3 and x^5.
         steps: iterations.
         eps: the least norm a matrix is divided by.
