@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
@@ -33,6 +33,7 @@ _WHITE_IS_ZERO, _PALETTE, _CMYK = 0, 3, 5
 _PREMULTIPLIED, _ALPHA = 1, 2
 _BYTES_PER_PIXEL = 16  # at the limit of pixels; more pixels may not take more
 _MAX_PAGES = 100_000
+_TAG_BYTES = {False: 12, True: 20}  # of a tag in a TIFF file, and in a BigTIFF file
 _NAMES = {1: "uint", 2: "int", 3: "float"}
 
 
@@ -75,10 +76,14 @@ class _Head(NamedTuple):
 
 def _read_head(data: bytes) -> _Head:
     big = data[2:3] == b"+" or data[3:4] == b"+"
-    pages, tags = 0, None
+    pages, tags, length = 0, None, 0
     at = ImageFileDirectory_v2(data[: 16 if big else 8])
     file = io.BytesIO(data)
+    order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
     while 0 < at.next < len(data) and pages < _MAX_PAGES:
+        length += _TAG_BYTES[big] * int.from_bytes(data[at.next : at.next + (8 if big else 2)], order) + 2
+        if length > len(data):  # else a small file could keep a reader busy for hours
+            raise DataError("its pages lead in a circle, or overlap")
         file.seek(at.next)
         at.load(file)
         if not at.get(_KIND, 0) & 1:

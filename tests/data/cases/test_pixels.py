@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import sys
 import zlib
 from pathlib import Path
@@ -276,3 +277,11 @@ def test_a_pack_of_nothing_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="none of 1 images can be read, so there is nothing to pack"):
         pack(open_splits(str(tmp_path / "in")), tmp_path / "out", PackOptions())
     assert not (tmp_path / "out").exists()
+
+
+def test_pages_that_lead_in_a_circle_are_refused_at_once() -> None:
+    header, first = b"II*\0", (8).to_bytes(4, "little")
+    tag = struct.pack("<HHII", 256, 3, 1, 4)
+    page = struct.pack("<H", 1) + tag + first  # the next page is this one
+    with pytest.raises(DataError, match="circle"):
+        open_item(header + first + page, Context())
