@@ -49,7 +49,7 @@ def test_pictures(kind: str) -> None:
             assert str(error)
             return
         assert pixels.dtype in (np.uint8, np.uint16, np.float32)
-        assert pixels.shape[-1] in ((1, 2, 3, 4) if channels is None else (channels,))
+        assert pixels.shape[-1] == channels or (channels is None and pixels.shape[-1] > 0)  # a TIFF has any number
         assert 0 < pixels.size <= 30_000
         assert np.isfinite(pixels).all()
 
