@@ -1,7 +1,7 @@
 #!/bin/sh
 # What needs a GPU, in parts. benchmarks/GPU.md says what a machine needs, what each part prints, and what to do when one fails.
 #
-#   benchmarks/gpu.sh quick      tests, run, steps, loop: at most 6 minutes on an H100
+#   benchmarks/gpu.sh quick      tests, run, steps, loop: about 6 minutes on an H100
 #   benchmarks/gpu.sh learn      CIFAR-10: 4 minutes of pre-training, 2 of fine-tuning: at most 7 minutes
 #   benchmarks/gpu.sh profile    one trace of a ViT-L step: under a minute
 #   benchmarks/gpu.sh PART ...   parts by name: those, and the long ones: base large tiny memory loop files (hours)
@@ -23,7 +23,7 @@ JPEGS=${JPEGS:-}
 TINY_NET="--model.depth 1 --model.embed_dim 48 --model.num_heads 3 --model.decoder_depth 1
     --model.decoder_embed_dim 32 --model.decoder_num_heads 2"
 TINY_BATCHES="256 1024 4096" BASE_BATCHES="64 128 256 512" LARGE_BATCHES="64 128 256" COMPILED="false true" IMAGES=100000
-MEMORY="--cases vit_base vit_large --batch_size 128 --steps 20" SMALL= TRIED= SLOWER=1 LOOP= WITH=true
+MEMORY="--cases vit_base vit_large --batch_size 128 --steps 20" SMALL= TRIED= SLOWER=1 LOOP= WITH=true LIMIT=1800
 if [ -n "${TRY:-}" ]; then
     TRIED=--try SLOWER=5 WITH=false
     SMALL="--rounds 2 --threads 1 --batch_size 4 $TINY_NET"
@@ -52,7 +52,7 @@ bench() {
     name=$1
     shift
     # shellcheck disable=SC2086 # several words
-    part "$name" 1800 "$PYTHON" -m torchmae bench "$@" $SMALL --progress plain --json "$OUT/$name.json"
+    part "$name" "$LIMIT" "$PYTHON" -m torchmae bench "$@" $SMALL --progress plain --json "$OUT/$name.json"
 }
 
 # batches NAME PRESET BATCHES: training steps of several sizes, eager and compiled, beside transformers.
@@ -70,7 +70,9 @@ run_part() {
     case $1 in
         quick)
             for each in tests run steps; do run_part $each; done
-            TINY_BATCHES=${TINY_BATCHES##* } LOOP="--compile $WITH --rounds 3" && run_part loop ;;
+            all=$TINY_BATCHES TINY_BATCHES=${TINY_BATCHES##* } LOOP="--compile $WITH --rounds 3" LIMIT=90
+            run_part loop
+            TINY_BATCHES=$all LOOP= LIMIT=1800 ;;
         tests) part tests 100 "$PYTHON" -m pytest -q --durations 5 "$HERE/../tests/gpu" ;;
         run | learn)
             if [ -n "$DATA$TRIED" ]; then

@@ -255,7 +255,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=BATCHES, default=list(BATCHES))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--turn", type=float, default=0.8, help="seconds of a turn")
+    parser.add_argument("--turn", type=float, default=0.5, help="seconds of a turn")
     parser.add_argument("--few", action="store_true", help="of the variants, only those of compilation")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--try", action="store_true", dest="tried", help="tiny networks, to try the script")
