@@ -88,12 +88,12 @@ def test_recipe_and_shape_are_chosen_by_the_images_as_inspect_says(
     assert configure([*command[2:], "--progress", "none"]) == config
 
 
-def test_a_shape_that_is_given_is_kept(tmp_path: Path) -> None:
+def test_a_patch_size_that_is_given_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "images.npy"
     np.save(path, np.zeros((3, 16, 16, 1), dtype=np.uint8))
     given = ["--data", str(path), "--progress", "none", "--model.patch_size", "4"]
     config = configure(given)
-    assert (config.recipe, config.model.input_size, config.model.patch_size) == ("digits", None, 4)
+    assert (config.recipe, config.model.input_size, config.model.patch_size) == ("digits", (16, 16), 4)
 
 
 def test_progress_is_shown_while_the_data_is_opened_for_the_choice(
