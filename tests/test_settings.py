@@ -175,12 +175,12 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
 def test_peek(tmp_path: Path) -> None:
     file = write(tmp_path / "a.yaml", "recipe: cifar10\ndata: {source: images, root: there}\n")
     other = write(tmp_path / "b.yaml", "data: {source: others}\n")
-    assert peek([]) == (None, "digits", "data")
-    assert peek(["--config", file]) == ("cifar10", "images", "there")
-    assert peek(["--config", file, "--config", other]) == ("cifar10", "others", "there")
-    assert peek(["--data", "x", "--config", file, "--recipe=digits"]) == ("digits", "x", "there")
-    assert peek(["--config", file, "--recipe", "auto", "--data.root", "here"]) == (None, "images", "here")
-    assert peek(["--data=a", "--data.source", "b"]) == (None, "b", "data")
+    assert peek([]) == (None, "digits")
+    assert peek(["--config", file]) == ("cifar10", "images")
+    assert peek(["--config", file, "--config", other]) == ("cifar10", "others")
+    assert peek(["--data", "x", "--config", file, "--recipe=digits"]) == ("digits", "x")
+    assert peek(["--config", file, "--recipe", "auto", "--data.root", "here"]) == (None, "images")
+    assert peek(["--data=a", "--data.source", "b"]) == (None, "b")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -45,9 +46,10 @@ def replace_file(
                 writing.unlink()
             raise
     except OSError as failure:
-        raise error(
-            f"cannot write {path}: {failure.strerror or failure}", "free space, or name another folder"
-        ) from failure
+        reason = failure.strerror or failure
+        if isinstance(failure, FileExistsError):  # what should be a folder is a file
+            reason = os.strerror(errno.ENOTDIR)
+        raise error(f"cannot write {path}: {reason}", "free space, or name another folder") from failure
 
 
 def lock_file(path: Path) -> BinaryIO | None:

@@ -313,7 +313,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     values = read_yaml(path)
     for item in fields(PretrainConfig):
         if is_dataclass(item.default_factory) and not isinstance(values.get(item.name, {}), dict):
-            first = fields(item.default_factory)[0].name
+            first = next(iter(vars(item.default_factory)["__annotations__"]))  # of its own, not of what it inherits
             raise ConfigError(
                 f"{item.name} is {values[item.name]!r} in {path}", f"write {item.name}: {{{first}: VALUE}}"
             )
