@@ -106,6 +106,6 @@ run_part() {
     esac
 }
 
-[ $# -gt 0 ] || { sed -n '2,18p' "$0" && exit 2; }
+[ $# -gt 0 ] || { sed -n '2,/^set/{/^#/p;}' "$0" && exit 2; }
 for each in "$@"; do run_part "$each"; done
 [ -z "$FAILED" ] || { echo "failed:$FAILED" && exit 1; }

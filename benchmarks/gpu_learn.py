@@ -15,6 +15,7 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+from statistics import median
 
 from gpu_run import NETWORK, TRY, Stages, lines, pack, torchmae
 
@@ -64,8 +65,8 @@ def main() -> None:
             "pre-training",
             pretrain_seconds=trained[-1]["seconds"],
             pretrain_epochs=trained[-1]["epoch"],
-            pretrain_images_per_s=sorted(line["images_per_s"] for line in trained)[len(trained) // 2],
-            data_wait=sorted(line["data_wait"] for line in trained)[len(trained) // 2],
+            pretrain_images_per_s=median(line["images_per_s"] for line in trained),
+            data_wait=median(line["data_wait"] for line in trained),
             knn=[line["knn"] for line in lines(run, "val") if "knn" in line],
             environment=json.loads((run / "environment.json").read_text()),
         )

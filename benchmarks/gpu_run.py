@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 TRY = ["--model.depth", "1", "--model.embed_dim", "48", "--model.decoder_depth", "1", "--compile", "false"]
@@ -130,8 +131,8 @@ def main() -> None:
             steps=steps[-1]["step"],
             first_loss=steps[0]["loss"],
             last_loss=steps[-1]["loss"],
-            images_per_s=sorted(line["images_per_s"] for line in after)[len(after) // 2],
-            data_wait=sorted(line["data_wait"] for line in after)[len(after) // 2],
+            images_per_s=median(line["images_per_s"] for line in after),
+            data_wait=median(line["data_wait"] for line in after),
             summary=summary,
         )
         for method in ("knn", "linear"):

@@ -26,7 +26,7 @@ from torchmae.data.arrays import (
     stored_splits,
 )
 from torchmae.data.folders import SPLIT_NAMES, Masks, Role, is_system_name, masks_among, roles, split_named
-from torchmae.data.formats import FORMATS, Context, picture_suffixes
+from torchmae.data.formats import FORMATS, Context, missing_extra, picture_suffixes
 from torchmae.data.hub import HUB_PREFIX, hub_splits
 from torchmae.data.labels import ordered_classes
 from torchmae.data.lists import is_pattern, list_splits, matching, pattern_source
@@ -322,7 +322,10 @@ class Listing:
     def kinds(self) -> str:
         """The other files, the most frequent kinds first."""
         most = sorted(self.others.items(), key=lambda item: (-item[1], item[0]))
-        shown = [f"{count:,} {suffix or 'without suffix'}" for suffix, count in most[:_LISTED]]
+        shown = []
+        for suffix, count in most[:_LISTED]:
+            extra = missing_extra(suffix)
+            shown.append(f"{count:,} {suffix or 'without suffix'}" + (f" (pip install '{extra}')" if extra else ""))
         more = sum(count for _, count in most[_LISTED:])
         return ", ".join([*shown, *([f"{more:,} more files"] if more else [])])
 

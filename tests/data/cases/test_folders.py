@@ -12,6 +12,7 @@ from PIL import Image
 from tar_files import samples, write_tar
 
 from torchmae.data.folders import roles, split_named
+from torchmae.data.formats import FORMATS
 from torchmae.data.layouts import folder_splits, open_splits
 from torchmae.data.sources import FileSource
 
@@ -154,3 +155,12 @@ def test_a_segmentation_mask_has_the_values_that_were_saved(tmp_path: Path) -> N
     found = source.masks.of(source.name(0))
     assert found is not None
     np.testing.assert_array_equal(np.asarray(Image.open(found)), values)
+
+
+def test_files_that_an_extra_would_read_name_it(
+    write_pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FORMATS, "heif", FORMATS["heif"]._replace(needs=lambda: "torchmae[heif]"))
+    write_pictures("a.png", "b.png")
+    (tmp_path / "c.heic").write_bytes(b"any")
+    assert "1 .heic (pip install 'torchmae[heif]') not used" in remarks(tmp_path)
