@@ -21,8 +21,8 @@ class TorchmaeError(Exception):
     exit_status = 2
 
     def __init__(self, problem: str, fix: str = "") -> None:
-        self.problem = _printable(problem)
-        self.fix = _printable(fix)
+        self.problem = printable(problem)
+        self.fix = printable(fix)
         super().__init__(f"{self.problem}; {self.fix}" if fix else self.problem)
 
 
@@ -109,7 +109,9 @@ def require(module: str, extra: str) -> Any:
         ) from error
 
 
-def _printable(text: str) -> str:
+def printable(text: str | bytes) -> str:
+    """A text, or a file name's bytes, as one line; what is not printable (a terminal's escape codes) is escaped."""
+    text = text if isinstance(text, str) else text.decode("utf-8", "backslashreplace")
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 

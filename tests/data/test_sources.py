@@ -11,7 +11,7 @@ from PIL import Image
 
 from torchmae.data.arrays import ArraySource, FileArray, map_array
 from torchmae.data.formats import Context
-from torchmae.data.sources import FileSource, Subset, spread
+from torchmae.data.sources import FileSource, Subset, evenly_spaced
 from torchmae.errors import ConfigError, DataError
 
 
@@ -64,11 +64,11 @@ def test_shapes_with_several_readings_are_refused_until_one_is_chosen(
 
 
 def test_a_guess_about_axes_is_said_and_choices_are_not() -> None:
-    assert ArraySource(np.zeros((5, 9, 9, 6), np.uint8)).notes() == ["9 x 9 x 6 read as HWC (pictures, channels last)"]
-    assert ArraySource(np.zeros((5, 9, 9), np.uint8)).notes() == ["9 x 9 read as HW (pictures, one channel)"]
-    assert ArraySource(np.zeros((5, 9, 9, 3), np.uint8)).notes() == []
-    assert ArraySource(np.zeros((5, 99), np.uint8)).notes() == []
-    assert ArraySource(np.zeros((5, 9, 9, 6), np.uint8), context=Context(axes="HWC")).notes() == []
+    assert ArraySource(np.zeros((5, 9, 9, 6), np.uint8)).remarks == ("9 x 9 x 6 read as HWC (pictures, channels last)",)
+    assert ArraySource(np.zeros((5, 9, 9), np.uint8)).remarks == ("9 x 9 read as HW (pictures, one channel)",)
+    assert ArraySource(np.zeros((5, 9, 9, 3), np.uint8)).remarks == ()
+    assert ArraySource(np.zeros((5, 99), np.uint8)).remarks == ()
+    assert ArraySource(np.zeros((5, 9, 9, 6), np.uint8), context=Context(axes="HWC")).remarks == ()
 
 
 def test_parts_of_a_sample_with_channels_first() -> None:
@@ -235,7 +235,7 @@ def test_subset() -> None:
 
 @pytest.mark.parametrize(("length", "count"), [(1, 5), (5, 5), (100, 7), (3, 64)])
 def test_spread_reaches_both_ends(length: int, count: int) -> None:
-    indices = spread(length, count)
+    indices = evenly_spaced(length, count)
     assert len(indices) == min(length, count)
     assert indices[0] == 0
     assert indices[-1] == length - 1 or count == 1

@@ -12,7 +12,7 @@ from PIL import Image
 
 from torchmae.errors import ConfigError, DataError
 from torchmae.evaluation.anomaly_data import open_anomaly_data
-from torchmae.evaluation.images import ImageSet
+from torchmae.evaluation.images import ImageSet, ModelInput
 from torchmae.evaluation.options import DataOptions
 
 
@@ -24,16 +24,9 @@ def write(folder: Path, *names: str) -> None:
 
 
 def opened(normal: Path, test: Path, normal_classes: list[str] | None = None) -> tuple[ImageSet, ImageSet]:
-    return open_anomaly_data(
-        str(normal),
-        str(test),
-        normal_classes,
-        options=DataOptions(num_workers=0),
-        input_size=(8, 8),
-        channels=1,
-        normalisation=tiny.NORMALISATION,
-        device=tiny.CPU,
-    )
+    model = ModelInput((8, 8), 1, tiny.NORMALISATION, tiny.CPU)
+    data = open_anomaly_data(str(normal), str(test), normal_classes, DataOptions(num_workers=0), model)
+    return data.train, data.test
 
 
 def truth(images: ImageSet) -> dict[str, int]:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from torchmae.errors import ConfigError, DataError
-from torchmae.evaluation.images import EvaluationData, open_evaluation_data, open_parts
+from torchmae.evaluation.images import EvaluationData, ModelInput, open_evaluation_data, open_parts
 from torchmae.evaluation.options import DataOptions, EvaluateOptions
 
 Save = Callable[..., str]
@@ -38,11 +38,7 @@ def save(tmp_path: Path) -> Save:
 def opened(source: str, *, labelled: bool = True, channels: int | None = 1, **options: Any) -> EvaluationData:
     return open_evaluation_data(
         EvaluateOptions(data=DataOptions(source=source, num_workers=0), **options),
-        batch_size=32,
-        input_size=(8, 8),
-        channels=channels,
-        normalisation=tiny.NORMALISATION,
-        device=tiny.CPU,
+        ModelInput((8, 8), channels, tiny.NORMALISATION, tiny.CPU, 32),
         labelled=labelled,
     )
 
@@ -66,7 +62,7 @@ def test_test_data_names_a_split_or_other_data(save: Save) -> None:
     assert len(opened(source, test_data="held-out").test) == 4
     other = save([1, 0, 1], test=[0, 0, 1, 1, 1])
     assert len(opened(source, test_data=other).test) == 5  # of other data too, the test split
-    with pytest.raises(ConfigError, match="test_data is 'train'; probes must be tested on other images"):
+    with pytest.raises(ConfigError, match="test_data is 'train'; choose .* held-out or a path"):
         opened(source, test_data="train")
     with pytest.raises(ConfigError, match="'tset' cannot be used: .*; choose from val, test, held-out, or a path"):
         opened(source, test_data="tset")
@@ -134,7 +130,7 @@ def test_labels_that_are_missing_or_all_alike(save: Save) -> None:
 
 
 def test_images_of_another_kind(save: Save) -> None:
-    with pytest.raises(ConfigError, match="have 5 channels .* and the model takes 1; give images that have"):
+    with pytest.raises(ConfigError, match="have 5 channels .* and the model takes 1; give images that have 1"):
         opened(save([0, 1] * 5, shape=(8, 8, 5)))
     with pytest.raises(ConfigError, match="model.input_size has 2 numbers"):
         opened(save([0, 1] * 5, shape=(8, 8, 8, 1)))
@@ -165,13 +161,7 @@ def test_some_of_the_images() -> None:
 def test_parts_are_the_splits(save: Save) -> None:
     def sizes(split: str) -> list[int]:
         parts, notes = open_parts(
-            DataOptions(source=source),
-            split,
-            batch_size=8,
-            input_size=(8, 8),
-            channels=1,
-            normalisation=tiny.NORMALISATION,
-            device=tiny.CPU,
+            DataOptions(source=source), split, ModelInput((8, 8), 1, tiny.NORMALISATION, tiny.CPU)
         )
         assert notes == ()
         return [len(part) for part in parts]

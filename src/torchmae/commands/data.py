@@ -222,7 +222,7 @@ def _classes(known: dict[str, int]) -> str:
 
 
 def _one_line(name: str) -> str:
-    from torchmae.data.sources import printable
+    from torchmae.errors import printable
 
     return printable(name.encode("utf-8", "surrogateescape"))
 
@@ -280,11 +280,11 @@ def contact_sheet(source: Source, path: Path, normalisation: Normalisation | Non
     import torch
     from PIL import Image
 
-    from torchmae.data.sources import spread
+    from torchmae.data.sources import evenly_spaced
     from torchmae.report.panels import sample_panels
     from torchmae.report.pictures import save_png
 
-    indices = spread(len(source), _SHEET)
+    indices = evenly_spaced(len(source), _SHEET)
     columns = int(np.ceil(np.sqrt(len(indices))))
     rows = -(-len(indices) // columns)
     step = _PANEL + 4

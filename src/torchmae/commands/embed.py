@@ -44,7 +44,7 @@ def write(run: str, options: EmbedOptions, compute: ComputeOptions) -> str | Non
     """
     from torchmae.data.loader import one_line_when_a_worker_ends
     from torchmae.evaluation.embedding import embed
-    from torchmae.evaluation.images import ImageSet, open_parts
+    from torchmae.evaluation.images import ImageSet, ModelInput, open_parts
     from torchmae.evaluation.subject import Subject
     from torchmae.evaluation.suite import own_data
     from torchmae.training.pretrained import load
@@ -60,16 +60,16 @@ def write(run: str, options: EmbedOptions, compute: ComputeOptions) -> str | Non
             pretrained = load(run)
             description = pretrained.description
             data = own_data(run, options.data)
-            parts, notes = open_parts(
-                replace(data, num_workers=share_of_cores(data.num_workers, ranks)),
-                options.split,
-                batch_size=compute.batch_size,
-                input_size=description.input_size,
-                channels=description.arguments["in_chans"],
-                normalisation=description.normalisation,
-                device=runtime.device,
-                progress=display.preparing,
+            model = ModelInput(
+                description.input_size,
+                description.arguments["in_chans"],
+                description.normalisation,
+                runtime.device,
+                compute.batch_size,
+                display.preparing,
             )
+            data = replace(data, num_workers=share_of_cores(data.num_workers, ranks))
+            parts, notes = open_parts(data, options.split, model)
             for note in (*pretrained.notes, *notes):
                 display.say(note)
             return Subject("model", pretrained.model.to(runtime.device)), parts

@@ -19,7 +19,7 @@ from torch import Tensor
 from torchmae.data.formats import NOT_FINITE, ArrayItem, Context, Image, Progress, stored_type
 from torchmae.data.labels import Labels
 from torchmae.data.reading import BadFiles, Reading, read_many, read_or_next, stand_ins
-from torchmae.data.sources import Source, digest, spread
+from torchmae.data.sources import Source, Subset, digest, evenly_spaced
 from torchmae.data.transforms import to_device
 from torchmae.errors import ConfigError, DataError, TorchmaeError
 
@@ -205,7 +205,7 @@ class ArraySource(Source):
     def fingerprint(self) -> str:
         """Of shape, type and the content of 64 samples."""
         shape = tuple(self.images.shape) if self._axis is not None else (*self.images.shape, 1)
-        sample = (np.ascontiguousarray(self.images[int(i)]).tobytes() for i in spread(len(self), 64))
+        sample = (np.ascontiguousarray(self.images[int(i)]).tobytes() for i in evenly_spaced(len(self), 64))
         return digest([shape, self.images.dtype, b"".join(sample)])
 
     def stamp(self) -> str:
@@ -482,7 +482,7 @@ class Held:
         """The same images, read from memory; not where they were moved to a device."""
         images = self.images.movedim(1, -1).numpy()
         source = ArraySource(images, title="images", context=Context(axes=" LHD"[1 : images.ndim - 1] + "C"))
-        return source if self.rows is None else source.subset(self.rows)
+        return source if self.rows is None else Subset(source, self.rows)
 
 
 def hold(source: Source, limit: float, bad: BadFiles, progress: Progress | None = None) -> Held:

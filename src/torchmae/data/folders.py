@@ -1,16 +1,20 @@
-"""What folders and files mean by their names: splits, classes, masks beside pictures, what systems leave behind."""
+"""Folders: which files in them are pictures, and what names mean: splits, classes, masks, what systems leave behind."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
+from array import array
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from torchmae.data.strings import Strings
+from torchmae.data.formats import missing_extra
+from torchmae.data.sources import Strings
+from torchmae.errors import DataError, printable, reason_of
 
 SPLIT_NAMES = {
     "train": "train",
@@ -32,7 +36,7 @@ _MASKS = (
 _SPLIT = re.compile(
     rf"(?:(?:{_PICTURES})[-_ ]?)?({'|'.join(SPLIT_NAMES)}|tr|ts)(?:[-_ ]?(?:\d{{1,4}}|set|split|data|{_PICTURES}))?"
 )
-_PICTURE_FOLDER = re.compile(rf"(?:{_PICTURES})(?:tr|ts)?")
+_PICTURE_FOLDER = re.compile(rf"(?:{_PICTURES})(?:tr|ts)?", re.IGNORECASE)
 _MASK_FOLDER = re.compile(rf"(?:(?P<of>.+?)[-_ ]?)??(?:{_MASKS})(?:tr|ts)?(?:[-_ ].+)?")
 _MASK_FILE = re.compile(rf"(?P<of>.+?)[-_. ](?:{_MASKS})(?:[-_ ]?\d{{1,3}})?", re.IGNORECASE)
 _MASK_FILE_BYTES = re.compile(rf"[-_. ](?:{_MASKS})(?:[-_ ]?\d{{1,3}})?\.".encode(), re.IGNORECASE)
@@ -42,11 +46,125 @@ _SYSTEM = re.compile(
     rb"|@eaDir|#recycle|#snapshot|@Recycle|@Recently-Snapshot|Network Trash Folder|Temporary Items|\..*",
     re.IGNORECASE,
 )
+_LISTED = 5  # names in a remark
 
 
-def is_system_name(name: bytes) -> bool:
-    """Whether a file or folder is hidden, or one that systems, cameras and network disks leave beside pictures."""
-    return _SYSTEM.fullmatch(name) is not None
+@dataclass
+class Listing:
+    """The image files under a folder.
+
+    Attributes:
+        names: their paths relative to it, with "/", sorted byte by byte.
+        places: the folders that they lie in: "" for the folder itself, "a/b".
+        place_of: index in `places` of each name.
+        others: how many other files there are of each suffix.
+        system: how many hidden or system files and folders of each name were passed over; of files, only pictures.
+        unreadable: folders that cannot be read, with the reason.
+        num_twins: how many images share folder and name, but not the suffix, with another.
+        twin: an example of these.
+    """
+
+    names: Strings = field(default_factory=Strings)
+    places: list[str] = field(default_factory=list)
+    place_of: array[int] = field(default_factory=lambda: array("i"))
+    others: Counter[str] = field(default_factory=Counter)
+    system: Counter[str] = field(default_factory=Counter)
+    unreadable: dict[str, str] = field(default_factory=dict)
+    num_twins: int = 0
+    twin: str = ""
+
+    def remarks(self) -> list[str]:
+        """What was passed over, a short phrase each."""
+        found = [f"{self.kinds()} not used"] if self.others else []
+        if self.system:
+            found.append(
+                f"{self.system.total():,} hidden or system files and folders ({shortened(self.system)}) passed over"
+            )
+        for place, reason in list(self.unreadable.items())[:_LISTED]:
+            found.append(f"folder {place} cannot be read ({reason}) and is passed over")
+        if len(self.unreadable) > _LISTED:
+            found.append(f"{len(self.unreadable) - _LISTED:,} more folders cannot be read and are passed over")
+        return found
+
+    def kinds(self) -> str:
+        """The other files, the most frequent kinds first."""
+        most = sorted(self.others.items(), key=lambda item: (-item[1], item[0]))
+        shown = []
+        for suffix, count in most[:_LISTED]:
+            extra = missing_extra(suffix)
+            shown.append(f"{count:,} {suffix or 'without suffix'}" + (f" (pip install '{extra}')" if extra else ""))
+        more = sum(count for _, count in most[_LISTED:])
+        return ", ".join([*shown, *([f"{more:,} more files"] if more else [])])
+
+
+def shortened(names: Iterable[str]) -> str:
+    """Up to five names of many, sorted."""
+    ordered = sorted(printable(os.fsencode(name)) for name in names)
+    return ", ".join(ordered[:_LISTED]) + (f" and {len(ordered) - _LISTED} more" if len(ordered) > _LISTED else "")
+
+
+def list_images(folder: Path, suffixes: tuple[str, ...]) -> Listing:
+    """Lists the image files under a folder; links to folders are followed, each folder is read once.
+
+    Folders below it that cannot be read are passed over.
+
+    Raises:
+        DataError: the folder itself cannot be read.
+    """
+    listing = Listing()
+    visited: set[tuple[int, int]] = set()  # device and number of the folders listed so far
+    number_of: dict[str, int] = {}  # of places
+    last = b""
+    # Folders yet to be listed and files yet to be taken, the next one last. Sorted with a "/" behind the name of each
+    # folder, entries come in the order of the full paths.
+    waiting = [b"/"]
+    while waiting:
+        entry = waiting.pop()
+        if entry.endswith(b"/"):
+            try:
+                waiting += _entries(folder, entry.strip(b"/"), visited, suffixes, listing.system)
+            except OSError as error:
+                if entry == b"/":
+                    raise DataError(
+                        f"cannot read folder {folder}: {error.strerror}", "mend its permissions, or give another"
+                    ) from error
+                listing.unreadable[printable(entry.strip(b"/"))] = reason_of(error)
+            continue
+        path, _, name = entry.rpartition(b"/")
+        lower = os.fsdecode(name).lower()
+        if not lower.endswith(suffixes):
+            listing.others[os.path.splitext(lower)[1]] += 1  # noqa: PTH122 (a Path is slow)
+            continue
+        if len(last) and entry.rpartition(b".")[0] == last.rpartition(b".")[0]:
+            listing.num_twins += 1
+            listing.twin = listing.twin or printable(last.rpartition(b"/")[2] + b", ." + name.rpartition(b".")[2])
+        last = entry
+        listing.names.add(entry)
+        listing.place_of.append(number_of.setdefault(os.fsdecode(path), len(number_of)))
+    listing.places = list(number_of)
+    return listing
+
+
+def _entries(
+    folder: Path, place: bytes, visited: set[tuple[int, int]], suffixes: tuple[str, ...], system: Counter[str]
+) -> list[bytes]:
+    """Paths of what is to be looked at in the folder `place`, with "/" behind those of folders, the first one last."""
+    path = os.fsencode(folder) + (b"/" + place if place else b"")
+    status = os.stat(path)  # noqa: PTH116 (a Path for each folder of a million is slow)
+    if (status.st_dev, status.st_ino) in visited:  # a link back up, or a second link to the same folder
+        return []
+    visited.add((status.st_dev, status.st_ino))
+    found = []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            is_folder = entry.is_dir()
+            if _SYSTEM.fullmatch(entry.name) is None:
+                found.append((place + b"/" if place else b"") + entry.name + (b"/" if is_folder else b""))
+                continue
+            name = os.fsdecode(entry.name)
+            if is_folder or name.lower().endswith(suffixes):
+                system["._*" if name.startswith("._") else name] += 1
+    return sorted(found, reverse=True)
 
 
 def split_named(word: str) -> str:
@@ -72,15 +190,12 @@ class Role(NamedTuple):
 
 
 def roles(places: Sequence[str]) -> list[Role]:
-    """What the pictures in folders are, by the names of all folders.
+    """What the pictures in folders are, by the names of all folders that hold pictures ("" is the top).
 
     Splits are named by the first level of folders at which there is a train folder, and below the top also a folder
     for validation or test. Without one, everything is training data. The class is the first folder below, or above,
     the split, folders such as `images` apart. Masks lie in a folder such as `masks` or `train_masks` beside one of
     pictures.
-
-    Args:
-        places: paths of folders that hold pictures, "" for the top.
     """
     folders = [tuple(place.split("/")) if place else () for place in places]
     direct = set(folders)
@@ -88,22 +203,19 @@ def roles(places: Sequence[str]) -> list[Role]:
     for parts in direct:
         for level, name in enumerate(parts):
             children[parts[:level]].add(name)
-    masks = {
-        (parent, name)
-        for parent, names in children.items()
-        for name in names
-        if _holds_masks(parent, name, children, direct)
-    }
 
     def mask_folder(parts: tuple[str, ...]) -> str:
-        levels = (level for level, name in enumerate(parts) if (parts[:level], name) in masks)
-        return next(("/".join(parts[: level + 1]) for level in levels), "")
+        for level, name in enumerate(parts):
+            if _holds_masks(name, children[parts[:level]], has_pictures=parts[:level] in direct):
+                return "/".join(parts[: level + 1])
+        return ""
 
-    pictures = {parts for parts in direct if not mask_folder(parts)}
+    masks = {parts: mask_folder(parts) for parts in direct}
+    pictures = {parts for parts in direct if not masks[parts]}
     depth = next((depth for depth in range(_DEEPEST_SPLIT + 1) if _splits_at(depth, pictures)), None)
     splits = {parts: "train" if depth is None else _word_at(parts, depth) for parts in pictures}
-    labels = _labels({parts: split for parts, split in splits.items() if split}, depth, has_masks=bool(masks))
-    return [Role(splits.get(parts, ""), labels.get(parts), mask_folder(parts)) for parts in folders]
+    labels = _labels({parts: split for parts, split in splits.items() if split}, depth, has_masks=any(masks.values()))
+    return [Role(splits.get(parts, ""), labels.get(parts), masks[parts]) for parts in folders]
 
 
 def _word_at(parts: tuple[str, ...], depth: int) -> str:
@@ -112,27 +224,24 @@ def _word_at(parts: tuple[str, ...], depth: int) -> str:
 
 def _splits_at(depth: int, pictures: Iterable[tuple[str, ...]]) -> bool:
     words = {_word_at(parts, depth) for parts in pictures}
-    in_pictures = all(map(_is_picture_word, (name for parts in pictures for name in parts[:depth])))
+    in_pictures = all(_PICTURE_FOLDER.fullmatch(name) for parts in pictures for name in parts[:depth])
     return "train" in words and (in_pictures or bool(words & {"val", "test"}))
 
 
-def _holds_masks(
-    parent: tuple[str, ...], name: str, children: dict[tuple[str, ...], set[str]], direct: set[tuple[str, ...]]
-) -> bool:
-    """Whether a folder holds masks: it is called so, and lies beside (or below) the pictures that they belong to."""
+def _holds_masks(name: str, siblings: Iterable[str], *, has_pictures: bool) -> bool:
+    """Whether a folder is called like one of masks, and lies beside (or below) the pictures that they belong to."""
     match = _MASK_FOLDER.fullmatch(name.lower())
     if match is None:
         return False
-    siblings = {other.lower() for other in children[parent] if other != name}
+    others = {other.lower() for other in siblings if other != name}
     of = match["of"]
     if of is None:
-        return parent in direct or any(_PICTURE_FOLDER.fullmatch(other) or split_named(other) for other in siblings)
-    split = split_named(of)
-    return any(
-        other == of
-        or (split and split_named(other) == split)
-        or re.fullmatch(rf"{re.escape(of)}[-_ ]?(?:{_PICTURES})", other)
-        for other in siblings
+        return has_pictures or any(_PICTURE_FOLDER.fullmatch(other) or split_named(other) for other in others)
+    same_split = {other for other in others if split_named(of) and split_named(other) == split_named(of)}
+    return (
+        of in others
+        or bool(same_split)
+        or any(re.fullmatch(rf"{re.escape(of)}[-_ ]?(?:{_PICTURES})", other) for other in others)
     )
 
 
@@ -142,38 +251,24 @@ def _labels(splits: dict[tuple[str, ...], str], depth: int | None, *, has_masks:
     if depth is not None:
         common = len({parts[:depth] for parts in splits}) == 1
         rest = {parts: [*(() if common else parts[:depth]), *parts[depth + 1 :]] for parts in splits}
-    if (depth is not None or has_masks) and all(any(map(_is_picture_word, parts)) for parts in splits):
-        rest = {parts: [name for name in kept if not _is_picture_word(name)] for parts, kept in rest.items()}
+    if (depth is not None or has_masks) and all(any(map(_PICTURE_FOLDER.fullmatch, parts)) for parts in splits):
+        rest = {parts: [name for name in kept if not _PICTURE_FOLDER.fullmatch(name)] for parts, kept in rest.items()}
     without = {splits[parts] for parts, kept in rest.items() if not kept}
     return {parts: kept[0] for parts, kept in rest.items() if splits[parts] not in without}
 
 
-def _is_picture_word(name: str) -> bool:
-    return _PICTURE_FOLDER.fullmatch(name.lower()) is not None
-
-
 def masks_among(names: Strings) -> list[int]:
-    """Which of the pictures are masks of others by the name of the file: x_mask.png beside x.jpg.
-
-    Args:
-        names: their paths.
-    """
+    """Which of the pictures with these paths are masks of others by the name of the file: x_mask.png beside x.jpg."""
     if not _MASK_FILE_BYTES.search(names.parts[0]):
         return []
-    found: list[int] = []
-    folders: dict[str, list[tuple[int, str]]] = defaultdict(list)
-    for index, name in enumerate(names):
-        folder, _, file = name.decode("utf-8", "surrogateescape").rpartition("/")
-        folders[folder].append((index, file.rpartition(".")[0]))
-    for members in folders.values():
-        stems = {stem for _, stem in members}
-        matches = ((index, _MASK_FILE.fullmatch(stem)) for index, stem in members)
-        found += [index for index, match in matches if match and match["of"] in stems]
-    return sorted(found)
+    stems = [os.fsdecode(name).rpartition(".")[0] for name in names]
+    known = set(stems)
+    folders = ((stem.rpartition("/")[0], _MASK_FILE.fullmatch(stem.rpartition("/")[2])) for stem in stems)
+    return [i for i, (folder, match) in enumerate(folders) if match and f"{folder}/{match['of']}".lstrip("/") in known]
 
 
 class Masks:
-    """The masks that lie beside the pictures of a data set, to be found by the picture that each belongs to.
+    """The masks that lie beside the pictures of a data set, found by the picture that each belongs to.
 
     Args:
         root: the folder of the data set.
@@ -192,7 +287,7 @@ class Masks:
         return {_pair_key(os.fsdecode(self._names[i])): i for i in reversed(range(len(self)))}
 
     def of(self, picture: str | Path) -> Path | None:
-        """The mask of a picture, by its path below the root; the first one where it has several; None: it has none."""
+        """The mask of a picture, by its path below the root; the first of several; None: it has none."""
         path = Path(picture)
         name = path.relative_to(self._root) if path.is_relative_to(self._root) else path
         found = self._by_key.get(_pair_key(name.as_posix()))
@@ -208,7 +303,7 @@ def _pair_key(name: str) -> tuple[str, ...]:
         mask = _MASK_FOLDER.fullmatch(word)
         if mask is not None and mask["of"] is not None:
             parts.append(split_named(mask["of"]) or mask["of"])
-        elif mask is None and not _is_picture_word(word):
+        elif mask is None and not _PICTURE_FOLDER.fullmatch(word):
             parts.append(split_named(word) or word)
     match = _MASK_FILE.fullmatch(path.stem)
     return (*parts, match["of"] if match else path.stem)

@@ -16,7 +16,7 @@ import numpy as np
 from torchmae.data.formats import CUT_SHORT, NOT_FINITE, Progress, quiet_pillow
 from torchmae.data.labels import in_training_classes
 from torchmae.data.reading import FEW, measure, num_cores, probe
-from torchmae.data.sources import Source, all_notes, spread
+from torchmae.data.sources import Source, all_notes, evenly_spaced
 from torchmae.data.transforms import Normalisation
 from torchmae.errors import DataError
 
@@ -138,10 +138,10 @@ def inspect_splits(
 
     Args:
         splits: split name to source.
-        limit: how many images of each split to read, evenly spread; None: all.
+        limit: how many images of each split to read, evenly evenly_spaced; None: all.
         progress: told how far it is.
     """
-    chosen = {split: spread(len(source), limit or len(source)) for split, source in splits.items()}
+    chosen = {split: evenly_spaced(len(source), limit or len(source)) for split, source in splits.items()}
     total, done = sum(map(len, chosen.values())), 0
     facts: dict[str, SplitFacts] = {}
     places: dict[bytes, list[tuple[str, int]]] = defaultdict(list)
@@ -157,7 +157,7 @@ def inspect_splits(
             if progress is not None:
                 progress("inspecting", done, total)
     groups = [group for group in places.values() if len(group) > 1]
-    notes, normalisation = all_notes(splits), None
+    notes, normalisation = all_notes(splits.values()), None
     for split, source in splits.items():
         if split != "train":
             notes += in_training_classes(source, splits["train"], split)[1]

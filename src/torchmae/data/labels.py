@@ -26,9 +26,9 @@ class ReadLabels(NamedTuple):
     """Labels as they can be used.
 
     Attributes:
-        labels: (N,) int64, -1 where unknown; None: they are none of classes.
+        labels: (N,) int64, -1 where unknown; None: they are no classes.
         classes: the name of each number, where there are names.
-        note: what was made of them, where that is not plain; else "".
+        note: what was made of them where that is not plain, else "".
     """
 
     labels: Labels | None
@@ -45,20 +45,15 @@ def read_labels(values: npt.ArrayLike, count: int) -> ReadLabels:
     """
     array = np.asarray(values)
     given = f"labels of shape {array.shape} and type {array.dtype}"
-    if array.shape == (count, 1):
-        array = array[:, 0]
+    array = array[:, 0] if array.shape == (count, 1) else array
     if array.shape == (count,):
         if array.dtype.kind in "USO":
-            names = (
-                name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name) for name in array.tolist()
+            return from_texts(
+                [v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in array.tolist()]
             )
-            return from_texts(list(names))
-        if array.dtype.kind == "f":
-            numbers = np.where(np.isnan(array), -1, array)
-            if (numbers == np.rint(numbers)).all() and (np.abs(numbers) < 2**53).all():
-                return _from_numbers(numbers.astype(np.int64))
-        elif array.dtype.kind in "biu":
-            return _from_numbers(array.astype(np.int64))
+        numbers = np.where(np.isnan(array), -1, array) if array.dtype.kind == "f" else array
+        if array.dtype.kind in "biuf" and (numbers == np.rint(numbers)).all() and (np.abs(numbers) < 2**53).all():
+            return _from_numbers(numbers.astype(np.int64))
     is_table = array.ndim == 2 and len(array) == count and array.shape[1] > 1 and array.dtype.kind in "biuf"
     if is_table and np.isin(array, (0, 1)).all() and (array.sum(axis=1) == 1).all():
         return ReadLabels(array.argmax(axis=1).astype(np.int64), None, f"{given} are read as one class an image")
@@ -68,11 +63,9 @@ def read_labels(values: npt.ArrayLike, count: int) -> ReadLabels:
 def from_texts(texts: Sequence[str], training: Iterable[str] | None = None) -> ReadLabels:
     """Labels that are all whole numbers as such, any others as names in the order of `ordered_classes`.
 
-    "" and "-1" are unknown.
-
     Args:
-        texts: the label of each image.
-        training: those of training images; None: all are.
+        texts: the label of each image; "" and "-1" are unknown.
+        training: the labels of training images; None: all are.
     """
     different, inverse = np.unique(np.array(texts, dtype=object), return_inverse=True)
     if all(text == "" or _NUMBER.fullmatch(text) for text in different):
@@ -97,31 +90,25 @@ def _from_numbers(numbers: Labels) -> ReadLabels:
 
 
 def ordered_classes(training: Iterable[str], others: Iterable[str] = ()) -> tuple[str, ...]:
-    """The names of classes in the order of their numbers: those of training images, then those that only others have.
+    """Names of classes in the order of their numbers: those of training images, then those that only others have.
 
     Names are sorted as text; names that are all numbers by value: 2 comes before 10.
     """
     first, later = set(training), set(others)
-    if all(name.isascii() and name.isdigit() for name in first | later):
-        return (*sorted(first, key=int), *sorted(later - first, key=int))
-    return (*sorted(first), *sorted(later - first))
-
-
-def class_name(number: int, classes: Sequence[str] | None) -> str:
-    """The name of a class; its number where it has none."""
-    return classes[number] if classes is not None and number < len(classes) else str(number)
+    key = int if all(name.isascii() and name.isdigit() for name in first | later) else str
+    return (*sorted(first, key=key), *sorted(later - first, key=key))
 
 
 def in_training_classes(source: Source, train: Source, what: str) -> tuple[Source, tuple[str, ...]]:
-    """Held-out images with labels that count in the classes of the training images.
+    """Held-out images whose labels are numbers of the training images' classes.
 
-    Labels go together by the names of their classes, or as numbers where one of both has no names. What training
-    lacks is unknown (-1).
+    Labels are matched by the names of their classes, or as numbers where one side has no names. What training lacks
+    is unknown (-1).
 
     Args:
         source: the held-out images.
         train: the training images.
-        what: to call the held-out images in the note ("val").
+        what: names the held-out images in the note ("val").
 
     Returns:
         the images; and a note on those whose class training lacks, if there are any.
@@ -131,47 +118,46 @@ def in_training_classes(source: Source, train: Source, what: str) -> tuple[Sourc
     trained = set(np.unique(train.labels).tolist())
     number_of = {name: number for number, name in enumerate(train.classes or ())}
     different, inverse = np.unique(np.maximum(source.labels, -1), return_inverse=True)
-    numbers = np.full(len(different), -1, dtype=np.int64)
-    for i, value in enumerate(different.tolist()):
-        number = _number(value, source.classes, number_of)
-        if value >= 0 and number in trained:
-            numbers[i] = number
-    labels = numbers[inverse]
+    found = [_number_in(value, source.classes, number_of) for value in different.tolist()]
+    numbers = np.array([number if number in trained else -1 for number in found], dtype=np.int64)
     lost = (different >= 0) & (numbers < 0)
     notes: tuple[str, ...] = ()
     if lost.any():
-        names = [class_name(value, source.classes) for value in different[lost][:_NAMED].tolist()]
-        more = ", ..." if lost.sum() > _NAMED else ""
+        names = [_class_name(value, source.classes) for value in different[lost][:_NAMED].tolist()]
         notes = (
             f"{int(lost[inverse].sum()):,} of {len(source):,} {what} images are left out of figures of classes: "
-            f"training has no {', '.join(names)}{more}",
+            f"training has no {', '.join(names)}{', ...' if lost.sum() > _NAMED else ''}",
         )
+    labels = numbers[inverse]
     if source.classes == train.classes and np.array_equal(labels, source.labels):
         return source, notes
     return _with_labels(source, labels, train.classes), notes
 
 
-def _number(value: int, classes: Sequence[str] | None, number_of: Mapping[str, int]) -> int:
-    """The number of a class among those of the training images; -1 where none is like it."""
-    name = class_name(value, classes)
-    if name in number_of:
-        return number_of[name]
-    if classes is None:  # numbers that count in names, or among other numbers
+def _class_name(number: int, classes: Sequence[str] | None) -> str:
+    return classes[number] if classes is not None and number < len(classes) else str(number)
+
+
+def _number_in(value: int, classes: Sequence[str] | None, number_of: Mapping[str, int]) -> int:
+    """The number of a label among the classes of the training images; -1 where none is like it."""
+    name = _class_name(value, classes)
+    if value < 0 or name in number_of:
+        return number_of.get(name, -1)
+    if classes is None:  # numbers beside names, or among other numbers
         return -1 if number_of and all(map(str.isdigit, number_of)) else value
     return int(name) if not number_of and name.isascii() and name.isdigit() else -1
 
 
 def in_one_list(splits: Mapping[str, Source]) -> dict[str, Source]:
-    """The same splits with one list of classes, for a place that can hold no more than one."""
+    """The same splits with one list of classes, for a format that can hold no more than one."""
     named = [source.classes for source in splits.values() if source.classes is not None]
     if not named or all(names == named[0] for names in named):
         return dict(splits)
     training = splits["train"].classes or ()
     added = dict.fromkeys(name for names in named for name in names if name not in training)
     number_of = {name: number for number, name in enumerate((*training, *added))}
-    joined: dict[str, Source] = {}
+    joined = dict(splits)
     for split, source in splits.items():
-        joined[split] = source
         if source.classes is not None and source.labels is not None:
             table = np.array([*(number_of[name] for name in source.classes), -1], dtype=np.int64)
             joined[split] = _with_labels(source, table[np.maximum(source.labels, -1)], tuple(number_of))

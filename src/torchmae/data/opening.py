@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,13 +18,14 @@ from torchmae.data.labels import in_training_classes
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import ImageLoader
 from torchmae.data.plan import hold_out
-from torchmae.data.reading import FEW, SAMPLE, BadFiles, Measured, Probe, fit_channels, measure, probe, reader_processes
-from torchmae.data.sources import Source, Subset, all_notes, spread
+from torchmae.data.reading import FEW, SAMPLE, BadFiles, Measured, Probe, measure, probe, reader_processes
+from torchmae.data.sources import Source, Subset, all_notes, evenly_spaced
 from torchmae.data.transforms import Normalisation
 from torchmae.data.worker import View
 from torchmae.errors import ConfigError, DataError
 
-_GIB = 2**30
+GIB = 2**30
+HELD_OUT = "held-out"  # some of the training images
 _COMPARED = 64  # held-out images that are looked for among the training images
 _NAMESAKES = 4  # training images that each is compared with
 _DEVICE_SHARE = 0.1  # of a GPU's free memory that images may take unasked: the model is not there yet
@@ -39,7 +43,7 @@ class Data:
         classes: the name of each label, where known.
         fingerprint: of the training images: changes when they do.
         notes: what was assumed, decided or left out, a short phrase each.
-        bad: the images that could not be read so far, of both sets.
+        bad: the images of both sets that could not be read so far.
     """
 
     train: ImageLoader
@@ -76,28 +80,13 @@ def open_data(
     context = Context.of(config, spatial_dims=len(input_size), progress=progress)
     splits = open_splits(config.source, context)
     train, val, apart = choose_splits(config, splits, context)
-    seen = _checked_probe(train, input_size)
-    channels = seen.channels if channels is None else channels
-    train = fit_channels(train, seen, channels)
-    val_seen = None if val is None else _checked_probe(val, input_size)
-    val = None if val is None or val_seen is None else fit_channels(val, val_seen, channels)
-    bad = BadFiles(len(train) + (0 if val is None else len(val)), config.max_bad)
-    limit = config.memory_limit * _GIB
-    held = _hold(train, config, limit, seen, bad, progress)
-    shared = held is not None and val is not None and _holds(held, val)  # parts of one array are held once
-    val_limit = limit if held is None or shared else limit - held.nbytes
-    val_held = None if val is None or val_seen is None else _hold(val, config, val_limit, val_seen, bad, progress)
-    measured = _measure(config, train if held is None else held.source(), seen, channels, progress)
-    placed = None if held is None else _on_device(held, config, device)
-    if val_held is not None:
-        if placed is not None and shared:
-            val_held = replace(val_held, images=placed.images)
-        else:
-            val_held = _on_device(val_held, config, device)
+    fitted = fit_to_model([train] if val is None else [train, val], input_size, channels)
+    bad = BadFiles(sum(map(len, fitted.sources)), config.max_bad)
+    held = _hold(fitted, config, bad, progress)
+    measured = _measure(config, fitted, held[0], progress)
     view = View(input_size, config.crop_scale, config.crop_ratio, config.flip)
-
-    def loader(source: Source, in_memory: Held | None) -> ImageLoader:
-        return ImageLoader(
+    loaders = [
+        ImageLoader(
             source,
             in_memory,
             view=view,
@@ -107,15 +96,16 @@ def open_data(
             bad=bad,
             repeats=config.repeats,
         )
-
+        for source, in_memory in zip(fitted.sources, _on_device(held, config, device), strict=True)
+    ]
     return Data(
-        train=loader(train, placed),
-        val=None if val is None else loader(val, val_held),
-        channels=channels,
+        train=loaders[0],
+        val=None if val is None else loaders[1],
+        channels=fitted.channels,
         normalisation=measured.normalisation,
         classes=train.classes,
-        fingerprint=train.fingerprint(),
-        notes=tuple(dict.fromkeys([*all_notes(splits), *apart, *seen.notes, *measured.notes])),
+        fingerprint=fitted.sources[0].fingerprint(),
+        notes=tuple(dict.fromkeys([*all_notes(splits.values()), *apart, *fitted.probes[0].notes, *measured.notes])),
         bad=bad,
     )
 
@@ -128,41 +118,58 @@ def choose_splits(
     "auto" never takes a test split: where there is no "val", some of the training images are held out.
     """
     train = splits["train"]
-    if config.val == "none":
+    name = ("val" if "val" in splits else HELD_OUT) if config.val == "auto" else config.val
+    too_few = config.val == "auto" and name == HELD_OUT and not len(hold_out(len(train), config.val_size)[1])
+    if name == "none" or too_few:
         return train, None, ()
-    if config.val == "auto" and "val" not in splits:
-        kept, held_out = hold_out(len(train), config.val_size)
-        if not len(held_out):
-            return train, None, ()
-        rest = Subset(train, kept)
-        return (rest, *in_training_classes(Subset(train, held_out), rest, "held-out"))
-    name = "val" if config.val == "auto" else config.val
-    if name == "train":
-        raise ConfigError("data.val is 'train'", "hold out other images than those trained on: auto or a path")
-    if name in splits:
-        return (train, *in_training_classes(splits[name], train, name))
-    try:
-        val = open_splits(config.val, context)["train"]
-    except DataError as error:
-        others = [split for split in splits if split != "train"]
-        raise ConfigError(
-            f"data.val {config.val!r} cannot be used: {error.problem}",
-            f"choose from auto, none, {', '.join([*others, 'or a path'])}",
-        ) from error
-    apart = check_apart(val, train, f"data.val {config.val!r}", "auto (some are held out) or another path")
-    val, lost = in_training_classes(val, train, "val")
+    train, val, apart = held_out_images(splits, name, config.val_size, context, "data.val")
+    val, lost = in_training_classes(val, train, name if name in (HELD_OUT, *splits) else "val")
     return train, val, (*apart, *lost)
 
 
-def check_apart(test: Source, train: Source, what: str, fix: str) -> tuple[str, ...]:
-    """A note where some held-out images are training images too; ConfigError where all are.
+def held_out_images(
+    splits: dict[str, Source],
+    name: str,
+    val_size: int,
+    context: Context,
+    option: str,
+    order: Sequence[str] = ("train",),
+) -> tuple[Source, Source, tuple[str, ...]]:
+    """Training and held-out images, and a note where they overlap.
 
     Args:
-        test: the held-out images.
-        train: the training images.
-        what: names the held-out images in the message.
-        fix: what to choose instead.
+        splits: of the training data.
+        name: HELD_OUT (some of the training images), a split, or a path or name of other data.
+        val_size: how many to hold out, at most.
+        context: how other data is opened.
+        option: what the user calls `name`.
+        order: the split of other data that counts; the first that it has.
+
+    Raises:
+        ConfigError: a name that cannot be used, or that leads to the training images.
+        DataError: too few images to hold some out.
     """
+    train = splits["train"]
+    if name == "train":
+        raise ConfigError(f"{option} is 'train'", f"choose images that are not trained on: {HELD_OUT} or a path")
+    if name in splits:
+        return train, splits[name], ()
+    if name == HELD_OUT:
+        kept, held_out = hold_out(len(train), val_size)
+        if not len(held_out):
+            raise DataError(f"{len(train)} training images are too few to hold some out", f"give {option} a path")
+        return Subset(train, kept), Subset(train, held_out), ()
+    try:
+        others = open_splits(name, context)
+    except DataError as error:
+        known = ", ".join([*(split for split in splits if split != "train"), HELD_OUT, "or a path"])
+        raise ConfigError(f"{option} {name!r} cannot be used: {error.problem}", f"choose from {known}") from error
+    images = next(others[split] for split in order if split in others)
+    return train, images, check_apart(images, train, f"{option} {name!r}", f"{HELD_OUT} or another path")
+
+
+def check_apart(test: Source, train: Source, what: str, fix: str) -> tuple[str, ...]:
+    """A note where some of the held-out images, called `what`, are training images too; ConfigError where all are."""
     share = training_share(test, train)
     if share == 1:
         raise ConfigError(f"{what} leads to the training images", f"choose {fix}")
@@ -175,94 +182,140 @@ def training_share(test: Source, train: Source) -> float:
     A training image is the same one when it has the same file name (or number in an array) and the same pixels,
     wherever it lies: a link, a second path or a copy of the data set is found.
     """
-    looked_for = [(int(i), test.name(int(i)).split("/")) for i in spread(len(test), _COMPARED)]
+    looked_for = [(int(i), test.name(int(i)).split("/")) for i in evenly_spaced(len(test), _COMPARED)]
     namesakes: dict[str, list[int]] = {parts[-1]: [] for _, parts in looked_for}
     for i in range(len(train)):
         last = train.name(i).rpartition("/")[2]
         if last in namesakes:
             namesakes[last].append(i)
+
+    def shared_end(parts: list[str], i: int) -> int:
+        pairs = zip(reversed(parts), reversed(train.name(i).split("/")), strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    def is_same(index: int, i: int) -> bool:
+        with suppress(DataError):
+            return np.array_equal(test.read(index), train.read(i))
+        return False
+
     found = 0
     for index, parts in looked_for:
-        alike = sorted(namesakes[parts[-1]], key=lambda i: -_common_end(parts, train.name(i).split("/")))
-        found += any(_same(test, index, train, i) for i in alike[:_NAMESAKES])
+        alike = sorted(namesakes[parts[-1]], key=lambda i: -shared_end(parts, i))
+        found += any(is_same(index, i) for i in alike[:_NAMESAKES])
     return found / len(looked_for)
 
 
-def _common_end(one: Sequence[str], other: Sequence[str]) -> int:
-    count = 0
-    for a, b in zip(reversed(one), reversed(other), strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
+class Fitted(NamedTuple):
+    """Sources that were checked against a model and give as many channels as it takes.
+
+    Attributes:
+        sources: in the order given.
+        probes: what samples of each look like.
+        channels: of every image.
+    """
+
+    sources: list[Source]
+    probes: list[Probe]
+    channels: int
 
 
-def _same(one: Source, i: int, other: Source, j: int) -> bool:
-    try:
-        return np.array_equal(one.read(i), other.read(j))
-    except DataError:
-        return False
+def fit_to_model(sources: Sequence[Source], input_size: tuple[int, ...], channels: int | None) -> Fitted:
+    """Looks at samples of sources and gives them the channels of a model.
 
+    Args:
+        sources: training images first.
+        input_size: spatial size of the model's input.
+        channels: that the model takes; None: what most of the first source's samples have.
 
-def _checked_probe(source: Source, input_size: tuple[int, ...]) -> Probe:
-    """`probe`; ConfigError when the images have not as many spatial dimensions as the model's input."""
-    seen = probe(source)
-    for size in seen.sizes:
-        if len(size) != len(input_size):
+    Raises:
+        ConfigError: images with another number of axes or channels than the model takes.
+        DataError: none of the samples can be read.
+    """
+    probes = [probe(source) for source in sources]
+    channels = probes[0].channels if channels is None else channels
+    for source, seen in zip(sources, probes, strict=True):
+        if odd := next((size for size in seen.sizes if len(size) != len(input_size)), None):
             raise ConfigError(
-                f"model.input_size has {len(input_size)} numbers and {source.name(0)} has {len(size)} dimensions",
-                f"set model.input_size to {len(size)} numbers",
+                f"{source.name(0)} has {len(odd)} dimensions and model.input_size has {len(input_size)} numbers",
+                f"give images with {len(input_size)}, or train with {len(odd)} numbers in model.input_size",
             )
-    return seen
+        if channels != seen.channels and {channels, seen.channels} != {1, 3}:
+            raise ConfigError(
+                f"the images have {seen.channels} channels ({source.name(0)}) and the model takes {channels}",
+                f"give images that have {channels}, or train with model.in_chans {seen.channels}",
+            )
+    return Fitted([source.with_channels(channels) for source in sources], probes, channels)
 
 
-def _hold(
-    source: Source, config: DataConfig, limit: float, seen: Probe, bad: BadFiles, progress: Progress | None
-) -> Held | None:
-    """The images in memory, as far as `config.cache` wants them there and they fit."""
-    if config.cache == "none" or (config.cache == "auto" and len(seen.sizes) > 1):
+def _hold(fitted: Fitted, config: DataConfig, bad: BadFiles, progress: Progress | None) -> list[Held | None]:
+    """The images of each source in memory, as far as `config.cache` wants them there and they fit."""
+    held: list[Held | None] = []
+    free = config.memory_limit * GIB
+    for source, seen in zip(fitted.sources, fitted.probes, strict=True):
+        whole = source.whole()
+        start = None if whole is None else whole[0].ctypes.data
+        shared = any(item is not None and item.images.data_ptr() == start for item in held)  # parts of one array
+        if config.cache == "none":
+            item = None
+        elif config.cache == "auto":
+            item = hold_if_it_fits(source, seen, float("inf") if shared else free, bad, progress)
+        else:
+            try:
+                item = hold(source, float("inf"), bad, progress)
+            except DoesNotFitError as error:
+                raise ConfigError(
+                    f"data.cache is {config.cache!r}, but {error}", "set data.cache to auto or none"
+                ) from error
+        free -= 0 if item is None or shared else item.nbytes
+        held.append(item)
+    return held
+
+
+def hold_if_it_fits(source: Source, seen: Probe, limit: float, bad: BadFiles, progress: Progress | None) -> Held | None:
+    """The images in memory, if they take `limit` bytes at most and are of one size."""
+    if len(seen.sizes) > 1:
         return None
     try:
-        return hold(source, limit if config.cache == "auto" else float("inf"), bad, progress)
-    except DoesNotFitError as error:
-        if config.cache == "auto":
-            return None
-        raise ConfigError(f"data.cache is {config.cache!r}, but {error}", "set data.cache to auto or none") from error
+        return hold(source, limit, bad, progress)
+    except DoesNotFitError:
+        return None
 
 
-def _holds(held: Held, source: Source) -> bool:
-    """Whether the images of a source are part of an array that is held as it is."""
-    whole = source.whole()
-    return whole is not None and whole[0].ctypes.data == held.images.data_ptr()
-
-
-def _on_device(held: Held, config: DataConfig, device: torch.device) -> Held:
-    """The same images in the device's own memory, where `config.cache` asks for that or it costs little of it."""
-    if config.cache == "auto":
-        wanted = device.type == "cuda" and held.nbytes <= torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE
-    else:
+def _on_device(held: Sequence[Held | None], config: DataConfig, device: torch.device) -> list[Held | None]:
+    """The images in the device's own memory, where `config.cache` asks for that or it costs little of it."""
+    moved: dict[int, torch.Tensor] = {}  # parts of one array are moved once
+    placed: list[Held | None] = []
+    for item in held:
         wanted = config.cache == "device"
-    if not wanted:
-        return held
-    try:
-        return replace(held, images=held.images.to(device))
-    except torch.OutOfMemoryError:
-        raise ConfigError(
-            f"data.cache is {config.cache!r}, but the images take {held.nbytes / _GIB:.1f} GiB, more than {device} has",
-            "set data.cache to memory",
-        ) from None
+        if config.cache == "auto" and item is not None and device.type == "cuda":
+            wanted = item.nbytes <= torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE
+        if item is None or not (wanted or item.images.data_ptr() in moved):
+            placed.append(item)
+            continue
+        key = item.images.data_ptr()
+        try:
+            moved[key] = moved[key] if key in moved else item.images.to(device)
+        except torch.OutOfMemoryError:
+            raise ConfigError(
+                f"data.cache is {config.cache!r}, but the images take {item.nbytes / GIB:.1f} GiB, more than {device} "
+                "has",
+                "set data.cache to memory",
+            ) from None
+        placed.append(replace(item, images=moved[key]))
+    return placed
 
 
-def _measure(config: DataConfig, train: Source, seen: Probe, channels: int, progress: Progress | None) -> Measured:
+def _measure(config: DataConfig, fitted: Fitted, held: Held | None, progress: Progress | None) -> Measured:
     """Mean, deviation and range of the training images; those that the settings give count."""
     for name, values in (("mean", config.mean), ("std", config.std)):
-        if values is not None and len(values) != channels:
+        if values is not None and len(values) != fitted.channels:
             raise ConfigError(
-                f"data.{name} has {len(values)} numbers and the images {channels} channels",
-                f"give {channels}, or leave data.mean and data.std out",
+                f"data.{name} has {len(values)} numbers and the images {fitted.channels} channels",
+                f"give {fitted.channels}, or leave data.mean and data.std out",
             )
+    train = fitted.sources[0] if held is None else held.source()
     sample = SAMPLE if config.mean is None else FEW
-    measured = measure(train, scale=config.scale, kinds=seen.kinds, sample=sample, progress=progress)
+    measured = measure(train, scale=config.scale, kinds=fitted.probes[0].kinds, sample=sample, progress=progress)
     if config.mean is None or config.std is None:
         return measured
     return measured._replace(normalisation=replace(measured.normalisation, mean=config.mean, std=config.std))

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from torchmae.data.formats import CUT_SHORT, NOT_FINITE, Image, Item, Progress, quiet_pillow
-from torchmae.data.sources import Source, spread
+from torchmae.data.sources import Source, evenly_spaced
 from torchmae.data.transforms import FULL_SCALE, Normalisation
-from torchmae.errors import ConfigError, DataError
+from torchmae.errors import DataError
 
 Result = TypeVar("Result")
 
@@ -228,14 +228,14 @@ class Probe:
 
 
 def probe(source: Source, sample: int = FEW) -> Probe:
-    """Opens samples evenly spread over a source; unreadable ones are passed over.
+    """Opens samples evenly evenly_spaced over a source; unreadable ones are passed over.
 
     Raises:
         DataError: none of them can be read.
     """
     items: list[Item] = []
     failure: DataError | None = None
-    for index in spread(len(source), sample):
+    for index in evenly_spaced(len(source), sample):
         try:
             items.append(source.open(int(index)))
         except DataError as error:
@@ -269,16 +269,6 @@ def _share(note: str, count: int, total: int) -> str:
     return note if count == total else f"{note} ({count} of {total} looked at)"
 
 
-def fit_channels(source: Source, seen: Probe, channels: int) -> Source:
-    """The samples with a model's number of channels; ConfigError where they have another and cannot be converted."""
-    if channels != seen.channels and {channels, seen.channels} != {1, 3}:
-        raise ConfigError(
-            f"the images have {seen.channels} channels ({source.name(0)}) and the model takes {channels}",
-            f"set model.in_chans to {seen.channels}, or give images that have {channels}",
-        )
-    return source.with_channels(channels)
-
-
 class Measured(NamedTuple):
     """What the values of a sample of the images are like.
 
@@ -301,7 +291,7 @@ def measure(
 ) -> Measured:
     """Mean and deviation of each channel of scaled values, the range that is shown, and what is odd about the values.
 
-    Every image of an evenly spread sample counts alike, whatever its size. A channel that never changes gets a
+    Every image of an evenly evenly_spaced sample counts alike, whatever its size. A channel that never changes gets a
     deviation of 1, so that normalising leaves it at 0.
 
     Args:
@@ -314,7 +304,7 @@ def measure(
     Raises:
         DataError: the images cannot be read.
     """
-    indices = spread(len(source), sample)
+    indices = evenly_spaced(len(source), sample)
     first: list[npt.NDArray[np.float64]] = []
     second: list[npt.NDArray[np.float64]] = []
     stored: dict[str, list[Image]] = {}  # of each type, (values, C) of each image
@@ -325,7 +315,7 @@ def measure(
         scaled = values.astype(np.float64) * (1 / given.one(image.dtype))
         first.append(scaled.mean(axis=0))
         second.append(np.square(scaled).mean(axis=0))
-        stored.setdefault(str(image.dtype), []).append(values[spread(len(values), _PICKED)])
+        stored.setdefault(str(image.dtype), []).append(values[evenly_spaced(len(values), _PICKED)])
         if progress is not None and (len(first) % 100 == 0 or len(first) == len(indices)):
             progress("measuring mean and deviation", len(first), len(indices))
     mean = np.mean(first, axis=0)

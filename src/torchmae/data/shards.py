@@ -19,9 +19,8 @@ from torchmae.data.cache import cache_folder
 from torchmae.data.formats import Context, picture_suffixes
 from torchmae.data.labels import Labels
 from torchmae.data.remote import Place, RemoteBytes, beside, last_name, open_place, place_version, shown
-from torchmae.data.sources import MAX_BYTES, EncodedSource, digest, printable, spread
-from torchmae.data.strings import Strings, StringsWriter, pack_strings
-from torchmae.errors import DataError
+from torchmae.data.sources import MAX_BYTES, EncodedSource, Strings, digest, evenly_spaced
+from torchmae.errors import DataError, printable
 from torchmae.files import replace_file
 
 INDEX_SUFFIX = ".index.npz"
@@ -255,7 +254,7 @@ def _read_index(place: Place, size: int) -> ShardIndex | None:
     rising = (np.diff(ends, prepend=0) >= 0).all() and (ends.max(initial=0) == len(names))
     if not expected or len(counts) > 1 or ends.ndim != 1 or not inside or not rising:
         return None
-    return ShardIndex(Strings(names, ends), offsets, sizes, labels, samples)
+    return ShardIndex(Strings.of(names, ends), offsets, sizes, labels, samples)
 
 
 def _chosen(index: ShardIndex, shard: str, member: str | None) -> ShardIndex:
@@ -282,7 +281,7 @@ def _chosen(index: ShardIndex, shard: str, member: str | None) -> ShardIndex:
         raise DataError(
             f"no sample of {shard} has a picture {member!r}", f"choose from {printable(', '.join(known).encode())}"
         )
-    names = pack_strings(index.names[row] for row in rows.tolist())
+    names = Strings(index.names[row] for row in rows.tolist())
     return ShardIndex(names, index.offsets[rows], index.sizes[rows], index.labels[rows], index.samples[rows])
 
 
@@ -292,7 +291,7 @@ def _agrees(index: ShardIndex, shard: Place) -> bool:
         return True
     try:
         with open_place(shard) as file:
-            for row in spread(len(index.sizes), _CHECKED):
+            for row in evenly_spaced(len(index.sizes), _CHECKED):
                 file.seek(int(index.offsets[row]) - tarfile.BLOCKSIZE)
                 header = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
                 if header.size != index.sizes[row]:
@@ -327,7 +326,7 @@ def build_index(shard: Place, size: int) -> ShardIndex:
 
 
 def _scan(file: IO[bytes], size: int, name: str) -> ShardIndex:
-    names = StringsWriter()
+    names = Strings()
     rows: list[tuple[int, int]] = []
     labels_of: dict[str, int] = {}  # by the path of the .cls file without its suffix
     with tarfile.open(fileobj=file, mode="r:") as archive:
@@ -350,7 +349,7 @@ def _scan(file: IO[bytes], size: int, name: str) -> ShardIndex:
         if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end
             raise DataError(f"{name} is damaged at byte {archive.offset:,}", "copy it again")
     table = np.array(rows, dtype=np.int64).reshape(-1, 2)
-    packed = names.finish()
+    packed = names
     keys = _keys([_text(item) for item in packed])
     number_of: dict[str, int] = {}
     samples = np.array([number_of.setdefault(key, len(number_of)) for key in keys], dtype=np.int64)

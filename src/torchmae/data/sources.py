@@ -7,32 +7,68 @@ import hashlib
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from torchmae.data.folders import Masks
 from torchmae.data.formats import Context, Image, Item, Progress, open_item
 from torchmae.data.labels import Labels, ReadLabels, read_labels
-from torchmae.data.strings import Strings, pack_strings
-from torchmae.errors import DataError
+from torchmae.errors import DataError, printable
 
-MAX_BYTES = 512 * 2**20
-"""Largest image file that is read: as many bytes as a hundred million pixels seldom take."""
+if TYPE_CHECKING:
+    from torchmae.data.folders import Masks
+
+MAX_BYTES = 512 * 2**20  # of an image file: as many as a hundred million pixels seldom take
 
 _SIZES_ASKED = 10_000
+
+
+class Strings:
+    """Byte strings in one buffer: a million file names take 30 MB, and worker processes share them."""
+
+    def __init__(self, values: Iterable[bytes] = ()) -> None:
+        self._content, self._ends = bytearray(), array("q")
+        for value in values:
+            self.add(value)
+
+    @classmethod
+    def of(cls, content: bytes, ends: npt.NDArray[np.int64]) -> Strings:
+        """The strings that end at `ends` (rising) within `content`."""
+        strings = cls()
+        strings._content, strings._ends = bytearray(content), array("q", ends.tobytes())
+        return strings
+
+    @property
+    def parts(self) -> tuple[bytearray, npt.NDArray[np.int64]]:
+        """All strings one after the other, and the end of each."""
+        return self._content, np.frombuffer(self._ends, dtype=np.int64)
+
+    def add(self, value: bytes) -> None:
+        """Appends a string."""
+        self._content += value
+        self._ends.append(len(self._content))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> bytes:
+        return bytes(self._content[self._ends[index - 1] if index else 0 : self._ends[index]])
+
+    def __iter__(self) -> Iterator[bytes]:
+        return map(self.__getitem__, range(len(self)))
 
 
 class Source(ABC):
     """Samples in a fixed order, with labels where there are any.
 
     Attributes:
-        labels: (N,), -1 where unknown; None where nothing has a label.
+        labels: (N,), -1 where unknown; None: no sample has a label.
         classes: the name of each label, where known.
         remarks: what was assumed or left out when it was opened, a short phrase each: "3 .heic files not used".
     """
@@ -43,11 +79,11 @@ class Source(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many samples there are."""
+        """Number of samples."""
 
     @abstractmethod
     def open(self, index: int) -> Item:
-        """One sample, its header read; DataError with the reason, without its name, where it cannot be opened."""
+        """One sample, its header read; DataError with the reason, without the sample's name."""
 
     def open_page(self, index: int, page: int) -> Item:  # noqa: ARG002
         """One page of a sample's file, from 0."""
@@ -63,53 +99,45 @@ class Source(ABC):
 
     @abstractmethod
     def with_channels(self, channels: int) -> Source:
-        """The same samples read with so many channels; ConfigError where that cannot be."""
+        """The same samples read with `channels` channels; ConfigError where they cannot be."""
 
     def read(self, index: int) -> Image:
-        """The values of a sample, (*size, C) uint8, uint16 or float32; DataError, which names it, if unreadable."""
+        """The values of a sample, (*size, C) uint8, uint16 or float32; DataError with the sample's name."""
         try:
             return self.open(index).read()
         except DataError as error:
             raise DataError(f"{self.name(index)}: {error.problem}", error.fix) from None
 
-    def notes(self) -> list[str]:
-        """What was assumed, decided or left out, a short phrase each, without the values' own (`reading.survey`)."""
-        return list(self.remarks)
-
     def _take_labels(self, labels: npt.ArrayLike | None, classes: Sequence[str] | None) -> None:
-        """Sets labels and classes from whatever form they are stored in (`labels.read_labels`)."""
+        """Sets labels and classes from any form that they are stored in (`read_labels`)."""
         read = ReadLabels(None) if labels is None else read_labels(labels, len(self))
         self.labels = read.labels
         self.classes = read.classes or (None if classes is None or read.note else tuple(classes))
-        self.remarks = (*self.remarks, *([read.note] if read.note else []))
+        self.remarks += (read.note,) if read.note else ()
 
     def label_fingerprint(self) -> str:
-        """A hexadecimal digest that changes when labels or classes do; "" where there are none."""
+        """A hexadecimal digest that changes when labels or classes do; "" without labels."""
         return "" if self.labels is None else digest([np.ascontiguousarray(self.labels), *(self.classes or ())])
 
     def stamp(self) -> str:
-        """What changes when a file is replaced by one of the same name and size; "" where nothing tells."""
+        """A text that changes when a file is replaced by one of the same name and size; "" where nothing tells."""
         return ""
 
     def encoded(self, index: int) -> bytes | None:  # noqa: ARG002
-        """The bytes of a sample's file; None: it is in none of its own. DataError without the name."""
+        """The content of a sample's own file; None: it has none. DataError without the sample's name."""
         return None
 
     def whole(self) -> tuple[Image, npt.NDArray[np.int64] | None] | None:
-        """All samples where they lie in memory as one array: (M, *size, C) and the row of each, None if in order."""
+        """The array in memory that holds the samples, (M, *size, C), and the row of each (None: in order); or None."""
         return None
 
     def read_ahead(self, indices: npt.NDArray[np.int64]) -> None:  # noqa: B027 (most have nothing to do)
-        """Starts to bring these samples near; returns at once, and fails for none of them."""
-
-    def subset(self, indices: npt.NDArray[np.int64]) -> Source:
-        """Some of the samples, in this order."""
-        return Subset(self, indices)
+        """Starts to fetch these samples; returns at once, and fails for none of them."""
 
 
-def all_notes(splits: Mapping[str, Source]) -> list[str]:
-    """The notes of all splits, each once."""
-    return list(dict.fromkeys(note for source in splits.values() for note in source.notes()))
+def all_notes(sources: Iterable[Source]) -> list[str]:
+    """The remarks of all sources, each once."""
+    return list(dict.fromkeys(note for source in sources for note in source.remarks))
 
 
 def data_line(notes: Iterable[str]) -> str:
@@ -119,7 +147,7 @@ def data_line(notes: Iterable[str]) -> str:
 
 
 def digest(parts: Iterable[object]) -> str:
-    """32 hexadecimal digits of the texts (or bytes, or contiguous arrays) of `parts`, the same on every machine."""
+    """32 hexadecimal digits of texts, bytes and contiguous arrays, the same on every machine."""
     state = hashlib.blake2b(digest_size=16)
     for part in parts:
         is_plain = isinstance(part, (bytes, bytearray, np.ndarray))
@@ -128,26 +156,16 @@ def digest(parts: Iterable[object]) -> str:
     return state.hexdigest()
 
 
-def spread(length: int, count: int) -> npt.NDArray[np.int64]:
-    """At most `count` different indices below `length`, evenly spread from the first to the last."""
+def evenly_spaced(length: int, count: int) -> npt.NDArray[np.int64]:
+    """At most `count` different indices below `length`, from the first to the last."""
     return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(np.int64))
 
 
 class EncodedSource(Source):
-    """Samples that are stored as encoded files, whatever those lie in, and decoded when they are read.
-
-    Args:
-        labels: (N,) integers, -1 where unknown.
-        classes: the name of each label.
-        context: how they are decoded.
-    """
+    """Samples that are stored as encoded files, wherever those lie, and decoded when they are read."""
 
     def __init__(
-        self,
-        length: int,
-        labels: npt.ArrayLike | None,
-        classes: Sequence[str] | None,
-        context: Context,
+        self, length: int, labels: npt.ArrayLike | None, classes: Sequence[str] | None, context: Context
     ) -> None:
         self.context = context
         self._length = length
@@ -158,22 +176,18 @@ class EncodedSource(Source):
 
     @abstractmethod
     def encoded(self, index: int) -> bytes:
-        """The bytes of a sample's file; DataError with the reason, without the name, where they cannot be had."""
-
-    def file_name(self, index: int) -> str:
-        """A name whose suffix tells the format where the content does not."""
-        return self.name(index)
+        """The content of a sample's file; DataError without the sample's name."""
 
     def open(self, index: int) -> Item:
         """As in `Source`."""
-        return open_item(self.encoded(index), self.context, lambda: self.file_name(index))
+        return open_item(self.encoded(index), self.context, lambda: self.name(index))
 
     def open_page(self, index: int, page: int) -> Item:
         """As in `Source`."""
-        return open_item(self.encoded(index), replace(self.context, page=page), lambda: self.file_name(index))
+        return open_item(self.encoded(index), replace(self.context, page=page), lambda: self.name(index))
 
     def with_channels(self, channels: int) -> Self:
-        """The same samples; one that has another number, and is neither grey nor colour, cannot be opened."""
+        """The same samples; grey and colour are converted, a sample with another number cannot be opened."""
         same = copy.copy(self)
         same.context = replace(self.context, channels=channels)
         return same
@@ -185,9 +199,9 @@ class FileSource(EncodedSource):
     Args:
         root: the folder that `names` are relative to.
         names: paths of the files, with "/".
-        labels: (N,) integers, -1 where unknown.
+        labels: in any form of `read_labels`.
         classes: the name of each label.
-        context: how they are decoded.
+        context: how files are decoded.
         remarks: as in `Source`.
 
     Attributes:
@@ -207,14 +221,14 @@ class FileSource(EncodedSource):
     ) -> None:
         super().__init__(len(names), labels, classes, context)
         self._root = root
-        self._names = names if isinstance(names, Strings) else pack_strings(os.fsencode(name) for name in names)
-        self.remarks = tuple(remarks)
+        self._names = names if isinstance(names, Strings) else Strings(map(os.fsencode, names))
+        self.remarks = (*remarks, *self.remarks)
 
     def _path(self, index: int) -> Path:
         return self._root / os.fsdecode(self._names[index])
 
     def encoded(self, index: int) -> bytes:
-        """The content of the file."""
+        """As in `EncodedSource`."""
         try:
             path = self._path(index)
             mode = path.stat().st_mode
@@ -230,40 +244,26 @@ class FileSource(EncodedSource):
         return printable(os.fsencode(self._path(index)))
 
     def fingerprint(self) -> str:
-        """Of the names of all files, and the sizes of 10,000 at most: on a network, a million take minutes."""
-        sizes = (file_size(self._path(int(i))) for i in spread(len(self), _SIZES_ASKED))
+        """Of all names, and of the sizes of at most 10,000 files: on a network, a million take minutes."""
+        sizes = (_status(self._path(int(i)), "st_size") for i in evenly_spaced(len(self), _SIZES_ASKED))
         return digest([*self._names.parts, *sizes])
 
     def stamp(self) -> str:
-        """Of when each file was changed."""
-        return digest(_changed(self._path(i)) for i in range(len(self)))
-
-
-def printable(name: bytes) -> str:
-    """A name as one line of text: what is not printable (line ends, a terminal's escape codes) is escaped."""
-    text = name.decode("utf-8", "backslashreplace")
-    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+        """Of the time of each file's last change, in nanoseconds."""
+        return digest(_status(self._path(i), "st_mtime_ns") for i in range(len(self)))
 
 
 def check_size(raw: bytes) -> bytes:
-    """Returns the bytes of an image file; DataError when there are more than MAX_BYTES."""
+    """The bytes of an image file; DataError where there are more than MAX_BYTES."""
     if len(raw) > MAX_BYTES:
         raise DataError(f"the file has more than {MAX_BYTES // 2**20:,} MiB")
     return raw
 
 
-def _changed(path: Path) -> int:
-    """When a file was changed, in nanoseconds; -1 where there is none."""
+def _status(path: Path, field: str) -> int:
+    """A field of a file's status; -1 where there is no file."""
     try:
-        return path.stat().st_mtime_ns
-    except (OSError, ValueError):
-        return -1
-
-
-def file_size(path: Path) -> int:
-    """Bytes of a file; -1 where there is none."""
-    try:
-        return path.stat().st_size
+        return int(getattr(path.stat(), field))
     except (OSError, ValueError):
         return -1
 
@@ -274,7 +274,7 @@ class Subset(Source):
     Args:
         source: the samples.
         indices: (M,) which of them, in this order.
-        labels: (M,) labels to put in place of the source's own.
+        labels: (M,) labels in place of the source's.
         classes: the names of `labels`; only with them.
     """
 
@@ -296,19 +296,19 @@ class Subset(Source):
         return len(self.indices)
 
     def open(self, index: int) -> Item:
-        """The source's."""
+        """As in `Source`."""
         return self.source.open(int(self.indices[index]))
 
     def open_page(self, index: int, page: int) -> Item:
-        """The source's."""
+        """As in `Source`."""
         return self.source.open_page(int(self.indices[index]), page)
 
     def encoded(self, index: int) -> bytes | None:
-        """The source's."""
+        """As in `Source`."""
         return self.source.encoded(int(self.indices[index]))
 
     def name(self, index: int) -> str:
-        """The source's."""
+        """As in `Source`."""
         return self.source.name(int(self.indices[index]))
 
     def fingerprint(self) -> str:
@@ -316,17 +316,17 @@ class Subset(Source):
         return digest([self.source.fingerprint(), np.ascontiguousarray(self.indices)])
 
     def stamp(self) -> str:
-        """The source's."""
+        """As in `Source`."""
         return self.source.stamp()
 
     def with_channels(self, channels: int) -> Subset:
-        """The same subset of the source with `channels`."""
+        """As in `Source`."""
         same = copy.copy(self)
         same.source = self.source.with_channels(channels)
         return same
 
     def whole(self) -> tuple[Image, npt.NDArray[np.int64] | None] | None:
-        """The source's, and which of its rows these are."""
+        """As in `Source`."""
         found = self.source.whole()
         if found is None:
             return None
@@ -334,17 +334,12 @@ class Subset(Source):
         return images, self.indices if rows is None else rows[self.indices]
 
     def read_ahead(self, indices: npt.NDArray[np.int64]) -> None:
-        """Tells the source."""
+        """As in `Source`."""
         self.source.read_ahead(self.indices[indices])
 
 
 class EachPage(Subset):
-    """Every page of a source's files as a sample of its own.
-
-    Args:
-        source: the files.
-        counts: (N,) how many pages each has.
-    """
+    """Every page of a source's files as a sample of its own; file i has `counts[i]` pages."""
 
     def __init__(self, source: Source, counts: npt.NDArray[np.int64]) -> None:
         super().__init__(source, np.repeat(np.arange(len(counts)), counts))
@@ -352,7 +347,7 @@ class EachPage(Subset):
         self.remarks = (*source.remarks, f"{len(self):,} pages of {len(counts):,} files, each a sample")
 
     def open(self, index: int) -> Item:
-        """One page."""
+        """As in `Source`."""
         return self.source.open_page(int(self.indices[index]), int(self._pages[index]))
 
     def encoded(self, index: int) -> bytes | None:  # noqa: ARG002
@@ -365,7 +360,7 @@ class EachPage(Subset):
 
 
 def each_page(source: Source, progress: Progress | None) -> Source:
-    """A source whose samples are the pages of the files; the source itself where each has one."""
+    """A source whose samples are the pages of the files; the source itself where each file has one page."""
     counts = np.ones(len(source), dtype=np.int64)
     for index in range(len(source)):
         with suppress(DataError):  # which says so again when it is read

@@ -6,16 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from torchmae.data.formats import Context, Progress
 from torchmae.data.layouts import open_splits
 from torchmae.data.opening import check_apart
-from torchmae.data.reading import BadFiles, probe
 from torchmae.data.sources import Source, Subset
-from torchmae.data.transforms import Normalisation
 from torchmae.errors import ConfigError, DataError
-from torchmae.evaluation.images import ImageSet, check_sizes, with_channels
+from torchmae.evaluation.images import EvaluationData, ModelInput, image_sets
 from torchmae.evaluation.options import DataOptions
 
 GOOD = "good"
@@ -23,19 +19,9 @@ GOOD = "good"
 
 
 def open_anomaly_data(
-    normal: str,
-    test: str,
-    normal_classes: Sequence[str] | None = None,
-    *,
-    options: DataOptions,
-    input_size: tuple[int, ...],
-    channels: int,
-    normalisation: Normalisation,
-    device: torch.device,
-    batch_size: int = 250,
-    progress: Progress | None = None,
-) -> tuple[ImageSet, ImageSet]:
-    """The normal images, and those to test, labelled 0 for normal and 1 for anomalous.
+    normal: str, test: str, normal_classes: Sequence[str] | None, options: DataOptions, model: ModelInput
+) -> EvaluationData:
+    """The normal images as training images, and those to test, labelled 0 for normal and 1 for anomalous.
 
     Args:
         normal: what `torchmae pretrain --data` takes; its training split.
@@ -43,40 +29,20 @@ def open_anomaly_data(
             "good", or as a class of `normal`, or as a folder that images of `normal` lie in; any other is anomalous.
         normal_classes: take only these classes of `normal`; then these alone are the normal ones of `test`.
         options: how images are read.
-        input_size: pixels along each axis of the model's input.
-        channels: that the model takes.
-        normalisation: that it was trained with.
-        device: where batches go.
-        batch_size: images in a batch.
-        progress: told how far indexing and reading are.
+        model: what the images are for.
 
     Raises:
         ConfigError: images that do not fit the model, a class that does not exist, or the same images twice.
         DataError: data that is missing, without classes, or without normal or without anomalous images.
     """
-    context = Context.of(options, spatial_dims=len(input_size), progress=progress)
-    sources, tests = open_splits(normal, context), open_splits(test, context)
-    split = next(name for name in ("test", "val", "train") if name in tests)
-    check_apart(tests[split], sources["train"], f"test {test!r} has no test split, and", "other images to test")
-    known = sources["train"] if normal_classes is None else only_classes(sources["train"], normal_classes)
+    context = model.context(options)
+    source, tests = open_splits(normal, context)["train"], open_splits(test, context)
+    tested = next(tests[split] for split in ("test", "val", "train") if split in tests)
+    check_apart(tested, source, f"test {test!r} has no test split, and", "other images to test")
+    known = source if normal_classes is None else only_classes(source, normal_classes)
     names = {GOOD} | folder_names(known) if normal_classes is None else set(normal_classes)
-    pair = []
-    for source in (known, mark_anomalous(tests[split], names)):
-        seen = probe(source)
-        fitting = with_channels(source, seen, channels)
-        check_sizes(seen, fitting, input_size)
-        images = ImageSet(
-            fitting,
-            data=options,
-            batch_size=batch_size,
-            input_size=input_size,
-            normalisation=normalisation,
-            device=device,
-            bad=BadFiles(len(fitting), options.max_bad),
-            progress=progress,
-        )
-        pair.append(images)
-    return pair[0], pair[1]
+    sets, notes = image_sets([known, mark_anomalous(tested, names)], options, model)
+    return EvaluationData(sets[0], sets[1], ("normal", "anomalous"), notes)
 
 
 def only_classes(source: Source, names: Sequence[str]) -> Source:

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from torchmae.data.loader import one_line_when_a_worker_ends
-from torchmae.data.reading import probe
-from torchmae.data.sources import all_notes, data_line
 from torchmae.errors import ConfigError, Interrupted, one_of
 from torchmae.evaluation import attentive, few_shot
 from torchmae.evaluation.anomaly_data import open_anomaly_data
-from torchmae.evaluation.images import EvaluationData, check_sizes, open_evaluation_data, rescaled
+from torchmae.evaluation.images import EvaluationData, ModelInput, open_evaluation_data
 from torchmae.evaluation.methods import ANOMALY, METHODS, WITHOUT_LABELS, Bench, output_folder, run_data
 from torchmae.evaluation.options import APPLIES_TO, ComputeOptions, DataOptions, EvaluateOptions
 from torchmae.evaluation.records import append_record
@@ -150,28 +148,30 @@ def open_bench(
         description, arguments = pretrained.description, pretrained.description.arguments
         trained = Subject("model", pretrained.model.to(runtime.device))
         notes = pretrained.notes
+    model = ModelInput(
+        tuple(arguments["input_size"]),
+        None if trained is None else arguments["in_chans"],
+        None if description is None else description.normalisation,
+        runtime.device,
+        batch_size,
+        display.preparing,
+    )
     if options.method == ANOMALY:
         assert description is not None
         assert trained is not None
-        normal_and_test = open_normal_and_test(options, batch_size, description, runtime, display)
-        normal_and_test = replace(normal_and_test, notes=(*notes, *normal_and_test.notes))
-        return Bench(normal_and_test, runtime, display, run, mask_ratio(description)), [trained], options
+        assert options.normal is not None
+        assert options.test is not None
+        names = None if options.normal_classes is None else [name.strip() for name in options.normal_classes.split(",")]
+        pair = open_anomaly_data(options.normal, options.test, names, options.data, model)
+        pair = replace(pair, notes=(*notes, *pair.notes))
+        return Bench(pair, runtime, display, run, mask_ratio(description)), [trained], options
     options = replace(options, data=own_data(run, options.data))
-    data = open_evaluation_data(
-        options,
-        batch_size=batch_size,
-        input_size=tuple(arguments["input_size"]),
-        channels=None if trained is None else arguments["in_chans"],
-        normalisation=None if description is None else description.normalisation,
-        device=runtime.device,
-        labelled=options.method not in WITHOUT_LABELS,
-        progress=display.preparing,
-    )
+    data = open_evaluation_data(options, model, labelled=options.method not in WITHOUT_LABELS)
     data = replace(data, notes=(*notes, *data.notes))
     labels = data.train.source.labels
     if options.labels_per_class is not None and labels is not None:
         few_shot.check_counts(labels, data.classes, options.labels_per_class)  # before hours of encoding, not after
-    arguments = {**arguments, "in_chans": data.channels}
+    arguments = {**arguments, "in_chans": len(data.normalisation.mean)}
     if run == PIXELS:
         subjects = [pixels()]
     elif run == RANDOM:
@@ -181,36 +181,6 @@ def open_bench(
         baselines = [untrained(arguments, options.seed, runtime.device), pixels()] if options.method == ALL else []
         subjects = [trained, *baselines]
     return Bench(data, runtime, display, run), subjects, options
-
-
-def open_normal_and_test(
-    options: EvaluateOptions, batch_size: int, description: Description, runtime: Runtime, display: Display
-) -> EvaluationData:
-    """The images of anomaly detection, the normal ones as training images; errors as of `open_anomaly_data`."""
-    assert options.normal is not None
-    assert options.test is not None
-    normalisation, channels = description.normalisation, description.arguments["in_chans"]
-    names = None if options.normal_classes is None else [name.strip() for name in options.normal_classes.split(",")]
-    normal, test = open_anomaly_data(
-        options.normal,
-        options.test,
-        names,
-        options=options.data,
-        input_size=description.input_size,
-        channels=channels,
-        normalisation=normalisation,
-        device=runtime.device,
-        batch_size=batch_size,
-        progress=display.preparing,
-    )
-    notes: tuple[str, ...] = ()
-    said = all_notes({"normal": normal.source, "test": test.source})
-    for part in (normal, test):
-        seen = probe(part.source)
-        notes = notes or check_sizes(seen, part.source, description.input_size)
-        said += [*seen.notes, *rescaled(normalisation, options.data, seen)[1]]
-    notes += tuple(filter(None, [data_line(said)]))
-    return EvaluationData(normal, test, normalisation, channels, ("normal", "anomalous"), notes, test.bad)
 
 
 def mask_ratio(description: Description) -> float:
