@@ -377,7 +377,7 @@ def test_val_from_another_path_goes_by_class_names(write_pictures, tmp_path: Pat
 
 def test_val_that_does_not_exist(uniform_size: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"data.val 'tset' cannot be used: .*; choose from auto, none, val, or a path"
+        ConfigError, match=r"data.val 'tset' cannot be used: .*; choose from val, held-out, or a path"
     ):
         opened(val="tset")
     with pytest.raises(ConfigError, match=r"data.val is 'train'"):
@@ -395,7 +395,7 @@ def test_channels_come_from_the_data_unless_given(write_pictures, tmp_path: Path
 
 
 def test_dimensions_have_to_agree(uniform_size: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model.input_size has 1 numbers and .*a/1.png has 2 dimensions; set"):
+    with pytest.raises(ConfigError, match=r"a/1.png has 2 dimensions and model.input_size has 1 numbers; give"):
         opened(uniform_size, (64,))
     with pytest.raises(ConfigError, match="digits/0 has 2 dimensions"):
         opened(input_size=(8, 8, 8))
@@ -479,7 +479,11 @@ def test_repeats_start_later_and_go_over_ranks(uniform_size: Path, cache: str) -
 def test_images_move_to_the_device_where_asked() -> None:
     held = hold(opened().train.source, float("inf"), BadFiles(1437, 0))
     meta = torch.device("meta")
-    assert _on_device(held, DataConfig(cache="device"), meta).images.device == meta
+    moved = _on_device([held, held], DataConfig(cache="device"), meta)
+    assert moved[0] is not None
+    assert moved[1] is not None
+    assert moved[0].images.device == meta
+    assert moved[0].images is moved[1].images  # parts of one array are moved once
     for cache in ("memory", "auto"):
-        assert _on_device(held, DataConfig(cache=cache), meta) is held
+        assert _on_device([held, None], DataConfig(cache=cache), meta) == [held, None]
     assert_same(steps(opened(cache="device")), steps(opened(cache="memory")))

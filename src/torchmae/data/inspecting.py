@@ -5,22 +5,21 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from torchmae.data.formats import CUT_SHORT, NOT_FINITE, Progress, quiet_pillow
+from torchmae.data.formats import CUT_SHORT, NOT_FINITE, Progress
 from torchmae.data.labels import in_training_classes
-from torchmae.data.reading import FEW, measure, num_cores, probe
+from torchmae.data.reading import FEW, map_samples, measure, probe
 from torchmae.data.sources import Source, all_notes, evenly_spaced
 from torchmae.data.transforms import Normalisation
 from torchmae.errors import DataError
 
-_CHUNK = 64  # images under way at a time
 _MAX_PATCHES = 256  # in an image, for a suggested patch size: what 224 pixels in patches of 16 come close to
 _LARGEST_PATCH = 16  # of pictures, as suggested
 
@@ -147,7 +146,7 @@ def inspect_splits(
     places: dict[bytes, list[tuple[str, int]]] = defaultdict(list)
     for split, source in splits.items():
         found = facts[split] = SplitFacts(len(source), len(chosen[split]), classes=class_balance(source))
-        for index, item in _examine_all(source, chosen[split]):
+        for index, item in map_samples(source, chosen[split], partial(examine, source)):
             if item.failure is None:
                 found.add(item)
                 places[item.digest].append((split, index))
@@ -184,26 +183,16 @@ def class_balance(source: Source) -> dict[str, int]:
     return {names.get(int(number), str(number)): int(count) for number, count in zip(numbers, counts, strict=True)}
 
 
-def _examine_all(source: Source, indices: np.ndarray[Any, np.dtype[np.int64]]) -> Iterator[tuple[int, Examined]]:
-    with ThreadPoolExecutor(num_cores()) as pool:
-        for start in range(0, len(indices), _CHUNK):
-            part = indices[start : start + _CHUNK]
-            source.read_ahead(part)
-            with quiet_pillow():
-                items = list(pool.map(lambda index: examine(source, int(index)), part))
-            yield from zip(part.tolist(), items, strict=True)
-
-
-def examine(source: Source, index: int) -> Examined:
-    """Reads one image."""
+def examine(source: Source, index: int) -> tuple[int, Examined]:
+    """Reads one image, and returns its index with what it is."""
     try:
         item = source.open(index)
         image = item.read()
     except DataError as error:
-        return Examined(failure=str(error))
+        return index, Examined(failure=str(error))
     state = hashlib.blake2b(f"{image.shape}{image.dtype}".encode(), digest_size=16)
     state.update(np.ascontiguousarray(image).data)
-    return Examined(
+    return index, Examined(
         size=image.shape[:-1],
         channels=image.shape[-1],
         dtype=str(image.dtype),

@@ -6,10 +6,8 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -22,28 +20,17 @@ from torchmae.errors import DataError
 
 Result = TypeVar("Result")
 
-MAX_MISSES = 64
-"""Unreadable images in a row after which a source counts as gone (a disk that went away, say)."""
-
-MAX_READERS = 8
-"""Reader processes that are started unasked."""
-
-FEW = 64
-"""Samples that are opened to see what a source holds."""
-
-SAMPLE = 2000
-"""Images that mean and deviation are measured on, at most."""
+MAX_MISSES = 64  # unreadable images in a row after which a source counts as gone (a disk that went away, say)
+MAX_READERS = 8  # reader processes that are started unasked
+FEW = 64  # samples that are opened to see what a source holds
+SAMPLE = 2000  # images that mean and deviation are measured on, at most
+FAR = 4.0  # floats above are no shares of 1
 
 _PICKED = 256  # values of each channel that an image adds to the percentiles
 _SHOWN = (0.5, 99.5)  # percentiles that are drawn black and white
-FAR = 4.0
-"""Floats above are no shares of 1."""
-
-_AHEAD = 8  # images per thread that are decoded before they are asked for
+_AT_ONCE = 64  # images under way at a time in threads
 _ANNOUNCED = 256  # images at a time that a source is told of
-_WORTH_THREADS = 128 * 128 * 3  # values in an image
-
-
+_WORTH_THREADS = 128 * 128 * 3  # values in an image: of a smaller one, most of the work holds Python's lock
 _MENDS = {
     NOT_FINITE: "nodata nan puts the mean in such places",
     CUT_SHORT: "truncated keep takes the rows that are there",
@@ -54,6 +41,11 @@ _MENDS = {
 def num_cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def reader_processes(asked: int | None, sharing: int = 1) -> int:
+    """Number of processes that read images: `asked`, else cores // processes that share them, at most MAX_READERS."""
+    return max(1, min(MAX_READERS, num_cores() // sharing)) if asked is None else asked
 
 
 class BadFiles:
@@ -78,30 +70,16 @@ class BadFiles:
         return list(self._reasons.items())
 
     def add(self, name: str, reason: str) -> None:
-        """Counts a bad file; one that is known already is not counted again.
-
-        Raises:
-            DataError: there are now more than the limit.
-        """
+        """Counts a bad file, once; DataError where there are now more than the limit."""
         self._reasons[name] = reason
         if len(self._reasons) > self.limit:
             allowed = f"more than {self.option} {self.max_bad:g} allows" if self.max_bad else f"and {self.option} is 0"
+            group = self.option.rpartition("max_bad")[0]
+            mend = next((f"--{group}{text}, or " for begin, text in _MENDS.items() if reason.startswith(begin)), "")
             raise DataError(
                 f"{len(self._reasons)} of {self.total} images cannot be read, {allowed}; the last: {name}: {reason}",
-                self._fix(reason),
+                f"{mend}mend or remove them, or raise {self.option}",
             )
-
-    def _fix(self, reason: str) -> str:
-        """What to do about the bad files, of which the last one was so for this reason."""
-        group = self.option.rpartition("max_bad")[0]
-        first = next((f"--{group}{text}, or " for begin, text in _MENDS.items() if reason.startswith(begin)), "")
-        return f"{first}mend or remove them, or raise {self.option}"
-
-
-def reader_processes(asked: int | None, sharing: int = 1) -> int:
-    """How many processes read images: as many as asked for, else one for each core, or each of the share that one of
-    `sharing` processes has; then at most MAX_READERS."""
-    return max(1, min(MAX_READERS, num_cores() // sharing)) if asked is None else asked
 
 
 def read_or_next(source: Source, index: int, bad: list[tuple[str, str]]) -> tuple[int, Image]:
@@ -112,9 +90,7 @@ def read_or_next(source: Source, index: int, bad: list[tuple[str, str]]) -> tupl
 def first_readable(
     source: Source, index: int, bad: list[tuple[str, str]], read: Callable[[int], Result]
 ) -> tuple[int, Result]:
-    """What `read` makes of the image at `index` or, where it cannot be read, of the next one that can.
-
-    After the last image comes the first.
+    """The image at `index` or, where it cannot be read, the next one that can; after the last image comes the first.
 
     Args:
         source: the images.
@@ -123,7 +99,7 @@ def first_readable(
         read: takes an index; raises DataError.
 
     Returns:
-        the index that was read, and what came of it.
+        the index that was read, and what `read` made of it.
 
     Raises:
         DataError: MAX_MISSES in a row cannot be read.
@@ -142,16 +118,13 @@ def first_readable(
 
 
 def stand_ins(source: Source, readable: npt.NDArray[np.bool_], reason: str, bad: BadFiles) -> npt.NDArray[np.int64]:
-    """(N,) the index that is read in place of each: itself, or the next that is readable; after the last the first.
+    """(N,) the index that is read in place of each sample: itself, or the next readable one; after the last the first.
 
     Args:
         source: the samples.
-        readable: (N,) which of them are; not none.
+        readable: (N,) which of them are; at least one.
         reason: why the others are not.
-        bad: takes those.
-
-    Raises:
-        DataError: more of them than `bad` allows.
+        bad: takes those; DataError where they are more than it allows.
     """
     for index in np.flatnonzero(~readable):
         bad.add(source.name(int(index)), reason)
@@ -176,42 +149,42 @@ class Reading(NamedTuple):
 
 
 def read_many(source: Source, indices: npt.NDArray[np.int64]) -> Iterator[Reading]:
-    """Reads images in the order of `indices`, on several threads where that pays.
+    """Reads images in the order of `indices`; DataError where MAX_MISSES in a row cannot be read."""
 
-    Raises:
-        DataError: MAX_MISSES in a row cannot be read.
-    """
-
-    def read_one(index: np.int64) -> Reading:
+    def read_one(index: int) -> Reading:
         bad: list[tuple[str, str]] = []
-        return Reading(int(index), *read_or_next(source, int(index), bad), bad)
+        return Reading(index, *read_or_next(source, index, bad), bad)
 
-    wanted = _announced(source, indices)
-    first = read_one(next(wanted))
+    first = read_one(int(indices[0]))
     yield first
-    threads = num_cores()
-    # Only the decoding proper leaves Python's lock; of a small image that is so little that threads get in each
-    # other's way.
-    if threads == 1 or first.image.size < _WORTH_THREADS:
-        yield from map(read_one, wanted)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        while part := list(islice(wanted, threads * _AHEAD)):
-            with quiet_pillow():
-                readings = list(pool.map(read_one, part))
-            yield from readings
+    yield from map_samples(source, indices[1:], read_one, threads=first.image.size >= _WORTH_THREADS)
 
 
-def _announced(source: Source, indices: npt.NDArray[np.int64]) -> Iterator[np.int64]:
-    """The same indices; the source is told of each some time before it is its turn."""
-    for start in range(0, len(indices), _ANNOUNCED):
-        part = indices[start : start + _ANNOUNCED]
-        source.read_ahead(part)
-        yield from part
+def map_samples(
+    source: Source, indices: npt.NDArray[np.int64], function: Callable[[int], Result], *, threads: bool = True
+) -> Iterator[Result]:
+    """`function` of each index, in order; the source is told of samples before they are due.
+
+    Args:
+        source: the samples.
+        indices: which of them.
+        function: reads one.
+        threads: on all cores, 64 samples at a time.
+    """
+    with ThreadPoolExecutor(num_cores()) as pool:
+        for start in range(0, len(indices), _ANNOUNCED):
+            part = indices[start : start + _ANNOUNCED]
+            source.read_ahead(part)
+            if not threads or num_cores() == 1:
+                yield from map(function, part.tolist())
+                continue
+            for first in range(0, len(part), _AT_ONCE):
+                with quiet_pillow():
+                    results = list(pool.map(function, part[first : first + _AT_ONCE].tolist()))
+                yield from results
 
 
-@dataclass(frozen=True)
-class Probe:
+class Probe(NamedTuple):
     """What a sample of a source looks like.
 
     Attributes:
@@ -228,45 +201,38 @@ class Probe:
 
 
 def probe(source: Source, sample: int = FEW) -> Probe:
-    """Opens samples evenly evenly_spaced over a source; unreadable ones are passed over.
-
-    Raises:
-        DataError: none of them can be read.
-    """
+    """Opens samples evenly spread over a source; DataError where none of them can be read."""
     items: list[Item] = []
     failure: DataError | None = None
-    for index in evenly_spaced(len(source), sample):
+    indices = evenly_spaced(len(source), sample).tolist()
+    for index in indices:
         try:
-            items.append(source.open(int(index)))
+            items.append(source.open(index))
         except DataError as error:
-            failure = DataError(f"{source.name(int(index))}: {error.problem}", error.fix)
-    if not items:
-        assert failure is not None
+            failure = DataError(f"{source.name(index)}: {error.problem}", error.fix)
+    if failure is not None and not items:
         raise DataError(
-            f"none of {min(sample, len(source))} images can be read; the last: {failure.problem}",
-            failure.fix or "check the data",
+            f"none of {len(indices)} images can be read; the last: {failure.problem}", failure.fix or "check the data"
         )
     counts = Counter(item.channels for item in items)
     channels = 3 if set(counts) == {1, 3} else counts.most_common(1)[0][0]
     notes = Counter(note for item in items for note in item.notes)
-    phrases = [_share(note, count, len(items)) for note, count in notes.items()]
     if channels not in (1, 3) and items[0].form != "array":
         bands = next((item.bands for item in items if item.channels == channels and item.bands), ())
-        phrases.append(f"{channels} bands" + (f" ({', '.join(bands)})" if bands else ""))
+        notes[f"{channels} bands" + (f" ({', '.join(bands)})" if bands else "")] = len(items)
     for number, count in counts.items():
         if number != channels:
-            what = "grey, read as colour" if (number, channels) == (1, 3) else f"of {number} bands, not used"
-            phrases.append(_share(what, count, len(items)))
+            grey = (number, channels) == (1, 3)
+            notes["grey, read as colour" if grey else f"of {number} bands, not used"] = count
     return Probe(
         channels=channels,
         sizes=frozenset(item.size for item in items),
         kinds=Counter(str(item.dtype) for item in items),
-        notes=tuple(phrases),
+        notes=tuple(
+            note if count == len(items) else f"{note} ({count} of {len(items)} looked at)"
+            for note, count in notes.items()
+        ),
     )
-
-
-def _share(note: str, count: int, total: int) -> str:
-    return note if count == total else f"{note} ({count} of {total} looked at)"
 
 
 class Measured(NamedTuple):
@@ -291,7 +257,7 @@ def measure(
 ) -> Measured:
     """Mean and deviation of each channel of scaled values, the range that is shown, and what is odd about the values.
 
-    Every image of an evenly evenly_spaced sample counts alike, whatever its size. A channel that never changes gets a
+    Every image of an evenly spread sample counts alike, whatever its size. A channel that never changes gets a
     deviation of 1, so that normalising leaves it at 0.
 
     Args:
@@ -309,32 +275,30 @@ def measure(
     second: list[npt.NDArray[np.float64]] = []
     stored: dict[str, list[Image]] = {}  # of each type, (values, C) of each image
     given = Normalisation((), (), scale=scale)
-    for reading in read_many(source, indices):
+    for done, reading in enumerate(read_many(source, indices), 1):
         image = reading.image
         values = image.reshape(-1, image.shape[-1])
         scaled = values.astype(np.float64) * (1 / given.one(image.dtype))
         first.append(scaled.mean(axis=0))
         second.append(np.square(scaled).mean(axis=0))
         stored.setdefault(str(image.dtype), []).append(values[evenly_spaced(len(values), _PICKED)])
-        if progress is not None and (len(first) % 100 == 0 or len(first) == len(indices)):
-            progress("measuring mean and deviation", len(first), len(indices))
+        if progress is not None and (done % 100 == 0 or done == len(indices)):
+            progress("measuring mean and deviation", done, len(indices))
     mean = np.mean(first, axis=0)
     std = np.sqrt(np.maximum(np.mean(second, axis=0) - mean**2, 0))
     std[std < 1e-6] = 1.0
     pools = {kind: np.concatenate(parts) for kind, parts in stored.items()}
-    odd = {kind: lone_extremes(pool) for kind, pool in pools.items() if kind != "uint8"}
-    low, high = _shown_range(pools, odd, given)
+    odd = {kind: [] if kind == "uint8" else lone_extremes(pool) for kind, pool in pools.items()}
+    usual = {kind: pool[~np.isin(pool, np.asarray(odd[kind], pool.dtype)).any(axis=-1)] for kind, pool in pools.items()}
+    usual = {kind: values if len(values) else pools[kind] for kind, values in usual.items()}
+    low, high = _shown_range(usual, given)
     used = {kind: given.one(np.dtype(kind)) for kind in (*FULL_SCALE, *(scale or {})) if kind in {*pools, *kinds}}
     normalisation = Normalisation(tuple(mean.tolist()), tuple(std.tolist()), low, high, used)
     return Measured(normalisation, tuple(_value_notes(pools, odd, used)))
 
 
 def lone_extremes(values: Image) -> list[float]:
-    """The smallest or largest value, where it comes more than once and lies far from all others.
-
-    Args:
-        values: (N, C).
-    """
+    """The smallest or largest of (N, C) values, where it comes more than once and lies far from all others."""
     flat = values.ravel()
     found = []
     for end in (flat.min(), flat.max()):
@@ -347,17 +311,12 @@ def lone_extremes(values: Image) -> list[float]:
 
 
 def _shown_range(
-    pools: dict[str, Image], odd: dict[str, list[float]], given: Normalisation
+    pools: dict[str, Image], given: Normalisation
 ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    """What is shown black and white in each channel; None, None where 0 and 1 do."""
+    """The scaled values that are shown black and white in each channel; None, None where 0 and 1 do."""
     if set(pools) == {"uint8"}:
         return None, None
-    parts = []
-    for kind, pool in pools.items():
-        kept = pool[~np.isin(pool, np.asarray(odd.get(kind, ()), pool.dtype)).any(axis=-1)]
-        kept = kept if len(kept) else pool
-        parts.append(kept.astype(np.float64) / given.one(pool.dtype))
-    values = np.concatenate(parts)
+    values = np.concatenate([pool.astype(np.float64) / given.one(pool.dtype) for pool in pools.values()])
     low, high = np.percentile(values, _SHOWN, axis=0)
     if values.min() >= 0 and values.max() <= 1 and high.max() > 0.5:
         return None, None
@@ -367,12 +326,13 @@ def _shown_range(
 
 def _value_notes(pools: dict[str, Image], odd: dict[str, list[float]], used: dict[str, float]) -> Iterator[str]:
     """What is odd about the values of a sample."""
-    for kind, values in odd.items():
-        for value in values:
-            share = (pools[kind] == np.asarray(value).astype(pools[kind].dtype)).mean()
-            exact = str(pools[kind].dtype.type(value))  # all digits, so that the option finds it again
-            yield f"{exact} in {share:.1%} of the values, far from all others: --data.nodata={exact} if it is none"
-    tops = {kind: _top(pool, odd.get(kind, [])) for kind, pool in pools.items()}
+    tops: dict[str, float] = {}
+    for kind, pool in pools.items():
+        extremes = np.asarray(odd[kind]).astype(pool.dtype)
+        for value in extremes:  # in all digits, so that the option finds it again
+            share = (pool == value).mean()
+            yield f"{value!s} in {share:.1%} of the values, far from all others: --data.nodata={value!s} if it is none"
+        tops[kind] = float(pool[~np.isin(pool, extremes)].max(initial=0))
     if "uint16" in tops and (bits := max(1, math.ceil(math.log2(tops["uint16"] + 1)))) < 16:
         yield f"{bits}-bit values in uint16"
     if len(used) > 1:
@@ -383,8 +343,3 @@ def _value_notes(pools: dict[str, Image], odd: dict[str, list[float]], used: dic
         yield f"types mixed ({each}){mend}"
     elif "float32" in tops and tops["float32"] > FAR:
         yield f"floats up to {tops['float32']:g}, taken as they are"
-
-
-def _top(values: Image, odd: Sequence[float]) -> float:
-    kept = values[~np.isin(values, np.asarray(odd, values.dtype))]
-    return float(kept.max()) if kept.size else 0.0
