@@ -376,9 +376,7 @@ def test_val_from_another_path_goes_by_class_names(write_pictures, tmp_path: Pat
 
 
 def test_val_that_does_not_exist(uniform_size: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"data.val 'tset' cannot be used: .*; choose from val, held-out, or a path"
-    ):
+    with pytest.raises(ConfigError, match=r"data.val 'tset' cannot be used: .*; choose from val, held-out, or a path"):
         opened(val="tset")
     with pytest.raises(ConfigError, match=r"data.val is 'train'"):
         opened(val="train")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,39 +12,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from torchmae.data.formats import CUT_SHORT, NOT_FINITE, Progress
+from torchmae.data.formats import CUT_SHORT, NOT_FINITE, Item, Progress
 from torchmae.data.labels import in_training_classes
 from torchmae.data.reading import FEW, map_samples, measure, probe
-from torchmae.data.sources import Source, all_notes, evenly_spaced
+from torchmae.data.sources import Source, all_notes, digest, evenly_spaced
 from torchmae.data.transforms import Normalisation
 from torchmae.errors import DataError
 
 _MAX_PATCHES = 256  # in an image, for a suggested patch size: what 224 pixels in patches of 16 come close to
 _LARGEST_PATCH = 16  # of pictures, as suggested
-
-
-class Examined(NamedTuple):
-    """One image.
-
-    Attributes:
-        size: spatial size; () where it cannot be read.
-        channels: values in a pixel.
-        dtype: "uint8", "uint16" or "float32".
-        format: of the file, as Pillow calls it; "array" where there is none.
-        digest: of its values.
-        low: smallest value.
-        high: largest value.
-        failure: why it cannot be read.
-    """
-
-    size: tuple[int, ...] = ()
-    channels: int = 0
-    dtype: str = ""
-    format: str = ""
-    digest: bytes = b""
-    low: float = 0.0
-    high: float = 0.0
-    failure: str | None = None
 
 
 @dataclass
@@ -86,13 +61,13 @@ class SplitFacts:
         """How many of the corrupt ones hold values that are no finite numbers."""
         return sum(reason.startswith(NOT_FINITE) for _, reason in self.corrupt)
 
-    def add(self, item: Examined) -> None:
+    def add(self, item: Item, low: float, high: float) -> None:
         """Counts a readable image."""
         self.sizes[item.size] += 1
         self.channels[item.channels] += 1
-        self.dtypes[item.dtype] += 1
-        self.formats[item.format] += 1
-        self.low, self.high = min(self.low, item.low), max(self.high, item.high)
+        self.dtypes[str(item.dtype)] += 1
+        self.formats[item.form] += 1
+        self.low, self.high = min(self.low, low), max(self.high, high)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -137,21 +112,22 @@ def inspect_splits(
 
     Args:
         splits: split name to source.
-        limit: how many images of each split to read, evenly evenly_spaced; None: all.
+        limit: how many images of each split to read, evenly spaced; None: all.
         progress: told how far it is.
     """
     chosen = {split: evenly_spaced(len(source), limit or len(source)) for split, source in splits.items()}
     total, done = sum(map(len, chosen.values())), 0
     facts: dict[str, SplitFacts] = {}
-    places: dict[bytes, list[tuple[str, int]]] = defaultdict(list)
+    places: dict[str, list[tuple[str, int]]] = defaultdict(list)  # of images with the same pixels
     for split, source in splits.items():
         found = facts[split] = SplitFacts(len(source), len(chosen[split]), classes=class_balance(source))
-        for index, item in map_samples(source, chosen[split], partial(examine, source)):
-            if item.failure is None:
-                found.add(item)
-                places[item.digest].append((split, index))
+        looks = map_samples(source, chosen[split], partial(_look, source))
+        for index, look in zip(chosen[split].tolist(), looks, strict=True):
+            if isinstance(look, DataError):
+                found.corrupt.append((source.name(index), str(look)))
             else:
-                found.corrupt.append((source.name(index), item.failure))
+                found.add(look.item, look.low, look.high)
+                places[look.digest].append((split, index))
             done += 1
             if progress is not None:
                 progress("inspecting", done, total)
@@ -183,24 +159,23 @@ def class_balance(source: Source) -> dict[str, int]:
     return {names.get(int(number), str(number)): int(count) for number, count in zip(numbers, counts, strict=True)}
 
 
-def examine(source: Source, index: int) -> tuple[int, Examined]:
-    """Reads one image, and returns its index with what it is."""
+class _Look(NamedTuple):
+    """A readable image, a digest of its values, the smallest and the largest of them."""
+
+    item: Item
+    digest: str
+    low: float
+    high: float
+
+
+def _look(source: Source, index: int) -> _Look | DataError:
     try:
         item = source.open(index)
         image = item.read()
     except DataError as error:
-        return index, Examined(failure=str(error))
-    state = hashlib.blake2b(f"{image.shape}{image.dtype}".encode(), digest_size=16)
-    state.update(np.ascontiguousarray(image).data)
-    return index, Examined(
-        size=image.shape[:-1],
-        channels=image.shape[-1],
-        dtype=str(image.dtype),
-        format=item.form,
-        digest=state.digest(),
-        low=float(image.min()),
-        high=float(image.max()),
-    )
+        return error
+    values = digest([image.shape, image.dtype, np.ascontiguousarray(image)])
+    return _Look(item, values, float(image.min()), float(image.max()))
 
 
 def median_size(sizes: Counter[tuple[int, ...]]) -> tuple[int, ...]:
@@ -211,14 +186,10 @@ def median_size(sizes: Counter[tuple[int, ...]]) -> tuple[int, ...]:
 
 
 def suggested_input(size: Sequence[int]) -> tuple[tuple[int, ...], int]:
-    """An input size close to that of the images, and a patch size that divides it, for any number of axes.
+    """An input size close to that of images with `size`, and a patch size that divides it, for any number of axes.
 
-    Args:
-        size: spatial size of the images.
-
-    Returns:
-        input size; and the smallest patch, a power of two from 2 on, that gives no more than 256 patches. Pictures so
-        large that it would be above 16 are reduced instead.
+    The patch is the smallest power of two from 2 on that gives no more than 256 patches. Pictures so large that it
+    would be above 16 are reduced instead.
     """
     patch = 2  # one pixel has nothing to predict but itself, and no contrast to be normalised by
     while math.prod(max(1, length // patch) for length in size) > _MAX_PATCHES:
