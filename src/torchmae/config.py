@@ -52,6 +52,12 @@ class ReadOptions:
         names = [item.name for item in fields(ReadOptions) if getattr(self, item.name) == getattr(default, item.name)]
         return {name: getattr(other, name) for name in names}
 
+    def of_one_file(self) -> dict[str, Any]:
+        """The options that decide how one file is read, where they are not the defaults."""
+        default = ReadOptions()
+        names = ("axes", "pages", "truncated", "max_megapixels", "nodata")
+        return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(default, name)}
+
     def __post_init__(self) -> None:
         one_of("data.pages", self.pages, ("first", "all", "stack"))
         one_of("data.truncated", self.truncated, ("skip", "keep"))

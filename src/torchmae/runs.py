@@ -223,6 +223,7 @@ def _train(
         mask=asdict(config.mask),
         classes=data.classes,
         torchmae=torchmae.__version__,
+        reading=config.data.of_one_file() or None,
         **asdict(data.normalisation),
     )
     start = checkpoint.state["step"] if checkpoint else 0

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchmae.data.formats import Context, check_pixels, open_item
+from torchmae.data.formats import check_pixels, open_item
 from torchmae.data.loader import ImageLoader
 from torchmae.data.opening import Data
 from torchmae.data.sources import MAX_BYTES, check_size
@@ -221,7 +221,7 @@ class Session:
             DataError: no image, one that is damaged or has too many pixels.
             ConfigError: an array of another type or number of channels than the models take.
         """
-        context = Context(channels=self.channels, spatial_dims=2)
+        context = self.models[0].context
         with path.open("rb") as file:
             item = open_item(check_size(file.read(MAX_BYTES + 1)), context, lambda: path.name)
         check_pixels(item.size, context)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from torchmae import settings
+from torchmae.data.formats import Context
 from torchmae.data.transforms import FULL_SCALE, eval_box, resample
 from torchmae.errors import ConfigError, within
 from torchmae.nn.mae import MaskedAutoencoder
@@ -123,7 +124,7 @@ def hole(pretrained: Pretrained, path: Path, count: int) -> Mask:
         raise ConfigError(
             f"this model takes {len(size)} axes and mask_file is an image", "hide patches with --mask.ratio"
         )
-    array = torch.from_numpy(read_image(path, 1)[..., 0])
+    array = torch.from_numpy(read_image(path, Context(channels=1, spatial_dims=2))[..., 0])
     values = (array.float() / FULL_SCALE[str(array.numpy().dtype)])[None, None]
     resized = resample(values, eval_box(tuple(array.shape), size)[None], size, np.zeros(1, dtype=np.bool_))
     removed = (resized[:, 0] > 0.5).expand(count, *size)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 import torchmae
+from torchmae.config import ReadOptions
 from torchmae.data.formats import Context, plain_type, read_file, stored_type
 from torchmae.data.reading import FAR
 from torchmae.data.transforms import eval_box, resample
@@ -40,6 +42,14 @@ class Pretrained:
         self.description = description
         self.notes = tuple(notes)
 
+    @property
+    def context(self) -> Context:
+        """How image files for this model are opened: as those that it was trained on."""
+        size, options = self.description.input_size, ReadOptions(**(self.description.reading or {}))
+        if len(size) > 2 and options.pages == "first":
+            options = replace(options, pages="stack")
+        return Context.of(options, channels=self.description.arguments["in_chans"], spatial_dims=len(size))
+
     def preprocess(self, *images: str | Path | npt.NDArray[Any]) -> Tensor:
         """Images as the model wants them: centred crop of the model's proportions, resized, normalised.
 
@@ -61,7 +71,7 @@ class Pretrained:
     def _preprocess(self, image: str | Path | npt.NDArray[Any]) -> Tensor:
         size = self.description.input_size
         channels = self.description.arguments["in_chans"]
-        array = image if isinstance(image, np.ndarray) else read_image(Path(image), channels, len(size))
+        array = image if isinstance(image, np.ndarray) else read_image(Path(image), self.context)
         array = self._checked(array)
         if array.ndim != len(size) + 1 or array.shape[-1] != channels:
             raise ConfigError(
@@ -159,10 +169,9 @@ def _adopt(weights: Weights) -> Pretrained:
     return Pretrained(build(weights), description, weights.notes)
 
 
-def read_image(path: Path, channels: int | None, spatial_dims: int = 2) -> npt.NDArray[Any]:
-    """(*size, C) of one file, all pages of it for a volume; DataError where it cannot be read."""
-    pages: Literal["first", "stack"] = "stack" if spatial_dims > 2 else "first"
+def read_image(path: Path, context: Context) -> npt.NDArray[Any]:
+    """(*size, C) of one file; DataError where it cannot be read."""
     try:
-        return read_file(path, Context(channels=channels, spatial_dims=spatial_dims, pages=pages))
+        return read_file(path, context)
     except DataError as error:
         raise DataError(f"cannot read {error}", "give image files, such as PNG or JPEG") from error

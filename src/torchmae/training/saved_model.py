@@ -38,6 +38,7 @@ class Description:
         low: value of each channel that is shown black; None: 0.
         high: value of each channel that is shown white; None: 1.
         scale: for each type of values that the training images were stored in, the value that stood for 1.
+        reading: options of `ReadOptions` that training data was read with, other than the defaults.
     """
 
     arguments: dict[str, Any]
@@ -50,6 +51,7 @@ class Description:
     low: tuple[float, ...] | None = None
     high: tuple[float, ...] | None = None
     scale: dict[str, float] | None = None
+    reading: dict[str, Any] | None = None
 
     @property
     def normalisation(self) -> Normalisation:

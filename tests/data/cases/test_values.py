@@ -142,3 +142,22 @@ def test_features_of_another_type_are_refused_or_said(tmp_path: Path) -> None:
         ModelInput((8, 8), 1, pretrained.description.normalisation, torch.device("cpu")),
     )
     assert any("uint16 divided by 65535 for a model trained on uint8 divided by 255" in note for note in notes)
+
+
+def test_single_files_are_read_as_the_run_read_its_own(tmp_path: Path) -> None:
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    for i in range(9):
+        values = RNG.random((8, 8), dtype=np.float32)
+        values[:2] = -9999
+        np.save(folder / f"{i}.npy", values)
+    run = torchmae.pretrain(
+        {"source": folder, "num_workers": 0, "nodata": -9999, "val": "none"},
+        recipe="digits",
+        epochs=1,
+        out=tmp_path / "run",
+        progress="none",
+    )
+    assert json.loads((run.path / "model.json").read_text())["reading"] == {"nodata": -9999}
+    images = torchmae.load(run.path).preprocess(folder / "0.npy")
+    assert images.abs().max() < 10  # the mean of its channel, not ten thousand deviations away
