@@ -68,6 +68,7 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
         (json.dumps({**good, "format": 2}), "model.json has format 2; this torchmae reads 1; update torchmae"),
         (json.dumps({"format": 1}), "model.json is damaged: "),
         (json.dumps({**good, "more": 1}), "model.json is damaged: "),
+        (json.dumps({**good, "reading": {"pages": "odd"}}), "model.json is damaged: "),
         (json.dumps({**good, "arguments": {"depth": 1}}), "cannot load the model in "),
         (json.dumps({**good, "arguments": {**good["arguments"], "depth": 2}}), "cannot load the model in "),
         (json.dumps({**good, "arguments": {**good["arguments"], "patch_size": [3, 3]}}), "cannot load the model in "),

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from torchmae.config import ReadOptions
 from torchmae.data.transforms import Normalisation
 from torchmae.errors import CheckpointError, reason_of
 from torchmae.files import replace_file
@@ -138,6 +139,7 @@ def _read_description(path: Path) -> Description:
         for name in ("mean", "std", "classes", "low", "high"):
             if values.get(name) is not None:
                 values[name] = tuple(values[name])
+        ReadOptions(**(values.get("reading") or {}))
         return Description(**values)
     except OSError as error:
         raise CheckpointError(
