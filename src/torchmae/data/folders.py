@@ -51,27 +51,16 @@ _LISTED = 5  # names in a remark
 
 @dataclass
 class Listing:
-    """The image files under a folder.
+    """The image files under a folder."""
 
-    Attributes:
-        names: their paths relative to it, with "/", sorted byte by byte.
-        places: the folders that they lie in: "" for the folder itself, "a/b".
-        place_of: index in `places` of each name.
-        others: how many other files there are of each suffix.
-        system: how many hidden or system files and folders of each name were passed over; of files, only pictures.
-        unreadable: folders that cannot be read, with the reason.
-        num_twins: how many images share folder and name, but not the suffix, with another.
-        twin: an example of these.
-    """
-
-    names: Strings = field(default_factory=Strings)
-    places: list[str] = field(default_factory=list)
-    place_of: array[int] = field(default_factory=lambda: array("i"))
-    others: Counter[str] = field(default_factory=Counter)
-    system: Counter[str] = field(default_factory=Counter)
-    unreadable: dict[str, str] = field(default_factory=dict)
-    num_twins: int = 0
-    twin: str = ""
+    names: Strings = field(default_factory=Strings)  # paths relative to it, with "/", sorted byte by byte
+    places: list[str] = field(default_factory=list)  # folders that they lie in: "" for the folder itself, "a/b"
+    place_of: array[int] = field(default_factory=lambda: array("i"))  # index in `places` of each name
+    others: Counter[str] = field(default_factory=Counter)  # number of other files of each suffix
+    system: Counter[str] = field(default_factory=Counter)  # hidden or system folders and pictures passed over, by name
+    unreadable: dict[str, str] = field(default_factory=dict)  # folders that cannot be read, with the reason
+    num_twins: int = 0  # images that share folder and name, but not the suffix, with another
+    twin: str = ""  # an example of these
 
     def remarks(self) -> list[str]:
         """What was passed over, a short phrase each."""
@@ -176,17 +165,11 @@ def split_named(word: str) -> str:
 
 
 class Role(NamedTuple):
-    """What the pictures that lie directly in a folder are.
+    """What the pictures that lie directly in a folder are."""
 
-    Attributes:
-        split: "train", "val" or "test"; "": they lie beside the splits.
-        label: the name of their class; None: they have none.
-        masks: the folder of masks that they are in; "": they are no masks.
-    """
-
-    split: str
-    label: str | None
-    masks: str = ""
+    split: str  # "train", "val" or "test"; "": they lie beside the splits
+    label: str | None  # the name of their class, if they have one
+    masks: str = ""  # the folder of masks that they are in; "": they are no masks
 
 
 def roles(places: Sequence[str]) -> list[Role]:
@@ -268,12 +251,7 @@ def masks_among(names: Strings) -> list[int]:
 
 
 class Masks:
-    """The masks that lie beside the pictures of a data set, found by the picture that each belongs to.
-
-    Args:
-        root: the folder of the data set.
-        names: paths of the masks relative to it.
-    """
+    """The masks of a data set, by their paths relative to its folder, found by the picture that each belongs to."""
 
     def __init__(self, root: Path, names: Strings) -> None:
         self._root = root

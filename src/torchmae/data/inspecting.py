@@ -25,31 +25,18 @@ _LARGEST_PATCH = 16  # of pictures, as suggested
 
 @dataclass
 class SplitFacts:
-    """What one split holds.
-
-    Attributes:
-        images: how many there are.
-        examined: how many were read.
-        sizes: how many of each spatial size.
-        channels: how many with so many channels.
-        dtypes: how many of each type.
-        formats: how many of each file format.
-        low: smallest value of any.
-        high: largest value of any.
-        corrupt: (name, reason) of those that cannot be read.
-        classes: images of each class, by name or number; "unlabelled" for the rest; empty where nothing has a label.
-    """
+    """What one split holds; sizes, channels, types and file formats with the number of images of each."""
 
     images: int
-    examined: int = 0
+    examined: int = 0  # images that were read
     sizes: Counter[tuple[int, ...]] = field(default_factory=Counter)
     channels: Counter[int] = field(default_factory=Counter)
     dtypes: Counter[str] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
-    low: float = math.inf
+    low: float = math.inf  # smallest value of any image
     high: float = -math.inf
-    corrupt: list[tuple[str, str]] = field(default_factory=list)
-    classes: dict[str, int] = field(default_factory=dict)
+    corrupt: list[tuple[str, str]] = field(default_factory=list)  # (name, reason) of those that cannot be read
+    classes: dict[str, int] = field(default_factory=dict)  # `class_balance`
 
     @property
     def cut_short(self) -> int:
@@ -88,33 +75,19 @@ class SplitFacts:
 
 
 class Inspection(NamedTuple):
-    """What a data set holds.
-
-    Attributes:
-        splits: by name.
-        duplicates: names of images with the same pixels, a list for each group of two or more; "split: name".
-        leaked: how many groups span two splits: a held-out figure on them is worth nothing.
-        notes: what was assumed, decided or left out, a short phrase each.
-        normalisation: of the training images; None where they cannot be read.
-    """
+    """What a data set holds."""
 
     splits: dict[str, SplitFacts]
-    duplicates: list[list[str]]
-    leaked: int
-    notes: tuple[str, ...] = ()
-    normalisation: Normalisation | None = None
+    duplicates: list[list[str]]  # "split: name" of images with the same pixels, a list for each group
+    leaked: int  # groups that span two splits: a held-out figure on them is worth nothing
+    notes: tuple[str, ...]  # what was assumed, decided or left out, a short phrase each
+    normalisation: Normalisation | None  # of the training images; None where they cannot be read
 
 
 def inspect_splits(
     splits: Mapping[str, Source], limit: int | None = None, progress: Progress | None = None
 ) -> Inspection:
-    """Reads the images of every split.
-
-    Args:
-        splits: split name to source.
-        limit: how many images of each split to read, evenly spaced; None: all.
-        progress: told how far it is.
-    """
+    """Reads the images of every split; with a `limit`, so many of each, evenly spaced."""
     chosen = {split: evenly_spaced(len(source), limit or len(source)) for split, source in splits.items()}
     total, done = sum(map(len, chosen.values())), 0
     facts: dict[str, SplitFacts] = {}
@@ -151,7 +124,7 @@ def inspect_splits(
 
 
 def class_balance(source: Source) -> dict[str, int]:
-    """Images of each class, in the order of their numbers; empty where nothing has a label."""
+    """Images of each class by name or number, "unlabelled" for the rest; empty where nothing has a label."""
     if source.labels is None:
         return {}
     numbers, counts = np.unique(source.labels, return_counts=True)

@@ -23,17 +23,11 @@ _NAMED = 5  # classes that a note lists
 
 
 class ReadLabels(NamedTuple):
-    """Labels as they can be used.
+    """Labels as they can be used."""
 
-    Attributes:
-        labels: (N,) int64, -1 where unknown; None: they are no classes.
-        classes: the name of each number, where there are names.
-        note: what was made of them where that is not plain, else "".
-    """
-
-    labels: Labels | None
-    classes: tuple[str, ...] | None = None
-    note: str = ""
+    labels: Labels | None  # (N,), -1 where unknown; None: they are no classes
+    classes: tuple[str, ...] | None = None  # the name of each number, where there are names
+    note: str = ""  # what was made of them where that is not plain
 
 
 def read_labels(values: npt.ArrayLike, count: int) -> ReadLabels:
@@ -63,9 +57,7 @@ def read_labels(values: npt.ArrayLike, count: int) -> ReadLabels:
 def from_texts(texts: Sequence[str], training: Iterable[str] | None = None) -> ReadLabels:
     """Labels that are all whole numbers as such, any others as names in the order of `ordered_classes`.
 
-    Args:
-        texts: the label of each image; "" and "-1" are unknown.
-        training: the labels of training images; None: all are.
+    "" and "-1" are unknown; `training` are the labels of training images, None: all are.
     """
     different, inverse = np.unique(np.array(texts, dtype=object), return_inverse=True)
     if all(text == "" or _NUMBER.fullmatch(text) for text in different):
@@ -100,18 +92,10 @@ def ordered_classes(training: Iterable[str], others: Iterable[str] = ()) -> tupl
 
 
 def in_training_classes(source: Source, train: Source, what: str) -> tuple[Source, tuple[str, ...]]:
-    """Held-out images whose labels are numbers of the training images' classes.
+    """Held-out images with labels that are numbers of the training images' classes.
 
     Labels are matched by the names of their classes, or as numbers where one side has no names. What training lacks
-    is unknown (-1).
-
-    Args:
-        source: the held-out images.
-        train: the training images.
-        what: names the held-out images in the note ("val").
-
-    Returns:
-        the images; and a note on those whose class training lacks, if there are any.
+    is unknown (-1), and counted in a note that calls the images `what`.
     """
     if source.labels is None or train.labels is None:
         return source, ()

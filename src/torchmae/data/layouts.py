@@ -54,17 +54,14 @@ def _accepted() -> str:
 
 
 def open_splits(spec: str, context: Context = Context()) -> dict[str, Source]:
-    """Opens a data set.
+    """Opens a data set: the source of each split, always "train", and "val" and "test" where the data has them.
 
     Args:
         spec: a name ("digits", or one of torchvision's sets); the path of a folder (of images, or of parquet, tar or
-            .npy files) or of a single file (see `_open_file`); a pattern of paths ("photos/**/*.jpg"); the URL of a
-            file, also with {000..099} or *; or hf: and what the Hugging Face `datasets` library loads. A name wins
-            over a folder of that name: write "./cifar10" for the folder.
+            .npy files) or of a single file; a pattern of paths ("photos/**/*.jpg"); the URL of a file, also with
+            {000..099} or *; or hf: and what the Hugging Face `datasets` library loads. A name wins over a folder of
+            that name: write "./cifar10" for the folder.
         context: how it is opened and read.
-
-    Returns:
-        split name to source; always "train", and "val" and "test" where the data has them.
 
     Raises:
         DataError: nothing there, or nothing that can be used.
@@ -81,17 +78,11 @@ def open_splits(spec: str, context: Context = Context()) -> dict[str, Source]:
 
 
 class Layout(NamedTuple):
-    """One kind of thing that a data source may be.
+    """One kind of thing that a data source may be."""
 
-    Attributes:
-        fits: whether a source, as the user gives it, is of this kind.
-        open: its splits.
-        suffixes: of files of this kind, where it is one of files.
-    """
-
-    fits: Callable[[str], bool]
-    open: Callable[[str, Context], dict[str, Source]]
-    suffixes: tuple[str, ...] = ()
+    fits: Callable[[str], bool]  # whether a source, as the user gives it, is of this kind
+    open: Callable[[str, Context], dict[str, Source]]  # its splits
+    suffixes: tuple[str, ...] = ()  # of files of this kind, where it is one of files
 
 
 def file_layout(suffixes: tuple[str, ...], opener: Callable[[Path, Context], dict[str, Source]]) -> Layout:

@@ -125,23 +125,14 @@ def _cell(row: Sequence[str], column: int | None) -> str:
 
 
 class _Dialect(NamedTuple):
-    """How a list is written.
+    """How a list is written: what separates its columns, and which column is which."""
 
-    Attributes:
-        separator: of columns; "": each line is a path; " ": the last word of a line is the label.
-        has_header: whether the first line names the columns.
-        path: the column of paths.
-        label: the column of labels, if there is one.
-        split: the column of splits, if there is one.
-        remarks: what was decided, a short phrase each.
-    """
-
-    separator: str
+    separator: str  # "": each line is a path; " ": the last word of a line is the label
     has_header: bool = False
     path: int = 0
     label: int | None = None
     split: int | None = None
-    remarks: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()  # what was decided, a short phrase each
 
 
 def _encoding(path: Path) -> str:

@@ -33,27 +33,16 @@ _DEVICE_SHARE = 0.1  # of a GPU's free memory that images may take unasked: the 
 
 @dataclass(frozen=True)
 class Data:
-    """An opened data set.
-
-    Attributes:
-        train: training images.
-        val: held-out images; None: there are none.
-        channels: of every image.
-        normalisation: how stored values become the model's input.
-        classes: the name of each label, where known.
-        fingerprint: of the training images: changes when they do.
-        notes: what was assumed, decided or left out, a short phrase each.
-        bad: the images of both sets that could not be read so far.
-    """
+    """An opened data set."""
 
     train: ImageLoader
-    val: ImageLoader | None
+    val: ImageLoader | None  # held-out images, where there are any
     channels: int
     normalisation: Normalisation
-    classes: tuple[str, ...] | None
-    fingerprint: str
-    notes: tuple[str, ...]
-    bad: BadFiles
+    classes: tuple[str, ...] | None  # the name of each label, where known
+    fingerprint: str  # of the training images: changes when they do
+    notes: tuple[str, ...]  # what was assumed, decided or left out, a short phrase each
+    bad: BadFiles  # the images of both sets that could not be read so far
 
 
 def open_data(
@@ -66,12 +55,7 @@ def open_data(
 ) -> Data:
     """Opens the data of a run: finds splits, holds what fits in memory, measures mean and deviation.
 
-    Args:
-        config: what to open and how.
-        input_size: spatial size of the model's input; images of any other size are resampled to it.
-        channels: that the model takes; None: what the data has.
-        device: where batches go.
-        progress: told how far reading and measuring are.
+    Images of any size are resampled to `input_size`. Without `channels`, the data says how many there are.
 
     Raises:
         ConfigError: settings that do not fit the data.
@@ -137,13 +121,8 @@ def held_out_images(
 ) -> tuple[Source, Source, tuple[str, ...]]:
     """Training and held-out images, and a note where they overlap.
 
-    Args:
-        splits: of the training data.
-        name: HELD_OUT (some of the training images), a split, or a path or name of other data.
-        val_size: how many to hold out, at most.
-        context: how other data is opened.
-        option: what the user calls `name`.
-        order: the split of other data that counts; the first that it has.
+    `name`, the value of `option`, is HELD_OUT (`val_size` of the training images), a split, or a path or name of other
+    data, of which the first split in `order` counts.
 
     Raises:
         ConfigError: a name that cannot be used, or that leads to the training images.
@@ -206,26 +185,17 @@ def training_share(test: Source, train: Source) -> float:
 
 
 class Fitted(NamedTuple):
-    """Sources that were checked against a model and give as many channels as it takes.
-
-    Attributes:
-        sources: in the order given.
-        probes: what samples of each look like.
-        channels: of every image.
-    """
+    """Sources that were checked against a model and give as many channels as it takes."""
 
     sources: list[Source]
-    probes: list[Probe]
+    probes: list[Probe]  # what samples of each look like
     channels: int
 
 
 def fit_to_model(sources: Sequence[Source], input_size: tuple[int, ...], channels: int | None) -> Fitted:
-    """Looks at samples of sources and gives them the channels of a model.
+    """Looks at samples of sources, training images first, and gives them the channels of a model.
 
-    Args:
-        sources: training images first.
-        input_size: spatial size of the model's input.
-        channels: that the model takes; None: what most of the first source's samples have.
+    `channels` None stands for what most samples of the first source have.
 
     Raises:
         ConfigError: images with another number of axes or channels than the model takes.

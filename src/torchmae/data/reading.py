@@ -49,12 +49,10 @@ def reader_processes(asked: int | None, sharing: int = 1) -> int:
 
 
 class BadFiles:
-    """The files that could not be read, each once, up to the share that the user allows.
+    """The files that could not be read, each once.
 
-    Args:
-        total: how many files there are.
-        max_bad: share of them that may be unreadable, in [0, 1]; 0: none, else one at least.
-        option: what the user calls that share.
+    Of `total` files a share of `max_bad`, in [0, 1], may be unreadable, and one at least unless it is 0. The user calls
+    that share `option`.
     """
 
     def __init__(self, total: int, max_bad: float, option: str = "data.max_bad") -> None:
@@ -90,13 +88,9 @@ def read_or_next(source: Source, index: int, bad: list[tuple[str, str]]) -> tupl
 def first_readable(
     source: Source, index: int, bad: list[tuple[str, str]], read: Callable[[int], Result]
 ) -> tuple[int, Result]:
-    """The image at `index` or, where it cannot be read, the next one that can; after the last image comes the first.
+    """Reads the image at `index` or, where it cannot be read, the next one that can; after the last comes the first.
 
-    Args:
-        source: the images.
-        index: which one.
-        bad: takes (name, reason) of what could not be read.
-        read: takes an index; raises DataError.
+    `bad` takes (name, reason) of those that cannot.
 
     Returns:
         the index that was read, and what `read` made of it.
@@ -120,11 +114,7 @@ def first_readable(
 def stand_ins(source: Source, readable: npt.NDArray[np.bool_], reason: str, bad: BadFiles) -> npt.NDArray[np.int64]:
     """(N,) the index that is read in place of each sample: itself, or the next readable one; after the last the first.
 
-    Args:
-        source: the samples.
-        readable: (N,) which of them are; at least one.
-        reason: why the others are not.
-        bad: takes those; DataError where they are more than it allows.
+    `bad` takes the samples that are not `readable`, of which there may not be more than it allows (DataError).
     """
     for index in np.flatnonzero(~readable):
         bad.add(source.name(int(index)), reason)
@@ -133,19 +123,12 @@ def stand_ins(source: Source, readable: npt.NDArray[np.bool_], reason: str, bad:
 
 
 class Reading(NamedTuple):
-    """One image of many.
-
-    Attributes:
-        asked: which one was asked for.
-        read: which one it is: another where that one cannot be read.
-        image: (*size, C).
-        bad: name and reason of the ones that could not be read.
-    """
+    """One image of many."""
 
     asked: int
-    read: int
-    image: Image
-    bad: list[tuple[str, str]]
+    read: int  # another index where that one cannot be read
+    image: Image  # (*size, C)
+    bad: list[tuple[str, str]]  # name and reason of those that cannot be read
 
 
 def read_many(source: Source, indices: npt.NDArray[np.int64]) -> Iterator[Reading]:
@@ -163,14 +146,7 @@ def read_many(source: Source, indices: npt.NDArray[np.int64]) -> Iterator[Readin
 def map_samples(
     source: Source, indices: npt.NDArray[np.int64], function: Callable[[int], Result], *, threads: bool = True
 ) -> Iterator[Result]:
-    """`function` of each index, in order; the source is told of samples before they are due.
-
-    Args:
-        source: the samples.
-        indices: which of them.
-        function: reads one.
-        threads: on all cores, 64 samples at a time.
-    """
+    """`function` of each index, in order, on all cores with `threads`; the source is told of samples in advance."""
     with ThreadPoolExecutor(num_cores()) as pool:
         for start in range(0, len(indices), _ANNOUNCED):
             part = indices[start : start + _ANNOUNCED]
@@ -185,19 +161,12 @@ def map_samples(
 
 
 class Probe(NamedTuple):
-    """What a sample of a source looks like.
+    """What some samples of a source look like."""
 
-    Attributes:
-        channels: 3 where some samples are grey and the rest in colour; else what most have.
-        sizes: the spatial sizes seen.
-        kinds: how many have each type of values.
-        notes: what was decided about the samples, a short phrase each.
-    """
-
-    channels: int
-    sizes: frozenset[tuple[int, ...]]
-    kinds: Counter[str]
-    notes: tuple[str, ...]
+    channels: int  # 3 where some samples are grey and the rest in colour; else what most have
+    sizes: frozenset[tuple[int, ...]]  # spatial
+    kinds: Counter[str]  # how many have each type of values
+    notes: tuple[str, ...]  # what was decided about them, a short phrase each
 
 
 def probe(source: Source, sample: int = FEW) -> Probe:
@@ -236,15 +205,10 @@ def probe(source: Source, sample: int = FEW) -> Probe:
 
 
 class Measured(NamedTuple):
-    """What the values of a sample of the images are like.
+    """What the values of some images are like."""
 
-    Attributes:
-        normalisation: mean, deviation, and the range that is shown; with the scale of every type among the images.
-        notes: what is odd about the values, a short phrase each, with the option that mends it.
-    """
-
-    normalisation: Normalisation
-    notes: tuple[str, ...]
+    normalisation: Normalisation  # with the scale of every type among the images
+    notes: tuple[str, ...]  # what is odd about the values, a short phrase each, with the option that mends it
 
 
 def measure(
@@ -257,15 +221,9 @@ def measure(
 ) -> Measured:
     """Mean and deviation of each channel of scaled values, the range that is shown, and what is odd about the values.
 
-    Every image of an evenly spread sample counts alike, whatever its size. A channel that never changes gets a
-    deviation of 1, so that normalising leaves it at 0.
-
-    Args:
-        source: images with one number of channels.
-        scale: as data.scale.
-        kinds: types that are known to be among the images.
-        sample: how many to read, at most.
-        progress: told how far it is.
+    At most `sample` images are read, evenly spaced, and count alike whatever their size; all have as many channels. A
+    channel that never changes gets a deviation of 1, so that normalising leaves it at 0. `scale` is data.scale, `kinds`
+    are types that are known to be among the images.
 
     Raises:
         DataError: the images cannot be read.

@@ -65,17 +65,11 @@ class Strings:
 
 
 class Source(ABC):
-    """Samples in a fixed order, with labels where there are any.
+    """Samples in a fixed order, with labels where there are any."""
 
-    Attributes:
-        labels: (N,), -1 where unknown; None: no sample has a label.
-        classes: the name of each label, where known.
-        remarks: what was assumed or left out when it was opened, a short phrase each: "3 .heic files not used".
-    """
-
-    labels: Labels | None = None
-    classes: tuple[str, ...] | None = None
-    remarks: tuple[str, ...] = ()
+    labels: Labels | None = None  # (N,), -1 where unknown; None: no sample has a label
+    classes: tuple[str, ...] | None = None  # the name of each label, where known
+    remarks: tuple[str, ...] = ()  # what was assumed or left out, a short phrase each: "3 .heic files not used"
 
     @abstractmethod
     def __len__(self) -> int:
@@ -194,21 +188,9 @@ class EncodedSource(Source):
 
 
 class FileSource(EncodedSource):
-    """Encoded files on a disk.
+    """Encoded files on a disk: `names` are paths relative to `root`, with "/"; labels in any form of `read_labels`."""
 
-    Args:
-        root: the folder that `names` are relative to.
-        names: paths of the files, with "/".
-        labels: in any form of `read_labels`.
-        classes: the name of each label.
-        context: how files are decoded.
-        remarks: as in `Source`.
-
-    Attributes:
-        masks: the masks beside the files; None: there are none.
-    """
-
-    masks: Masks | None = None
+    masks: Masks | None = None  # beside the files
 
     def __init__(
         self,
@@ -269,14 +251,7 @@ def _status(path: Path, field: str) -> int:
 
 
 class Subset(Source):
-    """Some of a source's samples.
-
-    Args:
-        source: the samples.
-        indices: (M,) which of them, in this order.
-        labels: (M,) labels in place of the source's.
-        classes: the names of `labels`; only with them.
-    """
+    """The samples of a source at (M,) `indices`, in this order; `labels` (M,) and `classes` replace its own."""
 
     def __init__(
         self,
