@@ -28,7 +28,7 @@ from torchmae.nn.mae import MaskedAutoencoder, parameter_counts
 from torchmae.paths import user_path
 from torchmae.report.hints import hints
 from torchmae.report.html import write_report
-from torchmae.training.checkpoint import Checkpoint, load_checkpoint
+from torchmae.training.checkpoint import Checkpoint, load_checkpoint, load_step
 from torchmae.training.fit import fit_batch
 from torchmae.training.initial import adopt_shape, read_initial
 from torchmae.training.parallel import check_parallel, is_sharded, whole_state
@@ -150,23 +150,26 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, *, resume: bool) -
     claimed = ranks.on_main(claim)
     folder = folder if ranks.is_main else RunFolder(claimed)  # rank 0's clock has named it
     try:
-        checkpoint = load_checkpoint(folder.checkpoints, display.warn) if resume else None
+        checkpoint = same_checkpoint(folder, ranks, display) if resume else None
         # A resumed run keeps what "auto" meant when it began.
         saved_precision = checkpoint.state["precision"] if checkpoint is not None else "auto"
         precision = saved_precision if config.precision == "auto" else config.precision
-        runtime = open_runtime(config.device, precision, config.threads, ranks)
+        runtime = ranks.together(lambda: open_runtime(config.device, precision, config.threads, ranks))
         arguments = presets.arguments(config.model.preset, **overrides(config))
         check_model(config, arguments)
         if ranks.world_size > 1:  # rank 0 first: what is downloaded or indexed is so once
             context = Context.of(config.data, spatial_dims=len(arguments["input_size"]), progress=display.preparing)
             ranks.on_main(lambda: len(open_splits(config.data.source, context)))
-        data = open_data(
-            replace(config.data, num_workers=share_of_cores(config.data.num_workers, ranks)),
-            input_size=arguments["input_size"],
-            channels=config.model.in_chans,
-            device=runtime.device,
-            progress=display.preparing,
+        data = ranks.together(
+            lambda: open_data(
+                replace(config.data, num_workers=share_of_cores(config.data.num_workers, ranks)),
+                input_size=arguments["input_size"],
+                channels=config.model.in_chans,
+                device=runtime.device,
+                progress=display.preparing,
+            )
         )
+        check_same_data(data, ranks)
         if checkpoint is not None and checkpoint.state["data"] != data.fingerprint:
             changed = f"the images of {config.data.source} have changed since the checkpoint"
             if not config.data.allow_change:
@@ -193,6 +196,30 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, *, resume: bool) -
     finally:
         display.close()
         folder.close()
+
+
+def same_checkpoint(folder: RunFolder, ranks: Ranks, display: Display) -> Checkpoint | None:
+    """The newest whole checkpoint that rank 0 sees, on all ranks; CheckpointError where another does not see it."""
+    found: list[Checkpoint | None] = []
+
+    def look() -> int | None:
+        found.append(load_checkpoint(folder.checkpoints, display.warn))
+        return None if found[0] is None else int(found[0].state["step"])
+
+    step = ranks.on_main(look)
+    return ranks.together(
+        lambda: found[0] if ranks.is_main else None if step is None else load_step(folder.checkpoints, step)
+    )
+
+
+def check_same_data(data: Data, ranks: Ranks) -> None:
+    """ConfigError where ranks see different training images."""
+    seen = ranks.gather(data.fingerprint)
+    for rank, fingerprint in enumerate(seen):
+        if fingerprint != seen[0]:
+            raise ConfigError(
+                f"rank {rank} sees other training images than rank 0", "give all machines the same files in one order"
+            )
 
 
 def check_model(config: PretrainConfig, arguments: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ sys.path.insert(0, str(TRAINING))
 from small import Memory, images, mlp, vit
 
 from torchmae.config import MaskConfig, OptimConfig, PretrainConfig
-from torchmae.errors import Interrupted
+from torchmae.errors import Interrupted, TrainingError
 from torchmae.evaluation.sharing import share
+from torchmae.training import checkpoint, ranks
 from torchmae.training.checkpoint import load_checkpoint
 from torchmae.training.parallel import whole_state
 from torchmae.training.pretrain import Evaluator, pretrain
@@ -136,3 +138,26 @@ def choose_recipe(*words: str) -> list[Any]:
     looked, original = [], api.typical_size
     api.typical_size = lambda *args: looked.append(1) or original(*args)  # type: ignore[func-returns-value]
     return [api.configure(words).recipe, len(looked)]
+
+
+def command_of_each(*words: list[str]) -> int:
+    """`command` with words of each rank's own."""
+    return command(*words[int(os.environ["RANK"])])
+
+
+def late_listing(*words: str) -> int:
+    """`command`, on a machine that is not rank 0's and does not see the newest checkpoint in the listing yet."""
+    if os.environ["RANK"] != "0":
+        listed = checkpoint._steps
+        checkpoint._steps = lambda folder: listed(folder)[:-1]
+    return command(*words)
+
+
+def wait_for_others(seconds: float) -> str:
+    """Opens ranks of which one is never started; what is said then."""
+    ranks.MEETING = timedelta(seconds=seconds)
+    try:
+        with ranks.open_ranks("cpu"):
+            return ""
+    except TrainingError as error:
+        return str(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -11,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from group import run, start
-from jobs import choose_recipe, command, embed_in_blocks, restarted
+from jobs import choose_recipe, command, command_of_each, embed_in_blocks, late_listing, restarted
 from PIL import Image
 from safetensors.torch import load_file
 
+from torchmae.errors import CheckpointError
 from torchmae.evaluation.embedding import read_features
 from torchmae.evaluation.records import read_records
-from torchmae.training.checkpoint import load_checkpoint
+from torchmae.training.checkpoint import load_checkpoint, load_step
 from torchmae.training.saved_model import load_model
 
 OPTIONS = (
@@ -122,6 +124,43 @@ def test_a_mistake_is_said_once(tmp_path: Path) -> None:
     said = [(tmp_path / "logs" / f"{rank}.log").read_text() for rank in range(2)]
     assert said[0].startswith(f"torchmae: {tmp_path}/run holds a run already; resume it with --resume ")
     assert said[1] == ""
+
+
+def test_ranks_that_see_other_data_end_the_run_in_one_line(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (40, 8, 8), dtype=np.uint8)
+    for name in ("ours", "theirs"):
+        np.save(tmp_path / f"{name}.npy", images if name == "ours" else 255 - images)
+    begin = [*OPTIONS, "--data.num_workers=0", "--out", str(tmp_path / "run")]
+    for i, (words, told) in enumerate(
+        [
+            (
+                [[*begin, "--data", str(tmp_path / f"{name}.npy")] for name in ("ours", "theirs")],
+                "rank 1 sees other training images than rank 0; give all machines the same files",
+            ),
+            (
+                [[*begin, "--data", str(tmp_path / name)] for name in ("ours.npy", "gone.npy")],
+                "rank 1: no such file or folder: .*gone.npy",
+            ),
+        ]
+    ):
+        logs = tmp_path / f"logs-{i}"
+        processes = start(2, command_of_each, *words, logs=logs)
+        for process in processes:
+            process.join(120)
+        assert json.loads((logs / "0.json").read_text()) == 2
+        assert processes[1].exitcode == 2
+        assert re.search(f"torchmae: {told}", (logs / "0.log").read_text())
+        assert "torchmae: " not in (logs / "1.log").read_text()
+
+
+def test_rank_0_says_which_checkpoint_is_resumed(alone: Path, tmp_path: Path) -> None:
+    shutil.copytree(alone, tmp_path / "run")
+    weights = (tmp_path / "run" / "model.safetensors").read_bytes()
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) > 1
+    assert run(2, late_listing, "pretrain", "--resume", str(tmp_path / "run"), logs=tmp_path / "logs") == [0, 0]
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
+    with pytest.raises(CheckpointError, match="step-00000099: it is not there; let all machines see one run folder"):
+        load_step(tmp_path / "run" / "checkpoints", 99)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from group import run
-from jobs import identify, look, train
+from group import enter, free_port, run
+from jobs import identify, look, train, wait_for_others
 
 from torchmae.errors import ConfigError
 from torchmae.training.compilation import check_compiler
+from torchmae.training.ranks import ALONE, ranks_from_environment
 
 REL = 1e-4
 MUON_REL = 1e-2  # of gradients and weights: it makes matrices orthogonal in bf16, which turns rounding into more of it
@@ -44,6 +48,29 @@ def test_what_ranks_tell_each_other(tmp_path: Path) -> None:
     assert answers == [
         [rank, rank == 0, [2.0, 0.0], [3.0, 3.0], "0", [0, 1, 2], rows, shares[rank]] for rank in range(3)
     ]
+
+
+def test_ranks_that_never_meet_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    context = multiprocessing.get_context("forkserver")
+    for rank, told in ((0, "rank 0 of 2 waited .* for the others at 127.0.0.1"), (1, "rank 1 of 2 waited")):
+        words = (wait_for_others, rank, 2, free_port(), tmp_path / f"{rank}.log", (3.0,))
+        process = context.Process(target=enter, args=words)
+        process.start()
+        process.join(60)
+        assert re.match(told, json.loads((tmp_path / f"{rank}.json").read_text()))
+
+
+def test_an_environment_of_several_ranks_names_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert ranks_from_environment() == ALONE
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert ranks_from_environment() == ALONE
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="WORLD_SIZE is '2' and LOCAL_RANK is 'not set'; start ranks with torchrun"):
+        ranks_from_environment()
 
 
 def test_images_are_divided_in_the_batches_of_one_rank(tmp_path: Path) -> None:

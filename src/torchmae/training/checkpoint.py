@@ -171,6 +171,15 @@ def load_checkpoint(folder: Path, notice: Callable[[str], None] | None = None) -
     return None
 
 
+def load_step(folder: Path, step: int) -> Checkpoint:
+    """Reads the checkpoint of a step; CheckpointError where it is not there, or not whole."""
+    path = folder / f"step-{step:08d}"
+    problem = verify(path) if path.is_dir() else "it is not there"
+    if problem is not None:
+        raise CheckpointError(f"rank 0 goes on from {path}: {problem}", "let all machines see one run folder")
+    return _read(path)
+
+
 def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint folder in a few words, or None."""
     try:

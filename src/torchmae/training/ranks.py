@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from torchmae.data.reading import reader_processes
-from torchmae.errors import ConfigError, TrainingError
+from torchmae.errors import ConfigError, TorchmaeError, TrainingError
 
 T = TypeVar("T")
 # While rank 0 writes a checkpoint to a slow disk, or draws the last pictures, the others wait for it.
 TIMEOUT = timedelta(minutes=30)
+MEETING = timedelta(minutes=5)  # within which all ranks have to be started
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,25 @@ class Ranks:
             raise SystemExit(answer[1])
         return answer[0]
 
+    def together(self, action: Callable[[], T]) -> T:
+        """What `action` returns on each rank; where it fails on one, all of them end. It must exchange nothing.
+
+        Raises:
+            TorchmaeError: of the first rank that failed, raised on rank 0; the others leave with SystemExit.
+        """
+        error: TorchmaeError | None = None
+        try:
+            found = action()
+        except TorchmaeError as caught:
+            error = caught
+        failures = self.gather(None if error is None else (error.problem, error.fix, error.exit_status))
+        rank, failure = next(((i, item) for i, item in enumerate(failures) if item is not None), (0, None))
+        if failure is None:
+            return found
+        if not self.is_main:
+            raise SystemExit(failure[2])
+        raise error if error is not None else ConfigError(f"rank {rank}: {failure[0]}", failure[1])
+
     def main_first(self, action: Callable[[], T]) -> T:
         """What `action` returns, on rank 0 before the others begin: what it downloads or indexes, it does once.
 
@@ -147,11 +167,22 @@ def one_line_when_lost(ranks: Ranks, kept: str = "the last checkpoint was kept: 
 
 
 def ranks_from_environment() -> Ranks:
-    """What torchrun says of this process; a process that it did not start is alone."""
+    """What torchrun says of this process; a process that it did not start is alone.
+
+    Raises:
+        ConfigError: an environment that names several ranks and does not say which of them this one is.
+    """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    if not all(name in os.environ for name in names):
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    if given.get("WORLD_SIZE", "1") == "1" and len(given) < len(names):
         return ALONE
-    return Ranks(*(int(os.environ[name]) for name in names))
+    for name in names:
+        if not given.get(name, "").isdecimal():
+            raise ConfigError(
+                f"WORLD_SIZE is {given.get('WORLD_SIZE')!r} and {name} is {given.get(name, 'not set')!r}",
+                "start ranks with torchrun, which sets them all, or unset WORLD_SIZE to train alone",
+            )
+    return Ranks(*(int(given[name]) for name in names))
 
 
 def restarts() -> tuple[int, int]:
@@ -181,16 +212,36 @@ def open_ranks(device: str) -> Iterator[Ranks]:
         return
     if with_gpus:
         torch.cuda.set_device(ranks.local_rank)
-    with one_line_when_lost(ranks):
-        # torchrun may start a group again beside the same store, in which the addresses of the dead still lie.
-        store, _, _ = next(rendezvous("env://"))
-        attempt = dist.PrefixStore(f"attempt-{restarts()[0]}", store)  # type: ignore[attr-defined]
-        backend = "cpu:gloo,cuda:nccl" if with_gpus else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if with_gpus else "gloo"
+    with one_line_when_lost(ranks, "start all ranks again"):
+        attempt = meet(ranks)
         dist.init_process_group(backend, store=attempt, rank=ranks.rank, world_size=ranks.world_size, timeout=TIMEOUT)
     try:
         yield ranks
     finally:
         dist.destroy_process_group()
+
+
+def meet(ranks: Ranks) -> Any:
+    """The store through which ranks find each other, once all of them are there.
+
+    Raises:
+        TrainingError: some did not come within MEETING.
+    """
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=MEETING))
+        # torchrun may start a group again beside the same store, in which the addresses of the dead still lie.
+        attempt = dist.PrefixStore(f"attempt-{restarts()[0]}", store)  # type: ignore[attr-defined]
+        attempt.set(f"here-{ranks.rank}", "")
+        attempt.wait([f"here-{rank}" for rank in range(ranks.world_size)], MEETING)
+    except dist.DistError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        minutes = MEETING.total_seconds() / 60
+        raise TrainingError(
+            f"rank {ranks.rank} of {ranks.world_size} waited {minutes:g} minutes for the others at {place}",
+            "start as many processes as --nnodes times --nproc-per-node; look at the address, the port, the firewall",
+        ) from error
+    return attempt
 
 
 def check_device(device: str, ranks: Ranks, num_gpus: int) -> bool:
