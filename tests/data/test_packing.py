@@ -11,11 +11,12 @@ import pytest
 from picture_files import encoded, picture
 from PIL import Image
 
+from torchmae.config import PackOptions
 from torchmae.data import packing
 from torchmae.data.arrays import ArraySource
 from torchmae.data.formats import Context
 from torchmae.data.layouts import folder_splits, open_splits
-from torchmae.data.packing import PackOptions, encode, pack, reduce
+from torchmae.data.packing import encode, pack, reduce
 from torchmae.errors import ConfigError, DataError
 
 FORMATS = ("parquet", "wds", "npy")
@@ -57,7 +58,7 @@ def test_packed_images_are_the_same_in_the_same_order(folder: Path, tmp_path: Pa
 def test_goes_on_where_it_was_stopped(folder: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     splits, out = folder_splits(folder), tmp_path / "out"
     whole = tmp_path / "whole"
-    monkeypatch.setattr("torchmae.data.packing.PackOptions.shard_mib", 1)
+    monkeypatch.setattr("torchmae.config.PackOptions.shard_mib", 1)
     monkeypatch.setattr(packing.Writer, "add", limited(packing.Writer.add))
     pack(splits, whole, PackOptions(format=form))
 
