@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -79,3 +79,16 @@ def lock_file(path: Path) -> BinaryIO | None:
         file.close()
         return None
     return file
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds the lock of `lock_file` and removes its file at the end; BlockingIOError where another process has it."""
+    lock = lock_file(path)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # not there
+            path.unlink()
+        if lock is not None:
+            lock.close()
