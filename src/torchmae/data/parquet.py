@@ -14,9 +14,19 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from torchmae.data.cache import cache_folder, cache_limit, hold_open, remove_unless_open, trim
 from torchmae.data.formats import Context, Progress
-from torchmae.data.remote import Place, last_name, open_place, place_version, shown
+from torchmae.data.remote import (
+    Place,
+    cache_folder,
+    cache_limit,
+    hold_open,
+    last_name,
+    open_place,
+    place_version,
+    remove_unless_open,
+    shown,
+    trim,
+)
 from torchmae.data.sources import EncodedSource, check_size, digest
 from torchmae.errors import DataError, reason_of, require
 from torchmae.files import locked, replace_file

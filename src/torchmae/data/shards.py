@@ -15,10 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from torchmae.data.arrays import unpacked_bytes
-from torchmae.data.cache import cache_folder
 from torchmae.data.formats import Context, picture_suffixes
 from torchmae.data.labels import Labels
-from torchmae.data.remote import Place, RemoteBytes, beside, last_name, open_place, place_version, shown
+from torchmae.data.remote import Place, RemoteBytes, beside, cache_folder, last_name, open_place, place_version, shown
 from torchmae.data.sources import MAX_BYTES, EncodedSource, digest, printable, spread
 from torchmae.data.strings import Strings, StringsWriter, pack_strings
 from torchmae.errors import DataError
