@@ -33,17 +33,7 @@ FIRST_WAIT_S = 0.5  # before the second attempt; doubled before each further one
 _READ_BUFFER = 4 * 2**20
 _MAX_EXPANDED = 1_000_000
 # What file systems call the version of a file.
-_VERSION_KEYS = [
-    "ETag",
-    "etag",
-    "Content-MD5",
-    "Digest",
-    "md5Hash",
-    "generation",
-    "Last-Modified",
-    "LastModified",
-    "mtime",
-]
+_VERSION_KEYS = ("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation", "Last-Modified", "LastModified")
 _FOLDERS = ("remote", "parquet", "index")
 _TRIM_EVERY_S = 30.0
 _ABANDONED_S = 86400.0  # without a change, a file that is being written was left by a process that is gone
@@ -80,7 +70,7 @@ def _split_query(url: str) -> tuple[str, str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """The names that `a-{000..002}.tar` or `{a,b}.tar` stands for, in the order written; ConfigError above a million."""
+    """The names that `a-{00..12}.tar` or `{a,b}.tar` stands for, in the order written; ConfigError above a million."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if match is None:
         return [pattern]
@@ -143,7 +133,7 @@ def place_version(place: Place) -> tuple[int, str]:
     info = _attempt(lambda: system.info(path), time.sleep, place)
     if not isinstance(info.get("size"), int):
         raise DataError(f"{shown(place)} does not say how large it is", "serve it with a Content-Length")
-    return info["size"], digest(info.get(key, "") for key in _VERSION_KEYS)
+    return info["size"], digest(info.get(key, "") for key in (*_VERSION_KEYS, "mtime"))
 
 
 def _attempt(request: Callable[[], Any], wait: Callable[[float], object], url: str) -> Any:
@@ -187,11 +177,11 @@ class RemoteBytes:
         if start == stop:
             return b""
         first = start // BLOCK
-        content, place = bytearray(), first
+        content, block = bytearray(), first
         for is_kept, blocks in groupby(self._kept(first, (stop - 1) // BLOCK), bool):
             run = list(blocks)
-            content += b"".join(run) if is_kept else self._fetch(place, place + len(run) - 1)
-            place += len(run)
+            content += b"".join(run) if is_kept else self._fetch(block, block + len(run) - 1)
+            block += len(run)
         return bytes(content[start - first * BLOCK : stop - first * BLOCK])
 
     def _kept(self, first: int, last: int) -> list[bytes]:
