@@ -19,20 +19,16 @@ from torchmae.data.formats import Context, picture_suffixes
 from torchmae.data.labels import Labels
 from torchmae.data.remote import Place, RemoteBytes, beside, cache_folder, last_name, open_place, place_version, shown
 from torchmae.data.sources import MAX_BYTES, EncodedSource, digest, printable, spread
-from torchmae.data.strings import Strings, StringsWriter, pack_strings
-from torchmae.errors import DataError
+from torchmae.data.strings import Strings, pack_strings
+from torchmae.errors import DataError, reason_of
 from torchmae.files import replace_file
 
-INDEX_SUFFIX = ".index.npz"
-"""What an index that lies beside its shard adds to the shard's name."""
-
-ALL_MEMBERS = "all"
-"""Stands for every picture of each sample."""
-
-CLASSES_FILE = "classes.txt"
-"""The names of the labels, one a line, beside the shards."""
+INDEX_SUFFIX = ".index.npz"  # of an index that lies beside its shard, behind the shard's name
+ALL_MEMBERS = "all"  # stands for every picture of each sample
+CLASSES_FILE = "classes.txt"  # the names of the labels, one a line, beside the shards
 
 _FORMAT = 2
+_COLUMNS = ("offsets", "sizes", "labels", "samples")  # of an index
 _CHECKED = 8  # members whose headers are compared with an index before it is trusted
 _LABEL_BYTES = 20
 _NO_NUMBER = -2  # label in a .cls file that is text
@@ -43,21 +39,13 @@ _FETCHERS = 16  # requests under way at a time, in each process
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The images of one tar file, in the order they lie in.
+    """The images of one tar file, in the order they lie in."""
 
-    Attributes:
-        names: their paths in the archive.
-        offsets: (N,) where the bytes of each begin.
-        sizes: (N,) how many they are.
-        labels: (N,), -1 where unknown, -2 where there is one that is no number.
-        samples: (N,) which sample each belongs to, from 0 on.
-    """
-
-    names: Strings
-    offsets: npt.NDArray[np.int64]
-    sizes: npt.NDArray[np.int64]
-    labels: Labels
-    samples: npt.NDArray[np.int64]
+    names: Strings  # their paths in the archive
+    offsets: npt.NDArray[np.int64]  # (N,) where the bytes of each begin
+    sizes: npt.NDArray[np.int64]  # (N,) how many they are
+    labels: Labels  # (N,) -1 where unknown, -2 where there is one that is no number
+    samples: npt.NDArray[np.int64]  # (N,) which sample each belongs to, from 0 on
 
 
 class ShardSource(EncodedSource):
@@ -65,11 +53,12 @@ class ShardSource(EncodedSource):
 
     Every member that is an image by its name is one image. In a WebDataset shard, `0001.cls` holds the label of
     `0001.jpg` as a decimal number; other members are passed over. Where samples have several pictures (`0001.jpg` and
-    `0001.seg.png`), `member` says which one is meant. Nothing is unpacked, so that a member's name can lead nowhere.
+    `0001.seg.png`), `context.member` says which one is meant. Nothing is unpacked, so that a member's name can lead
+    nowhere.
 
     Args:
         shards: uncompressed tar files: paths or URLs.
-        context: how the images are read; `member` says which picture of each sample.
+        context: how the images are read.
 
     Raises:
         DataError: a file that is no tar file, is compressed or damaged; no images in any of them; or samples with
@@ -78,40 +67,32 @@ class ShardSource(EncodedSource):
 
     def __init__(self, shards: Sequence[Place], context: Context = Context()) -> None:
         self._shards = list(shards)
-        self._versions: list[tuple[int, str]] = []
         self._indexes: list[ShardIndex] = []
         with ThreadPoolExecutor(_FETCHERS) as pool:
-            for version, index in pool.map(_open, self._shards):
-                self._versions.append(version)
-                self._indexes.append(index)
+            self._versions = list(pool.map(place_version, shards))
+            indexes = pool.map(lambda shard, version: open_index(shard, *version), shards, self._versions)
+            for shard, index in zip(shards, indexes, strict=True):
+                self._indexes.append(_chosen(index, last_name(shard), context.member))
                 if context.progress is not None:
-                    context.progress("indexing shards", len(self._indexes), len(self._shards))
-        self._indexes = [
-            _chosen(index, last_name(shard), context.member)
-            for shard, index in zip(self._shards, self._indexes, strict=True)
-        ]
+                    context.progress("indexing shards", len(self._indexes), len(shards))
         self._starts = np.cumsum([0] + [len(index.sizes) for index in self._indexes])
         if not self._starts[-1]:
             raise DataError(f"{shown(str(shards[0]))} holds no images", f"accepted are {', '.join(picture_suffixes())}")
         labels = np.concatenate([index.labels for index in self._indexes])
-        super().__init__(
-            int(self._starts[-1]),
-            labels if (labels >= 0).any() else None,
-            _class_names(self._shards[0], labels),
-            context,
-        )
+        known = labels if (labels >= 0).any() else None
+        super().__init__(len(labels), known, _class_names(shards[0], labels), context)
         if no_numbers := int((labels == _NO_NUMBER).sum()):
             self.remarks += (f"{no_numbers:,} .cls files of {last_name(shards[0])} hold no number and are not used",)
         self._remote = {
             i: RemoteBytes(shard, *version)
-            for i, (shard, version) in enumerate(zip(self._shards, self._versions, strict=True))
+            for i, (shard, version) in enumerate(zip(shards, self._versions, strict=True))
             if isinstance(shard, str)
         }
         self._coming: dict[int, Future[bytes]] = {}
         self._fetchers: tuple[int, ThreadPoolExecutor] | None = None
 
     def _locate(self, index: int) -> tuple[int, int]:
-        """The shard of an image, and its place there."""
+        """The shard of an image, and its row in the index of that."""
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         return shard, index - int(self._starts[shard])
 
@@ -126,8 +107,7 @@ class ShardSource(EncodedSource):
         shard, start, stop = self._range(index)
         if stop - start > MAX_BYTES:
             raise DataError(f"the file has more than {MAX_BYTES // 2**20:,} MiB")
-        coming = self._coming.pop(index, None)
-        if coming is not None:
+        if (coming := self._coming.pop(index, None)) is not None:
             return coming.result()
         if shard in self._remote:
             return self._remote[shard].read(start, stop)
@@ -136,7 +116,7 @@ class ShardSource(EncodedSource):
                 file.seek(start)
                 return file.read(stop - start)
         except OSError as error:
-            raise DataError(error.strerror or str(error)) from None
+            raise DataError(reason_of(error)) from None
 
     def read_ahead(self, indices: npt.NDArray[np.int64]) -> None:
         """Starts to fetch these images; what was wanted before and not read since is given up."""
@@ -171,11 +151,6 @@ class ShardSource(EncodedSource):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_coming": {}, "_fetchers": None}
-
-
-def _open(shard: Place) -> tuple[tuple[int, str], ShardIndex]:
-    version = place_version(shard)
-    return version, open_index(shard, *version)
 
 
 def _class_names(shard: Place, labels: Labels) -> tuple[str, ...] | None:
@@ -213,25 +188,13 @@ def open_index(shard: Place, size: int, version: str) -> ShardIndex:
 
 
 def write_index(path: Path, index: ShardIndex, size: int) -> None:
-    """Saves an index whole or not at all.
-
-    Args:
-        path: where to.
-        index: what to save.
-        size: bytes in the shard.
-
-    Raises:
-        DataError: it cannot be written.
-    """
+    """Saves the index of a shard of `size` bytes whole or not at all; DataError where it cannot be written."""
     content, ends = index.names.parts
     arrays = {
         "size": np.array([size, _FORMAT]),
         "names": np.frombuffer(content, dtype=np.uint8),
         "ends": ends,
-        "offsets": index.offsets,
-        "sizes": index.sizes,
-        "labels": index.labels,
-        "samples": index.samples,
+        **{name: getattr(index, name) for name in _COLUMNS},
     }
     replace_file(path, lambda file: np.savez(file, allow_pickle=False, **arrays), DataError)
 
@@ -243,18 +206,15 @@ def _read_index(place: Place, size: int) -> ShardIndex | None:
             if unpacked_bytes(arrays) > size + _INDEX_HEAD:  # an entry is smaller than a member's header in the shard
                 return None
             expected = arrays["size"].tolist() == [size, _FORMAT]
-            ends, offsets, sizes, labels, samples = (
-                np.asarray(arrays[name], dtype=np.int64) for name in ("ends", "offsets", "sizes", "labels", "samples")
-            )
+            ends, *columns = (np.asarray(arrays[name], dtype=np.int64) for name in ("ends", *_COLUMNS))
             names = arrays["names"].astype(np.uint8).tobytes()
     except Exception:  # zip, NumPy and the network fail in many ways; whichever it was, the index is made anew
         return None
-    counts = {ends.shape, offsets.shape, sizes.shape, labels.shape, samples.shape}
-    inside = (offsets >= 0).all() and (sizes >= 0).all() and (offsets <= size - sizes).all()
-    rising = (np.diff(ends, prepend=0) >= 0).all() and (ends.max(initial=0) == len(names))
-    if not expected or len(counts) > 1 or ends.ndim != 1 or not inside or not rising:
-        return None
-    return ShardIndex(Strings(names, ends), offsets, sizes, labels, samples)
+    index = ShardIndex(Strings(names, ends), *columns)
+    fits = expected and ends.ndim == 1 and all(column.shape == ends.shape for column in columns)
+    inside = fits and ((index.offsets >= 0) & (index.sizes >= 0) & (index.offsets <= size - index.sizes)).all()
+    rising = fits and (np.diff(ends, prepend=0) >= 0).all() and ends.max(initial=0) == len(names)
+    return index if inside and rising else None
 
 
 def _chosen(index: ShardIndex, shard: str, member: str | None) -> ShardIndex:
@@ -267,28 +227,23 @@ def _chosen(index: ShardIndex, shard: str, member: str | None) -> ShardIndex:
     samples, counts = np.unique(index.samples[rows], return_counts=True)
     if (counts > 1).any():
         shared = np.flatnonzero(index.samples == samples[counts > 1][0]).tolist()
-        first = _text(index.names[int(shared[0])])
-        parts = [_parts(_text(index.names[row]))[1] for row in shared]
+        pictures = [_parts(_text(index.names[row])) for row in shared]
         raise DataError(
             f"{int((counts > 1).sum()):,} samples of {shard} have several pictures: "
-            f"{printable(os.fsencode(_parts(first)[0]))} has {printable(', '.join(parts).encode())}",
-            f"choose one with --data.member {printable(parts[0].encode())}, or --data.member {ALL_MEMBERS}",
+            f"{pictures[0][0]} has {', '.join(part for _, part in pictures)}",
+            f"choose one with --data.member {pictures[0][1]}, or --data.member {ALL_MEMBERS}",
         )
     if member is None or not len(index.samples):
         return index
     if not len(rows):
         known = sorted({_parts(_text(name))[1] for name in index.names})[:_SHOWN]
-        raise DataError(
-            f"no sample of {shard} has a picture {member!r}", f"choose from {printable(', '.join(known).encode())}"
-        )
+        raise DataError(f"no sample of {shard} has a picture {member!r}", f"choose from {', '.join(known)}")
     names = pack_strings(index.names[row] for row in rows.tolist())
-    return ShardIndex(names, index.offsets[rows], index.sizes[rows], index.labels[rows], index.samples[rows])
+    return ShardIndex(names, *(getattr(index, name)[rows] for name in _COLUMNS))
 
 
 def _agrees(index: ShardIndex, shard: Place) -> bool:
     """Whether members spread over a shard have the headers that its index lets expect."""
-    if not len(index.sizes):
-        return True
     try:
         with open_place(shard) as file:
             for row in spread(len(index.sizes), _CHECKED):
@@ -302,11 +257,7 @@ def _agrees(index: ShardIndex, shard: Place) -> bool:
 
 
 def build_index(shard: Place, size: int) -> ShardIndex:
-    """Reads the headers of a tar file (of a remote one, all of it).
-
-    Args:
-        shard: where it is.
-        size: bytes in it.
+    """Reads the headers of a tar file of `size` bytes (of a remote one, all of it).
 
     Raises:
         DataError: no tar file, a compressed or a damaged one.
@@ -320,44 +271,45 @@ def build_index(shard: Place, size: int) -> ShardIndex:
             f"{name} is no uncompressed tar file ({error})", "unpack it if it is compressed, and pack it again"
         ) from error
     except OSError as error:
-        raise DataError(f"cannot read {name}: {error.strerror or error}") from error
+        raise DataError(f"cannot read {name}: {reason_of(error)}") from error
     except (ValueError, ArithmeticError) as error:  # numbers in a header that no file can have
         raise DataError(f"{name} is damaged ({error})", "copy it again") from error
 
 
 def _scan(file: IO[bytes], size: int, name: str) -> ShardIndex:
-    names = StringsWriter()
+    names: list[str] = []
     rows: list[tuple[int, int]] = []
     labels_of: dict[str, int] = {}  # by the path of the .cls file without its suffix
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for member in archive:
             archive.members = []  # type: ignore[attr-defined]  # else it keeps every header
-            end = member.offset_data + member.size
             if archive.offset <= member.offset:  # a size below 0: the same header would come again, for ever
                 raise DataError(f"{name} is damaged at byte {member.offset:,}", "copy it again")
             if not member.isreg() or member.issparse() or PurePosixPath(member.name).name.startswith("."):
                 continue
-            if end > size:
-                raise DataError(f"{name} is cut short in {printable(_bytes(member.name))}", "copy it again")
+            if member.offset_data + member.size > size:
+                raise DataError(f"{name} is cut short in {member.name}", "copy it again")
             stem, _, suffix = member.name.rpartition(".")
             if member.name.lower().endswith(picture_suffixes()):
-                names.add(_bytes(member.name))
+                names.append(member.name)
                 rows.append((member.offset_data, member.size))
             elif suffix.lower() == "cls":
                 labels_of[stem] = _label(file, member)
         file.seek(archive.offset)
         if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end
             raise DataError(f"{name} is damaged at byte {archive.offset:,}", "copy it again")
-    table = np.array(rows, dtype=np.int64).reshape(-1, 2)
-    packed = names.finish()
-    keys = _keys([_text(item) for item in packed])
-    number_of: dict[str, int] = {}
-    samples = np.array([number_of.setdefault(key, len(number_of)) for key in keys], dtype=np.int64)
-    stems = (_text(item).rpartition(".")[0] for item in packed)
-    labels = np.array(
-        [labels_of.get(stem, labels_of.get(key, -1)) for stem, key in zip(stems, keys, strict=True)], dtype=np.int64
+    offsets, sizes = np.array(rows, dtype=np.int64).reshape(-1, 2).T.copy()
+    keys = _keys(names)
+    number_of = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    pairs = zip(names, keys, strict=True)
+    labels = [labels_of.get(name.rpartition(".")[0], labels_of.get(key, -1)) for name, key in pairs]
+    return ShardIndex(
+        pack_strings(name.encode("utf-8", "surrogateescape") for name in names),
+        offsets,
+        sizes,
+        np.array(labels, dtype=np.int64),
+        np.array([number_of[key] for key in keys], dtype=np.int64),
     )
-    return ShardIndex(packed, table[:, 0].copy(), table[:, 1].copy(), labels, samples)
 
 
 def _keys(names: Sequence[str]) -> list[str]:
@@ -390,7 +342,3 @@ def _label(file: IO[bytes], member: tarfile.TarInfo) -> int:
 
 def _text(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
-
-
-def _bytes(name: str) -> bytes:
-    return name.encode("utf-8", "surrogateescape")
