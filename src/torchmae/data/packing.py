@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -62,36 +61,29 @@ class Part(NamedTuple):
     nbytes: int | None = None  # of the file; None: packed by a version that did not note it
 
 
-class Record(NamedTuple):
+@dataclass(frozen=True)
+class Record:
     """One image to write."""
 
-    place: int  # in its source
+    index: int  # in its source
     name: str
     label: int  # -1: unknown
-    content: bytes | Image = b""  # a file; in the format npy values
-    failure: str | None = None  # why it cannot be read
+    content: bytes | Image  # a file; in the format npy values
 
 
 def pack(splits: Mapping[str, Source], out: Path, options: PackOptions, progress: Progress | None = None) -> Packed:
-    """Packs every split, in order. A call that was stopped is continued by the next one with the same arguments.
+    """Packs every split, in order, into a folder that is new, empty, or holds the same data set half packed.
 
     Each file is written under another name, read back and compared, and renamed; only then does it count.
-
-    Args:
-        splits: split name to source.
-        out: a folder that is new, empty, or holds the same data set half packed.
-        options: how.
-        progress: told how far it is.
 
     Raises:
         ConfigError: `out` holds something else, or the images do not fit the format.
         DataError: more unreadable images than allowed, or a file that cannot be written or read back.
     """
     splits = in_one_list(splits)
+    how = {name: value for name, value in asdict(options).items() if name not in ("max_bad", "root", "progress")}
     task = {
-        "options": {
-            name: value for name, value in asdict(options).items() if name not in ("max_bad", "root", "progress")
-        },
+        "options": how,
         "data": {split: [source.fingerprint(), source.stamp()] for split, source in splits.items()},
         "labels": {split: source.label_fingerprint() for split, source in splits.items()},
     }
@@ -220,27 +212,27 @@ def _readable(
 ) -> Iterator[Record]:
     """The images of a split that are not packed yet, in order, without unreadable ones; `before` are packed already."""
     source = writer.source
+
+    def prepare(index: int) -> bytes | Image | DataError:
+        try:
+            return _content(source, options, index)
+        except DataError as error:
+            return error
+
     with ThreadPoolExecutor(num_cores()) as pool:
         for first in range(writer.next, len(source), _CHUNK):
+            chunk = range(first, min(first + _CHUNK, len(source)))
             with quiet_pillow():
-                chunk = range(first, min(first + _CHUNK, len(source)))
-                records = list(pool.map(partial(_record, source, options), chunk))
-            for record in records:
-                writer.next = record.place + 1
-                if record.failure is None:
-                    yield record
+                contents = list(pool.map(prepare, chunk))
+            for index, content in zip(chunk, contents, strict=True):
+                writer.next = index + 1
+                if isinstance(content, DataError):
+                    bad.add(source.name(index), content.problem)
                 else:
-                    bad.add(record.name, record.failure)
+                    label = -1 if source.labels is None else int(source.labels[index])
+                    yield Record(index, source.name(index), label, content)
                 if progress is not None:
-                    progress("packing", before + record.place + 1, bad.total)
-
-
-def _record(source: Source, options: PackOptions, index: int) -> Record:
-    label = -1 if source.labels is None else int(source.labels[index])
-    try:
-        return Record(index, source.name(index), label, _content(source, options, index))
-    except DataError as error:
-        return Record(index, source.name(index), label, failure=error.problem)
+                    progress("packing", before + index + 1, bad.total)
 
 
 def _content(source: Source, options: PackOptions, index: int) -> bytes | Image:
@@ -265,12 +257,7 @@ def _is_plain(raw: bytes, options: PackOptions) -> bool:
 
 
 def reduce(image: Image, max_size: int) -> Image:
-    """Resamples an image so that its longer side has `max_size` pixels: antialiased bicubic, as Pillow does it.
-
-    Args:
-        image: (H, W, C) uint8, uint16 or float32; ConfigError where it has not two spatial dimensions.
-        max_size: pixels.
-    """
+    """Resamples an image, (H, W, C), so that its longer side has `max_size` pixels: Pillow's antialiased bicubic."""
     if image.ndim != 3:
         raise ConfigError(f"images with {image.ndim - 1} dimensions cannot be reduced", "leave max_size out")
     factor = max_size / max(image.shape[:2])
@@ -288,12 +275,7 @@ def reduce(image: Image, max_size: int) -> Image:
 
 
 def encode(image: Image, quality: int | None) -> bytes:
-    """An image as a file: JPEG of some quality, else lossless: PNG, or a .npy file where no picture holds it.
-
-    Args:
-        image: (*size, C).
-        quality: 1 to 100, used where it has 8 bits and is grey or RGB; None: lossless.
-    """
+    """An image, (*size, C), as a file: lossless (PNG, .npy where PNG cannot hold it), or JPEG of `quality` if 8 bits."""
     buffer = io.BytesIO()
     channels = {"uint8": (1, 3), "uint16": (1,)}.get(str(image.dtype), ())
     if image.ndim != 3 or image.shape[2] not in channels:
@@ -308,7 +290,7 @@ def encode(image: Image, quality: int | None) -> bytes:
 
 
 class _Tally:
-    """Counts images and makes a digest of their bytes and labels, in their order."""
+    """The number, the bytes and a digest of images and labels."""
 
     def __init__(self) -> None:
         self.state = hashlib.blake2b(digest_size=16)
@@ -330,14 +312,7 @@ class _Tally:
 
 
 class _Writer(ABC):
-    """Writes the images of one split into files, in parts that are read back before they count.
-
-    Args:
-        out: the folder.
-        split: whose images they are.
-        source: the images.
-        parts: what is packed of them; `add` adds to it.
-    """
+    """Writes the images of one split into files of the folder `out`; `parts` are packed already."""
 
     suffix: str
 
@@ -449,7 +424,7 @@ class _ShardWriter(_Writer):
                 if record.label >= 0:
                     members[".cls"] = str(record.label).encode()
                 for suffix, content in members.items():
-                    member = tarfile.TarInfo(f"{record.place:09d}{suffix}")
+                    member = tarfile.TarInfo(f"{record.index:09d}{suffix}")
                     member.size = len(content)
                     archive.addfile(member, io.BytesIO(content))
 

@@ -14,19 +14,9 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from torchmae.data import remote
 from torchmae.data.formats import Context, Progress
-from torchmae.data.remote import (
-    Place,
-    cache_folder,
-    cache_limit,
-    hold_open,
-    last_name,
-    open_place,
-    place_version,
-    remove_unless_open,
-    shown,
-    trim,
-)
+from torchmae.data.remote import Place, last_name, open_place, place_version, shown
 from torchmae.data.sources import EncodedSource, check_size, digest
 from torchmae.errors import DataError, reason_of, require
 from torchmae.files import locked, replace_file
@@ -39,18 +29,13 @@ _LABEL_TYPES = re.compile(r"u?int\d+|halffloat|float|double|(large_)?string")
 
 
 class ParquetSource(EncodedSource):
-    """Encoded images in parquet files, in the order of the files and of the rows in them.
+    """Encoded images in parquet files (or their URLs), in the order of the files and of the rows in them.
 
-    Parquet is no format for random access: up to `IN_MEMORY` bytes are kept in memory; larger tables are unpacked once,
-    into a file of the cache folder. Paths that a table names are never opened.
-
-    Args:
-        files: parquet files (or their URLs) with the same columns: one of images (a struct with `bytes`, or plain
-            binary), and perhaps one of labels, called label, labels or fine_label.
-        context: how the images are read.
+    All files have the same columns: one of images (a struct with `bytes`, or plain binary), and perhaps one of labels,
+    called label, labels or fine_label. Paths that a table names are never opened. Parquet is no format for random
+    access: up to `IN_MEMORY` bytes are kept in memory; larger tables are unpacked once, into the cache folder.
 
     Raises:
-        ConfigError: pyarrow is not installed.
         DataError: a file that is not parquet, or has no column of images.
     """
 
@@ -92,27 +77,19 @@ class ParquetSource(EncodedSource):
 
 
 class ParquetTable:
-    """One parquet file, read from its beginning to its end.
-
-    Attributes:
-        leaf: the column of bytes, as parquet names it ("image.bytes").
-        label: the column of labels; None: there is none.
-        classes: the name of each label, where known.
-        note: what to say of a column of labels that is not used, else "".
-        nbytes: of the encoded images, roughly.
-    """
+    """One parquet file, read from its beginning to its end."""
 
     def __init__(self, file: Place) -> None:
         self.file = file
         with self._opened() as table:
             schema, facts = table.schema_arrow, table.metadata
-        self.leaf = _image_leaf(schema)
+        self.leaf = _image_leaf(schema)  # the column of bytes, as parquet names it: "image.bytes"
         self.label, self.note = label_column(schema)
         self.classes = _class_names(schema.metadata, self.label)
         self.num_rows: int = facts.num_rows
         column = next(i for i in range(facts.num_columns) if facts.schema.column(i).path == self.leaf)
         groups = (facts.row_group(i).column(column) for i in range(facts.num_row_groups))
-        self.nbytes = sum(group.total_uncompressed_size for group in groups)
+        self.nbytes = sum(group.total_uncompressed_size for group in groups)  # less where values are repeated
 
     @contextmanager
     def _opened(self) -> Iterator[Any]:
@@ -124,7 +101,7 @@ class ParquetTable:
             raise DataError(f"cannot read {shown(str(self.file))}: {reason_of(error)}") from error
 
     def labels(self) -> npt.NDArray[Any]:
-        """(N,) as `label_values` gives them."""
+        """(N,), as `label_values` gives them."""
         with self._opened() as table:
             return label_values(table.read(columns=[self.label]).column(0))
 
@@ -138,18 +115,13 @@ class ParquetTable:
 
 
 class _Blobs:
-    """Byte strings end to end, in memory or in a file of the cache folder, which is mapped and not removed meanwhile.
-
-    Args:
-        ends: (N,) int64, the end of each string within the content, rising.
-        content: the bytes of all strings, or the file; FileNotFoundError where there is none.
-    """
+    """Byte strings end to end, and the end of each: in memory, or in a file of the cache that is mapped and kept."""
 
     def __init__(self, ends: npt.NDArray[np.int64], content: bytes | Path) -> None:
         self._ends, self._content = ends, content
         self._bytes: Any = content if isinstance(content, bytes) else None
         if isinstance(content, Path):
-            hold_open(content, self)
+            remote.hold_open(content, self)
 
     def __getitem__(self, index: int) -> bytes:
         start, stop = (int(self._ends[index - 1]) if index else 0), int(self._ends[index])
@@ -171,7 +143,7 @@ def _load(tables: Sequence[ParquetTable], versions: Sequence[tuple[int, str]], p
         if ends is not None:
             return _Blobs(ends, content.getvalue())
     files = digest(table.file.absolute() if isinstance(table.file, Path) else table.file for table in tables)
-    stem = cache_folder() / "parquet" / f"{files}-{digest(versions)}"
+    stem = remote.cache_folder() / "parquet" / f"{files}-{digest(versions)}"
     images, index = stem.with_suffix(".bin"), stem.with_suffix(".npy")
     found: list[Any] = []
     while True:
@@ -185,28 +157,22 @@ def _load(tables: Sequence[ParquetTable], versions: Sequence[tuple[int, str]], p
             with locked(stem.with_suffix(".lock")):
                 if not (images.exists() and index.exists()):
                     replace_file(images, lambda file: found.append(_unpack(tables, file, progress)), DataError)
-                    replace_file(
-                        index, lambda file: np.save(file, found[-1]), DataError
-                    )  # last: says that all is whole
+                    # The index last: where it is, the images are whole.
+                    replace_file(index, lambda file: np.save(file, found[-1]), DataError)
         except BlockingIOError:  # another process, such as another rank, unpacks the same tables
             time.sleep(_LOOK_EVERY_S)
     if images.stat().st_size != ends[-1]:
         raise DataError(f"{images} is damaged", "remove it; it is made anew")
     for other in {path.with_suffix("") for path in stem.parent.glob(f"{files}-*")} - {stem}:  # of older versions
-        remove_unless_open(other.with_suffix(suffix) for suffix in (".bin", ".npy"))
-    trim(cache_limit())
+        remote.remove_unless_open(other.with_suffix(suffix) for suffix in (".bin", ".npy"))
+    remote.trim(remote.cache_limit())
     return blobs
 
 
 def _unpack(
     tables: Sequence[ParquetTable], file: IO[bytes], progress: Progress | None, limit: float = float("inf")
 ) -> npt.NDArray[np.int64] | None:
-    """Writes the images of all tables one after the other.
-
-    Returns:
-        the end of each; None when they are more than `limit` bytes: `ParquetTable.nbytes` may say less, since a file
-        holds a value that is repeated only once.
-    """
+    """Writes the images of all tables one after the other: the end of each; None when they exceed `limit` bytes."""
     total = sum(table.num_rows for table in tables)
     lengths: list[int] = []
     for table in tables:

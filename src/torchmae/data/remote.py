@@ -1,7 +1,4 @@
-"""Files at URLs (http, s3, gs, whatever fsspec knows), read by ranges; and the cache folder, which keeps parts of them.
-
-The cache folder also holds what is made once from data that lies elsewhere: indexes and unpacked tables.
-"""
+"""Files at URLs (http, s3, gs, whatever fsspec knows), read by ranges through the cache folder; and that folder."""
 
 from __future__ import annotations
 
@@ -157,13 +154,8 @@ class RemoteBytes:
     """A file at a URL, by ranges.
 
     What was fetched is kept in the cache folder, in a sparse file with a checksum for each block, so that any number
-    of processes may share it and a crash, an eviction or a damaged disk cost a second fetch and nothing else.
-
-    Args:
-        url: where it is.
-        size: bytes in it.
-        version: changes when the file does (`place_version`).
-        wait: called with seconds between attempts.
+    of processes may share it and a crash, an eviction or a damaged disk cost a second fetch and nothing else. `size`
+    and `version` are those of `place_version`; `wait` is called with seconds between attempts.
     """
 
     def __init__(self, url: str, size: int, version: str, wait: Callable[[float], object] = time.sleep) -> None:
@@ -216,14 +208,17 @@ class RemoteBytes:
             self._data.parent.mkdir(parents=True, exist_ok=True)
             _write_at(self._data, BLOCK * first, content)
             _write_at(self._sums, 4 * first, np.array(checksums, dtype="<u4").tobytes())
-            trim_sometimes()
+            marker = cache_folder() / ".trimmed"  # seldom, whatever the number of processes
+            if not marker.exists() or abs(time.time() - marker.stat().st_mtime) >= _TRIM_EVERY_S:
+                marker.touch()
+                trim(cache_limit())
         return content
 
 
 def _write_at(path: Path, offset: int, content: bytes) -> None:
     """Writes into a file that other processes may write to elsewhere; what lies before `offset` may be a hole."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
-    with os.fdopen(descriptor, "wb") as file:
+    path.touch()
+    with path.open("r+b") as file:
         file.seek(offset)
         file.write(content)
 
@@ -233,8 +228,7 @@ def _checksum(block: bytes) -> int:
 
 
 def open_place(place: Place) -> IO[bytes]:
-    """Opens a file for reading, wherever it is, a remote one through the cache; OSError, or DataError for a remote one,
-    where it is not there."""
+    """Opens a file for reading, a remote one through the cache; OSError, DataError if remote, where it is not there."""
     if isinstance(place, Path):
         return place.open("rb")
     return io.BufferedReader(_RemoteFile(RemoteBytes(place, *place_version(place))), _READ_BUFFER)
@@ -280,10 +274,7 @@ def cache_limit() -> int:
 
 
 def trim(limit: int) -> None:
-    """Removes files from the cache folder, the oldest first, until they take `limit` bytes at most.
-
-    The time of a file is that of its last change; `hold_open` counts as one. Files that a process holds open stay.
-    """
+    """Removes what is not held open from the cache folder, the oldest first, until it takes `limit` bytes at most."""
     groups: dict[Path, list[Path]] = defaultdict(list)  # files of one key, which belong together
     for path in (path for name in _FOLDERS for path in (cache_folder() / name).glob("*")):
         if match := re.match(rf"(?:{WRITING}\d+-)?([0-9a-f]{{32}}(-[0-9a-f]{{32}})?)\.", path.name):
@@ -306,31 +297,28 @@ def trim(limit: int) -> None:
             total -= size
 
 
-def trim_sometimes() -> None:
-    """`trim` to the limit of the cache, at most once in 30 seconds whatever the number of processes."""
-    marker = cache_folder() / ".trimmed"
-    with suppress(OSError):
-        if marker.exists() and abs(time.time() - marker.stat().st_mtime) < _TRIM_EVERY_S:
-            return
-        marker.touch()
-        trim(cache_limit())
-
-
 def remove_unless_open(files: Iterable[Path]) -> bool:
     """Removes files that belong together, unless a process holds one of them open (`hold_open`); whether it did."""
     files = list(files)
-    if any(map(_is_held_open, files)):
-        return False
-    for file in files:
+    for path in files:
+        with suppress(ImportError, OSError):  # OSError: it is gone, or the disk knows no locks
+            import fcntl
+
+            with path.open("rb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return False
+    for path in files:
         with suppress(OSError):
-            file.unlink()
+            path.unlink()
     return True
 
 
 def hold_open(path: Path, owner: object) -> None:
-    """Keeps `trim` from removing a file of the cache as long as an object lives, here or in a forked process.
+    """Keeps a file in the cache, as the newest, as long as an object lives, here or in a forked process.
 
-    The file counts as the newest. OSError where it cannot be opened.
+    OSError where it cannot be opened.
     """
     descriptor = os.open(path, os.O_RDONLY)
     weakref.finalize(owner, os.close, descriptor)
@@ -340,15 +328,3 @@ def hold_open(path: Path, owner: object) -> None:
         import fcntl
 
         fcntl.flock(descriptor, fcntl.LOCK_SH)
-
-
-def _is_held_open(path: Path) -> bool:
-    with suppress(ImportError, OSError):  # OSError: it is gone, or the disk knows no locks
-        import fcntl
-
-        with path.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-    return False

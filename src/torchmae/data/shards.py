@@ -49,16 +49,11 @@ class ShardIndex:
 
 
 class ShardSource(EncodedSource):
-    """Images in tar files, in the order of the files and of the images in them.
+    """Images in uncompressed tar files (or their URLs), in the order of the files and of the images in them.
 
     Every member that is an image by its name is one image. In a WebDataset shard, `0001.cls` holds the label of
     `0001.jpg` as a decimal number; other members are passed over. Where samples have several pictures (`0001.jpg` and
-    `0001.seg.png`), `context.member` says which one is meant. Nothing is unpacked, so that a member's name can lead
-    nowhere.
-
-    Args:
-        shards: uncompressed tar files: paths or URLs.
-        context: how the images are read.
+    `0001.seg.png`), `context.member` says which one is meant. Nothing is unpacked: no member's name leads anywhere.
 
     Raises:
         DataError: a file that is no tar file, is compressed or damaged; no images in any of them; or samples with
@@ -166,18 +161,11 @@ def _class_names(shard: Place, labels: Labels) -> tuple[str, ...] | None:
 def open_index(shard: Place, size: int, version: str) -> ShardIndex:
     """The index of a shard: from the cache folder, from beside the shard, or made now and put into the cache folder.
 
-    Args:
-        shard: where it is.
-        size: bytes in it.
-        version: changes when it does.
-
-    Raises:
-        DataError: no uncompressed, whole tar file.
+    `size` and `version` are those of `place_version`; DataError as in `build_index`.
     """
     where = shard.absolute() if isinstance(shard, Path) else shard
     cached = cache_folder() / "index" / f"{digest([where, size, version, _FORMAT])}.npz"
-    index = _read_index(cached, size)
-    if index is not None:
+    if (index := _read_index(cached, size)) is not None:
         return index
     index = _read_index(beside(shard, last_name(shard) + INDEX_SUFFIX), size)
     if index is None or not _agrees(index, shard):
@@ -222,22 +210,24 @@ def _chosen(index: ShardIndex, shard: str, member: str | None) -> ShardIndex:
     if member == ALL_MEMBERS:
         return index
     rows = np.arange(len(index.samples))
+    endings: list[str] = []
     if member is not None:
-        rows = np.flatnonzero([_parts(_text(name))[1] == member.lower() for name in index.names])
+        endings = [_parts(_text(name))[1] for name in index.names]
+        rows = np.flatnonzero([ending == member.lower() for ending in endings])
     samples, counts = np.unique(index.samples[rows], return_counts=True)
     if (counts > 1).any():
         shared = np.flatnonzero(index.samples == samples[counts > 1][0]).tolist()
         pictures = [_parts(_text(index.names[row])) for row in shared]
         raise DataError(
             f"{int((counts > 1).sum()):,} samples of {shard} have several pictures: "
-            f"{pictures[0][0]} has {', '.join(part for _, part in pictures)}",
+            f"{pictures[0][0]} has {', '.join(ending for _, ending in pictures)}",
             f"choose one with --data.member {pictures[0][1]}, or --data.member {ALL_MEMBERS}",
         )
-    if member is None or not len(index.samples):
+    if not endings:
         return index
     if not len(rows):
-        known = sorted({_parts(_text(name))[1] for name in index.names})[:_SHOWN]
-        raise DataError(f"no sample of {shard} has a picture {member!r}", f"choose from {', '.join(known)}")
+        known = ", ".join(sorted(set(endings))[:_SHOWN])
+        raise DataError(f"no sample of {shard} has a picture {member!r}", f"choose from {known}")
     names = pack_strings(index.names[row] for row in rows.tolist())
     return ShardIndex(names, *(getattr(index, name)[rows] for name in _COLUMNS))
 
@@ -257,11 +247,7 @@ def _agrees(index: ShardIndex, shard: Place) -> bool:
 
 
 def build_index(shard: Place, size: int) -> ShardIndex:
-    """Reads the headers of a tar file of `size` bytes (of a remote one, all of it).
-
-    Raises:
-        DataError: no tar file, a compressed or a damaged one.
-    """
+    """Reads the headers of a tar file of `size` bytes (of a remote one, all of it); DataError if it is not whole."""
     name = shown(str(shard))
     try:
         with open_place(shard) as file:
