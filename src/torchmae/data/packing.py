@@ -8,7 +8,7 @@ import json
 import os
 import tarfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -275,7 +275,7 @@ def reduce(image: Image, max_size: int) -> Image:
 
 
 def encode(image: Image, quality: int | None) -> bytes:
-    """An image, (*size, C), as a file: lossless (PNG, .npy where PNG cannot hold it), or JPEG of `quality` if 8 bits."""
+    """An image, (*size, C), as a file: PNG, .npy where PNG cannot hold it, or, of 8 bits, JPEG of a quality."""
     buffer = io.BytesIO()
     channels = {"uint8": (1, 3), "uint16": (1,)}.get(str(image.dtype), ())
     if image.ndim != 3 or image.shape[2] not in channels:
@@ -289,26 +289,8 @@ def encode(image: Image, quality: int | None) -> bytes:
     return buffer.getvalue()
 
 
-class _Tally:
-    """The number, the bytes and a digest of images and labels."""
-
-    def __init__(self) -> None:
-        self.state = hashlib.blake2b(digest_size=16)
-        self.images = self.nbytes = 0
-
-    def add(self, content: bytes, label: int) -> None:
-        self.state.update(f"{len(content)},{label}\n".encode())
-        self.state.update(content)
-        self.images += 1
-        self.nbytes += len(content)
-
-    def take(self, records: Iterable[Record], limit: int) -> Iterator[Record]:
-        """Hands images on until they have `limit` bytes."""
-        for record in records:
-            self.add(record.content if isinstance(record.content, bytes) else record.content.tobytes(), record.label)
-            yield record
-            if self.nbytes >= limit:
-                return
+def _described(content: bytes, label: int) -> bytes:
+    return f"{len(content)},{label}\n".encode() + content
 
 
 class _Writer(ABC):
@@ -335,17 +317,28 @@ class _Writer(ABC):
         first = next(records, None)
         if first is None:
             return None
-        written, found = _Tally(), _Tally()
-        self.write(written.take(chain([first], records), limit))
+        images = nbytes = 0
+        written, found = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
+
+        def until_full() -> Iterator[Record]:
+            nonlocal images, nbytes
+            for record in chain([first], records):
+                content = record.content if isinstance(record.content, bytes) else record.content.tobytes()
+                written.update(_described(content, record.label))
+                yield record
+                images, nbytes = images + 1, nbytes + len(content)
+                if nbytes >= limit:
+                    return
+
+        self.write(until_full())
         with self.partial.open("rb") as file:
             os.fsync(file.fileno())
         for content, label in self.read():
-            found.add(content, label)
-        digest = written.state.hexdigest()
-        if found.state.hexdigest() != digest:
+            found.update(_described(content, label))
+        if found.digest() != written.digest():
             raise DataError(f"{self.path} does not hold what was written", "check the disk, then run it again")
-        nbytes = self.partial.stat().st_size
-        part = self.commit(Part(self.split, self.path.name, self.next, written.images, digest, nbytes=nbytes))
+        size = self.partial.stat().st_size
+        part = self.commit(Part(self.split, self.path.name, self.next, images, written.hexdigest(), nbytes=size))
         self.parts.append(part)
         return part
 
@@ -397,11 +390,9 @@ class _ParquetWriter(_Writer):
         schema = arrow.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
         with parquet.ParquetWriter(self.partial, schema, compression="none", use_dictionary=False) as file:
             while some := list(islice(records, _ROWS)):
-                rows = [
-                    {"image": {"bytes": record.content, "path": PurePath(record.name).name}, "label": record.label}
-                    for record in some
-                ]
-                file.write_table(arrow.Table.from_pylist(rows, schema))
+                images = [{"bytes": record.content, "path": PurePath(record.name).name} for record in some]
+                columns = {"image": images, "label": [record.label for record in some]}
+                file.write_table(arrow.Table.from_pydict(columns, schema))
 
     def read(self) -> Iterator[tuple[bytes, int]]:
         table = ParquetTable(self.partial)

@@ -14,12 +14,11 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from torchmae.data import remote
 from torchmae.data.formats import Context, Progress
-from torchmae.data.remote import Place, last_name, open_place, place_version, shown
+from torchmae.data.remote import Place, cache_folder, cache_limit, last_name, open_place, place_version, shown, trim
 from torchmae.data.sources import EncodedSource, check_size, digest
 from torchmae.errors import DataError, reason_of, require
-from torchmae.files import locked, replace_file
+from torchmae.files import hold_open, locked, remove_unless_open, replace_file
 
 IN_MEMORY = 256 * 2**20  # bytes of encoded images that are kept in memory, at most, by each worker process
 _ROWS = 256  # read at a time
@@ -121,7 +120,7 @@ class _Blobs:
         self._ends, self._content = ends, content
         self._bytes: Any = content if isinstance(content, bytes) else None
         if isinstance(content, Path):
-            remote.hold_open(content, self)
+            hold_open(content, self)
 
     def __getitem__(self, index: int) -> bytes:
         start, stop = (int(self._ends[index - 1]) if index else 0), int(self._ends[index])
@@ -143,7 +142,7 @@ def _load(tables: Sequence[ParquetTable], versions: Sequence[tuple[int, str]], p
         if ends is not None:
             return _Blobs(ends, content.getvalue())
     files = digest(table.file.absolute() if isinstance(table.file, Path) else table.file for table in tables)
-    stem = remote.cache_folder() / "parquet" / f"{files}-{digest(versions)}"
+    stem = cache_folder() / "parquet" / f"{files}-{digest(versions)}"
     images, index = stem.with_suffix(".bin"), stem.with_suffix(".npy")
     found: list[Any] = []
     while True:
@@ -164,8 +163,8 @@ def _load(tables: Sequence[ParquetTable], versions: Sequence[tuple[int, str]], p
     if images.stat().st_size != ends[-1]:
         raise DataError(f"{images} is damaged", "remove it; it is made anew")
     for other in {path.with_suffix("") for path in stem.parent.glob(f"{files}-*")} - {stem}:  # of older versions
-        remote.remove_unless_open(other.with_suffix(suffix) for suffix in (".bin", ".npy"))
-    remote.trim(remote.cache_limit())
+        remove_unless_open(other.with_suffix(suffix) for suffix in (".bin", ".npy"))
+    trim(cache_limit())
     return blobs
 
 

@@ -6,7 +6,6 @@ import io
 import os
 import re
 import time
-import weakref
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -19,7 +18,7 @@ import numpy as np
 
 from torchmae.data.sources import digest
 from torchmae.errors import ConfigError, DataError, reason_of, require
-from torchmae.files import WRITING
+from torchmae.files import WRITING, remove_unless_open
 from torchmae.paths import user_path
 
 Place = Path | str  # a local path, or a URL
@@ -295,36 +294,3 @@ def trim(limit: int) -> None:
             return
         if remove_unless_open(files):
             total -= size
-
-
-def remove_unless_open(files: Iterable[Path]) -> bool:
-    """Removes files that belong together, unless a process holds one of them open (`hold_open`); whether it did."""
-    files = list(files)
-    for path in files:
-        with suppress(ImportError, OSError):  # OSError: it is gone, or the disk knows no locks
-            import fcntl
-
-            with path.open("rb") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    return False
-    for path in files:
-        with suppress(OSError):
-            path.unlink()
-    return True
-
-
-def hold_open(path: Path, owner: object) -> None:
-    """Keeps a file in the cache, as the newest, as long as an object lives, here or in a forked process.
-
-    OSError where it cannot be opened.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    weakref.finalize(owner, os.close, descriptor)
-    with suppress(OSError):
-        os.utime(path)
-    with suppress(ImportError, OSError):  # Windows removes no open file; some disks know no locks
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_SH)

@@ -86,20 +86,16 @@ class ShardSource(EncodedSource):
         self._coming: dict[int, Future[bytes]] = {}
         self._fetchers: tuple[int, ThreadPoolExecutor] | None = None
 
-    def _locate(self, index: int) -> tuple[int, int]:
-        """The shard of an image, and its row in the index of that."""
+    def _find(self, index: int) -> tuple[int, int, int, int]:
+        """The shard of an image, its row in the index of that, and where its bytes begin and end."""
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return shard, index - int(self._starts[shard])
-
-    def _range(self, index: int) -> tuple[int, int, int]:
-        """The shard of an image, and where its bytes begin and end."""
-        shard, row = self._locate(index)
+        row = index - int(self._starts[shard])
         start = int(self._indexes[shard].offsets[row])
-        return shard, start, start + int(self._indexes[shard].sizes[row])
+        return shard, row, start, start + int(self._indexes[shard].sizes[row])
 
     def encoded(self, index: int) -> bytes:
         """The bytes in the archive."""
-        shard, start, stop = self._range(index)
+        shard, _, start, stop = self._find(index)
         if stop - start > MAX_BYTES:
             raise DataError(f"the file has more than {MAX_BYTES // 2**20:,} MiB")
         if (coming := self._coming.pop(index, None)) is not None:
@@ -124,13 +120,13 @@ class ShardSource(EncodedSource):
             future.cancel()
         self._coming = {}
         for index in indices.tolist():
-            shard, start, stop = self._range(index)
+            shard, _, start, stop = self._find(index)
             if shard in self._remote and stop - start <= MAX_BYTES:
                 self._coming[index] = self._fetchers[1].submit(self._remote[shard].read, start, stop)
 
     def name(self, index: int) -> str:
         """The shard and the path in it."""
-        shard, row = self._locate(index)
+        shard, row, _, _ = self._find(index)
         return f"{last_name(self._shards[shard])}/{printable(self._indexes[shard].names[row])}"
 
     def fingerprint(self) -> str:
