@@ -17,17 +17,16 @@ from torchmae.errors import DataError, reason_of, require
 HUB_PREFIX = "hf:"  # begins hf:user/name, hf:user/name:configuration, hf:./folder
 
 
+def _absolute(path: str | Path) -> Path:
+    """Without ".."; unlike resolve() it follows no links."""
+    return Path(os.path.abspath(path))  # noqa: PTH100
+
+
 class HubSource(EncodedSource):
-    """Images of one split, in its order; mapped into memory from the library's own cache.
+    """Images of one split (a `datasets.Dataset`), in its order; mapped into memory from the library's own cache.
 
-    Args:
-        rows: a `datasets.Dataset` with a column of images.
-        title: what to call the images in messages.
-        folders: the only folders, beside that of the table, that a table may name files in; links in them are followed.
-        context: how the images are read.
-
-    Raises:
-        DataError: no column holds images.
+    Files that the table names are read if they lie in its own folder or one of `folders`; links in those are followed.
+    DataError where no column holds images.
     """
 
     def __init__(self, rows: Any, title: str, folders: Iterable[Path], context: Context) -> None:
@@ -46,7 +45,7 @@ class HubSource(EncodedSource):
         super().__init__(len(rows), labels, names, context)
         self._rows = rows.select_columns([self._image]).cast_column(self._image, library.Image(decode=False))
         tables = [Path(file["filename"]).parent for file in rows.cache_files[:1]]
-        self._folders = {place for path in (*folders, *tables) for place in (_normal(path), path.resolve())}
+        self._folders = {place for path in (*folders, *tables) for place in (_absolute(path), path.resolve())}
 
     def encoded(self, index: int) -> bytes:
         """The bytes in the table, or those of the file that it names."""
@@ -55,7 +54,7 @@ class HubSource(EncodedSource):
             return check_size(bytes(cell["bytes"]))
         if not cell.get("path"):
             raise DataError("the table holds no bytes for it")
-        path = _normal(cell["path"])
+        path = _absolute(cell["path"])
         if not any(path.is_relative_to(folder) for folder in self._folders):
             raise DataError(f"the table names {path}, which lies outside of its folder")
         return FileSource(path.parent, [path.name]).encoded(0)
@@ -71,18 +70,11 @@ class HubSource(EncodedSource):
         return digest([self._title, self._rows.info.version, len(self), *sample])
 
 
-def _normal(path: str | Path) -> Path:
-    """An absolute path without "..", and with the links that are in it."""
-    return Path(os.path.abspath(path))  # noqa: PTH100 (resolve() follows links)
-
-
 def hub_splits(spec: str, split_names: Mapping[str, str], context: Context = Context()) -> dict[str, Source]:
     """The splits of a data set that the `datasets` library loads; it downloads what it does not have.
 
-    Args:
-        spec: what follows the prefix: user/name, user/name:configuration, or the path of a folder.
-        split_names: what the names of its splits mean; others are left out, unless nothing else is there to train on.
-        context: how the images are read.
+    `spec` is what follows the prefix: user/name, user/name:configuration, or the path of a folder. Splits whose names
+    are not in `split_names` are left out, unless nothing else is there to train on.
 
     Raises:
         ConfigError: the library is not installed.

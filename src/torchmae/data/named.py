@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,19 +49,15 @@ def digits(root: Path) -> Splits:
     }
 
 
-def _torchvision(class_name: str, **options: dict[str, object]) -> Callable[[Path], Splits]:
-    """What builds a data set of torchvision: its class, and the options that stand for each split."""
+def _torchvision(class_name: str, option: str, values: dict[str, object], root: Path) -> Splits:
+    """A data set of torchvision; `values` are those of the option of its class that stand for each split."""
+    from torchvision import datasets
 
-    def build(root: Path) -> Splits:
-        from torchvision import datasets
-
-        splits: Splits = {}
-        for split, given in options.items():
-            dataset = getattr(datasets, class_name)(str(root), download=True, **given)
-            splits[split] = _source(dataset, class_name.lower() + ("" if split == "train" else "-test"), root)
-        return splits
-
-    return build
+    splits: Splits = {}
+    for split, value in values.items():
+        dataset = getattr(datasets, class_name)(str(root), download=True, **{option: value})
+        splits[split] = _source(dataset, class_name.lower() + ("" if split == "train" else "-test"), root)
+    return splits
 
 
 def _source(dataset: Any, title: str, root: Path) -> Source:
@@ -78,40 +75,37 @@ def _source(dataset: Any, title: str, root: Path) -> Source:
     return FileSource(root, [Path(path).relative_to(root).as_posix() for path in paths], labels, classes)
 
 
-_BY_TRAIN: dict[str, dict[str, object]] = {"train": {"train": True}, "test": {"train": False}}
-_BY_SPLIT: dict[str, dict[str, object]] = {"train": {"split": "train"}, "test": {"split": "test"}}
+_TRAIN: dict[str, object] = {"train": True, "test": False}
+_SPLIT: dict[str, object] = {"train": "train", "test": "test"}
 _IDX = "{train,t10k}-{images-idx3,labels-idx1}-ubyte (unpacked)"
 
 NAMED: dict[str, Named] = {
     "digits": Named(digits, "nothing"),
-    "mnist": Named(_torchvision("MNIST", **_BY_TRAIN), f"MNIST/raw/{_IDX}"),
-    "fashion_mnist": Named(_torchvision("FashionMNIST", **_BY_TRAIN), f"FashionMNIST/raw/{_IDX}"),
-    "kmnist": Named(_torchvision("KMNIST", **_BY_TRAIN), f"KMNIST/raw/{_IDX}"),
-    "cifar10": Named(_torchvision("CIFAR10", **_BY_TRAIN), "cifar-10-batches-py/"),
-    "cifar100": Named(_torchvision("CIFAR100", **_BY_TRAIN), "cifar-100-python/"),
-    "stl10": Named(  # 105,000 training images, of which 100,000 have the label -1
-        _torchvision("STL10", train={"split": "train+unlabeled"}, test={"split": "test"}), "stl10_binary/"
+    "mnist": Named(partial(_torchvision, "MNIST", "train", _TRAIN), f"MNIST/raw/{_IDX}"),
+    "fashion_mnist": Named(partial(_torchvision, "FashionMNIST", "train", _TRAIN), f"FashionMNIST/raw/{_IDX}"),
+    "kmnist": Named(partial(_torchvision, "KMNIST", "train", _TRAIN), f"KMNIST/raw/{_IDX}"),
+    "cifar10": Named(partial(_torchvision, "CIFAR10", "train", _TRAIN), "cifar-10-batches-py/"),
+    "cifar100": Named(partial(_torchvision, "CIFAR100", "train", _TRAIN), "cifar-100-python/"),
+    # 105,000 training images, of which 100,000 have the label -1
+    "stl10": Named(
+        partial(_torchvision, "STL10", "split", {"train": "train+unlabeled", "test": "test"}), "stl10_binary/"
     ),
-    "svhn": Named(_torchvision("SVHN", **_BY_SPLIT), "train_32x32.mat and test_32x32.mat"),
+    "svhn": Named(partial(_torchvision, "SVHN", "split", _SPLIT), "train_32x32.mat and test_32x32.mat"),
     "flowers102": Named(
-        _torchvision("Flowers102", train={"split": "train"}, val={"split": "val"}, test={"split": "test"}),
+        partial(_torchvision, "Flowers102", "split", {"train": "train", "val": "val", "test": "test"}),
         "flowers-102/{jpg/,imagelabels.mat,setid.mat}",
     ),
     "oxford_iiit_pet": Named(
-        _torchvision("OxfordIIITPet", train={"split": "trainval"}, test={"split": "test"}),
+        partial(_torchvision, "OxfordIIITPet", "split", {"train": "trainval", "test": "test"}),
         "oxford-iiit-pet/{images,annotations}/",
     ),
-    "food101": Named(_torchvision("Food101", **_BY_SPLIT), "food-101/{images,meta}/"),
-    "eurosat": Named(_torchvision("EuroSAT", train={}), "eurosat/2750/"),
+    "food101": Named(partial(_torchvision, "Food101", "split", _SPLIT), "food-101/{images,meta}/"),
+    "eurosat": Named(partial(_torchvision, "EuroSAT", "transform", {"train": None}), "eurosat/2750/"),  # has no splits
 }
 
 
 def open_named(name: str, context: Context) -> Splits:
-    """The splits of a set in `NAMED`; what is not in the folder `context.root` is downloaded to it, with progress.
-
-    Raises:
-        DataError: it is not there and cannot be downloaded; with what to put where.
-    """
+    """The splits of a set in `NAMED`, downloaded to the folder `context.root` if not there; DataError if that fails."""
     named, root = NAMED[name], context.root
     try:
         splits = named.build(user_path(root))

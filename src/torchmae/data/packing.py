@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -115,15 +116,15 @@ def _pack(splits: Mapping[str, Source], options: PackOptions, manifest: _Manifes
             writer = WRITERS[options.format](out, split, source, parts)
             writer.check()
             records = _readable(writer, options, bad, before, progress)
-            while (part := writer.add(records, options.shard_mib * 2**20)) is not None:
-                manifest.parts.append(part)
+            for first in records:  # of a part
+                manifest.parts.append(writer.add(chain([first], records), options.shard_mib * 2**20))
                 manifest.save()
             writer.finish()
             before += len(source)
         if not manifest.images:
-            first = f", the first: {': '.join(bad.items[0])}" if bad.items else ""
+            example = f", the first: {': '.join(bad.items[0])}" if bad.items else ""
             raise DataError(
-                f"none of {bad.total:,} images can be read, so there is nothing to pack{first}", "check the data"
+                f"none of {bad.total:,} images can be read, so there is nothing to pack{example}", "check the data"
             )
         manifest.save(complete=True)
     except (ConfigError, DataError, OSError) as error:
@@ -212,18 +213,11 @@ def _readable(
 ) -> Iterator[Record]:
     """The images of a split that are not packed yet, in order, without unreadable ones; `before` are packed already."""
     source = writer.source
-
-    def prepare(index: int) -> bytes | Image | DataError:
-        try:
-            return _content(source, options, index)
-        except DataError as error:
-            return error
-
     with ThreadPoolExecutor(num_cores()) as pool:
         for first in range(writer.next, len(source), _CHUNK):
             chunk = range(first, min(first + _CHUNK, len(source)))
             with quiet_pillow():
-                contents = list(pool.map(prepare, chunk))
+                contents = list(pool.map(partial(_content, source, options), chunk))
             for index, content in zip(chunk, contents, strict=True):
                 writer.next = index + 1
                 if isinstance(content, DataError):
@@ -235,19 +229,22 @@ def _readable(
                     progress("packing", before + index + 1, bad.total)
 
 
-def _content(source: Source, options: PackOptions, index: int) -> bytes | Image:
+def _content(source: Source, options: PackOptions, index: int) -> bytes | Image | DataError:
     """What is written of one image: its values, or a file, which is the source's own where it need not change."""
-    image = source.open(index).read()  # so that what is packed can be read
-    is_small = options.max_size is None or max(image.shape[:-1]) <= options.max_size
-    changed = image if is_small else reduce(image, options.max_size or 0)
-    if options.format == "npy":
-        return np.ascontiguousarray(changed, dtype=changed.dtype.newbyteorder("<"))
-    raw = source.encoded(index)
-    form = None if raw is None else format_of(raw)
-    if raw is not None and form is not None and is_small and _is_plain(raw, options):
-        return raw
-    is_lossy = form is not None and form in (FORMATS["jpeg"], FORMATS["webp"])
-    return encode(changed, options.quality if is_lossy and not is_small else None)
+    try:
+        image = source.open(index).read()  # so that what is packed can be read
+        is_small = options.max_size is None or max(image.shape[:-1]) <= options.max_size
+        changed = image if is_small else reduce(image, options.max_size or 0)
+        if options.format == "npy":
+            return np.ascontiguousarray(changed, dtype=changed.dtype.newbyteorder("<"))
+        raw = source.encoded(index)
+        form = None if raw is None else format_of(raw)
+        if raw is not None and form is not None and is_small and _is_plain(raw, options):
+            return raw
+        is_lossy = form in (FORMATS["jpeg"], FORMATS["webp"])
+        return encode(changed, options.quality if is_lossy and not is_small else None)
+    except DataError as error:
+        return error
 
 
 def _is_plain(raw: bytes, options: PackOptions) -> bool:
@@ -312,17 +309,14 @@ class _Writer(ABC):
         """Its name until it is whole."""
         return self.path.with_name(f"{self.path.name}{_PARTIAL}")
 
-    def add(self, records: Iterator[Record], limit: int) -> Part | None:
-        """Packs images until they have `limit` bytes; None: there are no more."""
-        first = next(records, None)
-        if first is None:
-            return None
+    def add(self, records: Iterator[Record], limit: int) -> Part:
+        """Packs images, one at least, until they have `limit` bytes."""
         images = nbytes = 0
         written, found = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
 
         def until_full() -> Iterator[Record]:
             nonlocal images, nbytes
-            for record in chain([first], records):
+            for record in records:
                 content = record.content if isinstance(record.content, bytes) else record.content.tobytes()
                 written.update(_described(content, record.label))
                 yield record

@@ -78,11 +78,6 @@ class ShardSource(EncodedSource):
         super().__init__(len(labels), known, _class_names(shards[0], labels), context)
         if no_numbers := int((labels == _NO_NUMBER).sum()):
             self.remarks += (f"{no_numbers:,} .cls files of {last_name(shards[0])} hold no number and are not used",)
-        self._remote = {
-            i: RemoteBytes(shard, *version)
-            for i, (shard, version) in enumerate(zip(shards, self._versions, strict=True))
-            if isinstance(shard, str)
-        }
         self._coming: dict[int, Future[bytes]] = {}
         self._fetchers: tuple[int, ThreadPoolExecutor] | None = None
 
@@ -95,15 +90,18 @@ class ShardSource(EncodedSource):
 
     def encoded(self, index: int) -> bytes:
         """The bytes in the archive."""
+        coming = self._coming.pop(index, None)
+        return self._read(index) if coming is None else coming.result()
+
+    def _read(self, index: int) -> bytes:
         shard, _, start, stop = self._find(index)
         if stop - start > MAX_BYTES:
             raise DataError(f"the file has more than {MAX_BYTES // 2**20:,} MiB")
-        if (coming := self._coming.pop(index, None)) is not None:
-            return coming.result()
-        if shard in self._remote:
-            return self._remote[shard].read(start, stop)
+        place = self._shards[shard]
+        if isinstance(place, str):
+            return RemoteBytes(place, *self._versions[shard]).read(start, stop)
         try:
-            with open_place(self._shards[shard]) as file:
+            with place.open("rb") as file:
                 file.seek(start)
                 return file.read(stop - start)
         except OSError as error:
@@ -111,18 +109,14 @@ class ShardSource(EncodedSource):
 
     def read_ahead(self, indices: npt.NDArray[np.int64]) -> None:
         """Starts to fetch these images; what was wanted before and not read since is given up."""
-        if not self._remote:
+        if isinstance(self._shards[0], Path):
             return
         if self._fetchers is None or self._fetchers[0] != os.getpid():  # threads do not follow into a forked process
             self._fetchers = os.getpid(), ThreadPoolExecutor(_FETCHERS, thread_name_prefix="torchmae-fetch")
             self._coming = {}
         for future in self._coming.values():
             future.cancel()
-        self._coming = {}
-        for index in indices.tolist():
-            shard, _, start, stop = self._find(index)
-            if shard in self._remote and stop - start <= MAX_BYTES:
-                self._coming[index] = self._fetchers[1].submit(self._remote[shard].read, start, stop)
+        self._coming = {index: self._fetchers[1].submit(self._read, index) for index in indices.tolist()}
 
     def name(self, index: int) -> str:
         """The shard and the path in it."""
@@ -131,10 +125,9 @@ class ShardSource(EncodedSource):
 
     def fingerprint(self) -> str:
         """Of the shards' names and sizes, and of what lies where in them."""
-        parts: list[object] = []
-        for shard, version, index in zip(self._shards, self._versions, self._indexes, strict=True):
-            parts += [last_name(shard), version[0], *index.names.parts, index.offsets]
-        return digest(parts)
+        each = zip(self._shards, self._versions, self._indexes, strict=True)
+        parts = ((last_name(shard), size, *index.names.parts, index.offsets) for shard, (size, _), index in each)
+        return digest(part for some in parts for part in some)
 
     def stamp(self) -> str:
         """Of the versions of the files."""
@@ -208,15 +201,15 @@ def _chosen(index: ShardIndex, shard: str, member: str | None) -> ShardIndex:
     rows = np.arange(len(index.samples))
     endings: list[str] = []
     if member is not None:
-        endings = [_parts(_text(name))[1] for name in index.names]
+        endings = [_parts(name)[1] for name in index.names]
         rows = np.flatnonzero([ending == member.lower() for ending in endings])
     samples, counts = np.unique(index.samples[rows], return_counts=True)
     if (counts > 1).any():
         shared = np.flatnonzero(index.samples == samples[counts > 1][0]).tolist()
-        pictures = [_parts(_text(index.names[row])) for row in shared]
+        pictures = [_parts(index.names[row]) for row in shared]
         raise DataError(
             f"{int((counts > 1).sum()):,} samples of {shard} have several pictures: "
-            f"{pictures[0][0]} has {', '.join(ending for _, ending in pictures)}",
+            f"{printable(pictures[0][0])} has {', '.join(ending for _, ending in pictures)}",
             f"choose one with --data.member {pictures[0][1]}, or --data.member {ALL_MEMBERS}",
         )
     if not endings:
@@ -259,9 +252,9 @@ def build_index(shard: Place, size: int) -> ShardIndex:
 
 
 def _scan(file: IO[bytes], size: int, name: str) -> ShardIndex:
-    names: list[str] = []
+    names: list[bytes] = []
     rows: list[tuple[int, int]] = []
-    labels_of: dict[str, int] = {}  # by the path of the .cls file without its suffix
+    labels_of: dict[bytes, int] = {}  # by the path of the .cls file without its suffix
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for member in archive:
             archive.members = []  # type: ignore[attr-defined]  # else it keeps every header
@@ -271,12 +264,12 @@ def _scan(file: IO[bytes], size: int, name: str) -> ShardIndex:
                 continue
             if member.offset_data + member.size > size:
                 raise DataError(f"{name} is cut short in {member.name}", "copy it again")
-            stem, _, suffix = member.name.rpartition(".")
+            path = member.name.encode("utf-8", "surrogateescape")
             if member.name.lower().endswith(picture_suffixes()):
-                names.append(member.name)
+                names.append(path)
                 rows.append((member.offset_data, member.size))
-            elif suffix.lower() == "cls":
-                labels_of[stem] = _label(file, member)
+            elif path.lower().endswith(b".cls"):
+                labels_of[path[:-4]] = _label(file, member)
         file.seek(archive.offset)
         if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end
             raise DataError(f"{name} is damaged at byte {archive.offset:,}", "copy it again")
@@ -284,17 +277,13 @@ def _scan(file: IO[bytes], size: int, name: str) -> ShardIndex:
     keys = _keys(names)
     number_of = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     pairs = zip(names, keys, strict=True)
-    labels = [labels_of.get(name.rpartition(".")[0], labels_of.get(key, -1)) for name, key in pairs]
-    return ShardIndex(
-        pack_strings(name.encode("utf-8", "surrogateescape") for name in names),
-        offsets,
-        sizes,
-        np.array(labels, dtype=np.int64),
-        np.array([number_of[key] for key in keys], dtype=np.int64),
-    )
+    labels = [labels_of.get(name.rpartition(b".")[0], labels_of.get(key, -1)) for name, key in pairs]
+    samples = [number_of[key] for key in keys]
+    columns = (offsets, sizes, np.array(labels, dtype=np.int64), np.array(samples, dtype=np.int64))
+    return ShardIndex(pack_strings(names), *columns)
 
 
-def _keys(names: Sequence[str]) -> list[str]:
+def _keys(names: Sequence[bytes]) -> list[bytes]:
     """The sample that each picture belongs to: WebDataset's key, the path up to the first dot of the file name.
 
     In a tar file that is no WebDataset, names may hold dots too (`scan.0001.jpg`): where behind the first dot there
@@ -303,14 +292,14 @@ def _keys(names: Sequence[str]) -> list[str]:
     split = [_parts(name) for name in names]
     if len({part for _, part in split}) <= max(1, len({key for key, _ in split})):
         return [key for key, _ in split]
-    return [name.rpartition(".")[0] for name in names]
+    return [name.rpartition(b".")[0] for name in names]
 
 
-def _parts(name: str) -> tuple[str, str]:
-    """WebDataset's key, and what stands behind its dot in lower case: "0001" and "seg.png"."""
-    folder, slash, file = name.rpartition("/")
-    key, _, part = file.partition(".")
-    return f"{folder}{slash}{key}", part.lower()
+def _parts(name: bytes) -> tuple[bytes, str]:
+    """WebDataset's key, and what stands behind its dot in lower case: b"0001" and "seg.png"."""
+    folder, slash, file = name.rpartition(b"/")
+    key, _, part = file.partition(b".")
+    return folder + slash + key, part.decode("utf-8", "surrogateescape").lower()
 
 
 def _label(file: IO[bytes], member: tarfile.TarInfo) -> int:
@@ -320,7 +309,3 @@ def _label(file: IO[bytes], member: tarfile.TarInfo) -> int:
     if text.isdigit() and len(text) < _LABEL_BYTES - 1:
         return int(text)
     return -1 if not text or text.removeprefix(b"-").isdigit() else _NO_NUMBER
-
-
-def _text(name: bytes) -> str:
-    return name.decode("utf-8", "surrogateescape")
