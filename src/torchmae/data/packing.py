@@ -112,13 +112,11 @@ def _pack(splits: Mapping[str, Source], options: PackOptions, manifest: _Manifes
         for split, source in splits.items():
             if options.format == "npy":
                 source = source.with_channels(probe(source).channels)
-            parts = [part for part in manifest.parts if part.split == split]
-            writer = WRITERS[options.format](out, split, source, parts)
+            writer = WRITERS[options.format](manifest, split, source)
             writer.check()
-            records = _readable(writer, options, bad, before, progress)
+            records = _readable(writer, options, before, progress)
             for first in records:  # of a part
-                manifest.parts.append(writer.add(chain([first], records), options.shard_mib * 2**20))
-                manifest.save()
+                writer.add(chain([first], records), options.shard_mib * 2**20)
             writer.finish()
             before += len(source)
         if not manifest.images:
@@ -145,10 +143,9 @@ def _write_classes(out: Path, splits: Mapping[str, Source]) -> None:
     """Writes the names of the labels, one a line; ConfigError where a name has more lines."""
     classes = max((source.classes or () for source in splits.values()), key=len)
     for name in classes:
-        if f"{name}.".splitlines() != [f"{name}."]:
-            raise ConfigError(
-                f"the class {name!r} has a line end in its name", "rename it, or choose the format parquet"
-            )
+        if len(f"{name}.".splitlines()) > 1:
+            problem = f"the class {name!r} has a line end in its name"
+            raise ConfigError(problem, "rename it, or choose the format parquet")
     if classes:
         replace_file(out / CLASSES_FILE, "\n".join((*classes, "")).encode(), DataError)
 
@@ -208,11 +205,9 @@ class _Manifest:
             path.unlink(missing_ok=True)
 
 
-def _readable(
-    writer: _Writer, options: PackOptions, bad: BadFiles, before: int, progress: Progress | None
-) -> Iterator[Record]:
+def _readable(writer: _Writer, options: PackOptions, before: int, progress: Progress | None) -> Iterator[Record]:
     """The images of a split that are not packed yet, in order, without unreadable ones; `before` are packed already."""
-    source = writer.source
+    source, bad = writer.source, writer.manifest.bad
     with ThreadPoolExecutor(num_cores()) as pool:
         for first in range(writer.next, len(source), _CHUNK):
             chunk = range(first, min(first + _CHUNK, len(source)))
@@ -291,13 +286,14 @@ def _described(content: bytes, label: int) -> bytes:
 
 
 class _Writer(ABC):
-    """Writes the images of one split into files of the folder `out`; `parts` are packed already."""
+    """Writes the images of one split into files, and notes each part of them that is whole in the manifest."""
 
     suffix: str
 
-    def __init__(self, out: Path, split: str, source: Source, parts: list[Part]) -> None:
-        self.out, self.split, self.source, self.parts = out, split, source, parts
-        self.next = parts[-1].stop if parts else 0  # index of the first image that is not packed
+    def __init__(self, manifest: _Manifest, split: str, source: Source) -> None:
+        self.manifest, self.out, self.split, self.source = manifest, manifest.out, split, source
+        self.parts = [part for part in manifest.parts if part.split == split]
+        self.next = self.parts[-1].stop if self.parts else 0  # index of the first image that is not packed
 
     @property
     def path(self) -> Path:
@@ -309,7 +305,7 @@ class _Writer(ABC):
         """Its name until it is whole."""
         return self.path.with_name(f"{self.path.name}{_PARTIAL}")
 
-    def add(self, records: Iterator[Record], limit: int) -> Part:
+    def add(self, records: Iterator[Record], limit: int) -> None:
         """Packs images, one at least, until they have `limit` bytes."""
         images = nbytes = 0
         written, found = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
@@ -334,7 +330,8 @@ class _Writer(ABC):
         size = self.partial.stat().st_size
         part = self.commit(Part(self.split, self.path.name, self.next, images, written.hexdigest(), nbytes=size))
         self.parts.append(part)
-        return part
+        self.manifest.parts.append(part)
+        self.manifest.save()
 
     @abstractmethod
     def write(self, records: Iterator[Record]) -> None:
@@ -426,10 +423,10 @@ class _ShardWriter(_Writer):
 class _ArrayWriter(_Writer):
     """One .npy file of images and one of labels, named as in an .npz file; each part is some rows more."""
 
-    def __init__(self, out: Path, split: str, source: Source, parts: list[Part]) -> None:
-        super().__init__(out, split, source, parts)
-        self._labels = [label for part in parts for label in part.labels or []]  # one for each row that is written
-        self._labels_path = out / f"{split}_labels.npy"
+    def __init__(self, manifest: _Manifest, split: str, source: Source) -> None:
+        super().__init__(manifest, split, source)
+        self._labels = [label for part in self.parts for label in part.labels or []]  # of all rows that are written
+        self._labels_path = self.out / f"{split}_labels.npy"
 
     @property
     def path(self) -> Path:

@@ -87,7 +87,7 @@ class ParquetTable:
         self.classes = _class_names(schema.metadata, self.label)
         self.num_rows: int = facts.num_rows
         column = next(i for i in range(facts.num_columns) if facts.schema.column(i).path == self.leaf)
-        groups = (facts.row_group(i).column(column) for i in range(facts.num_row_groups))
+        groups = [facts.row_group(i).column(column) for i in range(facts.num_row_groups)]
         self.nbytes = sum(group.total_uncompressed_size for group in groups)  # less where values are repeated
 
     @contextmanager

@@ -139,12 +139,11 @@ class ShardSource(EncodedSource):
 
 def _class_names(shard: Place, labels: Labels) -> tuple[str, ...] | None:
     """The names in the file beside the shards; None where there is none, or too few."""
-    try:
-        with open_place(beside(shard, CLASSES_FILE)) as file:
-            names = file.read(2**20).decode("utf-8", "replace").splitlines()
-    except (OSError, DataError):
-        return None
-    return tuple(names) if len(names) > labels.max(initial=-1) else None
+    with suppress(OSError, DataError), open_place(beside(shard, CLASSES_FILE)) as file:
+        names = file.read(2**20).decode("utf-8", "replace").splitlines()
+        if len(names) > labels.max(initial=-1):
+            return tuple(names)
+    return None
 
 
 def open_index(shard: Place, size: int, version: str) -> ShardIndex:
@@ -223,16 +222,14 @@ def _chosen(index: ShardIndex, shard: str, member: str | None) -> ShardIndex:
 
 def _agrees(index: ShardIndex, shard: Place) -> bool:
     """Whether members spread over a shard have the headers that its index lets expect."""
-    try:
-        with open_place(shard) as file:
-            for row in spread(len(index.sizes), _CHECKED):
-                file.seek(int(index.offsets[row]) - tarfile.BLOCKSIZE)
-                header = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
-                if header.size != index.sizes[row]:
-                    return False
-    except (OSError, ValueError, tarfile.TarError):
-        return False
-    return True
+    with suppress(OSError, ValueError, tarfile.TarError), open_place(shard) as file:
+        for row in spread(len(index.sizes), _CHECKED):
+            file.seek(int(index.offsets[row]) - tarfile.BLOCKSIZE)
+            header = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+            if header.size != index.sizes[row]:
+                return False
+        return True
+    return False
 
 
 def build_index(shard: Place, size: int) -> ShardIndex:
