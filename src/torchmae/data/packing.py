@@ -183,11 +183,9 @@ class _Manifest:
 
     @property
     def images(self) -> int:
-        """How many are packed."""
         return sum(part.images for part in self.parts)
 
     def save(self, *, complete: bool = False) -> None:
-        """Writes the file."""
         state = {
             "task": self.task,
             "complete": complete,
@@ -485,9 +483,10 @@ class _ArrayWriter(_Writer):
         """Takes the room of unreadable images off, and gives the file its name."""
         if not self.partial.exists():  # all was done already
             return
-        array: Any = npy.open_memmap(self.partial, mode="r+")[: len(self._labels)]
-        header, start, nbytes = npy.header_data_from_array_1_0(array), array.offset, array.nbytes
-        del array
+        array: Any = npy.open_memmap(self.partial, mode="r+")
+        rows = array[: len(self._labels)]
+        header, start, nbytes = npy.header_data_from_array_1_0(rows), array.offset, rows.nbytes
+        del array, rows
         with self.partial.open("r+b") as file:
             npy.write_array_header_1_0(file, header)
             assert file.tell() == start  # NumPy leaves room for any number of rows

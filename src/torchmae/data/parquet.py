@@ -222,9 +222,8 @@ def label_values(column: Any) -> npt.NDArray[Any]:
 
 def _class_names(metadata: dict[bytes, bytes] | None, label: str | None) -> tuple[str, ...] | None:
     """The names that the `datasets` library stores beside the schema."""
-    try:
+    with suppress(ValueError, AttributeError):  # a stranger's metadata: names are a nicety
         stored = json.loads((metadata or {}).get(b"huggingface", b"{}"))
         names = stored.get("info", {}).get("features", {}).get(label, {}).get("names")
-    except (ValueError, AttributeError):  # a stranger's metadata: names are a nicety
-        return None
-    return tuple(map(str, names)) if isinstance(names, list) else None
+        return tuple(map(str, names)) if isinstance(names, list) else None
+    return None

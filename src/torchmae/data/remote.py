@@ -168,11 +168,11 @@ class RemoteBytes:
         if start == stop:
             return b""
         first = start // BLOCK
-        content, block = bytearray(), first
+        content, at = bytearray(), first
         for is_kept, blocks in groupby(self._kept(first, (stop - 1) // BLOCK), bool):
             run = list(blocks)
-            content += b"".join(run) if is_kept else self._fetch(block, block + len(run) - 1)
-            block += len(run)
+            content += b"".join(run) if is_kept else self._fetch(at, at + len(run) - 1)
+            at += len(run)
         return bytes(content[start - first * BLOCK : stop - first * BLOCK])
 
     def _kept(self, first: int, last: int) -> list[bytes]:
@@ -207,7 +207,7 @@ class RemoteBytes:
             self._data.parent.mkdir(parents=True, exist_ok=True)
             _write_at(self._data, BLOCK * first, content)
             _write_at(self._sums, 4 * first, np.array(checksums, dtype="<u4").tobytes())
-            marker = cache_folder() / ".trimmed"  # seldom, whatever the number of processes
+            marker = cache_folder() / ".trimmed"  # once in a while, whatever the number of processes
             if not marker.exists() or abs(time.time() - marker.stat().st_mtime) >= _TRIM_EVERY_S:
                 marker.touch()
                 trim(cache_limit())
@@ -258,9 +258,8 @@ class _RemoteFile(io.RawIOBase):
 
 def cache_folder() -> Path:
     """TORCHMAE_CACHE; else torchmae/ in XDG_CACHE_HOME; else ~/.cache/torchmae. Need not exist."""
-    if given := os.environ.get("TORCHMAE_CACHE"):
-        return user_path(given)
-    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "torchmae"
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return user_path(os.environ.get("TORCHMAE_CACHE") or f"{caches}/torchmae")
 
 
 def cache_limit() -> int:
