@@ -78,6 +78,8 @@ class ShardSource(EncodedSource):
         super().__init__(len(labels), known, _class_names(shards[0], labels), context)
         if no_numbers := int((labels == _NO_NUMBER).sum()):
             self.remarks += (f"{no_numbers:,} .cls files of {last_name(shards[0])} hold no number and are not used",)
+        each = zip(shards, self._versions, strict=True)
+        self._remote = [RemoteBytes(shard, *version) if isinstance(shard, str) else None for shard, version in each]
         self._coming: dict[int, Future[bytes]] = {}
         self._fetchers: tuple[int, ThreadPoolExecutor] | None = None
 
@@ -97,11 +99,11 @@ class ShardSource(EncodedSource):
         shard, _, start, stop = self._find(index)
         if stop - start > MAX_BYTES:
             raise DataError(f"the file has more than {MAX_BYTES // 2**20:,} MiB")
-        place = self._shards[shard]
-        if isinstance(place, str):
-            return RemoteBytes(place, *self._versions[shard]).read(start, stop)
+        remote = self._remote[shard]
+        if remote is not None:
+            return remote.read(start, stop)
         try:
-            with place.open("rb") as file:
+            with open_place(self._shards[shard]) as file:
                 file.seek(start)
                 return file.read(stop - start)
         except OSError as error:
@@ -109,7 +111,7 @@ class ShardSource(EncodedSource):
 
     def read_ahead(self, indices: npt.NDArray[np.int64]) -> None:
         """Starts to fetch these images; what was wanted before and not read since is given up."""
-        if isinstance(self._shards[0], Path):
+        if not any(self._remote):
             return
         if self._fetchers is None or self._fetchers[0] != os.getpid():  # threads do not follow into a forked process
             self._fetchers = os.getpid(), ThreadPoolExecutor(_FETCHERS, thread_name_prefix="torchmae-fetch")
