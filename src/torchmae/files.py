@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
-from contextlib import suppress
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -79,3 +80,49 @@ def lock_file(path: Path) -> BinaryIO | None:
         file.close()
         return None
     return file
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds the lock of `lock_file` and removes its file at the end; BlockingIOError where another process has it."""
+    lock = lock_file(path)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # not there
+            path.unlink()
+        if lock is not None:
+            lock.close()
+
+
+def remove_unless_open(files: Iterable[Path]) -> bool:
+    """Removes files that belong together, unless a process holds one of them open (`hold_open`); whether it did."""
+    files = list(files)
+    for path in files:
+        with suppress(ImportError, OSError):  # OSError: it is gone, or the disk knows no locks
+            import fcntl
+
+            with path.open("rb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return False
+    for path in files:
+        with suppress(OSError):
+            path.unlink()
+    return True
+
+
+def hold_open(path: Path, owner: object) -> None:
+    """Keeps `remove_unless_open` from removing a file as long as an object lives, here or in a forked process.
+
+    Its time becomes now. OSError where it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    weakref.finalize(owner, os.close, descriptor)
+    with suppress(OSError):
+        os.utime(path)
+    with suppress(ImportError, OSError):  # Windows removes no open file; some disks know no locks
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_SH)

@@ -83,7 +83,7 @@ def test_a_table_cannot_name_files_elsewhere(tmp_path: Path) -> None:
         {"image": [{"bytes": None, "path": str(tmp_path / "secret.png")}]},
         features=datasets.Features({"image": datasets.Image(decode=False)}),
     )
-    source = HubSource(rows, "image", None, "x", [tmp_path / "set"], Context())
+    source = HubSource(rows, "x", [tmp_path / "set"], Context())
     with pytest.raises(DataError, match=r"^x/0: the table names .*secret.png, which lies outside of its folder"):
         source.read(0)
 
@@ -95,7 +95,7 @@ def test_bytes_that_are_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     rows = datasets.Dataset.from_dict(
         {"image": cells}, features=datasets.Features({"image": datasets.Image(decode=False)})
     )
-    source = HubSource(rows, "image", None, "x", [tmp_path], Context())
+    source = HubSource(rows, "x", [tmp_path], Context())
     np.testing.assert_array_equal(source.read(0), source.read(1))
     monkeypatch.setattr("torchmae.data.sources.MAX_BYTES", 100)
     for index in (0, 1):
@@ -108,5 +108,5 @@ def test_what_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         open_splits("hf:no/such:thing")
     assert "\n" not in str(caught.value)
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(ConfigError, match=r"hf: needs the datasets library; pip install 'torchmae\[datasets\]'"):
+    with pytest.raises(ConfigError, match=r"datasets is not installed, .*; pip install 'torchmae\[datasets\]'"):
         open_splits("hf:no/such")

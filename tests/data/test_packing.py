@@ -11,11 +11,12 @@ import pytest
 from picture_files import encoded, picture
 from PIL import Image
 
+from torchmae.config import PackOptions
 from torchmae.data import packing
 from torchmae.data.arrays import ArraySource
 from torchmae.data.formats import Context
 from torchmae.data.layouts import folder_splits, open_splits
-from torchmae.data.packing import PackOptions, encode, pack, reduce
+from torchmae.data.packing import encode, pack, reduce
 from torchmae.errors import ConfigError, DataError
 
 FORMATS = ("parquet", "wds", "npy")
@@ -28,8 +29,8 @@ def _needs(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture
 def folder(write_pictures, tmp_path: Path) -> Path:
-    write_pictures(*(f"in/train/{'ant' if i % 2 else 'bee'}/{i:02d}.png" for i in range(20)))
-    write_pictures(*(f"in/val/ant/{i}.png" for i in range(3)))
+    write_pictures(*(f"in/train/{'ant' if i % 2 else 'bee'}/{i:02d}.bmp" for i in range(20)))
+    write_pictures(*(f"in/val/ant/{i}.bmp" for i in range(3)))
     return tmp_path / "in"
 
 
@@ -54,22 +55,19 @@ def test_packed_images_are_the_same_in_the_same_order(folder: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_goes_on_where_it_was_stopped(folder: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    splits, out = folder_splits(folder), tmp_path / "out"
-    whole = tmp_path / "whole"
-    monkeypatch.setattr("torchmae.data.packing.PackOptions.shard_mib", 1)
-    monkeypatch.setattr(packing.Writer, "add", limited(packing.Writer.add))
-    pack(splits, whole, PackOptions(format=form))
+def test_goes_on_where_it_was_stopped(folder: Path, tmp_path: Path, form: str) -> None:
+    splits, out, whole, options = folder_splits(folder), tmp_path / "out", tmp_path / "whole", in_fives(form)
+    pack(splits, whole, options)
 
     def stop(what: str, done: int, total: int) -> None:
         if done == 14:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pack(splits, out, PackOptions(format=form), stop)
-    packed = pack(splits, out, PackOptions(format=form))
+        pack(splits, out, options, stop)
+    packed = pack(splits, out, options)
     assert packed.resumed == 10  # two parts of five
-    assert pack(splits, out, PackOptions(format=form)).resumed == 23
+    assert pack(splits, out, options).resumed == 23
     assert {file.name: file.read_bytes() for file in out.iterdir() if file.suffix != ".npz"} == {
         file.name: file.read_bytes() for file in whole.iterdir() if file.suffix != ".npz"
     }
@@ -77,47 +75,39 @@ def test_goes_on_where_it_was_stopped(folder: Path, tmp_path: Path, form: str, m
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("form", FORMATS)
-def test_goes_on_after_it_was_killed(
-    folder: Path, tmp_path: Path, form: str, number: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    splits, out, whole = folder_splits(folder), tmp_path / "out", tmp_path / "whole"
-    monkeypatch.setattr(packing.Writer, "add", limited(packing.Writer.add))
-    pack(splits, whole, PackOptions(format=form))
+def test_goes_on_after_it_was_killed(folder: Path, tmp_path: Path, form: str, number: int) -> None:
+    splits, out, whole, options = folder_splits(folder), tmp_path / "out", tmp_path / "whole", in_fives(form)
+    pack(splits, whole, options)
 
     def die(what: str, done: int, total: int) -> None:
         if done == 14:
             os.kill(os.getpid(), number)
 
-    process = multiprocessing.get_context("fork").Process(
-        target=pack, args=(splits, out, PackOptions(format=form), die)
-    )
+    process = multiprocessing.get_context("fork").Process(target=pack, args=(splits, out, options, die))
     process.start()
     process.join()
     assert process.exitcode == -number
     (out / "pack.json.1.partial").write_text("{")  # as it is when the end comes while the manifest is written
     assert json.loads((out / "pack.json").read_text())["complete"] is False
-    again = pack(splits, out, PackOptions(format=form))
+    again = pack(splits, out, options)
     assert (again.images, again.resumed) == (23, 10)
     assert {file.name: file.read_bytes() for file in out.iterdir() if file.suffix != ".npz"} == {
         file.name: file.read_bytes() for file in whole.iterdir() if file.suffix != ".npz"
     }
 
 
-def limited(add):
-    """`Writer.add` that closes a part after five images."""
-
-    def wrapped(self, record):
-        self.limit = 1 if self._images == 4 else 2**40
-        return add(self, record)
-
-    return wrapped
+def in_fives(form: str) -> PackOptions:
+    """Options that close a part after five pictures of 12 x 16, whose files and values have 600 bytes or so each."""
+    options = PackOptions(format=form)
+    object.__setattr__(options, "shard_mib", 5 * 12 * 16 * 3 / 2**20)  # less than is allowed
+    return options
 
 
 def test_the_name_is_given_last(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An array whose parts are all whole, but which was not renamed, is renamed when packing goes on."""
     splits, out = folder_splits(folder), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(packing.ArrayWriter, "settle", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(packing.WRITERS["npy"], "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             pack(splits, out, PackOptions(format="npy"))
     assert pack(splits, out, PackOptions(format="npy")).resumed == 20
@@ -127,24 +117,23 @@ def test_the_name_is_given_last(folder: Path, tmp_path: Path, monkeypatch: pytes
 def test_a_file_that_does_not_hold_what_was_written_is_noticed(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read_back = packing.ShardWriter.read_back
-    monkeypatch.setattr(
-        packing.ShardWriter, "read_back", lambda self: ((raw[:-1] + b"?", n) for raw, n in read_back(self))
-    )
+    writer = packing.WRITERS["wds"]
+    read = writer.read
+    monkeypatch.setattr(writer, "read", lambda self: ((raw[:-1] + b"?", n) for raw, n in read(self)))
     with pytest.raises(DataError, match="train-000000.tar does not hold what was written; check the disk"):
         pack(folder_splits(folder), tmp_path / "out", PackOptions(format="wds"))
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
 def test_unreadable_images_are_left_out_up_to_a_limit(folder: Path, tmp_path: Path) -> None:
-    (folder / "train" / "ant" / "03.png").write_bytes(b"no image")
+    (folder / "train" / "ant" / "03.bmp").write_bytes(b"no image")
     splits = folder_splits(folder)
     with pytest.raises(DataError, match=r"1 of 23 .* cannot be read, and max_bad is 0; .* raise max_bad$"):
         pack(splits, tmp_path / "none", PackOptions(max_bad=0))
     packed = pack(splits, tmp_path / "out", PackOptions(max_bad=0.1))
     assert packed.images == 22
     ((name, reason),) = packed.bad
-    assert name.endswith("03.png")
+    assert name.endswith("03.bmp")
     assert "not an image" in reason
     manifest = json.loads((tmp_path / "out" / "pack.json").read_text())
     assert manifest["bad"] == [[name, reason]]
@@ -253,7 +242,7 @@ def test_one_process_packs_into_a_folder(folder: Path, tmp_path: Path, monkeypat
     def taken(path: Path) -> None:
         raise BlockingIOError
 
-    monkeypatch.setattr(packing, "lock_file", taken)
+    monkeypatch.setattr("torchmae.files.lock_file", taken)
     with pytest.raises(ConfigError, match="^another process is packing into .*packed; wait for it"):
         pack(open_splits(str(folder)), tmp_path / "packed", PackOptions())
 
@@ -287,7 +276,7 @@ def test_data_that_changed_is_no_reason_to_go_on(folder: Path, tmp_path: Path, c
     if change == "labels":
         splits["train"].labels = 1 - splits["train"].labels
     else:
-        path = folder / "val" / "ant" / "1.png"
+        path = folder / "val" / "ant" / "1.bmp"
         path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(ConfigError, match="was packed from other data"):
         pack(splits, tmp_path / "out", PackOptions("parquet"))

@@ -140,5 +140,5 @@ def test_parquet_without_images(tmp_path: Path) -> None:
 
 def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(ConfigError, match=r"parquet files need pyarrow; pip install 'torchmae\[parquet\]'"):
+    with pytest.raises(ConfigError, match=r"pyarrow is not installed, .*; pip install 'torchmae\[parquet\]'"):
         ParquetSource([tmp_path / "a.parquet"])

@@ -12,10 +12,19 @@ import pytest
 from picture_files import picture, rows_of, write_parquet
 from tar_files import samples, write_tar
 
-from torchmae.data import cache, remote
-from torchmae.data.cache import trim
+from torchmae.data import remote
 from torchmae.data.layouts import open_splits
-from torchmae.data.remote import BLOCK, RemoteBytes, expand_braces, expand_url, place_version, shown
+from torchmae.data.remote import (
+    BLOCK,
+    RemoteBytes,
+    cache_folder,
+    cache_limit,
+    expand_braces,
+    expand_url,
+    place_version,
+    shown,
+    trim,
+)
 from torchmae.data.shards import INDEX_SUFFIX, build_index, write_index
 from torchmae.data.sources import Subset
 from torchmae.errors import ConfigError, DataError
@@ -175,7 +184,7 @@ def test_a_damaged_cache_is_fetched_anew(server: Server) -> None:
     (server.folder / "x.bin").write_bytes(content)
     file = remote_bytes(server, "x.bin")
     assert file.read(0, 2 * BLOCK) == content
-    (data,) = remote.remote_folder().glob("*.data")
+    (data,) = (cache_folder() / "remote").glob("*.data")
     data.write_bytes(content[: BLOCK + 7] + b"?" + content[BLOCK + 8 :])
     server.ranges.clear()
     assert file.read(0, 2 * BLOCK) == content
@@ -189,7 +198,7 @@ def test_the_cache_is_bounded_and_a_full_disk_does_no_harm(server: Server, monke
         (server.folder / f"{i}.bin").write_bytes(bytes([i + 1]) * (4 * BLOCK))
         assert remote_bytes(server, f"{i}.bin").read(0, 4 * BLOCK) == bytes([i + 1]) * (4 * BLOCK)
     trim(9 * BLOCK)
-    kept = sum(path.stat().st_blocks * 512 for path in remote.remote_folder().glob("*.data"))
+    kept = sum(path.stat().st_blocks * 512 for path in (cache_folder() / "remote").glob("*.data"))
     assert 4 * BLOCK <= kept <= 9 * BLOCK
     monkeypatch.setattr(remote, "_write_at", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left")))
     assert remote_bytes(server, "0.bin").read(3, 5) == b"\x01\x01"
@@ -199,7 +208,7 @@ def test_the_cache_is_looked_at_once_in_a_while_however_many_shards_there_are(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks: list[int] = []
-    monkeypatch.setattr(cache, "trim", looks.append)
+    monkeypatch.setattr(remote, "trim", looks.append)
     for i in range(6):
         (server.folder / f"{i}.bin").write_bytes(bytes(BLOCK))
         remote_bytes(server, f"{i}.bin").read(0, BLOCK)
@@ -269,8 +278,6 @@ def test_unknown_protocols(tmp_path: Path) -> None:
 
 
 def test_the_limit_of_the_cache_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchmae.data.cache import cache_limit
-
     monkeypatch.setenv("TORCHMAE_CACHE_GIB", "0.5")
     assert cache_limit() == 2**29
     monkeypatch.setenv("TORCHMAE_CACHE_GIB", "much")

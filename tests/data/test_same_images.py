@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 import torchmae
+from torchmae.config import PackOptions
 from torchmae.data.layouts import folder_splits, open_splits
-from torchmae.data.packing import PackOptions, pack
+from torchmae.data.packing import pack
 from torchmae.data.sources import Source
 
 COUNT = 200

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from torchmae.data.cache import cache_folder
 from torchmae.data.layouts import open_splits
 from torchmae.data.reading import first_readable
+from torchmae.data.remote import cache_folder
 from torchmae.data.shards import INDEX_SUFFIX, build_index, write_index
 from torchmae.errors import TorchmaeError
 

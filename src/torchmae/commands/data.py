@@ -12,8 +12,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from torchmae import settings
-from torchmae.config import ReadOptions
-from torchmae.data.packing import PackOptions
+from torchmae.config import PackOptions, ReadOptions
 from torchmae.errors import ConfigError, DataError, one_of, within
 from torchmae.settings import read_options
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,26 +12,23 @@ import numpy as np
 from torchmae.data.arrays import ArraySource
 from torchmae.data.formats import Context
 from torchmae.data.sources import FileSource, Source
-from torchmae.errors import DataError
+from torchmae.errors import DataError, reason_of
 from torchmae.paths import user_path
 from torchmae.random import Purpose, permutation
 
 Splits = dict[str, Source]
 
+_DIGITS = tuple("0123456789")
+
 
 class Named(NamedTuple):
-    """A data set that a name stands for.
+    """A data set that a name stands for."""
 
-    Attributes:
-        build: the folder that data sets are kept in -> the splits.
-        files: what has to lie in that folder for the set to be used offline.
-    """
-
-    build: Callable[[str], Splits]
-    files: str
+    build: Callable[[Path], Splits]  # from the folder that data sets are kept in
+    files: str  # what has to lie in that folder for the set to be used offline
 
 
-def digits(root: str) -> Splits:
+def digits(root: Path) -> Splits:
     """scikit-learn's digits: 1797 greyscale images of 8 x 8, part of the installation.
 
     The values 0 to 16 become 0 to 255. There is no official split: every fifth image of each class, in a fixed
@@ -45,127 +43,76 @@ def digits(root: str) -> Splits:
     by_class = order[np.argsort(data.target[order], kind="stable")]
     is_val = np.zeros(len(images), dtype=bool)
     is_val[by_class[::5]] = True
-    classes = [str(digit) for digit in range(10)]
     return {
-        split: ArraySource(images[chosen], data.target[chosen], classes, title=title, context=Context(axes="HW"))
+        split: ArraySource(images[chosen], data.target[chosen], _DIGITS, title=title, context=Context(axes="HW"))
         for split, title, chosen in (("train", "digits", ~is_val), ("val", "digits-val", is_val))
     }
 
 
-def _arrays(dataset: Any, title: str, labels: Any, classes: Sequence[str] | None, channels_last: bool = True) -> Source:
-    images = np.asarray(dataset.data)
-    axes = "HW" if images.ndim == 3 else "HWC" if channels_last else "CHW"
-    return ArraySource(images, labels, classes, title=title, context=Context(axes=axes))
-
-
-def _train_and_test(class_name: str) -> Callable[[str], Splits]:
-    """MNIST's kin and CIFAR: `train=True` and `train=False`, both in memory."""
-
-    def build(root: str) -> Splits:
-        from torchvision import datasets
-
-        splits: Splits = {}
-        for split in ("train", "test"):
-            dataset = getattr(datasets, class_name)(root, train=split == "train", download=True)
-            title = class_name.lower() + ("" if split == "train" else "-test")
-            splits[split] = _arrays(dataset, title, dataset.targets, dataset.classes)
-        return splits
-
-    return build
-
-
-def _stl10(root: str) -> Splits:
-    """All 105,000 training images, of which 100,000 have label -1."""
+def _torchvision(class_name: str, option: str, values: dict[str, object], root: Path) -> Splits:
+    """A data set of torchvision; `values` are those of the option of its class that stand for each split."""
     from torchvision import datasets
 
-    train = datasets.STL10(root, "train+unlabeled", download=True)
-    test = datasets.STL10(root, "test", download=True)
-    return {
-        "train": _arrays(train, "stl10", train.labels.astype(np.int64), train.classes, channels_last=False),
-        "test": _arrays(test, "stl10-test", test.labels.astype(np.int64), test.classes, channels_last=False),
-    }
+    splits: Splits = {}
+    for split, value in values.items():
+        dataset = getattr(datasets, class_name)(str(root), download=True, **{option: value})
+        splits[split] = _source(dataset, class_name.lower() + ("" if split == "train" else "-test"), root)
+    return splits
 
 
-def _svhn(root: str) -> Splits:
-    from torchvision import datasets
+def _source(dataset: Any, title: str, root: Path) -> Source:
+    """The images of a data set in memory, or the files that it lists, for which torchvision has no public name."""
 
-    sets = {split: datasets.SVHN(root, split, download=True) for split in ("train", "test")}
-    names = [str(digit) for digit in range(10)]
-    return {
-        split: _arrays(item, "svhn" if split == "train" else "svhn-test", item.labels, names, channels_last=False)
-        for split, item in sets.items()
-    }
+    def first_of(*names: str) -> Any:
+        return next((getattr(dataset, name) for name in names if hasattr(dataset, name)), None)
 
-
-def _files(class_name: str, splits: dict[str, str], images: str = "_image_files") -> Callable[[str], Splits]:
-    """Sets of image files: torchvision reads the lists of files and labels, we read the images.
-
-    Args:
-        class_name: torchvision's class.
-        splits: our split to theirs.
-        images: the attribute that lists the files; torchvision has no public one.
-    """
-
-    def build(root: str) -> Splits:
-        from torchvision import datasets
-
-        result: Splits = {}
-        for ours, theirs in splits.items():
-            dataset = getattr(datasets, class_name)(root, split=theirs, download=True)
-            names = [Path(path).relative_to(root).as_posix() for path in getattr(dataset, images)]
-            result[ours] = FileSource(Path(root), names, dataset._labels, getattr(dataset, "classes", None))
-        return result
-
-    return build
+    labels, classes = first_of("targets", "labels", "_labels"), first_of("classes")
+    if hasattr(dataset, "data"):
+        images = np.asarray(dataset.data)
+        axes = "HW" if images.ndim == 3 else "CHW" if images.shape[1] == 3 else "HWC"
+        return ArraySource(images, labels, classes or _DIGITS, title=title, context=Context(axes=axes))
+    paths = first_of("_image_files", "_images") or [path for path, _ in dataset.samples]
+    return FileSource(root, [Path(path).relative_to(root).as_posix() for path in paths], labels, classes)
 
 
-def _eurosat(root: str) -> Splits:
-    from torchvision import datasets
-
-    dataset = datasets.EuroSAT(root, download=True)
-    names = [Path(path).relative_to(root).as_posix() for path, _ in dataset.samples]
-    return {"train": FileSource(Path(root), names, dataset.targets, dataset.classes)}
-
-
+_TRAIN: dict[str, object] = {"train": True, "test": False}
+_SPLIT: dict[str, object] = {"train": "train", "test": "test"}
 _IDX = "{train,t10k}-{images-idx3,labels-idx1}-ubyte (unpacked)"
 
 NAMED: dict[str, Named] = {
     "digits": Named(digits, "nothing"),
-    "mnist": Named(_train_and_test("MNIST"), f"MNIST/raw/{_IDX}"),
-    "fashion_mnist": Named(_train_and_test("FashionMNIST"), f"FashionMNIST/raw/{_IDX}"),
-    "kmnist": Named(_train_and_test("KMNIST"), f"KMNIST/raw/{_IDX}"),
-    "cifar10": Named(_train_and_test("CIFAR10"), "cifar-10-batches-py/"),
-    "cifar100": Named(_train_and_test("CIFAR100"), "cifar-100-python/"),
-    "stl10": Named(_stl10, "stl10_binary/"),
-    "svhn": Named(_svhn, "train_32x32.mat and test_32x32.mat"),
+    "mnist": Named(partial(_torchvision, "MNIST", "train", _TRAIN), f"MNIST/raw/{_IDX}"),
+    "fashion_mnist": Named(partial(_torchvision, "FashionMNIST", "train", _TRAIN), f"FashionMNIST/raw/{_IDX}"),
+    "kmnist": Named(partial(_torchvision, "KMNIST", "train", _TRAIN), f"KMNIST/raw/{_IDX}"),
+    "cifar10": Named(partial(_torchvision, "CIFAR10", "train", _TRAIN), "cifar-10-batches-py/"),
+    "cifar100": Named(partial(_torchvision, "CIFAR100", "train", _TRAIN), "cifar-100-python/"),
+    # 105,000 training images, of which 100,000 have the label -1
+    "stl10": Named(
+        partial(_torchvision, "STL10", "split", {"train": "train+unlabeled", "test": "test"}), "stl10_binary/"
+    ),
+    "svhn": Named(partial(_torchvision, "SVHN", "split", _SPLIT), "train_32x32.mat and test_32x32.mat"),
     "flowers102": Named(
-        _files("Flowers102", {"train": "train", "val": "val", "test": "test"}),
+        partial(_torchvision, "Flowers102", "split", {"train": "train", "val": "val", "test": "test"}),
         "flowers-102/{jpg/,imagelabels.mat,setid.mat}",
     ),
     "oxford_iiit_pet": Named(
-        _files("OxfordIIITPet", {"train": "trainval", "test": "test"}, images="_images"),
+        partial(_torchvision, "OxfordIIITPet", "split", {"train": "trainval", "test": "test"}),
         "oxford-iiit-pet/{images,annotations}/",
     ),
-    "food101": Named(_files("Food101", {"train": "train", "test": "test"}), "food-101/{images,meta}/"),
-    "eurosat": Named(_eurosat, "eurosat/2750/"),
+    "food101": Named(partial(_torchvision, "Food101", "split", _SPLIT), "food-101/{images,meta}/"),
+    "eurosat": Named(partial(_torchvision, "EuroSAT", "transform", {"train": None}), "eurosat/2750/"),  # has no splits
 }
-"""Every data set that has a name."""
 
 
 def open_named(name: str, context: Context) -> Splits:
-    """The splits of a set in `NAMED`; what is not in the folder `context.root` is downloaded to it, with progress.
-
-    Raises:
-        DataError: it is not there and cannot be downloaded; with what to put where.
-    """
+    """The splits of a set in `NAMED`, downloaded to the folder `context.root` if not there; DataError if that fails."""
     named, root = NAMED[name], context.root
     try:
-        splits = named.build(str(user_path(root)))
+        splits = named.build(user_path(root))
     except (OSError, RuntimeError, ValueError, EOFError) as error:  # URLError is an OSError
-        reason = " ".join(str(error).split())[:200]
         raise DataError(
-            f"{name} is not in {root}/ and cannot be downloaded ({reason})",
+            f"{name} is not in {root}/ and cannot be downloaded ({reason_of(error)})",
             f"put {named.files} into {root}/, or set data.root to where it lies",
         ) from error
-    wanted = context.channels
-    return splits if wanted is None else {split: source.with_channels(wanted) for split, source in splits.items()}
+    channels = context.channels
+    return splits if channels is None else {split: source.with_channels(channels) for split, source in splits.items()}

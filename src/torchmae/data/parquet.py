@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
@@ -14,34 +14,27 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from torchmae.data.cache import cache_folder, cache_limit, hold_open, remove_unless_open, trim
 from torchmae.data.formats import Context, Progress
-from torchmae.data.remote import Place, last_name, open_place, place_version
+from torchmae.data.remote import Place, cache_folder, cache_limit, last_name, open_place, place_version, shown, trim
 from torchmae.data.sources import EncodedSource, check_size, digest
-from torchmae.errors import ConfigError, DataError
-from torchmae.files import lock_file, replace_file
+from torchmae.errors import DataError, reason_of, require
+from torchmae.files import hold_open, locked, remove_unless_open, replace_file
 
-IN_MEMORY = 256 * 2**20
-"""Bytes of encoded images up to which tables are kept in memory; each worker process has a copy of them."""
-
+IN_MEMORY = 256 * 2**20  # bytes of encoded images that are kept in memory, at most, by each worker process
 _ROWS = 256  # read at a time
 _LOOK_EVERY_S = 0.2  # while another process unpacks
+_LABELS = ("label", "labels", "fine_label")
+_LABEL_TYPES = re.compile(r"u?int\d+|halffloat|float|double|(large_)?string")
 
 
 class ParquetSource(EncodedSource):
-    """Encoded images in parquet files, in the order of the files and of the rows in them.
+    """Encoded images in parquet files (or their URLs), in the order of the files and of the rows in them.
 
-    Up to `IN_MEMORY` bytes are kept in memory. A parquet file is no format for random access, so larger tables are
-    unpacked once, into a file in the cache folder that is mapped into memory. Paths that a table names are never
-    opened.
-
-    Args:
-        files: parquet files (or their URLs) with one and the same schema: a column of images (a struct with `bytes`,
-            or plain binary), and integers called label, labels or fine_label.
-        context: how the images are read.
+    All files have the same columns: one of images (a struct with `bytes`, or plain binary), and perhaps one of labels,
+    called label, labels or fine_label. Paths that a table names are never opened. Parquet is no format for random
+    access: up to `IN_MEMORY` bytes are kept in memory; larger tables are unpacked once, into the cache folder.
 
     Raises:
-        ConfigError: pyarrow is not installed.
         DataError: a file that is not parquet, or has no column of images.
     """
 
@@ -51,15 +44,12 @@ class ParquetSource(EncodedSource):
         self._versions = [place_version(file) for file in files]
         self._starts = np.cumsum([0] + [table.num_rows for table in tables])  # first row of each file
         first = tables[0]
-        for table in tables:
+        for name, table in zip(self._names, tables, strict=True):
             if (table.leaf, table.label) != (first.leaf, first.label):
-                raise DataError(
-                    f"{last_name(table.file)} has other columns than {self._names[0]}", "give files of one data set"
-                )
+                raise DataError(f"{name} has other columns than {self._names[0]}", "give files of one data set")
         labels = None if first.label is None else np.concatenate([table.labels() for table in tables])
-        names = None if first.label is None else _label_names(first.metadata, first.label)
         self.remarks = (first.note,) if first.note else ()
-        super().__init__(int(self._starts[-1]), labels, names, context)
+        super().__init__(int(self._starts[-1]), labels, first.classes, context)
         if not len(self):
             raise DataError(f"{self._names[0]} holds no rows", "give a table of images")
         self._encoded = _load(tables, self._versions, context.progress)
@@ -86,89 +76,59 @@ class ParquetSource(EncodedSource):
 
 
 class ParquetTable:
-    """One parquet file, read from its beginning to its end.
-
-    Attributes:
-        leaf: the column of bytes, as parquet names it ("image.bytes").
-        label: the column of labels, if there is one.
-        note: what to say of a column of labels that is not used, else "".
-        metadata: what stands beside the schema.
-        file: where it is.
-        num_rows: images in it.
-        nbytes: of its encoded images, roughly.
-    """
+    """One parquet file, read from its beginning to its end."""
 
     def __init__(self, file: Place) -> None:
-        arrow, parquet = import_pyarrow()
         self.file = file
-        self._failures = (OSError, arrow.ArrowException)
-        self._arrow, self._parquet = arrow, parquet
-        try:
-            with open_place(file) as opened, parquet.ParquetFile(opened) as table:
-                schema, facts = table.schema_arrow, table.metadata
-        except self._failures as error:
-            raise self._unreadable(error) from error
-        self.metadata: dict[bytes, bytes] | None = schema.metadata
-        self.leaf = _image_leaf(arrow, schema)
-        self.label, self.note = _label_column(arrow, schema)
+        with self._opened() as table:
+            schema, facts = table.schema_arrow, table.metadata
+        self.leaf = _image_leaf(schema)  # the column of bytes, as parquet names it: "image.bytes"
+        self.label, self.note = label_column(schema)
+        self.classes = _class_names(schema.metadata, self.label)
         self.num_rows: int = facts.num_rows
         column = next(i for i in range(facts.num_columns) if facts.schema.column(i).path == self.leaf)
-        self.nbytes = sum(
-            facts.row_group(i).column(column).total_uncompressed_size for i in range(facts.num_row_groups)
-        )
+        groups = [facts.row_group(i).column(column) for i in range(facts.num_row_groups)]
+        self.nbytes = sum(group.total_uncompressed_size for group in groups)  # less where values are repeated
+
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
+        arrow, parquet = require("pyarrow", "parquet"), require("pyarrow.parquet", "parquet")
+        try:
+            with open_place(self.file) as file, parquet.ParquetFile(file) as table:
+                yield table
+        except (OSError, arrow.ArrowException) as error:
+            raise DataError(f"cannot read {shown(str(self.file))}: {reason_of(error)}") from error
 
     def labels(self) -> npt.NDArray[Any]:
-        """(N,) integers, floats or texts; -1, NaN or "" where the table says nothing."""
-        try:
-            with open_place(self.file) as opened:
-                column = self._parquet.read_table(opened, columns=[self.label]).column(0)
-                labels: npt.NDArray[Any] = label_values(column)
-        except self._failures as error:
-            raise self._unreadable(error) from error
-        return labels
+        """(N,), as `label_values` gives them."""
+        with self._opened() as table:
+            return label_values(table.read(columns=[self.label]).column(0))
 
     def images(self) -> Iterator[list[bytes]]:
         """The encoded images, some rows at a time; b"" where there is none."""
-        try:
-            with open_place(self.file) as opened, self._parquet.ParquetFile(opened) as table:
-                for batch in table.iter_batches(_ROWS, columns=[self.leaf]):
-                    column = batch.column(0)
-                    values = column.field("bytes") if self._arrow.types.is_struct(column.type) else column
-                    yield [value or b"" for value in values.to_pylist()]
-        except self._failures as error:
-            raise self._unreadable(error) from error
-
-    def _unreadable(self, error: Exception) -> DataError:
-        return DataError(f"cannot read {self.file}: {' '.join(str(error).split())[:200]}")
+        with self._opened() as table:
+            for batch in table.iter_batches(_ROWS, columns=[self.leaf]):
+                column = batch.column(0)
+                values = column.field("bytes") if column.type.num_fields else column
+                yield [value or b"" for value in values.to_pylist()]
 
 
 class _Blobs:
-    """Byte strings end to end, in memory or in a file that is mapped, of which a worker process gets no copy.
-
-    Args:
-        ends: (N,) int64, the end of each string within the content, rising.
-        content: the bytes of all strings, or a file of them in the cache folder, which is held open.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-    """
+    """Byte strings end to end, and the end of each: in memory, or in a file of the cache that is mapped and kept."""
 
     def __init__(self, ends: npt.NDArray[np.int64], content: bytes | Path) -> None:
-        self._ends = ends
-        self._content = content
-        self._mapped: npt.NDArray[np.uint8] | None = None
+        self._ends, self._content = ends, content
+        self._bytes: Any = content if isinstance(content, bytes) else None
         if isinstance(content, Path):
             hold_open(content, self)
 
     def __getitem__(self, index: int) -> bytes:
         start, stop = (int(self._ends[index - 1]) if index else 0), int(self._ends[index])
-        if isinstance(self._content, bytes):
-            return self._content[start:stop]
-        if start == stop:  # of nothing at all, no file can be mapped
+        if start == stop:  # an empty file cannot be mapped
             return b""
-        if self._mapped is None:
-            self._mapped = np.memmap(self._content, mode="r")
-        return self._mapped[start:stop].tobytes()
+        if self._bytes is None:
+            self._bytes = np.memmap(self._content, mode="r")
+        return bytes(self._bytes[start:stop])
 
     def __reduce__(self) -> tuple[type[_Blobs], tuple[npt.NDArray[np.int64], bytes | Path]]:
         return _Blobs, (self._ends, self._content)
@@ -183,7 +143,8 @@ def _load(tables: Sequence[ParquetTable], versions: Sequence[tuple[int, str]], p
             return _Blobs(ends, content.getvalue())
     files = digest(table.file.absolute() if isinstance(table.file, Path) else table.file for table in tables)
     stem = cache_folder() / "parquet" / f"{files}-{digest(versions)}"
-    images, index, lock = (stem.with_suffix(suffix) for suffix in (".bin", ".npy", ".lock"))
+    images, index = stem.with_suffix(".bin"), stem.with_suffix(".npy")
+    found: list[Any] = []
     while True:
         with suppress(FileNotFoundError):  # not made yet, or removed by `trim` before it was held open
             ends = np.load(index, allow_pickle=False)
@@ -192,18 +153,13 @@ def _load(tables: Sequence[ParquetTable], versions: Sequence[tuple[int, str]], p
         with suppress(OSError):  # what is wrong with the folder is said when a file is written to it
             stem.parent.mkdir(parents=True, exist_ok=True)
         try:
-            locked = lock_file(lock)
-        except BlockingIOError:  # another process unpacks the same tables: other ranks do
+            with locked(stem.with_suffix(".lock")):
+                if not (images.exists() and index.exists()):
+                    replace_file(images, lambda file: found.append(_unpack(tables, file, progress)), DataError)
+                    # The index last: where it is, the images are whole.
+                    replace_file(index, lambda file: np.save(file, found[-1]), DataError)
+        except BlockingIOError:  # another process, such as another rank, unpacks the same tables
             time.sleep(_LOOK_EVERY_S)
-            continue
-        try:
-            if not (images.exists() and index.exists()):
-                _unpack_to(tables, images, index, progress)
-        finally:
-            with suppress(OSError):
-                lock.unlink()
-            if locked is not None:
-                locked.close()
     if images.stat().st_size != ends[-1]:
         raise DataError(f"{images} is damaged", "remove it; it is made anew")
     for other in {path.with_suffix("") for path in stem.parent.glob(f"{files}-*")} - {stem}:  # of older versions
@@ -212,21 +168,10 @@ def _load(tables: Sequence[ParquetTable], versions: Sequence[tuple[int, str]], p
     return blobs
 
 
-def _unpack_to(tables: Sequence[ParquetTable], images: Path, index: Path, progress: Progress | None) -> None:
-    found: list[Any] = []
-    replace_file(images, lambda file: found.append(_unpack(tables, file, progress)), DataError)
-    replace_file(index, lambda file: np.save(file, found[0]), DataError)  # last: where it is, the other is whole
-
-
 def _unpack(
     tables: Sequence[ParquetTable], file: IO[bytes], progress: Progress | None, limit: float = float("inf")
 ) -> npt.NDArray[np.int64] | None:
-    """Writes the images of all tables one after the other.
-
-    Returns:
-        the end of each; None when they are more than `limit` bytes, whatever the tables say of themselves (a table
-        holds a value that comes again only once).
-    """
+    """Writes the images of all tables one after the other: the end of each; None when they exceed `limit` bytes."""
     total = sum(table.num_rows for table in tables)
     lengths: list[int] = []
     for table in tables:
@@ -240,24 +185,14 @@ def _unpack(
     return np.cumsum(lengths, dtype=np.int64)
 
 
-def import_pyarrow() -> tuple[Any, Any]:
-    """The modules pyarrow and pyarrow.parquet; ConfigError where they are not installed."""
-    try:
-        return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise ConfigError("parquet files need pyarrow", "pip install 'torchmae[parquet]'") from error
-
-
-def _image_leaf(arrow: Any, schema: Any) -> str:
-    def is_bytes(kind: Any) -> bool:
-        return bool(arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind))
-
+def _image_leaf(schema: Any) -> str:
+    """The first column that holds bytes, or a struct with `bytes`."""
+    binary = ("binary", "large_binary")
     for field in schema:
-        children = field.type if arrow.types.is_struct(field.type) else ()
-        # A table whose rows all lack their bytes gives them no type.
-        if any(item.name == "bytes" and (is_bytes(item.type) or arrow.types.is_null(item.type)) for item in children):
+        children = {item.name: str(item.type) for item in field.type} if str(field.type).startswith("struct") else {}
+        if children.get("bytes") in (*binary, "null"):  # null: no row has any
             return f"{field.name}.bytes"
-        if is_bytes(field.type):
+        if str(field.type) in binary:
             return str(field.name)
     raise DataError(
         f"none of the columns {', '.join(schema.names)} holds images",
@@ -265,21 +200,14 @@ def _image_leaf(arrow: Any, schema: Any) -> str:
     )
 
 
-def _label_column(arrow: Any, schema: Any) -> tuple[str | None, str]:
-    """The column of labels, if there is one; and what to say of one whose values are no labels, else ""."""
-    kinds, note = arrow.types, ""
-    for name in ("label", "labels", "fine_label"):
-        if name in schema.names:
-            kind = schema.field(name).type
-            if (
-                kinds.is_integer(kind)
-                or kinds.is_floating(kind)
-                or kinds.is_string(kind)
-                or kinds.is_large_string(kind)
-            ):
-                return name, ""
-            note = note or f"column {name} of {kind} not used: one number or name an image is needed"
-    return None, note
+def label_column(schema: Any) -> tuple[str | None, str]:
+    """The column of labels of an Arrow schema, if any; and what to say of one whose values are no labels, else ""."""
+    kinds = {name: str(schema.field(name).type) for name in _LABELS if name in schema.names}
+    for name, kind in kinds.items():
+        if _LABEL_TYPES.fullmatch(kind):
+            return name, ""
+    notes = [f"column {name} of {kind} not used: one number or name an image is needed" for name, kind in kinds.items()]
+    return None, notes[0] if notes else ""
 
 
 def label_values(column: Any) -> npt.NDArray[Any]:
@@ -292,11 +220,10 @@ def label_values(column: Any) -> npt.NDArray[Any]:
     return np.asarray(column.cast("float64").to_numpy(), dtype=np.float64)
 
 
-def _label_names(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, ...] | None:
-    """The class names that the `datasets` library stores beside the schema."""
-    try:
+def _class_names(metadata: dict[bytes, bytes] | None, label: str | None) -> tuple[str, ...] | None:
+    """The names that the `datasets` library stores beside the schema."""
+    with suppress(ValueError, AttributeError):  # a stranger's metadata: names are a nicety
         stored = json.loads((metadata or {}).get(b"huggingface", b"{}"))
         names = stored.get("info", {}).get("features", {}).get(label, {}).get("names")
-    except (ValueError, AttributeError):  # a stranger's metadata: names are a nicety
-        return None
-    return tuple(map(str, names)) if isinstance(names, list) else None
+        return tuple(map(str, names)) if isinstance(names, list) else None
+    return None

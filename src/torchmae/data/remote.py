@@ -1,41 +1,38 @@
-"""Files at URLs (http, s3, gs, whatever fsspec knows), read by ranges through a bounded cache of blocks on disk."""
+"""Files at URLs (http, s3, gs, whatever fsspec knows), read by ranges through the cache folder; and that folder."""
 
 from __future__ import annotations
 
-import importlib
 import io
 import os
 import re
 import time
 import zlib
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from torchmae.data.cache import cache_folder, trim_sometimes
 from torchmae.data.sources import digest
-from torchmae.errors import ConfigError, DataError
+from torchmae.errors import ConfigError, DataError, reason_of, require
+from torchmae.files import WRITING, remove_unless_open
+from torchmae.paths import user_path
 
-Place = Path | str
-"""A local path, or a URL."""
+Place = Path | str  # a local path, or a URL
 
-BLOCK = 64 * 2**10
-"""Bytes that are fetched and kept together: about a photograph of 224 pixels."""
-
-ATTEMPTS = 6
-"""Times that a request is made before it counts as failed: with the waits in between, 31 times `FIRST_WAIT_S`."""
-
-FIRST_WAIT_S = 0.5
-"""Seconds before the second attempt; doubled before each further one."""
-
+BLOCK = 64 * 2**10  # bytes that are fetched and kept together: about a photograph of 224 pixels
+ATTEMPTS = 6  # times that a request is made before it counts as failed
+FIRST_WAIT_S = 0.5  # before the second attempt; doubled before each further one
 _READ_BUFFER = 4 * 2**20
-_BRACES = re.compile(r"\{([^{}]*)\}")
 _MAX_EXPANDED = 1_000_000
-# What file systems say a file's version is, by whatever name.
+# What file systems call the version of a file.
 _VERSION_KEYS = ("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation", "Last-Modified", "LastModified")
+_FOLDERS = ("remote", "parquet", "index")
+_TRIM_EVERY_S = 30.0
+_ABANDONED_S = 86400.0  # without a change, a file that is being written was left by a process that is gone
 
 
 def is_url(spec: str) -> bool:
@@ -44,12 +41,12 @@ def is_url(spec: str) -> bool:
 
 
 def last_name(place: Place) -> str:
-    """The file name at the end of a path or URL; what follows a "?" (it may be a secret) is left out."""
+    """The file name at the end of a path or URL, without a query."""
     return place.name if isinstance(place, Path) else shown(place).rstrip("/").rpartition("/")[2]
 
 
 def shown(url: str) -> str:
-    """A URL as it may be printed: without a query and without a password."""
+    """A URL as it may be printed: without the query, which may be a secret, and without a password."""
     return re.sub(r"(://)[^/@]*@", r"\1", _split_query(url)[0])
 
 
@@ -69,26 +66,20 @@ def _split_query(url: str) -> tuple[str, str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """`a-{000..002}.tar` and `{a,b}.tar` as the names they stand for, in the order written.
-
-    Raises:
-        ConfigError: more than a million names.
-    """
-    match = _BRACES.search(pattern)
+    """The names that `a-{00..12}.tar` or `{a,b}.tar` stands for, in the order written; ConfigError above a million."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
     if match is None:
         return [pattern]
-    between = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-    if between:
+    choices: Iterable[str] = match[1].split(",")
+    count = match[1].count(",") + 1
+    if between := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
         first, last = int(between[1]), int(between[2])
-        if abs(last - first) >= _MAX_EXPANDED:
-            raise ConfigError(f"{pattern} stands for more than {_MAX_EXPANDED:,} files", "name fewer, larger ones")
         width = len(between[1]) if between[1].startswith("0") else 0
         step = 1 if last >= first else -1
-        choices = [f"{number:0{width}d}" for number in range(first, last + step, step)]
-    else:
-        choices = match[1].split(",")
+        choices = (f"{number:0{width}d}" for number in range(first, last + step, step))
+        count = abs(last - first) + 1
     head, tail = pattern[: match.start()], expand_braces(pattern[match.end() :])
-    if len(choices) * len(tail) > _MAX_EXPANDED:
+    if count * len(tail) > _MAX_EXPANDED:
         raise ConfigError(f"{pattern} stands for more than {_MAX_EXPANDED:,} files", "name fewer, larger ones")
     return [f"{head}{choice}{rest}" for choice in choices for rest in tail]
 
@@ -96,131 +87,112 @@ def expand_braces(pattern: str) -> list[str]:
 def expand_url(pattern: str) -> list[str]:
     """The URLs that a URL with braces and, where the file system can list, with *, ? and [...] stands for.
 
-    At http(s), "?" begins the query, which is kept as it is.
-
-    Raises:
-        DataError: none matches.
+    At http(s), "?" begins the query, which is kept as it is. DataError where nothing matches.
     """
     urls: list[str] = []
     for url in expand_braces(pattern):
         if not any(character in _split_query(url)[0] for character in "*?["):
             urls.append(url)
             continue
-        system, path = file_system(url)
+        system, path = _file_system(url)
         try:
             found = sorted(system.glob(path))
         except Exception as error:  # each file system fails in its own way
-            raise DataError(f"cannot list {shown(url)}: {_reason(error)}", "name the files: {000..099}") from error
+            raise DataError(f"cannot list {shown(url)}: {reason_of(error)}", "name the files: {000..099}") from error
         urls += [system.unstrip_protocol(name) for name in found]
     if not urls:
         raise DataError(f"nothing matches {shown(pattern)}", "check data.source")
     return urls
 
 
-def file_system(url: str) -> tuple[Any, str]:
-    """fsspec's file system for a URL, and the path in it.
-
-    Raises:
-        ConfigError: a protocol that fsspec does not know, or whose library is not installed.
-    """
-    core = importlib.import_module("fsspec.core")
+def _file_system(url: str) -> tuple[Any, str]:
+    """fsspec's file system for a URL, and the path in it; ConfigError where there is none or its library is missing."""
+    url_to_fs = require("fsspec.core", "remote").url_to_fs
     try:
-        system, path = core.url_to_fs(url)
-    except ImportError as error:
-        raise ConfigError(f"{shown(url)}: {_reason(error)}", "pip install 'torchmae[remote]'") from error
-    except ValueError as error:
-        raise ConfigError(f"{shown(url)}: {_reason(error)}", "give a URL such as https://, s3:// or gs://") from error
+        system, path = url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        is_missing = isinstance(error, ImportError)
+        fix = "pip install 'torchmae[remote]'" if is_missing else "give a URL such as https://, s3:// or gs://"
+        raise ConfigError(f"{shown(url)}: {reason_of(error)}", fix) from error
     return system, path
 
 
 def place_version(place: Place) -> tuple[int, str]:
-    """The size of a file, and a text that changes when it does.
-
-    Raises:
-        DataError: it is not there, or does not say how large it is.
-    """
+    """The size of a file, and a text that changes when it does; DataError where it is not there or has no size."""
     if isinstance(place, Path):
         try:
             status = place.stat()
         except OSError as error:
-            raise DataError(f"cannot read {place}: {error.strerror}") from error
+            raise DataError(f"cannot read {place}: {reason_of(error)}") from error
         return status.st_size, str(status.st_mtime_ns)
-    system, path = file_system(place)
-    info = attempt(lambda: system.info(path), time.sleep, place)
+    system, path = _file_system(place)
+    info = _attempt(lambda: system.info(path), time.sleep, place)
     if not isinstance(info.get("size"), int):
         raise DataError(f"{shown(place)} does not say how large it is", "serve it with a Content-Length")
     return info["size"], digest(info.get(key, "") for key in (*_VERSION_KEYS, "mtime"))
 
 
-def attempt(request: Callable[[], Any], wait: Callable[[float], object], url: str) -> Any:
-    """Makes a request, several times if need be, with longer and longer waits in between.
-
-    Args:
-        request: what to do.
-        wait: called with seconds.
-        url: what it is about, for the message.
-
-    Raises:
-        DataError: the file does not exist or may not be read; or every attempt failed.
-    """
-    number = 0
+def _attempt(request: Callable[[], Any], wait: Callable[[float], object], url: str) -> Any:
+    """Makes a request, up to `ATTEMPTS` times, with longer and longer waits in between; DataError where all fail."""
+    waits = [FIRST_WAIT_S * 2**i for i in range(ATTEMPTS - 1)]
     while True:
-        number += 1
         try:
             return request()
         except (FileNotFoundError, PermissionError) as error:
             kind = "does not exist" if isinstance(error, FileNotFoundError) else "may not be read"
             raise DataError(f"{shown(url)} {kind}", "check the address and its credentials") from error
         except Exception as error:  # aiohttp, botocore, google: each has errors of its own
-            if number == ATTEMPTS:
+            if not waits:
                 raise DataError(
-                    f"{shown(url)} cannot be fetched after {ATTEMPTS} attempts: {_reason(error)}", "check the network"
+                    f"{shown(url)} cannot be fetched after {ATTEMPTS} attempts: {reason_of(error)}", "check the network"
                 ) from error
-        wait(FIRST_WAIT_S * 2 ** (number - 1))
+        wait(waits.pop(0))
 
 
 class RemoteBytes:
     """A file at a URL, by ranges.
 
     What was fetched is kept in the cache folder, in a sparse file with a checksum for each block, so that any number
-    of processes may share it and a crash, an eviction or a damaged disk cost a second fetch and nothing else.
-
-    Args:
-        url: where it is.
-        size: bytes in it.
-        version: changes when the file does (`place_version`).
-        wait: called with seconds between attempts.
+    of processes may share it and a crash, an eviction or a damaged disk cost a second fetch and nothing else. `size`
+    and `version` are those of `place_version`; `wait` is called with seconds between attempts.
     """
 
     def __init__(self, url: str, size: int, version: str, wait: Callable[[float], object] = time.sleep) -> None:
-        self.url = url
-        self.size = size
-        self._key = digest([url, size, version])
-        self._wait = wait
+        self.url, self.size, self._wait = url, size, wait
+        stem = cache_folder() / "remote" / digest([url, size, version])
+        self._data, self._sums = stem.with_suffix(".data"), stem.with_suffix(".sums")
 
     def read(self, start: int, stop: int) -> bytes:
-        """Bytes `start` to `stop - 1`, from the cache where they are there.
-
-        Raises:
-            DataError: they cannot be had.
-        """
+        """Bytes `start` to `stop - 1`, from the cache where they are there; DataError where they cannot be had."""
         assert 0 <= start <= stop <= self.size
         if start == stop:
             return b""
-        first, last = start // BLOCK, (stop - 1) // BLOCK
-        blocks = self._cached(first, last)
-        missing = [i for i, block in enumerate(blocks) if block is None]
-        for run in np.split(missing, np.flatnonzero(np.diff(missing) > 1) + 1) if missing else []:
-            fetched = self._fetch(first + int(run[0]), first + int(run[-1]))
-            for offset, i in enumerate(run.tolist()):
-                blocks[i] = fetched[offset * BLOCK : (offset + 1) * BLOCK]
-        content = b"".join(block for block in blocks if block is not None)
-        return content[start - first * BLOCK : stop - first * BLOCK]
+        first = start // BLOCK
+        content, at = bytearray(), first
+        for is_kept, blocks in groupby(self._kept(first, (stop - 1) // BLOCK), bool):
+            run = list(blocks)
+            content += b"".join(run) if is_kept else self._fetch(at, at + len(run) - 1)
+            at += len(run)
+        return bytes(content[start - first * BLOCK : stop - first * BLOCK])
+
+    def _kept(self, first: int, last: int) -> list[bytes]:
+        """Blocks `first` to `last` from the cache; b"" for those that are not there, or not whole."""
+        count = last - first + 1
+        try:
+            with self._sums.open("rb") as file:
+                file.seek(4 * first)
+                known = np.frombuffer(file.read(4 * count).ljust(4 * count, b"\0"), dtype="<u4")
+            with self._data.open("rb") as file:
+                file.seek(BLOCK * first)
+                blocks = [file.read(BLOCK) for _ in range(count)]
+        except OSError:
+            return [b""] * count
+        return [block if checksum == _checksum(block) else b"" for block, checksum in zip(blocks, known, strict=True)]
 
     def _fetch(self, first: int, last: int) -> bytes:
         """Blocks `first` to `last` from the network, and into the cache."""
         start, stop = first * BLOCK, min((last + 1) * BLOCK, self.size)
-        system, path = file_system(self.url)
+        system, path = _file_system(self.url)
 
         def request() -> bytes:
             content: bytes = system.cat_file(path, start=start, end=stop)
@@ -229,66 +201,41 @@ class RemoteBytes:
                 raise OSError(f"{len(content)} bytes came in place of {stop - start}{ranges}")
             return content
 
-        content: bytes = attempt(request, self._wait, self.url)
+        content: bytes = _attempt(request, self._wait, self.url)
+        checksums = [_checksum(content[i : i + BLOCK]) for i in range(0, len(content), BLOCK)]
         with suppress(OSError):  # a full disk: go without
-            self._keep(first, content)
+            self._data.parent.mkdir(parents=True, exist_ok=True)
+            _write_at(self._data, BLOCK * first, content)
+            _write_at(self._sums, 4 * first, np.array(checksums, dtype="<u4").tobytes())
+            marker = cache_folder() / ".trimmed"  # once in a while, whatever the number of processes
+            if not marker.exists() or abs(time.time() - marker.stat().st_mtime) >= _TRIM_EVERY_S:
+                marker.touch()
+                trim(cache_limit())
         return content
 
-    def _files(self) -> tuple[Path, Path]:
-        stem = remote_folder() / self._key
-        return stem.with_suffix(".data"), stem.with_suffix(".sums")
 
-    def _cached(self, first: int, last: int) -> list[bytes | None]:
-        """Blocks that are in the cache and whole."""
-        data, sums = self._files()
-        count = last - first + 1
-        try:
-            with sums.open("rb") as file:
-                file.seek(4 * first)
-                known = np.frombuffer(file.read(4 * count), dtype="<u4")
-            with data.open("rb") as file:
-                file.seek(first * BLOCK)
-                content = file.read(count * BLOCK)
-        except OSError:
-            return [None] * count
-        found: list[bytes | None] = [content[i * BLOCK : (i + 1) * BLOCK] for i in range(count)]
-        return [
-            block if block and i < len(known) and known[i] == _checksum(block) else None
-            for i, block in enumerate(found)
-        ]
-
-    def _keep(self, first: int, content: bytes) -> None:
-        data, sums = self._files()
-        data.parent.mkdir(parents=True, exist_ok=True)
-        blocks = [content[i : i + BLOCK] for i in range(0, len(content), BLOCK)]
-        _write_at(data, first * BLOCK, content)
-        _write_at(sums, 4 * first, np.array([_checksum(block) for block in blocks], dtype="<u4").tobytes())
-        trim_sometimes()
+def _write_at(path: Path, offset: int, content: bytes) -> None:
+    """Writes into a file that other processes may write to elsewhere; what lies before `offset` may be a hole."""
+    path.touch()
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(content)
 
 
-def remote_folder() -> Path:
-    """Where parts of remote files are kept."""
-    return cache_folder() / "remote"
+def _checksum(block: bytes) -> int:
+    return zlib.crc32(block) or 1  # 0 stands for a block that is not there
 
 
 def open_place(place: Place) -> IO[bytes]:
-    """Opens a file for reading, wherever it is; a remote one through the cache.
-
-    Raises:
-        DataError: a remote file that is not there.
-        OSError: a local one.
-    """
+    """Opens a file for reading, a remote one through the cache; OSError, DataError if remote, where it is not there."""
     if isinstance(place, Path):
         return place.open("rb")
     return io.BufferedReader(_RemoteFile(RemoteBytes(place, *place_version(place))), _READ_BUFFER)
 
 
 class _RemoteFile(io.RawIOBase):
-    """The file interface of `RemoteBytes`."""
-
     def __init__(self, content: RemoteBytes) -> None:
-        self._content = content
-        self._position = 0
+        self._content, self._position = content, 0
 
     def readable(self) -> bool:
         return True
@@ -301,9 +248,6 @@ class _RemoteFile(io.RawIOBase):
         self._position = max(0, base + offset)
         return self._position
 
-    def tell(self) -> int:
-        return self._position
-
     def readinto(self, buffer: Any) -> int:
         start = min(self._position, self._content.size)
         content = self._content.read(start, min(start + len(buffer), self._content.size))
@@ -312,17 +256,40 @@ class _RemoteFile(io.RawIOBase):
         return len(content)
 
 
-def _write_at(path: Path, offset: int, content: bytes) -> None:
-    """Writes into a file that other processes may write to elsewhere; what lies before `offset` may be a hole."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
-    with os.fdopen(descriptor, "wb") as file:
-        file.seek(offset)
-        file.write(content)
+def cache_folder() -> Path:
+    """TORCHMAE_CACHE; else torchmae/ in XDG_CACHE_HOME; else ~/.cache/torchmae. Need not exist."""
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return user_path(os.environ.get("TORCHMAE_CACHE") or f"{caches}/torchmae")
 
 
-def _checksum(block: bytes) -> int:
-    return zlib.crc32(block) or 1  # 0 stands for a block that is not there
+def cache_limit() -> int:
+    """Bytes that the cache folder may take: TORCHMAE_CACHE_GIB, 50 GiB if not set; ConfigError if that is no number."""
+    given = os.environ.get("TORCHMAE_CACHE_GIB") or "50"
+    with suppress(ValueError):
+        if 0 < float(given) < float("inf"):
+            return int(float(given) * 2**30)
+    raise ConfigError(f"TORCHMAE_CACHE_GIB is {given!r}", "set it to a number of GiB above 0, or unset it")
 
 
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def trim(limit: int) -> None:
+    """Removes what is not held open from the cache folder, the oldest first, until it takes `limit` bytes at most."""
+    groups: dict[Path, list[Path]] = defaultdict(list)  # files of one key, which belong together
+    for path in (path for name in _FOLDERS for path in (cache_folder() / name).glob("*")):
+        if match := re.match(rf"(?:{WRITING}\d+-)?([0-9a-f]{{32}}(-[0-9a-f]{{32}})?)\.", path.name):
+            groups[path.with_name(match[1])].append(path)
+    entries = []
+    for files in groups.values():
+        with suppress(OSError):  # another process removed one
+            states = [file.stat() for file in files]
+            newest = max(state.st_mtime for state in states)
+            # Sparse files take less than their size.
+            size = sum(getattr(state, "st_blocks", state.st_size // 512) * 512 for state in states)
+            being_written = any(file.name.startswith(WRITING) for file in files)
+            if not being_written or newest < time.time() - _ABANDONED_S:
+                entries.append((newest, size, sorted(files)))
+    total = sum(size for _, size, _ in entries)
+    for _, size, files in sorted(entries):
+        if total <= limit:
+            return
+        if remove_unless_open(files):
+            total -= size

@@ -15,24 +15,19 @@ import numpy as np
 import numpy.typing as npt
 
 from torchmae.data.arrays import unpacked_bytes
-from torchmae.data.cache import cache_folder
 from torchmae.data.formats import Context, picture_suffixes
 from torchmae.data.labels import Labels
-from torchmae.data.remote import Place, RemoteBytes, beside, last_name, open_place, place_version, shown
+from torchmae.data.remote import Place, RemoteBytes, beside, cache_folder, last_name, open_place, place_version, shown
 from torchmae.data.sources import MAX_BYTES, EncodedSource, Strings, digest, evenly_spaced
-from torchmae.errors import DataError, printable
+from torchmae.errors import DataError, printable, reason_of
 from torchmae.files import replace_file
 
-INDEX_SUFFIX = ".index.npz"
-"""What an index that lies beside its shard adds to the shard's name."""
-
-ALL_MEMBERS = "all"
-"""Stands for every picture of each sample."""
-
-CLASSES_FILE = "classes.txt"
-"""The names of the labels, one a line, beside the shards."""
+INDEX_SUFFIX = ".index.npz"  # of an index that lies beside its shard, behind the shard's name
+ALL_MEMBERS = "all"  # stands for every picture of each sample
+CLASSES_FILE = "classes.txt"  # the names of the labels, one a line, beside the shards
 
 _FORMAT = 2
+_COLUMNS = ("offsets", "sizes", "labels", "samples")  # of an index
 _CHECKED = 8  # members whose headers are compared with an index before it is trusted
 _LABEL_BYTES = 20
 _NO_NUMBER = -2  # label in a .cls file that is text
@@ -43,33 +38,21 @@ _FETCHERS = 16  # requests under way at a time, in each process
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The images of one tar file, in the order they lie in.
+    """The images of one tar file, in the order they lie in."""
 
-    Attributes:
-        names: their paths in the archive.
-        offsets: (N,) where the bytes of each begin.
-        sizes: (N,) how many they are.
-        labels: (N,), -1 where unknown, -2 where there is one that is no number.
-        samples: (N,) which sample each belongs to, from 0 on.
-    """
-
-    names: Strings
-    offsets: npt.NDArray[np.int64]
-    sizes: npt.NDArray[np.int64]
-    labels: Labels
-    samples: npt.NDArray[np.int64]
+    names: Strings  # their paths in the archive
+    offsets: npt.NDArray[np.int64]  # (N,) where the bytes of each begin
+    sizes: npt.NDArray[np.int64]  # (N,) how many they are
+    labels: Labels  # (N,) -1 where unknown, -2 where there is one that is no number
+    samples: npt.NDArray[np.int64]  # (N,) which sample each belongs to, from 0 on
 
 
 class ShardSource(EncodedSource):
-    """Images in tar files, in the order of the files and of the images in them.
+    """Images in uncompressed tar files (or their URLs), in the order of the files and of the images in them.
 
     Every member that is an image by its name is one image. In a WebDataset shard, `0001.cls` holds the label of
     `0001.jpg` as a decimal number; other members are passed over. Where samples have several pictures (`0001.jpg` and
-    `0001.seg.png`), `member` says which one is meant. Nothing is unpacked, so that a member's name can lead nowhere.
-
-    Args:
-        shards: uncompressed tar files: paths or URLs.
-        context: how the images are read; `member` says which picture of each sample.
+    `0001.seg.png`), `context.member` says which one is meant. Nothing is unpacked: no member's name leads anywhere.
 
     Raises:
         DataError: a file that is no tar file, is compressed or damaged; no images in any of them; or samples with
@@ -78,92 +61,74 @@ class ShardSource(EncodedSource):
 
     def __init__(self, shards: Sequence[Place], context: Context = Context()) -> None:
         self._shards = list(shards)
-        self._versions: list[tuple[int, str]] = []
         self._indexes: list[ShardIndex] = []
         with ThreadPoolExecutor(_FETCHERS) as pool:
-            for version, index in pool.map(_open, self._shards):
-                self._versions.append(version)
-                self._indexes.append(index)
+            self._versions = list(pool.map(place_version, shards))
+            indexes = pool.map(lambda shard, version: open_index(shard, *version), shards, self._versions)
+            for shard, index in zip(shards, indexes, strict=True):
+                self._indexes.append(_chosen(index, last_name(shard), context.member))
                 if context.progress is not None:
-                    context.progress("indexing shards", len(self._indexes), len(self._shards))
-        self._indexes = [
-            _chosen(index, last_name(shard), context.member)
-            for shard, index in zip(self._shards, self._indexes, strict=True)
-        ]
+                    context.progress("indexing shards", len(self._indexes), len(shards))
         self._starts = np.cumsum([0] + [len(index.sizes) for index in self._indexes])
         if not self._starts[-1]:
             raise DataError(f"{shown(str(shards[0]))} holds no images", f"accepted are {', '.join(picture_suffixes())}")
         labels = np.concatenate([index.labels for index in self._indexes])
-        super().__init__(
-            int(self._starts[-1]),
-            labels if (labels >= 0).any() else None,
-            _class_names(self._shards[0], labels),
-            context,
-        )
+        known = labels if (labels >= 0).any() else None
+        super().__init__(len(labels), known, _class_names(shards[0], labels), context)
         if no_numbers := int((labels == _NO_NUMBER).sum()):
             self.remarks += (f"{no_numbers:,} .cls files of {last_name(shards[0])} hold no number and are not used",)
-        self._remote = {
-            i: RemoteBytes(shard, *version)
-            for i, (shard, version) in enumerate(zip(self._shards, self._versions, strict=True))
-            if isinstance(shard, str)
-        }
+        each = zip(shards, self._versions, strict=True)
+        self._remote = [RemoteBytes(shard, *version) if isinstance(shard, str) else None for shard, version in each]
         self._coming: dict[int, Future[bytes]] = {}
         self._fetchers: tuple[int, ThreadPoolExecutor] | None = None
 
-    def _locate(self, index: int) -> tuple[int, int]:
-        """The shard of an image, and its place there."""
+    def _find(self, index: int) -> tuple[int, int, int, int]:
+        """The shard of an image, its row in the index of that, and where its bytes begin and end."""
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return shard, index - int(self._starts[shard])
-
-    def _range(self, index: int) -> tuple[int, int, int]:
-        """The shard of an image, and where its bytes begin and end."""
-        shard, row = self._locate(index)
+        row = index - int(self._starts[shard])
         start = int(self._indexes[shard].offsets[row])
-        return shard, start, start + int(self._indexes[shard].sizes[row])
+        return shard, row, start, start + int(self._indexes[shard].sizes[row])
 
     def encoded(self, index: int) -> bytes:
         """The bytes in the archive."""
-        shard, start, stop = self._range(index)
+        coming = self._coming.pop(index, None)
+        return self._read(index) if coming is None else coming.result()
+
+    def _read(self, index: int) -> bytes:
+        shard, _, start, stop = self._find(index)
         if stop - start > MAX_BYTES:
             raise DataError(f"the file has more than {MAX_BYTES // 2**20:,} MiB")
-        coming = self._coming.pop(index, None)
-        if coming is not None:
-            return coming.result()
-        if shard in self._remote:
-            return self._remote[shard].read(start, stop)
+        remote = self._remote[shard]
+        if remote is not None:
+            return remote.read(start, stop)
         try:
             with open_place(self._shards[shard]) as file:
                 file.seek(start)
                 return file.read(stop - start)
         except OSError as error:
-            raise DataError(error.strerror or str(error)) from None
+            raise DataError(reason_of(error)) from None
 
     def read_ahead(self, indices: npt.NDArray[np.int64]) -> None:
         """Starts to fetch these images; what was wanted before and not read since is given up."""
-        if not self._remote:
+        if not any(self._remote):
             return
         if self._fetchers is None or self._fetchers[0] != os.getpid():  # threads do not follow into a forked process
             self._fetchers = os.getpid(), ThreadPoolExecutor(_FETCHERS, thread_name_prefix="torchmae-fetch")
             self._coming = {}
         for future in self._coming.values():
             future.cancel()
-        self._coming = {}
-        for index in indices.tolist():
-            shard, start, stop = self._range(index)
-            if shard in self._remote and stop - start <= MAX_BYTES:
-                self._coming[index] = self._fetchers[1].submit(self._remote[shard].read, start, stop)
+        self._coming = {index: self._fetchers[1].submit(self._read, index) for index in indices.tolist()}
 
     def name(self, index: int) -> str:
         """The shard and the path in it."""
-        shard, row = self._locate(index)
+        shard, row, _, _ = self._find(index)
         return f"{last_name(self._shards[shard])}/{printable(self._indexes[shard].names[row])}"
 
     def fingerprint(self) -> str:
         """Of the shards' names and sizes, and of what lies where in them."""
-        parts: list[object] = []
-        for shard, version, index in zip(self._shards, self._versions, self._indexes, strict=True):
-            parts += [last_name(shard), version[0], *index.names.parts, index.offsets]
-        return digest(parts)
+        each = zip(self._shards, self._versions, self._indexes, strict=True)
+        parts = ((last_name(shard), size, *index.names.parts, index.offsets) for shard, (size, _), index in each)
+        return digest(part for some in parts for part in some)
 
     def stamp(self) -> str:
         """Of the versions of the files."""
@@ -173,36 +138,23 @@ class ShardSource(EncodedSource):
         return {**self.__dict__, "_coming": {}, "_fetchers": None}
 
 
-def _open(shard: Place) -> tuple[tuple[int, str], ShardIndex]:
-    version = place_version(shard)
-    return version, open_index(shard, *version)
-
-
 def _class_names(shard: Place, labels: Labels) -> tuple[str, ...] | None:
     """The names in the file beside the shards; None where there is none, or too few."""
-    try:
-        with open_place(beside(shard, CLASSES_FILE)) as file:
-            names = file.read(2**20).decode("utf-8", "replace").splitlines()
-    except (OSError, DataError):
-        return None
-    return tuple(names) if len(names) > labels.max(initial=-1) else None
+    with suppress(OSError, DataError), open_place(beside(shard, CLASSES_FILE)) as file:
+        names = file.read(2**20).decode("utf-8", "replace").splitlines()
+        if len(names) > labels.max(initial=-1):
+            return tuple(names)
+    return None
 
 
 def open_index(shard: Place, size: int, version: str) -> ShardIndex:
     """The index of a shard: from the cache folder, from beside the shard, or made now and put into the cache folder.
 
-    Args:
-        shard: where it is.
-        size: bytes in it.
-        version: changes when it does.
-
-    Raises:
-        DataError: no uncompressed, whole tar file.
+    `size` and `version` are those of `place_version`; DataError as in `build_index`.
     """
     where = shard.absolute() if isinstance(shard, Path) else shard
     cached = cache_folder() / "index" / f"{digest([where, size, version, _FORMAT])}.npz"
-    index = _read_index(cached, size)
-    if index is not None:
+    if (index := _read_index(cached, size)) is not None:
         return index
     index = _read_index(beside(shard, last_name(shard) + INDEX_SUFFIX), size)
     if index is None or not _agrees(index, shard):
@@ -213,25 +165,13 @@ def open_index(shard: Place, size: int, version: str) -> ShardIndex:
 
 
 def write_index(path: Path, index: ShardIndex, size: int) -> None:
-    """Saves an index whole or not at all.
-
-    Args:
-        path: where to.
-        index: what to save.
-        size: bytes in the shard.
-
-    Raises:
-        DataError: it cannot be written.
-    """
+    """Saves the index of a shard of `size` bytes whole or not at all; DataError where it cannot be written."""
     content, ends = index.names.parts
     arrays = {
         "size": np.array([size, _FORMAT]),
         "names": np.frombuffer(content, dtype=np.uint8),
         "ends": ends,
-        "offsets": index.offsets,
-        "sizes": index.sizes,
-        "labels": index.labels,
-        "samples": index.samples,
+        **{name: getattr(index, name) for name in _COLUMNS},
     }
     replace_file(path, lambda file: np.savez(file, allow_pickle=False, **arrays), DataError)
 
@@ -243,18 +183,15 @@ def _read_index(place: Place, size: int) -> ShardIndex | None:
             if unpacked_bytes(arrays) > size + _INDEX_HEAD:  # an entry is smaller than a member's header in the shard
                 return None
             expected = arrays["size"].tolist() == [size, _FORMAT]
-            ends, offsets, sizes, labels, samples = (
-                np.asarray(arrays[name], dtype=np.int64) for name in ("ends", "offsets", "sizes", "labels", "samples")
-            )
+            ends, *columns = (np.asarray(arrays[name], dtype=np.int64) for name in ("ends", *_COLUMNS))
             names = arrays["names"].astype(np.uint8).tobytes()
     except Exception:  # zip, NumPy and the network fail in many ways; whichever it was, the index is made anew
         return None
-    counts = {ends.shape, offsets.shape, sizes.shape, labels.shape, samples.shape}
-    inside = (offsets >= 0).all() and (sizes >= 0).all() and (offsets <= size - sizes).all()
-    rising = (np.diff(ends, prepend=0) >= 0).all() and (ends.max(initial=0) == len(names))
-    if not expected or len(counts) > 1 or ends.ndim != 1 or not inside or not rising:
-        return None
-    return ShardIndex(Strings.of(names, ends), offsets, sizes, labels, samples)
+    index = ShardIndex(Strings.of(names, ends), *columns)
+    fits = expected and ends.ndim == 1 and all(column.shape == ends.shape for column in columns)
+    inside = fits and ((index.offsets >= 0) & (index.sizes >= 0) & (index.offsets <= size - index.sizes)).all()
+    rising = fits and (np.diff(ends, prepend=0) >= 0).all() and ends.max(initial=0) == len(names)
+    return index if inside and rising else None
 
 
 def _chosen(index: ShardIndex, shard: str, member: str | None) -> ShardIndex:
@@ -262,55 +199,42 @@ def _chosen(index: ShardIndex, shard: str, member: str | None) -> ShardIndex:
     if member == ALL_MEMBERS:
         return index
     rows = np.arange(len(index.samples))
+    endings: list[str] = []
     if member is not None:
-        rows = np.flatnonzero([_parts(_text(name))[1] == member.lower() for name in index.names])
+        endings = [_parts(name)[1] for name in index.names]
+        rows = np.flatnonzero([ending == member.lower() for ending in endings])
     samples, counts = np.unique(index.samples[rows], return_counts=True)
     if (counts > 1).any():
         shared = np.flatnonzero(index.samples == samples[counts > 1][0]).tolist()
-        first = _text(index.names[int(shared[0])])
-        parts = [_parts(_text(index.names[row]))[1] for row in shared]
+        pictures = [_parts(index.names[row]) for row in shared]
         raise DataError(
             f"{int((counts > 1).sum()):,} samples of {shard} have several pictures: "
-            f"{printable(os.fsencode(_parts(first)[0]))} has {printable(', '.join(parts).encode())}",
-            f"choose one with --data.member {printable(parts[0].encode())}, or --data.member {ALL_MEMBERS}",
+            f"{printable(pictures[0][0])} has {', '.join(ending for _, ending in pictures)}",
+            f"choose one with --data.member {pictures[0][1]}, or --data.member {ALL_MEMBERS}",
         )
-    if member is None or not len(index.samples):
+    if not endings:
         return index
     if not len(rows):
-        known = sorted({_parts(_text(name))[1] for name in index.names})[:_SHOWN]
-        raise DataError(
-            f"no sample of {shard} has a picture {member!r}", f"choose from {printable(', '.join(known).encode())}"
-        )
+        known = ", ".join(sorted(set(endings))[:_SHOWN])
+        raise DataError(f"no sample of {shard} has a picture {member!r}", f"choose from {known}")
     names = Strings(index.names[row] for row in rows.tolist())
-    return ShardIndex(names, index.offsets[rows], index.sizes[rows], index.labels[rows], index.samples[rows])
+    return ShardIndex(names, *(getattr(index, name)[rows] for name in _COLUMNS))
 
 
 def _agrees(index: ShardIndex, shard: Place) -> bool:
     """Whether members spread over a shard have the headers that its index lets expect."""
-    if not len(index.sizes):
+    with suppress(OSError, ValueError, tarfile.TarError), open_place(shard) as file:
+        for row in evenly_spaced(len(index.sizes), _CHECKED):
+            file.seek(int(index.offsets[row]) - tarfile.BLOCKSIZE)
+            header = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+            if header.size != index.sizes[row]:
+                return False
         return True
-    try:
-        with open_place(shard) as file:
-            for row in evenly_spaced(len(index.sizes), _CHECKED):
-                file.seek(int(index.offsets[row]) - tarfile.BLOCKSIZE)
-                header = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
-                if header.size != index.sizes[row]:
-                    return False
-    except (OSError, ValueError, tarfile.TarError):
-        return False
-    return True
+    return False
 
 
 def build_index(shard: Place, size: int) -> ShardIndex:
-    """Reads the headers of a tar file (of a remote one, all of it).
-
-    Args:
-        shard: where it is.
-        size: bytes in it.
-
-    Raises:
-        DataError: no tar file, a compressed or a damaged one.
-    """
+    """Reads the headers of a tar file of `size` bytes (of a remote one, all of it); DataError if it is not whole."""
     name = shown(str(shard))
     try:
         with open_place(shard) as file:
@@ -320,47 +244,44 @@ def build_index(shard: Place, size: int) -> ShardIndex:
             f"{name} is no uncompressed tar file ({error})", "unpack it if it is compressed, and pack it again"
         ) from error
     except OSError as error:
-        raise DataError(f"cannot read {name}: {error.strerror or error}") from error
+        raise DataError(f"cannot read {name}: {reason_of(error)}") from error
     except (ValueError, ArithmeticError) as error:  # numbers in a header that no file can have
         raise DataError(f"{name} is damaged ({error})", "copy it again") from error
 
 
 def _scan(file: IO[bytes], size: int, name: str) -> ShardIndex:
-    names = Strings()
+    names: list[bytes] = []
     rows: list[tuple[int, int]] = []
-    labels_of: dict[str, int] = {}  # by the path of the .cls file without its suffix
+    labels_of: dict[bytes, int] = {}  # by the path of the .cls file without its suffix
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for member in archive:
             archive.members = []  # type: ignore[attr-defined]  # else it keeps every header
-            end = member.offset_data + member.size
             if archive.offset <= member.offset:  # a size below 0: the same header would come again, for ever
                 raise DataError(f"{name} is damaged at byte {member.offset:,}", "copy it again")
             if not member.isreg() or member.issparse() or PurePosixPath(member.name).name.startswith("."):
                 continue
-            if end > size:
-                raise DataError(f"{name} is cut short in {printable(_bytes(member.name))}", "copy it again")
-            stem, _, suffix = member.name.rpartition(".")
+            if member.offset_data + member.size > size:
+                raise DataError(f"{name} is cut short in {member.name}", "copy it again")
+            path = member.name.encode("utf-8", "surrogateescape")
             if member.name.lower().endswith(picture_suffixes()):
-                names.add(_bytes(member.name))
+                names.append(path)
                 rows.append((member.offset_data, member.size))
-            elif suffix.lower() == "cls":
-                labels_of[stem] = _label(file, member)
+            elif path.lower().endswith(b".cls"):
+                labels_of[path[:-4]] = _label(file, member)
         file.seek(archive.offset)
         if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end
             raise DataError(f"{name} is damaged at byte {archive.offset:,}", "copy it again")
-    table = np.array(rows, dtype=np.int64).reshape(-1, 2)
-    packed = names
-    keys = _keys([_text(item) for item in packed])
-    number_of: dict[str, int] = {}
-    samples = np.array([number_of.setdefault(key, len(number_of)) for key in keys], dtype=np.int64)
-    stems = (_text(item).rpartition(".")[0] for item in packed)
-    labels = np.array(
-        [labels_of.get(stem, labels_of.get(key, -1)) for stem, key in zip(stems, keys, strict=True)], dtype=np.int64
-    )
-    return ShardIndex(packed, table[:, 0].copy(), table[:, 1].copy(), labels, samples)
+    offsets, sizes = np.array(rows, dtype=np.int64).reshape(-1, 2).T.copy()
+    keys = _keys(names)
+    number_of = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    pairs = zip(names, keys, strict=True)
+    labels = [labels_of.get(name.rpartition(b".")[0], labels_of.get(key, -1)) for name, key in pairs]
+    samples = [number_of[key] for key in keys]
+    columns = (offsets, sizes, np.array(labels, dtype=np.int64), np.array(samples, dtype=np.int64))
+    return ShardIndex(Strings(names), *columns)
 
 
-def _keys(names: Sequence[str]) -> list[str]:
+def _keys(names: Sequence[bytes]) -> list[bytes]:
     """The sample that each picture belongs to: WebDataset's key, the path up to the first dot of the file name.
 
     In a tar file that is no WebDataset, names may hold dots too (`scan.0001.jpg`): where behind the first dot there
@@ -369,14 +290,14 @@ def _keys(names: Sequence[str]) -> list[str]:
     split = [_parts(name) for name in names]
     if len({part for _, part in split}) <= max(1, len({key for key, _ in split})):
         return [key for key, _ in split]
-    return [name.rpartition(".")[0] for name in names]
+    return [name.rpartition(b".")[0] for name in names]
 
 
-def _parts(name: str) -> tuple[str, str]:
-    """WebDataset's key, and what stands behind its dot in lower case: "0001" and "seg.png"."""
-    folder, slash, file = name.rpartition("/")
-    key, _, part = file.partition(".")
-    return f"{folder}{slash}{key}", part.lower()
+def _parts(name: bytes) -> tuple[bytes, str]:
+    """WebDataset's key, and what stands behind its dot in lower case: b"0001" and "seg.png"."""
+    folder, slash, file = name.rpartition(b"/")
+    key, _, part = file.partition(b".")
+    return folder + slash + key, part.decode("utf-8", "surrogateescape").lower()
 
 
 def _label(file: IO[bytes], member: tarfile.TarInfo) -> int:
@@ -386,11 +307,3 @@ def _label(file: IO[bytes], member: tarfile.TarInfo) -> int:
     if text.isdigit() and len(text) < _LABEL_BYTES - 1:
         return int(text)
     return -1 if not text or text.removeprefix(b"-").isdigit() else _NO_NUMBER
-
-
-def _text(name: bytes) -> str:
-    return name.decode("utf-8", "surrogateescape")
-
-
-def _bytes(name: str) -> bytes:
-    return name.encode("utf-8", "surrogateescape")

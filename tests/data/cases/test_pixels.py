@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from torchmae.config import PackOptions
 from torchmae.data.formats import FORMATS, Context, Item, open_item
 from torchmae.data.inspecting import inspect_splits
 from torchmae.data.layouts import open_splits
-from torchmae.data.packing import PackOptions, pack
+from torchmae.data.packing import pack
 from torchmae.errors import DataError
 
 RNG = np.random.default_rng(0)
