@@ -13,8 +13,8 @@ import os
 from pathlib import Path
 
 from torchmae import settings
-from torchmae.bench.options import DataOptions
 from torchmae.config import PretrainConfig
+from torchmae.config.bench import DataOptions
 from torchmae.threads import wait_briefly
 
 CASES = {

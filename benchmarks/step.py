@@ -13,9 +13,9 @@ import argparse
 from pathlib import Path
 
 from torchmae import settings
-from torchmae.bench.options import STEP_PEERS, StepOptions
 from torchmae.bench.results import Report
 from torchmae.bench.step import Entry, measure_step
+from torchmae.config.bench import STEP_PEERS, StepOptions
 from torchmae.training.progress import Display
 
 TINY = ["--model.preset=vit_tiny_32_p4", "--batch_size=256"]

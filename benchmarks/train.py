@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from torchmae import settings
-from torchmae.bench.options import TrainOptions
+from torchmae.config.bench import TrainOptions
 from torchmae.threads import wait_briefly
 
 

@@ -68,7 +68,7 @@ def complaint(words: str, capsys: pytest.CaptureFixture[str]) -> str:
     [
         ("pretrian", "unknown command 'pretrian'; did you mean `torchmae pretrain`?"),
         ("--data x", "unknown command '--data'; see torchmae --help"),
-        ("recipes x", "recipes takes no options, given 'x'; run `torchmae recipes`"),
+        ("recipes x", "unexpected word 'x'; options begin with two dashes, such as --data PATH"),
         # options
         ("pretrain --optim.rl 1", "unknown option 'optim.rl'; did you mean --optim.lr?"),
         ("pretrain images", "unexpected word 'images'; options begin with two dashes, such as --data PATH"),
@@ -115,7 +115,7 @@ def complaint(words: str, capsys: pytest.CaptureFixture[str]) -> str:
         *(
             (
                 f"pretrain --resume RUN --{name} {value}",
-                f"{name} cannot change in a resumed run; drop --{name}, or start a new run in another folder",
+                f"{name} cannot change in a resumed run; drop --{name}, or begin a new run with these weights: --init-",
             )
             for name, value in (
                 *(("seed", 4), ("epochs", 3), ("model.depth", 2), ("data.source", "images"), ("out", "b")),
@@ -153,7 +153,7 @@ def complaint(words: str, capsys: pytest.CaptureFixture[str]) -> str:
         ),
         (
             "reconstruct RUN images/0.png --out a.jpg",
-            "out is 'a.jpg'; the picture is a PNG file: give a name that ends in .png",
+            "out is 'a.jpg'; give a name that ends in .png",
         ),
         ("reconstruct RUN images/0.png --out file/a.png", "cannot make folder file: "),
         ("reconstruct RUN images/0.png --seed x", "seed is x; it takes a whole number"),
@@ -291,12 +291,10 @@ def test_help_shows_every_option_with_its_description(capsys: pytest.CaptureFixt
     assert main(["pretrain", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "--data.source SOURCE" in shown
-    assert "--mask.ratio RATIO share of the patches that is removed, in (0, 1). (type: float, default: 0.75)" in shown
-    assert "--resume RUN go on with a run that was stopped" in shown
+    assert "--mask.ratio RATIO share of the patches that is masked, in (0, 1). (default: 0.75)" in shown
+    assert "--resume" in shown
     assert "--json" in shown
-    with pytest.raises(SystemExit) as ended:
-        main(["reconstruct", "--help"])
-    assert ended.value.code == 0
+    assert main(["reconstruct", "--help"]) == 0
     assert "--mask_file" in capsys.readouterr().out
 
 
@@ -334,10 +332,10 @@ def test_the_module_runs_too() -> None:
 
 
 def test_ctrl_c_before_training(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupt(args: list[str]) -> int:
+    def interrupt() -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.COMMANDS, "recipes", interrupt)
+    monkeypatch.setattr("torchmae.commands.recipes.run", interrupt)
     assert main(["recipes"]) == 130
     assert capsys.readouterr().err == "torchmae: stopped\n"
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torchmae import settings
 from torchmae.config import ModelConfig, PretrainConfig
+from torchmae.config.base import make, settings_of
+from torchmae.config.evaluate import ComputeOptions, EvaluateOptions
 from torchmae.data.formats import Context
 from torchmae.data.inspecting import median_size, suggested_input
 from torchmae.data.layouts import open_splits
 from torchmae.data.reading import probe
 from torchmae.errors import ConfigError
 from torchmae.evaluation import suite
-from torchmae.evaluation.options import ComputeOptions, EvaluateOptions
 from torchmae.nn import presets
 from torchmae.runs import Run, overrides, resume_run, start
 from torchmae.training.progress import Display
@@ -57,8 +58,8 @@ def pretrain(
         return start(config)
     if data is not None:
         options["data"] = data if isinstance(data, Mapping) else {"source": data}
-    args = settings.as_options(options)
-    return resume_run(Path(resume), args) if resume is not None else begin(args)
+    given = settings.collect(options, settings_of(PretrainConfig))
+    return resume_run(Path(resume), given) if resume is not None else begin(given)
 
 
 def evaluate(run: str | Path, data: str | Path | Mapping[str, Any] | None = None, **options: Any) -> dict[str, float]:
@@ -83,44 +84,47 @@ def evaluate(run: str | Path, data: str | Path | Mapping[str, Any] | None = None
     if data is not None:
         options["data"] = data if isinstance(data, Mapping) else {"source": data}
     options.setdefault("progress", "none")
-    parser = settings.Parser(prog="torchmae.evaluate", allow_abbrev=False)
-    _, chosen, compute = settings.read_options(parser, settings.as_options(options), EvaluateOptions, ComputeOptions)
-    return suite.run(run, chosen, compute)
+    given = settings.collect(options, settings_of(EvaluateOptions, ComputeOptions))
+    return suite.run(run, make(EvaluateOptions, given), make(ComputeOptions, given))
 
 
-def begin(args: Sequence[str]) -> Run:
-    """A new run from command-line options. Ranks are connected before the data is opened, which one of them does."""
+def begin(given: Mapping[str, Any]) -> Run:
+    """A new run from settings by dotted name.
+
+    Ranks are connected before the data is opened, which one of them does.
+    """
     if ranks_from_environment().world_size == 1:
-        return start(configure(args))
-    with open_ranks(settings.parse(args, settings.peek(args)[0]).device):
-        return start(configure(args))
+        return start(configure(given))
+    with open_ranks(make(PretrainConfig, given).device):
+        return start(configure(given))
 
 
-def configure(args: Sequence[str]) -> PretrainConfig:
-    """Command-line options to settings.
+def configure(given: Mapping[str, Any]) -> PretrainConfig:
+    """The settings of a run: those of a recipe, changed by those that are given by dotted name.
 
-    Without --recipe one is chosen by the data; and where the sizes of the model's input and patches are not said, so
+    Without a recipe one is chosen by the data; and where the sizes of the model's input and patches are not given, so
     are they, should that recipe's not suit.
     """
-    recipe, source = settings.peek(args)
-    if recipe is not None:
-        return settings.parse(args, recipe)
-    if source == "digits":
-        return settings.parse(args, "digits")
-    given = settings.parse(args)  # so that a mistake is said before the data is opened, which may take minutes
+    recipe = given.get("recipe", "auto")
+    config = settings.from_recipe(
+        None if recipe == "auto" else recipe, given
+    )  # a mistake is said before data is opened
+    if recipe != "auto":
+        return config
+    if config.data.source == "digits":
+        return settings.from_recipe("digits", given)
 
     def look() -> tuple[int, ...]:
-        display = Display(given.progress)
+        display = Display(config.progress)
         try:
-            return typical_size(source, Context.of(given.data, progress=display.preparing))
+            return typical_size(config.data.source, Context.of(config.data, progress=display.preparing))
         finally:
             display.close()
 
-    with open_ranks(given.device) as ranks:
+    with open_ranks(config.device) as ranks:
         recipe, shape = recommend(ranks.on_main(look))  # what has to be downloaded is so once
-    if given.init_from is None:
-        args = [*settings.as_options({"model": proposed(given.model, shape)}), *args]
-    return settings.parse(args, recipe)
+    sizes = {} if config.init_from is not None else proposed(config.model, shape)
+    return settings.from_recipe(recipe, {**{f"model.{name}": size for name, size in sizes.items()}, **given})
 
 
 def proposed(model: ModelConfig, shape: dict[str, Any]) -> dict[str, Any]:
@@ -150,7 +154,7 @@ def recommend(size: tuple[int, ...]) -> tuple[str, dict[str, Any]]:
         being reduced), `input_size` and `patch_size`.
     """
     recipe = next(name for limit, name in RECIPE_FOR_SIDE if max(size) <= limit)
-    config = settings.parse([], recipe)
+    config = settings.from_recipe(recipe, {})
     own = presets.arguments(config.model.preset, **overrides(config))
     reduced = recipe == RECIPE_FOR_SIDE[0][1] and max(size) > max(own["input_size"])
     if len(size) == 2 and max(size) <= 2 * min(size) and not reduced:

@@ -13,11 +13,11 @@ from PIL import Image
 from torchmae.bench import data as data_module
 from torchmae.bench import train as train_module
 from torchmae.bench.data import measure_data
-from torchmae.bench.options import DataOptions, StepOptions, TrainOptions
 from torchmae.bench.step import Entry, entries, measure_step
 from torchmae.bench.timing import PHASES
 from torchmae.bench.train import BARE, measure_train
 from torchmae.config import DataConfig, ModelConfig, PretrainConfig
+from torchmae.config.bench import DataOptions, StepOptions, TrainOptions
 from torchmae.errors import ConfigError, Interrupted
 from torchmae.nn.flops import count_flops
 from torchmae.nn.presets import arguments

@@ -14,7 +14,7 @@ from tiny_run import write_run
 from torchmae import settings
 from torchmae.cli import main
 from torchmae.commands.evaluate import cell, spell_out
-from torchmae.evaluation.options import ComputeOptions, EvaluateOptions
+from torchmae.config.evaluate import ComputeOptions, EvaluateOptions
 from torchmae.evaluation.records import read_records
 from torchmae.report.measures import Figure
 

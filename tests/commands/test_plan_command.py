@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from torchmae.cli import main
+from torchmae.config.plan import PlanOptions
 from torchmae.planning.cost import GIB, plan
-from torchmae.planning.options import PlanOptions
 
 
 def test_a_plan_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

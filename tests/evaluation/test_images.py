@@ -10,9 +10,9 @@ import tiny
 import torch
 from PIL import Image
 
+from torchmae.config.evaluate import DataOptions, EvaluateOptions
 from torchmae.errors import ConfigError, DataError
 from torchmae.evaluation.images import EvaluationData, open_evaluation_data, open_parts
-from torchmae.evaluation.options import DataOptions, EvaluateOptions
 
 Save = Callable[..., str]
 

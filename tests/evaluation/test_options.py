@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from torchmae.errors import ConfigError
-from torchmae.evaluation.options import (
+from torchmae.config.evaluate import (
     AttentiveOptions,
     ComputeOptions,
     DataOptions,
@@ -15,6 +14,7 @@ from torchmae.evaluation.options import (
     EvaluateOptions,
     ReconstructionOptions,
 )
+from torchmae.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,6 @@ def test_values_that_cannot_work(kind: type[Any], values: dict[str, Any], messag
 
 
 def test_they_load_nothing_heavy() -> None:
-    code = "import sys, torchmae.commands.evaluate, torchmae.commands.embed; print('torch' in sys.modules)"
+    code = "import sys, torchmae.config.evaluate, torchmae.config.embed; print('torch' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout == "False\n"

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from torchmae.bench.contenders import OURS, model_arguments
-from torchmae.bench.options import DataOptions
 from torchmae.bench.results import Report, Result
 from torchmae.bench.timing import synchronise, take_turns
 from torchmae.config import PretrainConfig
+from torchmae.config.bench import DataOptions
 from torchmae.data.formats import Progress
 from torchmae.data.opening import Data, open_data
 from torchmae.data.plan import Plan

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from statistics import median
 
 from torchmae.bench.contenders import OURS, model_arguments, peer_sizes
-from torchmae.bench.options import StepOptions
 from torchmae.bench.processes import Introduction, Process
 from torchmae.bench.results import Report, Result
 from torchmae.bench.timing import take_turns
 from torchmae.config import PretrainConfig
+from torchmae.config.bench import StepOptions
 from torchmae.data.formats import Progress
 from torchmae.nn.flops import count_flops
 

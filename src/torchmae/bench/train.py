@@ -11,11 +11,11 @@ from pathlib import Path
 from statistics import median
 
 from torchmae.bench.contenders import OURS, Contender, build, model_arguments
-from torchmae.bench.options import TrainOptions
 from torchmae.bench.processes import images_per_second, step_shares, warm_up
 from torchmae.bench.results import Report, Result
 from torchmae.bench.step import title
 from torchmae.config import PretrainConfig
+from torchmae.config.bench import TrainOptions
 from torchmae.data.formats import Progress
 from torchmae.data.opening import Data, open_data
 from torchmae.errors import Interrupted

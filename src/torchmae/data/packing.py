@@ -20,7 +20,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from PIL import Image as Pillow
 
-from torchmae.config import ReadOptions
+from torchmae.config.data import PackOptions
 from torchmae.data import jpeg
 from torchmae.data.arrays import map_array
 from torchmae.data.formats import CHANNELS, FORMATS, PACKED_ARRAY, Image, Progress, format_of, quiet_pillow
@@ -29,7 +29,7 @@ from torchmae.data.parquet import ParquetTable, import_pyarrow
 from torchmae.data.reading import BadFiles, num_cores, probe
 from torchmae.data.shards import CLASSES_FILE, INDEX_SUFFIX, build_index, write_index
 from torchmae.data.sources import Source
-from torchmae.errors import ConfigError, DataError, one_of, within
+from torchmae.errors import ConfigError, DataError
 from torchmae.files import lock_file, replace_file
 
 MANIFEST = "pack.json"
@@ -40,39 +40,6 @@ _PARTIAL = ".partial"
 _CHUNK = 64  # images under way at a time
 _ROWS = 100  # of a row group of parquet
 _LOSSY = ("jpeg", "webp")
-
-
-@dataclass(frozen=True)
-class PackOptions(ReadOptions):
-    """How to pack.
-
-    Attributes:
-        format: "parquet" (the Hugging Face schema), "wds" (WebDataset tar shards) or "npy" (one array, for images
-            of one size).
-        max_size: longest side in pixels; larger images are reduced to it, others kept byte for byte; null: all are.
-        quality: JPEG quality, 1 to 100, of images that were reduced and had been compressed with loss; others stay
-            lossless.
-        shard_mib: MiB after which the next file begins.
-        max_bad: share of the images that may be unreadable: each is left out and named, and one more ends the packing;
-            0: none may.
-        progress: "auto" (a bar on a terminal, else lines), "plain" or "none".
-    """
-
-    format: str = "parquet"
-    max_size: int | None = None
-    quality: int = 95
-    shard_mib: int = 256
-    max_bad: float = 0.01
-    progress: str = "auto"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of("format", self.format, ("parquet", "wds", "npy"))
-        one_of("progress", self.progress, ("auto", "plain", "none"))
-        within("max_size", self.max_size, 8, float("inf"))
-        within("quality", self.quality, 1, 100)
-        within("shard_mib", self.shard_mib, 1, 65536)
-        within("max_bad", self.max_bad, 0, 1)
 
 
 class Packed(NamedTuple):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from torchmae.config.evaluate import DataOptions
 from torchmae.data.formats import Context, Progress
 from torchmae.data.layouts import open_splits
 from torchmae.data.opening import check_apart
@@ -16,7 +17,6 @@ from torchmae.data.sources import Source, Subset
 from torchmae.data.transforms import Normalisation
 from torchmae.errors import ConfigError, DataError
 from torchmae.evaluation.images import ImageSet, check_sizes, with_channels
-from torchmae.evaluation.options import DataOptions
 
 GOOD = "good"
 """The folder of normal images among others to test, as in MVTec AD (Bergmann et al. 2019)."""

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torchmae.config.evaluate import APPLIES_TO, ComputeOptions, DataOptions, EvaluateOptions
 from torchmae.data.loader import one_line_when_a_worker_ends
 from torchmae.data.reading import probe
 from torchmae.data.sources import all_notes, data_line
@@ -15,7 +16,6 @@ from torchmae.evaluation import attentive, few_shot
 from torchmae.evaluation.anomaly_data import open_anomaly_data
 from torchmae.evaluation.images import EvaluationData, check_sizes, open_evaluation_data, rescaled
 from torchmae.evaluation.methods import ANOMALY, METHODS, WITHOUT_LABELS, Bench, output_folder, run_data
-from torchmae.evaluation.options import APPLIES_TO, ComputeOptions, DataOptions, EvaluateOptions
 from torchmae.evaluation.records import append_record
 from torchmae.evaluation.scores import Result, chance_note
 from torchmae.evaluation.subject import PIXELS, RANDOM, Subject, pixels, untrained

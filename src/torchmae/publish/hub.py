@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from torchmae.config.export import ExportOptions
 from torchmae.errors import CheckpointError, ConfigError
 from torchmae.interop.exports import require
 from torchmae.publish.export import export
-from torchmae.publish.options import ExportOptions
 
 _REPO = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 

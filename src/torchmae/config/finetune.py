@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from torchmae.errors import one_of, within
+from torchmae.config.base import Count, Momentum, NotNegative, PositiveShare, Range, Rate, Settings, Share
+from torchmae.errors import within
+
+Strength = Annotated[float, Range(0, 10)]
 
 SMALL_SIDE = 64
 """Images up to this many pixels along their longer side are small."""
@@ -36,7 +39,7 @@ SMALL = InputSettings(batch_size=128, crop_scale=(0.6, 1.0), randaugment=3, mixu
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
+class FinetuneConfig(Settings):
     """How a classifier is trained end to end. The defaults are the paper's (table 9, ViT-B).
 
     What is null depends on the input: the paper's value, or a milder one for images of up to 64 pixels (`for_input`).
@@ -65,45 +68,33 @@ class FinetuneConfig:
         checkpoint_minutes: minutes between two checkpoints.
     """
 
-    init: str = "pretrained"
-    epochs: int = 100
-    batch_size: int | None = None
-    accumulate: int = 1
-    base_lr: float = 1e-3
-    layer_decay: float = 0.75
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.05
-    warmup: float = 0.05
-    min_lr: float = 0.0
-    drop_path: float = 0.1
-    label_smoothing: float = 0.1
-    mixup: float | None = None
-    cutmix: float | None = None
-    randaugment: int | None = None
-    crop_scale: tuple[float, float] | None = None
-    ema: float | None = None
-    evaluations: int = 1
+    GROUP = "finetune."
+
+    init: Literal["pretrained", "random"] = "pretrained"
+    epochs: Count = 100
+    batch_size: Count | None = None
+    accumulate: Count = 1
+    base_lr: Rate = 1e-3
+    layer_decay: PositiveShare = 0.75
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
+    weight_decay: Strength = 0.05
+    warmup: Share = 0.05
+    min_lr: Share = 0.0
+    drop_path: Momentum = 0.1
+    label_smoothing: Momentum = 0.1
+    mixup: Strength | None = None
+    cutmix: Strength | None = None
+    randaugment: Annotated[int, Range(0, 10)] | None = None
+    crop_scale: tuple[PositiveShare, PositiveShare] | None = None
+    ema: Momentum | None = None
+    evaluations: Count = 1
     compile: bool = False
-    checkpoint_minutes: float = 5.0
+    checkpoint_minutes: NotNegative = 5.0
 
     def __post_init__(self) -> None:
-        one_of("finetune.init", self.init, ("pretrained", "random"))
-        for name in ("epochs", "batch_size", "accumulate", "evaluations"):
-            within(f"finetune.{name}", getattr(self, name), 1, float("inf"))
-        for name in ("weight_decay", "mixup", "cutmix", "randaugment"):
-            within(f"finetune.{name}", getattr(self, name), 0, 10)
-        for name in ("drop_path", "label_smoothing", "ema", "betas"):
-            values = getattr(self, name)
-            for value in values if isinstance(values, tuple) else (values,):
-                within(f"finetune.{name}", value, 0, 1, open_high=True)
-        within("finetune.base_lr", self.base_lr, 0, 10, open_low=True)
-        within("finetune.layer_decay", self.layer_decay, 0, 1, open_low=True)
-        within("finetune.warmup", self.warmup, 0, 1)
-        within("finetune.min_lr", self.min_lr, 0, 1)
+        super().__post_init__()
         if self.crop_scale is not None:
             within("finetune.crop_scale", self.crop_scale[0], 0, self.crop_scale[1], open_low=True)
-            within("finetune.crop_scale", self.crop_scale[1], 0, 1, open_low=True)
-        within("finetune.checkpoint_minutes", self.checkpoint_minutes, 0, float("inf"))
 
     def for_input(self, input_size: Sequence[int], in_chans: int) -> InputSettings:
         """What is null here, filled in for a model's input.

@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
-from torchmae.config import ReadOptions
-from torchmae.errors import ConfigError, one_of, within
-from torchmae.evaluation.finetune_config import FinetuneConfig
+from torchmae.config.base import (
+    POSITIONAL,
+    Count,
+    Device,
+    Fraction,
+    JsonOption,
+    NotNegative,
+    Place,
+    Precision,
+    Progress,
+    Range,
+    Rate,
+    Settings,
+    Share,
+    Size,
+    Target,
+    Threads,
+)
+from torchmae.config.data import ReadOptions
+from torchmae.config.finetune import FinetuneConfig
+from torchmae.config.pretrain import Preset, Strategy
+from torchmae.errors import ConfigError
 
-POOLS = ("mean", "cls", "both")
-UNLIMITED = float("inf")
+Method = Literal["all", "knn", "linear", "attentive", "reconstruction", "finetune", "anomaly"]
 APPLIES_TO = {
     "labels_per_class": ("knn", "linear", "finetune", "all"),
     "out": ("finetune", "anomaly"),
@@ -19,7 +38,7 @@ APPLIES_TO = {
     "test": ("anomaly",),
     "normal_classes": ("anomaly",),
 }
-"""The methods that an option of an evaluation is for, where it is not for all."""
+"""The methods that an option is for, where it is not for all."""
 
 
 @dataclass(frozen=True)
@@ -35,22 +54,15 @@ class DataOptions(ReadOptions):
         max_bad: share of the images that may be unreadable; one more ends the command.
     """
 
-    source: str | None = None
-    val_size: int = 2000
-    memory_limit: float = 4.0
-    num_workers: int | None = None
-    max_bad: float = 0.01
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        within("data.val_size", self.val_size, 1, UNLIMITED)
-        within("data.memory_limit", self.memory_limit, 0, UNLIMITED)
-        within("data.num_workers", self.num_workers, 0, 256)
-        within("data.max_bad", self.max_bad, 0, 1)
+    source: Place | None = None
+    val_size: Count = 2000
+    memory_limit: NotNegative = 4.0
+    num_workers: Annotated[int, Range(0, 256)] | None = None
+    max_bad: Share = 0.01
 
 
 @dataclass(frozen=True)
-class ComputeOptions:
+class ComputeOptions(Settings):
     """Where and how fast to compute.
 
     Attributes:
@@ -61,21 +73,15 @@ class ComputeOptions:
         progress: "auto" (a live line on a terminal, else plain lines), "plain" or "none".
     """
 
-    batch_size: int = 250
-    device: str = "auto"
-    precision: str = "auto"
-    threads: int | None = None
-    progress: str = "auto"
-
-    def __post_init__(self) -> None:
-        within("batch_size", self.batch_size, 1, 1e6)
-        one_of("precision", self.precision, ("auto", "bf16", "fp32"))
-        within("threads", self.threads, 1, 1024)
-        one_of("progress", self.progress, ("auto", "plain", "none"))
+    batch_size: Size = 250
+    device: Device = "auto"
+    precision: Precision = "auto"
+    threads: Threads | None = None
+    progress: Progress = "auto"
 
 
 @dataclass(frozen=True)
-class AttentiveOptions:
+class AttentiveOptions(Settings):
     """How the attentive probe is trained.
 
     Attributes:
@@ -87,22 +93,17 @@ class AttentiveOptions:
             every epoch, and `--method all` leaves this probe out.
     """
 
-    epochs: int | None = None
-    lr: float = 3e-3
-    weight_decay: float = 0.05
-    batch_size: int = 256
-    memory_limit: float = 4.0
+    GROUP = "attentive."
 
-    def __post_init__(self) -> None:
-        within("attentive.epochs", self.epochs, 1, 1e6)
-        within("attentive.lr", self.lr, 0, 10, open_low=True)
-        within("attentive.weight_decay", self.weight_decay, 0, 10)
-        within("attentive.batch_size", self.batch_size, 1, 1e6)
-        within("attentive.memory_limit", self.memory_limit, 0, UNLIMITED)
+    epochs: Size | None = None
+    lr: Rate = 3e-3
+    weight_decay: Annotated[float, Range(0, 10)] = 0.05
+    batch_size: Size = 256
+    memory_limit: NotNegative = 4.0
 
 
 @dataclass(frozen=True)
-class ReconstructionOptions:
+class ReconstructionOptions(Settings):
     """What is hidden when reconstructions are measured.
 
     Attributes:
@@ -111,21 +112,24 @@ class ReconstructionOptions:
         images: test images used, at most.
     """
 
-    ratios: tuple[float, ...] = (0.5, 0.75, 0.9)
-    strategies: tuple[str, ...] | None = None
-    images: int = 250
+    GROUP = "reconstruction."
+
+    ratios: tuple[Fraction, ...] = (0.5, 0.75, 0.9)
+    strategies: tuple[Strategy, ...] | None = None
+    images: Count = 250
 
     def __post_init__(self) -> None:
-        for ratio in self.ratios:
-            within("reconstruction.ratios", ratio, 0, 1, open_low=True, open_high=True)
+        super().__post_init__()
         if not self.ratios:
             raise ConfigError("reconstruction.ratios is empty", "give at least one, such as [0.75]")
-        within("reconstruction.images", self.images, 1, UNLIMITED)
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
-    """What `torchmae evaluate` takes beside the run.
+class EvaluateOptions(Settings):
+    """Measures a trained model: nearest neighbours, linear and attentive probes (--method all, the default).
+
+    What has to be asked for by --method: reconstruction, finetune (a classifier trained end to end, for minutes to
+    hours), and anomaly (with --normal DIR --test DIR). torchrun starts it on several GPUs.
 
     Attributes:
         method: knn, linear, attentive, reconstruction, finetune or anomaly; or all: knn, linear and attentive, beside
@@ -150,7 +154,7 @@ class EvaluateOptions:
         finetune: how a classifier is trained end to end; its images are flipped only if the run's were.
         out: folder that finetune makes for the classifier (null: RUN/finetune-...), or that anomaly writes to (null:
             RUN); to be given where RUN is no folder.
-        resume: of finetune: go on with the training in that folder.
+        resume: of finetune: go on with the training in this folder; without a folder, with the one in `out`.
         normal: of anomaly: images of what is normal; their training split. It needs no labels.
         test: of anomaly: images to test, in one folder for each class: "good", or a class of the normal ones, is normal
             and any other anomalous.
@@ -158,35 +162,34 @@ class EvaluateOptions:
         seed: of the untrained network, of draws, masks, and whatever starts at random.
     """
 
-    method: str = "all"
+    method: Method = "all"
     data: DataOptions = field(default_factory=DataOptions)
-    test_data: str | None = None
-    train_images: int | None = None
-    test_images: int | None = None
-    labels_per_class: int | None = None
-    draws: int = 5
-    pool: str | None = None
-    protocol: str = "sweep"
-    preset: str | None = None
-    target: str | None = None
+    test_data: Place | None = None
+    train_images: Count | None = None
+    test_images: Count | None = None
+    labels_per_class: Count | None = None
+    draws: Annotated[int, Range(1, 1000)] = 5
+    pool: Literal["mean", "cls", "both"] | None = None
+    protocol: Literal["sweep", "paper"] = "sweep"
+    preset: Preset | None = None
+    target: Target | None = None
     attentive: AttentiveOptions = field(default_factory=AttentiveOptions)
     reconstruction: ReconstructionOptions = field(default_factory=ReconstructionOptions)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
-    out: str | None = None
-    resume: bool = False
-    normal: str | None = None
-    test: str | None = None
+    out: Place | None = None
+    resume: bool | Place = False
+    normal: Place | None = None
+    test: Place | None = None
     normal_classes: str | None = None
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
 
     def __post_init__(self) -> None:
-        if self.pool is not None:
-            one_of("pool", self.pool, POOLS)
-        one_of("protocol", self.protocol, ("sweep", "paper"))
-        for name in ("train_images", "test_images", "labels_per_class"):
-            within(name, getattr(self, name), 1, UNLIMITED)
-        within("draws", self.draws, 1, 1000)
-        within("seed", self.seed, 0, 2**63 - 1)
+        super().__post_init__()
+        if isinstance(self.resume, str):
+            if self.out not in (None, self.resume):
+                raise ConfigError(f"resume is {self.resume!r} and out {self.out!r}", "give one of them")
+            object.__setattr__(self, "out", self.resume)
+            object.__setattr__(self, "resume", True)
         if self.method == "anomaly" and (self.normal is None or self.test is None):
             missing = " and ".join(name for name in ("normal", "test") if getattr(self, name) is None)
             raise ConfigError(f"method anomaly has no {missing} images", "give --normal DIR --test DIR")
@@ -196,25 +199,12 @@ class EvaluateOptions:
                 raise ConfigError(f"{name} does not apply to method {self.method!r}", f"use --method {listed}")
 
 
-@dataclass(frozen=True)
-class EmbedOptions:
-    """What `torchmae embed` takes beside the run.
+@dataclass(frozen=True, kw_only=True)
+class RunOrBaseline(JsonOption):
+    """What `torchmae evaluate` measures, and how it says the result.
 
     Attributes:
-        data: the images.
-        out: the file to write, .npz or .parquet.
-        pool: features of an image: mean (of its patch tokens), cls (the class token), both (one after the other), or
-            tokens (every patch token).
-        split: train, val, test, or all: whatever the data has.
+        run: run folder, exported model, weights of others (also as --init-from); or random or pixels, with --preset.
     """
 
-    data: DataOptions = field(default_factory=DataOptions)
-    out: str = "features.npz"
-    pool: str = "mean"
-    split: str = "all"
-
-    def __post_init__(self) -> None:
-        one_of("pool", self.pool, (*POOLS, "tokens"))
-        one_of("split", self.split, ("train", "val", "test", "all"))
-        if not self.out.endswith((".npz", ".parquet")):
-            raise ConfigError(f"out is {self.out!r}", "give a name that ends in .npz or .parquet")
+    run: Annotated[Place, POSITIONAL]

@@ -1,73 +1,47 @@
 """Every setting of a pre-training run and its default: the single place where a default lives.
 
-Plain frozen dataclasses; the command line, YAML files and `torchmae.pretrain` are all made of them. Order of
-precedence: these defaults < recipe < --config file < options.
+Order of precedence: these defaults < recipe < --config file < options.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
+from torchmae.config.base import (
+    Count,
+    Device,
+    Fraction,
+    JsonOption,
+    Momentum,
+    NotNegative,
+    Place,
+    Positive,
+    PositiveShare,
+    Precision,
+    Range,
+    Rate,
+    Settings,
+    Share,
+    Size,
+    Threads,
+)
+from torchmae.config.data import ReadOptions
 from torchmae.errors import ConfigError, one_of, within
 
+Preset = Literal[
+    "vit_tiny",
+    "vit_small",
+    "vit_base",
+    "vit_large",
+    "vit_huge",
+    "vit_tiny_32_p4",
+    "vit_tiny_32_p2",
+    "vit_digits",
+    "mlp",
+]
+Strategy = Literal["random", "block", "grid", "elements", "elements_inverted"]
 TRACKERS = ("tensorboard", "wandb", "trackio")
-
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """How data is opened and read, in every command the same.
-
-    Attributes:
-        root: where data sets that go by name are kept and downloaded to.
-        axes: what the axes of one sample in an array are, a letter each: C for channels, any other (L, H, W, Z, Y, X,
-            T) for space and time, such as HWC, CHW, LC, CL, ZYX or TYXC; null: as the shape suggests, where it has one
-            reading only.
-        pages: of a TIFF with several pages, the "first", "all" (each page is a sample) or a "stack" (all of them are
-            one sample with an axis more).
-        truncated: what becomes of a JPEG without its last rows: "skip" counts it as unreadable, "keep" takes the rows
-            that are there, and grey for the others.
-        max_megapixels: pixels, in millions, above which a picture is refused; a JPEG up to ten times as large is read
-            at a fraction of its size.
-        nodata: a value that means "nothing measured", such as -9999; such places, and those that are not finite
-            numbers, get the mean of their channel in the same sample; "nan": those alone; null: there is none.
-        member: which picture of tar samples with several: what stands behind the dot after the sample's key ("jpg",
-            "seg.png"), or "all" (each picture is a sample); null: no sample has several.
-        scale: for each type of stored values, the one that stands for 1; null: 255 for uint8, 65535 for uint16, and
-            1 for all others, which are taken as they are.
-    """
-
-    root: str = "data"
-    axes: str | None = None
-    pages: Literal["first", "all", "stack"] = "first"
-    truncated: Literal["skip", "keep"] = "skip"
-    max_megapixels: float = 100.0
-    nodata: float | Literal["nan"] | None = None
-    member: str | None = None
-    scale: dict[str, float] | None = None
-
-    def filled_from(self, other: ReadOptions) -> dict[str, Any]:
-        """The options that are left at their defaults here, as `other` has them."""
-        default = ReadOptions()
-        names = [item.name for item in fields(ReadOptions) if getattr(self, item.name) == getattr(default, item.name)]
-        return {name: getattr(other, name) for name in names}
-
-    def __post_init__(self) -> None:
-        one_of("data.pages", self.pages, ("first", "all", "stack"))
-        one_of("data.truncated", self.truncated, ("skip", "keep"))
-        within("data.max_megapixels", self.max_megapixels, 0, float("inf"), open_low=True)
-        if self.axes is not None:
-            object.__setattr__(self, "axes", self.axes.upper().removeprefix("N"))
-            letters = set(self.axes)
-            if not self.axes.isalpha() or len(letters) < len(self.axes) or not 1 <= len(letters - {"C"}) <= 3:
-                raise ConfigError(
-                    f"data.axes is {self.axes!r}", "give a letter for each axis of a sample, such as HWC, CL or ZYX"
-                )
-        if self.scale is not None and not isinstance(self.scale, dict):
-            raise ConfigError(f"data.scale is {self.scale!r}", 'give a number for each type, such as {"uint16": 4095}')
-        for kind, top in (self.scale or {}).items():
-            one_of("data.scale", kind, ("uint8", "uint16", "float32"))
-            within(f"data.scale of {kind}", top, 0, float("inf"), open_low=True)
 
 
 @dataclass(frozen=True)
@@ -97,34 +71,27 @@ class DataConfig(ReadOptions):
         allow_change: go on with a run whose training images are no longer those it began with.
     """
 
-    source: str = "digits"
-    val: str = "auto"
-    val_size: int = 2000
-    cache: str = "auto"
-    memory_limit: float = 4.0
-    num_workers: int | None = None
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    crop_ratio: tuple[float, float] = (0.75, 1.3333)
+    GROUP = "data."
+
+    source: Place = "digits"
+    val: Place = "auto"
+    val_size: Count = 2000
+    cache: Literal["auto", "memory", "device", "none"] = "auto"
+    memory_limit: NotNegative = 4.0
+    num_workers: Annotated[int, Range(0, 256)] | None = None
+    crop_scale: tuple[PositiveShare, PositiveShare] = (0.2, 1.0)
+    crop_ratio: tuple[Positive, float] = (0.75, 1.3333)
     flip: bool = True
     mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    repeats: int = 1
-    max_bad: float = 0.01
+    std: tuple[Positive, ...] | None = None
+    repeats: Annotated[int, Range(1, 1000)] = 1
+    max_bad: Share = 0.01
     allow_change: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("data.cache", self.cache, ("auto", "memory", "device", "none"))
-        within("data.val_size", self.val_size, 1, float("inf"))
-        within("data.memory_limit", self.memory_limit, 0, float("inf"))
-        within("data.num_workers", self.num_workers, 0, 256)
-        within("data.repeats", self.repeats, 1, 1000)
-        within("data.max_bad", self.max_bad, 0, 1)
         within("data.crop_scale", self.crop_scale[0], 0, self.crop_scale[1], open_low=True)
-        within("data.crop_scale", self.crop_scale[1], 0, 1, open_low=True)
         within("data.crop_ratio", self.crop_ratio[0], 0, self.crop_ratio[1], open_low=True)
-        for value in self.std or ():
-            within("data.std", value, 0, float("inf"), open_low=True)
         if (self.mean is None) != (self.std is None):
             raise ConfigError("only one of data.mean and data.std is given", "give both, or neither to compute them")
         if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
@@ -134,7 +101,7 @@ class DataConfig(ReadOptions):
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """The network. Null takes the preset's value.
 
     Attributes:
@@ -162,7 +129,9 @@ class ModelConfig:
         loss_on: "hidden" values only, or "all" values; the mlp preset's loss.
     """
 
-    preset: str = "vit_digits"
+    GROUP = "model."
+
+    preset: Preset = "vit_digits"
     input_size: int | tuple[int, ...] | None = None
     patch_size: int | tuple[int, ...] | None = None
     in_chans: int | None = None
@@ -172,7 +141,7 @@ class ModelConfig:
     mlp_ratio: float | None = None
     class_token: bool | None = None
     drop_path: float | None = None
-    decoder: str | None = None
+    decoder: Literal["self", "cross"] | None = None
     decoder_embed_dim: int | None = None
     decoder_depth: int | None = None
     decoder_num_heads: int | None = None
@@ -182,32 +151,29 @@ class ModelConfig:
     hog_weight: float | None = None
     hidden_dim: int | None = None
     output_relu: bool | None = None
-    loss_on: str | None = None
+    loss_on: Literal["hidden", "all"] | None = None
 
 
 @dataclass(frozen=True)
-class MaskConfig:
+class MaskConfig(Settings):
     """What is hidden.
 
     Attributes:
         strategy: "random" patches (the paper's), "block" (contiguous), "grid" (evenly spread); for the mlp
             preset "elements" (each value alone) or "elements_inverted" (the tutorial's: hides 1 - ratio).
-        ratio: share of the patches that is removed, in (0, 1).
+        ratio: share of the patches that is masked, in (0, 1).
         final_ratio: the share at the end of the run, reached in a straight line from `ratio`; null: it stays.
     """
 
-    strategy: str = "random"
-    ratio: float = 0.75
-    final_ratio: float | None = None
+    GROUP = "mask."
 
-    def __post_init__(self) -> None:
-        one_of("mask.strategy", self.strategy, ("random", "block", "grid", "elements", "elements_inverted"))
-        within("mask.ratio", self.ratio, 0, 1, open_low=True, open_high=True)
-        within("mask.final_ratio", self.final_ratio, 0, 1, open_low=True, open_high=True)
+    strategy: Strategy = "random"
+    ratio: Fraction = 0.75
+    final_ratio: Fraction | None = None
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Settings):
     """The optimiser and its schedule (paper, table 8).
 
     Attributes:
@@ -224,33 +190,22 @@ class OptimConfig:
         clip_grad: largest gradient norm; null: no clipping.
     """
 
-    name: str = "adamw"
-    base_lr: float = 1.5e-4
-    lr: float | None = None
-    muon_lr: float = 3e-3
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.05
-    schedule: str = "cosine"
-    warmup: float = 0.05
-    min_lr: float = 0.0
-    clip_grad: float | None = None
+    GROUP = "optim."
 
-    def __post_init__(self) -> None:
-        one_of("optim.name", self.name, ("adamw", "adam", "muon"))
-        one_of("optim.schedule", self.schedule, ("cosine", "constant"))
-        within("optim.base_lr", self.base_lr, 0, 10, open_low=True)
-        within("optim.lr", self.lr, 0, 10, open_low=True)
-        within("optim.muon_lr", self.muon_lr, 0, 10, open_low=True)
-        within("optim.weight_decay", self.weight_decay, 0, 10)
-        within("optim.warmup", self.warmup, 0, 1)
-        within("optim.min_lr", self.min_lr, 0, 1)
-        within("optim.clip_grad", self.clip_grad, 0, float("inf"), open_low=True)
-        for beta in self.betas:
-            within("optim.betas", beta, 0, 1, open_high=True)
+    name: Literal["adamw", "adam", "muon"] = "adamw"
+    base_lr: Rate = 1.5e-4
+    lr: Rate | None = None
+    muon_lr: Rate = 3e-3
+    betas: tuple[Momentum, Momentum] = (0.9, 0.95)
+    weight_decay: Annotated[float, Range(0, 10)] = 0.05
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: Share = 0.05
+    min_lr: Share = 0.0
+    clip_grad: Positive | None = None
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Settings):
     """What is measured while training, on held-out images under one fixed mask.
 
     Attributes:
@@ -263,23 +218,19 @@ class EvalConfig:
         pictures: images in each reconstruction picture.
     """
 
-    count: int = 10
-    images: int = 1000
-    knn_count: int = 2
-    knn_train: int = 10000
-    knn_val: int = 5000
-    linear_train: int = 2000
-    pictures: int = 8
+    GROUP = "eval."
 
-    def __post_init__(self) -> None:
-        for name in ("count", "images", "knn_train", "knn_val", "pictures"):
-            within(f"eval.{name}", getattr(self, name), 1, float("inf"))
-        within("eval.knn_count", self.knn_count, 0, float("inf"))
-        within("eval.linear_train", self.linear_train, 0, float("inf"))
+    count: Count = 10
+    images: Count = 1000
+    knn_count: Annotated[int, Range(0)] = 2
+    knn_train: Count = 10000
+    knn_val: Count = 5000
+    linear_train: Annotated[int, Range(0)] = 2000
+    pictures: Count = 8
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(Settings):
     """One pre-training run.
 
     Attributes:
@@ -331,48 +282,36 @@ class PretrainConfig:
     mask: MaskConfig = field(default_factory=MaskConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    init_from: str | None = None
-    out: str | None = None
-    epochs: int = 100
-    max_minutes: float | None = None
-    batch_size: int = 256
+    init_from: Place | None = None
+    out: Place | None = None
+    epochs: Size = 100
+    max_minutes: Annotated[float, Range(0, 1_000_000, open_low=True)] | None = None
+    batch_size: Size = 256
     fit_batch: bool = False
-    start_size: int | tuple[int, ...] | None = None
-    start_share: float = 0.5
-    accumulate: int = 1
-    seed: int = 0
-    device: str = "auto"
-    precision: str = "auto"
-    threads: int | None = None
+    start_size: Count | tuple[Count, ...] | None = None
+    start_share: Fraction = 0.5
+    accumulate: Count = 1
+    seed: Annotated[int, Range(0, 2**64 - 1)] = 0
+    device: Device = "auto"
+    precision: Precision = "auto"
+    threads: Threads | None = None
     compile: bool = False
-    parallel: str = "ddp"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     compress_gradients: bool = False
     checkpoint_activations: bool = False
-    activation_memory_budget: float = 1.0
-    max_skipped: int = 3
-    log_every: int = 10
-    checkpoint_minutes: float = 5.0
-    progress: str = "auto"
-    trackers: str = "auto"
+    activation_memory_budget: Share = 1.0
+    max_skipped: Count = 3
+    log_every: Count = 10
+    checkpoint_minutes: NotNegative = 5.0
+    progress: Literal["auto", "plain", "epochs", "none"] = "auto"
+    trackers: Literal["auto", "none", "tensorboard", "wandb", "trackio"] | str = "auto"
 
     def __post_init__(self) -> None:
-        one_of("precision", self.precision, ("auto", "bf16", "fp32"))
+        super().__post_init__()
         trackers = [name.strip() for name in self.trackers.split(",")]
         for name in trackers:
             one_of("trackers", name, TRACKERS if len(trackers) > 1 else ("auto", "none", *TRACKERS))
-        one_of("parallel", self.parallel, ("ddp", "fsdp"))
-        one_of("progress", self.progress, ("auto", "plain", "epochs", "none"))
-        within("epochs", self.epochs, 1, 1e6)
-        within("max_minutes", self.max_minutes, 0, 1e6, open_low=True)
-        within("batch_size", self.batch_size, 1, 1e6)
         within("accumulate", self.accumulate, 1, self.batch_size)
-        within("start_share", self.start_share, 0, 1, open_low=True, open_high=True)
-        sizes = self.start_size if isinstance(self.start_size, tuple) else (self.start_size,)
-        for size in sizes:
-            within("start_size", size, 1, float("inf"))
-        within("seed", self.seed, 0, 2**64 - 1)
-        within("threads", self.threads, 1, 1024)
-        within("activation_memory_budget", self.activation_memory_budget, 0, 1)
         if self.activation_memory_budget < 1 and not self.compile:
             raise ConfigError(
                 f"activation_memory_budget is {self.activation_memory_budget:g}, and only a compiled model has one",
@@ -384,6 +323,16 @@ class PretrainConfig:
                 "seen more often than others",
                 f"use --epochs {(self.epochs // self.data.repeats + 1) * self.data.repeats}",
             )
-        within("max_skipped", self.max_skipped, 1, float("inf"))
-        within("log_every", self.log_every, 1, float("inf"))
-        within("checkpoint_minutes", self.checkpoint_minutes, 0, float("inf"))
+
+
+@dataclass(frozen=True)
+class PretrainOptions(JsonOption):
+    """Pre-trains a masked autoencoder and leaves a run folder with a backbone, pictures and a report.
+
+    Attributes:
+        resume: go on with the run in this folder; its settings are in it.
+        print_config: print all settings as YAML, and train nothing.
+    """
+
+    resume: Place | None = None
+    print_config: bool = False

@@ -1,49 +1,18 @@
-"""What to plan for, and the GPUs to choose from; no torch."""
+"""The settings of `torchmae plan`. Light: nothing here imports torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from torchmae.errors import ConfigError, one_of, within
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU, by its data sheet.
-
-    Attributes:
-        name: what people call it.
-        tflops: peak of dense bf16 matrix products, 10^12 operations a second.
-        memory: GiB.
-        link: GB a second that it sends to others of its machine, one way.
-        network: GB a second that a machine of 8 sends to others, one way, in a cluster usual for the GPU.
-    """
-
-    name: str
-    tflops: float
-    memory: float
-    link: float
-    network: float
-
-
-GPUS = {
-    "a100": Gpu("A100 80 GB", 312, 80, 300, 200),
-    "h100": Gpu("H100 80 GB", 989, 80, 450, 400),
-    "h200": Gpu("H200", 989, 141, 450, 400),
-    "b200": Gpu("B200", 2250, 180, 900, 400),
-    "l40s": Gpu("L40S", 362, 48, 25, 50),
-    "rtx4090": Gpu("RTX 4090", 165, 24, 25, 1.25),
-}
-
-
-MEASURED_MFU = {1.29: 0.110, 58.0: 0.299, 123.6: 0.333}
-"""GFLOP an image to the share of the data sheet's peak that a compiled training step reached on one H100 (ViT-Tiny/4 at
-32 px, ViT-B/16, ViT-L/16; docs/performance.md)."""
+from torchmae.config.base import Count, Fraction, Positive, PositiveShare, Range, Settings, Size
+from torchmae.config.pretrain import Preset
+from torchmae.errors import ConfigError, within
 
 
 @dataclass(frozen=True)
-class PlanOptions:
-    """What to plan for.
+class PlanOptions(Settings):
+    """Predicts operations, memory, traffic, speed and GPU hours of a pre-training run from its sizes; nothing is run.
 
     Attributes:
         model: a preset (vit_tiny, vit_small, vit_base, vit_large, vit_huge, ...).
@@ -64,33 +33,26 @@ class PlanOptions:
         cores: processor cores for each GPU.
     """
 
-    model: str = "vit_base"
+    model: Preset = "vit_base"
     images: str = "1.28M"
-    epochs: int = 400
-    batch_size: int = 4096
-    mask_ratio: float = 0.75
-    input_size: int | None = None
-    gpus: int = 8
-    gpu: str = "h100"
-    mfu: float | None = None
-    parallel: str = "ddp"
+    epochs: Size = 400
+    batch_size: Size = 4096
+    mask_ratio: Fraction = 0.75
+    input_size: Count | None = None
+    gpus: Annotated[int, Range(1, 100_000)] = 8
+    gpu: Literal["a100", "h100", "h200", "b200", "l40s", "rtx4090"] = "h100"
+    mfu: PositiveShare | None = None
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     compress_gradients: bool = False
     checkpoint_activations: bool = False
-    image_kb: float = 110.0
-    decode_rate: float = 550.0
-    cores: float = 12.0
+    image_kb: Positive = 110.0
+    decode_rate: Positive = 550.0
+    cores: Positive = 12.0
 
     def __post_init__(self) -> None:
-        one_of("gpu", self.gpu, GPUS)
-        one_of("parallel", self.parallel, ("ddp", "fsdp"))
+        super().__post_init__()
         number_of(self.images)
-        within("epochs", self.epochs, 1, 1e6)
-        within("gpus", self.gpus, 1, 1e5)
         within("batch_size", self.batch_size, self.gpus, 1e6)
-        within("mfu", self.mfu, 0, 1, open_low=True)
-        within("image_kb", self.image_kb, 0, 1e9, open_low=True)
-        within("decode_rate", self.decode_rate, 0, 1e9, open_low=True)
-        within("cores", self.cores, 0, 1e4, open_low=True)
 
 
 def number_of(text: str) -> float:
