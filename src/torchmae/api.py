@@ -105,14 +105,11 @@ def configure(given: Mapping[str, Any]) -> PretrainConfig:
     Without a recipe one is chosen by the data; and where the sizes of the model's input and patches are not given, so
     are they, should that recipe's not suit.
     """
-    recipe = given.get("recipe", "auto")
-    config = settings.from_recipe(
-        None if recipe == "auto" else recipe, given
-    )  # a mistake is said before data is opened
-    if recipe != "auto":
+    config = settings.from_recipe(given)
+    if config.recipe != "auto":
         return config
     if config.data.source == "digits":
-        return settings.from_recipe("digits", given)
+        return settings.from_recipe({**given, "recipe": "digits"})
 
     def look() -> tuple[int, ...]:
         display = Display(config.progress)
@@ -124,7 +121,8 @@ def configure(given: Mapping[str, Any]) -> PretrainConfig:
     with open_ranks(config.device) as ranks:
         recipe, shape = recommend(ranks.on_main(look))  # what has to be downloaded is so once
     sizes = {} if config.init_from is not None else proposed(config.model, shape)
-    return settings.from_recipe(recipe, {**{f"model.{name}": size for name, size in sizes.items()}, **given})
+    shape = {f"model.{name}": size for name, size in sizes.items()}
+    return settings.from_recipe({**shape, **given, "recipe": recipe})
 
 
 def proposed(model: ModelConfig, shape: dict[str, Any]) -> dict[str, Any]:
@@ -154,7 +152,7 @@ def recommend(size: tuple[int, ...]) -> tuple[str, dict[str, Any]]:
         being reduced), `input_size` and `patch_size`.
     """
     recipe = next(name for limit, name in RECIPE_FOR_SIDE if max(size) <= limit)
-    config = settings.from_recipe(recipe, {})
+    config = settings.from_recipe({"recipe": recipe})
     own = presets.arguments(config.model.preset, **overrides(config))
     reduced = recipe == RECIPE_FOR_SIDE[0][1] and max(size) > max(own["input_size"])
     if len(size) == 2 and max(size) <= 2 * min(size) and not reduced:

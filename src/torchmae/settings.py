@@ -176,16 +176,16 @@ def read_config(path: Path) -> PretrainConfig:
     return make(PretrainConfig, read_file(path))
 
 
-def from_recipe(recipe: str | None, given: Mapping[str, Any]) -> PretrainConfig:
-    """The settings of a recipe, changed by those given; None: of the defaults."""
-    if recipe is None:
-        return make(PretrainConfig, given)
-    return make(PretrainConfig, {**read_file(recipe_path(recipe)), **given, "recipe": recipe})
+def from_recipe(given: Mapping[str, Any]) -> PretrainConfig:
+    """The settings of the recipe that is named among those given, changed by the others; "auto": of the defaults."""
+    recipe = given.get("recipe", "auto")
+    return make(PretrainConfig, given if recipe == "auto" else {**read_file(recipe_path(recipe)), **given})
 
 
 def parse(words: Sequence[str], recipe: str | None = None) -> PretrainConfig:
-    """The settings of a run from options as on the command line, based on a recipe or, without one, on the defaults."""
-    return from_recipe(recipe, read_words(words, PretrainConfig))
+    """The settings of a run from options as on the command line; `recipe` wins over one among them."""
+    given = read_words(words, PretrainConfig)
+    return from_recipe(given if recipe is None else {**given, "recipe": recipe})
 
 
 def to_yaml(config: PretrainConfig) -> str:

@@ -50,7 +50,7 @@ def test_several_runs_get_one_page(
         (["nowhere"], "run folder 'nowhere' does not exist; give a folder that torchmae pretrain wrote"),
         (["{a}", "nowhere"], "run folder 'nowhere' does not exist"),
         (["{a}", "{a}/"], "is given twice; name each run once"),
-        (["{a}", "--out", "page.pdf"], "out is 'page.pdf'; the report is a page"),
+        (["{a}", "--out", "page.pdf"], "out is 'page.pdf'; give a name that ends in .html"),
         (["{a}", "--outt", "page.html"], "unknown option 'outt'; did you mean --out?"),
     ],
 )

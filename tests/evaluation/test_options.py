@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from torchmae.config.embed import EmbedOptions
 from torchmae.config.evaluate import (
     AttentiveOptions,
     ComputeOptions,
     DataOptions,
-    EmbedOptions,
     EvaluateOptions,
     ReconstructionOptions,
 )
@@ -31,8 +31,12 @@ from torchmae.errors import ConfigError
         (EvaluateOptions, {"pool": "max"}, "pool is 'max'; did you mean 'mean'? choose from mean, cls, both"),
         (EvaluateOptions, {"labels_per_class": 0}, "labels_per_class is 0; it must be 1 or more"),
         (EvaluateOptions, {"labels_per_class": 5, "method": "attentive"}, "labels_per_class does not apply to method"),
-        (EmbedOptions, {"out": "features.csv"}, "out is 'features.csv'; give a name that ends in .npz or .parquet"),
-        (EmbedOptions, {"split": "dev"}, "split is 'dev'"),
+        (
+            EmbedOptions,
+            {"run": "a", "out": "features.csv"},
+            "out is 'features.csv'; give a name that ends in .npz or .parquet",
+        ),
+        (EmbedOptions, {"run": "a", "split": "dev"}, "split is 'dev'"),
     ],
 )
 def test_values_that_cannot_work(kind: type[Any], values: dict[str, Any], message: str) -> None:

@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torchmae.config import PretrainConfig
-from torchmae.config.base import PLACE, POSITIONAL, Settings, alternatives, choices, is_group, many, rules, settings_of
+from torchmae.config.base import (
+    POSITIONAL,
+    Settings,
+    alternatives,
+    choices,
+    is_group,
+    many,
+    names_file,
+    rules,
+    settings_of,
+)
 from torchmae.files import replace_file
 from torchmae.settings import ALIASES, recipe_names
 
@@ -23,8 +33,8 @@ class Command(NamedTuple):
     Attributes:
         about: what it does, in a line.
         module: of `torchmae.config` and of `torchmae.commands`.
-        kinds: classes of that module of `torchmae.config`; the last one's docstring describes the command. `run` takes
-            an object of each.
+        kinds: classes of that module of `torchmae.config`, or of another one that is named before a dot; the last one's
+            docstring describes the command. `run` takes an object of each.
         run: the function, in that module of `torchmae.commands`; it returns the exit status.
         configures: whether the command takes the settings of a run as well; `run` takes them by dotted name.
         several: whether the processes that torchrun starts run it together.
@@ -39,7 +49,8 @@ class Command(NamedTuple):
 
     def settings(self) -> tuple[type[Settings], ...]:
         """The classes of `kinds`."""
-        return tuple(getattr(import_module(f"torchmae.config.{self.module}"), kind) for kind in self.kinds)
+        homes = [kind.rpartition(".") for kind in self.kinds]
+        return tuple(getattr(import_module(f"torchmae.config.{home or self.module}"), kind) for home, _, kind in homes)
 
 
 COMMANDS = {
@@ -59,7 +70,7 @@ COMMANDS = {
     ),
     "embed": Command(
         "write the features of many images to a file",
-        *("embed", ("RunArgument", "ComputeOptions", "EmbedOptions")),
+        *("embed", ("evaluate.ComputeOptions", "EmbedOptions")),
         several=True,
     ),
     "visualize": Command(
@@ -163,7 +174,7 @@ def add_options(parser: argparse.ArgumentParser, kinds: Sequence[type[Settings]]
         actions = [action]
         if positional:
             actions += [parser.add_argument(short, help=f"in place of {name.upper()}") for short in names]
-        if file is not None and (PLACE in rules(setting.kind) or Path in alternatives(setting.kind)):
+        if file is not None and names_file(setting.kind):
             for each in actions:
                 each.complete = file  # type: ignore[attr-defined]
 

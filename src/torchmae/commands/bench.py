@@ -40,10 +40,8 @@ def train(output: OutputOptions, options: TrainOptions, given: Mapping[str, Any]
 
 def step_config(given: Mapping[str, Any]) -> PretrainConfig:
     """The settings of a step, which needs no data: that would choose the recipe where nothing else does."""
-    recipe = given.get("recipe", "auto")
-    if recipe == "auto" and "model.preset" not in given:
-        given = {**given, "model.preset": STEP_PRESET}
-    return from_recipe(None if recipe == "auto" else recipe, given)
+    named = given.get("recipe", "auto") != "auto" or "model.preset" in given
+    return from_recipe(given if named else {**given, "model.preset": STEP_PRESET})
 
 
 def _report(config: PretrainConfig, output: OutputOptions, measure: Callable[[Progress], Report]) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from torchmae.config.base import RunArgument
 from torchmae.config.embed import EmbedOptions
 from torchmae.config.evaluate import ComputeOptions
 from torchmae.data.loader import one_line_when_a_worker_ends
@@ -19,20 +18,19 @@ from torchmae.training.ranks import one_line_when_lost, open_ranks, share_of_cor
 from torchmae.training.runtime import open_runtime
 
 
-def run(model: RunArgument, compute: ComputeOptions, options: EmbedOptions) -> int:
+def run(compute: ComputeOptions, options: EmbedOptions) -> int:
     """Runs the command; returns the exit status."""
-    line = write(model.run, options, compute)
+    line = write(options, compute)
     if line is not None:
         print(line)
     return 0
 
 
-def write(run: str, options: EmbedOptions, compute: ComputeOptions) -> str | None:
+def write(options: EmbedOptions, compute: ComputeOptions) -> str | None:
     """Writes the file.
 
     Args:
-        run: a run folder, an exported model, or weights of others.
-        options: which images, which features, where to.
+        options: which model, which images, which features, where to.
         compute: where to compute.
 
     Returns:
@@ -43,9 +41,9 @@ def write(run: str, options: EmbedOptions, compute: ComputeOptions) -> str | Non
         display = Display(compute.progress if ranks.is_main else "none")
 
         def open_all() -> tuple[Subject, list[ImageSet]]:
-            pretrained = load(run)
+            pretrained = load(options.run)
             description = pretrained.description
-            data = own_data(run, options.data)
+            data = own_data(options.run, options.data)
             parts, notes = open_parts(
                 replace(data, num_workers=share_of_cores(data.num_workers, ranks)),
                 options.split,

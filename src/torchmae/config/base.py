@@ -253,6 +253,11 @@ def many(kind: Any) -> bool:
     return get_origin(alternatives(kind)[0]) is tuple
 
 
+def names_file(kind: Any) -> bool:
+    """Whether a setting names a file or folder, or several."""
+    return PLACE in rules(kind) or any(Path in (part, *get_args(part)) for part in alternatives(kind))
+
+
 def choices(kind: Any) -> tuple[str, ...]:
     """The words that a setting offers: those of a `Literal`, true and false of a bool."""
     found: list[str] = []

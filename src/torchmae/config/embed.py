@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from torchmae.config.base import Place, Settings
+from torchmae.config.base import Place, RunArgument
 from torchmae.config.evaluate import DataOptions
 
 
-@dataclass(frozen=True)
-class EmbedOptions(Settings):
+@dataclass(frozen=True, kw_only=True)
+class EmbedOptions(RunArgument):
     """Writes the features of all images of a data set to a file; nothing is masked.
 
     A command that was stopped goes on where it was when it is given again. torchrun starts it on several GPUs.
