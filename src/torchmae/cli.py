@@ -69,14 +69,14 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _run(command: Command, words: Sequence[str]) -> int:
     """Words to settings, and the command with them."""
-    kinds = command.settings()
+    kinds = command.kinds
     given = read_words(words, *kinds, *([PretrainConfig] if command.configures else []))
     options: list[Any] = [make(kind, given) for kind in kinds]
     if command.configures:
         known = settings_of(PretrainConfig)
         options.append({name: value for name, value in given.items() if name in known})
-    run = getattr(import_module(f"torchmae.commands.{command.module}"), command.run)
-    return int(run(*options))
+    module, function = command.run.split(".")
+    return int(getattr(import_module(f"torchmae.commands.{module}"), function)(*options))
 
 
 def _usage(first: str, rest: Sequence[str]) -> int:
@@ -85,7 +85,7 @@ def _usage(first: str, rest: Sequence[str]) -> int:
     if first in ("-h", "--help", "help") or (own and (not rest or rest[0] in ("-h", "--help"))):
         print("torchmae: masked autoencoder pre-training in PyTorch\n\nusage: torchmae COMMAND [OPTIONS]\n\ncommands:")
         for name, command in (own or COMMANDS).items():
-            print(f"  {name:<13} {command.about}")
+            print(f"  {name:<13} {command.about.splitlines()[0].rstrip('.')}")
         print(EXAMPLES, end="")
         return 0
     wrong = f"{first} {rest[0]}" if own else first

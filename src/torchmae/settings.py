@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from torchmae.config import PretrainConfig
-from torchmae.config.base import POSITIONAL, Setting, Settings, alternatives, make, many, rules, settings_of, suffixes
+from torchmae.config.base import Setting, Settings, alternatives, make, rules, settings_of, suffixes
 from torchmae.errors import ConfigError, one_of
 from torchmae.paths import user_path
 
@@ -119,10 +119,9 @@ def read_words(words: Sequence[str], *kinds: type[Settings]) -> Given:
         else:
             given |= collect({name: value}, known)
     for name, setting in known.items():
-        if POSITIONAL in rules(setting.kind) and name not in given and positional:
-            several = many(setting.kind)
-            given[name] = positional if several else positional[0]
-            positional = [] if several else positional[1:]
+        if setting.positional and name not in given and positional:
+            given[name] = positional if setting.several else positional[0]
+            positional = [] if setting.several else positional[1:]
     if positional:
         raise ConfigError(f"unexpected word {positional[0]!r}", "options begin with two dashes, such as --data PATH")
     missing = [name for name, setting in known.items() if setting.default is MISSING and name not in given]
@@ -132,19 +131,17 @@ def read_words(words: Sequence[str], *kinds: type[Settings]) -> Given:
 
 
 def _next_value(name: str, known: Mapping[str, Setting], rest: list[str]) -> str:
-    """Takes the value of an option off the words that follow it; "true" where the option needs none."""
+    """Takes the value of an option off the words that follow it; "true" where the option stands alone."""
+    kind = str if name == "config" else known[full_name(name, known)].kind
+    kinds = alternatives(kind)
     following = rest[0] if rest and not rest[0].startswith("--") else None
-    if name != "config":
-        kind = known[full_name(name, known)].kind
-        if bool in (kinds := alternatives(kind)):
-            value = following in ("true", "false") or not any(
-                POSITIONAL in rules(other.kind) for other in known.values()
-            )
-            value = value or (len(kinds) > 1 and str(following).endswith(suffixes(kind) or ("",)))
-            return rest.pop(0) if following is not None and value else "true"
-    if following is None:
+    if bool in kinds and following not in (None, "true", "false"):
+        named = len(kinds) > 1 and following.endswith(suffixes(rules(kind)) or "")
+        if not named and any(setting.positional for setting in known.values()):  # a word of its own
+            following = None
+    if following is None and bool not in kinds:
         raise ConfigError(f"--{name} has no value", f"give one: --{name} VALUE")
-    return rest.pop(0)
+    return "true" if following is None else rest.pop(0)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torchmae import cli
 from torchmae.cli import main
 from torchmae.commands.completion import command_tree
 from torchmae.config import PretrainConfig
-from torchmae.config.base import POSITIONAL, choices, rules, settings_of
+from torchmae.config.base import settings_of
 from torchmae.settings import recipe_names
 
 pytest.importorskip("shtab")
@@ -114,16 +114,16 @@ def test_every_option_of_every_help_is_completed(capsys: pytest.CaptureFixture[s
     for name, command in cli.COMMANDS.items():
         assert main([*name.split(), "--help"]) == 0
         shown = set(re.findall(r"^  (?:-h, )?--([\w.]+)", capsys.readouterr().out, re.MULTILINE)) - {"help"}
-        settings = settings_of(*command.settings(), *([PretrainConfig] if command.configures else []))
-        words = {setting for setting in settings if POSITIONAL in rules(settings[setting].kind)}
+        settings = settings_of(*command.kinds, *([PretrainConfig] if command.configures else []))
+        words = {setting for setting in settings if settings[setting].positional}
         assert {f"--{option}" for option in {*shown, *settings} - words} <= options(tree, *name.split()), name
 
 
 def test_values_are_those_that_the_types_allow() -> None:
     known = settings_of(PretrainConfig)
-    assert choices(known["optim.name"].kind) == ("adamw", "adam", "muon")
-    assert choices(known["compile"].kind) == ("true", "false")
-    assert choices(known["data.source"].kind) == choices(known["epochs"].kind) == ()
+    assert known["optim.name"].choices == ("adamw", "adam", "muon")
+    assert known["compile"].choices == ("true", "false")
+    assert known["data.source"].choices == known["epochs"].choices == ()
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def commands(page: Path) -> list[str]:
 
 def check_option(word: str, *commands: cli.Command) -> None:
     """ConfigError unless a setting of the commands has this name."""
-    kinds = {kind for command in commands for kind in command.settings()}
+    kinds = {kind for command in commands for kind in command.kinds}
     kinds |= {PretrainConfig for command in commands if command.configures}
     name = word.split()[0].removeprefix("--").partition("=")[0]
     if name not in ("config", "help", "version"):

@@ -37,8 +37,8 @@ def command_tree(file: Any) -> argparse.ArgumentParser:
         first, _, second = name.rpartition(" ")
         if first and first not in branches:
             branches[first] = branches[""].add_parser(first, help=first).add_subparsers()
-        parser = branches[first].add_parser(second, help=command.about.replace("%", "%%"))
-        add_options(parser, (*command.settings(), *([PretrainConfig] if command.configures else [])), file)
+        parser = branches[first].add_parser(second, help=command.about.splitlines()[0])
+        add_options(parser, (*command.kinds, *([PretrainConfig] if command.configures else [])), file)
         if command.configures:
             parser.add_argument("--config").complete = file  # type: ignore[attr-defined]
     return tree

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from torchmae import settings
+from torchmae.config.pretrain import RecipesOptions
 
 
-def run() -> int:
+def run(_: RecipesOptions) -> int:
     """Prints the recipes, one a line; returns the exit status."""
     names = settings.recipe_names()
     for name in names:

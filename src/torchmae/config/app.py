@@ -12,10 +12,10 @@ from torchmae.config.visualize import DataOptions
 
 @dataclass(frozen=True, kw_only=True)
 class AppOptions(Settings):
-    """Serves a page, to this computer alone, to try a trained model on.
+    """Serves a page to try a model in the browser: paint a hole, see it filled in, compare two runs.
 
-    Choose an image, paint a hole into it, see what the model makes of it, what it sees and what is like it to it; or
-    compare two runs.
+    The page is for this computer alone. Choose an image, paint a hole into it, see what the model makes of it, what it
+    sees, and which images look similar to it.
 
     Attributes:
         runs: run folders, exported models, or weights of others.

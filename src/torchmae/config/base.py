@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from inspect import getdoc
 from pathlib import Path
@@ -61,8 +62,8 @@ Progress = Literal["auto", "plain", "none"]
 Target = Literal["pixels", "normalised"]
 
 
-class WrongType(ConfigError):
-    """A value that cannot be converted to the type of its setting."""
+class WrongType(Exception):
+    """A value that cannot be converted to a type."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,40 @@ class Settings:
 
 
 class Setting(NamedTuple):
-    """One setting: its type, its default (MISSING: it has to be given), and its description."""
+    """One setting.
+
+    Attributes:
+        kind: its type.
+        default: MISSING where the setting has to be given.
+        about: its description.
+    """
 
     kind: Any
     default: Any
     about: str
+
+    @property
+    def positional(self) -> bool:
+        """Whether it is a word without an option before it."""
+        return POSITIONAL in rules(self.kind)
+
+    @property
+    def several(self) -> bool:
+        """Whether it takes several values."""
+        return get_origin(alternatives(self.kind)[0]) is tuple
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The words that it offers: those of a `Literal`, true and false of a bool."""
+        words: list[str] = []
+        for part in alternatives(self.kind):
+            words += get_args(part) if get_origin(part) is Literal else ("true", "false") if part is bool else ()
+        return tuple(words)
+
+    @property
+    def names_file(self) -> bool:
+        """Whether its values are names of files or folders."""
+        return PLACE in rules(self.kind) or any(Path in (part, *get_args(part)) for part in alternatives(self.kind))
 
 
 def settings_of(*kinds: type[Settings], prefix: str = "") -> dict[str, Setting]:
@@ -107,21 +137,14 @@ def settings_of(*kinds: type[Settings], prefix: str = "") -> dict[str, Setting]:
     return found
 
 
-def is_group(kind: Any) -> bool:
-    """Whether a type is a class of settings."""
-    return isinstance(kind, type) and issubclass(kind, Settings)
-
-
 def _attributes(kind: type[Any]) -> dict[str, str]:
     """The descriptions of the fields, from the section "Attributes" of the docstring."""
     found: dict[str, str] = {}
     name = ""
     for line in (getdoc(kind) or "").partition("Attributes:\n")[2].splitlines():
-        if line.startswith("        "):
-            found[name] += " " + line.strip()
-        elif line.strip():
-            name, _, text = line.strip().partition(": ")
-            found[name] = text
+        if not line.startswith("        "):
+            name, _, line = line.partition(": ")
+        found[name.strip()] = f"{found.get(name.strip(), '')} {line.strip()}".strip()
     return found
 
 
@@ -151,57 +174,53 @@ def convert(name: str, kind: Any, value: Any) -> Any:
     Raises:
         ConfigError: the value has another type, is none of the choices, or lies outside its range.
     """
+    parts = alternatives(kind)
+    if NoneType in parts and (value is None or (isinstance(value, str) and value in ("null", "~"))):
+        return None
+    parts = [part for part in parts if part is not NoneType]
+    for part in parts:
+        with suppress(WrongType, *([ChoiceError] if len(parts) > 1 else [])):
+            return _checked(name, rules(kind), _convert_to(name, part, value))
+    raise ConfigError(f"{name} is {value}", f"it takes {' or '.join(map(_in_words, parts))}")
+
+
+def _checked(name: str, limits: list[Any], value: Any) -> Any:
+    """The value of a setting, once it is checked against what `Annotated` says of it."""
+    for limit in limits:
+        if isinstance(limit, Range) and isinstance(value, (int, float)):
+            within(name, value, limit.low, limit.high, open_low=limit.open_low, open_high=limit.open_high)
+        elif limit == PLACE and isinstance(value, str) and value.startswith("~"):
+            value = str(user_path(value))
+    endings = suffixes(limits)
+    if endings and isinstance(value, (str, Path)) and not str(value).lower().endswith(endings):
+        raise ConfigError(f"{name} is {str(value)!r}", f"give a name that ends in {' or '.join(endings)}")
+    return value
+
+
+def _convert_to(name: str, kind: Any, value: Any) -> Any:
     origin, args = get_origin(kind) or kind, get_args(kind)
-    if origin is Annotated:
-        value = convert(name, args[0], value)
-        for rule in args[1:]:
-            if isinstance(rule, Range):
-                within(name, value, rule.low, rule.high, open_low=rule.open_low, open_high=rule.open_high)
-            elif rule == PLACE and isinstance(value, str) and value.startswith("~"):
-                value = str(user_path(value))
-        endings = suffixes(kind)
-        if endings and isinstance(value, (str, Path)) and not str(value).lower().endswith(endings):
-            raise ConfigError(f"{name} is {str(value)!r}", f"give a name that ends in {' or '.join(endings)}")
-        return value
-    if origin in (Union, UnionType):
-        return _convert_union(name, args, value)
     if origin is Literal:
         one_of(name, value, args)
         return value
-    if origin in (tuple, dict):
-        value = _from_yaml(value)
-        if origin is dict and isinstance(value, Mapping):
-            return {convert(name, args[0], key): convert(f"{name} of {key}", args[1], of) for key, of in value.items()}
-        if origin is tuple and isinstance(value, Iterable) and not isinstance(value, (str, Mapping)):
-            items = tuple(value)
+    if is_group(origin):
+        if isinstance(value, origin):
+            return value
+    elif origin in (tuple, dict):
+        items = _from_yaml(value)
+        if origin is dict and isinstance(items, Mapping):
+            return {str(key): convert(f"{name} of {key}", args[1], item) for key, item in items.items()}
+        if origin is tuple and isinstance(items, Iterable) and not isinstance(items, (str, Mapping)):
+            items = tuple(items)
             kinds = args[:1] * len(items) if args[-1] == Ellipsis else args
             if len(items) != len(kinds):
-                raise WrongType(f"{name} is {value}", f"it takes a list of {len(kinds)} values")
+                raise ConfigError(f"{name} is {value}", f"it takes a list of {len(kinds)} values")
             return tuple(convert(name, each, item) for each, item in zip(kinds, items, strict=True))
-    elif origin not in WORDS and not is_group(origin):  # an object that no text stands for
-        return value
-    elif not is_group(origin):
-        try:
+    elif origin in WORDS:
+        with suppress(TypeError, ValueError, KeyError, OverflowError):
             return _scalar(origin, value)
-        except (TypeError, ValueError, KeyError, OverflowError):
-            pass
-    elif isinstance(value, origin):
+    else:  # an object that no text stands for
         return value
-    raise WrongType(f"{name} is {value}", f"it takes {in_words(kind)}")
-
-
-def _convert_union(name: str, kinds: Iterable[Any], value: Any) -> Any:
-    if NoneType in kinds and (value is None or (isinstance(value, str) and value in ("null", "~"))):
-        return None
-    kinds = [kind for kind in kinds if kind is not NoneType]
-    if len(kinds) == 1:
-        return convert(name, kinds[0], value)
-    for kind in sorted(kinds, key=lambda kind: get_origin(kind) != Literal):  # a choice may look like a number: nan
-        try:
-            return convert(name, kind, value)
-        except (WrongType, ChoiceError):
-            pass
-    raise WrongType(f"{name} is {value}", f"it takes {' or '.join(map(in_words, kinds))}")
+    raise WrongType
 
 
 def _scalar(kind: type[Any], value: Any) -> Any:
@@ -213,8 +232,6 @@ def _scalar(kind: type[Any], value: Any) -> Any:
         raise TypeError
     if kind is int:
         return int(value) if text else operator.index(value)
-    if kind is float:
-        return float(value)
     if kind is str and not isinstance(value, (str, os.PathLike, int, float)):
         raise TypeError
     return user_path(value) if kind is Path else kind(value)
@@ -230,52 +247,35 @@ def _from_yaml(value: Any) -> Any:
         return value
 
 
-def in_words(kind: Any) -> str:
+def _in_words(kind: Any) -> str:
     """What a setting takes, in words."""
-    if get_origin(kind) is Annotated:
-        return in_words(get_args(kind)[0])
-    if get_origin(kind) is Literal:
-        return ", ".join(get_args(kind))
-    return WORDS.get(get_origin(kind) or kind, "other values")
+    return WORDS.get(get_origin(kind) or kind) or ", ".join(map(str, get_args(kind))) or "a group of settings"
+
+
+def is_group(kind: Any) -> bool:
+    """Whether a type is a class of settings."""
+    return isinstance(kind, type) and issubclass(kind, Settings)
 
 
 def alternatives(kind: Any) -> list[Any]:
-    """The types that a type is made of, without `Annotated` and `| None`."""
+    """The types that a type is made of, without `Annotated`."""
     if get_origin(kind) is Annotated:
         return alternatives(get_args(kind)[0])
-    if get_origin(kind) in (Union, UnionType):
-        return [part for each in get_args(kind) if each is not NoneType for part in alternatives(each)]
-    return [kind]
-
-
-def many(kind: Any) -> bool:
-    """Whether a setting takes several values."""
-    return get_origin(alternatives(kind)[0]) is tuple
-
-
-def names_file(kind: Any) -> bool:
-    """Whether a setting names a file or folder, or several."""
-    return PLACE in rules(kind) or any(Path in (part, *get_args(part)) for part in alternatives(kind))
-
-
-def choices(kind: Any) -> tuple[str, ...]:
-    """The words that a setting offers: those of a `Literal`, true and false of a bool."""
-    found: list[str] = []
-    for part in alternatives(kind):
-        found += get_args(part) if get_origin(part) is Literal else ("true", "false") if part is bool else ()
-    return tuple(found)
+    unions = get_args(kind) if get_origin(kind) in (Union, UnionType) else ()
+    return [part for each in unions for part in alternatives(each)] or [kind]
 
 
 def rules(kind: Any) -> list[Any]:
     """What `Annotated` says of a type: ranges, PLACE, POSITIONAL, endings."""
     if get_origin(kind) is Annotated:
         return [*get_args(kind)[1:], *rules(get_args(kind)[0])]
-    return [rule for part in get_args(kind) for rule in rules(part)]
+    unions = get_args(kind) if get_origin(kind) in (Union, UnionType) else ()
+    return [rule for part in unions for rule in rules(part)]
 
 
-def suffixes(kind: Any) -> tuple[str, ...]:
-    """The endings that the name of a file may have; none: any."""
-    return tuple(rule for rule in rules(kind) if isinstance(rule, str) and rule.startswith("."))
+def suffixes(limits: Iterable[Any]) -> tuple[str, ...]:
+    """The endings that the name of a file may have, among what `Annotated` says; none: any."""
+    return tuple(limit for limit in limits if isinstance(limit, str) and limit.startswith("."))
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class OutputOptions(JsonOption):
 
 
 @dataclass(frozen=True)
-class StepOptions(Settings):
+class BenchStep(Settings):
     """Times one training step on random images.
 
     Without --recipe, --config and --model.preset: vit_tiny_32_p4 with the default settings.
@@ -44,7 +44,7 @@ class StepOptions(Settings):
 
 
 @dataclass(frozen=True)
-class DataOptions(Settings):
+class BenchData(Settings):
     """Times the loading of images: reading, decoding, cropping, batches.
 
     Attributes:
@@ -60,7 +60,7 @@ class DataOptions(Settings):
 
 
 @dataclass(frozen=True)
-class TrainOptions(Settings):
+class BenchTrain(Settings):
     """Times the training loop on real data, beside the bare step.
 
     Attributes:

@@ -39,7 +39,7 @@ class ReadOptions(Settings):
     pages: Literal["first", "all", "stack"] = "first"
     truncated: Literal["skip", "keep"] = "skip"
     max_megapixels: Positive = 100.0
-    nodata: float | Literal["nan"] | None = None
+    nodata: Literal["nan"] | float | None = None
     member: str | None = None
     scale: dict[str, Positive] | None = None
 

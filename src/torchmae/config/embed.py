@@ -11,9 +11,10 @@ from torchmae.config.evaluate import DataOptions
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedOptions(RunArgument):
-    """Writes the features of all images of a data set to a file; nothing is masked.
+    """Writes the features of all images of a data set to a file.
 
-    A command that was stopped goes on where it was when it is given again. torchrun starts it on several GPUs.
+    Nothing is masked. A command that was stopped goes on where it was when it is given again. torchrun starts it on
+    several GPUs.
 
     Attributes:
         data: the images.

@@ -126,10 +126,11 @@ class ReconstructionOptions(Settings):
 
 @dataclass(frozen=True)
 class EvaluateOptions(Settings):
-    """Measures a trained model: nearest neighbours, linear and attentive probes (--method all, the default).
+    """Measures what a model learned: nearest neighbours, probes, fine-tuning, anomaly detection.
 
-    What has to be asked for by --method: reconstruction, finetune (a classifier trained end to end, for minutes to
-    hours), and anomaly (with --normal DIR --test DIR). torchrun starts it on several GPUs.
+    Method "all", the default, is nearest neighbours, linear and attentive probes. The others have to be asked for:
+    reconstruction, finetune (a classifier trained end to end, for minutes to hours), and anomaly (with --normal DIR
+    --test DIR). torchrun starts it on several GPUs.
 
     Attributes:
         method: knn, linear, attentive, reconstruction, finetune or anomaly; or all: knn, linear and attentive, beside

@@ -34,10 +34,10 @@ class ExportOptions(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportCommand(RunArgument):
-    """Writes a model as a folder that another library loads, with a model card (README.md).
+    """Writes a model for timm, transformers, ONNX and others, with a model card, and checks it.
 
-    It reads the folder back with that library and compares what both compute. The folder is there whole and compared,
-    or not at all.
+    The folder that is written is read back with the other library, and what both compute is compared. The folder is
+    there whole and compared, or not at all.
 
     Attributes:
         out: the folder to make.
@@ -48,7 +48,7 @@ class ExportCommand(RunArgument):
 
 @dataclass(frozen=True, kw_only=True)
 class PushCommand(RunArgument):
-    """Exports a model, checks it, and uploads it with its model card to the Hugging Face hub.
+    """Exports a model, checks it, and uploads it to the Hugging Face hub.
 
     The token is HF_TOKEN, or what `hf auth login` stored. Otherwise only data that is downloaded by name, and
     --trackers, use the network.

@@ -12,7 +12,7 @@ from torchmae.errors import ConfigError, within
 
 @dataclass(frozen=True)
 class PlanOptions(Settings):
-    """Predicts operations, memory, traffic, speed and GPU hours of a pre-training run from its sizes; nothing is run.
+    """Predicts memory, traffic, speed and GPU hours of a pre-training run from its sizes; nothing is run.
 
     Attributes:
         model: a preset (vit_tiny, vit_small, vit_base, vit_large, vit_huge, ...).

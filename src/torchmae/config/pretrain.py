@@ -327,7 +327,7 @@ class PretrainConfig(Settings):
 
 @dataclass(frozen=True)
 class PretrainOptions(JsonOption):
-    """Pre-trains a masked autoencoder and leaves a run folder with a backbone, pictures and a report.
+    """Trains a masked autoencoder on images and leaves a run folder with a backbone, pictures and a report.
 
     Attributes:
         resume: go on with the run in this folder; its settings are in it.
@@ -336,3 +336,8 @@ class PretrainOptions(JsonOption):
 
     resume: Place | None = None
     print_config: bool = False
+
+
+@dataclass(frozen=True)
+class RecipesOptions(Settings):
+    """Lists the recipes: named sets of settings for `torchmae pretrain --recipe NAME`."""
