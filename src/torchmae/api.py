@@ -57,7 +57,7 @@ def pretrain(
             raise ConfigError("config is given beside other settings", "give either config or the settings")
         return start(config)
     if data is not None:
-        options["data"] = data if isinstance(data, Mapping) else {"source": data}
+        options["data"] = data
     given = settings.collect(options, settings_of(PretrainConfig))
     return resume_run(Path(resume), given) if resume is not None else begin(given)
 
@@ -82,7 +82,7 @@ def evaluate(run: str | Path, data: str | Path | Mapping[str, Any] | None = None
         TorchmaeError: in place of the command line's one-line errors.
     """
     if data is not None:
-        options["data"] = data if isinstance(data, Mapping) else {"source": data}
+        options["data"] = data
     options.setdefault("progress", "none")
     given = settings.collect(options, settings_of(EvaluateOptions, ComputeOptions))
     return suite.run(run, make(EvaluateOptions, given), make(ComputeOptions, given))

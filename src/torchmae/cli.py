@@ -11,8 +11,8 @@ from typing import Any
 from torchmae.commands import COMMANDS, Command, describe
 from torchmae.config import PretrainConfig
 from torchmae.config.base import make, settings_of
-from torchmae.errors import ConfigError, TorchmaeError
-from torchmae.settings import nearest, read_words
+from torchmae.errors import ConfigError, TorchmaeError, nearest
+from torchmae.settings import read_words
 from torchmae.threads import wait_briefly
 
 EXAMPLES = """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 import torchmae
 from torchmae import settings
 from torchmae.config import PretrainConfig
-from torchmae.config.base import make, settings_of
+from torchmae.config.base import make
 from torchmae.data.formats import Context
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import one_line_when_a_worker_ends
@@ -83,7 +83,7 @@ def start(config: PretrainConfig) -> Run:
     if allowed and config.out is None:
         raise ConfigError("torchrun may start this run again and would not find its folder", "give --out")
     if done and (path / "config.yaml").is_file():
-        given = settings.collect(asdict(config), settings_of(PretrainConfig))
+        given = settings.values_of(config)
         if config.fit_batch:  # the run's own settings say what fitted
             del given["fit_batch"], given["batch_size"]
         return resume_run(path, given)
@@ -105,24 +105,13 @@ def resume_run(path: Path, given: Mapping[str, Any]) -> Run:
     folder = RunFolder.open(path)
     saved = settings.read_file(folder.config)
     config = make(PretrainConfig, {**saved, **given})
-    for name in sorted(differences(make(PretrainConfig, saved), config) - MAY_CHANGE):
+    before, after = settings.values_of(make(PretrainConfig, saved)), settings.values_of(config)
+    for name in sorted({name for name in after if after[name] != before[name]} - MAY_CHANGE):
         raise ConfigError(
             f"{name} cannot change in a resumed run",
             f"drop --{name}, or begin a new run with these weights: --init-from {path} --out ANOTHER_FOLDER",
         )
     return _run(config, path, resume=True)
-
-
-def differences(one: Any, other: Any, prefix: str = "") -> set[str]:
-    """The dotted names of the settings in which two configurations differ."""
-    names = set()
-    for field in fields(one):
-        a, b = getattr(one, field.name), getattr(other, field.name)
-        if is_dataclass(a):
-            names |= differences(a, b, f"{prefix}{field.name}.")
-        elif a != b:
-            names.add(f"{prefix}{field.name}")
-    return names
 
 
 def _run(config: PretrainConfig, path: Path, *, resume: bool) -> Run:

@@ -5,9 +5,8 @@ Whatever they come from, values are collected by dotted name ("mask.ratio"), and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
-from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import yaml
 
 from torchmae.config import PretrainConfig
 from torchmae.config.base import Setting, Settings, alternatives, make, rules, settings_of, suffixes
-from torchmae.errors import ConfigError, one_of
+from torchmae.errors import ConfigError, nearest, one_of
 from torchmae.paths import user_path
 
 Given = dict[str, Any]
@@ -41,12 +40,6 @@ def recipe_path(name: str) -> Path:
 def recipe_summary(name: str) -> str:
     """The first line of a recipe's head: what it is."""
     return recipe_path(name).read_text(encoding="utf-8").splitlines()[0].lstrip("# ").strip()
-
-
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The most similar of `known`, if any is similar at all."""
-    near = get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return near[0] if near else None
 
 
 def full_name(name: str, known: Mapping[str, Setting]) -> str:
@@ -124,7 +117,8 @@ def read_words(words: Sequence[str], *kinds: type[Settings]) -> Given:
             positional = [] if setting.several else positional[1:]
     if positional:
         raise ConfigError(f"unexpected word {positional[0]!r}", "options begin with two dashes, such as --data PATH")
-    missing = [name for name, setting in known.items() if setting.default is MISSING and name not in given]
+    needed = {name: setting for name, setting in known.items() if setting.default is MISSING}
+    missing = [name if needed[name].positional else f"--{name}" for name in needed if name not in given]
     if missing:
         raise ConfigError(f"not given: {', '.join(missing)}", "see --help")
     return files | given
@@ -183,6 +177,11 @@ def parse(words: Sequence[str], recipe: str | None = None) -> PretrainConfig:
     """The settings of a run from options as on the command line; `recipe` wins over one among them."""
     given = read_words(words, PretrainConfig)
     return from_recipe(given if recipe is None else {**given, "recipe": recipe})
+
+
+def values_of(config: PretrainConfig) -> Given:
+    """All settings of a run by dotted name."""
+    return collect(asdict(config), settings_of(PretrainConfig))
 
 
 def to_yaml(config: PretrainConfig) -> str:

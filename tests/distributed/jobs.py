@@ -19,6 +19,7 @@ from small import Memory, images, mlp, vit
 from torchmae.config import MaskConfig, OptimConfig, PretrainConfig
 from torchmae.errors import Interrupted
 from torchmae.evaluation.sharing import share
+from torchmae.settings import read_words
 from torchmae.training.checkpoint import load_checkpoint
 from torchmae.training.parallel import whole_state
 from torchmae.training.pretrain import Evaluator, pretrain
@@ -135,4 +136,4 @@ def choose_recipe(*words: str) -> list[Any]:
 
     looked, original = [], api.typical_size
     api.typical_size = lambda *args: looked.append(1) or original(*args)  # type: ignore[func-returns-value]
-    return [api.configure(words).recipe, len(looked)]
+    return [api.configure(read_words(words, PretrainConfig)).recipe, len(looked)]

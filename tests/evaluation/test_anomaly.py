@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from torchmae.config.evaluate import DataOptions
+from torchmae.config.data import DataOptions
 from torchmae.data.arrays import ArraySource
 from torchmae.data.reading import BadFiles
 from torchmae.data.sources import Source

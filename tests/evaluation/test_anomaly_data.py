@@ -10,7 +10,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from torchmae.config.evaluate import DataOptions
+from torchmae.config.data import DataOptions
 from torchmae.errors import ConfigError, DataError
 from torchmae.evaluation.anomaly_data import open_anomaly_data
 from torchmae.evaluation.images import ImageSet

@@ -10,7 +10,8 @@ import tiny
 import torch
 from PIL import Image
 
-from torchmae.config.evaluate import DataOptions, EvaluateOptions
+from torchmae.config.data import DataOptions
+from torchmae.config.evaluate import EvaluateOptions
 from torchmae.errors import ConfigError, DataError
 from torchmae.evaluation.images import EvaluationData, open_evaluation_data, open_parts
 

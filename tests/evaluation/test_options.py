@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from torchmae.config.data import DataOptions
 from torchmae.config.embed import EmbedOptions
 from torchmae.config.evaluate import (
     AttentiveOptions,
     ComputeOptions,
-    DataOptions,
     EvaluateOptions,
     ReconstructionOptions,
 )

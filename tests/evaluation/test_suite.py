@@ -7,10 +7,10 @@ import pytest
 import tiny
 import torch
 
+from torchmae.config.data import DataOptions
 from torchmae.config.evaluate import (
     AttentiveOptions,
     ComputeOptions,
-    DataOptions,
     EvaluateOptions,
     ReconstructionOptions,
 )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from torchmae.config import DataConfig, PretrainConfig
-from torchmae.config.evaluate import DataOptions
+from torchmae.config.data import DataOptions
 from torchmae.data.layouts import open_splits
 from torchmae.data.reading import BadFiles
 from torchmae.data.sources import Source, Subset

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from torchmae.config.base import POSITIONAL, Device, Range, Settings, Target
-from torchmae.config.visualize import DataOptions
+from torchmae.config.visualize import ExampleImages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class AppOptions(Settings):
 
     runs: Annotated[tuple[Path, ...], POSITIONAL]
     features: Path | None = None
-    data: DataOptions = field(default_factory=DataOptions)
+    data: ExampleImages = field(default_factory=ExampleImages)
     lang: Literal["en", "zh"] | None = None
     host: str = "127.0.0.1"
     port: Annotated[int, Range(0, 65535)] | None = None

@@ -12,12 +12,13 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from functools import cache
 from inspect import getdoc
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from torchmae.errors import ChoiceError, ConfigError, one_of, within
+from torchmae.errors import ConfigError, one_of, within
 from torchmae.paths import user_path
 
 T = TypeVar("T", bound="Settings")
@@ -74,8 +75,11 @@ class Settings:
     _types: ClassVar[dict[str, Any]]
 
     def __post_init__(self) -> None:
-        for name, kind in self.types().items():
-            object.__setattr__(self, name, convert(self.GROUP + name, kind, getattr(self, name)))
+        types = self.types()
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value is not item.default:
+                object.__setattr__(self, item.name, convert(self.GROUP + item.name, types[item.name], value))
 
     @classmethod
     def types(cls) -> dict[str, Any]:
@@ -177,14 +181,16 @@ def convert(name: str, kind: Any, value: Any) -> Any:
     parts = alternatives(kind)
     if NoneType in parts and (value is None or (isinstance(value, str) and value in ("null", "~"))):
         return None
-    parts = [part for part in parts if part is not NoneType]
+    parts = tuple(part for part in parts if part is not NoneType)
+    if [get_origin(part) for part in parts] == [Literal]:
+        one_of(name, value, get_args(parts[0]))
     for part in parts:
-        with suppress(WrongType, *([ChoiceError] if len(parts) > 1 else [])):
+        with suppress(WrongType):
             return _checked(name, rules(kind), _convert_to(name, part, value))
     raise ConfigError(f"{name} is {value}", f"it takes {' or '.join(map(_in_words, parts))}")
 
 
-def _checked(name: str, limits: list[Any], value: Any) -> Any:
+def _checked(name: str, limits: Iterable[Any], value: Any) -> Any:
     """The value of a setting, once it is checked against what `Annotated` says of it."""
     for limit in limits:
         if isinstance(limit, Range) and isinstance(value, (int, float)):
@@ -199,13 +205,9 @@ def _checked(name: str, limits: list[Any], value: Any) -> Any:
 
 def _convert_to(name: str, kind: Any, value: Any) -> Any:
     origin, args = get_origin(kind) or kind, get_args(kind)
-    if origin is Literal:
-        one_of(name, value, args)
+    if (origin is Literal and value in args) or (is_group(origin) and isinstance(value, origin)):
         return value
-    if is_group(origin):
-        if isinstance(value, origin):
-            return value
-    elif origin in (tuple, dict):
+    if origin in (tuple, dict):
         items = _from_yaml(value)
         if origin is dict and isinstance(items, Mapping):
             return {str(key): convert(f"{name} of {key}", args[1], item) for key, item in items.items()}
@@ -218,7 +220,7 @@ def _convert_to(name: str, kind: Any, value: Any) -> Any:
     elif origin in WORDS:
         with suppress(TypeError, ValueError, KeyError, OverflowError):
             return _scalar(origin, value)
-    else:  # an object that no text stands for
+    elif origin is not Literal and not is_group(origin):  # an object that no text stands for
         return value
     raise WrongType
 
@@ -257,20 +259,22 @@ def is_group(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Settings)
 
 
-def alternatives(kind: Any) -> list[Any]:
+@cache
+def alternatives(kind: Any) -> tuple[Any, ...]:
     """The types that a type is made of, without `Annotated`."""
     if get_origin(kind) is Annotated:
         return alternatives(get_args(kind)[0])
     unions = get_args(kind) if get_origin(kind) in (Union, UnionType) else ()
-    return [part for each in unions for part in alternatives(each)] or [kind]
+    return tuple(part for each in unions for part in alternatives(each)) or (kind,)
 
 
-def rules(kind: Any) -> list[Any]:
+@cache
+def rules(kind: Any) -> tuple[Any, ...]:
     """What `Annotated` says of a type: ranges, PLACE, POSITIONAL, endings."""
     if get_origin(kind) is Annotated:
-        return [*get_args(kind)[1:], *rules(get_args(kind)[0])]
+        return (*get_args(kind)[1:], *rules(get_args(kind)[0]))
     unions = get_args(kind) if get_origin(kind) in (Union, UnionType) else ()
-    return [rule for part in unions for rule in rules(part)]
+    return tuple(rule for part in unions for rule in rules(part))
 
 
 def suffixes(limits: Iterable[Any]) -> tuple[str, ...]:
@@ -304,3 +308,16 @@ class RunArgument(Settings):
     """
 
     run: Annotated[Place, POSITIONAL]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(RunArgument):
+    """The model that a command runs, and where.
+
+    Attributes:
+        device: auto, cpu, cuda, cuda:1, mps.
+        target: what weights of others were trained to predict, where they do not say: pixels or normalised (patches).
+    """
+
+    device: Device = "auto"
+    target: Target | None = None

@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
-from torchmae.config.base import POSITIONAL, Count, JsonOption, Place, Positive, Progress, Range, Settings, Share
+from torchmae.config.base import (
+    POSITIONAL,
+    Count,
+    JsonOption,
+    NotNegative,
+    Place,
+    Positive,
+    Progress,
+    Range,
+    Settings,
+    Share,
+)
 from torchmae.errors import ConfigError, one_of
 
 
@@ -61,6 +72,27 @@ class ReadOptions(Settings):
                     f"{self.GROUP}axes is {self.axes!r}",
                     "give a letter for each axis of a sample, such as HWC, CL or ZYX",
                 )
+
+
+@dataclass(frozen=True)
+class DataOptions(ReadOptions):
+    """How images are held out and loaded.
+
+    Attributes:
+        source: what `torchmae pretrain --data` takes: a folder, a file or a name; null: what the run was trained on.
+        val_size: number of training images that are held out where the data has no such split; at most a fifth of
+            them, and the same ones in every command.
+        memory_limit: GiB that decoded images may fill; larger ones are read anew each time.
+        num_workers: reader processes when images are not in memory; null: one per core, at most 8.
+        max_bad: share of the images that may be unreadable: each is skipped, counted and named, and one more ends the
+            command; 0: none may.
+    """
+
+    source: Place | None = None
+    val_size: Count = 2000
+    memory_limit: NotNegative = 4.0
+    num_workers: Annotated[int, Range(0, 256)] | None = None
+    max_bad: Share = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from torchmae.config.base import Place, RunArgument
-from torchmae.config.evaluate import DataOptions
+from torchmae.config.data import DataOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,12 +18,11 @@ from torchmae.config.base import (
     Range,
     Rate,
     Settings,
-    Share,
     Size,
     Target,
     Threads,
 )
-from torchmae.config.data import ReadOptions
+from torchmae.config.data import DataOptions
 from torchmae.config.finetune import FinetuneConfig
 from torchmae.config.pretrain import Preset, Strategy
 from torchmae.errors import ConfigError
@@ -39,26 +38,6 @@ APPLIES_TO = {
     "normal_classes": ("anomaly",),
 }
 """The methods that an option is for, where it is not for all."""
-
-
-@dataclass(frozen=True)
-class DataOptions(ReadOptions):
-    """Where images come from and how they are read.
-
-    Attributes:
-        source: what `torchmae pretrain --data` takes: a folder, a file or a name; null: what the run was trained on.
-        val_size: how many training images are held out for testing when there is neither a test nor a val split (at
-            most a fifth of them): the same ones that pre-training holds out.
-        memory_limit: GiB that the decoded images of a split may fill; larger ones are read anew each time.
-        num_workers: reader processes when images are not in memory; null: one per core, at most 8.
-        max_bad: share of the images that may be unreadable; one more ends the command.
-    """
-
-    source: Place | None = None
-    val_size: Count = 2000
-    memory_limit: NotNegative = 4.0
-    num_workers: Annotated[int, Range(0, 256)] | None = None
-    max_bad: Share = 0.01
 
 
 @dataclass(frozen=True)

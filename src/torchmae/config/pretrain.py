@@ -26,7 +26,7 @@ from torchmae.config.base import (
     Size,
     Threads,
 )
-from torchmae.config.data import ReadOptions
+from torchmae.config.data import DataOptions
 from torchmae.errors import ConfigError, one_of, within
 
 Preset = Literal[
@@ -45,7 +45,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 @dataclass(frozen=True)
-class DataConfig(ReadOptions):
+class DataConfig(DataOptions):
     """What to train on.
 
     Attributes:
@@ -54,11 +54,8 @@ class DataConfig(ReadOptions):
             torchvision set by name (cifar10, stl10, ...), or hf: and what the `datasets` library loads (docs/data.md).
         val: held-out images: "auto" (the data's own val split, else val_size of the training images), "none",
             the name of a split ("test"), or a path (its training split).
-        val_size: how many training images "auto" holds out when there is no val split; at most a fifth of them.
         cache: "memory" keeps decoded images as integers, "device" keeps them in the GPU's memory, "none" reads files
-            in workers, "auto" decides by size.
-        memory_limit: GiB that "auto" may fill.
-        num_workers: reader processes when images are not in memory; null: one per core, at most 8.
+            in workers, "auto" decides by size and `memory_limit`.
         crop_scale: area of the random crop as a share of the image, from and to (RandomResizedCrop).
         crop_ratio: aspect ratio of the crop, relative to the model's input, from and to.
         flip: mirror left and right half of the time.
@@ -66,8 +63,6 @@ class DataConfig(ReadOptions):
         std: per-channel deviation that is divided by; null: computed from a sample.
         repeats: views (crop, flip, mask) of an image that follow each other, for one decoding: those that it would
             have in so many epochs. Their number stays the same; batches are less varied. Epochs are a multiple of it.
-        max_bad: share of the files that may be unreadable: each is skipped, counted and named, and one more ends the
-            run; 0: none may.
         allow_change: go on with a run whose training images are no longer those it began with.
     """
 
@@ -75,17 +70,13 @@ class DataConfig(ReadOptions):
 
     source: Place = "digits"
     val: Place = "auto"
-    val_size: Count = 2000
     cache: Literal["auto", "memory", "device", "none"] = "auto"
-    memory_limit: NotNegative = 4.0
-    num_workers: Annotated[int, Range(0, 256)] | None = None
     crop_scale: tuple[PositiveShare, PositiveShare] = (0.2, 1.0)
     crop_ratio: tuple[Positive, float] = (0.75, 1.3333)
     flip: bool = True
     mean: tuple[float, ...] | None = None
     std: tuple[Positive, ...] | None = None
     repeats: Annotated[int, Range(1, 1000)] = 1
-    max_bad: Share = 0.01
     allow_change: bool = False
 
     def __post_init__(self) -> None:

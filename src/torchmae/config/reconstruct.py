@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from torchmae.config.base import POSITIONAL, Device, Fraction, Range, RunArgument, Settings, Target
+from torchmae.config.base import POSITIONAL, Fraction, ModelOptions, Range, Settings
 from torchmae.config.pretrain import Strategy
 
 
@@ -26,7 +26,7 @@ class MaskOptions(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReconstructOptions(RunArgument):
+class ReconstructOptions(ModelOptions):
     """Masks part of some images and lets a trained model fill it in: masked | reconstructed | original.
 
     Attributes:
@@ -35,8 +35,6 @@ class ReconstructOptions(RunArgument):
         mask_file: an image whose white (bright) part is masked, in place of a drawn mask: in-painting.
         out: the picture to write, a PNG file.
         seed: another one gives other masks.
-        device: auto, cpu, cuda, cuda:1, mps.
-        target: what weights of others were trained to predict, where they do not say: pixels or normalised (patches).
     """
 
     images: Annotated[tuple[Path, ...], POSITIONAL]
@@ -44,5 +42,3 @@ class ReconstructOptions(RunArgument):
     mask_file: Path | None = None
     out: Annotated[Path, ".png"] = Path("reconstruction.png")
     seed: Annotated[int, Range(0, 2**64 - 1)] = 0
-    device: Device = "auto"
-    target: Target | None = None

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from torchmae.config.base import POSITIONAL, Device, Place, Range, RunArgument, Settings, Target
+from torchmae.config.base import POSITIONAL, ModelOptions, Place, Range, Settings
 from torchmae.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class DataOptions(Settings):
+class ExampleImages(Settings):
     """The images that neighbours are found among, that a map is made of, and that are drawn when none are given.
 
     Attributes:
@@ -26,7 +26,7 @@ class DataOptions(Settings):
 
 
 @dataclass(frozen=True)
-class VisualizeOptions(RunArgument):
+class VisualizeOptions(ModelOptions):
     """Draws what a trained model learned: patch features as colours, attention, neighbours, a map, mask ratios.
 
     Attributes:
@@ -37,21 +37,16 @@ class VisualizeOptions(RunArgument):
         out: the picture to write, a PNG file.
         method: of the map: tsne, pca, or umap where umap-learn is installed.
         num_images: images of the data set used for neighbours and map, at most.
-        device: auto, cpu, cuda, cuda:1, mps.
         seed: of masks, and of umap.
-        target: of ratios: what weights of others were trained to predict, where they do not say: pixels or normalised
-            (patches).
     """
 
     images: Annotated[tuple[Path, ...], POSITIONAL] = ()
     kind: Literal["pca", "attention", "neighbours", "map", "ratios"] = "pca"
-    data: DataOptions = field(default_factory=DataOptions)
+    data: ExampleImages = field(default_factory=ExampleImages)
     out: Annotated[Path, ".png"] = Path("picture.png")
     method: Literal["tsne", "pca", "umap"] = "tsne"
     num_images: Annotated[int, Range(3, 1_000_000)] = 2000
-    device: Device = "auto"
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
-    target: Target | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

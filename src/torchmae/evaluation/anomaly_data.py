@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from torchmae.config.evaluate import DataOptions
+from torchmae.config.data import DataOptions
 from torchmae.data.formats import Context, Progress
 from torchmae.data.layouts import open_splits
 from torchmae.data.opening import check_apart

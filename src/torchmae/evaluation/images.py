@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from torchmae.config import DataConfig
-from torchmae.config.evaluate import DataOptions, EvaluateOptions
+from torchmae.config.data import DataOptions
+from torchmae.config.evaluate import EvaluateOptions
 from torchmae.data.arrays import DoesNotFitError, Held, hold
 from torchmae.data.formats import Context, Progress
 from torchmae.data.labels import in_training_classes

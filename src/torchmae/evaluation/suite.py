@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torchmae.config.evaluate import APPLIES_TO, ComputeOptions, DataOptions, EvaluateOptions
+from torchmae.config.data import DataOptions
+from torchmae.config.evaluate import APPLIES_TO, ComputeOptions, EvaluateOptions
 from torchmae.data.loader import one_line_when_a_worker_ends
 from torchmae.data.reading import probe
 from torchmae.data.sources import all_notes, data_line

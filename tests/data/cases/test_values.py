@@ -133,7 +133,7 @@ def test_features_of_another_type_are_refused_or_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="floats up to 200 and the model was trained on uint8 divided by 255"):
         pretrained.preprocess(np.full((8, 8, 1), 200.0, np.float32))
     np.save(tmp_path / "words.npy", RNG.integers(0, 4096, (30, 8, 8)).astype(np.uint16))
-    from torchmae.config.evaluate import DataOptions
+    from torchmae.config.data import DataOptions
     from torchmae.evaluation.images import open_parts
 
     _, notes = open_parts(
