@@ -49,7 +49,8 @@ def full_name(name: str, known: Mapping[str, Setting]) -> str:
         ConfigError: there is no such setting; the message names the nearest.
     """
     name = name.replace("-", "_")
-    for spelling in (name, ALIASES.get(name, ""), name.removeprefix("data.")):
+    without_group = name.removeprefix("data.") if "axes" in known else ""  # `torchmae data` has --axes for --data.axes
+    for spelling in (name, ALIASES.get(name, ""), without_group):
         if spelling in known:
             return spelling
     parts = [f"--{other}" for other in known if other.startswith(f"{name}.")]

@@ -1,6 +1,16 @@
 """Settings: typed dataclasses, one file for each command. No torch here: `torchmae --help` answers at once."""
 
-from torchmae.config.data import ReadOptions
+from torchmae.config.data import DataOptions, PackOptions, ReadOptions
 from torchmae.config.pretrain import DataConfig, EvalConfig, MaskConfig, ModelConfig, OptimConfig, PretrainConfig
 
-__all__ = ["DataConfig", "EvalConfig", "MaskConfig", "ModelConfig", "OptimConfig", "PretrainConfig", "ReadOptions"]
+__all__ = [
+    "DataConfig",
+    "DataOptions",
+    "EvalConfig",
+    "MaskConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PackOptions",
+    "PretrainConfig",
+    "ReadOptions",
+]

@@ -22,25 +22,23 @@ from torchmae.errors import ConfigError, one_of
 
 @dataclass(frozen=True)
 class ReadOptions(Settings):
-    """How data is opened and read, in every command the same.
+    """How data is opened and read, the same in every command.
 
     Attributes:
-        root: where data sets that go by name are kept and downloaded to.
-        axes: what the axes of one sample in an array are, a letter each: C for channels, any other (L, H, W, Z, Y, X,
-            T) for space and time, such as HWC, CHW, LC, CL, ZYX or TYXC; null: as the shape suggests, where it has one
-            reading only.
-        pages: of a TIFF with several pages, the "first", "all" (each page is a sample) or a "stack" (all of them are
-            one sample with an axis more).
-        truncated: what becomes of a JPEG without its last rows: "skip" counts it as unreadable, "keep" takes the rows
-            that are there, and grey for the others.
-        max_megapixels: pixels, in millions, above which a picture is refused; a JPEG up to ten times as large is read
-            at a fraction of its size.
-        nodata: a value that means "nothing measured", such as -9999; such places, and those that are not finite
-            numbers, get the mean of their channel in the same sample; "nan": those alone; null: there is none.
-        member: which picture of tar samples with several: what stands behind the dot after the sample's key ("jpg",
-            "seg.png"), or "all" (each picture is a sample); null: no sample has several.
-        scale: for each type of stored values, the one that stands for 1; null: 255 for uint8, 65535 for uint16, and
-            1 for all others, which are taken as they are.
+        root: folder where data sets that go by name are kept and downloaded to.
+        axes: axes of one sample in an array, one letter each: C for channels, any other (L, H, W, Z, Y, X, T) for
+            space and time, such as HWC, CHW, LC, CL, ZYX or TYXC; null: by the shape, where only one reading fits.
+        pages: pages of a TIFF: the "first", "all" (each page is a sample) or a "stack" (one sample with one axis more).
+        truncated: a JPEG without its last rows: "skip" counts it as unreadable, "keep" fills the missing rows with
+            grey.
+        max_megapixels: limit of the pixels of a picture, in millions; a JPEG up to ten times as large is read at a
+            fraction of its size.
+        nodata: value that means "nothing measured", such as -9999. It and values that are not finite are replaced by
+            the mean of their channel in the sample; "nan": only values that are not finite; null: no such value.
+        member: which picture of tar samples with several: what follows the sample's key and a dot ("jpg", "seg.png"),
+            or "all" (each picture is a sample); null: no sample has several.
+        scale: for each type of stored values, the value that becomes 1; null: 255 for uint8, 65535 for uint16, and
+            1 for all other types.
     """
 
     GROUP = "data."

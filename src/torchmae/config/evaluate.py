@@ -83,10 +83,10 @@ class AttentiveOptions(Settings):
 
 @dataclass(frozen=True)
 class ReconstructionOptions(Settings):
-    """What is hidden when reconstructions are measured.
+    """Which masks the reconstruction is measured under.
 
     Attributes:
-        ratios: shares of the patches that are removed, each in (0, 1).
+        ratios: shares of the patches that are masked, each in (0, 1).
         strategies: random, block, grid (elements for the mlp model); null: all that the model has.
         images: test images used, at most.
     """
@@ -117,11 +117,10 @@ class EvaluateOptions(Settings):
         data: the labelled images that probes learn from.
         test_data: the labelled images that are classified: "test" or "val" (that split of the data), "held-out" (some
             of the training images), or what --data takes; null: the test split, else val, else held-out.
-        train_images: use so many training images, a fixed subset; null: all.
-        test_images: use so many test images, a fixed subset; null: all.
-        labels_per_class: few-shot: learn from so many images of each class, for knn, linear and finetune.
-        draws: few-shot: how many times they are drawn; mean and deviation are given. With finetune each draw is a
-            training of its own.
+        train_images: number of training images, a fixed subset; null: all.
+        test_images: number of test images, a fixed subset; null: all.
+        labels_per_class: few-shot: number of images of each class to learn from, for knn, linear and finetune.
+        draws: few-shot: number of draws, whose mean and deviation are given. With finetune each draw is a training.
         pool: features of an image: mean (of its patch tokens), cls (the class token), both (one after the other);
             null: mean for knn, each of them for linear.
         protocol: of linear: "sweep" (logistic regression, its strength chosen on a part of the training images) or
@@ -130,7 +129,7 @@ class EvaluateOptions(Settings):
         target: of reconstruction and anomaly: what weights of others were trained to predict, where they do not say:
             pixels or normalised (patches).
         attentive: how the attentive probe is trained.
-        reconstruction: what is hidden.
+        reconstruction: which masks the reconstruction is measured under.
         finetune: how a classifier is trained end to end; its images are flipped only if the run's were.
         out: folder that finetune makes for the classifier (null: RUN/finetune-...), or that anomaly writes to (null:
             RUN); to be given where RUN is no folder.

@@ -48,7 +48,7 @@ class FinetuneConfig(Settings):
         init: "pretrained" weights, or "random" ones: the same network from scratch, for comparison.
         epochs: passes over the labelled images.
         batch_size: images per optimiser step (1024; small images 128); all there are, when there are fewer.
-        accumulate: parts that a batch is computed in, one after the other, to save memory.
+        accumulate: number of micro-batches that a batch is computed in, to save memory.
         base_lr: learning rate of the head for a batch of 256; the rate used is base_lr * batch_size / 256.
         layer_decay: factor on the learning rate from each layer to the one below it; 1: the same for all.
         betas: AdamW's moment decay rates.
@@ -63,7 +63,7 @@ class FinetuneConfig(Settings):
         randaugment: strength of RandAugment's two operations, 0 (none) to 10 (9; small images 3).
         crop_scale: area of the random crop as a share of the image, from and to ([0.08, 1]; small images [0.6, 1]).
         ema: decay of a moving average of the weights, which is then what is measured and saved; null: none.
-        evaluations: how many times the test images are classified, evenly spread, the last at the end.
+        evaluations: number of times that the test images are classified, evenly spaced, the last at the end.
         compile: train the classifier through torch.compile.
         checkpoint_minutes: minutes between two checkpoints.
     """

@@ -19,7 +19,7 @@ class PlanOptions(Settings):
         images: training images; 1.28M and 300k are understood.
         epochs: passes over them.
         batch_size: images per optimiser step, over all GPUs.
-        mask_ratio: share of the patches that is hidden.
+        mask_ratio: share of the patches that is masked.
         input_size: image size in pixels, for every axis; null: the preset's.
         gpus: how many, 8 to a machine.
         gpu: a100, h100, h200, b200, l40s or rtx4090.

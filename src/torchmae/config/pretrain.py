@@ -46,7 +46,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 
 @dataclass(frozen=True)
 class DataConfig(DataOptions):
-    """What to train on.
+    """The training images and how they are augmented.
 
     Attributes:
         source: "digits", a folder of images (class sub-folders give labels), a pattern ('photos/**/*.jpg'), a .csv or
@@ -61,9 +61,9 @@ class DataConfig(DataOptions):
         flip: mirror left and right half of the time.
         mean: per-channel mean of values in [0, 1] that is subtracted; null: computed from a sample.
         std: per-channel deviation that is divided by; null: computed from a sample.
-        repeats: views (crop, flip, mask) of an image that follow each other, for one decoding: those that it would
-            have in so many epochs. Their number stays the same; batches are less varied. Epochs are a multiple of it.
-        allow_change: go on with a run whose training images are no longer those it began with.
+        repeats: repeated augmentation: views (crop, flip, mask) per decoded image. An image has as many views in the
+            run as without it; batches are less varied. Divides the number of epochs.
+        allow_change: go on with a run although its training images have changed.
     """
 
     GROUP = "data."
@@ -93,31 +93,31 @@ class DataConfig(DataOptions):
 
 @dataclass(frozen=True)
 class ModelConfig(Settings):
-    """The network. Null takes the preset's value.
+    """The network; null takes the preset's value.
 
     Attributes:
         preset: a named model: vit_tiny, vit_small, vit_base, vit_large, vit_huge (224 px), vit_tiny_32_p4,
             vit_tiny_32_p2 (32 px), vit_digits (8 px, patch 2), or mlp (the tutorial's fully connected one).
-        input_size: image size in pixels, height and width ([224, 224]); 1 to 3 numbers, or one for a square.
-        patch_size: patch size in pixels, likewise.
-        in_chans: channels; null: what the data has.
+        input_size: image size in pixels, height and width ([224, 224]); 1 to 3 numbers, or one number for all axes.
+        patch_size: patch size in pixels, in the same form.
+        in_chans: number of channels; null: as the data has.
         embed_dim: encoder width.
-        depth: encoder blocks.
-        num_heads: encoder attention heads.
+        depth: number of encoder blocks.
+        num_heads: number of encoder attention heads.
         mlp_ratio: hidden width of a block's MLP over its width.
         class_token: prepend a class token.
         drop_path: stochastic depth rate of the encoder's last block, rising linearly from 0.
         decoder: "self" (the paper's) or "cross" (CrossMAE's: masked patches attend to visible ones only).
         decoder_embed_dim: decoder width.
-        decoder_depth: decoder blocks.
-        decoder_num_heads: decoder attention heads.
+        decoder_depth: number of decoder blocks.
+        decoder_num_heads: number of decoder attention heads.
         norm_pix: predict patches normalised by their own mean and deviation (the paper's better target).
         predict_ratio: share of the masked patches that a training step predicts (CrossMAE; needs decoder "cross").
-        feature_weights: the "cross" decoder's blocks read learned mixtures of all the encoder's layers (CrossMAE).
-        hog_weight: weight of a second loss in training, predicted histograms of gradients (MaskFeat's target); 2-D.
-        hidden_dim: width of the mlp preset's one hidden layer.
-        output_relu: end the mlp preset in a ReLU, as the tutorial does (negative targets are out of reach).
-        loss_on: "hidden" values only, or "all" values; the mlp preset's loss.
+        feature_weights: blocks of the "cross" decoder read learned mixtures of all encoder layers (CrossMAE).
+        hog_weight: weight of a second training loss on histograms of gradients (MaskFeat's target); 2-D only.
+        hidden_dim: width of the hidden layer of the mlp preset.
+        output_relu: end the mlp preset in a ReLU, as the tutorial does (it cannot predict negative values).
+        loss_on: of the mlp preset: loss on "hidden" (masked) values only, or on "all" values.
     """
 
     GROUP = "model."
@@ -147,13 +147,13 @@ class ModelConfig(Settings):
 
 @dataclass(frozen=True)
 class MaskConfig(Settings):
-    """What is hidden.
+    """Which patches are masked.
 
     Attributes:
-        strategy: "random" patches (the paper's), "block" (contiguous), "grid" (evenly spread); for the mlp
-            preset "elements" (each value alone) or "elements_inverted" (the tutorial's: hides 1 - ratio).
+        strategy: "random" patches (the paper's), "block" (contiguous), "grid" (evenly spaced); for the mlp
+            preset "elements" (each value alone) or "elements_inverted" (the tutorial's: masks 1 - ratio).
         ratio: share of the patches that is masked, in (0, 1).
-        final_ratio: the share at the end of the run, reached in a straight line from `ratio`; null: it stays.
+        final_ratio: the share at the end of the run; it changes linearly from `ratio`; null: it stays.
     """
 
     GROUP = "mask."
@@ -197,15 +197,15 @@ class OptimConfig(Settings):
 
 @dataclass(frozen=True)
 class EvalConfig(Settings):
-    """What is measured while training, on held-out images under one fixed mask.
+    """What is measured during training, on held-out images under one fixed mask.
 
     Attributes:
-        count: how many times, evenly spread, the last at the end.
-        images: held-out images used, at most.
-        knn_count: how many times kNN and the linear probe are run, likewise, where labels exist; `count` at most.
-        knn_train: labelled training images that vote, at most.
+        count: number of measurements, evenly spaced, the last at the end.
+        images: held-out images that are used, at most.
+        knn_count: number of kNN and linear probe measurements, where labels exist; at most `count`.
+        knn_train: labelled training images that kNN votes with, at most.
         knn_val: held-out images that are classified, at most.
-        linear_train: of the images that vote, those that the linear probe learns from, at most; 0: no linear probe.
+        linear_train: labelled training images that the linear probe learns from, at most; 0: no linear probe.
         pictures: images in each reconstruction picture.
     """
 
@@ -225,26 +225,25 @@ class PretrainConfig(Settings):
     """One pre-training run.
 
     Attributes:
-        recipe: the named set of values that this run started from (see `torchmae recipes`); "auto" chooses by
-            the data.
-        data: what to train on.
+        recipe: the named set of values that the other settings change (`torchmae recipes`); "auto" chooses by the data.
+        data: the training images and how they are augmented.
         model: the network.
-        mask: what is hidden.
+        mask: which patches are masked.
         optim: the optimiser and its schedule.
-        eval: what is measured on the way.
-        init_from: weights to start from: a run, an exported model, or others' (a released MAE checkpoint, timm's,
-            transformers'; FILE#PART takes one of several encoders in a file); the shape of the network is then theirs.
+        eval: what is measured during training.
+        init_from: weights to start from: a run, an exported model, a released MAE checkpoint, or timm's or
+            transformers' weights (FILE#PART takes one of several encoders in a file). The network takes their shape.
             Null: random weights.
         out: the run folder; null: runs/<recipe>-<time>.
         epochs: passes over the training images.
-        max_minutes: minutes of training steps; the speed of the first steps fixes how many there are (validation
-            and start-up come on top). Replaces epochs.
-        batch_size: images per optimiser step, over all ranks and accumulation.
-        fit_batch: take the largest batch that fits on the GPU, a power of two images on each, in place of
-            batch_size; `--batch auto` for short.
-        start_size: train on smaller images first, of so many pixels along each axis (the patch divides it); null: no.
-        start_share: the share of the run's steps that they take, in (0, 1).
-        accumulate: parts that each rank's share of a batch is computed in, one after the other, to save memory.
+        max_minutes: minutes of training steps, in place of epochs. The speed of the first steps fixes their number;
+            start-up and validation are not counted.
+        batch_size: images per optimiser step, over all ranks and micro-batches.
+        fit_batch: use the largest batch that fits on the GPU, a power of two images on each, in place of batch_size;
+            `--batch auto` for short.
+        start_size: image size in pixels of the first part of the run, a multiple of the patch; null: no such part.
+        start_share: share of the steps that this first part takes, in (0, 1).
+        accumulate: number of micro-batches that each rank's share of a batch is computed in, to save memory.
         seed: of weights, order, crops, flips and masks.
         device: auto, cpu, cuda, cuda:1, mps.
         precision: auto (bf16 where it is faster, else fp32), bf16 or fp32.
@@ -255,10 +254,10 @@ class PretrainConfig(Settings):
         compress_gradients: exchange gradients in bf16 ("ddp" only).
         checkpoint_activations: keep only each block's input for the backward pass and compute the rest again: a third
             more work, a fraction of the memory.
-        activation_memory_budget: of a compiled model: the share of the activations that is kept, in [0, 1]; the
-            compiler has the rest computed again, the cheapest first.
-        max_skipped: steps in a row whose loss or gradient is not finite, each left out, at which the run goes back to
-            its last checkpoint and halves the learning rate.
+        activation_memory_budget: share of the activations that a compiled model keeps, in [0, 1]; the compiler
+            recomputes the others, the cheapest first.
+        max_skipped: steps in a row that are skipped because loss or gradient is not finite, before the run goes back
+            to its last checkpoint and halves the learning rate.
         log_every: optimiser steps between two lines of progress.
         checkpoint_minutes: minutes between two checkpoints; the last two are kept.
         progress: "auto" (a live line on a terminal, else plain lines), "plain", "epochs" (one line an epoch on

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from PIL import Image as Pillow
 
-from torchmae.config.data import PackOptions
+from torchmae.config import PackOptions
 from torchmae.data import jpeg
 from torchmae.data.arrays import map_array
 from torchmae.data.formats import CHANNELS, FORMATS, PACKED_ARRAY, Image, Progress, format_of, quiet_pillow
