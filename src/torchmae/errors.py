@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
 
 
 class TorchmaeError(Exception):
@@ -82,6 +84,22 @@ def within(
             left, right = "(" if open_low else "[", ")" if open_high else "]"
             limit = f"it must lie in {left}{_number(low)}, {_number(high)}{right}"
         raise ConfigError(f"{name} is {_number(value)}", limit)
+
+
+def reason_of(error: Exception) -> str:
+    """What an exception says, as one line of at most 300 characters: the system's words, its own, or its type."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def require(module: str, extra: str) -> Any:
+    """An optional library; ConfigError, with the command that installs it, where it is missing."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ConfigError(
+            f"{package} is not installed, and this needs it", f"pip install 'torchmae[{extra}]'"
+        ) from error
 
 
 def _printable(text: str) -> str:

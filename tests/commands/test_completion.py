@@ -141,7 +141,9 @@ def test_wrong_words(words: list[str], said: str, capsys: pytest.CaptureFixture[
 def test_without_shtab(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert main(["completion", "bash"]) == 2
-    assert capsys.readouterr().err == "torchmae: completion needs shtab; pip install 'torchmae[completion]'\n"
+    assert capsys.readouterr().err == (
+        "torchmae: shtab is not installed, and this needs it; pip install 'torchmae[completion]'\n"
+    )
     assert main(["completion", "--help"]) == 0
 
 

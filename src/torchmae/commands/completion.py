@@ -11,15 +11,12 @@ from typing import Any
 from torchmae.commands import COMMANDS, add_options
 from torchmae.config import PretrainConfig
 from torchmae.config.completion import CompletionOptions
-from torchmae.errors import ConfigError
+from torchmae.errors import require
 
 
 def run(options: CompletionOptions) -> int:
     """Prints the script; returns the exit status."""
-    try:
-        import shtab
-    except ImportError as error:
-        raise ConfigError("completion needs shtab", "pip install 'torchmae[completion]'") from error
+    shtab = require("shtab", "completion")
     print(shtab.complete(command_tree(shtab.FILE), options.shell))
     return 0
 

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from torchmae.data.formats import Progress
-from torchmae.errors import CheckpointError, ConfigError, DataError
+from torchmae.errors import CheckpointError, ConfigError, DataError, reason_of
 from torchmae.evaluation.images import ImageSet
 from torchmae.evaluation.subject import Subject
 from torchmae.files import replace_file
@@ -268,8 +268,7 @@ def read_features(path: Path) -> Features:
     try:
         return _read_parquet(path) if path.suffix == ".parquet" else _read_npz(path)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:  # pyarrow's errors are ValueErrors
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path} is damaged: {reason}", "write it again with `torchmae embed`") from error
+        raise DataError(f"{path} is damaged: {reason_of(error)}", "write it again with `torchmae embed`") from error
 
 
 def _identity(subject: Subject, parts: Sequence[ImageSet], pool: str, runtime: Runtime, step: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torchmae.config import OptimConfig
 from torchmae.config.finetune import FinetuneConfig
 from torchmae.data.loader import ImageLoader
 from torchmae.data.plan import Indices, Plan
-from torchmae.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError
+from torchmae.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError, reason_of
 from torchmae.evaluation.augment import Augment
 from torchmae.nn.classifier import Classifier
 from torchmae.nn.mae import no_weight_decay
@@ -365,9 +365,8 @@ def restore(checkpoint: Checkpoint | None, learner: Learner, job: Job, out: Path
         learner.load_state_dict(checkpoint.model)
         learner.optimizer.load_state_dict(checkpoint.optimizers[0])
     except (RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
-        reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"{checkpoint.path} does not fit the model: {reason}", "resume with the model it began with"
+            f"{checkpoint.path} does not fit the model: {reason_of(error)}", "resume with the model it began with"
         ) from error
     check_same(state.job, job, out)
     return state

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from math import isfinite
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -112,17 +110,6 @@ def save_tensors(path: Path, weights: Mapping[str, Tensor]) -> None:
     """Writes a .safetensors file that transformers and timm take for PyTorch's."""
     copies = {name: tensor.detach().clone().contiguous() for name, tensor in weights.items()}
     save_file(copies, path, metadata={"format": "pt"})
-
-
-def require(module: str, extra: str) -> Any:
-    """An optional library; ConfigError, with the command that installs it, where it is missing."""
-    try:
-        return import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise ConfigError(
-            f"{package} is not installed, and this needs it", f"pip install 'torchmae[{extra}]'"
-        ) from error
 
 
 def require_images(exported: Exported, to: str) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from torchmae.errors import CheckpointError
+from torchmae.errors import CheckpointError, reason_of
 
 _COPY_AGAIN = "copy or download it again"
 _NUMBERS = re.compile(r"[biufc?]\d{0,2}$")
@@ -58,8 +58,9 @@ def read_file(path: Path) -> dict[str, Any]:
             "torchmae does not run code from files; save its state_dict alone, best as .safetensors",
         ) from error
     except Exception as error:  # a file that is damaged, or something else, makes torch.load raise nearly anything
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        raise CheckpointError(f"cannot read {path}: {reason}", "give a .safetensors or .pth file of weights") from error
+        raise CheckpointError(
+            f"cannot read {path}: {reason_of(error)}", "give a .safetensors or .pth file of weights"
+        ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}", "give a state_dict, saved by name")
     return content

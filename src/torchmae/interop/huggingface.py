@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from torchmae.errors import CheckpointError, ConfigError
+from torchmae.errors import CheckpointError, ConfigError, require
 from torchmae.interop import names
 from torchmae.interop.exports import (
     Check,
     Exported,
     compare,
-    require,
     require_paper_decoder,
     require_square,
     save_tensors,

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from torchmae.errors import CheckpointError, ConfigError
-from torchmae.interop.exports import Check, Exported, compare, require, worst
+from torchmae.errors import CheckpointError, ConfigError, require
+from torchmae.interop.exports import Check, Exported, compare, worst
 from torchmae.interop.weights import AbsentDecoder
 from torchmae.nn.classifier import Classifier
 from torchmae.nn.encoder import ViTEncoder

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from torchmae.interop.exports import Check, Exported, compare, require, require_images, save_tensors, worst
+from torchmae.errors import require
+from torchmae.interop.exports import Check, Exported, compare, require_images, save_tensors, worst
 from torchmae.nn.classifier import Classifier, encoder_arguments
 
 _NAMES = {192: "vit_tiny", 384: "vit_small", 768: "vit_base", 1024: "vit_large", 1280: "vit_huge"}

@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from torchmae.config.export import ExportOptions
-from torchmae.errors import CheckpointError, ConfigError, TorchmaeError
+from torchmae.errors import CheckpointError, ConfigError, TorchmaeError, reason_of
 from torchmae.interop import huggingface, official, onnx, timm
 from torchmae.interop.exports import TOLERANCE, Check, Exported
 from torchmae.interop.weights import AbsentDecoder
@@ -139,9 +139,8 @@ def read_back(folder: Path, options: ExportOptions, exported: Exported) -> Check
     except TorchmaeError:
         raise
     except Exception as error:  # whatever another library raises
-        reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"the export was deleted, since {options.to} cannot be read back: {reason}",
+            f"the export was deleted, since {options.to} cannot be read back: {reason_of(error)}",
             "please report this with the output of torchmae --version",
         ) from error
 
@@ -187,8 +186,7 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
         writing.rename(path)
         _flush(path.parent)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        raise CheckpointError(f"cannot write {path}: {reason}", "free space or mend the folder") from error
+        raise CheckpointError(f"cannot write {path}: {reason_of(error)}", "free space or mend the folder") from error
     finally:
         shutil.rmtree(writing, ignore_errors=True)
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from torchmae.config.export import ExportOptions
-from torchmae.errors import CheckpointError, ConfigError
-from torchmae.interop.exports import require
+from torchmae.errors import CheckpointError, ConfigError, reason_of, require
 from torchmae.publish.export import export
 
 _REPO = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -43,8 +42,8 @@ def push(run: str | Path, repo: str, options: ExportOptions, *, private: bool = 
             message = f"torchmae export --to {options.to}"
             commit = api.upload_folder(repo_id=repo, folder_path=made.path, commit_message=message)
         except (OSError, ValueError, hub.errors.HTTPError) as error:
-            reason = " ".join(str(error).split())[:300]
             raise CheckpointError(
-                f"cannot push to {repo}: {reason}", "log in with `hf auth login` or set HF_TOKEN, then try again"
+                f"cannot push to {repo}: {reason_of(error)}",
+                "log in with `hf auth login` or set HF_TOKEN, then try again",
             ) from error
     return str(commit.commit_url)

@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from torchmae.errors import CheckpointError
+from torchmae.errors import CheckpointError, reason_of
 from torchmae.training.parallel import is_sharded
 from torchmae.training.ranks import ALONE, Ranks
 
@@ -141,9 +141,8 @@ def _cannot_save(writing: Path, step: int) -> Iterator[None]:
     # safetensors and torch.save report a full disk in their own ways
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(writing, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise CheckpointError(
-            f"cannot save the checkpoint of step {step} in {writing.parent}: {reason}",
+            f"cannot save the checkpoint of step {step} in {writing.parent}: {reason_of(error)}",
             "free space or mend the folder, then resume the run",
         ) from error
 
@@ -198,9 +197,8 @@ def _read(path: Path) -> Checkpoint:
     try:
         return _content(path)
     except Exception as error:  # what a stranger put there fails in as many ways as torch.load and safetensors have
-        reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{path} is no checkpoint of torchmae: {reason}", "start again in another folder"
+            f"{path} is no checkpoint of torchmae: {reason_of(error)}", "start again in another folder"
         ) from error
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from torchmae.errors import CheckpointError
+from torchmae.errors import CheckpointError, reason_of
 from torchmae.files import replace_file
 from torchmae.interop.files import check_content
 from torchmae.nn.classifier import Classifier
@@ -78,6 +78,7 @@ def load_classifier(folder: Path) -> tuple[Classifier, ClassifierDescription]:
     except CheckpointError:
         raise
     except Exception as error:  # sizes that were changed by hand fail in as many ways as modules have
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"cannot load the classifier in {folder}: {reason}", "copy the folder again") from error
+        raise CheckpointError(
+            f"cannot load the classifier in {folder}: {reason_of(error)}", "copy the folder again"
+        ) from error
     return model.eval(), description

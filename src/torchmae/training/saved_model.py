@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from torchmae.data.transforms import Normalisation
-from torchmae.errors import CheckpointError
+from torchmae.errors import CheckpointError, reason_of
 from torchmae.files import replace_file
 from torchmae.interop.files import check_content
 from torchmae.nn import presets
@@ -97,8 +97,9 @@ def load_model(folder: Path) -> tuple[Autoencoder, Description]:
     except CheckpointError:
         raise
     except Exception as error:  # sizes that were changed by hand fail in as many ways as modules have
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"cannot load the model in {folder}: {reason}", "copy the folder again") from error
+        raise CheckpointError(
+            f"cannot load the model in {folder}: {reason_of(error)}", "copy the folder again"
+        ) from error
     return model.eval(), description
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchmae.errors import CheckpointError, Interrupted, TrainingError
+from torchmae.errors import CheckpointError, Interrupted, TrainingError, reason_of
 from torchmae.training.checkpoint import Checkpoint, save_checkpoint
 from torchmae.training.parallel import load_optimizer, load_weights, local
 from torchmae.training.ranks import ALONE, Ranks
@@ -101,9 +101,8 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizers: Sequence[Optim
             load_optimizer(optimizer, saved)
         state = State(**{**checkpoint.state, "precision": precision})
     except (RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
-        reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"{checkpoint.path} does not fit the model: {reason}", "resume with the run's own settings"
+            f"{checkpoint.path} does not fit the model: {reason_of(error)}", "resume with the run's own settings"
         ) from error
     return state
 

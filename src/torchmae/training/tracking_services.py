@@ -11,6 +11,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from torchmae.errors import reason_of
 from torchmae.training.run_folder import RunFolder
 
 PROJECT = "torchmae"
@@ -161,7 +162,7 @@ class Spared:
             yield
         except Exception as error:  # whatever the library raises: none of it is the run's fault
             self._tracker = None
-            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            reason = reason_of(error).rstrip(".")
             self._warn(f"{self._name} gets no more figures of this run: {reason}; metrics.jsonl has all of them")
 
 
