@@ -17,6 +17,7 @@ from PIL import Image
 import torchmae
 from torchmae import cli
 from torchmae.cli import main
+from torchmae.commands import print_json
 from torchmae.settings import recipe_names
 from torchmae.training.checkpoint import load_checkpoint
 
@@ -198,6 +199,14 @@ def test_a_run_prints_its_table_and_json(run: Path, capsys: pytest.CaptureFixtur
     assert (figures["state"], figures["steps"], figures["images_seen"]) == ("finished", 24, 2 * 1437)
 
 
+def test_json_is_a_line_or_a_file(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = {"run": "a", "loss": 0.5}
+    for to in (False, True, place / "figures.json"):
+        print_json(to, figures)
+    assert capsys.readouterr().out == f"{json.dumps(figures)}\n"
+    assert json.loads((place / "figures.json").read_text()) == figures
+
+
 def test_the_run_folder(run: Path) -> None:
     names = {path.name for path in run.iterdir()} - {"tensorboard"}
     assert names == {
@@ -254,7 +263,7 @@ def test_reconstruct(run: Path, place: Path, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out == "new/grid.png  (hidden patches as predicted)\n"
     with Image.open(place / "new" / "grid.png") as picture:
         assert picture.width > picture.height / 2
-    options = ["images/0.png", "--mask.ratio=0.9", "--mask.strategy=block", "--out", "a.png"]
+    options = ["images/0.png", "--mask.ratio=0.9", "--mask.strategy=block", "--device=cpu", "--out", "a.png"]
     assert main(["reconstruct", str(run), *options]) == 0
     assert main(["reconstruct", str(run), *options[:-1], "b.png", "--seed=0"]) == 0
     assert main(["reconstruct", str(run), *options[:-1], "c.png", "--seed=1"]) == 0

@@ -45,6 +45,16 @@ def test_values_that_cannot_work(kind: type[Any], values: dict[str, Any], messag
     assert message in str(caught.value)
 
 
+def test_resume_names_the_folder_to_go_on_with() -> None:
+    options = EvaluateOptions(method="finetune", resume="runs/a/finetune")
+    assert (options.out, options.resume) == ("runs/a/finetune", True)
+    assert EvaluateOptions(method="finetune", out="a", resume=True).out == "a"
+    with pytest.raises(ConfigError, match="resume is 'a' and out 'b'"):
+        EvaluateOptions(method="finetune", out="b", resume="a")
+    with pytest.raises(ConfigError, match="does not apply to method 'knn'"):
+        EvaluateOptions(method="knn", resume="a")
+
+
 def test_they_load_nothing_heavy() -> None:
     code = "import sys, torchmae.config.evaluate, torchmae.config.embed; print('torch' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
