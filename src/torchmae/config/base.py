@@ -69,17 +69,24 @@ class WrongType(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """Base of a group of settings. `GROUP` is the prefix of its names in messages, such as "data."."""
+    """Base of the classes of settings.
 
-    GROUP: ClassVar[str] = ""
+    A subclass that is a group of another one names its prefix: `class MaskConfig(Settings, group="mask.")`.
+    """
+
+    group: ClassVar[str] = ""
     _types: ClassVar[dict[str, Any]]
+
+    def __init_subclass__(cls, group: str | None = None) -> None:
+        if group is not None:
+            cls.group = group
 
     def __post_init__(self) -> None:
         types = self.types()
         for item in fields(self):
             value = getattr(self, item.name)
             if value is not item.default:
-                object.__setattr__(self, item.name, convert(self.GROUP + item.name, types[item.name], value))
+                object.__setattr__(self, item.name, convert(self.group + item.name, types[item.name], value))
 
     @classmethod
     def types(cls) -> dict[str, Any]:

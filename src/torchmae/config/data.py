@@ -21,7 +21,7 @@ from torchmae.errors import ConfigError, one_of
 
 
 @dataclass(frozen=True)
-class ReadOptions(Settings):
+class ReadOptions(Settings, group="data."):
     """How data is opened and read, the same in every command.
 
     Attributes:
@@ -41,8 +41,6 @@ class ReadOptions(Settings):
             1 for all other types.
     """
 
-    GROUP = "data."
-
     root: Place = "data"
     axes: str | None = None
     pages: Literal["first", "all", "stack"] = "first"
@@ -61,13 +59,13 @@ class ReadOptions(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         for kind in self.scale or {}:
-            one_of(f"{self.GROUP}scale", kind, ("uint8", "uint16", "float32"))
+            one_of(f"{self.group}scale", kind, ("uint8", "uint16", "float32"))
         if self.axes is not None:
             object.__setattr__(self, "axes", self.axes.upper().removeprefix("N"))
             letters = set(self.axes)
             if not self.axes.isalpha() or len(letters) < len(self.axes) or not 1 <= len(letters - {"C"}) <= 3:
                 raise ConfigError(
-                    f"{self.GROUP}axes is {self.axes!r}",
+                    f"{self.group}axes is {self.axes!r}",
                     "give a letter for each axis of a sample, such as HWC, CL or ZYX",
                 )
 
@@ -94,7 +92,7 @@ class DataOptions(ReadOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectOptions(JsonOption, ReadOptions):
+class InspectOptions(JsonOption, ReadOptions, group=""):
     """Reads every image of a data set and says what is there, and what is wrong.
 
     Attributes:
@@ -104,8 +102,6 @@ class InspectOptions(JsonOption, ReadOptions):
         progress: "auto" (a bar on a terminal, else lines), "plain" or "none".
     """
 
-    GROUP = ""
-
     data: Annotated[Place, POSITIONAL]
     sheet: Annotated[Place, ".png"] | None = None
     limit: Count | None = None
@@ -113,7 +109,7 @@ class InspectOptions(JsonOption, ReadOptions):
 
 
 @dataclass(frozen=True)
-class PackOptions(ReadOptions):
+class PackOptions(ReadOptions, group=""):
     """How images are packed.
 
     Attributes:
@@ -127,8 +123,6 @@ class PackOptions(ReadOptions):
             0: none may.
         progress: "auto" (a bar on a terminal, else lines), "plain" or "none".
     """
-
-    GROUP = ""
 
     format: Literal["parquet", "wds", "npy"] = "parquet"
     max_size: Annotated[int, Range(8)] | None = None

@@ -60,7 +60,7 @@ class ComputeOptions(Settings):
 
 
 @dataclass(frozen=True)
-class AttentiveOptions(Settings):
+class AttentiveOptions(Settings, group="attentive."):
     """How the attentive probe is trained.
 
     Attributes:
@@ -72,8 +72,6 @@ class AttentiveOptions(Settings):
             every epoch, and `--method all` leaves this probe out.
     """
 
-    GROUP = "attentive."
-
     epochs: Size | None = None
     lr: Rate = 3e-3
     weight_decay: Annotated[float, Range(0, 10)] = 0.05
@@ -82,7 +80,7 @@ class AttentiveOptions(Settings):
 
 
 @dataclass(frozen=True)
-class ReconstructionOptions(Settings):
+class ReconstructionOptions(Settings, group="reconstruction."):
     """Which masks the reconstruction is measured under.
 
     Attributes:
@@ -90,8 +88,6 @@ class ReconstructionOptions(Settings):
         strategies: random, block, grid (elements for the mlp model); null: all that the model has.
         images: test images used, at most.
     """
-
-    GROUP = "reconstruction."
 
     ratios: tuple[Fraction, ...] = (0.5, 0.75, 0.9)
     strategies: tuple[Strategy, ...] | None = None

@@ -39,7 +39,7 @@ SMALL = InputSettings(batch_size=128, crop_scale=(0.6, 1.0), randaugment=3, mixu
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(Settings):
+class FinetuneConfig(Settings, group="finetune."):
     """How a classifier is trained end to end. The defaults are the paper's (table 9, ViT-B).
 
     What is null depends on the input: the paper's value, or a milder one for images of up to 64 pixels (`for_input`).
@@ -67,8 +67,6 @@ class FinetuneConfig(Settings):
         compile: train the classifier through torch.compile.
         checkpoint_minutes: minutes between two checkpoints.
     """
-
-    GROUP = "finetune."
 
     init: Literal["pretrained", "random"] = "pretrained"
     epochs: Count = 100

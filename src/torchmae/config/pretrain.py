@@ -45,7 +45,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 @dataclass(frozen=True)
-class DataConfig(DataOptions):
+class DataConfig(DataOptions, group="data."):
     """The training images and how they are augmented.
 
     Attributes:
@@ -65,8 +65,6 @@ class DataConfig(DataOptions):
             run as without it; batches are less varied. Divides the number of epochs.
         allow_change: go on with a run although its training images have changed.
     """
-
-    GROUP = "data."
 
     source: Place = "digits"
     val: Place = "auto"
@@ -92,7 +90,7 @@ class DataConfig(DataOptions):
 
 
 @dataclass(frozen=True)
-class ModelConfig(Settings):
+class ModelConfig(Settings, group="model."):
     """The network; null takes the preset's value.
 
     Attributes:
@@ -120,8 +118,6 @@ class ModelConfig(Settings):
         loss_on: of the mlp preset: loss on "hidden" (masked) values only, or on "all" values.
     """
 
-    GROUP = "model."
-
     preset: Preset = "vit_digits"
     input_size: int | tuple[int, ...] | None = None
     patch_size: int | tuple[int, ...] | None = None
@@ -146,7 +142,7 @@ class ModelConfig(Settings):
 
 
 @dataclass(frozen=True)
-class MaskConfig(Settings):
+class MaskConfig(Settings, group="mask."):
     """Which patches are masked.
 
     Attributes:
@@ -156,15 +152,13 @@ class MaskConfig(Settings):
         final_ratio: the share at the end of the run; it changes linearly from `ratio`; null: it stays.
     """
 
-    GROUP = "mask."
-
     strategy: Strategy = "random"
     ratio: Fraction = 0.75
     final_ratio: Fraction | None = None
 
 
 @dataclass(frozen=True)
-class OptimConfig(Settings):
+class OptimConfig(Settings, group="optim."):
     """The optimiser and its schedule (paper, table 8).
 
     Attributes:
@@ -181,8 +175,6 @@ class OptimConfig(Settings):
         clip_grad: largest gradient norm; null: no clipping.
     """
 
-    GROUP = "optim."
-
     name: Literal["adamw", "adam", "muon"] = "adamw"
     base_lr: Rate = 1.5e-4
     lr: Rate | None = None
@@ -196,7 +188,7 @@ class OptimConfig(Settings):
 
 
 @dataclass(frozen=True)
-class EvalConfig(Settings):
+class EvalConfig(Settings, group="eval."):
     """What is measured during training, on held-out images under one fixed mask.
 
     Attributes:
@@ -208,8 +200,6 @@ class EvalConfig(Settings):
         linear_train: labelled training images that the linear probe learns from, at most; 0: no linear probe.
         pictures: images in each reconstruction picture.
     """
-
-    GROUP = "eval."
 
     count: Count = 10
     images: Count = 1000

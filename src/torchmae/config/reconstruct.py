@@ -11,15 +11,13 @@ from torchmae.config.pretrain import Strategy
 
 
 @dataclass(frozen=True)
-class MaskOptions(Settings):
+class MaskOptions(Settings, group="mask."):
     """What is masked; null: as the model was trained.
 
     Attributes:
         strategy: random, block or grid.
         ratio: share of the patches that is masked, in (0, 1).
     """
-
-    GROUP = "mask."
 
     strategy: Strategy | None = None
     ratio: Fraction | None = None

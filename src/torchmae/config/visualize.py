@@ -11,15 +11,13 @@ from torchmae.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class ExampleImages(Settings):
+class ExampleImages(Settings, group="data."):
     """The images that neighbours are found among, that a map is made of, and that are drawn when none are given.
 
     Attributes:
         source: what `torchmae pretrain --data` takes: a folder, a file or a name; null: what the run was trained on.
         root: where torchvision's sets are kept and downloaded to; null: where the run had them.
     """
-
-    GROUP = "data."
 
     source: Place | None = None
     root: Place | None = None
