@@ -20,7 +20,7 @@ from torchmae.evaluation import suite
 from torchmae.nn import presets
 from torchmae.runs import Run, overrides, resume_run, start
 from torchmae.training.progress import Display
-from torchmae.training.ranks import open_ranks, ranks_from_environment
+from torchmae.training.ranks import open_ranks
 
 PROBED = 16
 # The longer side of the images, in pixels, up to which a recipe is the one to start with.
@@ -89,13 +89,8 @@ def evaluate(run: str | Path, data: str | Path | Mapping[str, Any] | None = None
 
 
 def begin(given: Mapping[str, Any]) -> Run:
-    """A new run from settings by dotted name.
-
-    Ranks are connected before the data is opened, which one of them does.
-    """
-    if ranks_from_environment().world_size == 1:
-        return start(configure(given))
-    with open_ranks(make(PretrainConfig, given).device):
+    """A new run from settings by dotted name. Ranks are connected before one of them opens the data."""
+    with open_ranks(settings.from_recipe(given).device):
         return start(configure(given))
 
 

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -77,14 +75,7 @@ def test_mistakes_are_one_line(args: list[str], message: str, capsys: pytest.Cap
     assert error.count("\n") == 1 and message in error
 
 
-def test_help_needs_nothing_heavy(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_parts_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench"]) == 0
     shown = capsys.readouterr().out
     assert all(f"bench {part}" in shown for part in ("step", "data", "train"))
-    code = (
-        "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); "
-        "from torchmae.cli import main; main(['bench', 'step', '--help'])"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert ran.returncode == 0 and ran.stdout.endswith("False\n")
-    assert "usage: torchmae bench step" in ran.stdout and "--against" in ran.stdout

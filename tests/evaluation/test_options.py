@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -53,9 +51,3 @@ def test_resume_names_the_folder_to_go_on_with() -> None:
         EvaluateOptions(method="finetune", out="b", resume="a")
     with pytest.raises(ConfigError, match="does not apply to method 'knn'"):
         EvaluateOptions(method="knn", resume="a")
-
-
-def test_they_load_nothing_heavy() -> None:
-    code = "import sys, torchmae.config.evaluate, torchmae.config.embed; print('torch' in sys.modules)"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout == "False\n"

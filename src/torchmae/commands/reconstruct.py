@@ -22,13 +22,6 @@ def run(options: ReconstructOptions) -> int:
     pretrained = load(options.run, target=options.target)
     for line in pretrained.notes:
         print(f"note: {line}")
-    note = reconstruct(pretrained, options)
-    print(f"{options.out}  ({note})")
-    return 0
-
-
-def reconstruct(pretrained: Pretrained, options: ReconstructOptions) -> str:
-    """Writes the picture; returns how the target was undone."""
     device = open_runtime(options.device, "fp32", None).device
     pretrained.model.to(device)
     images = pretrained.preprocess(*options.images)
@@ -42,7 +35,8 @@ def reconstruct(pretrained: Pretrained, options: ReconstructOptions) -> str:
     masked = original.masked_fill(result.removed.cpu(), torch.nan)
     grid = reconstruction_grid(masked, shown(result.images.cpu()), original, note=result.note)
     save_png(grid, options.out)
-    return result.note
+    print(f"{options.out}  ({result.note})")
+    return 0
 
 
 def hole(pretrained: Pretrained, path: Path, count: int) -> Mask:
