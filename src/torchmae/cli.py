@@ -6,11 +6,10 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
 
 from torchmae.commands import COMMANDS, Command, describe
 from torchmae.config import PretrainConfig
-from torchmae.config.base import make, settings_of
+from torchmae.config.base import make
 from torchmae.errors import ConfigError, TorchmaeError, nearest
 from torchmae.settings import read_words
 from torchmae.threads import wait_briefly
@@ -69,12 +68,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _run(command: Command, words: Sequence[str]) -> int:
     """Words to settings, and the command with them."""
-    kinds = command.kinds
-    given = read_words(words, *kinds, *([PretrainConfig] if command.configures else []))
-    options: list[Any] = [make(kind, given) for kind in kinds]
-    if command.configures:
-        known = settings_of(PretrainConfig)
-        options.append({name: value for name, value in given.items() if name in known})
+    given = read_words(words, *command.kinds)
+    options = [given if kind is PretrainConfig else make(kind, given) for kind in command.kinds]
     module, function = command.run.split(".")
     return int(getattr(import_module(f"torchmae.commands.{module}"), function)(*options))
 

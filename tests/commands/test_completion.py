@@ -114,7 +114,7 @@ def test_every_option_of_every_help_is_completed(capsys: pytest.CaptureFixture[s
     for name, command in cli.COMMANDS.items():
         assert main([*name.split(), "--help"]) == 0
         shown = set(re.findall(r"^  (?:-h, )?--([\w.]+)", capsys.readouterr().out, re.MULTILINE)) - {"help"}
-        settings = settings_of(*command.kinds, *([PretrainConfig] if command.configures else []))
+        settings = settings_of(*command.kinds)
         words = {setting for setting in settings if settings[setting].positional}
         assert {f"--{option}" for option in {*shown, *settings} - words} <= options(tree, *name.split()), name
 

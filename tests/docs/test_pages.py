@@ -10,7 +10,6 @@ import pytest
 from pages import DOCS, FENCE, PAGES, ROOT, blocks
 
 from torchmae import cli, settings
-from torchmae.config import PretrainConfig
 from torchmae.config.base import settings_of
 
 LINK = re.compile(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]*))?\)")
@@ -47,7 +46,6 @@ def commands(page: Path) -> list[str]:
 def check_option(word: str, *commands: cli.Command) -> None:
     """ConfigError unless a setting of the commands has this name."""
     kinds = {kind for command in commands for kind in command.kinds}
-    kinds |= {PretrainConfig for command in commands if command.configures}
     name = word.split()[0].removeprefix("--").partition("=")[0]
     if name not in ("config", "help", "version"):
         settings.full_name(name, settings_of(*kinds))

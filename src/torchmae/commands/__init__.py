@@ -33,38 +33,37 @@ class Command(NamedTuple):
 
     Attributes:
         run: the module in `torchmae.commands` and its function, which returns the exit status.
-        kinds: the classes that `run` takes an object of; the docstring of the last one describes the command.
-        configures: whether the command takes the settings of a run as well; `run` takes them by dotted name.
+        kinds: the classes that `run` takes an object of; the docstring of the first one describes the command. For
+            `PretrainConfig`, `run` takes the values that were given, by dotted name: a recipe may stand below them.
         several: whether the processes that torchrun starts run it together.
     """
 
     run: str
     kinds: tuple[type[Settings], ...]
-    configures: bool = False
     several: bool = False
 
     @property
     def about(self) -> str:
         """What the command does."""
-        return (getdoc(self.kinds[-1]) or "").partition("Attributes:\n")[0].strip()
+        return (getdoc(self.kinds[0]) or "").partition("Attributes:\n")[0].strip()
 
 
 COMMANDS = {
-    "pretrain": Command("pretrain.run", (PretrainOptions,), configures=True, several=True),
+    "pretrain": Command("pretrain.run", (PretrainOptions, PretrainConfig), several=True),
     "reconstruct": Command("reconstruct.run", (ReconstructOptions,)),
-    "evaluate": Command("evaluate.run", (RunOrBaseline, ComputeOptions, EvaluateOptions), several=True),
-    "embed": Command("embed.run", (ComputeOptions, EmbedOptions), several=True),
+    "evaluate": Command("evaluate.run", (EvaluateOptions, ComputeOptions, RunOrBaseline), several=True),
+    "embed": Command("embed.run", (EmbedOptions, ComputeOptions), several=True),
     "visualize": Command("visualize.run", (VisualizeOptions,)),
     "app": Command("app.run", (AppOptions,)),
     "report": Command("report.run", (ReportOptions,)),
-    "export": Command("export.run", (ExportOptions, ExportCommand)),
-    "push": Command("export.push", (ExportOptions, PushCommand)),
+    "export": Command("export.run", (ExportCommand, ExportOptions)),
+    "push": Command("export.push", (PushCommand, ExportOptions)),
     "plan": Command("plan.run", (PlanOptions,)),
-    "bench step": Command("bench.step", (OutputOptions, BenchStep), configures=True),
-    "bench data": Command("bench.data", (OutputOptions, BenchData), configures=True),
-    "bench train": Command("bench.train", (OutputOptions, BenchTrain), configures=True),
+    "bench step": Command("bench.step", (BenchStep, OutputOptions, PretrainConfig)),
+    "bench data": Command("bench.data", (BenchData, OutputOptions, PretrainConfig)),
+    "bench train": Command("bench.train", (BenchTrain, OutputOptions, PretrainConfig)),
     "data inspect": Command("data.inspect", (InspectOptions,)),
-    "data pack": Command("data.pack", (PackOptions, PackCommand)),
+    "data pack": Command("data.pack", (PackCommand, PackOptions)),
     "recipes": Command("recipes.run", (RecipesOptions,)),
     "completion": Command("completion.run", (CompletionOptions,)),
 }
@@ -78,7 +77,8 @@ def describe(name: str) -> argparse.ArgumentParser:
     """The help of a command: its usage, its description, and its options."""
     command = COMMANDS[name]
     words = []
-    for word, setting in settings_of(*command.kinds).items():
+    kinds = [kind for kind in command.kinds if kind is not PretrainConfig or name == "pretrain"]
+    for word, setting in settings_of(*kinds).items():
         if setting.positional:
             shown = f"{word.upper()}..." if setting.several else word.upper()
             words.append(shown if setting.default is MISSING else f"[{shown}]")
@@ -87,9 +87,9 @@ def describe(name: str) -> argparse.ArgumentParser:
         usage=" ".join(["torchmae", name, *words, "[OPTIONS]"]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=command.about,
-        epilog=CONFIGURES if command.configures else None,
+        epilog=CONFIGURES if PretrainConfig in command.kinds else None,
     )
-    add_options(parser, (*command.kinds, PretrainConfig) if name == "pretrain" else command.kinds)
+    add_options(parser, kinds)
     return parser
 
 

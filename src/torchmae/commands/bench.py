@@ -20,19 +20,19 @@ from torchmae.training.progress import Display
 STEP_PRESET = "vit_tiny_32_p4"
 
 
-def step(output: OutputOptions, options: BenchStep, given: Mapping[str, Any]) -> int:
+def step(options: BenchStep, output: OutputOptions, given: Mapping[str, Any]) -> int:
     """Times a training step; returns the exit status."""
     config = step_config(given)
     return _report(config, output, lambda progress: measure_step(entries(config, options.against), options, progress))
 
 
-def data(output: OutputOptions, options: BenchData, given: Mapping[str, Any]) -> int:
+def data(options: BenchData, output: OutputOptions, given: Mapping[str, Any]) -> int:
     """Times the loading of images; returns the exit status."""
     config = configure(given)
     return _report(config, output, lambda progress: measure_data(config, options, progress))
 
 
-def train(output: OutputOptions, options: BenchTrain, given: Mapping[str, Any]) -> int:
+def train(options: BenchTrain, output: OutputOptions, given: Mapping[str, Any]) -> int:
     """Times the training loop; returns the exit status."""
     config = configure(given)
     return _report(config, output, lambda progress: measure_train(config, options, progress))

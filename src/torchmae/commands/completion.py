@@ -35,7 +35,7 @@ def command_tree(file: Any) -> argparse.ArgumentParser:
         if first and first not in branches:
             branches[first] = branches[""].add_parser(first, help=first).add_subparsers()
         parser = branches[first].add_parser(second, help=command.about.splitlines()[0])
-        add_options(parser, (*command.kinds, *([PretrainConfig] if command.configures else [])), file)
-        if command.configures:
+        add_options(parser, command.kinds, file)
+        if PretrainConfig in command.kinds:
             parser.add_argument("--config").complete = file  # type: ignore[attr-defined]
     return tree

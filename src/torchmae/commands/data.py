@@ -57,7 +57,7 @@ def inspect(options: InspectOptions) -> int:
     return 0
 
 
-def pack(options: PackOptions, command: PackCommand) -> int:
+def pack(command: PackCommand, options: PackOptions) -> int:
     """`torchmae data pack`; returns the exit status."""
     display = Display(options.progress)
     try:

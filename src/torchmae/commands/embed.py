@@ -18,7 +18,7 @@ from torchmae.training.ranks import one_line_when_lost, open_ranks, share_of_cor
 from torchmae.training.runtime import open_runtime
 
 
-def run(compute: ComputeOptions, options: EmbedOptions) -> int:
+def run(options: EmbedOptions, compute: ComputeOptions) -> int:
     """Runs the command; returns the exit status."""
     line = write(options, compute)
     if line is not None:

@@ -19,7 +19,7 @@ from torchmae.report.measures import AUROC, TRAINING, Figure, figures_as_text, m
 HEADINGS = {"model": "this model", "random": "untrained", "pixels": "raw pixels"}
 
 
-def run(model: RunOrBaseline, compute: ComputeOptions, options: EvaluateOptions) -> int:
+def run(options: EvaluateOptions, compute: ComputeOptions, model: RunOrBaseline) -> int:
     """Runs the command; returns the exit status."""
     evaluation = evaluate(model.run, options, compute)
     if os.environ.get("RANK", "0") != "0":  # of ranks that torchrun started, the first one speaks

@@ -9,7 +9,7 @@ from torchmae.publish import hub
 from torchmae.publish.export import export
 
 
-def run(options: ExportOptions, command: ExportCommand) -> int:
+def run(command: ExportCommand, options: ExportOptions) -> int:
     """Exports; returns the exit status."""
     made = export(command.run, Path(command.out), options)
     for note in made.notes:
@@ -19,7 +19,7 @@ def run(options: ExportOptions, command: ExportCommand) -> int:
     return 0
 
 
-def push(options: ExportOptions, command: PushCommand) -> int:
+def push(command: PushCommand, options: ExportOptions) -> int:
     """Exports and uploads; returns the exit status."""
     print(hub.push(command.run, command.repo, options, private=command.private))
     return 0
