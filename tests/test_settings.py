@@ -150,10 +150,7 @@ def test_options_that_do_not_fit(args: list[str], message: str) -> None:
         ("mask: {ratio: high}\n", "mask.ratio is high; it takes a number"),
         ("mask: {ratio: 2}\n", "mask.ratio is 2; it must lie in (0, 1)"),
         ("- epochs\n", "FILE holds a list; it must be a mapping of settings to values"),
-        (
-            "mask: [\n",
-            "FILE is not valid YAML: expected the node content, but found '<stream end>' in line 2; mend the",
-        ),
+        ("mask: [\n", "FILE is not valid YAML: expected the node content, but found '<stream end>' in line 2; mend"),
         ("mask: \t- x\n", "FILE is not valid YAML: "),
     ],
 )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ import yaml
 
 from torchmae.config import PretrainConfig
 from torchmae.config.base import Setting, Settings, alternatives, make, rules, settings_of, suffixes
-from torchmae.errors import ConfigError, nearest, one_of
+from torchmae.errors import ConfigError, nearest, one_of, reason_of
 from torchmae.paths import user_path
 
+RECIPES = Path(__file__).parent / "recipes"
 Given = dict[str, Any]
 """Values by dotted name, before they are converted."""
 
@@ -27,14 +27,13 @@ ALIASES = {"data": "data.source", "batch": "batch_size", "init": "finetune.init"
 
 def recipe_names() -> list[str]:
     """The recipes that ship with torchmae, sorted."""
-    folder = resources.files("torchmae") / "recipes"
-    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def recipe_path(name: str) -> Path:
     """The file of a recipe; ConfigError for a name that does not exist."""
     one_of("recipe", name, recipe_names())
-    return Path(str(resources.files("torchmae") / "recipes" / f"{name}.yaml"))
+    return RECIPES / f"{name}.yaml"
 
 
 def recipe_summary(name: str) -> str:
@@ -145,12 +144,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}", "give the path of a YAML file") from error
+        raise ConfigError(f"cannot read {path}: {reason_of(error)}", "give the path of a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f" in line {mark.line + 1}" if mark is not None else ""
-        reason = " ".join(str(problem or error).split())
-        raise ConfigError(f"{path} is not valid YAML: {reason}{where}", "mend the file") from error
+        raise ConfigError(f"{path} is not valid YAML: {problem or reason_of(error)}{where}", "mend the file") from error
     if values is None:
         return {}
     if not isinstance(values, dict):

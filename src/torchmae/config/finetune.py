@@ -16,15 +16,7 @@ SMALL_SIDE = 64
 
 
 class InputSettings(NamedTuple):
-    """The settings that depend on the model's input; as in `FinetuneConfig`.
-
-    Attributes:
-        batch_size: images per optimiser step.
-        crop_scale: area of the random crop as a share of the image, from and to.
-        randaugment: strength, 0 to 10.
-        mixup: of its Beta distribution; 0: none.
-        cutmix: likewise.
-    """
+    """The settings that depend on the model's input; as in `FinetuneConfig`."""
 
     batch_size: int
     crop_scale: tuple[float, float]
