@@ -97,8 +97,8 @@ def begin(given: Mapping[str, Any]) -> Run:
 def configure(given: Mapping[str, Any]) -> PretrainConfig:
     """The settings of a run: those of a recipe, changed by those that are given by dotted name.
 
-    Without a recipe one is chosen by the data; and where the sizes of the model's input and patches are not given, so
-    are they, should that recipe's not suit.
+    Without a recipe, the size of the images chooses one. Where the input of that recipe does not suit the images, their
+    size chooses the sizes of input and patches too, unless these are given.
     """
     config = settings.from_recipe(given)
     if config.recipe != "auto":
@@ -121,7 +121,10 @@ def configure(given: Mapping[str, Any]) -> PretrainConfig:
 
 
 def proposed(model: ModelConfig, shape: dict[str, Any]) -> dict[str, Any]:
-    """The part of a shape, as `recommend` gives it, that settings leave open: an input size fits a patch size given."""
+    """Input and patch size as `recommend` gives them, where the settings leave them open.
+
+    An input size is fitted to a patch size that is given.
+    """
     if not shape or model.input_size is not None or model.preset == "mlp":
         return {}
     if model.patch_size is None:
@@ -140,11 +143,11 @@ def typical_size(source: str, context: Context) -> tuple[int, ...]:
 
 
 def recommend(size: tuple[int, ...]) -> tuple[str, dict[str, Any]]:
-    """What to start with for images of a size, in pixels along 1, 2 or 3 axes.
+    """The recipe to start with for images of a size, in pixels along 1, 2 or 3 axes.
 
     Returns:
-        the recipe; and, where its own input does not suit (other axes, elongated images, tiny ones that would lose by
-        being reduced), `input_size` and `patch_size`.
+        the recipe; and `input_size` and `patch_size` where its own input does not suit: for signals and volumes,
+        elongated images, and tiny images that would have to be reduced.
     """
     recipe = next(name for limit, name in RECIPE_FOR_SIDE if max(size) <= limit)
     config = settings.from_recipe({"recipe": recipe})

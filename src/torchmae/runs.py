@@ -44,7 +44,8 @@ from torchmae.training.saved_model import Description, write_description, write_
 from torchmae.training.tracking import Trackers, open_trackers, tracker_names
 from torchmae.visualize import write_pictures
 
-# What a resumed run may be given anew: where and how fast it computes, and the learning rate, for runs that diverged.
+# Settings that may change when a run is resumed: where and how fast it computes, and the learning rate, for runs that
+# diverged.
 MAY_CHANGE = frozenset({
     *("device", "threads", "compile", "precision", "log_every", "checkpoint_minutes", "progress", "trackers"),
     *("accumulate", "parallel", "compress_gradients", "checkpoint_activations", "activation_memory_budget"),

@@ -35,8 +35,8 @@ class ReadOptions(Settings, group="data."):
             fraction of its size.
         nodata: value that means "nothing measured", such as -9999. It and values that are not finite are replaced by
             the mean of their channel in the sample; "nan": only values that are not finite; null: no such value.
-        member: which picture of tar samples with several: what follows the sample's key and a dot ("jpg", "seg.png"),
-            or "all" (each picture is a sample); null: no sample has several.
+        member: picture to take from tar samples with several: what follows the sample's key and a dot ("jpg",
+            "seg.png"), or "all" (each picture is a sample); null: no sample has several.
         scale: for each type of stored values, the value that becomes 1; null: 255 for uint8, 65535 for uint16, and
             1 for all other types.
     """
