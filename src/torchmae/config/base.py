@@ -3,6 +3,9 @@
 A value may be text from the command line, a value from a YAML file, or a Python object. Types say everything: `Literal`
 names the choices, `Range` the limits, `PLACE` a file or folder, ".png" the ending of its name, and `POSITIONAL` a word
 that stands without an option before it.
+
+There is no parser library here: values from Python and YAML need this conversion anyway, and the errors of jsonargparse
+are sentences, which would have to be taken apart to name the limit, the fix and the nearest name.
 """
 
 from __future__ import annotations
