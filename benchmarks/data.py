@@ -13,8 +13,8 @@ import os
 from pathlib import Path
 
 from torchmae import settings
-from torchmae.bench.options import DataOptions
 from torchmae.config import PretrainConfig
+from torchmae.config.bench import BenchData
 from torchmae.threads import wait_briefly
 
 CASES = {
@@ -38,7 +38,7 @@ def main() -> None:
     display = Display("auto")
     for case, (words, against) in CASES.items():
         config: PretrainConfig = settings.parse([f"--data={args.data}", *words, *rest], args.recipe)
-        options = DataOptions(rounds=1, batches=2, against=against) if args.quick else DataOptions(against=against)
+        options = BenchData(rounds=1, batches=2, against=against) if args.quick else BenchData(against=against)
         report = measure_data(config, options, display.preparing)
         display.close()
         report.add_to_json(args.out, case)

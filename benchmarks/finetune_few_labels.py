@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from torchmae.config import DataConfig
+from torchmae.config.finetune import FinetuneConfig
 from torchmae.data.opening import open_data
 from torchmae.data.transforms import Normalisation
 from torchmae.evaluation import finetune
-from torchmae.evaluation.finetune_config import FinetuneConfig
 from torchmae.training.runtime import open_runtime
 from torchmae.training.saved_model import load_model
 

@@ -13,9 +13,9 @@ import argparse
 from pathlib import Path
 
 from torchmae import settings
-from torchmae.bench.options import STEP_PEERS, StepOptions
 from torchmae.bench.results import Report
 from torchmae.bench.step import Entry, measure_step
+from torchmae.config.bench import STEP_PEERS, BenchStep
 from torchmae.training.progress import Display
 
 TINY = ["--model.preset=vit_tiny_32_p4", "--batch_size=256"]
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="3 rounds of one step: to see it work")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "step.json")
     args, rest = parser.parse_known_args()
-    options = StepOptions(rounds=3, steps=1) if args.quick else StepOptions(rounds=args.rounds)
+    options = BenchStep(rounds=3, steps=1) if args.quick else BenchStep(rounds=args.rounds)
     display = Display("auto")
     reports = {}
     for case in args.cases:

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from torchmae import settings
-from torchmae.bench.options import TrainOptions
+from torchmae.config.bench import BenchTrain
 from torchmae.threads import wait_briefly
 
 
@@ -27,7 +27,7 @@ def main() -> None:
     from torchmae.bench.train import measure_train
     from torchmae.training.progress import Display
 
-    options = TrainOptions(rounds=2, steps=3) if args.quick else TrainOptions()
+    options = BenchTrain(rounds=2, steps=3) if args.quick else BenchTrain()
     config = settings.parse([f"--data={args.data}", *rest], args.recipe)
     display = Display("auto")
     report = measure_train(config, options, display.preparing)

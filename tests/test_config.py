@@ -15,8 +15,6 @@ from torchmae.config import (
     OptimConfig,
     PretrainConfig,
     ReadOptions,
-    one_of,
-    within,
 )
 from torchmae.errors import (
     CheckpointError,
@@ -25,6 +23,8 @@ from torchmae.errors import (
     Interrupted,
     TorchmaeError,
     TrainingError,
+    one_of,
+    within,
 )
 
 CONFIGS = (ReadOptions, DataConfig, ModelConfig, MaskConfig, OptimConfig, EvalConfig, PretrainConfig)

@@ -18,7 +18,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 # From the bottom up. Units of one layer do not import each other; the files of one unit may.
 LAYERS = (
     ("errors",),
-    ("config", "files", "paths", "random", "threads"),
+    ("files", "paths", "random", "threads"),
+    ("config",),
     ("settings", "data", "nn"),
     ("interop",),
     ("training",),
@@ -38,12 +39,13 @@ RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 LIGHT = (
     "torchmae",
     "torchmae.errors",
-    "torchmae.config",
+    "torchmae.commands",
     "torchmae.paths",
     "torchmae.random",
     "torchmae.settings",
     "torchmae.threads",
     "torchmae.cli",
+    *sorted(f"torchmae.config.{path.stem}" for path in (ROOT / "config").glob("[a-z]*.py")),
 )
 HEAVY = ("torch", "torchvision", "matplotlib", "sklearn", "PIL", "safetensors")
 NUMPY_FREE = ("torchmae", "torchmae.errors", "torchmae.config")

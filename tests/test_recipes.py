@@ -13,14 +13,14 @@ from PIL import Image
 
 from torchmae.api import configure
 from torchmae.cli import main
-from torchmae.config import DataConfig, MaskConfig, ModelConfig, OptimConfig
+from torchmae.config import DataConfig, MaskConfig, ModelConfig, OptimConfig, PretrainConfig
 from torchmae.data.opening import open_data
 from torchmae.data.plan import Plan
 from torchmae.errors import ConfigError
 from torchmae.nn import presets
 from torchmae.nn.mlp import MLPAutoencoder
 from torchmae.runs import check_model, overrides
-from torchmae.settings import parse, recipe_names, recipe_path, recipe_summary
+from torchmae.settings import parse, read_words, recipe_names, recipe_path, recipe_summary
 from torchmae.training.checkpoint import load_checkpoint
 from torchmae.training.step import draw_mask
 
@@ -78,21 +78,21 @@ def test_recipe_and_shape_are_chosen_by_the_images_as_inspect_says(
     path = tmp_path / "images.npy"
     images = np.random.default_rng(0).integers(0, 255, (3, *shape), dtype=np.uint8)
     np.save(path, images[..., 0] if len(shape) == 2 else images)
-    config = configure(["--data", str(path), "--progress", "none"])
+    config = configure(read_words(["--data", str(path), "--progress", "none"], PretrainConfig))
     arguments = presets.arguments(config.model.preset, **overrides(config))
     assert (config.recipe, arguments["input_size"], arguments["patch_size"]) == (recipe, input_size, patch_size)
     check_model(config, arguments)
     assert main(["data", "inspect", str(path), "--json", "--progress", "none"]) == 0
     command = shlex.split(json.loads(capsys.readouterr().out)["suggestion"])
     assert command[:2] == ["torchmae", "pretrain"]
-    assert configure([*command[2:], "--progress", "none"]) == config
+    assert configure(read_words([*command[2:], "--progress", "none"], PretrainConfig)) == config
 
 
 def test_a_patch_size_that_is_given_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "images.npy"
     np.save(path, np.zeros((3, 16, 16, 1), dtype=np.uint8))
     given = ["--data", str(path), "--progress", "none", "--model.patch_size", "4"]
-    config = configure(given)
+    config = configure(read_words(given, PretrainConfig))
     assert (config.recipe, config.model.input_size, config.model.patch_size) == ("digits", (16, 16), 4)
 
 
@@ -103,15 +103,15 @@ def test_progress_is_shown_while_the_data_is_opened_for_the_choice(
     with tarfile.open(path, "w") as archive:
         Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
         archive.add(tmp_path / "a.png", "a.png")
-    assert configure(["--data", str(path)]).recipe == "cifar10"
+    assert configure(read_words(["--data", str(path)], PretrainConfig)).recipe == "cifar10"
     assert "indexing shards: 1 of 1" in capsys.readouterr().err
-    assert configure(["--data", str(path), "--progress", "none"]).recipe == "cifar10"
+    assert configure(read_words(["--data", str(path), "--progress", "none"], PretrainConfig)).recipe == "cifar10"
     assert capsys.readouterr().err == ""
 
 
 def test_a_mistake_is_said_before_the_data_is_opened(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown option 'epohcs'"):
-        configure(["--data", str(tmp_path / "nothing here"), "--epohcs", "3"])
+        configure(read_words(["--data", str(tmp_path / "nothing here"), "--epohcs", "3"], PretrainConfig))
 
 
 def test_the_tutorials_numbers() -> None:

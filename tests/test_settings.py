@@ -4,13 +4,18 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from torchmae import settings
 from torchmae.config import DataConfig, MaskConfig, ModelConfig, OptimConfig, PretrainConfig
+from torchmae.config.base import JsonOption, RunArgument, make, settings_of
+from torchmae.config.evaluate import EvaluateOptions, RunOrBaseline
 from torchmae.errors import ConfigError
-from torchmae.settings import as_options, parse, peek, read_yaml, recipe_names, to_yaml
+from torchmae.settings import collect, parse, read_words, read_yaml, recipe_names, to_yaml
+
+KNOWN = settings_of(PretrainConfig)
 
 
 def names(config: type[Any] = PretrainConfig, prefix: str = "") -> list[str]:
@@ -94,10 +99,7 @@ def test_yaml_gives_the_same_settings_back(tmp_path: Path, recipe: str | None) -
 
 @pytest.mark.parametrize("name", names())
 def test_every_setting_has_an_option_with_its_description(name: str) -> None:
-    parser = settings.build_parser()
-    (action,) = (action for action in parser._actions if f"--{name}" in action.option_strings)
-    assert action.help, name
-    assert len(str(action.help)) > 8
+    assert len(KNOWN[name].about) > 8
 
 
 @pytest.mark.parametrize(
@@ -119,8 +121,11 @@ def test_every_setting_has_an_option_with_its_description(name: str) -> None:
         (["--mask.ratio", "x"], "mask.ratio is x; it takes a number"),
         (["--mask.ratio", "1"], "mask.ratio is 1; it must lie in (0, 1)"),
         (["--mask.ratio", "-0.5"], "mask.ratio is -0.5; it must lie in (0, 1)"),
-        (["--mask.ratio", ".nan"], "mask.ratio is nan; it must lie in (0, 1)"),
-        (["--mask", "5"], "mask is 5; set its parts one by one: --mask.strategy, --mask.ratio, --mask.final_ratio"),
+        (["--mask.ratio", "nan"], "mask.ratio is nan; it must lie in (0, 1)"),
+        (
+            ["--mask", "5"],
+            "mask is a group of settings; set its parts one by one: --mask.strategy, --mask.ratio, --mask.final_ratio",
+        ),
         (["--compile", "maybe"], "compile is maybe; it takes true or false"),
         (["--data.flip", "3"], "data.flip is 3; it takes true or false"),
         (["--data.crop_scale", "0.5"], "data.crop_scale is 0.5; it takes a list such as [1, 2]"),
@@ -141,15 +146,11 @@ def test_options_that_do_not_fit(args: list[str], message: str) -> None:
         ("mask:\n  rato: 0.5\n", "unknown option 'mask.rato'; did you mean --mask.ratio?"),
         ("optm:\n  lr: 0.5\n", "unknown option 'optm.lr'; did you mean --optim.lr?"),
         ("epoch: 5\n", "unknown option 'epoch'; did you mean --epochs?"),
-        ("mask: 5\n", "mask is 5 in FILE; write mask: {strategy: VALUE}"),
-        ("data: images\n", "data is 'images' in FILE; write data: {source: VALUE}"),
+        ("mask: 5\n", "mask is a group of settings; set its parts one by one: --mask.strategy, "),
         ("mask: {ratio: high}\n", "mask.ratio is high; it takes a number"),
         ("mask: {ratio: 2}\n", "mask.ratio is 2; it must lie in (0, 1)"),
         ("- epochs\n", "FILE holds a list; it must be a mapping of settings to values"),
-        (
-            "mask: [\n",
-            "FILE is not valid YAML: expected the node content, but found '<stream end>' in line 2; mend the",
-        ),
+        ("mask: [\n", "FILE is not valid YAML: expected the node content, but found '<stream end>' in line 2; mend"),
         ("mask: \t- x\n", "FILE is not valid YAML: "),
     ],
 )
@@ -172,75 +173,94 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     assert read_yaml(Path(write(tmp_path / "empty.yaml", "# nothing\n"))) == {}
 
 
-def test_peek(tmp_path: Path) -> None:
+def test_words_and_files_are_collected_by_name(tmp_path: Path) -> None:
     file = write(tmp_path / "a.yaml", "recipe: cifar10\ndata: {source: images, root: there}\n")
     other = write(tmp_path / "b.yaml", "data: {source: others}\n")
-    assert peek([]) == (None, "digits")
-    assert peek(["--config", file]) == ("cifar10", "images")
-    assert peek(["--config", file, "--config", other]) == ("cifar10", "others")
-    assert peek(["--data", "x", "--config", file, "--recipe=digits"]) == ("digits", "x")
-    assert peek(["--config", file, "--recipe", "auto", "--data.root", "here"]) == (None, "images")
-    assert peek(["--data=a", "--data.source", "b"]) == (None, "b")
+    words = ["--data.root", "here", "--config", file, f"--config={other}", "--batch", "auto"]
+    expected = {"recipe": "cifar10", "data.source": "others", "data.root": "here", "fit_batch": True}
+    assert read_words(words, PretrainConfig) == expected
+    assert read_words(["--data=a", "--data.source", "b"], PretrainConfig) == {"data.source": "b"}
 
 
 @pytest.mark.parametrize(
-    ("values", "options"),
+    ("values", "given"),
     [
-        ({"epochs": 3, "max_minutes": None}, ["--epochs=3", "--max_minutes=null"]),
-        ({"mask": {"ratio": 0.5, "strategy": "grid"}}, ["--mask.ratio=0.5", "--mask.strategy=grid"]),
-        ({"data": {"source": Path("a b"), "mean": (0.5, 1)}}, ["--data.source=a b", "--data.mean=[0.5, 1]"]),
-        ({"compile": True, "model": {"class_token": False}}, ["--compile=true", "--model.class_token=false"]),
+        ({"epochs": 3, "max_minutes": None}, {"epochs": 3, "max_minutes": None}),
+        ({"mask": {"ratio": 0.5, "strategy": "grid"}}, {"mask.ratio": 0.5, "mask.strategy": "grid"}),
+        ({"data": {"scale": {"uint8": 1}}, "batch": 4}, {"data.scale": {"uint8": 1}, "batch_size": 4}),
+        ({"data": "x", "batch_size": "auto"}, {"data.source": "x", "fit_batch": True}),
     ],
 )
-def test_settings_from_python(values: dict[str, Any], options: list[str]) -> None:
-    assert as_options(values) == options
+def test_settings_from_python(values: dict[str, Any], given: dict[str, Any]) -> None:
+    assert collect(values, KNOWN) == given
+
+
+def test_python_values_are_converted() -> None:
+    given = collect(
+        {"data": {"source": Path("a b"), "mean": [0.5, 1], "std": np.ones(2)}, "epochs": np.int64(2)}, KNOWN
+    )
+    config = make(PretrainConfig, given)
+    assert (config.data.source, config.data.mean, config.data.std, config.epochs) == ("a b", (0.5, 1.0), (1.0, 1.0), 2)
+    assert [type(value) for value in (*(config.data.std or ()), config.epochs)] == [float, float, int]
 
 
 def test_a_group_may_be_its_dataclass() -> None:
     mask = MaskConfig(strategy="block", ratio=0.6)
     data = DataConfig(source="x", mean=(0.1,), std=(0.2,))
-    assert parse(as_options({"mask": mask, "data": data})) == PretrainConfig(mask=mask, data=data)
+    assert make(PretrainConfig, collect({"mask": mask, "data": data}, KNOWN)) == PretrainConfig(mask=mask, data=data)
 
 
-def test_values_that_no_option_takes() -> None:
-    with pytest.raises(ConfigError, match=r"^mask\.ratio is a object; give a number, text, a list or a dictionary$"):
-        as_options({"mask": {"ratio": object()}})
-
-
-def test_options_are_taken_out() -> None:
-    args = ["--json", "--resume", "a", "--epochs", "3", "--resume=b"]
-    assert settings.take_option(args, "resume") == "b"
-    assert settings.take_flag(args, "json")
-    assert args == ["--epochs", "3"]
-    assert settings.take_option(args, "resume") is None
-    assert not settings.take_flag(args, "json")
+def test_values_that_no_setting_takes() -> None:
+    for value in (object(), True, [0.5], "", "half"):
+        with pytest.raises(ConfigError, match=r"^mask\.ratio is .*; it takes a number$"):
+            make(PretrainConfig, {"mask.ratio": value})
+    with pytest.raises(ConfigError, match=r"^epochs is 2\.0; it takes a whole number$"):
+        PretrainConfig(epochs=2.0)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^mask is random; it takes a group of settings$"):
+        PretrainConfig(mask="random")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "given"),
     [
-        (["--json", "true"], True),
-        (["--json=true"], True),
-        (["--json", "false"], False),
-        (["--json", "--json=false"], False),
-        (["--json", "x"], True),
+        (["a", "--json", "true"], {"json": "true"}),
+        (["--json", "a"], {"json": "true"}),
+        (["--json=false", "a"], {"json": "false"}),
+        (["--json", "b.json", "a"], {"json": "b.json"}),
+        (["a", "--json", "--resume"], {"json": "true", "resume": "true"}),
+        (["a", "--resume", "b"], {"resume": "b"}),
+        (["a", "--resume", "false"], {"resume": "false"}),
+        (["--init-from", "a", "--init", "random"], {"finetune.init": "random"}),
+        (["--data=b", "--", "a"], {"data.source": "b"}),
     ],
 )
-def test_a_flag_may_say_true_or_false(words: list[str], said: bool) -> None:
-    args = ["--a", "1", *words]
-    assert settings.take_flag(args, "json") == said
-    assert args == ["--a", "1", *(["x"] if "x" in words else [])]
-    with pytest.raises(ConfigError, match=r"^json is '1'; give --json alone, or with true or false$"):
-        settings.take_flag(["--json=1"], "json")
+def test_options_that_need_no_value(words: list[str], given: dict[str, Any]) -> None:
+    assert read_words(words, RunOrBaseline, EvaluateOptions) == {"run": "a", **given}
+
+
+def test_a_value_of_the_wrong_kind_is_no_flag(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^json is '1'; give a name that ends in \.json$"):
+        make(JsonOption, {"json": "1"})
+    assert make(JsonOption, {"json": str(tmp_path / "a.json")}).json == tmp_path / "a.json"
+    assert make(JsonOption, {"json": "true"}).json is True
+
+
+def test_positional_words() -> None:
+    with pytest.raises(ConfigError, match=r"^not given: run; see --help$"):
+        read_words([], RunArgument)
+    with pytest.raises(ConfigError, match=r"^unexpected word 'b'; "):
+        read_words(["a", "b"], RunArgument)
+    with pytest.raises(ConfigError, match=r"^--init_from has no value; "):
+        read_words(["--init_from", "--x"], RunArgument)
 
 
 def test_a_home_folder_is_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/u")
-    assert settings.normalise(["~/data", "--out", "~/a", "--init-from=~/b.pth", "--x", "~"]) == [
-        *("/home/u/data", "--out", "/home/u/a", "--init_from=/home/u/b.pth", "--x", "~")
-    ]
+    config = parse(["--data", "~/data", "--out=~/a", "--init-from", "~/b.pth#x", "--optim.lr", "~"])
+    assert (config.data.source, config.out, config.init_from) == ("/home/u/data", "/home/u/a", "/home/u/b.pth#x")
+    assert config.optim.lr is None
     with pytest.raises(ConfigError, match=r"^no home folder is known for the ~ in ~nobody-of-that-name/a; give the"):
-        settings.normalise(["--out", "~nobody-of-that-name/a"])
+        parse(["--out", "~nobody-of-that-name/a"])
 
 
 def test_recipes() -> None:

@@ -52,7 +52,6 @@ PAGES = {
 }
 """Pages in the order of the menu, with their English and Chinese titles."""
 
-SUBCOMMANDS = {"bench": ("step", "data", "train"), "data": ("inspect", "pack")}
 FETCHED = re.compile(r"<(?:script|img|iframe|link rel=.?(?:stylesheet|preconnect))[^>]*https?://[^>]*>")
 CODE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<=\]\()(?!\w+:)([^)#\s]+)(#[^)\s]*)?(?=\))")
@@ -168,17 +167,14 @@ def commands_page() -> str:
     """What every command says to `--help`."""
     sections = ["# Commands", "```text\n" + help_of() + "```"]
     for name in cli.COMMANDS:
-        sections.append(f"## torchmae {name}\n\n```text\n{help_of(name)}```")
-        sections += [
-            f"### torchmae {name} {part}\n\n```text\n{help_of(name, part)}```" for part in SUBCOMMANDS.get(name, ())
-        ]
+        sections.append(f"## torchmae {name}\n\n```text\n{help_of(*name.split())}```")
     return "\n\n".join(sections) + "\n"
 
 
 def help_of(*words: str) -> str:
     """What `torchmae WORDS --help` prints."""
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+    with contextlib.redirect_stdout(printed):
         cli.main([*words, "--help"])
     return printed.getvalue().rstrip() + "\n"
 

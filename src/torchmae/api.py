@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torchmae import settings
 from torchmae.config import ModelConfig, PretrainConfig
+from torchmae.config.base import make, settings_of
+from torchmae.config.evaluate import ComputeOptions, EvaluateOptions
 from torchmae.data.formats import Context
 from torchmae.data.inspecting import median_size, suggested_input
 from torchmae.data.layouts import open_splits
 from torchmae.data.reading import probe
 from torchmae.errors import ConfigError
 from torchmae.evaluation import suite
-from torchmae.evaluation.options import ComputeOptions, EvaluateOptions
 from torchmae.nn import presets
 from torchmae.runs import Run, overrides, resume_run, start
 from torchmae.training.progress import Display
-from torchmae.training.ranks import open_ranks, ranks_from_environment
+from torchmae.training.ranks import open_ranks
 
 PROBED = 16
 # The longer side of the images, in pixels, up to which a recipe is the one to start with.
@@ -56,9 +57,9 @@ def pretrain(
             raise ConfigError("config is given beside other settings", "give either config or the settings")
         return start(config)
     if data is not None:
-        options["data"] = data if isinstance(data, Mapping) else {"source": data}
-    args = settings.as_options(options)
-    return resume_run(Path(resume), args) if resume is not None else begin(args)
+        options["data"] = data
+    given = settings.collect(options, settings_of(PretrainConfig))
+    return resume_run(Path(resume), given) if resume is not None else begin(given)
 
 
 def evaluate(run: str | Path, data: str | Path | Mapping[str, Any] | None = None, **options: Any) -> dict[str, float]:
@@ -81,50 +82,49 @@ def evaluate(run: str | Path, data: str | Path | Mapping[str, Any] | None = None
         TorchmaeError: in place of the command line's one-line errors.
     """
     if data is not None:
-        options["data"] = data if isinstance(data, Mapping) else {"source": data}
+        options["data"] = data
     options.setdefault("progress", "none")
-    parser = settings.Parser(prog="torchmae.evaluate", allow_abbrev=False)
-    _, chosen, compute = settings.read_options(parser, settings.as_options(options), EvaluateOptions, ComputeOptions)
-    return suite.run(run, chosen, compute)
+    given = settings.collect(options, settings_of(EvaluateOptions, ComputeOptions))
+    return suite.run(run, make(EvaluateOptions, given), make(ComputeOptions, given))
 
 
-def begin(args: Sequence[str]) -> Run:
-    """A new run from command-line options. Ranks are connected before the data is opened, which one of them does."""
-    if ranks_from_environment().world_size == 1:
-        return start(configure(args))
-    with open_ranks(settings.parse(args, settings.peek(args)[0]).device):
-        return start(configure(args))
+def begin(given: Mapping[str, Any]) -> Run:
+    """A new run from settings by dotted name. Ranks are connected before one of them opens the data."""
+    with open_ranks(settings.from_recipe(given).device):
+        return start(configure(given))
 
 
-def configure(args: Sequence[str]) -> PretrainConfig:
-    """Command-line options to settings.
+def configure(given: Mapping[str, Any]) -> PretrainConfig:
+    """The settings of a run: those of a recipe, changed by those that are given by dotted name.
 
-    Without --recipe one is chosen by the data; and where the sizes of the model's input and patches are not said, so
-    are they, should that recipe's not suit.
+    Without a recipe, the size of the images chooses one. Where the input of that recipe does not suit the images, their
+    size chooses the sizes of input and patches too, unless these are given.
     """
-    recipe, source = settings.peek(args)
-    if recipe is not None:
-        return settings.parse(args, recipe)
-    if source == "digits":
-        return settings.parse(args, "digits")
-    given = settings.parse(args)  # so that a mistake is said before the data is opened, which may take minutes
+    config = settings.from_recipe(given)
+    if config.recipe != "auto":
+        return config
+    if config.data.source == "digits":
+        return settings.from_recipe({**given, "recipe": "digits"})
 
     def look() -> tuple[int, ...]:
-        display = Display(given.progress)
+        display = Display(config.progress)
         try:
-            return typical_size(source, Context.of(given.data, progress=display.preparing))
+            return typical_size(config.data.source, Context.of(config.data, progress=display.preparing))
         finally:
             display.close()
 
-    with open_ranks(given.device) as ranks:
+    with open_ranks(config.device) as ranks:
         recipe, shape = recommend(ranks.on_main(look))  # what has to be downloaded is so once
-    if given.init_from is None:
-        args = [*settings.as_options({"model": proposed(given.model, shape)}), *args]
-    return settings.parse(args, recipe)
+    sizes = {} if config.init_from is not None else proposed(config.model, shape)
+    shape = {f"model.{name}": size for name, size in sizes.items()}
+    return settings.from_recipe({**shape, **given, "recipe": recipe})
 
 
 def proposed(model: ModelConfig, shape: dict[str, Any]) -> dict[str, Any]:
-    """The part of a shape, as `recommend` gives it, that settings leave open: an input size fits a patch size given."""
+    """Input and patch size as `recommend` gives them, where the settings leave them open.
+
+    An input size is fitted to a patch size that is given.
+    """
     if not shape or model.input_size is not None or model.preset == "mlp":
         return {}
     if model.patch_size is None:
@@ -143,14 +143,14 @@ def typical_size(source: str, context: Context) -> tuple[int, ...]:
 
 
 def recommend(size: tuple[int, ...]) -> tuple[str, dict[str, Any]]:
-    """What to start with for images of a size, in pixels along 1, 2 or 3 axes.
+    """The recipe to start with for images of a size, in pixels along 1, 2 or 3 axes.
 
     Returns:
-        the recipe; and, where its own input does not suit (other axes, elongated images, tiny ones that would lose by
-        being reduced), `input_size` and `patch_size`.
+        the recipe; and `input_size` and `patch_size` where its own input does not suit: for signals and volumes,
+        elongated images, and tiny images that would have to be reduced.
     """
     recipe = next(name for limit, name in RECIPE_FOR_SIDE if max(size) <= limit)
-    config = settings.parse([], recipe)
+    config = settings.from_recipe({"recipe": recipe})
     own = presets.arguments(config.model.preset, **overrides(config))
     reduced = recipe == RECIPE_FOR_SIDE[0][1] and max(size) > max(own["input_size"])
     if len(size) == 2 and max(size) <= 2 * min(size) and not reduced:

@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from importlib import import_module
 
-from torchmae import settings
-from torchmae.errors import ConfigError, TorchmaeError
+from torchmae.commands import COMMANDS, Command, describe
+from torchmae.config import PretrainConfig
+from torchmae.config.base import make
+from torchmae.errors import ConfigError, TorchmaeError, nearest
+from torchmae.settings import read_words
 from torchmae.threads import wait_briefly
 
-USAGE = """\
-torchmae: masked autoencoder pre-training in PyTorch
-
-usage: torchmae COMMAND [OPTIONS]
-
-commands:
-  pretrain      train a masked autoencoder on images: a folder, or a name such as digits or cifar10
-  reconstruct   hide part of some images and let a trained model fill it in
-  evaluate      measure what a model learned: nearest neighbours, probes, fine-tuning, anomaly detection
-  embed         write the features of many images to a file
-  visualize     draw what a model learned: features as colours, attention, neighbours, a map
-  app           try a model in the browser: paint a hole, see it filled in, compare two runs
-  report        write the page of a run, or of several side by side
-  export        write a model for timm, transformers, ONNX and others, and check it
-  push          export a model and upload it to the Hugging Face hub
-  plan          what a run would cost: memory, speed, GPU hours
-  bench         how fast training is here, beside other code, and where its time goes
-  data          inspect a data set, or pack it into files that are read fast
-  recipes       list the named sets of settings
-  completion    print a script that completes commands and options on Tab: for bash, zsh or fish
-
+EXAMPLES = """
   torchmae pretrain                                  digits, on the processor, about a minute, no network
   torchmae pretrain --data my_images --out runs/a    any folder of images
   torchmae pretrain --resume runs/a                  go on with a run that was stopped
@@ -56,23 +38,23 @@ def main(args: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if args is None else args)
     wait_briefly(os.environ)
     try:
-        if not words or words[0] in ("-h", "--help", "help"):
-            print(USAGE, end="")
-            return 0
-        if words[0] == "--version":
-            from torchmae.commands.versions import describe
+        if words[:1] == ["--version"]:
+            from torchmae.commands.versions import describe as versions
 
-            print(describe())
+            print(versions())
             return 0
-        if words[0] not in COMMANDS:
-            near = None if words[0].startswith("-") else settings.nearest(words[0], COMMANDS)
-            hint = f"did you mean `torchmae {near}`?" if near else "see torchmae --help"
-            raise ConfigError(f"unknown command {words[0]!r}", hint)
-        if os.environ.get("LOCAL_WORLD_SIZE", "1") != "1" and words[0] not in DISTRIBUTED:
+        name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else words[0] if words else "help"
+        if name not in COMMANDS:
+            return _usage(name, words[1:])
+        command, words = COMMANDS[name], words[len(name.split()) :]
+        if "-h" in words or "--help" in words:
+            describe(name).print_help()
+            return 0
+        if os.environ.get("LOCAL_WORLD_SIZE", "1") != "1" and not command.several:
             if os.environ.get("RANK", "0") != "0":  # it is said once
                 return ConfigError.exit_status
-            raise ConfigError(f"{words[0]} is for one process, and torchrun has started several", "leave out torchrun")
-        return COMMANDS[words[0]](words[1:])
+            raise ConfigError(f"{name} is for one process, and torchrun has started several", "leave out torchrun")
+        return _run(command, words)
     except TorchmaeError as error:
         print(f"torchmae: {error}", file=sys.stderr)
         return error.exit_status
@@ -84,155 +66,24 @@ def main(args: Sequence[str] | None = None) -> int:
         return 141
 
 
-def pretrain(args: list[str]) -> int:
-    """`torchmae pretrain`: trains, then prints a short table and the path of the report."""
-    if "-h" in args or "--help" in args:
-        settings.build_parser().print_help()
-        print(
-            "\nalso:\n  --resume RUN          go on with a run that was stopped\n"
-            "  --json                print the final figures as one JSON object on the last line"
-        )
+def _run(command: Command, words: Sequence[str]) -> int:
+    """Words to settings, and the command with them."""
+    given = read_words(words, *command.kinds)
+    options = [given if kind is PretrainConfig else make(kind, given) for kind in command.kinds]
+    module, function = command.run.split(".")
+    return int(getattr(import_module(f"torchmae.commands.{module}"), function)(*options))
+
+
+def _usage(first: str, rest: Sequence[str]) -> int:
+    """Lists the commands: all of them, or those that begin with a word such as `data`."""
+    own = {name: command for name, command in COMMANDS.items() if name.startswith(f"{first} ")}
+    if first in ("-h", "--help", "help") or (own and (not rest or rest[0] in ("-h", "--help"))):
+        print("torchmae: masked autoencoder pre-training in PyTorch\n\nusage: torchmae COMMAND [OPTIONS]\n\ncommands:")
+        for name, command in (own or COMMANDS).items():
+            print(f"  {name:<13} {command.about.splitlines()[0].rstrip('.')}")
+        print(EXAMPLES, end="")
         return 0
-    args = settings.normalise(args)
-    as_json = settings.take_flag(args, "json")
-    resume = settings.take_option(args, "resume")
-    if settings.take_flag(args, "print_config"):
-        from torchmae.api import configure
-
-        print(settings.to_yaml(configure(args)), end="")
-        return 0
-    from torchmae.api import begin
-    from torchmae.runs import resume_run
-
-    run = resume_run(Path(resume), args) if resume is not None else begin(args)
-    if os.environ.get("RANK", "0") != "0":  # of ranks that torchrun started, the first one speaks
-        return 0
-    from torchmae.report.table import final_table
-
-    print(final_table(run.figures), flush=True)
-    for hint in run.hints:
-        print(f"hint: {hint}")
-    print(f"report: {run.report}")
-    if as_json:
-        print(json.dumps(run.figures))
-    return 0
-
-
-def reconstruct(args: list[str]) -> int:
-    """`torchmae reconstruct`: masked, reconstructed and original images side by side."""
-    from torchmae.commands.reconstruct import main as run
-
-    return run(args)
-
-
-def evaluate(args: list[str]) -> int:
-    """`torchmae evaluate`: figures beside those of an untrained network and of raw pixels."""
-    from torchmae.commands.evaluate import main as run
-
-    return run(args)
-
-
-def embed(args: list[str]) -> int:
-    """`torchmae embed`: features of many images, in a file."""
-    from torchmae.commands.embed import main as run
-
-    return run(args)
-
-
-def visualize(args: list[str]) -> int:
-    """`torchmae visualize`: pictures of what a model learned."""
-    from torchmae.commands.visualize import main as run
-
-    return run(args)
-
-
-def app(args: list[str]) -> int:
-    """`torchmae app`: a page to try a model on."""
-    from torchmae.commands.app import main as run
-
-    return run(args)
-
-
-def report(args: list[str]) -> int:
-    """`torchmae report`: the page of a run, or of several side by side."""
-    from torchmae.commands.report import main as run
-
-    return run(args)
-
-
-def plan(args: list[str]) -> int:
-    """`torchmae plan`: what a run would cost."""
-    from torchmae.commands.plan import main as run
-
-    return run(args)
-
-
-def bench(args: list[str]) -> int:
-    """`torchmae bench`: how fast training is, and where its time goes."""
-    from torchmae.commands.bench import main as run
-
-    return run(args)
-
-
-def export(args: list[str]) -> int:
-    """`torchmae export`: a model in another library's format, checked."""
-    from torchmae.commands.export import main as run
-
-    return run(args)
-
-
-def push(args: list[str]) -> int:
-    """`torchmae push`: a model on the Hugging Face hub."""
-    from torchmae.commands.push import main as run
-
-    return run(args)
-
-
-def data(args: list[str]) -> int:
-    """`torchmae data`: what a data set holds; packing it."""
-    from torchmae.commands.data import main as run
-
-    return run(args)
-
-
-def recipes(args: list[str]) -> int:
-    """`torchmae recipes`: names, one line each."""
-    if args in (["-h"], ["--help"]):
-        print(
-            "usage: torchmae recipes\n\nLists the recipes, one a line; use one with `torchmae pretrain --recipe NAME`."
-        )
-        return 0
-    if args:
-        raise ConfigError(f"recipes takes no options, given {args[0]!r}", "run `torchmae recipes`")
-    names = settings.recipe_names()
-    width = max(map(len, names))
-    for name in names:
-        print(f"{name:<{width}}  {settings.recipe_summary(name)}")
-    return 0
-
-
-def completion(args: list[str]) -> int:
-    """`torchmae completion`: a script that completes commands, options and their values."""
-    from torchmae.commands.completion import main as run
-
-    return run(args, COMMANDS)
-
-
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "pretrain": pretrain,
-    "reconstruct": reconstruct,
-    "evaluate": evaluate,
-    "embed": embed,
-    "visualize": visualize,
-    "app": app,
-    "report": report,
-    "export": export,
-    "push": push,
-    "plan": plan,
-    "bench": bench,
-    "data": data,
-    "recipes": recipes,
-    "completion": completion,
-}
-# What the processes that torchrun starts do together.
-DISTRIBUTED = ("pretrain", "embed", "evaluate")
+    wrong = f"{first} {rest[0]}" if own else first
+    near = None if first.startswith("-") else nearest(wrong, COMMANDS)
+    hint = f"did you mean `torchmae {near}`?" if near else "see torchmae --help"
+    raise ConfigError(f"unknown command {wrong!r}", hint)

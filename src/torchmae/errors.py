@@ -30,16 +30,6 @@ class ConfigError(TorchmaeError, ValueError):
     """An option, a shape or a combination of them that cannot work."""
 
 
-class ChoiceError(ConfigError):
-    """A word that is none of those an option takes.
-
-    Attributes:
-        choices: those.
-    """
-
-    choices: tuple[str, ...] = ()
-
-
 class DataError(TorchmaeError):
     """Data that is missing, empty, unreadable, or changed."""
 
@@ -67,15 +57,18 @@ class Interrupted(TorchmaeError):
 
 
 def one_of(name: str, value: object, choices: Iterable[str]) -> None:
-    """Raises ChoiceError, with the nearest choice, unless `value` is one of `choices`."""
+    """Raises ConfigError, with the nearest choice, unless `value` is one of `choices`."""
     known = list(choices)
     if value in known:
         return
-    near = get_close_matches(str(value), known, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    error = ChoiceError(f"{name} is {value!r}", f"{hint}choose from {', '.join(known)}")
-    error.choices = tuple(known)
-    raise error
+    near = nearest(str(value), known, cutoff=0.4)
+    hint = f"did you mean {near!r}? " if near else ""
+    raise ConfigError(f"{name} is {value!r}", f"{hint}choose from {', '.join(known)}")
+
+
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """The most similar of `known`, if any is similar at all."""
+    return next(iter(get_close_matches(word, list(known), n=1, cutoff=cutoff)), None)
 
 
 def within(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 import torchmae
 from torchmae import settings
 from torchmae.config import PretrainConfig
+from torchmae.config.base import make
 from torchmae.data.formats import Context
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import one_line_when_a_worker_ends
@@ -43,7 +44,8 @@ from torchmae.training.saved_model import Description, write_description, write_
 from torchmae.training.tracking import Trackers, open_trackers, tracker_names
 from torchmae.visualize import write_pictures
 
-# What a resumed run may be given anew: where and how fast it computes, and the learning rate, for runs that diverged.
+# Settings that may change when a run is resumed: where and how fast it computes, and the learning rate, for runs that
+# diverged.
 MAY_CHANGE = frozenset({
     *("device", "threads", "compile", "precision", "log_every", "checkpoint_minutes", "progress", "trackers"),
     *("accumulate", "parallel", "compress_gradients", "checkpoint_activations", "activation_memory_budget"),
@@ -82,19 +84,19 @@ def start(config: PretrainConfig) -> Run:
     if allowed and config.out is None:
         raise ConfigError("torchrun may start this run again and would not find its folder", "give --out")
     if done and (path / "config.yaml").is_file():
-        given = asdict(config)
+        given = settings.values_of(config)
         if config.fit_batch:  # the run's own settings say what fitted
             del given["fit_batch"], given["batch_size"]
-        return resume_run(path, settings.as_options(given))
+        return resume_run(path, given)
     return _run(config, path, resume=False)
 
 
-def resume_run(path: Path, args: Sequence[str] = ()) -> Run:
+def resume_run(path: Path, given: Mapping[str, Any]) -> Run:
     """Goes on with a run from its newest whole checkpoint, or from the start if it had none.
 
     Args:
         path: the run folder.
-        args: options that may differ from the run's own (`MAY_CHANGE`).
+        given: settings by dotted name that differ from the run's own; those in `MAY_CHANGE` may.
 
     Raises:
         CheckpointError: no run, or all its checkpoints damaged.
@@ -102,25 +104,15 @@ def resume_run(path: Path, args: Sequence[str] = ()) -> Run:
     """
     path = user_path(path)
     folder = RunFolder.open(path)
-    saved = settings.parse(["--config", str(folder.config)], None)
-    config = settings.parse(["--config", str(folder.config), *args], None)
-    for name in sorted(differences(saved, config) - MAY_CHANGE):
+    saved = settings.read_file(folder.config)
+    config = make(PretrainConfig, {**saved, **given})
+    before, after = settings.values_of(make(PretrainConfig, saved)), settings.values_of(config)
+    for name in sorted({name for name in after if after[name] != before[name]} - MAY_CHANGE):
         raise ConfigError(
-            f"{name} cannot change in a resumed run", f"drop --{name}, or start a new run in another folder"
+            f"{name} cannot change in a resumed run",
+            f"drop --{name}, or begin a new run with these weights: --init-from {path} --out ANOTHER_FOLDER",
         )
     return _run(config, path, resume=True)
-
-
-def differences(one: Any, other: Any, prefix: str = "") -> set[str]:
-    """The dotted names of the settings in which two configurations differ."""
-    names = set()
-    for field in fields(one):
-        a, b = getattr(one, field.name), getattr(other, field.name)
-        if is_dataclass(a):
-            names |= differences(a, b, f"{prefix}{field.name}.")
-        elif a != b:
-            names.add(f"{prefix}{field.name}")
-    return names
 
 
 def _run(config: PretrainConfig, path: Path, *, resume: bool) -> Run:

@@ -194,7 +194,7 @@ def open_run_data(run: Path, pretrained: Pretrained, runtime: Runtime, source: s
         DataError: data that is missing or cannot be used.
     """
     file = run / "config.yaml"
-    own = settings.parse(["--config", str(file)]).data if file.is_file() else DataConfig(source="")
+    own = settings.read_config(file).data if file.is_file() else DataConfig(source="")
     if source is None and not own.source:
         raise ConfigError(f"{run} does not say what the model was trained on", "name the images: --data PATH_OR_NAME")
     # A split or path that the run held out need not exist beside other data.

@@ -50,19 +50,6 @@ def test_without_gradio(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert "the page needs gradio, which is not installed; pip install 'torchmae[app]'" in capsys.readouterr().err
 
 
-def test_help_needs_neither_torch_nor_gradio() -> None:
-    code = """
-import sys
-from torchmae.cli import main
-try:
-    main(["app", "--help"])
-finally:
-    print({"torch", "gradio"} & {*sys.modules})
-"""
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "--features" in ran.stdout and ran.stdout.endswith("set()\n")
-
-
 def test_ctrl_c_ends_it(run: Path) -> None:
     pytest.importorskip("gradio")
     process = subprocess.Popen(

@@ -13,11 +13,11 @@ from PIL import Image
 from torchmae.bench import data as data_module
 from torchmae.bench import train as train_module
 from torchmae.bench.data import measure_data
-from torchmae.bench.options import DataOptions, StepOptions, TrainOptions
 from torchmae.bench.step import Entry, entries, measure_step
 from torchmae.bench.timing import PHASES
 from torchmae.bench.train import BARE, measure_train
 from torchmae.config import DataConfig, ModelConfig, PretrainConfig
+from torchmae.config.bench import BenchData, BenchStep, BenchTrain
 from torchmae.errors import ConfigError, Interrupted
 from torchmae.nn.flops import count_flops
 from torchmae.nn.presets import arguments
@@ -45,7 +45,7 @@ class Heard:
 def test_a_step_beside_a_peer() -> None:
     pytest.importorskip("transformers")
     heard = Heard()
-    options = StepOptions(rounds=2, steps=1, against="transformers")
+    options = BenchStep(rounds=2, steps=1, against="transformers")
     report = measure_step(entries(CONFIG, options.against), options, heard)
     ours, theirs = report.results
     assert (ours.name, theirs.name) == ("torchmae, fp32", "transformers, fp32")
@@ -69,7 +69,7 @@ def test_a_step_beside_a_peer() -> None:
 def test_contenders_may_differ_in_their_settings() -> None:
     deep = replace(CONFIG, model=replace(CONFIG.model, depth=2), precision="bf16")
     rivals = [Entry("flat", "torchmae", CONFIG), Entry("deep", "torchmae", deep)]
-    report = measure_step(rivals, StepOptions(rounds=1, steps=1), Heard())
+    report = measure_step(rivals, BenchStep(rounds=1, steps=1), Heard())
     assert [result.name for result in report.results] == ["flat, fp32", "deep, bf16"]
     flat, other = (result.figures["flops_per_image"] for result in report.results)
     assert flat is not None and other is not None and other > flat
@@ -82,7 +82,7 @@ def test_what_a_peer_cannot_do_is_said_before_anything_is_measured(monkeypatch: 
     heard = Heard()
     config = replace(CONFIG, model=replace(CONFIG.model, decoder="cross"))
     with pytest.raises(ConfigError, match="no equal of this model.decoder"):
-        measure_step(entries(config, "lightly"), StepOptions(), heard)
+        measure_step(entries(config, "lightly"), BenchStep(), heard)
     assert heard.lines == []
 
 
@@ -105,7 +105,7 @@ def test_loading_beside_torchvision(photographs: Path) -> None:
         batch_size=4,
     )
     heard = Heard()
-    report = measure_data(config, DataOptions(rounds=2, batches=2, against="torchvision"), heard)
+    report = measure_data(config, BenchData(rounds=2, batches=2, against="torchvision"), heard)
     assert [result.name for result in report.results] == ["torchmae", "torchvision"]
     for result in report.results:
         assert len(result.images_per_s) == 2
@@ -131,7 +131,7 @@ def test_torchvisions_batches_are_like_ours(photographs: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data_module, "turn", first)
-        measure_data(config, DataOptions(against="torchvision"), Heard())
+        measure_data(config, BenchData(against="torchvision"), Heard())
     ours, theirs = seen.values()
     assert ours.shape == theirs.shape == (16, 3, 8, 8)
     assert ours.dtype == theirs.dtype == torch.float32
@@ -140,16 +140,16 @@ def test_torchvisions_batches_are_like_ours(photographs: Path) -> None:
 
 
 def test_images_in_memory_have_no_workers_and_no_peer() -> None:
-    report = measure_data(CONFIG, DataOptions(rounds=1, batches=2), Heard())
+    report = measure_data(CONFIG, BenchData(rounds=1, batches=2), Heard())
     assert report.results[0].figures == {}
     assert "from memory, in this process" in report.notes[0]
     with pytest.raises(ConfigError, match=r"torchvision cannot be timed on digits/\d+; give --data a folder"):
-        measure_data(CONFIG, DataOptions(rounds=1, batches=2, against="torchvision"), Heard())
+        measure_data(CONFIG, BenchData(rounds=1, batches=2, against="torchvision"), Heard())
 
 
 def test_the_loop_beside_the_bare_step() -> None:
     heard = Heard()
-    report = measure_train(CONFIG, TrainOptions(rounds=2, steps=3), heard)
+    report = measure_train(CONFIG, BenchTrain(rounds=2, steps=3), heard)
     loop, bare = report.results
     assert (loop.name, bare.name) == ("torchmae", BARE)
     assert len(loop.images_per_s) == len(bare.images_per_s) == 2
@@ -161,7 +161,7 @@ def test_the_loop_beside_the_bare_step() -> None:
 
 def test_the_loops_clock_counts_what_lies_between_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_module, "images_per_second", lambda contender, steps: 200.0)
-    turns = train_module._Turns(None, TrainOptions(rounds=2), Heard())  # type: ignore[arg-type]
+    turns = train_module._Turns(None, BenchTrain(rounds=2), Heard())  # type: ignore[arg-type]
 
     def window(seconds: float, images_per_s: float, wait: float) -> None:
         turns.log("train", 0, {"seconds": seconds, "images_per_s": images_per_s, "data_wait": wait})
@@ -186,5 +186,5 @@ def test_a_stopped_loop_does_not_offer_to_resume(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(train_module, "pretrain", pretrain)
     with pytest.raises(Interrupted, match="^the benchmark was stopped; run it again$") as caught:
-        measure_train(CONFIG, TrainOptions(rounds=1, steps=1), Heard())
+        measure_train(CONFIG, BenchTrain(rounds=1, steps=1), Heard())
     assert caught.value.exit_status == 128 + 15

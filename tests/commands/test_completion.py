@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import re
 import shutil
@@ -13,11 +12,14 @@ import pytest
 
 from torchmae import cli
 from torchmae.cli import main
-from torchmae.commands.completion import EXTRAS, SHELLS, SUBCOMMANDS, choices, command_tree
+from torchmae.commands.completion import command_tree
 from torchmae.config import PretrainConfig
+from torchmae.config.base import settings_of
 from torchmae.settings import recipe_names
 
 pytest.importorskip("shtab")
+
+SHELLS = ("bash", "zsh", "fish")
 
 # Sets what bash sets when Tab is pressed after the last word, calls the function, prints what it offers.
 PRESS_TAB = """
@@ -45,7 +47,7 @@ def script(folder: Path) -> Path:
 
 CASES = [
     ("pre", {"pretrain"}),
-    ("", set(cli.COMMANDS)),
+    ("", {name.split()[0] for name in cli.COMMANDS}),
     ("pretrain --rec", {"--recipe"}),
     ("pretrain --recipe ", set(recipe_names())),
     ("pretrain --epochs 3 --recipe ci", {"cifar10", "cifar10-cpu"}),
@@ -108,30 +110,27 @@ def options(parser: argparse.ArgumentParser, *words: str) -> set[str]:
 
 
 def test_every_option_of_every_help_is_completed(capsys: pytest.CaptureFixture[str]) -> None:
-    tree = command_tree(cli.COMMANDS)
-    for command in cli.COMMANDS:
-        for words in [(command, part) for part in SUBCOMMANDS.get(command, ())] or [(command,)]:
-            with contextlib.suppress(SystemExit):
-                main([*words, "--help"])
-            # An option at the start of a line, unless it stands for a group of others (`--data CONFIG`).
-            shown = set(re.findall(r"^  (?:-h, )?--([\w.]+)", capsys.readouterr().out, re.MULTILINE)) - {"help"}
-            groups = {name.rpartition(".")[0] for name in shown}
-            assert {f"--{name}" for name in shown - groups} <= options(tree, *words), words
-        assert {f"--{name}" for name in EXTRAS.get(command, {})} <= options(tree, command)
+    tree = command_tree(None)
+    for name, command in cli.COMMANDS.items():
+        assert main([*name.split(), "--help"]) == 0
+        shown = set(re.findall(r"^  (?:-h, )?--([\w.]+)", capsys.readouterr().out, re.MULTILINE)) - {"help"}
+        settings = settings_of(*command.kinds)
+        words = {setting for setting in settings if settings[setting].positional}
+        assert {f"--{option}" for option in {*shown, *settings} - words} <= options(tree, *name.split()), name
 
 
-def test_values_are_those_that_the_checks_allow() -> None:
-    found = choices(PretrainConfig)
-    assert found["optim.name"] == ("adamw", "adam", "muon")
-    assert found["compile"] == ("true", "false")
-    assert "data.source" not in found and "epochs" not in found
+def test_values_are_those_that_the_types_allow() -> None:
+    known = settings_of(PretrainConfig)
+    assert known["optim.name"].choices == ("adamw", "adam", "muon")
+    assert known["compile"].choices == ("true", "false")
+    assert known["data.source"].choices == known["epochs"].choices == ()
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["zish"], "the shell is 'zish'; did you mean 'zsh'? choose from bash, zsh, fish"),
-        (["bash", "x"], "unexpected word 'x'; give one shell"),
+        (["zish"], "shell is 'zish'; did you mean 'zsh'? choose from bash, zsh, fish"),
+        (["bash", "x"], "unexpected word 'x'; options begin with two dashes, such as --data PATH"),
     ],
 )
 def test_wrong_words(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,8 +141,10 @@ def test_wrong_words(words: list[str], said: str, capsys: pytest.CaptureFixture[
 def test_without_shtab(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert main(["completion", "bash"]) == 2
-    assert capsys.readouterr().err == "torchmae: completion needs shtab; pip install 'torchmae[completion]'\n"
-    assert main(["completion"]) == 0
+    assert capsys.readouterr().err == (
+        "torchmae: shtab is not installed, and this needs it; pip install 'torchmae[completion]'\n"
+    )
+    assert main(["completion", "--help"]) == 0
 
 
 @pytest.mark.skipif(shutil.which("fish") is None, reason="no fish here")

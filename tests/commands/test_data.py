@@ -73,7 +73,7 @@ def test_the_suggested_command_fits_other_shapes(
         np.save(path, images[..., 0])
     assert main(["data", "inspect", str(path), "--json", "--progress", "none"]) == 0
     words = shlex.split(json.loads(capsys.readouterr().out)["suggestion"])
-    config = settings.parse(words[2:], settings.peek(words[2:])[0])
+    config = settings.parse(words[2:])
     assert (config.data.source, config.model.input_size, config.model.patch_size) == (
         str(path),
         options["input_size"],
@@ -95,7 +95,7 @@ def test_pack(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     ("words", "message"),
     [
         (["inspect"], "not given: data"),
-        (["inspekt", "x"], "the word after `torchmae data` is 'inspekt'; did you mean 'inspect'?"),
+        (["inspekt", "x"], "unknown command 'data inspekt'; did you mean `torchmae data inspect`?"),
         (["inspect", "nowhere/at/all"], "no such file or folder: nowhere/at/all"),
         (["inspect", "digits", "--sheet", "x.jpg"], "sheet is 'x.jpg'; give a name that ends in .png"),
         (["pack", "digits"], "not given: out"),

@@ -13,8 +13,9 @@ from tiny_run import write_run
 
 from torchmae import settings
 from torchmae.cli import main
-from torchmae.commands.evaluate import cell, spell_out
-from torchmae.evaluation.options import ComputeOptions, EvaluateOptions
+from torchmae.commands.evaluate import cell
+from torchmae.config.base import make
+from torchmae.config.evaluate import ComputeOptions, EvaluateOptions, RunOrBaseline
 from torchmae.evaluation.records import read_records
 from torchmae.report.measures import Figure
 
@@ -165,11 +166,11 @@ def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_the_commands_of_the_page_have_options_that_exist() -> None:
     page = Path(__file__).resolve().parents[2] / "docs" / "evaluation.md"
-    lines = re.findall(r"^torchmae evaluate \S+(.*?)(?:#.*)?$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    lines = re.findall(r"^torchmae evaluate (.*?)(?:#.*)?$", page.read_text(encoding="utf-8"), re.MULTILINE)
     assert len(lines) >= 6
     for line in lines:
-        words = spell_out(settings.normalise(shlex.split(line)))
-        settings.read_options(settings.Parser(), words, EvaluateOptions, ComputeOptions)
+        given = settings.read_words(shlex.split(line), RunOrBaseline, ComputeOptions, EvaluateOptions)
+        assert make(RunOrBaseline, given).run and make(EvaluateOptions, given)
 
 
 def test_a_cell_says_how_sure_its_figure_is() -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from torchmae.cli import main
+from torchmae.config.plan import PlanOptions
 from torchmae.planning.cost import GIB, plan
-from torchmae.planning.options import PlanOptions
 
 
 def test_a_plan_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,7 +43,7 @@ def test_the_page_shows_what_is_printed(capsys: pytest.CaptureFixture[str]) -> N
     [
         (["--gpu", "h10"], "torchmae: gpu is 'h10'; did you mean 'h100'? choose from "),
         (["--gpus", "0"], "torchmae: gpus is 0; it must lie in [1, 100000]"),
-        (["--model", "vit_larg"], "torchmae: model.preset is 'vit_larg'; did you mean 'vit_large'?"),
+        (["--model", "vit_larg"], "torchmae: model is 'vit_larg'; did you mean 'vit_large'?"),
         (["--images", "some"], "torchmae: images is 'some'; give a count"),
         (["--batch_size", "4"], "torchmae: batch_size is 4; it must lie in [8, 1000000]"),
     ],

@@ -20,6 +20,7 @@ from small import Memory, images, mlp, vit
 from torchmae.config import MaskConfig, OptimConfig, PretrainConfig
 from torchmae.errors import Interrupted, TrainingError
 from torchmae.evaluation.sharing import share
+from torchmae.settings import read_words
 from torchmae.training import checkpoint, ranks
 from torchmae.training.checkpoint import load_checkpoint
 from torchmae.training.parallel import whole_state
@@ -137,7 +138,7 @@ def choose_recipe(*words: str) -> list[Any]:
 
     looked, original = [], api.typical_size
     api.typical_size = lambda *args: looked.append(1) or original(*args)  # type: ignore[func-returns-value]
-    return [api.configure(words).recipe, len(looked)]
+    return [api.configure(read_words(words, PretrainConfig)).recipe, len(looked)]
 
 
 def command_of_each(*words: list[str]) -> int:

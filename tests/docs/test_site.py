@@ -40,7 +40,7 @@ def test_every_page_is_there_in_both_languages(site: Path) -> None:
 def test_generated_pages_hold_what_the_package_has(site: Path) -> None:
     recipes, commands, api = (read(site / f"{name}.html") for name in ("recipes", "commands", "api"))
     assert all(f'id="{name}"' in recipes for name in settings.recipe_names())
-    assert all(f'id="torchmae-{name}"' in commands for name in cli.COMMANDS)
+    assert all(f'id="torchmae-{name.replace(" ", "-")}"' in commands for name in cli.COMMANDS)
     assert "--mask.ratio" in commands
     assert 'id="torchmae.training.pretrained.load"' in api
 

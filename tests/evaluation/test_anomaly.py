@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from torchmae.config.data import DataOptions
 from torchmae.data.arrays import ArraySource
 from torchmae.data.reading import BadFiles
 from torchmae.data.sources import Source
@@ -20,7 +21,6 @@ from torchmae.data.transforms import Normalisation
 from torchmae.errors import CheckpointError, ConfigError, DataError
 from torchmae.evaluation import anomaly
 from torchmae.evaluation.images import ImageSet
-from torchmae.evaluation.options import DataOptions
 from torchmae.nn import presets
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.training.runtime import Runtime

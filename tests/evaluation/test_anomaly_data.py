@@ -10,10 +10,10 @@ import pytest
 import tiny
 from PIL import Image
 
+from torchmae.config.data import DataOptions
 from torchmae.errors import ConfigError, DataError
 from torchmae.evaluation.anomaly_data import open_anomaly_data
 from torchmae.evaluation.images import ImageSet, ModelInput
-from torchmae.evaluation.options import DataOptions
 
 
 def write(folder: Path, *names: str) -> None:

@@ -6,9 +6,9 @@ import tiny
 import torch
 import torch.nn.functional as F
 
+from torchmae.config.evaluate import AttentiveOptions
 from torchmae.evaluation import attentive
 from torchmae.evaluation.attentive import AttentiveProbe, EncodedTokens, HeldTokens, open_tokens
-from torchmae.evaluation.options import AttentiveOptions
 
 
 def test_the_order_of_products_does_not_change_attention() -> None:

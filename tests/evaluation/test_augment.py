@@ -8,9 +8,9 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
+from torchmae.config.finetune import InputSettings
 from torchmae.errors import ConfigError
 from torchmae.evaluation.augment import OPERATIONS, Augment, build_augment
-from torchmae.evaluation.finetune_config import InputSettings
 
 NONE = InputSettings(batch_size=10, crop_scale=(1.0, 1.0), randaugment=0, mixup=0.0, cutmix=0.0)
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)

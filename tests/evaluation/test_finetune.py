@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from torchmae.config import DataConfig
+from torchmae.config.finetune import PAPER, SMALL, FinetuneConfig
 from torchmae.data.opening import Data, open_data
 from torchmae.data.transforms import Normalisation
 from torchmae.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError
 from torchmae.evaluation import finetune, finetune_training
-from torchmae.evaluation.finetune_config import PAPER, SMALL, FinetuneConfig
 from torchmae.nn import presets
 from torchmae.nn.classifier import Classifier, encoder_arguments
 from torchmae.training.checkpoint import load_checkpoint

@@ -10,9 +10,10 @@ import tiny
 import torch
 from PIL import Image
 
+from torchmae.config.data import DataOptions
+from torchmae.config.evaluate import EvaluateOptions
 from torchmae.errors import ConfigError, DataError
 from torchmae.evaluation.images import EvaluationData, ModelInput, open_evaluation_data, open_parts
-from torchmae.evaluation.options import DataOptions, EvaluateOptions
 
 Save = Callable[..., str]
 

@@ -1,20 +1,18 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
-from torchmae.errors import ConfigError
-from torchmae.evaluation.options import (
+from torchmae.config.data import DataOptions
+from torchmae.config.embed import EmbedOptions
+from torchmae.config.evaluate import (
     AttentiveOptions,
     ComputeOptions,
-    DataOptions,
-    EmbedOptions,
     EvaluateOptions,
     ReconstructionOptions,
 )
+from torchmae.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -31,8 +29,12 @@ from torchmae.evaluation.options import (
         (EvaluateOptions, {"pool": "max"}, "pool is 'max'; did you mean 'mean'? choose from mean, cls, both"),
         (EvaluateOptions, {"labels_per_class": 0}, "labels_per_class is 0; it must be 1 or more"),
         (EvaluateOptions, {"labels_per_class": 5, "method": "attentive"}, "labels_per_class does not apply to method"),
-        (EmbedOptions, {"out": "features.csv"}, "out is 'features.csv'; give a name that ends in .npz or .parquet"),
-        (EmbedOptions, {"split": "dev"}, "split is 'dev'"),
+        (
+            EmbedOptions,
+            {"run": "a", "out": "features.csv"},
+            "out is 'features.csv'; give a name that ends in .npz or .parquet",
+        ),
+        (EmbedOptions, {"run": "a", "split": "dev"}, "split is 'dev'"),
     ],
 )
 def test_values_that_cannot_work(kind: type[Any], values: dict[str, Any], message: str) -> None:
@@ -41,7 +43,11 @@ def test_values_that_cannot_work(kind: type[Any], values: dict[str, Any], messag
     assert message in str(caught.value)
 
 
-def test_they_load_nothing_heavy() -> None:
-    code = "import sys, torchmae.commands.evaluate, torchmae.commands.embed; print('torch' in sys.modules)"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout == "False\n"
+def test_resume_names_the_folder_to_go_on_with() -> None:
+    options = EvaluateOptions(method="finetune", resume="runs/a/finetune")
+    assert (options.out, options.resume) == ("runs/a/finetune", True)
+    assert EvaluateOptions(method="finetune", out="a", resume=True).out == "a"
+    with pytest.raises(ConfigError, match="resume is 'a' and out 'b'"):
+        EvaluateOptions(method="finetune", out="b", resume="a")
+    with pytest.raises(ConfigError, match="does not apply to method 'knn'"):
+        EvaluateOptions(method="knn", resume="a")

@@ -7,15 +7,15 @@ import pytest
 import tiny
 import torch
 
-from torchmae.errors import CheckpointError, ConfigError
-from torchmae.evaluation import suite
-from torchmae.evaluation.options import (
+from torchmae.config.data import DataOptions
+from torchmae.config.evaluate import (
     AttentiveOptions,
     ComputeOptions,
-    DataOptions,
     EvaluateOptions,
     ReconstructionOptions,
 )
+from torchmae.errors import CheckpointError, ConfigError
+from torchmae.evaluation import suite
 from torchmae.evaluation.records import read_records
 from torchmae.evaluation.subject import Subject
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from torchmae.config import DataConfig, PretrainConfig
+from torchmae.config.data import DataOptions
 from torchmae.data.layouts import open_splits
 from torchmae.data.reading import BadFiles
 from torchmae.data.sources import Source, Subset
 from torchmae.data.transforms import Normalisation
 from torchmae.evaluation.images import ImageSet
-from torchmae.evaluation.options import DataOptions
 from torchmae.evaluation.subject import Subject, untrained
 from torchmae.nn import presets
 from torchmae.random import Purpose, permutation

@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from torchmae.config.plan import PlanOptions, number_of
 from torchmae.errors import ConfigError
 from torchmae.nn import presets
 from torchmae.nn.flops import count_flops
 from torchmae.planning.cost import (
+    GPUS,
+    MEASURED_MFU,
     activation_bytes,
     assumed_mfu,
     count_parameters,
@@ -18,7 +21,6 @@ from torchmae.planning.cost import (
     state_bytes,
     traffic_bytes,
 )
-from torchmae.planning.options import GPUS, MEASURED_MFU, PlanOptions, number_of
 
 
 def kept(values: dict[str, Any], ratio: float, batch: int) -> int:

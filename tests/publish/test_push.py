@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from saved_folders import run_folder
 
+from torchmae.config.export import ExportOptions
 from torchmae.errors import CheckpointError, ConfigError
 from torchmae.publish.hub import push
-from torchmae.publish.options import ExportOptions
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 

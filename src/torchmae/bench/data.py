@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from torchmae.bench.contenders import OURS, model_arguments
-from torchmae.bench.options import DataOptions
 from torchmae.bench.results import Report, Result
 from torchmae.bench.timing import synchronise, take_turns
 from torchmae.config import PretrainConfig
+from torchmae.config.bench import BenchData
 from torchmae.data.formats import Progress
 from torchmae.data.opening import Data, open_data
 from torchmae.data.plan import Plan
@@ -35,7 +35,7 @@ ENDLESS = 1_000_000_000
 _READY_PER_WORKER = 2  # batches that a DataLoader has its workers prepare ahead
 
 
-def measure_data(config: PretrainConfig, options: DataOptions, progress: Progress) -> Report:
+def measure_data(config: PretrainConfig, options: BenchData, progress: Progress) -> Report:
     """Times the training batches of a run, up to where the model would take them.
 
     Args:

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from statistics import median
 
 from torchmae.bench.contenders import OURS, model_arguments, peer_sizes
-from torchmae.bench.options import StepOptions
 from torchmae.bench.processes import Introduction, Process
 from torchmae.bench.results import Report, Result
 from torchmae.bench.timing import take_turns
 from torchmae.config import PretrainConfig
+from torchmae.config.bench import BenchStep
 from torchmae.data.formats import Progress
 from torchmae.nn.flops import count_flops
 
@@ -37,7 +37,7 @@ def entries(config: PretrainConfig, against: str | None) -> list[Entry]:
     return [Entry(code, code, config) for code in (OURS, against) if code is not None]
 
 
-def measure_step(rivals: Sequence[Entry], options: StepOptions, progress: Progress) -> Report:
+def measure_step(rivals: Sequence[Entry], options: BenchStep, progress: Progress) -> Report:
     """Times training steps on one batch that stays on the device; contenders take turns, each in its own process.
 
     Args:

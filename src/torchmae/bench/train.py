@@ -11,11 +11,11 @@ from pathlib import Path
 from statistics import median
 
 from torchmae.bench.contenders import OURS, Contender, build, model_arguments
-from torchmae.bench.options import TrainOptions
 from torchmae.bench.processes import images_per_second, step_shares, warm_up
 from torchmae.bench.results import Report, Result
 from torchmae.bench.step import title
 from torchmae.config import PretrainConfig
+from torchmae.config.bench import BenchTrain
 from torchmae.data.formats import Progress
 from torchmae.data.opening import Data, open_data
 from torchmae.errors import Interrupted
@@ -28,7 +28,7 @@ from torchmae.training.runtime import environment, open_runtime
 BARE = "bare step"
 
 
-def measure_train(config: PretrainConfig, options: TrainOptions, progress: Progress) -> Report:
+def measure_train(config: PretrainConfig, options: BenchTrain, progress: Progress) -> Report:
     """Runs the loop of `torchmae pretrain` for a while, and now and then some bare steps on a fixed batch.
 
     Evaluations and checkpoints, which come a few times a run, are left out.
@@ -74,7 +74,7 @@ def measure_train(config: PretrainConfig, options: TrainOptions, progress: Progr
     )
 
 
-def _run_loop(config: PretrainConfig, data: Data, turns: _Turns, options: TrainOptions) -> None:
+def _run_loop(config: PretrainConfig, data: Data, turns: _Turns, options: BenchTrain) -> None:
     """Runs the training loop until `turns` has seen enough."""
     steps_per_epoch = math.ceil(len(data.train) / config.batch_size)
     epochs = math.ceil((options.rounds + 2) * options.steps / steps_per_epoch)
@@ -121,7 +121,7 @@ class _Turns:
         contender: the bare step.
     """
 
-    def __init__(self, contender: Contender, options: TrainOptions, progress: Progress) -> None:
+    def __init__(self, contender: Contender, options: BenchTrain, progress: Progress) -> None:
         self.loop: list[float] = []
         self.bare: list[float] = []
         self.contender = contender

@@ -4,99 +4,52 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torchmae import settings
-from torchmae.config import PackOptions, ReadOptions
-from torchmae.errors import ConfigError, DataError, one_of, within
-from torchmae.settings import read_options
+import numpy as np
+import torch
+from PIL import Image
 
-if TYPE_CHECKING:
-    from torchmae.data.inspecting import Inspection, SplitFacts
-    from torchmae.data.sources import Source
-    from torchmae.data.transforms import Normalisation
-
-USAGE = """\
-usage: torchmae data inspect DATA [OPTIONS]
-       torchmae data pack DATA OUT [OPTIONS]
-
-  inspect   count, sizes, channels, formats, broken files, duplicates, classes; a recipe that fits
-  pack      write the images into few large files (parquet, WebDataset shards or one array), once, to train fast
-
-  torchmae data inspect my_images --sheet sheet.png
-  torchmae data pack my_images packed --format parquet --max_size 320
-
-  torchmae data inspect --help, torchmae data pack --help    the options
-"""
+from torchmae.api import recommend
+from torchmae.commands import print_json
+from torchmae.config import ReadOptions
+from torchmae.config.data import InspectOptions, PackCommand, PackOptions
+from torchmae.data.arrays import sample_axes
+from torchmae.data.formats import Context
+from torchmae.data.inspecting import Inspection, SplitFacts, inspect_splits, median_size
+from torchmae.data.layouts import open_splits
+from torchmae.data.packing import pack as write_packed
+from torchmae.data.sources import Source, data_line, evenly_spaced
+from torchmae.data.transforms import Normalisation
+from torchmae.errors import DataError, printable
+from torchmae.report.panels import sample_panels
+from torchmae.report.pictures import save_png
+from torchmae.training.progress import Display
 
 _SHOWN = 8  # sizes, classes, broken files and duplicates that are listed
 _SHEET = 64  # images on a contact sheet
 _PANEL = 128  # pixels of each
 
 
-@dataclass(frozen=True)
-class InspectOptions(ReadOptions):
-    """What to look at.
-
-    Attributes:
-        json: print everything that was found as one JSON object, and nothing else.
-        sheet: where to save a contact sheet, a PNG picture of 64 images; null: nowhere.
-        limit: how many images of each split to read, evenly spread; null: all.
-        progress: "auto" (a bar on a terminal, else lines), "plain" or "none".
-    """
-
-    json: bool = False
-    sheet: str | None = None
-    limit: int | None = None
-    progress: str = "auto"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        within("limit", self.limit, 1, float("inf"))
-        one_of("progress", self.progress, ("auto", "plain", "none"))
-        if self.sheet is not None and not self.sheet.lower().endswith(".png"):
-            raise ConfigError(f"sheet is {self.sheet!r}", "give a name that ends in .png")
-
-
-def main(args: Sequence[str]) -> int:
-    """Runs the command; returns the exit status."""
-    if not args or args[0] in ("-h", "--help"):
-        print(USAGE, end="")
-        return 0
-    one_of("the word after `torchmae data`", args[0], ("inspect", "pack"))
-    return (inspect if args[0] == "inspect" else pack)(args[1:])
-
-
-def inspect(args: Sequence[str]) -> int:
-    """`torchmae data inspect`."""
-    parser = _parser("inspect DATA", "Reads every image of a data set and says what is there, and what is wrong.")
-    parser.add_argument("data", type=str, help="anything that `torchmae pretrain --data` takes")
-    words = list(args)
-    as_json = settings.take_flag(words, "json")
-    values, options = read_options(parser, [*_as_here(words), f"--json={json.dumps(as_json)}"], InspectOptions)
-    from torchmae.data.formats import Context
-    from torchmae.data.inspecting import inspect_splits
-    from torchmae.data.layouts import open_splits
-    from torchmae.data.sources import data_line
-    from torchmae.training.progress import Display
-
+def inspect(options: InspectOptions) -> int:
+    """`torchmae data inspect`; returns the exit status."""
     display = Display(options.progress)
     try:
-        splits = open_splits(values.data, Context.of(options, progress=display.preparing))
+        splits = open_splits(options.data, Context.of(options, progress=display.preparing))
         found = inspect_splits(splits, options.limit, display.preparing)
     finally:
         display.close()
-    command = suggestion(values.data, found, options)
-    print(json.dumps(_as_json(found, command)) if options.json else describe(found))
-    if not options.json and (line := data_line(found.notes)):
-        print(line)
+    command = suggestion(options.data, found, options)
+    if options.json:
+        print_json(options.json, _as_json(found, command))
+    else:
+        print(describe(found), *filter(None, [data_line(found.notes)]), sep="\n")
     if command is None:
-        raise DataError(f"nothing in {values.data} can be trained on: no image can be read", "see the reasons above")
+        raise DataError(f"nothing in {options.data} can be trained on: no image can be read", "see the reasons above")
     if options.sheet is not None:
         contact_sheet(splits["train"], Path(options.sheet), found.normalisation)
     if not options.json:
@@ -104,25 +57,12 @@ def inspect(args: Sequence[str]) -> int:
     return 0
 
 
-def pack(args: Sequence[str]) -> int:
-    """`torchmae data pack`."""
-    parser = _parser(
-        "pack DATA OUT",
-        "Writes the images of a data set into few large files. Each is read back before it counts; a command that was "
-        "stopped goes on where it was when it is given again.",
-    )
-    parser.add_argument("data", type=str, help="anything that `torchmae pretrain --data` takes")
-    parser.add_argument("out", type=str, help="a new folder")
-    values, options = read_options(parser, _as_here(args), PackOptions)
-    from torchmae.data.formats import Context
-    from torchmae.data.layouts import open_splits
-    from torchmae.data.packing import pack as run
-    from torchmae.training.progress import Display
-
+def pack(command: PackCommand, options: PackOptions) -> int:
+    """`torchmae data pack`; returns the exit status."""
     display = Display(options.progress)
     try:
-        splits = open_splits(values.data, Context.of(options, progress=display.preparing))
-        packed = run(splits, Path(values.out), options, display.preparing)
+        splits = open_splits(command.data, Context.of(options, progress=display.preparing))
+        packed = write_packed(splits, Path(command.out), options, display.preparing)
     finally:
         display.close()
     for name, reason in packed.bad[:_SHOWN]:
@@ -130,24 +70,14 @@ def pack(args: Sequence[str]) -> int:
     more = f", {len(packed.bad):,} unreadable ones left out (all in pack.json)" if packed.bad else ""
     resumed = f", {packed.resumed:,} of them were done already" if packed.resumed else ""
     files = f"{packed.files:,} file{'s' if packed.files != 1 else ''}"
-    print(f"{values.out}  ({packed.images:,} images in {files}, {packed.nbytes / 1e6:,.1f} MB{more}{resumed})")
-    print(
-        f"to train on it: torchmae pretrain --data {quote(values.out)}{_axes_of_array(splits['train'], options.format)}"
-    )
+    print(f"{command.out}  ({packed.images:,} images in {files}, {packed.nbytes / 1e6:,.1f} MB{more}{resumed})")
+    axes = _axes_of_array(splits["train"], options.format)
+    print(f"to train on it: torchmae pretrain --data {quote(command.out)}{axes}")
     return 0
-
-
-def _as_here(words: Sequence[str]) -> list[str]:
-    """Options with the names that they have here: messages say --data.axes, as it is for all other commands."""
-    return [word.replace("--data.", "--", 1) if word.startswith("--data.") else word for word in words]
 
 
 def _axes_of_array(source: Source, format: str) -> str:
     """The option that one array of such samples needs for its shape to have one reading."""
-    from torchmae.data.arrays import sample_axes
-    from torchmae.data.formats import Context
-    from torchmae.errors import DataError
-
     if format != "npy":
         return ""
     with suppress(DataError):  # an image that cannot be read tells nothing
@@ -158,16 +88,6 @@ def _axes_of_array(source: Source, format: str) -> str:
                 return ""
         return axes
     return ""
-
-
-def _parser(usage: str, description: str) -> settings.Parser:
-    command = usage.partition(" ")[0]
-    return settings.Parser(
-        prog=f"torchmae data {command}",
-        usage=f"torchmae data {usage} [OPTIONS]",
-        description=description,
-        allow_abbrev=False,
-    )
 
 
 def describe(found: Inspection) -> str:
@@ -221,14 +141,10 @@ def _classes(known: dict[str, int]) -> str:
 
 
 def _one_line(name: str) -> str:
-    from torchmae.errors import printable
-
     return printable(name.encode("utf-8", "surrogateescape"))
 
 
 def _sizes(facts: SplitFacts) -> str:
-    from torchmae.data.inspecting import median_size
-
     if len(facts.sizes) == 1:
         return f"all {'x'.join(map(str, next(iter(facts.sizes))))}"
     median = median_size(facts.sizes)
@@ -246,9 +162,6 @@ def _counts(counter: Counter[Any]) -> str:
 
 def suggestion(data: str, found: Inspection, options: ReadOptions) -> str | None:
     """The command to begin with, which reads the data as it was read here; None when no image can be read."""
-    from torchmae.api import recommend
-    from torchmae.data.inspecting import median_size
-
     sizes = found.splits["train"].sizes
     if not sizes:
         return None
@@ -275,14 +188,6 @@ def contact_sheet(source: Source, path: Path, normalisation: Normalisation | Non
         CheckpointError: it cannot be saved.
         ConfigError: no image can be drawn.
     """
-    import numpy as np
-    import torch
-    from PIL import Image
-
-    from torchmae.data.sources import evenly_spaced
-    from torchmae.report.panels import sample_panels
-    from torchmae.report.pictures import save_png
-
     indices = evenly_spaced(len(source), _SHEET)
     columns = int(np.ceil(np.sqrt(len(indices))))
     rows = -(-len(indices) // columns)

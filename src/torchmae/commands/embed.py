@@ -2,64 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from torchmae import settings
-from torchmae.evaluation.options import ComputeOptions, EmbedOptions
+from torchmae.config.embed import EmbedOptions
+from torchmae.config.evaluate import ComputeOptions
+from torchmae.data.loader import one_line_when_a_worker_ends
+from torchmae.evaluation.embedding import embed
+from torchmae.evaluation.images import ImageSet, ModelInput, open_parts
+from torchmae.evaluation.subject import Subject
+from torchmae.evaluation.suite import own_data
+from torchmae.training.pretrained import load
+from torchmae.training.progress import Display
+from torchmae.training.ranks import one_line_when_lost, open_ranks, share_of_cores
+from torchmae.training.runtime import open_runtime
 
-DESCRIPTION = (
-    "Writes the features of all images of a data set to a file; nothing is masked. A command that was stopped goes on "
-    "where it was when it is given again; torchrun starts it on several GPUs."
-)
 
-
-def main(args: Sequence[str]) -> int:
+def run(options: EmbedOptions, compute: ComputeOptions) -> int:
     """Runs the command; returns the exit status."""
-    parser = settings.Parser(
-        prog="torchmae embed",
-        usage="torchmae embed RUN [OPTIONS]",
-        description=DESCRIPTION,
-        allow_abbrev=False,
-    )
-    parser.add_argument("run", type=str, help="run folder, exported model, or weights of others (also as --init-from)")
-    values, options, compute = settings.read_options(parser, args, EmbedOptions, ComputeOptions)
-    line = write(values.run, options, compute)
+    line = write(options, compute)
     if line is not None:
         print(line)
     return 0
 
 
-def write(run: str, options: EmbedOptions, compute: ComputeOptions) -> str | None:
+def write(options: EmbedOptions, compute: ComputeOptions) -> str | None:
     """Writes the file.
 
     Args:
-        run: a run folder, an exported model, or weights of others.
-        options: which images, which features, where to.
+        options: which model, which images, which features, where to.
         compute: where to compute.
 
     Returns:
         What was written, in a line; None on all ranks but the first.
     """
-    from torchmae.data.loader import one_line_when_a_worker_ends
-    from torchmae.evaluation.embedding import embed
-    from torchmae.evaluation.images import ImageSet, ModelInput, open_parts
-    from torchmae.evaluation.subject import Subject
-    from torchmae.evaluation.suite import own_data
-    from torchmae.training.pretrained import load
-    from torchmae.training.progress import Display
-    from torchmae.training.ranks import one_line_when_lost, open_ranks, share_of_cores
-    from torchmae.training.runtime import open_runtime
-
     with open_ranks(compute.device) as ranks, one_line_when_lost(ranks, "the same command goes on from what was done"):
         runtime = open_runtime(compute.device, compute.precision, compute.threads, ranks)
         display = Display(compute.progress if ranks.is_main else "none")
 
         def open_all() -> tuple[Subject, list[ImageSet]]:
-            pretrained = load(run)
+            pretrained = load(options.run)
             description = pretrained.description
-            data = own_data(run, options.data)
+            data = own_data(options.run, options.data)
             model = ModelInput(
                 description.input_size,
                 description.arguments["in_chans"],

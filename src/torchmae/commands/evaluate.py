@@ -2,80 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from io import StringIO
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from torchmae import settings
-from torchmae.evaluation.options import ComputeOptions, EvaluateOptions
+from torchmae.commands import print_json
+from torchmae.config.evaluate import ComputeOptions, EvaluateOptions, RunOrBaseline
+from torchmae.evaluation.suite import Evaluation, evaluate, record_evaluation
 from torchmae.report.measures import AUROC, TRAINING, Figure, figures_as_text, measure_of
 
-if TYPE_CHECKING:
-    from torchmae.evaluation.suite import Evaluation
-
-DESCRIPTION = (
-    "Measures a trained model: nearest neighbours, linear and attentive probes (--method all, the default). What has "
-    "to be asked for by --method: reconstruction, finetune (a classifier trained end to end, for minutes to hours), "
-    "and anomaly (with --normal DIR --test DIR). torchrun starts it on several GPUs."
-)
-EPILOG = (
-    "--json prints the figures as one JSON object on the last line; --init is short for --finetune.init, and --resume "
-    "alone for --resume true."
-)
 HEADINGS = {"model": "this model", "random": "untrained", "pixels": "raw pixels"}
 
 
-def main(args: Sequence[str]) -> int:
+def run(options: EvaluateOptions, compute: ComputeOptions, model: RunOrBaseline) -> int:
     """Runs the command; returns the exit status."""
-    parser = settings.Parser(
-        prog="torchmae evaluate",
-        usage="torchmae evaluate RUN [OPTIONS]",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "run",
-        type=str,
-        help="run folder, exported model, weights of others (also as --init-from); or random or pixels, with --preset",
-    )
-    args = spell_out(settings.normalise(args))
-    as_json = settings.take_flag(args, "json")
-    values, options, compute = settings.read_options(parser, args, EvaluateOptions, ComputeOptions)
-
-    from torchmae.evaluation.suite import evaluate, record_evaluation
-
-    evaluation = evaluate(values.run, options, compute)
+    evaluation = evaluate(model.run, options, compute)
     if os.environ.get("RANK", "0") != "0":  # of ranks that torchrun started, the first one speaks
         return 0
     print(report(evaluation), flush=True)
     try:
-        record = record_evaluation(values.run, evaluation)
+        record = record_evaluation(model.run, evaluation)
         if record is not None:
             print(f"recorded with settings, top-5, classes and confusions: {record}")
     finally:  # a disk that is full must not cost the figures
-        if as_json:
-            figures = {"run": values.run, "method": options.method, "figures": evaluation.figures()}
-            print(json.dumps(figures), flush=True)
+        figures = {"run": model.run, "method": options.method, "figures": evaluation.figures()}
+        print_json(model.json, figures)
     return 0
-
-
-def spell_out(args: Sequence[str]) -> list[str]:
-    """Words with --finetune.init for --init, and --resume=true for --resume without a value."""
-    words = []
-    for i, arg in enumerate(args):
-        name, equals, value = arg.partition("=")
-        if arg == "--resume" and args[i + 1 : i + 2] not in (["true"], ["false"]):
-            words.append("--resume=true")
-        else:
-            words.append(f"--finetune.init{equals}{value}" if name == "--init" else arg)
-    return words
 
 
 def report(evaluation: Evaluation) -> str:

@@ -2,108 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from torchmae import settings
+from torchmae.config.reconstruct import ReconstructOptions
 from torchmae.data.formats import Context
 from torchmae.data.transforms import FULL_SCALE, eval_box, resample
-from torchmae.errors import ConfigError, within
+from torchmae.errors import ConfigError
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Mask, mask_from_pixels
 from torchmae.report.pictures import reconstruction_grid, save_png
-from torchmae.settings import read_options
 from torchmae.training.pretrained import Pretrained, load, read_image
-
-DESCRIPTION = "Hides part of some images and lets a trained model fill it in: masked | reconstructed | original."
-
-
-@dataclass(frozen=True)
-class MaskOptions:
-    """What is hidden; null: as the model was trained.
-
-    Attributes:
-        strategy: random, block or grid.
-        ratio: share of the patches that is removed, in (0, 1).
-    """
-
-    strategy: str | None = None
-    ratio: float | None = None
-
-    def __post_init__(self) -> None:
-        within("mask.ratio", self.ratio, 0, 1, open_low=True, open_high=True)
+from torchmae.training.runtime import open_runtime
 
 
-@dataclass(frozen=True)
-class Options:
-    """What `torchmae reconstruct` takes beside the run and the images.
-
-    Attributes:
-        mask: what is hidden.
-        mask_file: an image whose white (bright) part is the hole, in place of a drawn mask: in-painting.
-        out: the picture to write, a PNG file.
-        seed: another one gives other masks.
-        target: what weights of others were trained to predict, where they do not say: pixels or normalised (patches).
-    """
-
-    mask: MaskOptions = field(default_factory=MaskOptions)
-    mask_file: Path | None = None
-    out: Path = Path("reconstruction.png")
-    seed: int = 0
-    target: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.out.suffix.lower() != ".png":
-            raise ConfigError(f"out is {str(self.out)!r}", "the picture is a PNG file: give a name that ends in .png")
-        within("seed", self.seed, 0, 2**64 - 1)
-
-
-def main(args: Sequence[str]) -> int:
+def run(options: ReconstructOptions) -> int:
     """Runs the command; returns the exit status."""
-    parser = settings.Parser(
-        prog="torchmae reconstruct",
-        usage="torchmae reconstruct RUN IMAGE... [OPTIONS]",
-        description=DESCRIPTION,
-        allow_abbrev=False,
-    )
-    parser.add_argument("run", type=Path, help="run folder, exported model, or weights of others (also as --init-from)")
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
-    values, options = read_options(parser, args, Options)
-    pretrained = load(values.run, target=options.target)
+    pretrained = load(options.run, target=options.target)
     for line in pretrained.notes:
         print(f"note: {line}")
-    note = reconstruct(pretrained, values.images, options)
-    print(f"{options.out}  ({note})")
-    return 0
-
-
-def reconstruct(pretrained: Pretrained, paths: Sequence[Path], options: Options) -> str:
-    """Writes the picture.
-
-    Args:
-        pretrained: the model.
-        paths: images.
-        options: mask and output.
-
-    Returns:
-        How the target was undone.
-    """
-    images = pretrained.preprocess(*paths)
+    device = open_runtime(options.device, "fp32", None).device
+    pretrained.model.to(device)
+    images = pretrained.preprocess(*options.images)
     if options.mask_file is not None:
         mask = hole(pretrained, options.mask_file, len(images))
     else:
         mask = pretrained.mask(len(images), strategy=options.mask.strategy, ratio=options.mask.ratio, seed=options.seed)
-    result = pretrained.reconstruct(images, mask)
+    result = pretrained.reconstruct(images.to(device), mask.to(device))
     shown = pretrained.description.normalisation.shown
     original = shown(images)
-    masked = original.masked_fill(result.removed, torch.nan)
-    grid = reconstruction_grid(masked, shown(result.images), original, note=result.note)
+    masked = original.masked_fill(result.removed.cpu(), torch.nan)
+    grid = reconstruction_grid(masked, shown(result.images.cpu()), original, note=result.note)
     save_png(grid, options.out)
-    return result.note
+    print(f"{options.out}  ({result.note})")
+    return 0
 
 
 def hole(pretrained: Pretrained, path: Path, count: int) -> Mask:

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -204,7 +205,8 @@ def _readable(writer: _Writer, options: PackOptions, before: int, progress: Prog
     """The images of a split that are not packed yet, in order, without unreadable ones; `before` are packed already."""
     source, bad = writer.source, writer.manifest.bad
     indices = np.arange(writer.next, len(source))
-    for index, content in zip(indices.tolist(), map_samples(source, indices, prepare), strict=True):
+    contents = map_samples(source, indices, partial(_content, source, options))
+    for index, content in zip(indices.tolist(), contents, strict=True):
         writer.next = index + 1
         if isinstance(content, DataError):
             bad.add(source.name(index), content.problem)

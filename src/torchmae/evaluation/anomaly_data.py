@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from torchmae.config.data import DataOptions
 from torchmae.data.layouts import open_splits
 from torchmae.data.opening import check_apart
 from torchmae.data.sources import Source, Subset
 from torchmae.errors import ConfigError, DataError
 from torchmae.evaluation.images import EvaluationData, ModelInput, image_sets
-from torchmae.evaluation.options import DataOptions
 
 GOOD = "good"
 """The folder of normal images among others to test, as in MVTec AD (Bergmann et al. 2019)."""

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchmae.config.evaluate import AttentiveOptions
 from torchmae.data.formats import Progress
 from torchmae.evaluation.images import ImageSet
-from torchmae.evaluation.options import AttentiveOptions
 from torchmae.evaluation.scores import rank, score
 from torchmae.evaluation.subject import Subject
 from torchmae.nn.mae import MaskedAutoencoder

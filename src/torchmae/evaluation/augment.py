@@ -10,9 +10,9 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
+from torchmae.config.finetune import InputSettings
 from torchmae.data.transforms import normalise, to_device
 from torchmae.errors import ConfigError
-from torchmae.evaluation.finetune_config import InputSettings
 
 IMAGES_PER_DRAW = 4
 """Neighbours in a (shuffled) batch that share RandAugment's operations, so that small batches take few calls."""

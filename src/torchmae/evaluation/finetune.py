@@ -16,6 +16,7 @@ from torch import Tensor
 
 import torchmae
 from torchmae.config import DataConfig
+from torchmae.config.finetune import FinetuneConfig
 from torchmae.data.loader import Batch, ImageLoader
 from torchmae.data.plan import Indices
 from torchmae.data.sources import Subset
@@ -23,7 +24,6 @@ from torchmae.data.transforms import Normalisation
 from torchmae.errors import ConfigError, DataError
 from torchmae.evaluation.augment import build_augment
 from torchmae.evaluation.few_shot import check_counts, draw_images
-from torchmae.evaluation.finetune_config import FinetuneConfig
 from torchmae.evaluation.finetune_training import Job, Learner, State, SubsetPlan, fit, restore, save
 from torchmae.evaluation.images import check_classes, class_names, rows_with_label
 from torchmae.evaluation.scores import Result, Scores, rank, score

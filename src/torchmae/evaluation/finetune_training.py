@@ -18,11 +18,11 @@ from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from torchmae.config import OptimConfig
+from torchmae.config.finetune import FinetuneConfig
 from torchmae.data.loader import ImageLoader
 from torchmae.data.plan import Indices, Plan
 from torchmae.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError, reason_of
 from torchmae.evaluation.augment import Augment
-from torchmae.evaluation.finetune_config import FinetuneConfig
 from torchmae.nn.classifier import Classifier
 from torchmae.nn.mae import no_weight_decay
 from torchmae.training.checkpoint import Checkpoint, save_checkpoint

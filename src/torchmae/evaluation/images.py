@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 from torchmae.config import DataConfig
+from torchmae.config.data import DataOptions
+from torchmae.config.evaluate import EvaluateOptions
 from torchmae.data.formats import Context, Progress
 from torchmae.data.labels import in_training_classes
 from torchmae.data.layouts import open_splits
@@ -21,7 +23,6 @@ from torchmae.data.sources import Source, Subset, all_notes, data_line
 from torchmae.data.transforms import Normalisation
 from torchmae.data.worker import View
 from torchmae.errors import DataError, one_of
-from torchmae.evaluation.options import DataOptions, EvaluateOptions
 from torchmae.evaluation.sharing import Share, share
 from torchmae.random import Purpose, permutation
 from torchmae.training.ranks import Ranks

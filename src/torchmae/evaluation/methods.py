@@ -13,11 +13,11 @@ from torch import Tensor
 
 from torchmae import settings
 from torchmae.config import DataConfig
+from torchmae.config.evaluate import EvaluateOptions
 from torchmae.data.loader import Batch
 from torchmae.errors import CheckpointError, ConfigError
 from torchmae.evaluation import anomaly, attentive, few_shot, finetune, knn, linear
 from torchmae.evaluation.images import EvaluationData, ImageSet, fixed_rows
-from torchmae.evaluation.options import EvaluateOptions
 from torchmae.evaluation.scores import Labelled, Result, combine, score
 from torchmae.evaluation.sharing import share
 from torchmae.evaluation.subject import PIXELS, RANDOM, Subject, extract_features
@@ -147,7 +147,7 @@ def _finetune(bench: Bench, subject: Subject, options: EvaluateOptions) -> Resul
     model, data, config, ranks = subject.model, bench.data, options.finetune, bench.runtime.ranks
     out = finetune_folder(bench.run, options)
     augmentation = finetune.data_settings(run_data(bench.run) or DataConfig(), config, model, data.normalisation)
-    ranks.on_main(lambda: check_folder(out, options.resume))
+    ranks.on_main(lambda: check_folder(out, bool(options.resume)))
     train = data.train.augmented(augmentation)
 
     def trained(folder: Path, draw: int, resume: bool) -> Result:
@@ -167,10 +167,12 @@ def _finetune(bench: Bench, subject: Subject, options: EvaluateOptions) -> Resul
         )
 
     if options.labels_per_class is None:
-        figures, details, _ = trained(out, 0, options.resume)
+        figures, details, _ = trained(out, 0, bool(options.resume))
     else:
         folders = [out / f"draw-{draw}" for draw in range(options.draws)]
-        begun = ranks.on_main(lambda: [options.resume and (folder / "finetune.json").exists() for folder in folders])
+        begun = ranks.on_main(
+            lambda: [bool(options.resume) and (folder / "finetune.json").exists() for folder in folders]
+        )
         results = [trained(folder, draw, begun[draw]) for draw, folder in enumerate(folders)]
         figures, details = over_draws([result.figures for result in results])
     count = f"{figures[f'{finetune.NAME}_images']:,.0f}"
@@ -255,7 +257,7 @@ def over_draws(draws: Sequence[dict[str, float]]) -> tuple[dict[str, float], dic
 def run_data(run: str) -> DataConfig | None:
     """The data that a run was trained on; None where that is not known."""
     config = user_path(run) / "config.yaml"
-    return None if run in (RANDOM, PIXELS) or not config.is_file() else settings.parse(["--config", str(config)]).data
+    return None if run in (RANDOM, PIXELS) or not config.is_file() else settings.read_config(config).data
 
 
 def chosen_pool(subject: Subject, options: EvaluateOptions) -> str | None:

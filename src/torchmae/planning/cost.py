@@ -14,16 +14,50 @@ from typing import Any
 import numpy as np
 import torch
 
+from torchmae.config.plan import PlanOptions, number_of
 from torchmae.errors import ConfigError
 from torchmae.nn import presets
 from torchmae.nn.flops import count_flops
 from torchmae.nn.masking import num_keep
 from torchmae.nn.patches import grid_size
-from torchmae.planning.options import GPUS, MEASURED_MFU, PlanOptions, number_of
 
 GIB = 2**30
 NODE_SIZE = 8
 USABLE = 0.9  # of a GPU's memory: the rest goes to its context, buffers of the exchange and fragmentation
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU, by its data sheet.
+
+    Attributes:
+        name: what people call it.
+        tflops: peak of dense bf16 matrix products, 10^12 operations a second.
+        memory: GiB.
+        link: GB a second that it sends to others of its machine, one way.
+        network: GB a second that a machine of 8 sends to others, one way, in a cluster usual for the GPU.
+    """
+
+    name: str
+    tflops: float
+    memory: float
+    link: float
+    network: float
+
+
+GPUS = {
+    "a100": Gpu("A100 80 GB", 312, 80, 300, 200),
+    "h100": Gpu("H100 80 GB", 989, 80, 450, 400),
+    "h200": Gpu("H200", 989, 141, 450, 400),
+    "b200": Gpu("B200", 2250, 180, 900, 400),
+    "l40s": Gpu("L40S", 362, 48, 25, 50),
+    "rtx4090": Gpu("RTX 4090", 165, 24, 25, 1.25),
+}
+
+
+MEASURED_MFU = {1.29: 0.110, 58.0: 0.299, 123.6: 0.333}
+"""GFLOP an image to the share of the data sheet's peak that a compiled training step reached on one H100 (ViT-Tiny/4 at
+32 px, ViT-B/16, ViT-L/16; docs/performance.md)."""
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torchmae
+from torchmae.config.export import ExportOptions
 from torchmae.errors import CheckpointError
 from torchmae.interop import official, onnx, timm
 from torchmae.interop.exports import Check, Exported
 from torchmae.nn.classifier import Classifier
 from torchmae.nn.mae import MaskedAutoencoder, parameter_counts
-from torchmae.publish.options import ExportOptions
 from torchmae.report.facts import duration, short_count
 from torchmae.report.run import Run, load_run
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from torchmae.config.export import ExportOptions
 from torchmae.errors import CheckpointError, ConfigError, TorchmaeError, reason_of
 from torchmae.interop import huggingface, official, onnx, timm
 from torchmae.interop.exports import TOLERANCE, Check, Exported
@@ -18,7 +19,6 @@ from torchmae.interop.weights import AbsentDecoder
 from torchmae.nn.classifier import Classifier
 from torchmae.paths import user_path
 from torchmae.publish.card import model_card
-from torchmae.publish.options import ExportOptions
 from torchmae.training.pretrained import load
 from torchmae.training.saved_classifier import ClassifierDescription, is_classifier, load_classifier, save_classifier
 from torchmae.training.saved_model import Description, load_model, write_description, write_weights

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from torchmae.config.export import ExportOptions
 from torchmae.errors import CheckpointError, ConfigError, reason_of, require
 from torchmae.publish.export import export
-from torchmae.publish.options import ExportOptions
 
 _REPO = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 

@@ -71,7 +71,7 @@ def adopt_shape(model: ModelConfig, weights: Weights) -> ModelConfig:
             taken["predict_ratio"] = 1.0
     full = presets.arguments(model.preset, **{**given, **taken, "norm_pix": norm_pix})
     full["in_chans"] = model.in_chans  # what the data has, unless said
-    return replace(model, preset=_nearest_preset(full) or model.preset, **full)
+    return replace(model, **{"preset": _nearest_preset(full) or model.preset, **full})
 
 
 def _nearest_preset(arguments: dict[str, object]) -> str | None:

@@ -133,8 +133,8 @@ def test_features_of_another_type_are_refused_or_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="floats up to 200 and the model was trained on uint8 divided by 255"):
         pretrained.preprocess(np.full((8, 8, 1), 200.0, np.float32))
     np.save(tmp_path / "words.npy", RNG.integers(0, 4096, (30, 8, 8)).astype(np.uint16))
+    from torchmae.config.data import DataOptions
     from torchmae.evaluation.images import ModelInput, open_parts
-    from torchmae.evaluation.options import DataOptions
 
     _, notes = open_parts(
         DataOptions(source=str(tmp_path / "words.npy"), num_workers=0),

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from torchmae.errors import one_of, within
+from torchmae.config.base import Count, Momentum, NotNegative, PositiveShare, Range, Rate, Settings, Share
+from torchmae.errors import within
+
+Strength = Annotated[float, Range(0, 10)]
 
 SMALL_SIDE = 64
 """Images up to this many pixels along their longer side are small."""
 
 
 class InputSettings(NamedTuple):
-    """The settings that depend on the model's input; as in `FinetuneConfig`.
-
-    Attributes:
-        batch_size: images per optimiser step.
-        crop_scale: area of the random crop as a share of the image, from and to.
-        randaugment: strength, 0 to 10.
-        mixup: of its Beta distribution; 0: none.
-        cutmix: likewise.
-    """
+    """The settings that depend on the model's input; as in `FinetuneConfig`."""
 
     batch_size: int
     crop_scale: tuple[float, float]
@@ -36,7 +31,7 @@ SMALL = InputSettings(batch_size=128, crop_scale=(0.6, 1.0), randaugment=3, mixu
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
+class FinetuneConfig(Settings, group="finetune."):
     """How a classifier is trained end to end. The defaults are the paper's (table 9, ViT-B).
 
     What is null depends on the input: the paper's value, or a milder one for images of up to 64 pixels (`for_input`).
@@ -45,7 +40,7 @@ class FinetuneConfig:
         init: "pretrained" weights, or "random" ones: the same network from scratch, for comparison.
         epochs: passes over the labelled images.
         batch_size: images per optimiser step (1024; small images 128); all there are, when there are fewer.
-        accumulate: parts that a batch is computed in, one after the other, to save memory.
+        accumulate: number of micro-batches that a batch is computed in, to save memory.
         base_lr: learning rate of the head for a batch of 256; the rate used is base_lr * batch_size / 256.
         layer_decay: factor on the learning rate from each layer to the one below it; 1: the same for all.
         betas: AdamW's moment decay rates.
@@ -60,50 +55,36 @@ class FinetuneConfig:
         randaugment: strength of RandAugment's two operations, 0 (none) to 10 (9; small images 3).
         crop_scale: area of the random crop as a share of the image, from and to ([0.08, 1]; small images [0.6, 1]).
         ema: decay of a moving average of the weights, which is then what is measured and saved; null: none.
-        evaluations: how many times the test images are classified, evenly spread, the last at the end.
+        evaluations: number of times that the test images are classified, evenly spaced, the last at the end.
         compile: train the classifier through torch.compile.
         checkpoint_minutes: minutes between two checkpoints.
     """
 
-    init: str = "pretrained"
-    epochs: int = 100
-    batch_size: int | None = None
-    accumulate: int = 1
-    base_lr: float = 1e-3
-    layer_decay: float = 0.75
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.05
-    warmup: float = 0.05
-    min_lr: float = 0.0
-    drop_path: float = 0.1
-    label_smoothing: float = 0.1
-    mixup: float | None = None
-    cutmix: float | None = None
-    randaugment: int | None = None
-    crop_scale: tuple[float, float] | None = None
-    ema: float | None = None
-    evaluations: int = 1
+    init: Literal["pretrained", "random"] = "pretrained"
+    epochs: Count = 100
+    batch_size: Count | None = None
+    accumulate: Count = 1
+    base_lr: Rate = 1e-3
+    layer_decay: PositiveShare = 0.75
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
+    weight_decay: Strength = 0.05
+    warmup: Share = 0.05
+    min_lr: Share = 0.0
+    drop_path: Momentum = 0.1
+    label_smoothing: Momentum = 0.1
+    mixup: Strength | None = None
+    cutmix: Strength | None = None
+    randaugment: Annotated[int, Range(0, 10)] | None = None
+    crop_scale: tuple[PositiveShare, PositiveShare] | None = None
+    ema: Momentum | None = None
+    evaluations: Count = 1
     compile: bool = False
-    checkpoint_minutes: float = 5.0
+    checkpoint_minutes: NotNegative = 5.0
 
     def __post_init__(self) -> None:
-        one_of("finetune.init", self.init, ("pretrained", "random"))
-        for name in ("epochs", "batch_size", "accumulate", "evaluations"):
-            within(f"finetune.{name}", getattr(self, name), 1, float("inf"))
-        for name in ("weight_decay", "mixup", "cutmix", "randaugment"):
-            within(f"finetune.{name}", getattr(self, name), 0, 10)
-        for name in ("drop_path", "label_smoothing", "ema", "betas"):
-            values = getattr(self, name)
-            for value in values if isinstance(values, tuple) else (values,):
-                within(f"finetune.{name}", value, 0, 1, open_high=True)
-        within("finetune.base_lr", self.base_lr, 0, 10, open_low=True)
-        within("finetune.layer_decay", self.layer_decay, 0, 1, open_low=True)
-        within("finetune.warmup", self.warmup, 0, 1)
-        within("finetune.min_lr", self.min_lr, 0, 1)
+        super().__post_init__()
         if self.crop_scale is not None:
             within("finetune.crop_scale", self.crop_scale[0], 0, self.crop_scale[1], open_low=True)
-            within("finetune.crop_scale", self.crop_scale[1], 0, 1, open_low=True)
-        within("finetune.checkpoint_minutes", self.checkpoint_minutes, 0, float("inf"))
 
     def for_input(self, input_size: Sequence[int], in_chans: int) -> InputSettings:
         """What is null here, filled in for a model's input.

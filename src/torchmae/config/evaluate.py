@@ -1,0 +1,185 @@
+"""Every setting of an evaluation and its default. Light: nothing here imports torch, so that --help answers at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from torchmae.config.base import (
+    POSITIONAL,
+    Count,
+    Device,
+    Fraction,
+    JsonOption,
+    NotNegative,
+    Place,
+    Precision,
+    Progress,
+    Range,
+    Rate,
+    Settings,
+    Size,
+    Target,
+    Threads,
+)
+from torchmae.config.data import DataOptions
+from torchmae.config.finetune import FinetuneConfig
+from torchmae.config.pretrain import Preset, Strategy
+from torchmae.errors import ConfigError
+
+Method = Literal["all", "knn", "linear", "attentive", "reconstruction", "finetune", "anomaly"]
+APPLIES_TO = {
+    "labels_per_class": ("knn", "linear", "finetune", "all"),
+    "out": ("finetune", "anomaly"),
+    "target": ("reconstruction", "anomaly"),
+    "resume": ("finetune",),
+    "normal": ("anomaly",),
+    "test": ("anomaly",),
+    "normal_classes": ("anomaly",),
+}
+"""The methods that an option is for, where it is not for all."""
+
+
+@dataclass(frozen=True)
+class ComputeOptions(Settings):
+    """Where and how fast to compute.
+
+    Attributes:
+        batch_size: images that are encoded at a time.
+        device: auto, cpu, cuda, cuda:1, mps.
+        precision: auto (bf16 where it is faster, else fp32), bf16 or fp32, of the encoder.
+        threads: processor threads; null: every core.
+        progress: "auto" (a live line on a terminal, else plain lines), "plain" or "none".
+    """
+
+    batch_size: Size = 250
+    device: Device = "auto"
+    precision: Precision = "auto"
+    threads: Threads | None = None
+    progress: Progress = "auto"
+
+
+@dataclass(frozen=True)
+class AttentiveOptions(Settings, group="attentive."):
+    """How the attentive probe is trained.
+
+    Attributes:
+        epochs: passes over the training images; null: 30, or as many more as 2,000 steps take.
+        lr: AdamW's peak learning rate; it warms up over a tenth of the steps and falls as a cosine.
+        weight_decay: not applied to biases and norms.
+        batch_size: images per step.
+        memory_limit: GiB that the patch tokens of all training images may fill; beyond it they are encoded anew in
+            every epoch, and `--method all` leaves this probe out.
+    """
+
+    epochs: Size | None = None
+    lr: Rate = 3e-3
+    weight_decay: Annotated[float, Range(0, 10)] = 0.05
+    batch_size: Size = 256
+    memory_limit: NotNegative = 4.0
+
+
+@dataclass(frozen=True)
+class ReconstructionOptions(Settings, group="reconstruction."):
+    """Which masks the reconstruction is measured under.
+
+    Attributes:
+        ratios: shares of the patches that are masked, each in (0, 1).
+        strategies: random, block, grid (elements for the mlp model); null: all that the model has.
+        images: test images used, at most.
+    """
+
+    ratios: tuple[Fraction, ...] = (0.5, 0.75, 0.9)
+    strategies: tuple[Strategy, ...] | None = None
+    images: Count = 250
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.ratios:
+            raise ConfigError("reconstruction.ratios is empty", "give at least one, such as [0.75]")
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(Settings):
+    """Measures what a model learned: nearest neighbours, probes, fine-tuning, anomaly detection.
+
+    Method "all", the default, is nearest neighbours, linear and attentive probes. The others have to be asked for:
+    reconstruction, finetune (a classifier trained end to end, for minutes to hours), and anomaly (with --normal DIR
+    --test DIR). torchrun starts it on several GPUs.
+
+    Attributes:
+        method: knn, linear, attentive, reconstruction, finetune or anomaly; or all: knn, linear and attentive, beside
+            an untrained network and raw pixels (the others have to be asked for).
+        data: the labelled images that probes learn from.
+        test_data: the labelled images that are classified: "test" or "val" (that split of the data), "held-out" (some
+            of the training images), or what --data takes; null: the test split, else val, else held-out.
+        train_images: number of training images, a fixed subset; null: all.
+        test_images: number of test images, a fixed subset; null: all.
+        labels_per_class: few-shot: number of images of each class to learn from, for knn, linear and finetune.
+        draws: few-shot: number of draws, whose mean and deviation are given. With finetune each draw is a training.
+        pool: features of an image: mean (of its patch tokens), cls (the class token), both (one after the other);
+            null: mean for knn, each of them for linear.
+        protocol: of linear: "sweep" (logistic regression, its strength chosen on a part of the training images) or
+            "paper" (batch norm and a linear layer, LARS, 90 epochs).
+        preset: the network when RUN is random or pixels (for the size of its input).
+        target: of reconstruction and anomaly: what weights of others were trained to predict, where they do not say:
+            pixels or normalised (patches).
+        attentive: how the attentive probe is trained.
+        reconstruction: which masks the reconstruction is measured under.
+        finetune: how a classifier is trained end to end; its images are flipped only if the run's were.
+        out: folder that finetune makes for the classifier (null: RUN/finetune-...), or that anomaly writes to (null:
+            RUN); to be given where RUN is no folder.
+        resume: of finetune: go on with the training in this folder; without a folder, with the one in `out`.
+        normal: of anomaly: images of what is normal; their training split. It needs no labels.
+        test: of anomaly: images to test, in one folder for each class: "good", or a class of the normal ones, is normal
+            and any other anomalous.
+        normal_classes: of anomaly: take only these classes of the normal images, with commas between them.
+        seed: of the untrained network, of draws, masks, and whatever starts at random.
+    """
+
+    method: Method = "all"
+    data: DataOptions = field(default_factory=DataOptions)
+    test_data: Place | None = None
+    train_images: Count | None = None
+    test_images: Count | None = None
+    labels_per_class: Count | None = None
+    draws: Annotated[int, Range(1, 1000)] = 5
+    pool: Literal["mean", "cls", "both"] | None = None
+    protocol: Literal["sweep", "paper"] = "sweep"
+    preset: Preset | None = None
+    target: Target | None = None
+    attentive: AttentiveOptions = field(default_factory=AttentiveOptions)
+    reconstruction: ReconstructionOptions = field(default_factory=ReconstructionOptions)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    out: Place | None = None
+    resume: bool | Place = False
+    normal: Place | None = None
+    test: Place | None = None
+    normal_classes: str | None = None
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.resume, str):
+            if self.out not in (None, self.resume):
+                raise ConfigError(f"resume is {self.resume!r} and out {self.out!r}", "give one of them")
+            object.__setattr__(self, "out", self.resume)
+            object.__setattr__(self, "resume", True)
+        if self.method == "anomaly" and (self.normal is None or self.test is None):
+            missing = " and ".join(name for name in ("normal", "test") if getattr(self, name) is None)
+            raise ConfigError(f"method anomaly has no {missing} images", "give --normal DIR --test DIR")
+        for name, methods in APPLIES_TO.items():
+            if getattr(self, name) not in (None, False) and self.method not in methods:
+                listed = " or ".join(filter(None, [", ".join(methods[:-1]), methods[-1]]))
+                raise ConfigError(f"{name} does not apply to method {self.method!r}", f"use --method {listed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOrBaseline(JsonOption):
+    """What `torchmae evaluate` measures, and how it says the result.
+
+    Attributes:
+        run: run folder, exported model, weights of others (also as --init-from); or random or pixels, with --preset.
+    """
+
+    run: Annotated[Place, POSITIONAL]

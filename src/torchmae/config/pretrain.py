@@ -1,0 +1,323 @@
+"""Every setting of a pre-training run and its default: the single place where a default lives.
+
+Order of precedence: these defaults < recipe < --config file < options.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from torchmae.config.base import (
+    Count,
+    Device,
+    Fraction,
+    JsonOption,
+    Momentum,
+    NotNegative,
+    Place,
+    Positive,
+    PositiveShare,
+    Precision,
+    Range,
+    Rate,
+    Settings,
+    Share,
+    Size,
+    Threads,
+)
+from torchmae.config.data import DataOptions
+from torchmae.errors import ConfigError, one_of, within
+
+Preset = Literal[
+    "vit_tiny",
+    "vit_small",
+    "vit_base",
+    "vit_large",
+    "vit_huge",
+    "vit_tiny_32_p4",
+    "vit_tiny_32_p2",
+    "vit_digits",
+    "mlp",
+]
+Strategy = Literal["random", "block", "grid", "elements", "elements_inverted"]
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
+@dataclass(frozen=True)
+class DataConfig(DataOptions, group="data."):
+    """The training images and how they are augmented.
+
+    Attributes:
+        source: "digits", a folder of images (class sub-folders give labels), a pattern ('photos/**/*.jpg'), a .csv or
+            .txt list, .parquet or .tar files (also a folder, or the URL, of them), a .npy, .npz, .h5 or .zarr array, a
+            torchvision set by name (cifar10, stl10, ...), or hf: and what the `datasets` library loads (docs/data.md).
+        val: held-out images: "auto" (the data's own val split, else val_size of the training images), "none",
+            the name of a split ("test"), or a path (its training split).
+        cache: "memory" keeps decoded images as integers, "device" keeps them in the GPU's memory, "none" reads files
+            in workers, "auto" decides by size and `memory_limit`.
+        crop_scale: area of the random crop as a share of the image, from and to (RandomResizedCrop).
+        crop_ratio: aspect ratio of the crop, relative to the model's input, from and to.
+        flip: mirror left and right half of the time.
+        mean: per-channel mean of values in [0, 1] that is subtracted; null: computed from a sample.
+        std: per-channel deviation that is divided by; null: computed from a sample.
+        repeats: repeated augmentation: views (crop, flip, mask) per decoded image. An image has as many views in the
+            run as without it; batches are less varied. Divides the number of epochs.
+        allow_change: go on with a run although its training images have changed.
+    """
+
+    source: Place = "digits"
+    val: Place = "auto"
+    cache: Literal["auto", "memory", "device", "none"] = "auto"
+    crop_scale: tuple[PositiveShare, PositiveShare] = (0.2, 1.0)
+    crop_ratio: tuple[Positive, float] = (0.75, 1.3333)
+    flip: bool = True
+    mean: tuple[float, ...] | None = None
+    std: tuple[Positive, ...] | None = None
+    repeats: Annotated[int, Range(1, 1000)] = 1
+    allow_change: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within("data.crop_scale", self.crop_scale[0], 0, self.crop_scale[1], open_low=True)
+        within("data.crop_ratio", self.crop_ratio[0], 0, self.crop_ratio[1], open_low=True)
+        if (self.mean is None) != (self.std is None):
+            raise ConfigError("only one of data.mean and data.std is given", "give both, or neither to compute them")
+        if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
+            raise ConfigError(
+                f"data.mean has {len(self.mean)} values and data.std {len(self.std)}", "give both one for each channel"
+            )
+
+
+@dataclass(frozen=True)
+class ModelConfig(Settings, group="model."):
+    """The network; null takes the preset's value.
+
+    Attributes:
+        preset: a named model: vit_tiny, vit_small, vit_base, vit_large, vit_huge (224 px), vit_tiny_32_p4,
+            vit_tiny_32_p2 (32 px), vit_digits (8 px, patch 2), or mlp (the tutorial's fully connected one).
+        input_size: image size in pixels, height and width ([224, 224]); 1 to 3 numbers, or one number for all axes.
+        patch_size: patch size in pixels, in the same form.
+        in_chans: number of channels; null: as the data has.
+        embed_dim: encoder width.
+        depth: number of encoder blocks.
+        num_heads: number of encoder attention heads.
+        mlp_ratio: hidden width of a block's MLP over its width.
+        class_token: prepend a class token.
+        drop_path: stochastic depth rate of the encoder's last block, rising linearly from 0.
+        decoder: "self" (the paper's) or "cross" (CrossMAE's: masked patches attend to visible ones only).
+        decoder_embed_dim: decoder width.
+        decoder_depth: number of decoder blocks.
+        decoder_num_heads: number of decoder attention heads.
+        norm_pix: predict patches normalised by their own mean and deviation (the paper's better target).
+        predict_ratio: share of the masked patches that a training step predicts (CrossMAE; needs decoder "cross").
+        feature_weights: blocks of the "cross" decoder read learned mixtures of all encoder layers (CrossMAE).
+        hog_weight: weight of a second training loss on histograms of gradients (MaskFeat's target); 2-D only.
+        hidden_dim: width of the hidden layer of the mlp preset.
+        output_relu: end the mlp preset in a ReLU, as the tutorial does (it cannot predict negative values).
+        loss_on: of the mlp preset: loss on "hidden" (masked) values only, or on "all" values.
+    """
+
+    preset: Preset = "vit_digits"
+    input_size: int | tuple[int, ...] | None = None
+    patch_size: int | tuple[int, ...] | None = None
+    in_chans: int | None = None
+    embed_dim: int | None = None
+    depth: int | None = None
+    num_heads: int | None = None
+    mlp_ratio: float | None = None
+    class_token: bool | None = None
+    drop_path: float | None = None
+    decoder: Literal["self", "cross"] | None = None
+    decoder_embed_dim: int | None = None
+    decoder_depth: int | None = None
+    decoder_num_heads: int | None = None
+    norm_pix: bool | None = None
+    predict_ratio: float | None = None
+    feature_weights: bool | None = None
+    hog_weight: float | None = None
+    hidden_dim: int | None = None
+    output_relu: bool | None = None
+    loss_on: Literal["hidden", "all"] | None = None
+
+
+@dataclass(frozen=True)
+class MaskConfig(Settings, group="mask."):
+    """Which patches are masked.
+
+    Attributes:
+        strategy: "random" patches (the paper's), "block" (contiguous), "grid" (evenly spaced); for the mlp
+            preset "elements" (each value alone) or "elements_inverted" (the tutorial's: masks 1 - ratio).
+        ratio: share of the patches that is masked, in (0, 1).
+        final_ratio: the share at the end of the run; it changes linearly from `ratio`; null: it stays.
+    """
+
+    strategy: Strategy = "random"
+    ratio: Fraction = 0.75
+    final_ratio: Fraction | None = None
+
+
+@dataclass(frozen=True)
+class OptimConfig(Settings, group="optim."):
+    """The optimiser and its schedule (paper, table 8).
+
+    Attributes:
+        name: "adamw", "adam" (no decoupled decay), or "muon" (orthogonalised momentum for the hidden matrices,
+            AdamW for the rest).
+        base_lr: learning rate for a global batch of 256; the rate used is base_lr * batch_size / 256.
+        lr: the learning rate itself, whatever the batch; null: from base_lr.
+        muon_lr: learning rate of the hidden matrices with "muon", matched to AdamW's update size.
+        betas: AdamW's moment decay rates.
+        weight_decay: not applied to biases, norms, class token, mask token.
+        schedule: "cosine" (to min_lr) or "constant", after the warm-up.
+        warmup: share of all steps over which the rate rises linearly from 0.
+        min_lr: rate at the end, as a share of the peak.
+        clip_grad: largest gradient norm; null: no clipping.
+    """
+
+    name: Literal["adamw", "adam", "muon"] = "adamw"
+    base_lr: Rate = 1.5e-4
+    lr: Rate | None = None
+    muon_lr: Rate = 3e-3
+    betas: tuple[Momentum, Momentum] = (0.9, 0.95)
+    weight_decay: Annotated[float, Range(0, 10)] = 0.05
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: Share = 0.05
+    min_lr: Share = 0.0
+    clip_grad: Positive | None = None
+
+
+@dataclass(frozen=True)
+class EvalConfig(Settings, group="eval."):
+    """What is measured during training, on held-out images under one fixed mask.
+
+    Attributes:
+        count: number of measurements, evenly spaced, the last at the end.
+        images: held-out images that are used, at most.
+        knn_count: number of kNN and linear probe measurements, where labels exist; at most `count`.
+        knn_train: labelled training images that kNN votes with, at most.
+        knn_val: held-out images that are classified, at most.
+        linear_train: labelled training images that the linear probe learns from, at most; 0: no linear probe.
+        pictures: images in each reconstruction picture.
+    """
+
+    count: Count = 10
+    images: Count = 1000
+    knn_count: Annotated[int, Range(0)] = 2
+    knn_train: Count = 10000
+    knn_val: Count = 5000
+    linear_train: Annotated[int, Range(0)] = 2000
+    pictures: Count = 8
+
+
+@dataclass(frozen=True)
+class PretrainConfig(Settings):
+    """One pre-training run.
+
+    Attributes:
+        recipe: the named set of values that the other settings change (`torchmae recipes`); "auto" chooses by the data.
+        data: the training images and how they are augmented.
+        model: the network.
+        mask: which patches are masked.
+        optim: the optimiser and its schedule.
+        eval: what is measured during training.
+        init_from: weights to start from: a run, an exported model, a released MAE checkpoint, or timm's or
+            transformers' weights (FILE#PART takes one of several encoders in a file). The network takes their shape.
+            Null: random weights.
+        out: the run folder; null: runs/<recipe>-<time>.
+        epochs: passes over the training images.
+        max_minutes: minutes of training steps, in place of epochs. The speed of the first steps fixes their number;
+            start-up and validation are not counted.
+        batch_size: images per optimiser step, over all ranks and micro-batches.
+        fit_batch: use the largest batch that fits on the GPU, a power of two images on each, in place of batch_size;
+            `--batch auto` for short.
+        start_size: image size in pixels of the first part of the run, a multiple of the patch; null: no such part.
+        start_share: share of the steps that this first part takes, in (0, 1).
+        accumulate: number of micro-batches that each rank's share of a batch is computed in, to save memory.
+        seed: of weights, order, crops, flips and masks.
+        device: auto, cpu, cuda, cuda:1, mps.
+        precision: auto (bf16 where it is faster, else fp32), bf16 or fp32.
+        threads: processor threads; null: every core.
+        compile: run the model through torch.compile.
+        parallel: how the ranks that torchrun starts share the work: "ddp" (each has the whole model) or "fsdp" (each
+            holds a part of every weight, for models that do not fit on one GPU).
+        compress_gradients: exchange gradients in bf16 ("ddp" only).
+        checkpoint_activations: keep only each block's input for the backward pass and compute the rest again: a third
+            more work, a fraction of the memory.
+        activation_memory_budget: share of the activations that a compiled model keeps, in [0, 1]; the compiler
+            recomputes the others, the cheapest first.
+        max_skipped: steps in a row that are skipped because loss or gradient is not finite, before the run goes back
+            to its last checkpoint and halves the learning rate.
+        log_every: optimiser steps between two lines of progress.
+        checkpoint_minutes: minutes between two checkpoints; the last two are kept.
+        progress: "auto" (a live line on a terminal, else plain lines), "plain", "epochs" (one line an epoch on
+            standard output) or "none".
+        trackers: where figures and pictures go besides the run folder: "auto" (TensorBoard where it is installed),
+            "none", or tensorboard, wandb (Weights & Biases) and trackio, joined by commas.
+    """
+
+    recipe: str = "auto"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    init_from: Place | None = None
+    out: Place | None = None
+    epochs: Size = 100
+    max_minutes: Annotated[float, Range(0, 1_000_000, open_low=True)] | None = None
+    batch_size: Size = 256
+    fit_batch: bool = False
+    start_size: Count | tuple[Count, ...] | None = None
+    start_share: Fraction = 0.5
+    accumulate: Count = 1
+    seed: Annotated[int, Range(0, 2**64 - 1)] = 0
+    device: Device = "auto"
+    precision: Precision = "auto"
+    threads: Threads | None = None
+    compile: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    compress_gradients: bool = False
+    checkpoint_activations: bool = False
+    activation_memory_budget: Share = 1.0
+    max_skipped: Count = 3
+    log_every: Count = 10
+    checkpoint_minutes: NotNegative = 5.0
+    progress: Literal["auto", "plain", "epochs", "none"] = "auto"
+    trackers: Literal["auto", "none", "tensorboard", "wandb", "trackio"] | str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        trackers = [name.strip() for name in self.trackers.split(",")]
+        for name in trackers:
+            one_of("trackers", name, TRACKERS if len(trackers) > 1 else ("auto", "none", *TRACKERS))
+        within("accumulate", self.accumulate, 1, self.batch_size)
+        if self.activation_memory_budget < 1 and not self.compile:
+            raise ConfigError(
+                f"activation_memory_budget is {self.activation_memory_budget:g}, and only a compiled model has one",
+                "add --compile true, or use --checkpoint_activations true",
+            )
+        if self.max_minutes is None and self.epochs % self.data.repeats:
+            raise ConfigError(
+                f"{self.epochs} epochs cannot be divided by data.repeats {self.data.repeats}: some images would be "
+                "seen more often than others",
+                f"use --epochs {(self.epochs // self.data.repeats + 1) * self.data.repeats}",
+            )
+
+
+@dataclass(frozen=True)
+class PretrainOptions(JsonOption):
+    """Trains a masked autoencoder on images and leaves a run folder with a backbone, pictures and a report.
+
+    Attributes:
+        resume: go on with the run in this folder; its settings are in it.
+        print_config: print all settings as YAML, and train nothing.
+    """
+
+    resume: Place | None = None
+    print_config: bool = False
+
+
+@dataclass(frozen=True)
+class RecipesOptions(Settings):
+    """Lists the recipes: named sets of settings for `torchmae pretrain --recipe NAME`."""

@@ -1,0 +1,37 @@
+"""Settings offer the names of the tables that implement them; `--help` must not import torch for that."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+
+from torchmae.app.strings import LANGUAGES
+from torchmae.config import ModelConfig, PretrainConfig
+from torchmae.config.app import AppOptions
+from torchmae.config.base import settings_of
+from torchmae.config.evaluate import EvaluateOptions
+from torchmae.config.plan import PlanOptions
+from torchmae.config.pretrain import TRACKERS, Preset, Strategy
+from torchmae.evaluation.methods import METHODS
+from torchmae.nn.decoder import DECODERS
+from torchmae.nn.masking import STRATEGIES
+from torchmae.nn.presets import PRESETS
+from torchmae.planning.cost import GPUS
+
+
+@pytest.mark.parametrize(
+    ("offered", "table"),
+    [
+        (get_args(Preset), PRESETS),
+        (settings_of(ModelConfig)["decoder"].choices, DECODERS),
+        (get_args(Strategy), [*STRATEGIES, "elements", "elements_inverted"]),
+        (settings_of(EvaluateOptions)["method"].choices, ["all", *METHODS]),
+        (settings_of(PlanOptions)["gpu"].choices, GPUS),
+        (settings_of(AppOptions)["lang"].choices, LANGUAGES),
+        (settings_of(PretrainConfig)["trackers"].choices, ["auto", "none", *TRACKERS]),
+    ],
+    ids=["preset", "decoder", "strategy", "method", "gpu", "lang", "trackers"],
+)
+def test_choices_are_the_tables(offered: tuple[str, ...], table: Any) -> None:
+    assert offered == tuple(table)
