@@ -12,10 +12,10 @@ import yaml
 from PIL import Image
 
 import torchmae
+from torchmae import presets
 from torchmae.api import configure
 from torchmae.config import DataConfig, MaskConfig, PretrainConfig
 from torchmae.errors import ConfigError, TrainingError
-from torchmae.nn import presets
 from torchmae.report.table import final_table
 from torchmae.runs import MAY_CHANGE, Run, differences, overrides
 from torchmae.settings import as_options, parse

@@ -20,6 +20,8 @@ LAYERS = (
     ("errors",),
     ("config", "files", "paths", "random", "threads"),
     ("settings", "data", "nn"),
+    ("tutorial",),
+    ("presets",),
     ("interop",),
     ("training",),
     ("evaluation", "report", "bench", "planning"),

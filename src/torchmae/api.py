@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torchmae import settings
+from torchmae import presets, settings
 from torchmae.config import ModelConfig, PretrainConfig
 from torchmae.data.formats import Context
 from torchmae.data.inspecting import median_size, suggested_input
@@ -16,7 +16,6 @@ from torchmae.data.reading import probe
 from torchmae.errors import ConfigError
 from torchmae.evaluation import suite
 from torchmae.evaluation.options import ComputeOptions, EvaluateOptions
-from torchmae.nn import presets
 from torchmae.runs import Run, overrides, resume_run, start
 from torchmae.training.progress import Display
 from torchmae.training.ranks import open_ranks, ranks_from_environment
@@ -125,7 +124,7 @@ def configure(args: Sequence[str]) -> PretrainConfig:
 
 def proposed(model: ModelConfig, shape: dict[str, Any]) -> dict[str, Any]:
     """The part of a shape, as `recommend` gives it, that settings leave open: an input size fits a patch size given."""
-    if not shape or model.input_size is not None or model.preset == "mlp":
+    if not shape or model.input_size is not None or "patch_size" not in presets.arguments(model.preset):
         return {}
     if model.patch_size is None:
         return shape

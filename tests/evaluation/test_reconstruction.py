@@ -8,30 +8,36 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from torchmae import presets
 from torchmae.evaluation.inpainting import interpolate
 from torchmae.evaluation.reconstruction import HoldOut
-from torchmae.nn import presets
-from torchmae.nn.autoencoder import Autoencoder
 from torchmae.nn.mae import MaskedAutoencoder
-from torchmae.nn.masking import Mask
+from torchmae.nn.masking import Mask, Masker
 from torchmae.training.runtime import Runtime
 
 RUNTIME = Runtime(torch.device("cpu"), "fp32", 1)
 
 
-def vit(norm_pix: bool) -> Autoencoder:
+def vit(norm_pix: bool) -> MaskedAutoencoder:
     return presets.build(
         "vit_digits", in_chans=2, depth=1, embed_dim=16, norm_pix=norm_pix, decoder_embed_dim=16, decoder_depth=1
     )
 
 
-def held_out(model: Autoencoder, strategy: str = "random") -> list[tuple[Tensor, Any]]:
+def held_out(model: MaskedAutoencoder, strategy: str = "random") -> list[tuple[Tensor, Any]]:
     """Two batches of smooth images, of different sizes."""
     parts = []
     for count in (5, 3):
         noise = torch.rand(count, 2, 8, 8)
         images = torch.nn.functional.avg_pool2d(noise, 3, 1, 1) * 3
-        parts.append((images, model.draw_mask(strategy, torch.rand(count, model.noise_count(strategy)), 0.6)))
+        parts.append(
+            (
+                images,
+                Masker(model.encoder, strategy, 0.6).from_noise(
+                    torch.rand(count, Masker(model.encoder, strategy).noise_count)
+                ),
+            )
+        )
     return parts
 
 
@@ -62,7 +68,7 @@ def test_against_plain_numpy(norm_pix: bool) -> None:
         values = target_space(patches(images))
         targets.append(pick(values, mask.ids_masked))
         means.append(np.broadcast_to(pick(values, mask.ids_keep).mean(1, keepdims=True), targets[-1].shape))
-        filled = interpolate(images, model.removed_pixels(mask))
+        filled = interpolate(images, mask.removed_pixels(model.patch_size, model.encoder.input_size))
         guesses.append(pick(target_space(patches(filled)), mask.ids_masked))
         predictions.append(model(images, mask).pred.detach().double().numpy())
     target, guess, mean, prediction = (
@@ -90,9 +96,9 @@ def test_the_kindest_scale_of_interpolation() -> None:
     model = vit(norm_pix=True)
     parts = held_out(model)
     best = HoldOut(model, parts, RUNTIME).loss_interpolation
-    target = torch.cat([model.hidden_values(*part).flatten() for part in parts]).double()
+    target = torch.cat([model.target.hidden_values(*part).flatten() for part in parts]).double()
     guess = torch.cat(
-        [model.hidden_values(interpolate(x, model.removed_pixels(m)), m).flatten() for x, m in parts]
+        [model.target.hidden_values(interpolate(x, model.removed_pixels(m)), m).flatten() for x, m in parts]
     ).double()
     others = [(scale * guess - target).square().mean().item() for scale in np.linspace(0, 2, 41)]
     assert best <= min(others) + 1e-12
@@ -109,7 +115,7 @@ class Stub(MaskedAutoencoder):
         self.predict = predict
 
     def forward(self, images: Tensor, mask: Mask) -> Any:
-        target = self.hidden_values(images, mask)
+        target = self.target.hidden_values(images, mask)
         pred = target if self.predict is None else torch.full_like(target, self.predict)
         return type("Output", (), {"pred": pred})()
 
@@ -161,7 +167,7 @@ def test_values_hidden_one_by_one() -> None:
 def test_images_without_any_variance() -> None:
     model = vit(norm_pix=True)
     images = torch.full((2, 2, 8, 8), 0.5)
-    mask = model.draw_mask("random", torch.rand(2, 16), 0.5)
+    mask = Masker(model.encoder, "random", 0.5).from_noise(torch.rand(2, 16))
     figures = HoldOut(model, [(images, mask)], RUNTIME).run()
     assert figures["loss_interpolation"] == 0
     assert all(np.isfinite(value) for value in figures.values())

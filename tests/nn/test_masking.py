@@ -15,16 +15,15 @@ from torchmae.nn.masking import (
     STRATEGIES,
     Mask,
     block_mask,
-    elements_mask,
     grid_mask,
     mask_from_pixels,
     mask_from_tokens,
-    noise_count,
     num_keep,
     random_mask,
 )
 from torchmae.nn.patches import patchify
 from torchmae.random import Purpose, uniform
+from torchmae.tutorial import mlp as tutorial
 
 grids = st.one_of(
     st.tuples(st.integers(2, 40)),
@@ -35,8 +34,8 @@ ratios = st.floats(0.01, 0.99)
 
 
 def draw(strategy: str, grid: Sequence[int], ratio: float, seed: int, batch: int) -> Mask:
-    noise = torch.from_numpy(uniform(seed, 0, np.arange(batch), Purpose.MASK, noise_count(strategy, grid)))
-    return STRATEGIES[strategy](noise, grid, ratio)
+    noise = torch.from_numpy(uniform(seed, 0, np.arange(batch), Purpose.MASK, STRATEGIES[strategy].noise_count(grid)))
+    return STRATEGIES[strategy].draw(noise, grid, ratio)
 
 
 def is_partition(mask: Mask, length: int) -> bool:
@@ -81,12 +80,10 @@ def test_num_keep_of_the_paper() -> None:
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 1.5, 75, float("nan")])
 def test_a_ratio_outside_the_open_interval_is_an_error(ratio: float) -> None:
-    for strategy, mask in STRATEGIES.items():
-        noise = torch.rand(1, noise_count(strategy, (4, 4)))
+    for strategy in (STRATEGIES | tutorial.STRATEGIES).values():
+        noise = torch.rand(1, strategy.noise_count((4, 4)))
         with pytest.raises(ConfigError, match=r"mask ratio is .*between 0 and 1"):
-            mask(noise, (4, 4), ratio)
-    with pytest.raises(ConfigError, match="mask ratio is"):
-        elements_mask(torch.rand(1, 16), ratio)
+            strategy.draw(noise, (4, 4), ratio)
 
 
 def test_one_patch_cannot_be_masked() -> None:
@@ -113,13 +110,13 @@ def test_every_strategy_partitions_with_exact_counts(
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_sample_s_mask_depends_on_its_own_noise_alone(strategy: str) -> None:
-    noise = torch.rand(6, noise_count(strategy, (5, 7)))
-    whole = STRATEGIES[strategy](noise, (5, 7), 0.6)
-    again = STRATEGIES[strategy](noise.clone(), (5, 7), 0.6)
+    noise = torch.rand(6, STRATEGIES[strategy].noise_count((5, 7)))
+    whole = STRATEGIES[strategy].draw(noise, (5, 7), 0.6)
+    again = STRATEGIES[strategy].draw(noise.clone(), (5, 7), 0.6)
     assert torch.equal(whole.ids_keep, again.ids_keep)
     assert torch.equal(whole.ids_masked, again.ids_masked)
     for i in range(6):
-        alone = STRATEGIES[strategy](noise[i : i + 1], (5, 7), 0.6)
+        alone = STRATEGIES[strategy].draw(noise[i : i + 1], (5, 7), 0.6)
         assert torch.equal(alone.ids_keep[0], whole.ids_keep[i])
         assert torch.equal(alone.ids_masked[0], whole.ids_masked[i])
     assert len({tuple(ids) for ids in whole.removed().tolist()}) > 1
@@ -267,8 +264,7 @@ def test_pixels_by_sample_and_on_other_numbers_of_axes() -> None:
 
 def test_elements_hide_their_ratio_and_the_inverted_mask_the_rest() -> None:
     noise = torch.from_numpy(uniform(0, 0, np.arange(20), Purpose.MASK, 3072))
-    removed = elements_mask(noise, 0.75)
-    inverted = elements_mask(noise, 0.75, inverted=True)
+    removed, inverted = (strategy.draw(noise, (3072,), 0.75).flags for strategy in tutorial.STRATEGIES.values())
     sigma = (0.75 * 0.25 / noise.numel()) ** 0.5
     assert removed.double().mean() == pytest.approx(0.75, abs=5 * sigma)
     assert inverted.double().mean() == pytest.approx(0.25, abs=5 * sigma)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from torchmae.nn.encoder import ViTEncoder
-from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import random_mask
 from torchmae.nn.patches import gather
 from torchmae.nn.positions import sincos
+from torchmae.presets import compose
 
 timm_vit = pytest.importorskip("timm.models.vision_transformer")
 transformers = pytest.importorskip("transformers")
@@ -86,7 +86,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_loss_predictions_and_gradients_equal_transformers(case: dict[str, Any], norm_pix: bool) -> None:
     width, decoder_depth, decoder_heads = case["dec"]
-    ours = MaskedAutoencoder(
+    ours = compose(
         input_size=(case["size"],) * 2,
         patch_size=(case["patch"],) * 2,
         in_chans=case["chans"],

@@ -14,10 +14,10 @@ from saved_folders import classifier_folder, run_folder
 from tiny_models import MEAN
 
 import torchmae
+from torchmae import presets
 from torchmae.errors import CheckpointError, ConfigError
 from torchmae.interop import timm as timm_format
 from torchmae.interop.exports import Check, compare
-from torchmae.nn import presets
 from torchmae.nn.masking import random_mask
 from torchmae.publish.export import export
 from torchmae.publish.options import ExportOptions

@@ -131,7 +131,7 @@ def _checked_later(name: str) -> tuple[str, ...]:
     if name == "recipe":
         return tuple(settings.recipe_names())
     if name == "preset":
-        from torchmae.nn.presets import PRESETS
+        from torchmae.presets import PRESETS
 
         return tuple(PRESETS)
     if name == "method":

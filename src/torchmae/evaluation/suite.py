@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torchmae import presets
 from torchmae.data.loader import one_line_when_a_worker_ends
 from torchmae.data.reading import probe
 from torchmae.data.sources import all_notes, data_line
@@ -19,7 +20,6 @@ from torchmae.evaluation.options import APPLIES_TO, ComputeOptions, DataOptions,
 from torchmae.evaluation.records import append_record
 from torchmae.evaluation.scores import Result, chance_note
 from torchmae.evaluation.subject import PIXELS, RANDOM, Subject, pixels, untrained
-from torchmae.nn import presets
 from torchmae.paths import user_path
 from torchmae.training.pretrained import load
 from torchmae.training.progress import Display

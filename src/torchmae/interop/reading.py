@@ -290,7 +290,7 @@ def _decoder_problem(
             embed_dim=decoder_arguments["decoder_embed_dim"],
             depth=decoder_arguments["decoder_depth"],
             num_heads=decoder_arguments["decoder_num_heads"],
-            patch_dim=math.prod(arguments["patch_size"]) * arguments["in_chans"],
+            out_dim=math.prod(arguments["patch_size"]) * arguments["in_chans"],
             mlp_ratio=arguments["mlp_ratio"],
         )
     return _difference({**decoder, "pos_embed": positions[:, 1:]}, own)

@@ -12,11 +12,11 @@ from math import prod
 from typing import Any
 
 import numpy as np
-import torch
 
+from torchmae import presets
 from torchmae.errors import ConfigError
-from torchmae.nn import presets
 from torchmae.nn.flops import count_flops
+from torchmae.nn.mae import parameter_counts
 from torchmae.nn.masking import num_keep
 from torchmae.nn.patches import grid_size
 from torchmae.planning.options import GPUS, MEASURED_MFU, PlanOptions, number_of
@@ -83,8 +83,9 @@ def plan(options: PlanOptions) -> Cost:
     if "patch_size" not in values:
         raise ConfigError(f"model is {options.model!r}", "plan a transformer: vit_small, vit_base, vit_large, ...")
     gpu, world = GPUS[options.gpu], options.gpus
-    parameters = count_parameters(values)
-    flops = count_flops(values, options.mask_ratio)
+    model = presets.weightless(values)
+    parameters = sum(parameter_counts(model))
+    flops = count_flops(model, options.mask_ratio)
     share = -(-options.batch_size // world)
     state = state_bytes(parameters, world if options.parallel == "fsdp" else 1)
     per_image = activation_bytes(values, options.mask_ratio, recompute=options.checkpoint_activations)
@@ -132,13 +133,6 @@ def assumed_mfu(flops_per_image: float) -> float:
     """The share of the peak, interpolated between those of `MEASURED_MFU` over the logarithm of the operations."""
     sizes, shares = np.log(list(MEASURED_MFU)), list(MEASURED_MFU.values())
     return float(np.interp(np.log(flops_per_image / 1e9), sizes, shares))
-
-
-def count_parameters(values: dict[str, Any]) -> int:
-    """Trained values of the model of full arguments, as `presets.arguments` gives them; no memory is taken."""
-    with torch.device("meta"):
-        model = presets.construct(values)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def state_bytes(parameters: int, shards: int = 1) -> float:
