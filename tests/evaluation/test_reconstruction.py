@@ -30,14 +30,8 @@ def held_out(model: MaskedAutoencoder, strategy: str = "random") -> list[tuple[T
     for count in (5, 3):
         noise = torch.rand(count, 2, 8, 8)
         images = torch.nn.functional.avg_pool2d(noise, 3, 1, 1) * 3
-        parts.append(
-            (
-                images,
-                Masker(model.encoder, strategy, 0.6).from_noise(
-                    torch.rand(count, Masker(model.encoder, strategy).noise_count)
-                ),
-            )
-        )
+        masker = Masker(model.encoder, strategy, 0.6)
+        parts.append((images, masker.from_noise(torch.rand(count, masker.noise_count))))
     return parts
 
 
@@ -98,7 +92,10 @@ def test_the_kindest_scale_of_interpolation() -> None:
     best = HoldOut(model, parts, RUNTIME).loss_interpolation
     target = torch.cat([model.target.hidden_values(*part).flatten() for part in parts]).double()
     guess = torch.cat(
-        [model.target.hidden_values(interpolate(x, model.removed_pixels(m)), m).flatten() for x, m in parts]
+        [
+            model.target.hidden_values(interpolate(x, m.removed_pixels(model.patch_size, x.shape[2:])), m).flatten()
+            for x, m in parts
+        ]
     ).double()
     others = [(scale * guess - target).square().mean().item() for scale in np.linspace(0, 2, 41)]
     assert best <= min(others) + 1e-12
@@ -109,9 +106,8 @@ class Stub(MaskedAutoencoder):
     """A model that always predicts one number; None: that knows the truth."""
 
     def __init__(self, predict: float | None = None) -> None:
-        nn.Module.__init__(self)
-        vit_parts = vit(norm_pix=False)
-        self.encoder, self.decoder, self.norm_pix = vit_parts.encoder, vit_parts.decoder, False
+        parts = vit(norm_pix=False)
+        super().__init__(parts.encoder, parts.decoder, parts.targets)
         self.predict = predict
 
     def forward(self, images: Tensor, mask: Mask) -> Any:
@@ -129,7 +125,7 @@ def test_a_perfect_prediction_explains_everything() -> None:
 
 def test_a_constant_explains_nothing() -> None:
     parts = held_out(Stub())
-    mean = torch.cat([Stub().hidden_values(*part).flatten() for part in parts]).mean().item()
+    mean = torch.cat([Stub().target.hidden_values(*part).flatten() for part in parts]).mean().item()
     figures = HoldOut(Stub(mean), parts, RUNTIME).run()
     assert figures["explained_variance"] == pytest.approx(0, abs=1e-5)
     measured = HoldOut(Stub(mean + 1), parts, RUNTIME)
@@ -149,12 +145,13 @@ def test_the_model_is_measured_as_it_is_now() -> None:
 
 def test_values_hidden_one_by_one() -> None:
     model = presets.build("mlp", input_size=(8, 8), in_chans=2, hidden_dim=4)
-    parts = held_out(model, "elements")
-    figures = HoldOut(model, parts, RUNTIME).run()
+    masked = held_out(model, "elements")
+    figures = HoldOut(model, masked, RUNTIME).run()
+    parts = [(images, mask.flags) for images, mask in masked]
     target = np.concatenate([x.flatten(1)[m].numpy() for x, m in parts]).astype(np.float64)
     filled = [interpolate(x, m.view(-1, 2, 8, 8)).flatten(1)[m].numpy() for x, m in parts]
     assert figures["loss_interpolation"] == pytest.approx(np.mean((np.concatenate(filled) - target) ** 2), rel=1e-4)
-    errors = [(model(x, m).pred - x.flatten(1))[m].detach().numpy() for x, m in parts]
+    errors = [(model(x, m).pred - x.flatten(1))[m.flags].detach().numpy() for x, m in masked]
     assert figures["loss"] == pytest.approx(np.mean(np.concatenate(errors) ** 2), rel=1e-4)
     means = []
     for images, mask in parts:
