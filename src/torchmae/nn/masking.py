@@ -187,12 +187,13 @@ class Strategy(NamedTuple):
     Attributes:
         draw: called with (B, `noise_count(grid)`) uniform random numbers, the grid and the ratio; gives the mask.
         noise_count: random numbers that one sample takes.
-        evaluated: evaluation measures this strategy when none is named.
+        inverted: removes the share 1 - ratio; its name ends in "_inverted". Evaluation, which compares ratios, leaves
+            such a strategy out.
     """
 
     draw: Callable[[Tensor, Sequence[int], float], Any]
     noise_count: Callable[[Sequence[int]], int]
-    evaluated: bool = True
+    inverted: bool = False
 
 
 STRATEGIES: dict[str, Strategy] = {
