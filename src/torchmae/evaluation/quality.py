@@ -28,7 +28,7 @@ _PSNR_LIMIT = 100.0  # dB, an error of 1e-5: stands for infinity, which would sp
 
 def strategies_of(model: MaskedAutoencoder) -> tuple[str, ...]:
     """The mask strategies of a model that are measured."""
-    return tuple(name for name, strategy in model.encoder.strategies.items() if not strategy.inverted)
+    return tuple(name for name, strategy in model.encoder.strategies.items() if strategy.evaluated)
 
 
 def run(

@@ -150,7 +150,7 @@ def _hidden_share(run: Run) -> float | None:
     ratio = run.summary.get("mask_ratio", setting(run, "mask", "ratio"))
     if not isinstance(ratio, (int, float)):
         return None
-    return 1 - ratio if str(setting(run, "mask", "strategy")).endswith("_inverted") else ratio  # nn.masking.Strategy
+    return 1 - ratio if str(setting(run, "mask", "strategy")).endswith("_inverted") else ratio
 
 
 def _size(run: Run, name: str) -> tuple[int, ...]:

@@ -81,7 +81,7 @@ def inverted_elements_mask(noise: Tensor, grid: Sequence[int], ratio: float) -> 
 
 STRATEGIES = {
     "elements": Strategy(elements_mask, prod),
-    "elements_inverted": Strategy(inverted_elements_mask, prod, inverted=True),
+    "elements_inverted": Strategy(inverted_elements_mask, prod, evaluated=False),
 }
 
 
