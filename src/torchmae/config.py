@@ -148,6 +148,7 @@ class ModelConfig:
         num_heads: encoder attention heads.
         mlp_ratio: hidden width of a block's MLP over its width.
         class_token: prepend a class token.
+        registers: further learned tokens that stand for no patch; 0: none.
         drop_path: stochastic depth rate of the encoder's last block, rising linearly from 0.
         decoder: "self" (the paper's) or "cross" (CrossMAE's: masked patches attend to visible ones only).
         decoder_embed_dim: decoder width.
@@ -171,6 +172,7 @@ class ModelConfig:
     num_heads: int | None = None
     mlp_ratio: float | None = None
     class_token: bool | None = None
+    registers: int | None = None
     drop_path: float | None = None
     decoder: str | None = None
     decoder_embed_dim: int | None = None

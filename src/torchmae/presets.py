@@ -28,6 +28,7 @@ def _vit(input_size: int, patch_size: int, embed_dim: int, depth: int, num_heads
         "num_heads": num_heads,
         "mlp_ratio": 4.0,
         "class_token": True,
+        "registers": 0,
         "drop_path": 0.0,
         "norm_pix": True,
         "predict_ratio": 1.0,
@@ -86,8 +87,9 @@ def arguments(preset: str, **overrides: Any) -> dict[str, Any]:
             values[name] = tuple(size)
     for name, value in values.items():
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int) and not isinstance(number, bool) and number < 1:
-                raise ConfigError(f"model.{name} is {value}", "it must be 1 or more")
+            least = 0 if name == "registers" else 1
+            if isinstance(number, int) and not isinstance(number, bool) and number < least:
+                raise ConfigError(f"model.{name} is {value}", f"it must be {least} or more")
     return values
 
 

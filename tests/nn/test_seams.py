@@ -32,6 +32,7 @@ SMALL = {"depth": 2, "embed_dim": 16, "num_heads": 2}
 SMALL |= {"decoder_embed_dim": 16, "decoder_depth": 2, "decoder_num_heads": 2}
 OPTIONS: dict[str, Any] = {
     "class_token": (True, False),
+    "registers": (0, 2),
     "decoder": ("self", "cross"),
     "norm_pix": (True, False),
     "hog_weight": (0.0, 1.0),
