@@ -35,7 +35,7 @@ TRIALS: dict[str, str] = {
     "adamw": "--optim.name adamw --optim.base_lr 3e-3",
     "blr3": "--optim.base_lr 3e-3",
     "mlr1e-2": "--optim.muon_lr 1e-2",
-    "rawpix": "--model.norm_pix false",
+    "rawpix": "--model.target.norm_pix false",
     "ratio85": "--mask.final_ratio 0.85",
     "small24": "--start_size 24 --start_share 0.5",
     "repeats2": "--data.repeats 2",

@@ -12,7 +12,7 @@ import argparse
 import copy
 import statistics
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -23,9 +23,10 @@ from torchmae.config import DataConfig, PretrainConfig
 from torchmae.data.opening import open_data
 from torchmae.data.plan import Plan
 from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.nn.masking import Masker
 from torchmae.training.optim import build_optimizers, set_lr
 from torchmae.training.runtime import open_runtime, processor
-from torchmae.training.step import draw_mask, train_step
+from torchmae.training.step import train_step
 
 BATCH = 256
 
@@ -57,7 +58,7 @@ def main() -> None:
     ).train
     batch = next(data.train_batches(Plan(len(data), BATCH, 0), 0, 1))
     config = PretrainConfig(batch_size=BATCH)
-    mask = draw_mask(model, config.mask, 0, batch, runtime.device)
+    mask = Masker(model.encoder, **asdict(config.mask))(0, batch.epoch, batch.indices, runtime.device)
     wide = copy.deepcopy(model)
     wide.decoder.embed = Wide(wide.decoder.embed)  # type: ignore[assignment]
 

@@ -20,7 +20,7 @@ from gpu_steps import BATCHES, TRY
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
-from torchmae import settings
+from torchmae import presets, settings
 from torchmae.bench.contenders import OURS, build
 from torchmae.bench.processes import warm_up
 from torchmae.nn.flops import count_flops
@@ -97,7 +97,7 @@ def main() -> None:
         kinds[kind_of(name)] += milliseconds
     window = max(end for _, end, _ in kernels) - min(start for start, _, _ in kernels)
     idle = 1 - busy(kernels) / window
-    flops = count_flops(contender.arguments, 0.75).training * len(contender.images)
+    flops = count_flops(presets.weightless(contender.arguments), 0.75).training * len(contender.images)
     found: dict[str, Any] = {
         "case": args.case,
         "batch_size": len(contender.images),

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from torchmae import settings
+from torchmae import presets, settings
 from torchmae.bench.contenders import OURS, Contender, build
 from torchmae.bench.timing import matrix_product_rate, seconds_of, synchronise, take_turns
 from torchmae.nn.flops import count_flops
@@ -93,7 +93,7 @@ def measure(preset: str, args: argparse.Namespace, rest: list[str]) -> dict[str,
     turns = {name: entrant.turn for name, entrant in entrants.items()}
     turns["peak"] = lambda: matrix_product_rate(device, precision, size)
     rates = take_turns(turns, args.rounds, lambda _: None)
-    peak, flops = max(rates.pop("peak")), count_flops(ours.arguments, 0.75).training
+    peak, flops = max(rates.pop("peak")), count_flops(presets.weightless(ours.arguments), 0.75).training
     rows = {
         name: {
             "images_per_s": median(rates[name]),
@@ -192,14 +192,12 @@ def graphed(entrant: Entrant) -> float:
     """
     import numpy as np
 
-    from torchmae.config import MaskConfig
-    from torchmae.data.loader import Batch
-    from torchmae.training.step import draw_mask
+    from torchmae.nn.masking import Masker
 
     contender = entrant.contender
     model, images, runtime = contender.model, contender.images, contender.runtime
     indices = np.arange(len(images))
-    mask = draw_mask(model, MaskConfig(), 0, Batch(images, torch.zeros(len(images)), indices, 0), runtime.device)
+    mask = Masker(model.encoder)(0, 0, indices, runtime.device)
 
     def work() -> None:
         with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):

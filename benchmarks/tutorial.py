@@ -111,7 +111,7 @@ def train(source: str, minutes: float, options: dict[str, Any], out: Path) -> An
 def figures(model: Pretrained, images: Tensor, mask: Any) -> dict[str, float]:
     """Errors on what the mask hides, beside the predictors that need no learning, and how much it hides."""
     runtime = open_runtime("cpu", "fp32", None)
-    share = model.model.removed_pixels(mask).double().mean().item()
+    share = model.mask.removed_pixels(model.patch_size, model.encoder.input_size).double().mean().item()
     return {"hidden": share, **HoldOut(model.model, [(images, mask)], runtime).run()}
 
 

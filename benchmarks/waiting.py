@@ -1,4 +1,5 @@
 """How should processor threads wait for each other? The speed of a small model, alone and beside a busy program.
+from torchmae.nn.masking import Masker
 
     python benchmarks/waiting.py
 
@@ -28,7 +29,8 @@ def measure(steps: int) -> float:
     """Images per second of forward and backward passes, median over steps: the cifar10 recipe's model, batch 128."""
     import torch
 
-    from torchmae.nn import presets
+    from torchmae import presets
+    from torchmae.nn.masking import Masker
 
     cross = {"decoder": "cross", "decoder_depth": 1, "decoder_embed_dim": 128, "decoder_num_heads": 4}
     model = presets.build("vit_tiny_32_p4", depth=6, **cross)
@@ -37,7 +39,7 @@ def measure(steps: int) -> float:
     for step in range(steps + 3):
         start = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(images, model.draw_mask("random", noise, 0.75)).loss
+            loss = model(images, Masker(model.encoder, "random", 0.75).from_noise(noise)).loss
         loss.backward()
         model.zero_grad()
         if step >= 3:

@@ -12,11 +12,11 @@ import yaml
 from PIL import Image
 
 import torchmae
+from torchmae import presets
 from torchmae.api import configure
 from torchmae.config import MaskConfig, PretrainConfig
 from torchmae.config.base import make, settings_of
 from torchmae.errors import ConfigError, TrainingError
-from torchmae.nn import presets
 from torchmae.report.table import final_table
 from torchmae.runs import MAY_CHANGE, Run, overrides
 from torchmae.settings import collect, read_config, values_of

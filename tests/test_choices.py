@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, get_args
 
 import pytest
+from torchmae.presets import PRESETS
 
 from torchmae.app.strings import LANGUAGES
 from torchmae.config import ModelConfig, PretrainConfig
@@ -16,7 +17,6 @@ from torchmae.config.pretrain import TRACKERS, Preset, Strategy
 from torchmae.evaluation.methods import METHODS
 from torchmae.nn.decoder import DECODERS
 from torchmae.nn.masking import STRATEGIES
-from torchmae.nn.presets import PRESETS
 from torchmae.planning.cost import GPUS
 
 

@@ -21,6 +21,8 @@ LAYERS = (
     ("files", "paths", "random", "threads"),
     ("config",),
     ("settings", "data", "nn"),
+    ("tutorial",),
+    ("presets",),
     ("interop",),
     ("training",),
     ("evaluation", "report", "bench", "planning"),

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import tarfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +12,18 @@ import pytest
 import torch
 from PIL import Image
 
+from torchmae import presets
 from torchmae.api import configure
 from torchmae.cli import main
 from torchmae.config import DataConfig, MaskConfig, ModelConfig, OptimConfig, PretrainConfig
 from torchmae.data.opening import open_data
 from torchmae.data.plan import Plan
 from torchmae.errors import ConfigError
-from torchmae.nn import presets
-from torchmae.nn.mlp import MLPAutoencoder
+from torchmae.nn.masking import Masker
 from torchmae.runs import check_model, overrides
 from torchmae.settings import parse, read_words, recipe_names, recipe_path, recipe_summary
 from torchmae.training.checkpoint import load_checkpoint
-from torchmae.training.step import draw_mask
+from torchmae.tutorial import compose
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -132,7 +133,7 @@ def test_the_tutorials_numbers() -> None:
     model = presets.construct(arguments)
     assert [tuple(p.shape) for p in model.parameters()] == [(128, 3072), (128,), (3072, 128), (3072,)]
     noise = torch.rand(2, 3072)
-    keep = ~model.draw_mask("elements_inverted", noise, 0.75)
+    keep = ~Masker(model.encoder, "elements_inverted", 0.75).from_noise(noise).flags
     assert torch.equal(keep, noise < 0.75)  # X * M with M = 1 where rand < 0.75
 
 
@@ -186,9 +187,11 @@ def test_the_tutorials_first_loss_is_the_formula(cifar: Path, tmp_path: Path) ->
     x = np.stack([np.asarray(Image.open(file), dtype=np.float64) for file in files])
     x = ((x / 255 - 0.5) / 0.5).transpose(0, 3, 1, 2).reshape(128, -1)  # ToTensor, Normalize(0.5, 0.5), flat
     torch.manual_seed(5)
-    model = MLPAutoencoder(input_size=(32, 32), in_chans=3, hidden_dim=128, output_relu=True, loss_on="all")
+    model = compose(input_size=(32, 32), in_chans=3, hidden_dim=128, output_relu=True, loss_on="all")
     we, be, wd, bd = (p.detach().double().numpy() for p in model.parameters())
-    mask = ~draw_mask(model, config.mask, 5, batch, torch.device("cpu")).numpy()
+    mask = ~Masker(model.encoder, **asdict(config.mask))(
+        5, batch.epoch, batch.indices, torch.device("cpu")
+    ).flags.numpy()
     assert mask.mean() == pytest.approx(0.75, abs=0.005)
     z = np.maximum((x * mask) @ we.T + be, 0)
     prediction = np.maximum(z @ wd.T + bd, 0)

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from torchmae import visualize
+from torchmae import presets, visualize
 from torchmae.config import DataConfig
 from torchmae.data.opening import Data, open_data
-from torchmae.nn import presets
 from torchmae.report.page import load_titled
 from torchmae.training.pretrained import Pretrained
 from torchmae.training.runtime import Runtime

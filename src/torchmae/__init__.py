@@ -17,7 +17,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "build": "torchmae.nn.presets",
+    "build": "torchmae.presets",
     "evaluate": "torchmae.api",
     "load": "torchmae.training.pretrained",
     "pretrain": "torchmae.api",

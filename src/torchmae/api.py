@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torchmae import settings
+from torchmae import presets, settings
 from torchmae.config import ModelConfig, PretrainConfig
 from torchmae.config.base import make, settings_of
 from torchmae.config.evaluate import ComputeOptions, EvaluateOptions
@@ -17,7 +17,6 @@ from torchmae.data.layouts import open_splits
 from torchmae.data.reading import probe
 from torchmae.errors import ConfigError
 from torchmae.evaluation import suite
-from torchmae.nn import presets
 from torchmae.runs import Run, overrides, resume_run, start
 from torchmae.training.progress import Display
 from torchmae.training.ranks import open_ranks
@@ -125,7 +124,7 @@ def proposed(model: ModelConfig, shape: dict[str, Any]) -> dict[str, Any]:
 
     An input size is fitted to a patch size that is given.
     """
-    if not shape or model.input_size is not None or model.preset == "mlp":
+    if not shape or model.input_size is not None or "patch_size" not in presets.arguments(model.preset):
         return {}
     if model.patch_size is None:
         return shape

@@ -15,8 +15,9 @@ from torchmae.data.opening import Data
 from torchmae.evaluation.diagnostics import FeatureProbe
 from torchmae.evaluation.reconstruction import HoldOut
 from torchmae.evaluation.sharing import share
-from torchmae.nn.autoencoder import Autoencoder
-from torchmae.random import Purpose, permutation, uniform
+from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.nn.masking import Masker
+from torchmae.random import Purpose, permutation
 from torchmae.report.pictures import reconstruction_grid
 from torchmae.training.pretrain import Evaluator
 from torchmae.training.run_folder import RunFolder
@@ -31,7 +32,7 @@ VALIDATION_SEED = 0
 
 def build_evaluators(
     config: PretrainConfig,
-    model: Autoencoder,
+    model: MaskedAutoencoder,
     data: Data,
     runtime: Runtime,
     folder: RunFolder,
@@ -48,14 +49,15 @@ def build_evaluators(
         return []
     chosen = spread(len(data.val), config.eval.images)
     mine = share(chosen, EVAL_BATCH, runtime.ranks)
+    masker = Masker(model.encoder, config.mask.strategy, config.mask.ratio)  # the same masks, whatever the schedule
     batches = [
-        (batch.images, validation_mask(model, config, batch.indices, runtime))
+        (batch.images, masker(VALIDATION_SEED, 0, batch.indices, runtime.device))
         for batch in data.val.eval_batches(mine.rows, EVAL_BATCH)
     ]
     hold_out = HoldOut(model, batches, runtime, mine)
     pictured = chosen[: config.eval.pictures]
     (picture_batch,) = data.val.eval_batches(pictured, len(pictured))
-    images, picture_mask = picture_batch.images, validation_mask(model, config, pictured, runtime)
+    images, picture_mask = picture_batch.images, masker(VALIDATION_SEED, 0, pictured, runtime.device)
 
     def pictures(step: int) -> dict[str, float]:
         path = folder.reconstructions / f"step-{step:08d}.png"
@@ -82,17 +84,8 @@ def spread(length: int, count: int) -> npt.NDArray[np.int64]:
     return permutation(VALIDATION_SEED, 0, length, Purpose.SUBSET)[:count]
 
 
-def validation_mask(
-    model: Autoencoder, config: PretrainConfig, indices: npt.NDArray[np.int64], runtime: Runtime
-) -> Any:
-    """The fixed mask of held-out images."""
-    count = model.noise_count(config.mask.strategy)
-    noise = torch.from_numpy(uniform(VALIDATION_SEED, 0, indices, Purpose.MASK, count)).to(runtime.device)
-    return model.draw_mask(config.mask.strategy, noise, config.mask.ratio)
-
-
 @torch.no_grad()
-def draw_pictures(model: Autoencoder, data: Data, images: Tensor, mask: Any, path: Path | None) -> None:
+def draw_pictures(model: MaskedAutoencoder, data: Data, images: Tensor, mask: Any, path: Path | None) -> None:
     """Saves masked | reconstructed | original; without a path, only takes part in what ranks compute together."""
     model.eval()
     result = model.reconstruct(images, mask)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import torchmae
-from torchmae import settings
+from torchmae import presets, settings
 from torchmae.config import PretrainConfig
 from torchmae.config.base import make
 from torchmae.data.formats import Context
@@ -23,16 +23,15 @@ from torchmae.data.sources import data_line
 from torchmae.errors import ConfigError, DataError, Interrupted, TorchmaeError
 from torchmae.evaluators import build_evaluators
 from torchmae.interop.weights import initialise
-from torchmae.nn import presets
-from torchmae.nn.autoencoder import Autoencoder
 from torchmae.nn.mae import MaskedAutoencoder, parameter_counts
+from torchmae.nn.masking import Masker
 from torchmae.paths import user_path
 from torchmae.report.hints import hints
 from torchmae.report.html import write_report
 from torchmae.training.checkpoint import Checkpoint, load_checkpoint, load_step
 from torchmae.training.fit import fit_batch
 from torchmae.training.initial import adopt_shape, read_initial
-from torchmae.training.parallel import check_parallel, is_sharded, whole_state
+from torchmae.training.parallel import blocks, check_parallel, is_sharded, whole_state
 from torchmae.training.pretrain import pretrain as train
 from torchmae.training.pretrained import Pretrained
 from torchmae.training.progress import Display
@@ -127,6 +126,8 @@ def _run(config: PretrainConfig, path: Path, *, resume: bool) -> Run:
 
 def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, *, resume: bool) -> Run:
     check_parallel(config, ranks.world_size)
+    arguments = presets.arguments(config.model.preset, **overrides(config))
+    check_model(config, arguments)  # before there is a folder, which would refuse the next try
     display = Display(config.progress) if ranks.is_main else Display("none", io.StringIO())
     folder = RunFolder(path)
 
@@ -147,8 +148,6 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, *, resume: bool) -
         saved_precision = checkpoint.state["precision"] if checkpoint is not None else "auto"
         precision = saved_precision if config.precision == "auto" else config.precision
         runtime = ranks.together(lambda: open_runtime(config.device, precision, config.threads, ranks))
-        arguments = presets.arguments(config.model.preset, **overrides(config))
-        check_model(config, arguments)
         if ranks.world_size > 1:  # rank 0 first: what is downloaded or indexed is so once
             context = Context.of(config.data, spatial_dims=len(arguments["input_size"]), progress=display.preparing)
             ranks.on_main(lambda: len(open_splits(config.data.source, context)))
@@ -216,18 +215,22 @@ def check_same_data(data: Data, ranks: Ranks) -> None:
 
 def check_model(config: PretrainConfig, arguments: dict[str, Any]) -> None:
     """ConfigError where sizes or the mask strategy do not fit; without data and without memory for weights."""
-    with torch.device("meta"):
-        model = presets.construct(arguments)
+    model = presets.weightless(arguments)
     try:
-        model.noise_count(config.mask.strategy)
+        Masker(model.encoder, **asdict(config.mask))
     except ConfigError as error:
         raise ConfigError(f"{error.problem} and the preset {config.model.preset!r}", error.fix) from error
     check_progression(config, model)
+    without = f"which is for transformer blocks, and the preset {config.model.preset!r} has none"
+    if config.optim.name == "muon" and not blocks(model):
+        raise ConfigError(f"optim.name is 'muon', {without}", "use --optim.name adamw")
+    if config.checkpoint_activations and not blocks(model):
+        raise ConfigError(f"checkpoint_activations is true, {without}", "leave it out")
 
 
 def _train(
     config: PretrainConfig,
-    model: Autoencoder,
+    model: MaskedAutoencoder,
     arguments: dict[str, Any],
     data: Data,
     runtime: Runtime,
@@ -264,7 +267,6 @@ def _train(
     with open_trackers(config, folder, display, start) if ranks.is_main else Trackers() as tracker:
         evaluators = build_evaluators(config, model, data, runtime, folder, tracker, fresh=checkpoint is None)
         if config.init_from is not None and checkpoint is None:  # after the baselines, which are of random weights
-            assert isinstance(model, MaskedAutoencoder)
             for line in initialise(model, read_initial(config.init_from, config.model)):
                 display.say(line)
         try:
@@ -326,7 +328,12 @@ def _finish(
 
 
 def summarise(
-    config: PretrainConfig, model: Autoencoder, arguments: dict[str, Any], data: Data, folder: RunFolder, state: str
+    config: PretrainConfig,
+    model: MaskedAutoencoder,
+    arguments: dict[str, Any],
+    data: Data,
+    folder: RunFolder,
+    state: str,
 ) -> dict[str, Any]:
     """The run in one flat record, from what metrics.jsonl holds."""
     records = folder.read_metrics()
@@ -357,7 +364,7 @@ def summarise(
         "num_val": len(data.val) if data.val is not None else 0,
         "params_encoder": encoder,
         "params_decoder": rest,
-        "target": "normalised patches" if model.norm_pix else "pixels",
+        "target": model.target.label,
         "mask_strategy": config.mask.strategy,
         "mask_ratio": config.mask.ratio,
         "data": config.data.source,

@@ -23,10 +23,9 @@ from torchmae.evaluation.feature_maps import (
     embed_2d,
     nearest,
     patch_colours,
-    require_patches,
 )
 from torchmae.evaluation.features import extract
-from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.evaluation.quality import strategies_of
 from torchmae.random import Purpose, permutation
 from torchmae.report.feature_pictures import attention_picture, neighbours_picture, pca_picture, ratios_picture
 from torchmae.report.pictures import save_png
@@ -69,9 +68,9 @@ def write_pictures(folder: Path, pretrained: Pretrained, data: Data, runtime: Ru
     few, few_labels = images[:REPORT_ROWS], labels[:REPORT_ROWS]
     model = pretrained.model
     pictures: dict[str, Image.Image] = {}
-    if isinstance(model, MaskedAutoencoder):
+    if model.patch_size:
         pictures["1-features"] = draw_pca(pretrained, images)
-        if model.encoder.num_prefix_tokens:
+        if model.encoder.has_class_token:
             pictures["2-attention"] = draw_attention(pretrained, few)
     captions = [name_of(label, data.classes) for label in few_labels.tolist()]
     pictures["3-neighbours"] = draw_neighbours(pretrained, few, captions, data, runtime, REPORT_BANK)
@@ -94,8 +93,8 @@ def draw_pca(pretrained: Pretrained, images: Tensor) -> Image.Image:
     Raises:
         ConfigError: a model without patches.
     """
-    grid = require_patches(pretrained.model).encoder.grid
     colours = patch_colours(content_tokens(pretrained.model, images))
+    grid = pretrained.model.encoder.grid
     return pca_picture(_to_show(pretrained, images), colours.reshape(len(images), *grid, 3))
 
 
@@ -106,7 +105,7 @@ def draw_attention(pretrained: Pretrained, images: Tensor) -> Image.Image:
         ConfigError: a model without patches or without a class token.
     """
     attention = class_attention(pretrained.model, images)
-    grid = require_patches(pretrained.model).encoder.grid
+    grid = pretrained.model.encoder.grid
     return attention_picture(_to_show(pretrained, images), attention.reshape(*attention.shape[:2], *grid))
 
 
@@ -119,8 +118,9 @@ def draw_ratios(pretrained: Pretrained, images: Tensor, ratios: Sequence[float] 
         ratios: share that is hidden, in (0, 1); with random masks, what a lower one hides a higher one hides too.
         seed: another one gives other masks.
     """
-    # The tutorial's own strategy hides the share that its ratio keeps.
-    strategy = pretrained.description.mask["strategy"].removesuffix("_inverted")
+    known = strategies_of(pretrained.model)
+    trained = pretrained.description.mask["strategy"]
+    strategy = trained if trained in known else known[0]
     masked, filled, note = [], [], ""
     for ratio in ratios:
         mask = pretrained.mask(len(images), strategy=strategy, ratio=ratio, seed=seed)

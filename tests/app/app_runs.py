@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from torchmae import presets
 from torchmae.config import DataConfig, PretrainConfig
-from torchmae.nn import presets
 from torchmae.settings import to_yaml
 from torchmae.training.saved_model import Description, write_description, write_weights
 

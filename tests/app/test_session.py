@@ -10,11 +10,11 @@ import torch
 from app_runs import write_images, write_run
 from PIL import Image
 
+from torchmae import presets
 from torchmae.app.session import Bank, Picture, Session, read_bank
 from torchmae.config import DataConfig
 from torchmae.data.opening import open_data
 from torchmae.errors import ConfigError, DataError
-from torchmae.nn import presets
 from torchmae.nn.masking import mask_from_tokens
 from torchmae.training.pretrained import Pretrained, load
 from torchmae.training.saved_model import Description
@@ -132,7 +132,7 @@ def test_runs_that_cannot_be_compared(run: Path, other: Pretrained, message: str
     [
         (pretrained(input_size=(64,), patch_size=(8,)), r"m is a model of signals \(1 axes\)"),
         (pretrained(input_size=(8, 8, 8), patch_size=(4, 4, 4)), r"m is a model of volumes \(3 axes\)"),
-        (pretrained("mlp"), "m: the mlp model has no patches"),
+        (pretrained("mlp"), "m: this model has no patches"),
     ],
 )
 def test_models_that_the_page_cannot_show(model: Pretrained, message: str) -> None:

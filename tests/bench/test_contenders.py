@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from torchmae import presets
 from torchmae.bench.contenders import OURS, build, model_arguments, peer_sizes
 from torchmae.bench.peers import PEERS
 from torchmae.config import MaskConfig, ModelConfig, OptimConfig, PretrainConfig
 from torchmae.errors import ConfigError
-from torchmae.nn import presets
 from torchmae.nn.masking import num_keep, random_mask
 
 MODEL = ModelConfig(

@@ -20,7 +20,7 @@ from torchmae.config import DataConfig, ModelConfig, PretrainConfig
 from torchmae.config.bench import BenchData, BenchStep, BenchTrain
 from torchmae.errors import ConfigError, Interrupted
 from torchmae.nn.flops import count_flops
-from torchmae.nn.presets import arguments
+from torchmae.presets import build
 
 SIZES = {"embed_dim": 16, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16, "decoder_depth": 1}
 CONFIG = PretrainConfig(
@@ -49,7 +49,7 @@ def test_a_step_beside_a_peer() -> None:
     report = measure_step(entries(CONFIG, options.against), options, heard)
     ours, theirs = report.results
     assert (ours.name, theirs.name) == ("torchmae, fp32", "transformers, fp32")
-    flops = count_flops(arguments("vit_digits", **SIZES), 0.75).training
+    flops = count_flops(build("vit_digits", **SIZES), 0.75).training
     peaks = report.environment["peak_flops_per_s"]
     assert isinstance(peaks, dict) and peaks.keys() == {"fp32"}
     for result in (ours, theirs):

@@ -12,9 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_run import write_run
 
+from torchmae import presets
 from torchmae.cli import main
 from torchmae.interop import names
-from torchmae.nn import presets
 from torchmae.training.pretrained import load
 
 QUICK = ["--threads", "1", "--precision", "fp32", "--progress", "none"]

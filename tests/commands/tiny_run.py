@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from torchmae import presets
 from torchmae.config import PretrainConfig
 from torchmae.interop import names
-from torchmae.nn import presets
 from torchmae.settings import to_yaml
 from torchmae.training.saved_model import Description, write_description, write_weights
 

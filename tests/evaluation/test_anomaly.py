@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from torchmae import presets
 from torchmae.config.data import DataOptions
 from torchmae.data.arrays import ArraySource
 from torchmae.data.reading import BadFiles
@@ -21,7 +22,6 @@ from torchmae.data.transforms import Normalisation
 from torchmae.errors import CheckpointError, ConfigError, DataError
 from torchmae.evaluation import anomaly
 from torchmae.evaluation.images import ImageSet
-from torchmae.nn import presets
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.training.runtime import Runtime
 
@@ -231,7 +231,7 @@ def test_normal_patches_are_kept_evenly(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_mlp_model_cannot() -> None:
-    with pytest.raises(ConfigError, match="the mlp model has no patches to find anomalies by; use a vit model"):
+    with pytest.raises(ConfigError, match="this model has no patches to find anomalies by; use a vit model"):
         anomaly.detect(presets.build("mlp", in_chans=1, input_size=(8, 8)), *sets(), runtime=RUNTIME)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from torchmae import presets
 from torchmae.errors import ConfigError
 from torchmae.evaluation.feature_maps import (
     attention_weights,
@@ -17,7 +18,6 @@ from torchmae.evaluation.feature_maps import (
     nearest,
     patch_colours,
 )
-from torchmae.nn import presets
 from torchmae.nn.layers import Attention
 from torchmae.nn.mae import MaskedAutoencoder
 
@@ -132,7 +132,7 @@ def test_attention_needs_a_class_token_and_patches() -> None:
         class_attention(tiny(class_token=False), torch.zeros(1, 1, 8, 8))
     mlp = presets.construct(presets.arguments("mlp"))
     for look in (class_attention, content_tokens):
-        with pytest.raises(ConfigError, match="the mlp model has no patches"):
+        with pytest.raises(ConfigError, match="this model has no patches"):
             look(mlp, torch.zeros(1, 3, 32, 32))
 
 

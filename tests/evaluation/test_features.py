@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from torchmae import presets
 from torchmae.data.loader import Batch
 from torchmae.evaluation.features import extract, pixels
-from torchmae.nn import presets
 from torchmae.training.runtime import Runtime
 
 FP32 = Runtime(torch.device("cpu"), "fp32", 1)

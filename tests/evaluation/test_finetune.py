@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+from torchmae import presets
 from torchmae.config import DataConfig
 from torchmae.config.finetune import PAPER, SMALL, FinetuneConfig
 from torchmae.data.opening import Data, open_data
 from torchmae.data.transforms import Normalisation
 from torchmae.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError
 from torchmae.evaluation import finetune, finetune_training
-from torchmae.nn import presets
 from torchmae.nn.classifier import Classifier, encoder_arguments
 from torchmae.training.checkpoint import load_checkpoint
 from torchmae.training.runtime import Runtime
@@ -372,7 +372,7 @@ def test_wrong_folders_and_settings_when_resuming(tmp_path: Path) -> None:
 
 def test_the_mlp_model_cannot(tmp_path: Path) -> None:
     mlp = presets.build("mlp", in_chans=1, input_size=(8, 8))
-    with pytest.raises(ConfigError, match="the mlp model cannot be fine-tuned; use a vit model"):
+    with pytest.raises(ConfigError, match="no patches to fine-tune on; use a vit model"):
         finetune.build_classifier(mlp, 3, CONFIG)
 
 

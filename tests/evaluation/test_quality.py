@@ -8,11 +8,11 @@ import pytest
 import tiny
 import torch
 
+from torchmae import presets
 from torchmae.data.transforms import Normalisation
 from torchmae.errors import ConfigError
 from torchmae.evaluation import quality
 from torchmae.evaluation.subject import untrained
-from torchmae.nn import presets
 
 
 @pytest.fixture

@@ -8,30 +8,30 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from torchmae import presets
 from torchmae.evaluation.inpainting import interpolate
 from torchmae.evaluation.reconstruction import HoldOut
-from torchmae.nn import presets
-from torchmae.nn.autoencoder import Autoencoder
 from torchmae.nn.mae import MaskedAutoencoder
-from torchmae.nn.masking import Mask
+from torchmae.nn.masking import Mask, Masker
 from torchmae.training.runtime import Runtime
 
 RUNTIME = Runtime(torch.device("cpu"), "fp32", 1)
 
 
-def vit(norm_pix: bool) -> Autoencoder:
+def vit(norm_pix: bool) -> MaskedAutoencoder:
     return presets.build(
         "vit_digits", in_chans=2, depth=1, embed_dim=16, norm_pix=norm_pix, decoder_embed_dim=16, decoder_depth=1
     )
 
 
-def held_out(model: Autoencoder, strategy: str = "random") -> list[tuple[Tensor, Any]]:
+def held_out(model: MaskedAutoencoder, strategy: str = "random") -> list[tuple[Tensor, Any]]:
     """Two batches of smooth images, of different sizes."""
     parts = []
     for count in (5, 3):
         noise = torch.rand(count, 2, 8, 8)
         images = torch.nn.functional.avg_pool2d(noise, 3, 1, 1) * 3
-        parts.append((images, model.draw_mask(strategy, torch.rand(count, model.noise_count(strategy)), 0.6)))
+        masker = Masker(model.encoder, strategy, 0.6)
+        parts.append((images, masker.from_noise(torch.rand(count, masker.noise_count))))
     return parts
 
 
@@ -62,7 +62,7 @@ def test_against_plain_numpy(norm_pix: bool) -> None:
         values = target_space(patches(images))
         targets.append(pick(values, mask.ids_masked))
         means.append(np.broadcast_to(pick(values, mask.ids_keep).mean(1, keepdims=True), targets[-1].shape))
-        filled = interpolate(images, model.removed_pixels(mask))
+        filled = interpolate(images, mask.removed_pixels(model.patch_size, model.encoder.input_size))
         guesses.append(pick(target_space(patches(filled)), mask.ids_masked))
         predictions.append(model(images, mask).pred.detach().double().numpy())
     target, guess, mean, prediction = (
@@ -90,9 +90,12 @@ def test_the_kindest_scale_of_interpolation() -> None:
     model = vit(norm_pix=True)
     parts = held_out(model)
     best = HoldOut(model, parts, RUNTIME).loss_interpolation
-    target = torch.cat([model.hidden_values(*part).flatten() for part in parts]).double()
+    target = torch.cat([model.target.hidden_values(*part).flatten() for part in parts]).double()
     guess = torch.cat(
-        [model.hidden_values(interpolate(x, model.removed_pixels(m)), m).flatten() for x, m in parts]
+        [
+            model.target.hidden_values(interpolate(x, m.removed_pixels(model.patch_size, x.shape[2:])), m).flatten()
+            for x, m in parts
+        ]
     ).double()
     others = [(scale * guess - target).square().mean().item() for scale in np.linspace(0, 2, 41)]
     assert best <= min(others) + 1e-12
@@ -103,13 +106,12 @@ class Stub(MaskedAutoencoder):
     """A model that always predicts one number; None: that knows the truth."""
 
     def __init__(self, predict: float | None = None) -> None:
-        nn.Module.__init__(self)
-        vit_parts = vit(norm_pix=False)
-        self.encoder, self.decoder, self.norm_pix = vit_parts.encoder, vit_parts.decoder, False
+        parts = vit(norm_pix=False)
+        super().__init__(parts.encoder, parts.decoder, parts.targets)
         self.predict = predict
 
     def forward(self, images: Tensor, mask: Mask) -> Any:
-        target = self.hidden_values(images, mask)
+        target = self.target.hidden_values(images, mask)
         pred = target if self.predict is None else torch.full_like(target, self.predict)
         return type("Output", (), {"pred": pred})()
 
@@ -123,7 +125,7 @@ def test_a_perfect_prediction_explains_everything() -> None:
 
 def test_a_constant_explains_nothing() -> None:
     parts = held_out(Stub())
-    mean = torch.cat([Stub().hidden_values(*part).flatten() for part in parts]).mean().item()
+    mean = torch.cat([Stub().target.hidden_values(*part).flatten() for part in parts]).mean().item()
     figures = HoldOut(Stub(mean), parts, RUNTIME).run()
     assert figures["explained_variance"] == pytest.approx(0, abs=1e-5)
     measured = HoldOut(Stub(mean + 1), parts, RUNTIME)
@@ -143,12 +145,13 @@ def test_the_model_is_measured_as_it_is_now() -> None:
 
 def test_values_hidden_one_by_one() -> None:
     model = presets.build("mlp", input_size=(8, 8), in_chans=2, hidden_dim=4)
-    parts = held_out(model, "elements")
-    figures = HoldOut(model, parts, RUNTIME).run()
+    masked = held_out(model, "elements")
+    figures = HoldOut(model, masked, RUNTIME).run()
+    parts = [(images, mask.flags) for images, mask in masked]
     target = np.concatenate([x.flatten(1)[m].numpy() for x, m in parts]).astype(np.float64)
     filled = [interpolate(x, m.view(-1, 2, 8, 8)).flatten(1)[m].numpy() for x, m in parts]
     assert figures["loss_interpolation"] == pytest.approx(np.mean((np.concatenate(filled) - target) ** 2), rel=1e-4)
-    errors = [(model(x, m).pred - x.flatten(1))[m].detach().numpy() for x, m in parts]
+    errors = [(model(x, m).pred - x.flatten(1))[m.flags].detach().numpy() for x, m in masked]
     assert figures["loss"] == pytest.approx(np.mean(np.concatenate(errors) ** 2), rel=1e-4)
     means = []
     for images, mask in parts:
@@ -161,7 +164,7 @@ def test_values_hidden_one_by_one() -> None:
 def test_images_without_any_variance() -> None:
     model = vit(norm_pix=True)
     images = torch.full((2, 2, 8, 8), 0.5)
-    mask = model.draw_mask("random", torch.rand(2, 16), 0.5)
+    mask = Masker(model.encoder, "random", 0.5).from_noise(torch.rand(2, 16))
     figures = HoldOut(model, [(images, mask)], RUNTIME).run()
     assert figures["loss_interpolation"] == 0
     assert all(np.isfinite(value) for value in figures.values())

@@ -4,10 +4,10 @@ import pytest
 import tiny
 import torch
 
+from torchmae import presets
 from torchmae.errors import ConfigError
 from torchmae.evaluation.features import extract
 from torchmae.evaluation.subject import extract_features, pixels, untrained
-from torchmae.nn import presets
 
 
 def test_both_is_mean_and_then_cls() -> None:

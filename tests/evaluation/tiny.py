@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from torchmae import presets
 from torchmae.config import DataConfig, PretrainConfig
 from torchmae.config.data import DataOptions
 from torchmae.data.layouts import open_splits
@@ -15,7 +16,6 @@ from torchmae.data.sources import Source, Subset
 from torchmae.data.transforms import Normalisation
 from torchmae.evaluation.images import ImageSet
 from torchmae.evaluation.subject import Subject, untrained
-from torchmae.nn import presets
 from torchmae.random import Purpose, permutation
 from torchmae.settings import to_yaml
 from torchmae.training.runtime import Runtime

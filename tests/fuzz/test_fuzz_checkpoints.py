@@ -18,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
+from torchmae import presets
 from torchmae.errors import CheckpointError
 from torchmae.interop import names
 from torchmae.interop.reading import read_weights
-from torchmae.nn import presets
 from torchmae.training.checkpoint import load_checkpoint, save_checkpoint
 from torchmae.training.saved_model import Description, load_model, write_description, write_weights
 

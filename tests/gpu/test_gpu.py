@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ import pytest
 import torch
 
 import torchmae
+from torchmae import presets
 from torchmae.config import DataConfig, OptimConfig, PretrainConfig
 from torchmae.data.loader import Batch
 from torchmae.data.opening import open_data
 from torchmae.data.plan import Plan
-from torchmae.nn import presets
+from torchmae.nn.masking import Masker
 from torchmae.training.optim import build_optimizers
 from torchmae.training.runtime import open_runtime
-from torchmae.training.step import draw_mask, train_step
+from torchmae.training.step import train_step
 
 DEVICE = os.environ.get("TORCHMAE_TEST_DEVICE", "cuda")
 pytestmark = [
@@ -79,7 +81,7 @@ def losses(device: str, precision: str, **changes: Any) -> list[float]:
     found = []
     for step in range(10):
         batch = Batch(images, torch.zeros(8), np.arange(8), step)
-        mask = draw_mask(model, config.mask, 0, batch, runtime.device)
+        mask = Masker(model.encoder, **asdict(config.mask))(0, batch.epoch, batch.indices, runtime.device)
         # A step whose numbers are not finite leaves everything alone, which fused optimisers decide on the device.
         spoilt = images * torch.nan if step == 5 else images
         found.append(train_step(model, optimizers, spoilt, mask, config, runtime)[0].item())

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from torchmae import presets
 from torchmae.errors import CheckpointError
 from torchmae.interop.files import plain, read_file
 from torchmae.interop.reading import is_foreign, read_weights
 from torchmae.interop.weights import build
-from torchmae.nn import presets
 from torchmae.nn.encoder import ViTEncoder
 from torchmae.training.pretrained import load
 from torchmae.training.saved_model import Description, write_description

@@ -11,6 +11,7 @@ from torchmae.interop.weights import Weights, adapt_channels, build, initialise
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import random_mask
 from torchmae.nn.positions import resample
+from torchmae.presets import construct
 
 
 def weights(model: MaskedAutoencoder | None = None, **others: Any) -> Weights:
@@ -29,7 +30,7 @@ def weights(model: MaskedAutoencoder | None = None, **others: Any) -> Weights:
 
 
 def fresh(**overrides: Any) -> MaskedAutoencoder:
-    return MaskedAutoencoder(**{**ENCODER, **DECODER, **overrides}).eval()
+    return construct({**ENCODER, **DECODER, **overrides}).eval()
 
 
 def test_the_same_shape_gives_the_same_model() -> None:

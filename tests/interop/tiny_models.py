@@ -9,6 +9,7 @@ import torch
 from torchmae.interop.exports import Exported
 from torchmae.nn.classifier import Classifier
 from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.presets import construct
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 ENCODER: dict[str, Any] = {
@@ -32,7 +33,7 @@ def shaken(model: Any) -> Any:
 
 
 def mae(**overrides: Any) -> MaskedAutoencoder:
-    return shaken(MaskedAutoencoder(**{**ENCODER, **DECODER, **overrides}))
+    return shaken(construct({**ENCODER, **DECODER, **overrides}))
 
 
 def classifier(num_classes: int = 5, **overrides: Any) -> Classifier:

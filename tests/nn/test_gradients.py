@@ -8,7 +8,8 @@ import torch
 
 from torchmae.errors import ConfigError
 from torchmae.nn.gradients import BINS, oriented_gradients
-from torchmae.nn.presets import build
+from torchmae.nn.masking import Masker
+from torchmae.presets import build
 
 
 def ramp(angle: float, size: tuple[int, int] = (16, 24), contrast: float = 1.0) -> torch.Tensor:
@@ -67,7 +68,7 @@ def test_a_second_loss_in_training_only() -> None:
     torch.manual_seed(0)
     model = build("vit_digits", depth=1, hog_weight=2.0)
     images = torch.randn(4, 1, 8, 8)
-    mask = model.draw_mask("random", torch.rand(4, 16), 0.75)
+    mask = Masker(model.encoder, "random", 0.75).from_noise(torch.rand(4, 16))
     plain = model.eval()(images, mask)
     both = model.train()(images, mask)
     assert torch.equal(plain.pred, both.pred)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from torchmae.errors import ConfigError
 from torchmae.nn.mae import MaskedAutoencoder, no_weight_decay, parameter_counts
-from torchmae.nn.masking import Mask, mask_from_tokens, random_mask
+from torchmae.nn.masking import Mask, Masker, mask_from_tokens, random_mask
 from torchmae.nn.patches import gather, patchify, unpatchify
-from torchmae.nn.presets import build
+from torchmae.presets import build, construct
 
 DECODERS = ("self", "cross")
 
@@ -31,7 +31,7 @@ def tiny(**overrides: Any) -> MaskedAutoencoder:
         "decoder_num_heads": 3,
         "norm_pix": False,
     }
-    return MaskedAutoencoder(**(values | overrides))
+    return construct(values | overrides)
 
 
 def images_and_mask(model: MaskedAutoencoder, batch: int = 3, ratio: float = 0.75) -> tuple[Tensor, Mask]:
@@ -65,9 +65,9 @@ def test_the_loss_is_the_formula(decoder: str, norm_pix: bool) -> None:
             total += float(((pred[sample, m] - target) ** 2).sum())
     assert out.loss.dtype == torch.float32
     assert out.loss.item() == pytest.approx(total / pred.size, rel=1e-5)
-    assert model.num_targets(mask) == pred.size
-    assert torch.equal(model.hidden_predictions(out), out.pred)
-    targets = model.hidden_values(images, mask)
+    assert model.target.num_values(mask) == pred.size
+    assert torch.equal(model.target.hidden_predictions(out.pred, mask), out.pred)
+    targets = model.target.hidden_values(images, mask)
     assert torch.nn.functional.mse_loss(out.pred, targets).item() == pytest.approx(out.loss.item(), rel=1e-6)
 
 
@@ -94,7 +94,7 @@ def test_the_order_of_indices_does_not_matter(decoder: str) -> None:
 def test_hidden_pixels_never_reach_a_prediction(decoder: str, norm_pix: bool) -> None:
     model = tiny(decoder=decoder, norm_pix=norm_pix)
     images, mask = images_and_mask(model)
-    removed = model.removed_pixels(mask)
+    removed = mask.removed_pixels(model.patch_size, model.encoder.input_size)
     out = model(images, mask)
     assert torch.equal(model(images + 5 * torch.randn_like(images) * removed, mask).pred, out.pred)
     assert not torch.allclose(model(images + 0.5 * torch.randn_like(images) * ~removed, mask).pred, out.pred, atol=1e-4)
@@ -119,7 +119,7 @@ def test_the_cross_decoder_reads_class_token_and_visible_tokens_with_their_posit
     context = decoder.embed(encoded.patches) + decoder.pos_embed[0][mask.ids_keep]
     context = torch.cat([decoder.embed(encoded.prefix), context], dim=1)
     queries = decoder.mask_token + decoder.pos_embed[0][mask.ids_masked]
-    wanted = decoder.pred(decoder.norm(decoder.blocks[0](queries, context)))
+    wanted = decoder.norm(decoder.blocks[0](queries, context))
     torch.testing.assert_close(decoder(encoded, mask), wanted)
 
 
@@ -191,8 +191,8 @@ def test_reconstruct_pastes_visible_pixels_and_undoes_the_target(size: tuple[int
 def test_a_perfect_normalised_prediction_reconstructs_the_image() -> None:
     model = tiny(norm_pix=True)
     images, mask = images_and_mask(model)
-    target = model.hidden_values(images, mask)
-    model.decoder.tokens = lambda *_: target  # type: ignore[method-assign]
+    target = model.target.hidden_values(images, mask)
+    model.decoder.forward = lambda *_: target  # type: ignore[method-assign]
     model.decoder.pred = torch.nn.Identity()
     assert model(images, mask).loss.item() == 0.0
     torch.testing.assert_close(model.reconstruct(images, mask).images, images, rtol=1e-5, atol=1e-5)
@@ -202,7 +202,7 @@ def test_a_perfect_normalised_prediction_reconstructs_the_image() -> None:
 def test_visible_mean_is_the_mean_visible_target(norm_pix: bool) -> None:
     model = tiny(norm_pix=norm_pix)
     images, mask = images_and_mask(model)
-    mean = model.visible_mean(images, mask)
+    mean = model.target.visible_mean(images, mask)
     assert mean.shape == (3, 1, 24)
     visible = gather(patchify(images, (4, 2)), mask.ids_keep)
     if norm_pix:
@@ -243,7 +243,7 @@ def test_another_size_than_the_one_trained_on() -> None:
 def test_images_of_another_kind_are_an_error(shape: tuple[int, ...]) -> None:
     model = tiny()
     _, mask = images_and_mask(model)
-    for call in (model.forward, model.reconstruct, model.hidden_values, model.visible_mean):
+    for call in (model.forward, model.reconstruct):
         with pytest.raises(ConfigError, match=r"images have shape .*takes \(batch, 3, size, size\)"):
             call(torch.zeros(shape), mask)
 
@@ -254,7 +254,7 @@ def test_a_mask_that_does_not_fit_the_batch_is_an_error(batch: int, length: int)
     images, _ = images_and_mask(model)
     mask = random_mask(torch.rand(batch, length), (length,), 0.5)
     told = rf"mask is for {batch} images of {length} patches, the batch has 3 of 12"
-    for call in (model.forward, model.reconstruct, model.hidden_values, model.visible_mean):
+    for call in (model.forward, model.reconstruct):
         with pytest.raises(ConfigError, match=told):
             call(images, mask)
 
@@ -270,15 +270,18 @@ def test_a_user_s_mask() -> None:
 
 def test_masks_of_the_model_s_own_grid() -> None:
     model = tiny()
-    assert [model.noise_count(name) for name in ("random", "block", "grid")] == [12, 4, 2]
-    mask = model.draw_mask("random", torch.rand(2, 12), 0.75)
+    assert [Masker(model.encoder, name).noise_count for name in ("random", "block", "grid")] == [12, 4, 2]
+    mask = Masker(model.encoder, "random", 0.75).from_noise(torch.rand(2, 12))
     assert (mask.ids_keep.shape, mask.ids_masked.shape) == ((2, 3), (2, 9))
-    assert torch.equal(patchify(model.removed_pixels(mask), (4, 2)).all(-1), mask.removed())
-    for strategy, told in (("elements", "choose from random, block, grid"), ("blok", "did you mean 'block'")):
+    assert torch.equal(
+        patchify(mask.removed_pixels(model.patch_size, model.encoder.input_size), (4, 2)).all(-1), mask.removed()
+    )
+    for strategy, told in (
+        ("elements", "choose from random, block, grid, cells2, cells4"),
+        ("blok", "did you mean 'block'"),
+    ):
         with pytest.raises(ConfigError, match=told):
-            model.noise_count(strategy)
-        with pytest.raises(ConfigError, match=told):
-            model.draw_mask(strategy, torch.rand(2, 12), 0.75)
+            Masker(model.encoder, strategy)
 
 
 def test_arguments_that_cannot_work() -> None:
@@ -352,7 +355,7 @@ def test_reduced_precision_keeps_the_loss_in_full(decoder: str) -> None:
     full = model(images, mask)
     with torch.autocast("cpu", torch.bfloat16):
         reduced = model(images, mask)
-    assert reduced.loss.dtype == model.hidden_predictions(reduced).dtype == torch.float32
+    assert reduced.loss.dtype == model.target.hidden_predictions(reduced.pred, mask).dtype == torch.float32
     assert reduced.loss.item() == pytest.approx(full.loss.item(), rel=0.02)
 
 
@@ -363,7 +366,7 @@ def test_a_model_of_reduced_precision_has_a_loss_in_full() -> None:
     out = model(images, mask)
     assert out.pred.dtype == torch.bfloat16
     assert out.loss.dtype == torch.float32
-    wanted = torch.nn.functional.mse_loss(out.pred.float(), model.hidden_values(images, mask))
+    wanted = torch.nn.functional.mse_loss(out.pred.float(), model.target.hidden_values(images, mask))
     assert out.loss.item() == pytest.approx(wanted.item(), rel=1e-6)
 
 
@@ -390,7 +393,7 @@ def test_patches_of_the_prediction_lie_where_they_belong() -> None:
     # A prediction of each patch's own index must appear at that patch of the picture.
     model = tiny()
     images, mask = images_and_mask(model)
-    model.decoder.tokens = lambda *_: mask.ids_masked.float().unsqueeze(-1).expand(-1, -1, 24)  # type: ignore[method-assign]
+    model.decoder.forward = lambda *_: mask.ids_masked.float().unsqueeze(-1).expand(-1, -1, 24)  # type: ignore[method-assign]
     model.decoder.pred = torch.nn.Identity()
     filled = patchify(model.reconstruct(images, mask).images, (4, 2))
     index = torch.arange(12.0).reshape(1, 12, 1).expand(3, 12, 24)
@@ -407,14 +410,14 @@ def crossmae(**options: Any) -> MaskedAutoencoder:
 def test_partial_prediction_is_the_full_one_at_fewer_places() -> None:
     model = crossmae(predict_ratio=0.5, norm_pix=False)
     images, noise = torch.randn(4, 1, 8, 8), torch.rand(4, 16)
-    mask = model.draw_mask("random", noise, 0.75)
+    mask = Masker(model.encoder, "random", 0.75).from_noise(noise)
     full = model.eval()(images, mask)
     part = model.train()(images, mask)
     assert full.pred.shape[1] == 12
     assert part.pred.shape[1] == 6
     assert torch.equal(part.mask.ids_masked, mask.ids_masked[:, ::2])
     assert torch.allclose(part.pred, full.pred[:, ::2], atol=1e-6)
-    target = model.hidden_values(images, mask)[:, ::2]
+    target = model.target.hidden_values(images, mask)[:, ::2]
     assert part.loss.item() == pytest.approx(F.mse_loss(full.pred[:, ::2], target).item(), rel=1e-5)
 
 
@@ -433,7 +436,7 @@ def test_an_impossible_share_of_predictions(ratio: float) -> None:
 def test_feature_weights_begin_as_the_last_layer_and_learn() -> None:
     model = crossmae(feature_weights=True)
     images, noise = torch.randn(4, 1, 8, 8), torch.rand(4, 16)
-    mask = model.draw_mask("random", noise, 0.75)
+    mask = Masker(model.encoder, "random", 0.75).from_noise(noise)
     plain = crossmae()
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if "feature" not in k})
     assert torch.allclose(model(images, mask).pred, plain(images, mask).pred, atol=1e-5)
@@ -446,7 +449,7 @@ def test_feature_weights_begin_as_the_last_layer_and_learn() -> None:
 def test_each_decoder_block_reads_its_own_mixture() -> None:
     model = crossmae(feature_weights=True).eval()
     images, noise = torch.randn(2, 1, 8, 8), torch.rand(2, 16)
-    mask = model.draw_mask("random", noise, 0.75)
+    mask = Masker(model.encoder, "random", 0.75).from_noise(noise)
     before = model(images, mask).pred
     model.decoder.feature_weights.data[1] = torch.tensor([1.0, 0.0, 0.0, 0.0])  # the second block: the embedding only
     after = model(images, mask).pred

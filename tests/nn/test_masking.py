@@ -15,16 +15,15 @@ from torchmae.nn.masking import (
     STRATEGIES,
     Mask,
     block_mask,
-    elements_mask,
     grid_mask,
     mask_from_pixels,
     mask_from_tokens,
-    noise_count,
     num_keep,
     random_mask,
 )
 from torchmae.nn.patches import patchify
 from torchmae.random import Purpose, uniform
+from torchmae.tutorial import mlp as tutorial
 
 grids = st.one_of(
     st.tuples(st.integers(2, 40)),
@@ -35,8 +34,8 @@ ratios = st.floats(0.01, 0.99)
 
 
 def draw(strategy: str, grid: Sequence[int], ratio: float, seed: int, batch: int) -> Mask:
-    noise = torch.from_numpy(uniform(seed, 0, np.arange(batch), Purpose.MASK, noise_count(strategy, grid)))
-    return STRATEGIES[strategy](noise, grid, ratio)
+    noise = torch.from_numpy(uniform(seed, 0, np.arange(batch), Purpose.MASK, STRATEGIES[strategy].noise_count(grid)))
+    return STRATEGIES[strategy].draw(noise, grid, ratio)
 
 
 def is_partition(mask: Mask, length: int) -> bool:
@@ -81,12 +80,10 @@ def test_num_keep_of_the_paper() -> None:
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 1.5, 75, float("nan")])
 def test_a_ratio_outside_the_open_interval_is_an_error(ratio: float) -> None:
-    for strategy, mask in STRATEGIES.items():
-        noise = torch.rand(1, noise_count(strategy, (4, 4)))
+    for strategy in (STRATEGIES | tutorial.STRATEGIES).values():
+        noise = torch.rand(1, strategy.noise_count((4, 4)))
         with pytest.raises(ConfigError, match=r"mask ratio is .*between 0 and 1"):
-            mask(noise, (4, 4), ratio)
-    with pytest.raises(ConfigError, match="mask ratio is"):
-        elements_mask(torch.rand(1, 16), ratio)
+            strategy.draw(noise, (4, 4), ratio)
 
 
 def test_one_patch_cannot_be_masked() -> None:
@@ -113,13 +110,13 @@ def test_every_strategy_partitions_with_exact_counts(
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_sample_s_mask_depends_on_its_own_noise_alone(strategy: str) -> None:
-    noise = torch.rand(6, noise_count(strategy, (5, 7)))
-    whole = STRATEGIES[strategy](noise, (5, 7), 0.6)
-    again = STRATEGIES[strategy](noise.clone(), (5, 7), 0.6)
+    noise = torch.rand(6, STRATEGIES[strategy].noise_count((5, 7)))
+    whole = STRATEGIES[strategy].draw(noise, (5, 7), 0.6)
+    again = STRATEGIES[strategy].draw(noise.clone(), (5, 7), 0.6)
     assert torch.equal(whole.ids_keep, again.ids_keep)
     assert torch.equal(whole.ids_masked, again.ids_masked)
     for i in range(6):
-        alone = STRATEGIES[strategy](noise[i : i + 1], (5, 7), 0.6)
+        alone = STRATEGIES[strategy].draw(noise[i : i + 1], (5, 7), 0.6)
         assert torch.equal(alone.ids_keep[0], whole.ids_keep[i])
         assert torch.equal(alone.ids_masked[0], whole.ids_masked[i])
     assert len({tuple(ids) for ids in whole.removed().tolist()}) > 1
@@ -267,8 +264,7 @@ def test_pixels_by_sample_and_on_other_numbers_of_axes() -> None:
 
 def test_elements_hide_their_ratio_and_the_inverted_mask_the_rest() -> None:
     noise = torch.from_numpy(uniform(0, 0, np.arange(20), Purpose.MASK, 3072))
-    removed = elements_mask(noise, 0.75)
-    inverted = elements_mask(noise, 0.75, inverted=True)
+    removed, inverted = (strategy.draw(noise, (3072,), 0.75).flags for strategy in tutorial.STRATEGIES.values())
     sigma = (0.75 * 0.25 / noise.numel()) ** 0.5
     assert removed.double().mean() == pytest.approx(0.75, abs=5 * sigma)
     assert inverted.double().mean() == pytest.approx(0.25, abs=5 * sigma)
@@ -282,3 +278,24 @@ def test_a_mask_moves_between_devices() -> None:
     moved = mask.to("meta")
     assert moved.ids_keep.device.type == moved.ids_masked.device.type == "meta"
     assert moved.ids_keep.shape == mask.ids_keep.shape
+
+
+@pytest.mark.parametrize(("grid", "side", "ratio"), [((8, 8), 2, 0.75), ((8, 8), 4, 0.5), ((4, 4, 4), 2, 0.75)])
+def test_cells_are_removed_as_a_whole(grid: tuple[int, ...], side: int, ratio: float) -> None:
+    strategy = STRATEGIES[f"cells{side}"]
+    masks = strategy.draw(torch.rand(50, strategy.noise_count(grid)), grid, ratio).removed()
+    shape = [part for size in grid for part in (size // side, side)]
+    inside = tuple(range(2, 2 + 2 * len(grid), 2))
+    share = masks.view(50, *shape).double().mean(inside)
+    assert set(share.unique().tolist()) == {0.0, 1.0}
+    assert (share.flatten(1).mean(1) == ratio).all()
+    assert share.flatten(1).mean(0).std() < 0.15  # no cell is preferred
+
+
+def test_a_cell_is_cut_where_the_count_or_the_grid_asks_for_it() -> None:
+    mask = STRATEGIES["cells2"].draw(torch.rand(4, 6), (3, 5), 0.5)
+    assert mask.ids_keep.shape == (4, 8)
+    cells = torch.tensor([[0, 0, 1, 1, 2], [0, 0, 1, 1, 2], [3, 3, 4, 4, 5]]).flatten()
+    for removed in mask.removed():
+        cut = [cell for cell in range(6) if 0 < removed[cells == cell].double().mean() < 1]
+        assert len(cut) <= 1

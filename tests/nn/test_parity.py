@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from torchmae.nn.encoder import ViTEncoder
-from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import random_mask
 from torchmae.nn.patches import gather
 from torchmae.nn.positions import sincos
+from torchmae.presets import compose
 
 timm_vit = pytest.importorskip("timm.models.vision_transformer")
 transformers = pytest.importorskip("transformers")
@@ -86,7 +86,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_loss_predictions_and_gradients_equal_transformers(case: dict[str, Any], norm_pix: bool) -> None:
     width, decoder_depth, decoder_heads = case["dec"]
-    ours = MaskedAutoencoder(
+    ours = compose(
         input_size=(case["size"],) * 2,
         patch_size=(case["patch"],) * 2,
         in_chans=case["chans"],
@@ -148,11 +148,20 @@ def test_positions_equal_those_of_the_released_weights(height: int, width: int) 
     torch.testing.assert_close(sincos(32, (height, width), num_prefix=1), table.roll(16, dims=1))
 
 
-@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize(("class_token", "registers"), [(True, 0), (False, 0), (True, 4), (False, 2)])
 @pytest.mark.parametrize(("size", "patch", "chans"), [((224, 224), (16, 16), 3), ((24, 40), (4, 8), 2)])
-def test_the_encoder_is_timms(class_token: bool, size: tuple[int, int], patch: tuple[int, int], chans: int) -> None:
+def test_the_encoder_is_timms(
+    class_token: bool, registers: int, size: tuple[int, int], patch: tuple[int, int], chans: int
+) -> None:
     ours = ViTEncoder(
-        input_size=size, patch_size=patch, in_chans=chans, embed_dim=192, depth=12, num_heads=3, class_token=class_token
+        input_size=size,
+        patch_size=patch,
+        in_chans=chans,
+        embed_dim=192,
+        depth=12,
+        num_heads=3,
+        class_token=class_token,
+        registers=registers,
     )
     shaken(ours)
     theirs = timm_vit.VisionTransformer(
@@ -163,6 +172,7 @@ def test_the_encoder_is_timms(class_token: bool, size: tuple[int, int], patch: t
         depth=12,
         num_heads=3,
         class_token=class_token,
+        reg_tokens=registers,
         global_pool="",
         num_classes=0,
     )

@@ -6,16 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from torchmae import presets
 from torchmae.config.plan import PlanOptions, number_of
 from torchmae.errors import ConfigError
-from torchmae.nn import presets
 from torchmae.nn.flops import count_flops
+from torchmae.nn.mae import parameter_counts
+from torchmae.nn.masking import Masker
 from torchmae.planning.cost import (
     GPUS,
     MEASURED_MFU,
     activation_bytes,
     assumed_mfu,
-    count_parameters,
     describe,
     plan,
     state_bytes,
@@ -27,7 +28,9 @@ def kept(values: dict[str, Any], ratio: float, batch: int) -> int:
     """Bytes of the tensors that PyTorch keeps for a backward pass, weights apart, each memory once."""
     model = presets.construct(values)
     images = torch.randn(batch, values["in_chans"], *values["input_size"])
-    mask = model.draw_mask("random", torch.rand(batch, model.noise_count("random")), ratio)
+    mask = Masker(model.encoder, "random", ratio).from_noise(
+        torch.rand(batch, Masker(model.encoder, "random").noise_count)
+    )
     weights = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
     held: dict[int, Tensor] = {}
 
@@ -72,12 +75,12 @@ def test_a_step_is_its_operations_over_what_the_gpu_reaches() -> None:
     options = PlanOptions(model="vit_large", images="1000", epochs=2, batch_size=64, gpus=1, gpu="a100", mfu=0.5)
     cost = plan(options)
     values = presets.arguments("vit_large")
-    flops = count_flops(values, 0.75).training
+    flops = count_flops(presets.weightless(values), 0.75).training
     assert cost.compute_s == pytest.approx(64 * flops / (312e12 * 0.5))
     assert cost.step_s == cost.compute_s
     assert cost.gpu_hours == cost.hours == pytest.approx(1000 * 2 * flops / (312e12 * 0.5) / 3600)
     assert (cost.bound, cost.fits, cost.accumulate, cost.micro_batch) == ("compute", True, 1, 64)
-    assert cost.parameters == count_parameters(values) == pytest.approx(329e6, rel=0.01)
+    assert cost.parameters == sum(parameter_counts(presets.weightless(values))) == pytest.approx(329e6, rel=0.01)
 
 
 def test_the_share_of_the_peak_is_the_measured_one() -> None:

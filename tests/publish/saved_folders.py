@@ -8,8 +8,8 @@ from typing import Any
 
 from tiny_models import DECODER, ENCODER, MEAN, STD, classifier, shaken
 
+from torchmae import presets
 from torchmae.config import PretrainConfig
-from torchmae.nn import presets
 from torchmae.settings import to_yaml
 from torchmae.training.saved_classifier import ClassifierDescription, save_classifier
 from torchmae.training.saved_model import Description, write_description, write_weights

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from torchmae import presets
 from torchmae.config import PretrainConfig
 from torchmae.data.loader import Batch
 from torchmae.data.plan import Plan, shard
-from torchmae.nn import presets
-from torchmae.nn.autoencoder import Autoencoder
+from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.training.pretrain import pretrain
 from torchmae.training.progress import Display
 from torchmae.training.run_folder import RunFolder
@@ -23,7 +23,7 @@ from torchmae.training.state import State
 RUNTIME = Runtime(torch.device("cpu"), "fp32", 1)
 
 
-def vit(**overrides: Any) -> Autoencoder:
+def vit(**overrides: Any) -> MaskedAutoencoder:
     """A network of a few thousand weights, the same at every call."""
     torch.manual_seed(1)
     sizes = {"depth": 1, "embed_dim": 16, "num_heads": 2}
@@ -31,7 +31,7 @@ def vit(**overrides: Any) -> Autoencoder:
     return presets.build("vit_digits", **(sizes | decoder | overrides))
 
 
-def mlp(**overrides: Any) -> Autoencoder:
+def mlp(**overrides: Any) -> MaskedAutoencoder:
     torch.manual_seed(1)
     return presets.build("mlp", **({"input_size": (8, 8), "in_chans": 1, "hidden_dim": 12} | overrides))
 
@@ -79,7 +79,9 @@ class Memory:
         return [record for record in self.records if record["kind"] == kind]
 
 
-def train(config: PretrainConfig, model: Autoencoder, loader: Images, out: Path, **others: Any) -> tuple[State, Memory]:
+def train(
+    config: PretrainConfig, model: MaskedAutoencoder, loader: Images, out: Path, **others: Any
+) -> tuple[State, Memory]:
     """One call of the loop."""
     out.mkdir(parents=True, exist_ok=True)
     tracker = Memory()

@@ -13,7 +13,8 @@ from torch._functorch import config as functorch
 
 from torchmae.config import OptimConfig, PretrainConfig
 from torchmae.errors import ConfigError
-from torchmae.nn.autoencoder import Autoencoder
+from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.nn.masking import Masker
 from torchmae.training import compilation
 from torchmae.training.compilation import MAX_WHOLE, check_compiler, compile_model, first_shapes_only, parts
 
@@ -74,7 +75,7 @@ def test_one_run_after_another_is_compiled(compiled: list[int]) -> None:
     assert compiled == sizes
 
 
-def depth(count: int, **changes: float) -> Autoencoder:
+def depth(count: int, **changes: float) -> MaskedAutoencoder:
     return vit(depth=count - 1, decoder_depth=1, **changes)
 
 
@@ -89,7 +90,7 @@ def depth(count: int, **changes: float) -> Autoencoder:
     ],
     ids=["few blocks", "many blocks", "between blocks", "rates that differ", "no blocks"],
 )
-def test_a_deep_model_is_compiled_block_by_block(model: Autoencoder, by_block: bool, count: int) -> None:
+def test_a_deep_model_is_compiled_block_by_block(model: MaskedAutoencoder, by_block: bool, count: int) -> None:
     found = parts(model, by_block)
     assert len(found) == count
     assert (found == [model]) is (count == 1)
@@ -123,7 +124,7 @@ def test_the_budget_saves_memory_and_changes_nothing() -> None:
     def kept(budget: float | None) -> tuple[int, Tensor, dict[str, Tensor]]:
         torch.manual_seed(0)
         model = vit(depth=2)
-        images, noise = torch.randn(4, 1, 8, 8), torch.rand(4, model.noise_count("random"))
+        images, noise = torch.randn(4, 1, 8, 8), torch.rand(4, Masker(model.encoder, "random").noise_count)
         sizes: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
@@ -134,7 +135,7 @@ def test_the_budget_saves_memory_and_changes_nothing() -> None:
             if budget is not None:
                 compile_model(model, torch.device("cpu"), budget=budget)
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                loss = model(images, model.draw_mask("random", noise, 0.5)).loss
+                loss = model(images, Masker(model.encoder, "random", 0.5).from_noise(noise)).loss
             loss.backward()
         held = {parameter.data_ptr() for parameter in model.parameters()}
         gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}

@@ -11,7 +11,7 @@ from torch import nn
 
 from torchmae.config import PretrainConfig
 from torchmae.errors import ConfigError, TrainingError
-from torchmae.nn.autoencoder import Autoencoder
+from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.settings import parse
 from torchmae.training import fit
 from torchmae.training.fit import fit_batch, largest_share
@@ -51,7 +51,7 @@ def test_every_rank_gets_the_same_share(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_tried_step_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     copies: list[weakref.ref[nn.Module]] = []
 
-    def prepared(model: Autoencoder, config: PretrainConfig, runtime: Runtime) -> nn.Module:
+    def prepared(model: MaskedAutoencoder, config: PretrainConfig, runtime: Runtime) -> nn.Module:
         assert runtime.ranks.world_size == 1  # or one rank that runs out of memory would leave the others waiting
         copies.append(weakref.ref(blocks(model)[0]))
         return prepare(model, config, runtime)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from torchmae import presets
 from torchmae.config import OptimConfig
-from torchmae.nn import presets
+from torchmae.nn.masking import Masker
 from torchmae.random import Purpose, uniform
 from torchmae.training.optim import build_optimizers, lr_factor, set_lr
 
@@ -37,8 +38,8 @@ def curve(decoder: str, optimizer: str) -> list[float]:
     losses = []
     for step in range(STEPS):
         set_lr(optimizers, lr_factor(step, STEPS, config))
-        noise = torch.from_numpy(uniform(0, step, index, Purpose.MASK, model.noise_count("random")))
-        loss = model(images, model.draw_mask("random", noise, 0.75)).loss
+        noise = torch.from_numpy(uniform(0, step, index, Purpose.MASK, Masker(model.encoder, "random").noise_count))
+        loss = model(images, Masker(model.encoder, "random", 0.75).from_noise(noise)).loss
         loss.backward()
         for item in optimizers:
             item.step()

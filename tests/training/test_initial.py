@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from torchmae import presets
 from torchmae.config import ModelConfig
 from torchmae.errors import CheckpointError, ConfigError
 from torchmae.interop.weights import Weights, initialise
-from torchmae.nn import presets
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.training.initial import adopt_shape, read_initial
 from torchmae.training.saved_model import Description, write_description, write_weights
@@ -86,10 +86,12 @@ def test_weights_of_others(tmp_path: Path) -> None:
 
 def test_the_mlp_model_neither_gives_nor_takes(tmp_path: Path) -> None:
     run(tmp_path, presets.arguments("mlp", input_size=(8, 8), in_chans=1, hidden_dim=12))
-    with pytest.raises(ConfigError, match="holds the mlp model; give --init-from weights of a vision transformer"):
+    with pytest.raises(
+        ConfigError, match="holds a model without patches; give --init-from weights of a vision transformer"
+    ):
         read_initial(tmp_path)
     (tmp_path / "vit").mkdir()
-    with pytest.raises(ConfigError, match="the mlp model cannot start from a vision transformer's weights"):
+    with pytest.raises(ConfigError, match="cannot start from a vision transformer's weights"):
         adopt_shape(ModelConfig(preset="mlp"), read_initial(run(tmp_path / "vit")))
 
 

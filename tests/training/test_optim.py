@@ -5,13 +5,13 @@ from math import cos, pi, sqrt
 import pytest
 import torch
 
+from torchmae import presets
 from torchmae.config import OptimConfig
-from torchmae.nn import presets
-from torchmae.nn.autoencoder import Autoencoder
+from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.training.optim import build_optimizers, gradient_norm, lr_factor, peak_lr, set_lr
 
 
-def model() -> Autoencoder:
+def model() -> MaskedAutoencoder:
     return presets.build("vit_digits", depth=2, embed_dim=8, num_heads=2, decoder_embed_dim=8, decoder_num_heads=2)
 
 

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,7 +23,8 @@ from torchmae.config import ModelConfig, OptimConfig, PretrainConfig
 from torchmae.data.loader import Batch
 from torchmae.data.plan import Plan
 from torchmae.errors import CheckpointError, Interrupted, TrainingError
-from torchmae.nn.autoencoder import Autoencoder
+from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.nn.masking import Masker
 from torchmae.training import compilation, window
 from torchmae.training import pretrain as module
 from torchmae.training.checkpoint import load_checkpoint
@@ -32,10 +34,24 @@ from torchmae.training.progress import Display
 from torchmae.training.ranks import Ranks, one_line_when_lost
 from torchmae.training.runtime import Runtime
 from torchmae.training.state import State, input_range, restore
-from torchmae.training.step import draw_mask, train_step
+from torchmae.training.step import train_step
 
 # 10 images in batches of 4: an epoch is 4, 4, 2.
 CONFIG = PretrainConfig(epochs=3, batch_size=4, log_every=2, optim=OptimConfig(lr=1e-3))
+
+
+def test_each_target_has_its_own_loss_and_the_first_is_the_one_that_validation_measures(tmp_path: Path) -> None:
+    model, loader = vit(hog_weight=3.0), images(8)
+    masker = Masker(model.encoder)
+    with torch.no_grad():
+        output = model.train()(loader.images, masker(0, 0, np.arange(8)))
+        alone = model.eval()(loader.images, masker(0, 0, np.arange(8))).loss
+    config = replace(CONFIG, batch_size=8, epochs=1, log_every=1, accumulate=2, seed=0)
+    _, tracker = train(config, model, loader, tmp_path)
+    (step,), (epoch,) = tracker.of("train"), tracker.of("epoch")
+    assert step["loss"] == epoch["loss"] == pytest.approx(alone.item(), rel=1e-5)
+    assert step["loss_hog"] == pytest.approx(output.losses[1].item(), rel=1e-5)
+    assert output.loss.item() == pytest.approx(step["loss"] + 3 * step["loss_hog"], rel=1e-5)
 
 
 def test_the_loop_is_the_plain_one(tmp_path: Path) -> None:
@@ -48,7 +64,10 @@ def test_the_loop_is_the_plain_one(tmp_path: Path) -> None:
     for batch in loader.train_batches(plan, 0, 9):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * lr_factor(len(losses), 9, CONFIG.optim)
-        loss = plain(batch.images, draw_mask(plain, CONFIG.mask, 0, batch, torch.device("cpu"))).loss
+        loss = plain(
+            batch.images,
+            Masker(plain.encoder, **asdict(CONFIG.mask))(0, batch.epoch, batch.indices, torch.device("cpu")),
+        ).loss
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -215,7 +234,7 @@ def test_minutes_become_steps(tmp_path: Path, clock: Clock, monkeypatch: pytest.
     before = {name: value.clone() for name, value in model.state_dict().items()}
     probing = []
 
-    def step(network: Autoencoder, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def step(network: MaskedAutoencoder, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         # The first steps are slow, as those of a cold machine are; they do not count.
         probing.append(network is not model)
         clock.now += 5.0 if len(probing) <= 5 else 0.25
@@ -299,7 +318,7 @@ def test_a_step_without_a_finite_loss_is_left_out(tmp_path: Path, log_every: int
     for step, batch in enumerate(whole.train_batches(plan, 0, 9)):
         if step + 1 not in bad:
             set_lr([optimizer], lr_factor(step, 9, CONFIG.optim))
-            mask = draw_mask(plain, CONFIG.mask, 0, batch, torch.device("cpu"))
+            mask = Masker(plain.encoder, **asdict(CONFIG.mask))(0, batch.epoch, batch.indices, torch.device("cpu"))
             train_step(plain, [optimizer], batch.images, mask, CONFIG, RUNTIME)
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
 
@@ -464,7 +483,9 @@ def test_nothing_that_is_not_finite_is_saved(tmp_path: Path, where: str) -> None
     assert finite(tmp_path)
 
 
-def interrupted_and_resumed(config: PretrainConfig, make: Callable[[], Autoencoder], out: Path) -> Autoencoder:
+def interrupted_and_resumed(
+    config: PretrainConfig, make: Callable[[], MaskedAutoencoder], out: Path
+) -> MaskedAutoencoder:
     """A run that is stopped after each third of its steps and goes on with a new model each time."""
     loader = images(10)
     for _ in range(3):
@@ -487,7 +508,7 @@ def interrupted_and_resumed(config: PretrainConfig, make: Callable[[], Autoencod
     ids=["adamw", "muon", "drop_path", "one step an epoch"],
 )
 def test_resumed_equals_uninterrupted(tmp_path: Path, config: PretrainConfig) -> None:
-    def make() -> Autoencoder:
+    def make() -> MaskedAutoencoder:
         return vit(drop_path=config.model.drop_path, depth=2)
 
     whole = make()

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 import torchmae
+from torchmae import presets
 from torchmae.data.transforms import Normalisation
 from torchmae.errors import ConfigError, DataError
-from torchmae.nn import presets
 from torchmae.training.pretrained import Pretrained
 from torchmae.training.saved_model import Description, write_description, write_weights
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from small import images, mlp, train, vit
 
 from torchmae.config import MaskConfig, PretrainConfig
 from torchmae.errors import ConfigError
-from torchmae.training.progression import check_progression, early_images, mask_ratio
+from torchmae.nn.masking import Masker
+from torchmae.training.progression import check_progression, early_images
 
 
 def config(**values: Any) -> PretrainConfig:
@@ -17,10 +19,10 @@ def config(**values: Any) -> PretrainConfig:
 
 
 def test_the_ratio_goes_in_a_straight_line() -> None:
-    changing = MaskConfig(ratio=0.5, final_ratio=0.9)
-    assert [mask_ratio(changing, step, 5) for step in range(5)] == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.9])
-    assert mask_ratio(changing, 0, 1) == 0.5
-    assert mask_ratio(MaskConfig(ratio=0.5), 3, 5) == 0.5
+    changing = Masker(vit().encoder, "random", 0.5, final_ratio=0.9)
+    assert [changing.at(step, 5).ratio for step in range(5)] == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.9])
+    assert changing.at(0, 1).ratio == 0.5
+    assert replace(changing, final_ratio=None).at(3, 5).ratio == 0.5
 
 
 def test_small_images_come_first() -> None:
@@ -69,7 +71,7 @@ def test_what_cannot_be(values: dict[str, Any], message: str) -> None:
 
 
 def test_a_model_without_patches_has_one_size() -> None:
-    with pytest.raises(ConfigError, match="needs a model of patches"):
+    with pytest.raises(ConfigError, match="no patches"):
         check_progression(config(start_size=4), mlp())
     check_progression(config(), mlp())
 

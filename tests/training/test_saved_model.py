@@ -7,10 +7,10 @@ import pytest
 import torch
 from small import mlp, vit
 
+from torchmae import presets
 from torchmae.errors import CheckpointError
-from torchmae.nn import presets
-from torchmae.nn.autoencoder import Autoencoder
 from torchmae.nn.classifier import Classifier
+from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.training.checkpoint import save_checkpoint
 from torchmae.training.saved_classifier import ClassifierDescription, load_classifier, save_classifier
 from torchmae.training.saved_model import Description, load_model, write_description, write_weights
@@ -23,12 +23,12 @@ DESCRIPTION = Description(
 )
 
 
-def write(folder: Path, model: Autoencoder, description: Description = DESCRIPTION) -> None:
+def write(folder: Path, model: MaskedAutoencoder, description: Description = DESCRIPTION) -> None:
     write_description(folder / "model.json", description)
     write_weights(folder / "model.safetensors", model.state_dict())
 
 
-def same(one: Autoencoder, other: Autoencoder) -> bool:
+def same(one: MaskedAutoencoder, other: MaskedAutoencoder) -> bool:
     return all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -11,9 +11,10 @@ from small import RUNTIME, images, mlp, vit
 from torchmae.config import MaskConfig, OptimConfig, PretrainConfig
 from torchmae.data.loader import Batch
 from torchmae.data.plan import Plan
-from torchmae.nn.autoencoder import Autoencoder
+from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.nn.masking import Masker
 from torchmae.training.optim import build_optimizers
-from torchmae.training.step import draw_mask, split_mask, step_if_finite, train_step
+from torchmae.training.step import step_if_finite, train_step
 
 
 @pytest.mark.parametrize("accumulate", [3, 4, 7])
@@ -27,7 +28,7 @@ from torchmae.training.step import draw_mask, split_mask, step_if_finite, train_
     ],
 )
 def test_parts_of_a_batch_make_the_step_of_the_whole(
-    make: Callable[[], Autoencoder], strategy: str, accumulate: int
+    make: Callable[[], MaskedAutoencoder], strategy: str, accumulate: int
 ) -> None:
     batch = next(images(7).train_batches(Plan(7, 7, 0), 0, 1))
     results = []
@@ -42,9 +43,9 @@ def test_parts_of_a_batch_make_the_step_of_the_whole(
         (optimizer,) = build_optimizers(model, replace(config.optim, name="adam"), 7)
         for group in optimizer.param_groups:
             group["eps"] = 1.0  # else Adam's division by tiny gradients would enlarge what rounding leaves
-        mask = draw_mask(model, config.mask, 0, batch, torch.device("cpu"))
-        loss, norm = train_step(model, [optimizer], batch.images, mask, config, RUNTIME)
-        assert norm is not None
+        mask = Masker(model.encoder, **asdict(config.mask))(0, batch.epoch, batch.indices, torch.device("cpu"))
+        loss, norm, losses = train_step(model, [optimizer], batch.images, mask, config, RUNTIME)
+        assert losses.tolist() == [loss]
         assert all(p.grad is None for p in model.parameters())
         results.append((loss.item(), norm.item(), [p.detach() for p in model.parameters()]))
     (loss, norm, weights), (parts_loss, parts_norm, parts_weights) = results
@@ -62,9 +63,9 @@ def test_gradients_are_clipped_and_the_norm_is_that_before() -> None:
         model = vit()
         before = [p.detach().clone() for p in model.parameters()]
         config = PretrainConfig(batch_size=7, optim=OptimConfig(clip_grad=limit))
-        mask = draw_mask(model, config.mask, 0, batch, torch.device("cpu"))
+        mask = Masker(model.encoder, **asdict(config.mask))(0, batch.epoch, batch.indices, torch.device("cpu"))
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        _, norm = train_step(model, [optimizer], batch.images, mask, config, RUNTIME)
+        norm = train_step(model, [optimizer], batch.images, mask, config, RUNTIME).norm
         moved = torch.cat([(p - old).flatten() for p, old in zip(model.parameters(), before, strict=True)])
         return norm.item(), moved.norm().item()
 
@@ -77,8 +78,8 @@ def test_gradients_are_clipped_and_the_norm_is_that_before() -> None:
 def test_masks_are_cut_as_batches_are() -> None:
     model = vit()
     batch = next(images(7).train_batches(Plan(7, 7, 0), 0, 1))
-    mask = draw_mask(model, MaskConfig(), 0, batch, torch.device("cpu"))
-    parts = split_mask(mask, 3)
+    mask = Masker(model.encoder, **asdict(MaskConfig()))(0, batch.epoch, batch.indices, torch.device("cpu"))
+    parts = mask.tensor_split(3)
     assert [len(part.ids_keep) for part in parts] == [len(part) for part in batch.images.tensor_split(3)] == [3, 2, 2]
     assert torch.equal(torch.cat([part.ids_masked for part in parts]), mask.ids_masked)
 
@@ -87,10 +88,19 @@ def test_a_mask_depends_on_seed_epoch_and_index_alone() -> None:
     model, cpu = vit(), torch.device("cpu")
     one = Batch(torch.zeros(3, 1, 8, 8), torch.zeros(3), torch.tensor([5, 1, 9]).numpy(), 2)
     other = Batch(torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.tensor([9, 5]).numpy(), 2)
-    first = draw_mask(model, MaskConfig(), 3, one, cpu).ids_keep
-    assert torch.equal(first[[2, 0]], draw_mask(model, MaskConfig(), 3, other, cpu).ids_keep)
-    assert not torch.equal(first, draw_mask(model, MaskConfig(), 4, one, cpu).ids_keep)
-    assert not torch.equal(first, draw_mask(model, MaskConfig(), 3, replace(one, epoch=3), cpu).ids_keep)
+    first = Masker(model.encoder, **asdict(MaskConfig()))(3, one.epoch, one.indices, cpu).ids_keep
+    assert torch.equal(
+        first[[2, 0]], Masker(model.encoder, **asdict(MaskConfig()))(3, other.epoch, other.indices, cpu).ids_keep
+    )
+    assert not torch.equal(
+        first, Masker(model.encoder, **asdict(MaskConfig()))(4, one.epoch, one.indices, cpu).ids_keep
+    )
+    assert not torch.equal(
+        first,
+        Masker(model.encoder, **asdict(MaskConfig()))(
+            3, replace(one, epoch=3).epoch, replace(one, epoch=3).indices, cpu
+        ).ids_keep,
+    )
 
 
 @pytest.mark.parametrize("loss, norm", [(1.0, math.nan), (math.inf, 1.0), (math.nan, math.nan)])

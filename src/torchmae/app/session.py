@@ -30,11 +30,10 @@ from torchmae.evaluation.feature_maps import (
     content_tokens,
     nearest,
     patch_colours,
-    require_patches,
 )
 from torchmae.evaluation.inpainting import interpolate
 from torchmae.evaluation.subject import Subject
-from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.nn.mae import require_patches
 from torchmae.nn.masking import Mask, mask_from_pixels, mask_from_tokens
 from torchmae.nn.patches import patchify
 from torchmae.training.pretrained import Pretrained, load
@@ -200,7 +199,7 @@ class Session:
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the first run's patches."""
-        rows, columns = _vit(self.models[0]).encoder.grid
+        rows, columns = self.models[0].model.encoder.grid
         return rows, columns
 
     @property
@@ -257,7 +256,8 @@ class Session:
             raise ConfigError("a patch outside the image is hidden", f"number patches from 0 to {len(flags) - 1}")
         flags[list(hidden)] = True
         first = mask_from_tokens(flags)
-        removed = _vit(self.models[0]).removed_pixels(first)
+        vit = self.models[0].model
+        removed = first.removed_pixels(vit.patch_size, vit.encoder.input_size)
         return [
             self._fill(name, model, images, first if number == 0 else _same_hole(removed, name, model))
             for number, (name, model, images) in enumerate(zip(self.names, self.models, picture.images, strict=True))
@@ -312,7 +312,7 @@ class Session:
             for item in (images, result.images, interpolate(images, result.removed))
         )
         removed = result.removed[0].cpu()
-        model = _vit(pretrained)
+        model = pretrained.model
         error = patchify((filled - original)[None], model.patch_size).square().mean(-1).sqrt()[0]
         flags = mask.removed()[0].cpu()
         return Filled(
@@ -323,14 +323,14 @@ class Session:
             hidden=float(flags.float().mean()),
             model=_errors(filled, original, removed),
             interpolation=_errors(guess, original, removed),
-            norm_pix=model.norm_pix,
+            norm_pix=model.target.norm_pix,
         )
 
     def _look(self, name: str, pretrained: Pretrained, images: Tensor) -> Seen:
-        model = _vit(pretrained)
+        model = pretrained.model
         with self._busy:
             colours = patch_colours(content_tokens(model, images))
-            attention = class_attention(model, images)[0] if model.encoder.num_prefix_tokens else None
+            attention = class_attention(model, images)[0] if model.encoder.has_class_token else None
         grid = model.encoder.grid
         return Seen(
             name,
@@ -438,7 +438,7 @@ def check_model(name: str, pretrained: Pretrained) -> None:
             "use `torchmae reconstruct` and `torchmae visualize`",
         )
     try:
-        require_patches(pretrained.model)
+        require_patches(pretrained.model, "to look at")
     except ConfigError as error:
         raise ConfigError(f"{name}: {error.problem}", error.fix) from error
 
@@ -474,10 +474,6 @@ def check_bank(bank: Bank, pretrained: Pretrained) -> None:
         )
 
 
-def _vit(pretrained: Pretrained) -> MaskedAutoencoder:
-    return require_patches(pretrained.model)
-
-
 def _to_show(pretrained: Pretrained, images: Tensor) -> FloatArray:
     """(1, C, H, W) as the model takes it to (C, H, W) in [0, 1]."""
     shown: FloatArray = pretrained.description.normalisation.shown(images)[0].numpy()
@@ -495,6 +491,6 @@ def _same_hole(removed: Tensor, name: str, pretrained: Pretrained) -> Mask:
     size = pretrained.description.input_size
     resized = F.interpolate(removed.float(), size=size, mode="nearest")[:, 0] > 0
     try:
-        return mask_from_pixels(resized, _vit(pretrained).patch_size)
+        return mask_from_pixels(resized, pretrained.model.patch_size)
     except ConfigError as error:
         raise ConfigError(f"{name}, whose patches are larger: {error.problem}", "hide less, or a block") from error

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torchmae import presets
 from torchmae.bench.peers import PEERS, PeerSizes
 from torchmae.config import PretrainConfig
-from torchmae.data.loader import Batch
 from torchmae.errors import ConfigError
-from torchmae.nn import presets
-from torchmae.nn.masking import num_keep
+from torchmae.nn.masking import Masker, num_keep
 from torchmae.training.optim import build_optimizers
 from torchmae.training.runtime import Runtime, open_runtime
-from torchmae.training.step import draw_mask, prepare, train_step
+from torchmae.training.step import prepare, train_step
 
 OURS = "torchmae"
 
@@ -89,8 +88,9 @@ def peer_sizes(config: PretrainConfig, arguments: dict[str, Any], code: str) -> 
         ConfigError: what that code cannot do.
     """
     unlike = {
-        "model.preset": "hidden_dim" in arguments,
+        "model.preset": "patch_size" not in arguments,
         "model.decoder": arguments.get("decoder", "self") != "self",
+        "model.registers": bool(arguments.get("registers")),
         "model.class_token": not arguments.get("class_token", True),
         "model.drop_path": arguments.get("drop_path", 0) != 0,
         "model.input_size": len(set(arguments["input_size"])) != 1 or len(arguments["input_size"]) != 2,
@@ -114,12 +114,11 @@ def _ours(config: PretrainConfig, arguments: dict[str, Any], runtime: Runtime, i
     wrapped = prepare(model, config, runtime)
     assert wrapped is model  # on one rank; `step` may therefore be given another in its place
     indices = np.arange(len(images))
-    labels = torch.full((len(images),), -1)
     epochs = count()
+    masker = Masker(model.encoder, config.mask.strategy, config.mask.ratio)
 
     def step(model: Any, optimizers: Any) -> Tensor:
-        batch = Batch(images, labels, indices, next(epochs))  # another epoch, other masks
-        mask = draw_mask(model, config.mask, config.seed, batch, runtime.device)
+        mask = masker(config.seed, next(epochs), indices, runtime.device)  # another epoch, other masks
         return train_step(model, optimizers, images, mask, config, runtime)[0]
 
     return Contender(model, optimizers, step, runtime, arguments, images)

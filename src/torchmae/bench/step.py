@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from statistics import median
 
+from torchmae import presets
 from torchmae.bench.contenders import OURS, model_arguments, peer_sizes
 from torchmae.bench.processes import Introduction, Process
 from torchmae.bench.results import Report, Result
@@ -63,7 +64,7 @@ def measure_step(rivals: Sequence[Entry], options: BenchStep, progress: Progress
     results = []
     for entry in rivals:
         name, about = entry.name, told[entry.name]
-        flops = count_flops(about.arguments, entry.config.mask.ratio).training
+        flops = count_flops(presets.weightless(about.arguments), entry.config.mask.ratio).training
         figures = {
             "flops_per_image": flops,
             "share_of_peak": median(speeds[name]) * flops / peaks[about.precision],

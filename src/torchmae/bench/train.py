@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+from torchmae import presets
 from torchmae.bench.contenders import OURS, Contender, build, model_arguments
 from torchmae.bench.processes import images_per_second, step_shares, warm_up
 from torchmae.bench.results import Report, Result
@@ -19,7 +20,6 @@ from torchmae.config.bench import BenchTrain
 from torchmae.data.formats import Progress
 from torchmae.data.opening import Data, open_data
 from torchmae.errors import Interrupted
-from torchmae.nn import presets
 from torchmae.training.pretrain import Evaluator, pretrain
 from torchmae.training.progress import Display
 from torchmae.training.run_folder import RunFolder

@@ -11,7 +11,7 @@ from torchmae.config.reconstruct import ReconstructOptions
 from torchmae.data.formats import Context
 from torchmae.data.transforms import FULL_SCALE, eval_box, resample
 from torchmae.errors import ConfigError
-from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.nn.mae import require_patches
 from torchmae.nn.masking import Mask, mask_from_pixels
 from torchmae.report.pictures import reconstruction_grid, save_png
 from torchmae.training.pretrained import Pretrained, load, read_image
@@ -51,8 +51,7 @@ def hole(pretrained: Pretrained, path: Path, count: int) -> Mask:
     Raises:
         ConfigError: a model without patches or not of images, or a hole that covers no patch or all of them.
     """
-    if not isinstance(pretrained.model, MaskedAutoencoder):
-        raise ConfigError("the mlp model has no patches to put a hole in", "use a vit model")
+    require_patches(pretrained.model, "to put a hole in")
     size = pretrained.description.input_size
     if len(size) != 2:
         raise ConfigError(

@@ -85,7 +85,7 @@ class ReconstructionOptions(Settings, group="reconstruction."):
 
     Attributes:
         ratios: shares of the patches that are masked, each in (0, 1).
-        strategies: random, block, grid (elements for the mlp model); null: all that the model has.
+        strategies: names of mask strategies; null: all that the model has.
         images: test images used, at most.
     """
 

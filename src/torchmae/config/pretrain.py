@@ -40,7 +40,7 @@ Preset = Literal[
     "vit_digits",
     "mlp",
 ]
-Strategy = Literal["random", "block", "grid", "elements", "elements_inverted"]
+Strategy = Literal["random", "block", "grid", "cells2", "cells4", "elements", "elements_inverted"]
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -53,7 +53,7 @@ class DataConfig(DataOptions, group="data."):
             .txt list, .parquet or .tar files (also a folder, or the URL, of them), a .npy, .npz, .h5 or .zarr array, a
             torchvision set by name (cifar10, stl10, ...), or hf: and what the `datasets` library loads (docs/data.md).
         val: held-out images: "auto" (the data's own val split, else val_size of the training images), "none",
-            the name of a split ("test"), or a path (its training split).
+            "held-out" (val_size training images), the name of a split ("test"), or a path (its training split).
         cache: "memory" keeps decoded images as integers, "device" keeps them in the GPU's memory, "none" reads files
             in workers, "auto" decides by size and `memory_limit`.
         crop_scale: area of the random crop as a share of the image, from and to (RandomResizedCrop).
@@ -104,6 +104,7 @@ class ModelConfig(Settings, group="model."):
         num_heads: number of encoder attention heads.
         mlp_ratio: hidden width of a block's MLP over its width.
         class_token: prepend a class token.
+        registers: number of further learned tokens that stand for no patch.
         drop_path: stochastic depth rate of the encoder's last block, rising linearly from 0.
         decoder: "self" (the paper's) or "cross" (CrossMAE's: masked patches attend to visible ones only).
         decoder_embed_dim: decoder width.
@@ -127,6 +128,7 @@ class ModelConfig(Settings, group="model."):
     num_heads: int | None = None
     mlp_ratio: float | None = None
     class_token: bool | None = None
+    registers: int | None = None
     drop_path: float | None = None
     decoder: Literal["self", "cross"] | None = None
     decoder_embed_dim: int | None = None
@@ -146,8 +148,9 @@ class MaskConfig(Settings, group="mask."):
     """Which patches are masked.
 
     Attributes:
-        strategy: "random" patches (the paper's), "block" (contiguous), "grid" (evenly spaced); for the mlp
-            preset "elements" (each value alone) or "elements_inverted" (the tutorial's: masks 1 - ratio).
+        strategy: "random" patches (the paper's), "block" (contiguous), "grid" (evenly spaced), "cells2" or "cells4"
+            (random cells of 2 or 4 patches along each axis, which leave larger holes); for the mlp preset "elements"
+            (each value alone) or "elements_inverted" (the tutorial's: masks 1 - ratio).
         ratio: share of the patches that is masked, in (0, 1).
         final_ratio: the share at the end of the run; it changes linearly from `ratio`; null: it stays.
     """

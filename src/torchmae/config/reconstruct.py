@@ -15,7 +15,7 @@ class MaskOptions(Settings, group="mask."):
     """What is masked; null: as the model was trained.
 
     Attributes:
-        strategy: random, block or grid.
+        strategy: name of a mask strategy, as in `torchmae pretrain`.
         ratio: share of the patches that is masked, in (0, 1).
     """
 

@@ -26,12 +26,11 @@ from torch import Tensor
 from torchmae.data.loader import Batch
 from torchmae.data.sources import Source
 from torchmae.data.transforms import Normalisation
-from torchmae.errors import CheckpointError, ConfigError, DataError
+from torchmae.errors import CheckpointError, DataError
 from torchmae.evaluation.images import ImageSet
 from torchmae.evaluation.sharing import Share
 from torchmae.files import replace_file
-from torchmae.nn.autoencoder import Autoencoder
-from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.nn.mae import MaskedAutoencoder, require_patches
 from torchmae.nn.masking import Mask
 from torchmae.random import Purpose, permutation, uniform
 from torchmae.training.progress import Display
@@ -73,7 +72,7 @@ class Detection(NamedTuple):
 
 
 def run(
-    model: Autoencoder,
+    model: MaskedAutoencoder,
     normal: ImageSet,
     test: ImageSet,
     *,
@@ -124,7 +123,6 @@ def run(
         images = torch.cat([batch.images.cpu() for batch in test.only(shown.numpy()).batches()])
         if images.ndim == 4:
             pixels = normalisation.shown(images).clamp(0, 1)
-            assert isinstance(model, MaskedAutoencoder)
             picture = heat_map_grid(pixels, detection, shown, model.encoder.grid)
             buffer = io.BytesIO()
             picture.save(buffer, "PNG")
@@ -137,7 +135,7 @@ def run(
 
 @torch.no_grad()
 def detect(
-    model: Autoencoder,
+    model: MaskedAutoencoder,
     normal: ImageSet,
     test: ImageSet,
     *,
@@ -148,8 +146,7 @@ def detect(
     display: Display | None = None,
 ) -> Detection:
     """Scores of all test images; arguments and errors as for `run`."""
-    if not isinstance(model, MaskedAutoencoder):
-        raise ConfigError("the mlp model has no patches to find anomalies by", "use a vit model")
+    require_patches(model, "to find anomalies by")
     display = display or Display("none")
     model.eval()
     means, tokens = normal_features(model, normal, runtime, seed, display)
@@ -160,7 +157,7 @@ def detect(
     for batch in counted(test, mine, "test images", display):
         with runtime.autocast():
             features = model.encode(batch.images, "tokens").float()
-        noise = [uniform(seed, i, batch.indices, Purpose.MASK, model.noise_count("random")) for i in range(rounds)]
+        noise = [uniform(seed, i, batch.indices, Purpose.MASK, model.encoder.num_patches) for i in range(rounds)]
         errors = torch.stack(
             [patch_errors(model, batch.images, torch.from_numpy(u).to(runtime.device), ratio, runtime) for u in noise]
         ).mean(0)
@@ -233,7 +230,8 @@ def patch_errors(model: MaskedAutoencoder, images: Tensor, noise: Tensor, ratio:
     for mask in masks:
         with runtime.autocast():
             output = model(images, mask)
-        error = (model.hidden_predictions(output) - model.hidden_values(images, mask)).square().mean(-1)
+        guess = model.target.hidden_predictions(output.pred, mask)
+        error = (guess - model.target.hidden_values(images, mask)).square().mean(-1)
         total.scatter_add_(1, mask.ids_masked, error)
     times = len(masks) * masks[0].ids_masked.shape[1] // noise.shape[1]
     return total / times

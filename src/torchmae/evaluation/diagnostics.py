@@ -17,7 +17,7 @@ from torchmae.evaluation.images import fixed_rows, rows_with_label
 from torchmae.evaluation.knn import knn_accuracy
 from torchmae.evaluation.scores import Labelled, majority, num_classes_of
 from torchmae.evaluation.sharing import share
-from torchmae.nn.autoencoder import Autoencoder
+from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.training.ranks import ALONE, Ranks
 from torchmae.training.runtime import Runtime
 
@@ -46,7 +46,7 @@ class FeatureProbe:
             return False
         return len(np.unique(self._train.labels[self._train_rows])) > 1
 
-    def run(self, model: Autoencoder, runtime: Runtime) -> dict[str, float]:
+    def run(self, model: MaskedAutoencoder, runtime: Runtime) -> dict[str, float]:
         """knn and linear, as `class_figures` has them, and the effective_rank of the held-out images' features.
 
         Of several ranks, all call this, each encodes a share of the images, and all get the figures.

@@ -16,10 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchmae.errors import ConfigError, one_of
-from torchmae.nn.autoencoder import Autoencoder
 from torchmae.nn.layers import Attention, Block
-from torchmae.nn.mae import MaskedAutoencoder
-from torchmae.nn.patches import grid_size
+from torchmae.nn.mae import MaskedAutoencoder, require_patches
 from torchmae.random import Purpose, permutation
 
 FloatArray = npt.NDArray[np.float32]
@@ -33,13 +31,6 @@ _CLIPPED = 1.0
 _SHIFTS = 16
 # What t-SNE and UMAP are given: noise in the hundreds of directions beyond only slows them down.
 _MAP_DIMS = 50
-
-
-def require_patches(model: Autoencoder) -> MaskedAutoencoder:
-    """The model as one that has patches; ConfigError for one that has none."""
-    if not isinstance(model, MaskedAutoencoder):
-        raise ConfigError("the mlp model has no patches to look at", "use a vit model")
-    return model
 
 
 def patch_colours(tokens: Tensor) -> FloatArray:
@@ -75,7 +66,7 @@ def patch_colours(tokens: Tensor) -> FloatArray:
 
 
 @torch.no_grad()
-def content_tokens(model: Autoencoder, images: Tensor) -> Tensor:
+def content_tokens(model: MaskedAutoencoder, images: Tensor) -> Tensor:
     """Patch features without what depends on a patch's place alone.
 
     Place is most of what a masked autoencoder's patch features differ in, and would drown what they say of the image.
@@ -92,20 +83,20 @@ def content_tokens(model: Autoencoder, images: Tensor) -> Tensor:
     Raises:
         ConfigError: a model without patches.
     """
-    vit = require_patches(model)
-    grid = grid_size(images.shape[2:], vit.patch_size)
+    require_patches(model, "to look at")
+    grid = model.encoder.grid_of(images)
     axes = tuple(range(2, images.ndim))
     places = permutation(0, 0, prod(grid), Purpose.SUBSET)[:_SHIFTS]
     mean = torch.zeros((), device=images.device)
     for place in places:
         steps = [int(step) for step in np.unravel_index(place, grid)]
-        shift = [step * patch for step, patch in zip(steps, vit.patch_size, strict=True)]
-        mean = mean + vit.encode(images.roll(shift, axes), "tokens").float().mean(0) / len(places)
-    return vit.encode(images, "tokens").float() - mean
+        shift = [step * patch for step, patch in zip(steps, model.patch_size, strict=True)]
+        mean = mean + model.encode(images.roll(shift, axes), "tokens").float().mean(0) / len(places)
+    return model.encode(images, "tokens").float() - mean
 
 
 @torch.no_grad()
-def class_attention(model: Autoencoder, images: Tensor) -> FloatArray:
+def class_attention(model: MaskedAutoencoder, images: Tensor) -> FloatArray:
     """How much the class token attends to each patch in the encoder's last block.
 
     Args:
@@ -113,13 +104,14 @@ def class_attention(model: Autoencoder, images: Tensor) -> FloatArray:
         images: (B, C, *size) float, normalised as in training.
 
     Returns:
-        (B, heads, L): the softmax weights of each head, which sum to 1 less what the token gives to itself.
+        (B, heads, L): the softmax weights of each head, which sum to 1 less what goes to itself and to registers.
 
     Raises:
         ConfigError: a model without patches or without a class token.
     """
-    encoder = require_patches(model).encoder
-    if not encoder.num_prefix_tokens:
+    require_patches(model, "to look at")
+    encoder = model.encoder
+    if not encoder.has_class_token:
         raise ConfigError(
             "the model has no class token whose attention could be shown",
             "look at --kind pca, or train with --model.class_token true",
@@ -133,7 +125,7 @@ def class_attention(model: Autoencoder, images: Tensor) -> FloatArray:
         encoder(images)
     finally:
         hook.remove()
-    weights: FloatArray = seen[0][:, :, 0, 1:].float().cpu().numpy()
+    weights: FloatArray = seen[0][:, :, 0, encoder.num_prefix_tokens :].float().cpu().numpy()
     return weights
 
 

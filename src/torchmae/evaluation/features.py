@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchmae.data.loader import Batch
-from torchmae.nn.autoencoder import Autoencoder
+from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.training.runtime import Runtime
 
 # The side, by the number of axes, that images are averaged down to as features: full ones of ten thousand photographs
@@ -20,7 +20,7 @@ _POOL: dict[int, Callable[..., Tensor]] = {1: F.adaptive_avg_pool1d, 2: F.adapti
 
 @torch.no_grad()
 def extract(
-    model: Autoencoder, batches: Iterable[Batch], runtime: Runtime, pool: str = "mean"
+    model: MaskedAutoencoder, batches: Iterable[Batch], runtime: Runtime, pool: str = "mean"
 ) -> tuple[Tensor, Tensor]:
     """Features and labels of all batches, on the model's device; nothing is masked.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,17 +21,16 @@ from torchmae.data.loader import Batch, ImageLoader
 from torchmae.data.plan import Indices
 from torchmae.data.sources import Subset
 from torchmae.data.transforms import Normalisation
-from torchmae.errors import ConfigError, DataError
+from torchmae.errors import DataError
 from torchmae.evaluation.augment import build_augment
 from torchmae.evaluation.few_shot import check_counts, draw_images
 from torchmae.evaluation.finetune_training import Job, Learner, State, SubsetPlan, fit, restore, save
 from torchmae.evaluation.images import check_classes, class_names, rows_with_label
 from torchmae.evaluation.scores import Result, Scores, rank, score
 from torchmae.evaluation.sharing import share
-from torchmae.nn.autoencoder import Autoencoder
 from torchmae.nn.classifier import Classifier, encoder_arguments
 from torchmae.nn.encoder import ViTEncoder
-from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.nn.mae import MaskedAutoencoder, require_patches
 from torchmae.training.checkpoint import load_checkpoint
 from torchmae.training.progress import Display
 from torchmae.training.run_folder import RunFolder
@@ -44,7 +43,7 @@ EVAL_BATCH = 250
 
 
 def run(
-    model: Autoencoder,
+    model: MaskedAutoencoder,
     normalisation: Normalisation,
     train: ImageLoader,
     test: ImageLoader,
@@ -59,7 +58,7 @@ def run(
 
 
 def finetune(
-    model: Autoencoder,
+    model: MaskedAutoencoder,
     normalisation: Normalisation,
     train: ImageLoader,
     test: ImageLoader,
@@ -155,7 +154,7 @@ def finetune(
 
 
 def data_settings(
-    data: DataConfig, config: FinetuneConfig, model: Autoencoder, normalisation: Normalisation
+    data: DataConfig, config: FinetuneConfig, model: MaskedAutoencoder, normalisation: Normalisation
 ) -> DataConfig:
     """The same data, cropped as `config` says and normalised as the model was trained with."""
     arguments = encoder_arguments(require_encoder(model))
@@ -171,14 +170,15 @@ def labelled_rows(loader: ImageLoader, what: str) -> Indices:
     return rows
 
 
-def require_encoder(model: Autoencoder) -> ViTEncoder:
+def require_encoder(model: MaskedAutoencoder) -> ViTEncoder:
     """The model's encoder of patches; ConfigError for one that has none."""
-    if not isinstance(model, MaskedAutoencoder):
-        raise ConfigError("the mlp model cannot be fine-tuned", "use a vit model")
-    return model.encoder
+    require_patches(model, "to fine-tune on")
+    return cast(ViTEncoder, model.encoder)
 
 
-def build_classifier(model: Autoencoder, num_classes: int, config: FinetuneConfig) -> tuple[Classifier, dict[str, Any]]:
+def build_classifier(
+    model: MaskedAutoencoder, num_classes: int, config: FinetuneConfig
+) -> tuple[Classifier, dict[str, Any]]:
     """The classifier that training starts from, and the arguments that rebuild it.
 
     Random weights are drawn from torch's generator.

@@ -268,7 +268,7 @@ def fit(
                 images, targets = augment(images, targets)
             loss = learner.step(images, targets, config, runtime, wrapped=wrapped, num_images=num_images)
             compiled()
-            window.losses.append(loss)
+            window.steps.append(loss)
             window.images += num_images
             state.step += 1
 
@@ -303,7 +303,7 @@ def close_window(window: Window, state: State, plan: SubsetPlan, display: Displa
     Raises:
         TrainingError: a loss that is not finite, with the step it came from.
     """
-    losses = torch.stack(window.losses).tolist()
+    losses = torch.stack(window.steps).tolist()
     window.stop_clock()
     for step, loss in enumerate(losses, start=state.step - len(losses)):
         if not math.isfinite(loss):

@@ -16,10 +16,8 @@ from torchmae.evaluation.inpainting import interpolate
 from torchmae.evaluation.reconstruction import HoldOut
 from torchmae.evaluation.scores import Result
 from torchmae.evaluation.sharing import Share
-from torchmae.nn.autoencoder import Autoencoder
 from torchmae.nn.mae import MaskedAutoencoder
-from torchmae.nn.masking import STRATEGIES
-from torchmae.random import Purpose, uniform
+from torchmae.nn.masking import Masker
 from torchmae.training.runtime import Runtime
 
 BATCH = 250
@@ -28,13 +26,13 @@ _WINDOW = 7  # scikit-image's default side of SSIM's window
 _PSNR_LIMIT = 100.0  # dB, an error of 1e-5: stands for infinity, which would spoil a mean
 
 
-def strategies_of(model: Autoencoder) -> tuple[str, ...]:
-    """The mask strategies that a model has."""
-    return tuple(STRATEGIES) if isinstance(model, MaskedAutoencoder) else ("elements",)
+def strategies_of(model: MaskedAutoencoder) -> tuple[str, ...]:
+    """The mask strategies of a model that are measured."""
+    return tuple(name for name, strategy in model.encoder.strategies.items() if strategy.evaluated)
 
 
 def run(
-    model: Autoencoder,
+    model: MaskedAutoencoder,
     images: Tensor,
     *,
     normalisation: Normalisation,
@@ -50,7 +48,7 @@ def run(
 
 
 def measure(
-    model: Autoencoder,
+    model: MaskedAutoencoder,
     images: Tensor,
     *,
     normalisation: Normalisation,
@@ -88,13 +86,11 @@ def measure(
     rows: list[dict[str, Any]] = []
     for strategy in strategies or known:
         one_of("reconstruction.strategies", strategy, known)
-        noise = uniform(seed, 0, share.rows, Purpose.MASK, model.noise_count(strategy))
         for ratio in ratios:
+            masker = Masker(model.encoder, strategy, ratio)
             batches = [
-                (part, model.draw_mask(strategy, numbers.to(runtime.device), ratio))
-                for part, numbers in zip(
-                    torch.split(images, BATCH), torch.split(torch.from_numpy(noise), BATCH), strict=True
-                )
+                (part, masker(seed, 0, share.rows[start : start + BATCH], runtime.device))
+                for start, part in zip(range(0, len(images), BATCH), torch.split(images, BATCH), strict=True)
             ]
             values, note = _measure_one(model, batches, normalisation, runtime, metrics, share)
             figures |= {f"{strategy}_{ratio:g}_{name}": value for name, value in values.items()}
@@ -106,7 +102,7 @@ def measure(
 
 @torch.no_grad()
 def _measure_one(
-    model: Autoencoder,
+    model: MaskedAutoencoder,
     batches: Sequence[tuple[Tensor, Any]],
     normalisation: Normalisation,
     runtime: Runtime,

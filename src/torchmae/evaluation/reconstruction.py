@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmae.evaluation.inpainting import interpolate
 from torchmae.evaluation.scores import exact
 from torchmae.evaluation.sharing import Share
-from torchmae.nn.autoencoder import Autoencoder
+from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.training.runtime import Runtime
 
 
@@ -33,7 +33,7 @@ class HoldOut:
 
     def __init__(
         self,
-        model: Autoencoder,
+        model: MaskedAutoencoder,
         batches: Sequence[tuple[Tensor, Any]],
         runtime: Runtime,
         share: Share | None = None,
@@ -44,16 +44,17 @@ class HoldOut:
         self._share = share
         found = []
         for images, mask in batches:
-            target = exact(model.hidden_values(images, mask))
-            guess = exact(model.hidden_values(interpolate(images, model.removed_pixels(mask)), mask))
+            target = exact(model.target.hidden_values(images, mask))
+            removed = mask.removed_pixels(model.patch_size, images.shape[2:])
+            guess = exact(model.target.hidden_values(interpolate(images, removed), mask))
             sums = (
                 *(target.sum(), target.square().sum()),
-                (exact(model.visible_mean(images, mask)) - target).square().sum(),
+                (exact(model.target.visible_mean(images, mask)) - target).square().sum(),
                 *(guess.square().sum(), (guess * target).sum()),
             )
             found.append((target.numel(), *(value.item() for value in sums)))
         count, total, square, mean_patch, guess_square, guess_target = self._totals(found)
-        scale = max(guess_target / guess_square, 0.0) if model.norm_pix and guess_square > 0 else 1.0
+        scale = max(guess_target / guess_square, 0.0) if model.target.norm_pix and guess_square > 0 else 1.0
         self.variance = max(square / count - (total / count) ** 2, 1e-12)
         self.loss_mean_patch = mean_patch / count
         self.loss_interpolation = (square - 2 * scale * guess_target + scale**2 * guess_square) / count
@@ -72,7 +73,9 @@ class HoldOut:
         for images, mask in self._batches:
             with self._runtime.autocast():
                 output = self._model(images, mask)
-            error = exact(self._model.hidden_predictions(output)) - exact(self._model.hidden_values(images, mask))
+            target = self._model.target
+            guess = exact(target.hidden_predictions(output.pred, mask))
+            error = guess - exact(target.hidden_values(images, mask))
             found.append((error.square().sum().item(), error.numel()))
         total, count = self._totals(found)
         loss = total / count

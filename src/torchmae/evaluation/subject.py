@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchmae import presets
 from torchmae.data.loader import Batch
 from torchmae.data.sources import digest
 from torchmae.errors import ConfigError
 from torchmae.evaluation.features import shrink
 from torchmae.evaluation.scores import Labelled
-from torchmae.nn import presets
-from torchmae.nn.autoencoder import Autoencoder
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.training.runtime import Runtime
 
@@ -33,19 +32,17 @@ class Subject:
     """
 
     name: str
-    model: Autoencoder | None
+    model: MaskedAutoencoder | None
 
     @property
     def pools(self) -> tuple[str, ...]:
-        """The kinds of features it has, of "mean", "cls" and "both"; pixels and the mlp model have one kind only."""
-        if isinstance(self.model, MaskedAutoencoder) and self.model.encoder.num_prefix_tokens:
-            return ("mean", "cls", "both")
-        return ("mean",)
+        """The kinds of features it has, of "mean", "cls" and "both"."""
+        return ("mean",) if self.model is None else self.model.pools
 
     @property
     def has_tokens(self) -> bool:
         """Whether it has a feature for each patch."""
-        return isinstance(self.model, MaskedAutoencoder)
+        return self.model is not None and bool(self.model.patch_size)
 
     @torch.no_grad()
     def encode(self, images: Tensor, pool: str) -> Tensor:
@@ -65,12 +62,6 @@ class Subject:
             if pool != "mean":
                 raise ConfigError(f"pool is {pool!r} but pixels have no tokens", "leave --pool out")
             return shrink(images).flatten(1)
-        if pool == "both":
-            if pool not in self.pools:
-                raise ConfigError("pool is 'both' but the model has no class token", "use --pool mean")
-            assert isinstance(self.model, MaskedAutoencoder)
-            encoded = self.model.encoder(images)
-            return torch.cat([encoded.patches.mean(1), encoded.prefix[:, 0]], dim=1)
         return self.model.encode(images, pool)
 
     def fingerprint(self) -> str:
@@ -92,7 +83,7 @@ def extract_features(subject: Subject, batches: Iterable[Batch], runtime: Runtim
 
 
 def untrained(arguments: dict[str, Any], seed: int, device: torch.device) -> Subject:
-    """The network of `nn.presets.construct` arguments with fresh weights; torch's own generator is left alone."""
+    """The network of `presets.construct` arguments with fresh weights; torch's own generator is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would seed GPUs too
         model = presets.construct(arguments)

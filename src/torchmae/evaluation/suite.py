@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torchmae import presets
 from torchmae.config.data import DataOptions
 from torchmae.config.evaluate import APPLIES_TO, ComputeOptions, EvaluateOptions
 from torchmae.data.loader import one_line_when_a_worker_ends
@@ -18,7 +19,6 @@ from torchmae.evaluation.methods import ANOMALY, METHODS, WITHOUT_LABELS, Bench,
 from torchmae.evaluation.records import append_record
 from torchmae.evaluation.scores import Result, chance_note
 from torchmae.evaluation.subject import PIXELS, RANDOM, Subject, pixels, untrained
-from torchmae.nn import presets
 from torchmae.paths import user_path
 from torchmae.training.pretrained import load
 from torchmae.training.progress import Display

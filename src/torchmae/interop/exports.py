@@ -6,16 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from torchmae.errors import ConfigError
-from torchmae.interop.weights import AbsentDecoder
-from torchmae.nn.autoencoder import Autoencoder
 from torchmae.nn.classifier import Classifier
-from torchmae.nn.decoder import SelfDecoder
 from torchmae.nn.encoder import ViTEncoder
 from torchmae.nn.mae import MaskedAutoencoder
 
@@ -37,7 +35,7 @@ class Exported:
         scale: for each type of stored values, the one that stood for 1 in training; None: as FULL_SCALE says.
     """
 
-    model: Autoencoder | Classifier
+    model: MaskedAutoencoder | Classifier
     mean: tuple[float, ...]
     std: tuple[float, ...]
     mask_ratio: float = 0.75
@@ -46,18 +44,16 @@ class Exported:
 
     @property
     def encoder(self) -> ViTEncoder:
-        """The vision transformer; ConfigError for the mlp model, which has none."""
-        if isinstance(self.model, MaskedAutoencoder):
-            return self.model.encoder
-        if isinstance(self.model, Classifier):
-            return self.model
-        raise ConfigError("the mlp model is no vision transformer", "export it with --to safetensors")
+        """The vision transformer; ConfigError for a model that has none."""
+        encoder = self.model if isinstance(self.model, Classifier) else self.model.encoder
+        if not encoder.patch_size:
+            raise ConfigError("this model is no vision transformer", "export it with --to safetensors")
+        return cast(ViTEncoder, encoder)
 
     @property
     def input_size(self) -> tuple[int, ...]:
         """Pixels along each axis."""
-        encoder = self.encoder
-        return tuple(count * patch for count, patch in zip(encoder.grid, encoder.patch_size, strict=True))
+        return self.encoder.input_size
 
     def probe(self) -> Tensor:
         """(PROBE_IMAGES, C, *size) of noise, the same each time, to compare models on."""
@@ -128,8 +124,9 @@ def require_square(exported: Exported, to: str) -> None:
                 f"the model takes {what} of {size[0]}x{size[1]} and {to} square ones only",
                 "use --to timm, safetensors or onnx",
             )
-    if not exported.encoder.num_prefix_tokens:
-        raise ConfigError(f"the model has no class token, which {to} wants", "use --to timm, safetensors or onnx")
+    tokens = "no class token" if not exported.encoder.has_class_token else "registers"
+    if exported.encoder.num_prefix_tokens != 1 or not exported.encoder.has_class_token:
+        raise ConfigError(f"the model has {tokens}, unlike those of {to}", "use --to timm, safetensors or onnx")
 
 
 def require_paper_decoder(exported: Exported, to: str) -> MaskedAutoencoder:
@@ -137,11 +134,10 @@ def require_paper_decoder(exported: Exported, to: str) -> MaskedAutoencoder:
     if isinstance(exported.model, Classifier):
         raise ConfigError(f"a classifier has no decoder, which {to} wants", "use --to timm, safetensors or onnx")
     require_square(exported, to)
-    assert isinstance(exported.model, MaskedAutoencoder)
-    if isinstance(exported.model.decoder, AbsentDecoder):
-        reason = exported.model.decoder.reason
+    if exported.model.decoder.absent:
+        reason, _ = exported.model.decoder.absent
         raise ConfigError(f"{to} wants a decoder: {reason}", "export the encoder with --to timm or hf-vit")
-    if not isinstance(exported.model.decoder, SelfDecoder):
+    if not exported.model.decoder.as_published:
         raise ConfigError(
             f"the model's decoder is not the paper's (model.decoder self), the only one that {to} has",
             "export its encoder with --to timm or hf-vit",

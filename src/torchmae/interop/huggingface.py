@@ -36,12 +36,12 @@ def write_mae(folder: Path, exported: Exported) -> None:
         **_encoder_config(exported),
         "architectures": ["ViTMAEForPreTraining"],
         "model_type": "vit_mae",
-        "decoder_hidden_size": model.decoder.embed.out_features,
+        "decoder_hidden_size": model.decoder.embed_dim,
         "decoder_num_hidden_layers": len(model.decoder.blocks),
         "decoder_num_attention_heads": block.attn.num_heads,
         "decoder_intermediate_size": block.mlp.fc1.out_features,
         "mask_ratio": _their_ratio(exported),
-        "norm_pix_loss": model.norm_pix,
+        "norm_pix_loss": model.target.norm_pix,
     }
     _write_json(folder / "config.json", config)
     _write_json(folder / "preprocessor_config.json", _processor(exported))

@@ -26,8 +26,8 @@ def write(folder: Path, exported: Exported) -> None:
     block = model.decoder.blocks[0]
     assert isinstance(block, Block)
     arguments = {
-        "norm_pix_loss": model.norm_pix,
-        "num_heads": encoder_arguments(model.encoder)["num_heads"],
+        "norm_pix_loss": model.target.norm_pix,
+        "num_heads": encoder_arguments(exported.encoder)["num_heads"],
         "decoder_num_heads": block.attn.num_heads,
         "mask_ratio": exported.mask_ratio,
         "mean": list(exported.mean),

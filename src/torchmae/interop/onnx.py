@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from torchmae.errors import CheckpointError, ConfigError, require
 from torchmae.interop.exports import Check, Exported, compare, worst
-from torchmae.interop.weights import AbsentDecoder
 from torchmae.nn.classifier import Classifier
 from torchmae.nn.encoder import ViTEncoder
 from torchmae.nn.mae import MaskedAutoencoder
@@ -107,10 +106,11 @@ def _graph(exported: Exported, part: str) -> tuple[nn.Module, tuple[Tensor, ...]
         if isinstance(model, Classifier):
             return _Classes(model), (images,), ["images"], ["logits"]
         return _Encoder(exported.encoder), (images,), ["images"], ["features", "tokens"]
-    if not isinstance(model, MaskedAutoencoder):
+    if isinstance(model, Classifier):
         raise ConfigError("a classifier reconstructs nothing", "leave --part out")
-    if isinstance(model.decoder, AbsentDecoder):
-        raise CheckpointError(f"this model cannot reconstruct: {model.decoder.reason}", model.decoder.fix)
+    if model.decoder.absent:
+        reason, fix = model.decoder.absent
+        raise CheckpointError(f"this model cannot reconstruct: {reason}", fix)
     graph = _Reconstruction(model, exported.mask_ratio)
     return graph, (images, exported.noise()), ["images", "noise"], ["reconstruction", "removed"]
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Never
+from typing import Any, Never, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from torchmae import presets
 from torchmae.errors import CheckpointError
+from torchmae.nn.decoder import Decoder
 from torchmae.nn.encoder import ViTEncoder
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.positions import resample
 
-ENCODER_SHAPE = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token")
+ENCODER_SHAPE = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token", "registers")
 DECODER_SHAPE = ("decoder", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "feature_weights")
 
 
@@ -24,7 +26,7 @@ class Weights:
 
     Attributes:
         origin: where they are from, for messages.
-        arguments: of `MaskedAutoencoder`; those of the decoder, and norm_pix, only where they are known.
+        arguments: of `presets.construct`; those of the decoder, and norm_pix, only where they are known.
         encoder: as `ViTEncoder.state_dict()`, every parameter.
         decoder: as the decoder's `state_dict()`, every parameter; None: without one.
         no_decoder: why there is none, when there is none.
@@ -56,7 +58,7 @@ class Weights:
         return tuple(size // patch for size, patch in sizes)
 
 
-class AbsentDecoder(nn.Module):
+class AbsentDecoder(Decoder):
     """In the place of a decoder that was not loaded: whoever reconstructs with it learns why that cannot be.
 
     Args:
@@ -66,18 +68,24 @@ class AbsentDecoder(nn.Module):
 
     def __init__(self, reason: str, fix: str) -> None:
         super().__init__()
-        self.reason = reason
-        self.fix = fix
+        self.absent = reason, fix
+        self.embed_dim = 0
 
-    def tokens(self, *_: Any) -> Never:
+    def forward(self, *_: Any) -> Never:
         """Raises CheckpointError with the reason."""
-        raise CheckpointError(f"this model cannot reconstruct: {self.reason}", self.fix)
+        assert self.absent is not None
+        reason, fix = self.absent
+        raise CheckpointError(f"this model cannot reconstruct: {reason}", fix)
+
+    def flops(self, seen: int, masked: int) -> int:  # noqa: ARG002
+        """None: it computes nothing."""
+        return 0
 
 
 def build(weights: Weights) -> MaskedAutoencoder:
     """The network of the weights, of their own size; without a usable decoder it has an `AbsentDecoder`."""
     arguments = full_arguments(weights)
-    model = MaskedAutoencoder(**arguments)
+    model = presets.construct(arguments)
     model.encoder.load_state_dict(weights.encoder)
     if weights.decoder is None:
         reason, fix = weights.no_decoder, "give weights that came with their decoder"
@@ -95,7 +103,7 @@ def build(weights: Weights) -> MaskedAutoencoder:
 
 
 def full_arguments(weights: Weights) -> dict[str, Any]:
-    """Arguments of `MaskedAutoencoder`, with a decoder of one block where there is none."""
+    """Arguments of `presets.construct`, with a decoder of one block where there is none."""
     width = weights.arguments["embed_dim"]
     smallest = {
         "decoder": "self",
@@ -117,12 +125,11 @@ def initialise(model: MaskedAutoencoder, weights: Weights) -> tuple[str, ...]:
     Raises:
         CheckpointError: an encoder of another shape.
     """
-    encoder, notes = fit_encoder(weights, model.encoder)
+    encoder, notes = fit_encoder(weights, cast(ViTEncoder, model.encoder))
     _compare(encoder, model.encoder.state_dict(), weights.origin)
     model.encoder.load_state_dict(encoder)
     said = [f"encoder: {len(encoder)} tensors from {weights.origin}", *notes, *weights.notes]
-    if model.hog_head is not None:
-        said.append("head of gradient histograms: starts fresh")
+    said += [f"head of {target.label}: starts fresh" for target in model.targets[1:]]
     problem = _decoder_problem(model, weights)
     if problem:
         return (*said, f"decoder: starts fresh ({problem})")
@@ -131,7 +138,7 @@ def initialise(model: MaskedAutoencoder, weights: Weights) -> tuple[str, ...]:
     model.decoder.load_state_dict({**weights.decoder, "pos_embed": positions})
     unsure = ""
     if weights.norm_pix is None:
-        unsure = f", whose target is not known and taken for this run's, {target_name(model.norm_pix)}"
+        unsure = f", whose target is not known and taken for this run's, {model.target.label}"
     return (*said, f"decoder: {len(weights.decoder)} tensors from {weights.origin}{unsure}")
 
 
@@ -171,17 +178,13 @@ def adapt_channels(weight: Tensor, in_chans: int) -> Tensor:
     return weight[:, torch.arange(in_chans) % old] * (old / in_chans)
 
 
-def target_name(norm_pix: bool) -> str:
-    """The target in words."""
-    return "normalised patches" if norm_pix else "pixels"
-
-
 def _decoder_problem(model: MaskedAutoencoder, weights: Weights) -> str | None:
     """Why the decoder cannot be copied, or None."""
     if weights.decoder is None:
         return weights.no_decoder
-    if weights.norm_pix not in (None, model.norm_pix):
-        return f"the source's target was {target_name(not model.norm_pix)}, this run's is {target_name(model.norm_pix)}"
+    if weights.norm_pix not in (None, model.target.norm_pix):
+        theirs = "normalised patches" if weights.norm_pix else "pixels"
+        return f"the source's target was {theirs}, this run's is {model.target.label}"
     if weights.arguments["in_chans"] != model.encoder.in_chans:
         return f"the source predicts {weights.arguments['in_chans']} channels and the data has {model.encoder.in_chans}"
     own = model.decoder.state_dict()

@@ -1,1 +1,27 @@
-"""Patches, masks and the networks. Plain numbers in, tensors out; nothing here knows of configuration or data."""
+"""Patches, masks and the networks. Nothing here knows of configuration or data."""
+
+from torchmae.nn.decoder import DECODERS, CrossDecoder, Decoder, SelfDecoder
+from torchmae.nn.encoder import ENCODERS, Encoder, EncoderOutput, ViTEncoder
+from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.nn.masking import STRATEGIES, Mask, Masker, Strategy
+from torchmae.nn.targets import TARGETS, HogTarget, PixelTarget, Target
+
+__all__ = [
+    "DECODERS",
+    "ENCODERS",
+    "STRATEGIES",
+    "TARGETS",
+    "CrossDecoder",
+    "Decoder",
+    "Encoder",
+    "EncoderOutput",
+    "HogTarget",
+    "Mask",
+    "MaskedAutoencoder",
+    "Masker",
+    "PixelTarget",
+    "SelfDecoder",
+    "Strategy",
+    "Target",
+    "ViTEncoder",
+]

@@ -1,8 +1,9 @@
-"""The vision transformer encoder. Its state_dict is a timm VisionTransformer's; only it knows of the class token."""
+"""Encoders: from the visible patches of images to tokens. The vision transformer's state_dict is timm's."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchmae.errors import ConfigError, within
-from torchmae.nn.layers import LAYER_NORM_EPS, Block, init_linear
+from torchmae.nn.layers import LAYER_NORM_EPS, Block, blocks_flops, init_linear
+from torchmae.nn.masking import STRATEGIES, Strategy
 from torchmae.nn.patches import gather, grid_size, patchify
 from torchmae.nn.positions import resample, sincos
 
@@ -22,15 +24,68 @@ class EncoderOutput(NamedTuple):
     """Normalised tokens.
 
     Attributes:
-        prefix: (B, 1, D), the class token; (B, 0, D) without one.
+        prefix: (B, R, D), tokens that stand for no patch, such as the class token; R is 0 without any.
         patches: (B, K, D), the patch tokens in the order they were given.
-        blocks: what each block was given, and what the last one gave: depth + 1 times (B, prefix + K, D), before the
-            final norm; empty unless asked for.
+        grid: patches along each axis of the images they come from.
+        blocks: only when asked for: what each block was given, and what the last one gave with the final norm's scale
+            and shift; depth + 1 times (B, R + K, D).
     """
 
     prefix: Tensor
     patches: Tensor
+    grid: tuple[int, ...]
     blocks: tuple[Tensor, ...] = ()
+
+
+class Encoder(nn.Module, ABC):
+    """What a model asks of an encoder: `forward(images, ids_keep=None) -> EncoderOutput`, and what stands here.
+
+    `forward` encodes all of the images (B, C, *size), or what a mask's `ids_keep` names. Where a decoder
+    `reads_blocks`, it is called with `keep_blocks=True` too.
+
+    Attributes:
+        input_size: pixels along each axis of the images it is made for.
+        in_chans: channels.
+        grid: what a mask chooses from, along each axis: the patches.
+        patch_size: pixels of a patch along each axis; empty for an encoder without patches.
+        embed_dim: width of a token.
+        num_prefix_tokens: tokens that stand for no patch.
+        has_class_token: the first of them is a class token.
+        strategies: how its input can be masked, by name.
+        blocks: whose activations can be saved and which are compiled and sharded one by one; none in some encoders.
+    """
+
+    input_size: tuple[int, ...]
+    in_chans: int
+    grid: tuple[int, ...]
+    patch_size: tuple[int, ...]
+    embed_dim: int
+    num_prefix_tokens: int = 0
+    has_class_token: bool = False
+    strategies: Mapping[str, Strategy] = STRATEGIES
+    blocks: nn.ModuleList
+
+    def grid_of(self, images: Tensor) -> tuple[int, ...]:
+        """The grid of images (B, C, *size), which may be larger or smaller than those it is made for.
+
+        Raises:
+            ConfigError: another number of channels or axes, or a size that the patch does not divide.
+        """
+        if images.ndim != len(self.patch_size) + 2 or images.shape[1] != self.in_chans:
+            raise ConfigError(
+                f"images have shape {tuple(images.shape)}",
+                f"this model takes (batch, {self.in_chans}, {', '.join(['size'] * len(self.patch_size))})",
+            )
+        return grid_size(images.shape[2:], self.patch_size)
+
+    @abstractmethod
+    def flops(self, kept: int) -> tuple[int, int]:
+        """Operations of embedding `kept` patches of an image, and of all that follows."""
+
+    @property
+    def num_patches(self) -> int:
+        """L, the patches of an image of the size trained on."""
+        return prod(self.grid)
 
 
 class PatchEmbed(nn.Module):
@@ -55,7 +110,7 @@ class PatchEmbed(nn.Module):
         return F.linear(patches, weight, self.proj.bias)
 
 
-class ViTEncoder(nn.Module):
+class ViTEncoder(Encoder):
     """A vision transformer that sees any subset of an image's patches.
 
     Args:
@@ -67,6 +122,8 @@ class ViTEncoder(nn.Module):
         num_heads: attention heads; divides `embed_dim`.
         mlp_ratio: hidden width of a block's MLP over `embed_dim`.
         class_token: prepend a class token.
+        registers: learned tokens between the class token and the patches, which take part in attention and are not
+            features (Darcet et al. 2024, "Vision transformers need registers"); timm's `reg_tokens`.
         drop_path: stochastic depth rate of the last block, rising linearly from 0.
 
     Raises:
@@ -86,16 +143,20 @@ class ViTEncoder(nn.Module):
         num_heads: int,
         mlp_ratio: float = 4.0,
         class_token: bool = True,
+        registers: int = 0,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         within("drop_path", drop_path, 0, 1, open_high=True)
         self.grid = grid_size(input_size, patch_size)
+        self.input_size = tuple(input_size)
         self.patch_size = tuple(patch_size)
         self.in_chans = in_chans
         self.embed_dim = embed_dim
-        self.num_prefix_tokens = int(class_token)
+        self.has_class_token = class_token
+        self.num_prefix_tokens = class_token + registers
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim).normal_(std=0.02)) if class_token else None
+        self.reg_token = nn.Parameter(torch.empty(1, registers, embed_dim).normal_(std=0.02)) if registers else None
         self.register_buffer("pos_embed", sincos(embed_dim, self.grid, self.num_prefix_tokens)[None])
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, drop_path * i / max(depth - 1, 1)) for i in range(depth)
@@ -104,63 +165,44 @@ class ViTEncoder(nn.Module):
         self.apply(init_linear)
         self.patch_embed = PatchEmbed(self.patch_size, in_chans, embed_dim)
 
-    def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> EncoderOutput:
+    def forward(self, images: Tensor, ids_keep: Tensor | None = None, *, keep_blocks: bool = False) -> EncoderOutput:
         """Encodes all patches of the images, or those named.
 
         Args:
             images: (B, C, *size) float; a size other than the one trained on has its positions resampled.
             ids_keep: (B, K) int64 patch indices; None: all.
+            keep_blocks: give the tokens between blocks too.
         """
-        self.check(images)
+        grid = self.grid_of(images)
         patches = patchify(images, self.patch_size)
         if ids_keep is not None:
             patches = gather(patches, ids_keep)
-        return self.forward_patches(patches, ids_keep, grid_size(images.shape[2:], self.patch_size))
-
-    def forward_patches(
-        self,
-        patches: Tensor,
-        ids: Tensor | None = None,
-        grid: tuple[int, ...] | None = None,
-        *,
-        keep_blocks: bool = False,
-    ) -> EncoderOutput:
-        """Encodes raw patches.
-
-        Args:
-            patches: (B, K, P) as `patchify` cuts them.
-            ids: (B, K) their indices in the grid; None: all, in order.
-            grid: the grid they were cut from; None: the one trained on.
-            keep_blocks: give the tokens between blocks too.
-        """
         x = self.patch_embed(patches)
-        positions = self.positions(grid or self.grid)
+        positions = self.positions(grid)
         patch_positions = positions[self.num_prefix_tokens :]
-        x = x + (patch_positions if ids is None else F.embedding(ids, patch_positions))
-        if self.cls_token is not None:
-            prefix = (self.cls_token + positions[:1]).to(x.dtype)
+        x = x + (patch_positions if ids_keep is None else F.embedding(ids_keep, patch_positions))
+        tokens: list[Tensor] = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        if tokens:
+            prefix = (torch.cat(tokens, dim=1) + positions[: self.num_prefix_tokens]).to(x.dtype)
             x = torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
-        between = [x]
+        between = []
         for block in self.blocks:
+            if keep_blocks:
+                between.append(x)
             x = block(x)
-            between.append(x)
-        x = self.norm(x)
-        prefix, patches = x.tensor_split((self.num_prefix_tokens,), dim=1)
-        return EncoderOutput(prefix, patches, tuple(between) if keep_blocks else ())
-
-    def check(self, images: Tensor) -> None:
-        """Raises ConfigError for images of another number of channels or axes."""
-        if images.ndim != len(self.patch_size) + 2 or images.shape[1] != self.in_chans:
-            raise ConfigError(
-                f"images have shape {tuple(images.shape)}",
-                f"this model takes (batch, {self.in_chans}, {', '.join(['size'] * len(self.patch_size))})",
-            )
+        if keep_blocks:  # the final norm learns by its scale and shift alone; who mixes blocks normalises the mixture
+            between.append(x * self.norm.weight + self.norm.bias)
+        prefix, patches = self.norm(x).tensor_split((self.num_prefix_tokens,), dim=1)
+        return EncoderOutput(prefix, patches, grid, tuple(between))
 
     def positions(self, grid: tuple[int, ...]) -> Tensor:
         """(num_prefix + L, D), resampled where `grid` is not the one trained on."""
         return resample(self.pos_embed[0], self.grid, grid)
 
-    @property
-    def num_patches(self) -> int:
-        """L, the patches of an image of the size trained on."""
-        return prod(self.grid)
+    def flops(self, kept: int) -> tuple[int, int]:
+        """Operations of embedding `kept` patches of an image, and of the blocks."""
+        embed = 2 * kept * prod(self.patch_size) * self.in_chans * self.embed_dim
+        return embed, blocks_flops(self.blocks, kept + self.num_prefix_tokens)
+
+
+ENCODERS: dict[str, type[Encoder]] = {"vit": ViTEncoder}

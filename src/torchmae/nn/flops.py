@@ -6,11 +6,10 @@ Matrix products only, a multiplication and an addition each (2 m n k for an (m, 
 
 from __future__ import annotations
 
-from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import num_keep
-from torchmae.nn.patches import grid_size
 
 
 class Flops(NamedTuple):
@@ -42,60 +41,24 @@ class Flops(NamedTuple):
         return self.training + self.encoder + self.decoder
 
 
-def count_flops(arguments: dict[str, Any], mask_ratio: float) -> Flops:
+def count_flops(model: MaskedAutoencoder, mask_ratio: float) -> Flops:
     """Operations of pre-training on one image of the size that a model is made for.
 
     Args:
-        arguments: of `presets.construct`.
-        mask_ratio: share of the patches that is hidden; the encoder sees the others only.
+        model: on any device, "meta" too.
+        mask_ratio: share of the patches that is masked; the encoder sees the others only.
 
     Raises:
-        ConfigError: sizes that do not fit together, or a ratio outside (0, 1).
+        ConfigError: a ratio outside (0, 1).
     """
-    if "hidden_dim" in arguments:
-        layer = 2 * prod(arguments["input_size"]) * arguments["in_chans"] * arguments["hidden_dim"]
-        return Flops(patch_embed=layer, encoder=0, decoder=layer)
-    length = prod(grid_size(arguments["input_size"], arguments["patch_size"]))
-    keep = num_keep(length, mask_ratio)
-    prefix = int(arguments["class_token"])
-    patch_dim = prod(arguments["patch_size"]) * arguments["in_chans"]
-    width, ratio = arguments["embed_dim"], arguments["mlp_ratio"]
-    dim, depth = arguments["decoder_embed_dim"], arguments["decoder_depth"]
-    hidden = max(1, round((length - keep) * arguments.get("predict_ratio", 1.0)))
-    seen = keep + prefix
-    if arguments["decoder"] == "self":
-        blocks = depth * _block(length + prefix, dim, ratio)
-    else:
-        blocks = depth * _cross_block(hidden, seen, dim, ratio)
-    embeddings = depth if arguments.get("feature_weights") else 1  # of the encoder's tokens
-    return Flops(
-        patch_embed=2 * keep * patch_dim * width,
-        encoder=arguments["depth"] * _block(seen, width, ratio),
-        decoder=2 * seen * width * dim * embeddings + blocks + 2 * hidden * dim * patch_dim,
-    )
+    encoder, decoder = model.encoder, model.decoder
+    kept = num_keep(encoder.num_patches, mask_ratio)
+    masked = max(1, round((encoder.num_patches - kept) * model.predict_ratio))
+    heads = 2 * masked * decoder.embed_dim * sum(target.dim for target in model.targets)
+    blocks = decoder.flops(kept + encoder.num_prefix_tokens, masked)
+    return Flops(*encoder.flops(kept), blocks + heads)
 
 
-def encode_flops(arguments: dict[str, Any]) -> int:
-    """Operations of encoding one whole image, nothing hidden. Arguments as for `count_flops`."""
-    if "hidden_dim" in arguments:
-        return count_flops(arguments, 0.5).patch_embed
-    length = prod(grid_size(arguments["input_size"], arguments["patch_size"]))
-    patch_dim = prod(arguments["patch_size"]) * arguments["in_chans"]
-    tokens = length + int(arguments["class_token"])
-    width = arguments["embed_dim"]
-    return 2 * length * patch_dim * width + arguments["depth"] * _block(tokens, width, arguments["mlp_ratio"])
-
-
-def _block(tokens: int, dim: int, mlp_ratio: float) -> int:
-    """Self-attention and MLP: projections, then queries by keys and weights by values."""
-    return 2 * tokens * dim * 4 * dim + 4 * tokens * tokens * dim + _mlp(tokens, dim, mlp_ratio)
-
-
-def _cross_block(queries: int, context: int, dim: int, mlp_ratio: float) -> int:
-    """As `_block`; keys and values come from the context."""
-    projections = 2 * dim * dim * (2 * queries + 2 * context)
-    return projections + 4 * queries * context * dim + _mlp(queries, dim, mlp_ratio)
-
-
-def _mlp(tokens: int, dim: int, mlp_ratio: float) -> int:
-    return 2 * 2 * tokens * dim * int(dim * mlp_ratio)
+def encode_flops(model: MaskedAutoencoder) -> int:
+    """Operations of encoding one whole image, nothing masked."""
+    return sum(model.encoder.flops(model.encoder.num_patches))

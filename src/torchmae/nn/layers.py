@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -102,6 +104,10 @@ class Mlp(nn.Module):
         """(..., D) to (..., D)."""
         return self.fc2(F.gelu(self.fc1(x)))
 
+    def flops(self, tokens: int) -> int:
+        """Operations of a forward pass."""
+        return 2 * 2 * tokens * self.fc1.in_features * self.fc1.out_features
+
 
 class DropPath(nn.Module):
     """Stochastic depth (Huang et al. 2016): in training, zeroes a sample's residual with a given probability.
@@ -152,6 +158,11 @@ class Block(nn.Module):
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
+    def flops(self, tokens: int) -> int:
+        """Operations of a forward pass: projections, queries by keys and weights by values, the MLP."""
+        dim = self.norm1.normalized_shape[0]
+        return 2 * tokens * dim * 4 * dim + 4 * tokens * tokens * dim + self.mlp.flops(tokens)
+
 
 class CrossBlock(nn.Module):
     """A pre-norm block whose attention reads a context instead of its own tokens (Fu et al. 2024, CrossMAE).
@@ -174,6 +185,17 @@ class CrossBlock(nn.Module):
         """Queries (B, M, D) and context (B, K, E) to (B, M, D)."""
         x = x + self.cross_attn(self.norm1(x), context)
         return x + self.mlp(self.norm2(x))
+
+    def flops(self, queries: int, context: int) -> int:
+        """Operations of a forward pass with `context` tokens as wide as the queries."""
+        dim = self.norm1.normalized_shape[0]
+        projections = 2 * dim * dim * (2 * queries + 2 * context)
+        return projections + 4 * queries * context * dim + self.mlp.flops(queries)
+
+
+def blocks_flops(blocks: nn.ModuleList, *tokens: int) -> int:
+    """Operations of a forward pass through blocks, for one image."""
+    return sum(cast(Block | CrossBlock, block).flops(*tokens) for block in blocks)
 
 
 def init_linear(module: nn.Module) -> None:

@@ -1,247 +1,158 @@
-"""The masked autoencoder: an encoder of visible patches, a decoder of hidden ones, and the loss between them."""
+"""The masked autoencoder: an encoder of visible patches, a decoder of masked ones, and targets to compare with."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from torchmae.errors import ConfigError, one_of, within
-from torchmae.nn.autoencoder import Autoencoder, Reconstruction
-from torchmae.nn.decoder import DECODERS
-from torchmae.nn.encoder import ViTEncoder
-from torchmae.nn.gradients import BINS, oriented_gradients
-from torchmae.nn.layers import init_linear
-from torchmae.nn.masking import STRATEGIES, Mask, noise_count, spread
-from torchmae.nn.patches import gather, grid_size, patch_statistics, patchify, unpatchify
+from torchmae.nn.decoder import Decoder
+from torchmae.nn.encoder import Encoder
+from torchmae.nn.masking import Mask, evenly_spaced
+from torchmae.nn.targets import Target
 
-POOLS = ("mean", "cls", "tokens")
+POOLS = ("mean", "cls", "both", "tokens")
 
 
 class MAEOutput(NamedTuple):
     """What a forward pass gives.
 
     Attributes:
-        loss: scalar float32, mean squared error over what is hidden.
-        pred: (B, M, P) predictions of the masked patches, in the order of `mask.ids_masked` and in the space of the
-            target (pixels, or patches normalised by their own statistics).
+        loss: scalar float32, the weighted sum of the targets' losses.
+        pred: (B, M, P) predictions of the first target for the masked patches, in the order of `mask.ids_masked`.
         mask: the mask that was given; in training with `predict_ratio`, `ids_masked` names what was predicted.
+        losses: each target's own loss, without gradient, in the order of the model's `targets`; when the model is not
+            in training mode, the first one's alone.
     """
 
     loss: Tensor
     pred: Tensor
-    mask: Mask
+    mask: Any
+    losses: tuple[Tensor, ...]
 
 
-class MaskedAutoencoder(Autoencoder):
-    """MAE (He et al. 2021). Draws no random numbers: masks come from outside, so the forward pass is a function.
+class Reconstruction(NamedTuple):
+    """A picture of what a model fills in.
+
+    Attributes:
+        images: (B, C, *size), the visible pixels as they were and the masked ones as predicted.
+        removed: (B, 1 or C, *size) bool, True where a pixel was masked.
+        note: how the target was undone; a viewer must show it, since it may use the masked patches themselves.
+    """
+
+    images: Tensor
+    removed: Tensor
+    note: str
+
+
+class MaskedAutoencoder(nn.Module):
+    """MAE (He et al. 2021), composed of built parts. Draws no random numbers: masks come from outside.
 
     Args:
-        input_size: pixels along each of 1, 2 or 3 axes.
-        patch_size: likewise; divides `input_size`.
-        in_chans: channels.
-        embed_dim: encoder width.
-        depth: encoder blocks.
-        num_heads: encoder heads.
-        mlp_ratio: hidden width of every MLP over its width.
-        class_token: prepend a class token.
-        drop_path: stochastic depth rate of the encoder's last block.
-        decoder: "self" (the paper's) or "cross" (CrossMAE's).
-        decoder_embed_dim: decoder width.
-        decoder_depth: decoder blocks.
-        decoder_num_heads: decoder heads.
-        norm_pix: the target is each patch normalised by its own mean and deviation (paper section 4.1).
-        predict_ratio: share of the masked patches that training predicts, in (0, 1]; evaluation predicts all.
-            Below 1 needs the cross decoder, whose predictions do not depend on each other (CrossMAE, section 3.3).
-        feature_weights: the cross decoder's blocks read learned mixtures of all the encoder's layers (section 3.4).
-        hog_weight: in training, how much the mean squared error of predicted gradient histograms counts beside that of
-            the pixels (MaskFeat's target, Wei et al. 2022); 0: not at all. 2-D images only.
+        encoder: see `nn.encoder.Encoder`.
+        decoder: see `nn.decoder.Decoder`.
+        targets: the first is what predictions, pictures and held-out losses are of; the others count in training only.
+        predict_ratio: share of the masked patches that training predicts, in (0, 1]; evaluation predicts all. Below 1
+            for decoders whose predictions do not depend on each other (CrossMAE, Fu et al. 2024, section 3.3).
 
     Raises:
-        ConfigError: sizes or options that do not fit together.
+        ConfigError: a share outside (0, 1].
     """
 
     def __init__(
-        self,
-        *,
-        input_size: Sequence[int],
-        patch_size: Sequence[int],
-        in_chans: int,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-        class_token: bool = True,
-        drop_path: float = 0.0,
-        decoder: str = "self",
-        decoder_embed_dim: int,
-        decoder_depth: int,
-        decoder_num_heads: int,
-        norm_pix: bool = True,
-        predict_ratio: float = 1.0,
-        feature_weights: bool = False,
-        hog_weight: float = 0.0,
+        self, encoder: Encoder, decoder: Decoder, targets: Sequence[Target], *, predict_ratio: float = 1.0
     ) -> None:
         super().__init__()
-        one_of("decoder", decoder, DECODERS)
         within("predict_ratio", predict_ratio, 0, 1, open_low=True)
-        within("hog_weight", hog_weight, 0, float("inf"), open_high=True)
-        if hog_weight and len(patch_size) != 2:
-            raise ConfigError(f"hog_weight needs images with 2 axes, found {len(patch_size)}", "use hog_weight 0")
-        for name, used in (("predict_ratio below 1", predict_ratio < 1), ("feature_weights", feature_weights)):
-            if used and decoder != "cross":
-                raise ConfigError(f"{name} does not apply to the {decoder!r} decoder", "use decoder 'cross'")
-        if norm_pix and prod(patch_size) * in_chans < 2:
-            raise ConfigError("norm_pix needs 2 values in a patch to normalise, found 1", "turn norm_pix off")
-        self.norm_pix = norm_pix
+        self.encoder = encoder
+        self.decoder = decoder
+        self.targets = tuple(targets)
         self.predict_ratio = predict_ratio
-        self.feature_weights = feature_weights
-        self.encoder = ViTEncoder(
-            input_size=input_size,
-            patch_size=patch_size,
-            in_chans=in_chans,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            class_token=class_token,
-            drop_path=drop_path,
-        )
-        self.decoder = DECODERS[decoder](
-            embed_dim,
-            self.encoder.grid,
-            embed_dim=decoder_embed_dim,
-            depth=decoder_depth,
-            num_heads=decoder_num_heads,
-            patch_dim=prod(patch_size) * in_chans,
-            mlp_ratio=mlp_ratio,
-            **({"feature_weights": depth + 1} if feature_weights else {}),
-        )
-        self.hog_weight = hog_weight
-        self.hog_head = nn.Linear(decoder_embed_dim, in_chans * BINS) if hog_weight else None
-        if self.hog_head is not None:
-            init_linear(self.hog_head)
+        for target in self.targets[hasattr(decoder, "pred") :]:
+            self.add_module(f"{target.name}_head", target.build_head(decoder.embed_dim))
+
+    @property
+    def target(self) -> Target:
+        """The first target."""
+        return self.targets[0]
 
     @property
     def patch_size(self) -> tuple[int, ...]:
-        """Pixels of a patch along each axis."""
+        """Pixels of a patch along each axis; empty for a model without patches."""
         return self.encoder.patch_size
 
-    def forward(self, images: Tensor, mask: Mask) -> MAEOutput:
-        """Predicts the hidden patches and compares them with the target.
+    @property
+    def pools(self) -> tuple[str, ...]:
+        """The features of a whole image that `encode` has."""
+        return ("mean", "cls", "both") if self.encoder.has_class_token else ("mean",)
+
+    def forward(self, images: Tensor, mask: Any) -> MAEOutput:
+        """Predicts the masked patches and compares them with the targets.
 
         Args:
             images: (B, C, *size) float, normalised as in training; a size other than the one trained on has its
                 positions resampled.
-            mask: which of their patches are hidden.
+            mask: which of their patches are masked.
 
         Raises:
             ConfigError: images of another number of channels or axes, or a mask of another batch or grid.
         """
-        patches, grid = self._cut(images, mask)
-        encoded = self.encoder.forward_patches(
-            gather(patches, mask.ids_keep), mask.ids_keep, grid, keep_blocks=self.feature_weights
-        )
-        asked = mask
+        mask.check(len(images), prod(self.encoder.grid_of(images)))
+        asked = {"keep_blocks": True} if self.decoder.reads_blocks else {}
+        encoded = self.encoder(images, mask.ids_keep, **asked)
         if self.training and self.predict_ratio < 1:
-            asked = Mask(mask.ids_keep, spread(mask.ids_masked, self.predict_ratio))
-        tokens = self.decoder.tokens(encoded, asked, grid)
-        pred = self.decoder.pred(tokens)
-        loss = F.mse_loss(pred.float(), self._target(gather(patches, asked.ids_masked)))
-        if self.training and self.hog_head is not None:
-            histograms = gather(oriented_gradients(images, self.patch_size), asked.ids_masked)
-            loss = loss + self.hog_weight * F.mse_loss(self.hog_head(tokens).float(), histograms)
-        return MAEOutput(loss, pred, asked)
+            mask = Mask(mask.ids_keep, evenly_spaced(mask.ids_masked, self.predict_ratio))
+        tokens = self.decoder(encoded, mask)
+        pred = self._head(0)(tokens)
+        losses = [self.target.loss(pred, images, mask)]
+        if self.training:
+            others = enumerate(self.targets[1:], start=1)
+            losses += [target.loss(self._head(i)(tokens), images, mask) for i, target in others]
+        weighted = [target.weight * loss for target, loss in zip(self.targets, losses, strict=False)]
+        return MAEOutput(cast(Tensor, sum(weighted)), pred, mask, tuple(loss.detach() for loss in losses))
 
     def encode(self, images: Tensor, pool: str = "mean") -> Tensor:
         """Features of whole images; nothing is ever masked here.
 
         Args:
             images: (B, C, *size) float, normalised as in training.
-            pool: "mean" of the patch tokens (B, D), the class token "cls" (B, D), or all patch "tokens" (B, L, D).
+            pool: "mean" of the patch tokens (B, D), the class token "cls" (B, D), "both" of them (B, 2 D), or all patch
+                "tokens" (B, L, D).
 
         Raises:
-            ConfigError: "cls" of a model that has no class token.
+            ConfigError: features that the model does not have.
         """
         one_of("pool", pool, POOLS)
-        if pool == "cls" and not self.encoder.num_prefix_tokens:
-            raise ConfigError("pool is 'cls' but the model has no class token", "use 'mean' or 'tokens'")
+        if pool == "tokens":
+            require_patches(self, "for pool 'tokens'")
+        elif pool not in self.pools:
+            raise ConfigError(f"pool is {pool!r} but the model has no class token", "use 'mean' or 'tokens'")
         encoded = self.encoder(images)
         if pool == "tokens":
             return encoded.patches
-        if pool == "mean":
-            return encoded.patches.mean(1)
-        return encoded.prefix[:, 0]
+        found = {"mean": [encoded.patches.mean(1)], "cls": [encoded.prefix[:, :1].squeeze(1)]}
+        return torch.cat(found["mean"] + found["cls"], 1) if pool == "both" else found[pool][0]
 
-    def reconstruct(self, images: Tensor, mask: Mask) -> Reconstruction:
-        """Fills in the hidden patches and leaves the visible ones as they are. Arguments as for `forward`."""
-        patches, grid = self._cut(images, mask)
-        pred = self(images, mask).pred.float()
-        note = "hidden patches as predicted"
-        if self.norm_pix:
-            mean, std = patch_statistics(gather(patches, mask.ids_masked))
-            pred = pred * std + mean
-            note = "hidden patches as predicted, with the true mean and contrast of each patch put back"
-        index = mask.ids_masked.unsqueeze(-1).expand_as(pred)
-        pasted = patches.scatter(1, index, pred.to(patches.dtype))
-        filled = unpatchify(pasted, self.patch_size, grid)
-        return Reconstruction(filled, self.removed_pixels(mask, grid), note)
+    def reconstruct(self, images: Tensor, mask: Any) -> Reconstruction:
+        """Fills in the masked patches and leaves the visible ones as they are. Arguments as for `forward`."""
+        filled, note = self.target.fill(images, self(images, mask).pred, mask)
+        return Reconstruction(filled, mask.removed_pixels(self.patch_size, images.shape[2:]), note)
 
-    def draw_mask(self, strategy: str, noise: Tensor, ratio: float, size: Sequence[int] | None = None) -> Mask:
-        """A mask from (B, `noise_count(strategy, size)`) uniform random numbers, for images of a size."""
-        one_of("mask.strategy", strategy, STRATEGIES)
-        return STRATEGIES[strategy](noise, self._grid(size), ratio)
+    def _head(self, number: int) -> nn.Module:
+        """From the decoder's tokens to the predictions of a target."""
+        if number == 0 and hasattr(self.decoder, "pred"):
+            return cast(nn.Module, self.decoder.pred)
+        return self.get_submodule(f"{self.targets[number].name}_head")
 
-    def noise_count(self, strategy: str, size: Sequence[int] | None = None) -> int:
-        """Random numbers a mask takes for each sample; ConfigError for a strategy that does not hide patches."""
-        one_of("mask.strategy", strategy, STRATEGIES)
-        return noise_count(strategy, self._grid(size))
 
-    def _grid(self, size: Sequence[int] | None) -> tuple[int, ...]:
-        return self.encoder.grid if size is None else grid_size(size, self.patch_size)
-
-    def num_targets(self, mask: Mask) -> int:
-        """How many values are hidden: what the loss counts for beside that of other masks."""
-        return mask.ids_masked.numel() * prod(self.patch_size) * self.encoder.in_chans
-
-    def removed_pixels(self, mask: Mask, grid: tuple[int, ...] | None = None) -> Tensor:
-        """(B, 1, *size) bool, True where a pixel is hidden; `grid` is the mask's, None for the one trained on."""
-        flags = mask.removed().unsqueeze(-1).expand(-1, -1, prod(self.patch_size))
-        return unpatchify(flags, self.patch_size, grid or self.encoder.grid)
-
-    def hidden_values(self, images: Tensor, mask: Mask) -> Tensor:
-        """(B, M, P): what `forward` compares its predictions with."""
-        return self._target(gather(self._cut(images, mask)[0], mask.ids_masked))
-
-    def hidden_predictions(self, output: MAEOutput) -> Tensor:
-        """(B, M, P) float32: what of a forward pass stands against `hidden_values`."""
-        return output.pred.float()
-
-    def visible_mean(self, images: Tensor, mask: Mask) -> Tensor:
-        """(B, 1, P): the mean of each image's visible patches in the target's space, the simplest prediction."""
-        return self._target(gather(self._cut(images, mask)[0], mask.ids_keep)).mean(1, keepdim=True)
-
-    def _cut(self, images: Tensor, mask: Mask) -> tuple[Tensor, tuple[int, ...]]:
-        """Patches and grid of images that fit the model and the mask; ConfigError where they do not."""
-        self.encoder.check(images)
-        grid = grid_size(images.shape[2:], self.patch_size)
-        batch, length = len(mask.ids_keep), mask.ids_keep.shape[1] + mask.ids_masked.shape[1]
-        if (batch, length) != (len(images), prod(grid)):
-            raise ConfigError(
-                f"the mask is for {batch} images of {length} patches, the batch has {len(images)} of {prod(grid)}",
-                "give every image of the batch a mask of its own grid",
-            )
-        return patchify(images, self.patch_size), grid
-
-    def _target(self, patches: Tensor) -> Tensor:
-        patches = patches.float()
-        if not self.norm_pix:
-            return patches
-        mean, std = patch_statistics(patches)
-        return (patches - mean) / std
+def require_patches(model: MaskedAutoencoder, purpose: str) -> None:
+    """ConfigError for a model whose encoder has no patches; `purpose` says what for."""
+    if not model.patch_size:
+        raise ConfigError(f"this model has no patches {purpose}", "use a vit model")
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
@@ -252,5 +163,8 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 
 def no_weight_decay(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay leaves a parameter alone: biases, norms, class and mask tokens, as is usual."""
-    return parameter.ndim <= 1 or name.rpartition(".")[2] in ("cls_token", "mask_token")
+    """Whether weight decay leaves a parameter alone: biases, norms, class, register and mask tokens.
+
+    Departure: the official code decays class and mask tokens.
+    """
+    return parameter.ndim <= 1 or name.rpartition(".")[2] in ("cls_token", "reg_token", "mask_token")

@@ -1,19 +1,24 @@
-"""Which patches are hidden. Pure functions of given random numbers; every sample of a batch loses the same count.
+"""Which patches are masked: `Masker` draws, strategies are pure functions of given random numbers.
 
-`True` in a boolean mask always means removed; indices are patch indices in row-major order.
+Every sample of a batch loses the same count. `True` in a boolean mask means removed; indices are row-major.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from torchmae.errors import ConfigError
-from torchmae.nn.patches import patchify
+from torchmae.errors import ConfigError, one_of
+from torchmae.nn.patches import grid_size, patchify, unpatchify
+from torchmae.random import Purpose, uniform
 
 
 class Mask(NamedTuple):
@@ -34,25 +39,46 @@ class Mask(NamedTuple):
         flags = torch.zeros(batch, length, dtype=torch.bool, device=self.ids_keep.device)
         return flags.scatter_(1, self.ids_masked, True)
 
+    def removed_pixels(self, patch_size: Sequence[int], size: Sequence[int]) -> Tensor:
+        """(B, 1, *size) bool, True where a pixel of an image of this size is removed."""
+        flags = self.removed().unsqueeze(-1).expand(-1, -1, prod(patch_size))
+        return unpatchify(flags, patch_size, grid_size(size, patch_size))
+
+    def check(self, batch: int, length: int) -> None:
+        """Raises ConfigError unless this is the mask of `batch` images of `length` patches."""
+        own = (len(self.ids_keep), self.ids_keep.shape[1] + self.ids_masked.shape[1])
+        if own != (batch, length):
+            raise ConfigError(
+                f"the mask is for {own[0]} images of {own[1]} patches, the batch has {batch} of {length}",
+                "give every image of the batch a mask of its own grid",
+            )
+
     def to(self, device: torch.device | str) -> Mask:
         """The same mask on another device."""
         return Mask(self.ids_keep.to(device), self.ids_masked.to(device))
 
+    def tensor_split(self, parts: int) -> list[Mask]:
+        """The masks of the parts that `Tensor.tensor_split` cuts the batch into."""
+        pairs = zip(self.ids_keep.tensor_split(parts), self.ids_masked.tensor_split(parts), strict=True)
+        return [Mask(*pair) for pair in pairs]
+
 
 def num_keep(length: int, ratio: float) -> int:
-    """K = clamp(round(L (1 - r)), 1, L - 1): at least one patch is kept and at least one hidden.
+    """K = clamp(round(L (1 - r)), 1, L - 1): at least one patch is kept and at least one removed.
+
+    Departure: K is rounded, where the official code rounds down.
 
     Raises:
         ConfigError: a ratio outside (0, 1), or fewer than two patches.
     """
-    _check_ratio(ratio)
+    check_ratio(ratio)
     if length < 2:
         raise ConfigError(f"the image has {length} patches", "masking needs at least 2: use a smaller patch")
     return min(max(round(length * (1 - ratio)), 1), length - 1)
 
 
 def random_mask(noise: Tensor, grid: Sequence[int], ratio: float) -> Mask:
-    """Hides patches at random, without regard to place (paper section 3, "Masking").
+    """Removes patches at random, without regard to place (paper section 3, "Masking").
 
     Args:
         noise: (B, L) uniform random numbers; the K patches with the smallest are kept.
@@ -63,10 +89,11 @@ def random_mask(noise: Tensor, grid: Sequence[int], ratio: float) -> Mask:
 
 
 def block_mask(noise: Tensor, grid: Sequence[int], ratio: float) -> Mask:
-    """Hides one contiguous block (paper, figure 6, "block"), of random centre and proportions.
+    """Removes one contiguous block (paper, figure 6, "block"), of random centre and proportions.
 
-    Patches are hidden in order of their distance from the centre, so the count is exact and the block is connected;
-    the middle of an image is hidden more often than its corners, and at ratios above about 0.6 its very middle always.
+    Patches are removed in order of their distance from the centre, so the count is exact and the block is connected;
+    the middle of an image is removed more often than its corners, and at ratios above about 0.6 its very middle always.
+    Departure: one block, where the paper takes BEiT's union of several.
 
     Args:
         noise: (B, 2n) uniform random numbers for n axes: centre, then proportions.
@@ -107,23 +134,22 @@ def grid_mask(noise: Tensor, grid: Sequence[int], ratio: float) -> Mask:
     return _keep_smallest(rank, keep)
 
 
-def elements_mask(noise: Tensor, ratio: float, *, inverted: bool = False) -> Tensor:
-    """Hides single values, each on its own with the same probability.
+def cells_mask(noise: Tensor, grid: Sequence[int], ratio: float, *, side: int) -> Mask:
+    """Removes whole cells of neighbouring patches at random, which leaves larger holes at the same ratio.
+
+    The count is exact: of one cell, a part is removed where the cells do not add up to it.
 
     Args:
-        noise: (B, N) uniform random numbers, one for each value of a flattened image.
-        ratio: the probability, in (0, 1).
-        inverted: hide with probability 1 - ratio instead: the tutorial's mask, which multiplies the input by
-            `noise < ratio` and so keeps what it means to hide.
-
-    Returns:
-        (B, N) bool, True where a value is removed. The counts differ from sample to sample.
-
-    Raises:
-        ConfigError: a ratio outside (0, 1).
+        noise: (B, number of cells) uniform random numbers.
+        grid: patches along each axis; cells at the end of an axis are smaller where `side` does not divide it.
+        ratio: share that is removed, in (0, 1).
+        side: patches of a cell along each axis.
     """
-    _check_ratio(ratio)
-    return noise >= ratio if inverted else noise < ratio
+    keep = num_keep(prod(grid), ratio)
+    cells = torch.arange(noise.shape[1], device=noise.device).view(_num_cells(grid, side))
+    for axis, size in enumerate(grid):
+        cells = cells.repeat_interleave(side, axis).narrow(axis, 0, size)
+    return _keep_smallest(noise[:, cells.flatten()], keep)
 
 
 def mask_from_tokens(removed: Tensor) -> Mask:
@@ -164,31 +190,120 @@ def mask_from_pixels(removed: Tensor, patch_size: Sequence[int]) -> Mask:
     return mask_from_tokens(patchify(flags[:, None], patch_size).any(-1))
 
 
-def spread(ids: Tensor, share: float) -> Tensor:
-    """Every so-manieth of the indices: (B, M) to (B, max(1, round(M * share))).
+def evenly_spaced(ids: Tensor, share: float) -> Tensor:
+    """An evenly strided subset of about `share` of the indices: (B, M) to (B, max(1, round(M * share))).
 
-    Strategies order what they hide: at random, by distance, by the grid. Evenly spread, a part is one of the whole.
+    Strategies order what they mask: at random, by distance, by the grid. A strided subset represents the whole.
     """
     count = max(1, round(ids.shape[1] * share))
     steps = torch.arange(count, device=ids.device) * ids.shape[1] // count
     return ids[:, steps]
 
 
-STRATEGIES: dict[str, Callable[[Tensor, Sequence[int], float], Mask]] = {
-    "random": random_mask,
-    "block": block_mask,
-    "grid": grid_mask,
+class Strategy(NamedTuple):
+    """A way to choose what is masked.
+
+    Attributes:
+        draw: called with (B, `noise_count(grid)`) uniform random numbers, the grid and the ratio; gives the mask.
+        noise_count: random numbers that one sample takes.
+        evaluated: evaluation measures it when no strategy is named.
+    """
+
+    draw: Callable[[Tensor, Sequence[int], float], Any]
+    noise_count: Callable[[Sequence[int]], int]
+    evaluated: bool = True
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "random": Strategy(random_mask, prod),
+    "block": Strategy(block_mask, lambda grid: 2 * len(grid)),
+    "grid": Strategy(grid_mask, len),
+    "cells2": Strategy(partial(cells_mask, side=2), lambda grid: prod(_num_cells(grid, 2)), evaluated=False),
+    "cells4": Strategy(partial(cells_mask, side=4), lambda grid: prod(_num_cells(grid, 4)), evaluated=False),
 }
 
 
-def noise_count(strategy: str, grid: Sequence[int]) -> int:
-    """How many random numbers a strategy takes for each sample."""
-    return {"random": prod(grid), "block": 2 * len(grid), "grid": len(grid)}[strategy]
+class Maskable(Protocol):
+    """What a `Masker` asks of an encoder; `nn.encoder.Encoder` says what each of them is."""
+
+    grid: tuple[int, ...]
+    strategies: Mapping[str, Strategy]
+
+    def grid_of(self, images: Tensor) -> tuple[int, ...]: ...  # noqa: D102
 
 
-def _check_ratio(ratio: float) -> None:
+@dataclass(frozen=True)
+class Masker:
+    """Draws the masks of a model: `masker(seed, epoch, indices)` is a function and changes nothing.
+
+    Attributes:
+        encoder: whose grid is masked.
+        strategy: a name in `encoder.strategies`, or a strategy of one's own.
+        ratio: share that is removed, in (0, 1).
+        final_ratio: the share at the end of a run; None: `ratio` stays.
+        grid: of the images; None: of those that the encoder was made for.
+
+    Raises:
+        ConfigError: a strategy that the encoder does not have.
+    """
+
+    encoder: Maskable
+    strategy: str | Strategy = "random"
+    ratio: float = 0.75
+    final_ratio: float | None = None
+    grid: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.strategy, str):
+            one_of("mask.strategy", self.strategy, self.encoder.strategies)
+
+    def __call__(
+        self,
+        seed: int,
+        epoch: npt.NDArray[np.integer] | int,
+        indices: npt.NDArray[np.int64],
+        device: torch.device | str = "cpu",
+    ) -> Any:
+        """The masks of the samples with these indices in an epoch."""
+        noise = torch.from_numpy(uniform(seed, epoch, indices, Purpose.MASK, self.noise_count))
+        if torch.device(device).type == "cuda":  # from other than pinned memory, the copy would wait for queued work
+            noise = noise.pin_memory()
+        return self.from_noise(noise.to(device, non_blocking=noise.is_pinned()))
+
+    def from_noise(self, noise: Tensor) -> Any:
+        """The masks, on its device, that (B, `noise_count`) uniform random numbers give."""
+        return self._rule.draw(noise, self.grid or self.encoder.grid, self.ratio)
+
+    @property
+    def noise_count(self) -> int:
+        """Random numbers that one sample takes."""
+        return self._rule.noise_count(self.grid or self.encoder.grid)
+
+    def at(self, step: float, total: int) -> Masker:
+        """The masker of a step (0 to total - 1): its ratio lies on a straight line from `ratio` to `final_ratio`."""
+        if self.final_ratio is None:
+            return self
+        ratio = self.ratio + (self.final_ratio - self.ratio) * step / max(total - 1, 1)
+        return replace(self, ratio=ratio, final_ratio=None)
+
+    def for_images(self, images: Tensor) -> Masker:
+        """The masker of images (B, C, *size) of this size."""
+        return replace(self, grid=self.encoder.grid_of(images))
+
+    @property
+    def _rule(self) -> Strategy:
+        return self.encoder.strategies[self.strategy] if isinstance(self.strategy, str) else self.strategy
+
+
+def check_ratio(ratio: float) -> None:
+    """Raises ConfigError for a ratio outside (0, 1)."""
     if not 0 < ratio < 1:
         raise ConfigError(f"mask ratio is {ratio:g}", "it must lie between 0 and 1, both excluded; the paper uses 0.75")
+
+
+def _num_cells(grid: Sequence[int], side: int) -> list[int]:
+    """Cells along each axis."""
+    return [-(-size // side) for size in grid]
 
 
 def _coordinates(grid: Sequence[int], device: torch.device) -> Tensor:

@@ -12,12 +12,12 @@ from math import prod
 from typing import Any
 
 import numpy as np
-import torch
 
+from torchmae import presets
 from torchmae.config.plan import PlanOptions, number_of
 from torchmae.errors import ConfigError
-from torchmae.nn import presets
 from torchmae.nn.flops import count_flops
+from torchmae.nn.mae import parameter_counts
 from torchmae.nn.masking import num_keep
 from torchmae.nn.patches import grid_size
 
@@ -117,8 +117,9 @@ def plan(options: PlanOptions) -> Cost:
     if "patch_size" not in values:
         raise ConfigError(f"model is {options.model!r}", "plan a transformer: vit_small, vit_base, vit_large, ...")
     gpu, world = GPUS[options.gpu], options.gpus
-    parameters = count_parameters(values)
-    flops = count_flops(values, options.mask_ratio)
+    model = presets.weightless(values)
+    parameters = sum(parameter_counts(model))
+    flops = count_flops(model, options.mask_ratio)
     share = -(-options.batch_size // world)
     state = state_bytes(parameters, world if options.parallel == "fsdp" else 1)
     per_image = activation_bytes(values, options.mask_ratio, recompute=options.checkpoint_activations)
@@ -168,13 +169,6 @@ def assumed_mfu(flops_per_image: float) -> float:
     return float(np.interp(np.log(flops_per_image / 1e9), sizes, shares))
 
 
-def count_parameters(values: dict[str, Any]) -> int:
-    """Trained values of the model of full arguments, as `presets.arguments` gives them; no memory is taken."""
-    with torch.device("meta"):
-        model = presets.construct(values)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
 def state_bytes(parameters: int, shards: int = 1) -> float:
     """Weights, gradients and AdamW's two moments in fp32, of which each GPU holds one of `shards`; and the bf16 copies
     of weights that autocast keeps for the backward pass, of which every GPU makes its own."""
@@ -191,7 +185,7 @@ def activation_bytes(values: dict[str, Any], mask_ratio: float, *, bf16: bool = 
     """
     length = prod(grid_size(values["input_size"], values["patch_size"]))
     keep = num_keep(length, mask_ratio)
-    prefix = int(values["class_token"])
+    prefix = values["class_token"] + values["registers"]
     size, ratio = (2 if bf16 else 4), values["mlp_ratio"]
 
     def block(tokens: int, dim: int, context: int | None = None) -> tuple[float, float]:

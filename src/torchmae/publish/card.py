@@ -12,7 +12,7 @@ from torchmae.errors import CheckpointError
 from torchmae.interop import official, onnx, timm
 from torchmae.interop.exports import Check, Exported
 from torchmae.nn.classifier import Classifier
-from torchmae.nn.mae import MaskedAutoencoder, parameter_counts
+from torchmae.nn.mae import parameter_counts
 from torchmae.report.facts import duration, short_count
 from torchmae.report.run import Run, load_run
 
@@ -69,7 +69,7 @@ def model_card(run: Path, exported: Exported, options: ExportOptions, check: Che
 
 def snippet(to: str, part: str, exported: Exported) -> str:
     """Python that loads the files of a format and applies them to `images`."""
-    size = (exported.encoder.in_chans, *exported.input_size) if _vit(exported) else ()
+    size = (exported.encoder.in_chans, *exported.input_size) if _patches(exported) else ()
     shape = f"(batch, {', '.join(map(str, size))})"
     if to == "timm":
         name, arguments = timm.architecture(exported)
@@ -151,8 +151,8 @@ def _title(known: Run | None, exported: Exported) -> str:
 
 def _summary(exported: Exported, options: ExportOptions) -> str:
     model = exported.model
-    if not _vit(exported):
-        return "A fully connected masked autoencoder (the tutorial's)."
+    if not _patches(exported):
+        return "A masked autoencoder without patches, fully connected."
     encoder = exported.encoder
     block = (
         f"{len(encoder.blocks)} blocks of width {encoder.embed_dim}, patches of {_times(encoder.patch_size)} on inputs "
@@ -160,7 +160,6 @@ def _summary(exported: Exported, options: ExportOptions) -> str:
     )
     if isinstance(model, Classifier):
         return f"A vision transformer that was fine-tuned to tell {model.head.out_features} classes apart: {block}."
-    assert isinstance(model, MaskedAutoencoder)
     count, rest = parameter_counts(model)
     alone = options.to in ("timm", "hf-vit") or (options.to, options.part) == ("onnx", "encoder")
     decoder = "; its decoder is not in these files" if alone else f", and a decoder of {short_count(rest)}"
@@ -221,8 +220,9 @@ def _last_part(path: Any) -> str | None:
     return Path(str(path)).name if path else None
 
 
-def _vit(exported: Exported) -> bool:
-    return isinstance(exported.model, (MaskedAutoencoder, Classifier))
+def _patches(exported: Exported) -> bool:
+    """Whether the model has patches."""
+    return bool(exported.model.patch_size)
 
 
 def _times(size: tuple[int, ...]) -> str:

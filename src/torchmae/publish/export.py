@@ -15,7 +15,6 @@ from torchmae.config.export import ExportOptions
 from torchmae.errors import CheckpointError, ConfigError, TorchmaeError, reason_of
 from torchmae.interop import huggingface, official, onnx, timm
 from torchmae.interop.exports import TOLERANCE, Check, Exported
-from torchmae.interop.weights import AbsentDecoder
 from torchmae.nn.classifier import Classifier
 from torchmae.paths import user_path
 from torchmae.publish.card import model_card
@@ -125,9 +124,9 @@ def write(folder: Path, options: ExportOptions, opened: Opened) -> None:
         save_classifier(folder, exported.model, opened.description)
     else:
         assert isinstance(opened.description, Description)
-        decoder = getattr(exported.model, "decoder", None)
-        if isinstance(decoder, AbsentDecoder):
-            raise ConfigError(f"{to} is a whole model: {decoder.reason}", "export the encoder with --to timm")
+        if exported.model.decoder.absent:
+            reason, _ = exported.model.decoder.absent
+            raise ConfigError(f"{to} is a whole model: {reason}", "export the encoder with --to timm")
         write_description(folder / "model.json", opened.description)
         write_weights(folder / "model.safetensors", exported.model.state_dict())
 

@@ -95,10 +95,18 @@ class Chart:
     legend: tuple[Line, ...] = ()
 
 
-def loss_chart(train: Records, val: Records) -> Chart | None:
-    """Training and validation loss over steps, beside the losses of the trivial predictors; None without data."""
+def loss_chart(train: Records, val: Records, target: str | None = None) -> Chart | None:
+    """Training and validation loss over steps, beside the losses of the trivial predictors; None without data.
+
+    Args:
+        train: training records.
+        val: validation records, which are of the first target.
+        target: the name of a further target, which has no validation loss; None: the first.
+    """
+    key, title = ("loss", "Loss") if target is None else (f"loss_{target}", f"Training loss of the target {target}")
+    val = val if target is None else []
     series = {
-        Line("training", "train"): series_of(train, "loss"),
+        Line("training", "train"): series_of(train, key),
         Line("held-out images", "model"): series_of(val, "loss"),
         Line("interpolation", "interpolation", dashed=True): series_of(val, "loss_interpolation"),
         Line("mean patch", "mean", dashed=True): series_of(val, "loss_mean_patch"),
@@ -106,14 +114,14 @@ def loss_chart(train: Records, val: Records) -> Chart | None:
     series = _non_empty(series)
     if not series:
         return None
-    alt = _sentence("Loss over steps", series, number)
+    alt = _sentence(f"{title} over steps", series, number)
 
     def draw(figure: Figure) -> None:
         axes = step_axes(figure.add_subplot())
         _draw_lines(axes, series)
         axes.set_ylim(0, 1.06 * max(_ceiling(line, y) for line, (_, y) in series.items()))
 
-    return Chart("Loss", alt, to_svg(draw, "loss", alt), tuple(series))
+    return Chart(title, alt, to_svg(draw, key, alt), tuple(series))
 
 
 def variance_chart(val: Records) -> Chart | None:

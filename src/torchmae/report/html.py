@@ -270,8 +270,13 @@ def _share(value: float | None) -> Share:
 
 
 def _charts(run: Run, figures: Figures) -> list[charts.Chart]:
+    others = sorted({name[5:] for record in run.train for name in record if name.startswith("loss_")})
+    # Runs of older versions logged the weighted sum of all targets' losses, which no loss on held-out images is like.
+    model = run.config.get("model")
+    summed = isinstance(model, dict) and bool(model.get("hog_weight")) and not others
     drawn = (
-        charts.loss_chart(run.train, run.val),
+        charts.loss_chart([] if summed else run.train, run.val),
+        *(charts.loss_chart(run.train, [], name) for name in others),
         charts.variance_chart(run.val),
         charts.accuracy_chart(run.val, "knn", figures.knn_untrained, figures.knn_pixels),
         charts.accuracy_chart(run.val, "linear", figures.linear_untrained, figures.linear_pixels),

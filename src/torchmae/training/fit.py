@@ -6,11 +6,13 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from torchmae.config import PretrainConfig
 from torchmae.errors import ConfigError, TrainingError
-from torchmae.nn.autoencoder import Autoencoder
+from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.nn.masking import Masker
 from torchmae.training.allocation import ran_out_of_memory
 from torchmae.training.compilation import plain_at_the_end
 from torchmae.training.optim import build_optimizers
@@ -22,7 +24,7 @@ USABLE = 0.9  # of a GPU's memory: fragmentation grows in a long run, and evalua
 
 
 def fit_batch(
-    config: PretrainConfig, model: Autoencoder, image_size: tuple[int, ...], limit: int, runtime: Runtime
+    config: PretrainConfig, model: MaskedAutoencoder, image_size: tuple[int, ...], limit: int, runtime: Runtime
 ) -> int:
     """Images in a step over all ranks such that each rank's share, in `config.accumulate` parts, fits on its GPU.
 
@@ -65,7 +67,7 @@ def largest_share(fits: Callable[[int], bool], limit: int) -> int:
     return share
 
 
-def step_fits(config: PretrainConfig, model: Autoencoder, shape: tuple[int, ...], runtime: Runtime) -> bool:
+def step_fits(config: PretrainConfig, model: MaskedAutoencoder, shape: tuple[int, ...], runtime: Runtime) -> bool:
     """Whether a step on images of this shape leaves a tenth of the GPU free."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(runtime.device)
@@ -79,7 +81,7 @@ def step_fits(config: PretrainConfig, model: Autoencoder, shape: tuple[int, ...]
         return False
 
 
-def try_step(config: PretrainConfig, model: Autoencoder, shape: tuple[int, ...], runtime: Runtime) -> None:
+def try_step(config: PretrainConfig, model: MaskedAutoencoder, shape: tuple[int, ...], runtime: Runtime) -> None:
     """A step on images of this shape with a copy of the model, of which nothing is left afterwards.
 
     With DDP each rank steps alone: it needs as much memory, and one that runs out does not leave others waiting.
@@ -92,8 +94,9 @@ def try_step(config: PretrainConfig, model: Autoencoder, shape: tuple[int, ...],
             wrapped = prepare(copied, config, runtime)
             optimizers = build_optimizers(copied, config.optim, config.batch_size)
             images = torch.zeros(shape, device=runtime.device)
-            noise = torch.rand(shape[0], model.noise_count(config.mask.strategy), device=runtime.device)
-            mask = model.draw_mask(config.mask.strategy, noise, config.mask.ratio)
+            ratio = min(config.mask.ratio, config.mask.final_ratio or 1)  # whose steps take the most memory
+            masker = Masker(copied.encoder, config.mask.strategy, ratio)
+            mask = masker(config.seed, 0, np.arange(shape[0]), runtime.device)
             train_step(copied, optimizers, images, mask, config, runtime, wrapped=wrapped)
     finally:
         if config.compile:  # each trial has a shape of its own, and only a few are compiled of one function

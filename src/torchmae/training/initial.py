@@ -6,12 +6,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from torchmae import presets
 from torchmae.config import ModelConfig
 from torchmae.errors import ConfigError
 from torchmae.interop.reading import is_foreign, read_weights
 from torchmae.interop.weights import DECODER_SHAPE, ENCODER_SHAPE, Weights
-from torchmae.nn import presets
-from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.paths import user_path
 from torchmae.training.saved_model import load_model
 
@@ -25,14 +24,14 @@ def read_initial(source: str | Path, model: ModelConfig | None = None) -> Weight
 
     Raises:
         CheckpointError: nothing there that can be loaded.
-        ConfigError: the mlp model.
+        ConfigError: a model without patches.
     """
     path = user_path(source)
     if is_foreign(path):
         return read_weights(path, **_said(model)) if model is not None else read_weights(path)
     trained, description = load_model(path)
-    if not isinstance(trained, MaskedAutoencoder):
-        raise ConfigError(f"{path} holds the mlp model", "give --init-from weights of a vision transformer")
+    if not trained.patch_size:
+        raise ConfigError(f"{path} holds a model without patches", "give --init-from weights of a vision transformer")
     return Weights(
         origin=str(path),
         arguments=description.arguments,
@@ -56,13 +55,15 @@ def adopt_shape(model: ModelConfig, weights: Weights) -> ModelConfig:
     the input is theirs unless the settings name one; the target likewise.
 
     Raises:
-        ConfigError: settings of the mlp model.
+        ConfigError: a preset without patches.
     """
-    if model.preset == "mlp":
-        raise ConfigError("the mlp model cannot start from a vision transformer's weights", "leave --init-from out")
+    if "patch_size" not in presets.arguments(model.preset):
+        raise ConfigError(
+            f"preset {model.preset!r} cannot start from a vision transformer's weights", "leave --init-from out"
+        )
     given = {field.name: getattr(model, field.name) for field in fields(model) if field.name != "preset"}
     norm_pix = weights.norm_pix if model.norm_pix is None else model.norm_pix
-    taken = {name: weights.arguments[name] for name in ENCODER_SHAPE}
+    taken = {name: weights.arguments.get(name, 0) for name in ENCODER_SHAPE}
     taken["input_size"] = weights.arguments["input_size"] if model.input_size is None else model.input_size
     same_target = weights.norm_pix is None or norm_pix == weights.norm_pix
     if weights.decoder is not None and same_target:

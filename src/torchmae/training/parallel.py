@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from torchmae.config import PretrainConfig
 from torchmae.errors import ConfigError
-from torchmae.nn.autoencoder import Autoencoder
+from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.training.runtime import Runtime
 
 
@@ -49,7 +49,7 @@ def checkpoint_activations(model: nn.Module) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def parallelise(model: Autoencoder, config: PretrainConfig, runtime: Runtime) -> nn.Module:
+def parallelise(model: MaskedAutoencoder, config: PretrainConfig, runtime: Runtime) -> nn.Module:
     """Makes a model one that all ranks train together.
 
     Args:
@@ -88,7 +88,7 @@ def average_gradients(model: nn.Module, runtime: Runtime, accumulate: int) -> Di
     return wrapped
 
 
-def _shard(model: Autoencoder, runtime: Runtime) -> nn.Module:
+def _shard(model: MaskedAutoencoder, runtime: Runtime) -> nn.Module:
     """FSDP2: each block's parameters are gathered when it runs. With bf16, blocks are gathered in bf16 and gradients
     summed in fp32; what surrounds them stays fp32, as do targets and loss, and autocast decides as on one rank."""
     from torch.distributed.device_mesh import init_device_mesh

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -17,20 +17,21 @@ from torchmae.config import PretrainConfig
 from torchmae.data.loader import Batch, ImageLoader
 from torchmae.data.plan import Plan
 from torchmae.errors import TrainingError
-from torchmae.nn.autoencoder import Autoencoder
+from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.nn.masking import Masker
 from torchmae.training.allocation import ran_out_of_memory
 from torchmae.training.checkpoint import Checkpoint, load_checkpoint
 from torchmae.training.compilation import first_shapes_only, plain_at_the_end
 from torchmae.training.optim import build_optimizers, lr_factor, set_lr
 from torchmae.training.parallel import check_parallel
 from torchmae.training.progress import Display
-from torchmae.training.progression import check_progression, early_images, mask_ratio
+from torchmae.training.progression import check_progression, early_images
 from torchmae.training.ranks import Ranks, agree_on_signal, one_line_when_lost, part_of
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime
 from torchmae.training.signals import stop_signals
 from torchmae.training.state import State, diverged, interrupted, restore, save
-from torchmae.training.step import draw_mask, prepare, train_step
+from torchmae.training.step import prepare, train_step
 from torchmae.training.tracking import Tracker
 from torchmae.training.update_size import copy_matrices, update_to_weight
 from torchmae.training.window import Window, close_window, timed
@@ -57,7 +58,7 @@ class Evaluator:
 def pretrain(
     config: PretrainConfig,
     *,
-    model: Autoencoder,
+    model: MaskedAutoencoder,
     loader: ImageLoader,
     fingerprint: str,
     runtime: Runtime,
@@ -103,6 +104,7 @@ def pretrain(
     plan = Plan(len(loader), min(config.batch_size, len(loader)), config.seed)
     with one_line_when_lost(ranks), out_of_memory(config, plan.batch_size, runtime):
         total = 0 if checkpoint else plan_steps(config, model, loader, plan, runtime, display)
+    masker = Masker(model.encoder, **asdict(config.mask))
     wrapped = prepare(model, config, runtime)
     optimizers = build_optimizers(model, config.optim, plan.batch_size)
     if checkpoint is None:
@@ -114,7 +116,7 @@ def pretrain(
     due = [(frozenset(due_steps(state.total_steps, item.count)), item.run) for item in evaluators]
     model.train()
     saved_at = time.monotonic()
-    window = Window(time.perf_counter())
+    window = Window(time.perf_counter(), [target.name for target in model.targets])
     images = torch.empty(0)  # of the newest step
 
     def settle() -> bool:
@@ -138,21 +140,21 @@ def pretrain(
                 draw = state.step * ranks.world_size + ranks.rank
                 torch.manual_seed(config.seed % 2**32 * 2**31 + draw)
             images = early_images(batch.images, model, config, state.step, state.total_steps)
-            ratio = mask_ratio(config.mask, state.step, state.total_steps)
-            mask = draw_mask(model, config.mask, config.seed, batch, runtime.device, ratio, images.shape[2:])
+            drawn = masker.at(state.step, state.total_steps).for_images(images)
+            mask = drawn(config.seed, batch.epoch, batch.indices, runtime.device)
             num_images = len(plan.indices(state.step)[1])
             state.step += 1
             log_due = state.step % config.log_every == 0
             before = copy_matrices(model) if log_due else None
-            loss, norm = train_step(
+            step = train_step(
                 *(model, optimizers, images, mask, config, runtime),
                 wrapped=wrapped,
                 parts=part_of(num_images, ranks, config.accumulate),
             )
             compiled()
-            window.add(loss, norm, num_images)
+            window.add(step, num_images)
             if before is not None:
-                window.figures = {"grad_norm": norm, "update_to_weight": update_to_weight(before, model)}
+                window.figures = {"grad_norm": step.norm, "update_to_weight": update_to_weight(before, model)}
 
             epoch_ends = state.step % plan.steps_per_epoch == 0
             evaluations = [run for steps, run in due if state.step in steps]
@@ -196,7 +198,12 @@ def due_steps(total: int, count: int) -> list[int]:
 
 
 def plan_steps(
-    config: PretrainConfig, model: Autoencoder, loader: ImageLoader, plan: Plan, runtime: Runtime, display: Display
+    config: PretrainConfig,
+    model: MaskedAutoencoder,
+    loader: ImageLoader,
+    plan: Plan,
+    runtime: Runtime,
+    display: Display,
 ) -> int:
     """How many steps the run has: from the epochs, or from max_minutes and the speed measured on a copy."""
     if config.max_minutes is None:
@@ -209,13 +216,14 @@ def plan_steps(
 
 
 def measure_speed(
-    config: PretrainConfig, model: Autoencoder, loader: ImageLoader, plan: Plan, runtime: Runtime, at_least: float
+    config: PretrainConfig, model: MaskedAutoencoder, loader: ImageLoader, plan: Plan, runtime: Runtime, at_least: float
 ) -> float:
     """Mean seconds of a training step, data included, measured on a copy of the model that is thrown away.
 
     It takes PROBE_STEPS steps and `at_least` so many seconds, after a warm-up.
     """
     copied = copy.deepcopy(model).train()
+    masker = Masker(copied.encoder, **asdict(config.mask))
     ranks = runtime.ranks
     warm_up = PROBE_STEPS // 2
     start = time.perf_counter()
@@ -230,8 +238,8 @@ def measure_speed(
         for batch in loader.train_batches(plan, 0, 1_000_000, rank=ranks.rank, world_size=ranks.world_size):
             place = done * _GOLDEN_RATIO % 1  # in the run, whose first and last steps may differ in size
             images = early_images(batch.images, copied, config, place, 1)
-            ratio = mask_ratio(config.mask, place, 1)
-            mask = draw_mask(copied, config.mask, config.seed, batch, runtime.device, ratio, images.shape[2:])
+            drawn = masker.at(place, 2).for_images(images)
+            mask = drawn(config.seed, batch.epoch, batch.indices, runtime.device)
             parts = part_of(len(plan.indices(done)[1]), ranks, config.accumulate)
             train_step(copied, optimizers, images, mask, config, runtime, wrapped=wrapped, parts=parts)[0].item()
             compiled()
@@ -246,7 +254,7 @@ def measure_speed(
 
 def roll_back(
     state: State,
-    model: Autoencoder,
+    model: MaskedAutoencoder,
     optimizers: Sequence[Optimizer],
     folder: RunFolder,
     window: Window,

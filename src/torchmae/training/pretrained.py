@@ -20,9 +20,9 @@ from torchmae.data.transforms import eval_box, resample
 from torchmae.errors import ConfigError, DataError, one_of
 from torchmae.interop.reading import is_foreign, read_weights
 from torchmae.interop.weights import Weights, build, full_arguments
-from torchmae.nn.autoencoder import Autoencoder, Reconstruction
+from torchmae.nn.mae import MaskedAutoencoder, Reconstruction
+from torchmae.nn.masking import Masker
 from torchmae.paths import user_path
-from torchmae.random import Purpose, uniform
 from torchmae.training.saved_model import Description, load_model
 
 TARGETS = ("pixels", "normalised")
@@ -37,7 +37,7 @@ class Pretrained:
         notes: of weights of others, what was left out or taken for something else, a sentence each.
     """
 
-    def __init__(self, model: Autoencoder, description: Description, notes: Sequence[str] = ()) -> None:
+    def __init__(self, model: MaskedAutoencoder, description: Description, notes: Sequence[str] = ()) -> None:
         self.model = model
         self.description = description
         self.notes = tuple(notes)
@@ -121,14 +121,13 @@ class Pretrained:
 
         Args:
             count: images.
-            strategy: "random", "block", "grid" ("elements" for the mlp model); None: as trained.
+            strategy: a name in `model.encoder.strategies`; None: as trained.
             ratio: share that is hidden, in (0, 1); None: as trained.
             seed: another one gives other masks.
         """
-        strategy = self.description.mask["strategy"] if strategy is None else strategy
-        ratio = self.description.mask["ratio"] if ratio is None else ratio
-        noise = uniform(seed, 0, np.arange(count), Purpose.MASK, self.model.noise_count(strategy))
-        return self.model.draw_mask(strategy, torch.from_numpy(noise), ratio)
+        given = {"strategy": strategy, "ratio": ratio}
+        trained = {name: self.description.mask[name] for name, value in given.items() if value is None}
+        return Masker(self.model.encoder, **{**given, **trained})(seed, 0, np.arange(count))
 
 
 def load(

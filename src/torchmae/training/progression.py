@@ -1,20 +1,20 @@
-"""What changes in the course of a run: mask ratio and image size (DailyMAE, Gui et al. 2024, arXiv 2404.00509)."""
+"""Images that grow in the course of a run (DailyMAE, Gui et al. 2024, arXiv 2404.00509); `nn.masking.Masker` has the
+mask ratio's schedule."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchmae.config import MaskConfig, PretrainConfig
+from torchmae.config import PretrainConfig
 from torchmae.errors import ConfigError
-from torchmae.nn.autoencoder import Autoencoder
-from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.nn.mae import MaskedAutoencoder, require_patches
 from torchmae.nn.patches import grid_size
 
 _MODE = {1: "linear", 2: "bicubic", 3: "trilinear"}
 
 
-def check_progression(config: PretrainConfig, model: Autoencoder) -> None:
+def check_progression(config: PretrainConfig, model: MaskedAutoencoder) -> None:
     """ConfigError for a progression that the model, or compilation, cannot follow."""
     changes = [
         name
@@ -23,23 +23,17 @@ def check_progression(config: PretrainConfig, model: Autoencoder) -> None:
     ]
     if not changes:
         return
-    if not isinstance(model, MaskedAutoencoder):
-        raise ConfigError(f"{changes[0]} needs a model of patches, and this one has none", "leave it out")
+    require_patches(model, f"whose number {changes[0]} could change")
     if config.compile:
         raise ConfigError(f"{changes[0]} changes shapes on the way, and compile is for one", "use --compile false")
     if config.start_size is not None:
-        size = start_size(config, model)
-        if any(small > full for small, full in zip(size, full_size(model), strict=True)):
-            raise ConfigError(f"start_size is {size}, larger than the input {full_size(model)}", "make it smaller")
+        size, full = start_size(config, model), model.encoder.input_size
+        if any(small > large for small, large in zip(size, full, strict=True)):
+            raise ConfigError(f"start_size is {size}, larger than the input {full}", "make it smaller")
         try:
             grid_size(size, model.patch_size)
         except ConfigError as error:
             raise ConfigError(f"start_size is {size}: {error.problem}", error.fix) from error
-
-
-def full_size(model: MaskedAutoencoder) -> tuple[int, ...]:
-    """Pixels along each axis of the images a model is made for."""
-    return tuple(cells * pixels for cells, pixels in zip(model.encoder.grid, model.patch_size, strict=True))
 
 
 def start_size(config: PretrainConfig, model: MaskedAutoencoder) -> tuple[int, ...]:
@@ -54,14 +48,7 @@ def start_size(config: PretrainConfig, model: MaskedAutoencoder) -> tuple[int, .
     return size
 
 
-def mask_ratio(config: MaskConfig, step: float, total: int) -> float:
-    """The share of patches hidden in a step (0 to total - 1): from `ratio` to `final_ratio` in a straight line."""
-    if config.final_ratio is None:
-        return config.ratio
-    return config.ratio + (config.final_ratio - config.ratio) * step / max(total - 1, 1)
-
-
-def early_images(images: Tensor, model: Autoencoder, config: PretrainConfig, step: float, total: int) -> Tensor:
+def early_images(images: Tensor, model: MaskedAutoencoder, config: PretrainConfig, step: float, total: int) -> Tensor:
     """The images of a step (0 to total - 1): resampled to `start_size` in the first `start_share` of the run.
 
     Args:
@@ -76,7 +63,6 @@ def early_images(images: Tensor, model: Autoencoder, config: PretrainConfig, ste
     """
     if config.start_size is None or step >= config.start_share * total:
         return images
-    assert isinstance(model, MaskedAutoencoder)
     size = start_size(config, model)
     if size == tuple(images.shape[2:]):
         return images

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from torchmae import presets
 from torchmae.config import ReadOptions
 from torchmae.data.transforms import Normalisation
 from torchmae.errors import CheckpointError, reason_of
 from torchmae.files import replace_file
 from torchmae.interop.files import check_content
-from torchmae.nn import presets
-from torchmae.nn.autoencoder import Autoencoder
+from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.training.checkpoint import load_checkpoint
 
 FORMAT = 1
@@ -29,7 +29,7 @@ class Description:
     """Everything needed to rebuild a model and to feed it.
 
     Attributes:
-        arguments: of `nn.presets.construct`.
+        arguments: of `presets.construct`.
         mean: per-channel mean that images, scaled to [0, 1], are reduced by.
         std: per-channel deviation that they are divided by.
         mask: the mask strategy and ratio trained with.
@@ -75,7 +75,7 @@ def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
     replace_file(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}))
 
 
-def load_model(folder: Path) -> tuple[Autoencoder, Description]:
+def load_model(folder: Path) -> tuple[MaskedAutoencoder, Description]:
     """The model of a run folder or of any folder with model.json and model.safetensors.
 
     A run that has not ended gives its newest checkpoint.

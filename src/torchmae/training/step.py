@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchmae.config import MaskConfig, PretrainConfig
-from torchmae.data.loader import Batch
-from torchmae.data.transforms import to_device
-from torchmae.nn.autoencoder import Autoencoder
-from torchmae.nn.masking import Mask
-from torchmae.random import Purpose, uniform
+from torchmae.config import PretrainConfig
+from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.nn.masking import Masker
 from torchmae.training.compilation import compile_model
 from torchmae.training.optim import gradient_norm
 from torchmae.training.parallel import checkpoint_activations, exchanging, parallelise, whole
 from torchmae.training.runtime import Runtime
 
 
-def prepare(model: Autoencoder, config: PretrainConfig, runtime: Runtime) -> nn.Module:
+def prepare(model: MaskedAutoencoder, config: PretrainConfig, runtime: Runtime) -> nn.Module:
     """What the loop calls in place of the model: saving activations, compiled, spread over ranks, in this order."""
     if config.checkpoint_activations:
         checkpoint_activations(model)
@@ -31,8 +29,22 @@ def prepare(model: Autoencoder, config: PretrainConfig, runtime: Runtime) -> nn.
     return parallelise(model, config, runtime)
 
 
+class Step(NamedTuple):
+    """What a step gives: numbers on the device, the same on all ranks, not waited for.
+
+    Attributes:
+        loss: scalar, the batch's loss.
+        norm: scalar, of the gradients before clipping.
+        losses: (T,), the loss of each of the model's targets.
+    """
+
+    loss: Tensor
+    norm: Tensor
+    losses: Tensor
+
+
 def train_step(
-    model: Autoencoder,
+    model: MaskedAutoencoder,
     optimizers: Sequence[Optimizer],
     images: Tensor,
     mask: Any,
@@ -41,7 +53,7 @@ def train_step(
     *,
     wrapped: nn.Module | None = None,
     parts: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Step:
     """One optimiser step on one batch: this rank's images of it, computed in parts.
 
     The loss of each part on each rank counts by its share of the values predicted on all, so the step is the whole
@@ -56,39 +68,37 @@ def train_step(
         runtime: where to compute.
         wrapped: what to call in its place, as `prepare` gives it; None: the model.
         parts: how many, the same on all ranks; None: config.accumulate.
-
-    Returns:
-        The batch's loss and the norm of its gradients before clipping: scalars on the device, the same on all ranks,
-        not waited for.
     """
     forward = model if wrapped is None else wrapped
     world_size = runtime.ranks.world_size
     counts = bool(len(images))
     if not counts:  # a stand-in takes part in the exchange of gradients, and weighs nothing
         images = images.new_zeros(1, *images.shape[1:])
-        mask = stand_in_mask(model, config.mask, images)
-    targets = model.num_targets(mask) * counts
-    all_targets: int | Tensor = max(targets, 1)
+        masker = Masker(model.encoder, config.mask.strategy, config.mask.ratio).for_images(images)
+        mask = masker(config.seed, 0, np.zeros(1, dtype=np.int64), images.device)
+    values = model.target.num_values(mask) * counts
+    all_values: int | Tensor = max(values, 1)
     if world_size > 1:
-        tensor = torch.full((), targets, dtype=torch.float64, device=images.device)
-        all_targets = runtime.ranks.sum(tensor).clamp(min=1)
+        tensor = torch.full((), values, dtype=torch.float64, device=images.device)
+        all_values = runtime.ranks.sum(tensor).clamp(min=1)
     images_parts = images.tensor_split(min(parts or config.accumulate, len(images)))
-    mask_parts = split_mask(mask, len(images_parts))
-    total = torch.zeros((), device=images.device)
+    mask_parts = mask.tensor_split(len(images_parts))
+    total = torch.zeros(1 + len(model.targets), device=images.device)
     for i, (part, part_mask) in enumerate(zip(images_parts, mask_parts, strict=True)):
         with exchanging(forward, i == len(images_parts) - 1):
             with runtime.autocast():
-                loss = forward(part, part_mask).loss
+                output = forward(part, part_mask)
+            losses = torch.stack([output.loss, *output.losses])
             if len(images_parts) > 1 or world_size > 1:
-                loss = loss * (model.num_targets(part_mask) * counts / all_targets)
-            (loss * world_size).backward()  # of which the exchange takes the mean over ranks
-            total += loss.detach()
+                losses = losses * (model.target.num_values(part_mask) * counts / all_values)
+            (losses[0] * world_size).backward()  # type: ignore[no-untyped-call]  # of which the exchange takes the mean over ranks
+            total += losses.detach()
     runtime.ranks.sum(total)
     norm = whole(gradient_norm(model))
     if config.optim.clip_grad is not None:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.optim.clip_grad, norm)
-    step_if_finite(optimizers, total, norm)
-    return total, norm
+    step_if_finite(optimizers, total[0], norm)
+    return Step(total[0], norm, total[1:])
 
 
 def step_if_finite(optimizers: Sequence[Optimizer], loss: Tensor, norm: Tensor) -> None:
@@ -107,36 +117,3 @@ def step_if_finite(optimizers: Sequence[Optimizer], loss: Tensor, norm: Tensor) 
         if take:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-
-
-def stand_in_mask(model: Autoencoder, config: MaskConfig, images: Tensor) -> Any:
-    """Some mask of one image of the same size."""
-    size = images.shape[2:]
-    noise = torch.zeros(1, model.noise_count(config.strategy, size), device=images.device)
-    return model.draw_mask(config.strategy, noise, config.ratio, size)
-
-
-def draw_mask(
-    model: Autoencoder,
-    config: MaskConfig,
-    seed: int,
-    batch: Batch,
-    device: torch.device,
-    ratio: float | None = None,
-    size: Sequence[int] | None = None,
-) -> Any:
-    """The masks of a batch: a function of the seed, the epoch and each sample's index.
-
-    `ratio` and `size` replace the configuration's and the model's.
-    """
-    count = model.noise_count(config.strategy, size)
-    noise = torch.from_numpy(uniform(seed, batch.epoch, batch.indices, Purpose.MASK, count))
-    return model.draw_mask(config.strategy, to_device(noise, device), ratio or config.ratio, size)
-
-
-def split_mask(mask: Mask | Tensor, parts: int) -> Sequence[Mask | Tensor]:
-    """Cuts the mask of a batch into parts, as `Tensor.tensor_split` cuts the batch."""
-    if isinstance(mask, Tensor):
-        return mask.tensor_split(parts)
-    pairs = zip(mask.ids_keep.tensor_split(parts), mask.ids_masked.tensor_split(parts), strict=True)
-    return [Mask(*pair) for pair in pairs]

@@ -14,6 +14,7 @@ from torchmae.data.loader import Batch
 from torchmae.data.plan import Plan
 from torchmae.training.progress import Display, Status
 from torchmae.training.state import State
+from torchmae.training.step import Step
 from torchmae.training.tracking import Tracker
 
 
@@ -22,11 +23,12 @@ class Window:
 
     Args:
         now: the time it begins, from time.perf_counter.
+        targets: the names of the model's targets.
     """
 
-    def __init__(self, now: float) -> None:
-        self.losses: list[Tensor] = []
-        self.norms: list[Tensor] = []
+    def __init__(self, now: float, targets: Sequence[str] = ("pixels",)) -> None:
+        self.targets = tuple(targets)
+        self.steps: list[Tensor] = []  # of each: its loss, its gradient's norm, and the loss of each target
         self.longest_skipped = 0  # steps in a row that were skipped: the longest row that reaches into the window
         self._skipped_in_row = 0  # up to its last step
         self.figures: dict[str, Tensor] = {}  # scalars of its last step
@@ -35,10 +37,9 @@ class Window:
         self.seconds = 0.0
         self._since = now
 
-    def add(self, loss: Tensor, norm: Tensor, images: int) -> None:
+    def add(self, step: Step, images: int) -> None:
         """A step is done, or was skipped where its loss or its gradient's norm is not finite."""
-        self.losses.append(loss)
-        self.norms.append(norm)
+        self.steps.append(torch.cat([torch.stack([step.loss, step.norm]), step.losses]))
         self.images += images
 
     def step_counts(self, finite: bool) -> None:
@@ -58,12 +59,12 @@ class Window:
 
     def restart(self) -> None:
         """Training goes on: what was spent since `stop_clock` on evaluation and saving does not count."""
-        if not self.losses:
+        if not self.steps:
             self._since = time.perf_counter()
 
     def clear(self) -> None:
         """Begins anew."""
-        self.losses, self.norms, self.images, self.waiting, self.seconds, self.figures = [], [], 0, 0.0, 0.0, {}
+        self.steps, self.images, self.waiting, self.seconds, self.figures = [], 0, 0.0, 0.0, {}
 
 
 def timed(batches: Iterator[Batch], window: Window) -> Iterator[Batch]:
@@ -87,27 +88,27 @@ def close_window(
 ) -> None:
     """Waits for the device, says which steps were skipped, logs the window's figures; without a step in it, does
     nothing."""
-    if not window.losses:
+    if not window.steps:
         return
-    pairs = torch.stack([torch.stack(window.losses), torch.stack(window.norms)]).T.tolist()
+    steps = torch.stack(window.steps).tolist()
     window.stop_clock()
-    losses = []
+    taken = []  # of each step that was not skipped, the losses of the targets
     window.longest_skipped = 0
-    for i, (loss, norm) in enumerate(pairs):
+    for i, (loss, norm, *losses) in enumerate(steps):
         finite = math.isfinite(loss) and math.isfinite(norm)
         window.step_counts(finite)
         if finite:
-            losses.append(loss)
+            taken.append(losses)
         else:
-            step = state.step - len(pairs) + i + 1
+            step = state.step - len(steps) + i + 1
             display.warn(f"step {step} skipped: the loss is {loss:.4g} and the gradient's norm {norm:.4g}")
-    skipped = len(pairs) - len(losses)
+    skipped = len(steps) - len(taken)
     state.seconds += window.seconds
-    state.epoch_loss += sum(losses)
+    state.epoch_loss += sum(losses[0] for losses in taken)
     state.epoch_skipped += skipped
     speed = window.images / window.seconds
-    mean = sum(losses) / len(losses) if losses else math.nan
-    remaining = (state.total_steps - state.step) * window.seconds / len(pairs)
+    means = [sum(column) / len(taken) for column in zip(*taken, strict=True)] or [math.nan] * len(window.targets)
+    remaining = (state.total_steps - state.step) * window.seconds / len(steps)
     wait = window.waiting / window.seconds
     epoch, epochs = state.step / plan.steps_per_epoch, state.total_steps / plan.steps_per_epoch
     tracker.log(
@@ -115,7 +116,8 @@ def close_window(
         state.step,
         {
             "epoch": epoch,
-            "loss": mean,
+            "loss": means[0],  # of the first target alone, as is the loss on held-out images
+            **{f"loss_{name}": mean for name, mean in zip(window.targets[1:], means[1:], strict=True)},
             "lr": optimizers[-1].param_groups[0]["lr"],
             **{name: figure.item() for name, figure in window.figures.items()},
             **({"skipped": skipped} if skipped else {}),
@@ -124,5 +126,5 @@ def close_window(
             "seconds": state.seconds,
         },
     )
-    display.training(Status(state.step, state.total_steps, epoch, epochs, mean, speed, wait, remaining))
+    display.training(Status(state.step, state.total_steps, epoch, epochs, means[0], speed, wait, remaining))
     window.clear()

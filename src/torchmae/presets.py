@@ -1,14 +1,19 @@
-"""Named models. Each preset is a full set of plain arguments; `build` makes the network of one."""
+"""From names and numbers to a model: the one place where a network is built. Presets are data."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
-from torchmae.errors import ConfigError, one_of
-from torchmae.nn.autoencoder import Autoencoder
+import torch
+
+from torchmae import tutorial
+from torchmae.errors import ConfigError, one_of, within
+from torchmae.nn.decoder import DECODERS
+from torchmae.nn.encoder import ViTEncoder
 from torchmae.nn.mae import MaskedAutoencoder
-from torchmae.nn.mlp import MLPAutoencoder
+from torchmae.nn.targets import HogTarget, PixelTarget, Target
 
 _PAPER_DECODER = {"decoder": "self", "decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
 
@@ -23,6 +28,7 @@ def _vit(input_size: int, patch_size: int, embed_dim: int, depth: int, num_heads
         "num_heads": num_heads,
         "mlp_ratio": 4.0,
         "class_token": True,
+        "registers": 0,
         "drop_path": 0.0,
         "norm_pix": True,
         "predict_ratio": 1.0,
@@ -46,7 +52,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "vit_digits": _vit(
         8, 2, 64, 4, 4, in_chans=1, decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=4, norm_pix=False
     ),
-    "mlp": {"input_size": (32, 32), "in_chans": 3, "hidden_dim": 128, "output_relu": False, "loss_on": "hidden"},
+    **tutorial.PRESETS,
 }
 
 
@@ -81,17 +87,73 @@ def arguments(preset: str, **overrides: Any) -> dict[str, Any]:
             values[name] = tuple(size)
     for name, value in values.items():
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int) and not isinstance(number, bool) and number < 1:
-                raise ConfigError(f"model.{name} is {value}", "it must be 1 or more")
+            least = 0 if name == "registers" else 1
+            if isinstance(number, int) and not isinstance(number, bool) and number < least:
+                raise ConfigError(f"model.{name} is {value}", f"it must be {least} or more")
     return values
 
 
-def construct(values: dict[str, Any]) -> Autoencoder:
-    """The network of full arguments, as `arguments` gives them, with fresh weights from torch's generator."""
-    return MLPAutoencoder(**values) if "hidden_dim" in values else MaskedAutoencoder(**values)
+def compose(
+    *,
+    input_size: Sequence[int],
+    patch_size: Sequence[int],
+    in_chans: int,
+    mlp_ratio: float = 4.0,
+    decoder: str = "self",
+    decoder_embed_dim: int,
+    decoder_depth: int,
+    decoder_num_heads: int,
+    norm_pix: bool = True,
+    predict_ratio: float = 1.0,
+    feature_weights: bool = False,
+    hog_weight: float = 0.0,
+    **encoder: Any,
+) -> MaskedAutoencoder:
+    """A model of patches. `config.ModelConfig` says what each argument is; the rest are the encoder's.
+
+    Raises:
+        ConfigError: sizes or options that do not fit together.
+    """
+    one_of("decoder", decoder, DECODERS)
+    within("hog_weight", hog_weight, 0, float("inf"), open_high=True)
+    for name, used in (("predict_ratio below 1", predict_ratio < 1), ("feature_weights", feature_weights)):
+        if used and not DECODERS[decoder].predicts_alone:
+            raise ConfigError(f"{name} does not apply to the {decoder!r} decoder", "use decoder 'cross'")
+    targets: list[Target] = [PixelTarget(patch_size, in_chans, norm_pix=norm_pix)]
+    if hog_weight:
+        targets.append(HogTarget(patch_size, in_chans, hog_weight))
+    built = ViTEncoder(input_size=input_size, patch_size=patch_size, in_chans=in_chans, mlp_ratio=mlp_ratio, **encoder)
+    decoding = DECODERS[decoder](
+        built.embed_dim,
+        built.grid,
+        embed_dim=decoder_embed_dim,
+        depth=decoder_depth,
+        num_heads=decoder_num_heads,
+        out_dim=targets[0].dim,
+        mlp_ratio=mlp_ratio,
+        **({"feature_weights": len(built.blocks) + 1} if feature_weights else {}),
+    )
+    return MaskedAutoencoder(built, decoding, targets, predict_ratio=predict_ratio)
 
 
-def build(preset: str, **overrides: Any) -> Autoencoder:
+def construct(values: dict[str, Any]) -> MaskedAutoencoder:
+    """The network of full arguments, as `arguments` gives them, with fresh weights from torch's generator.
+
+    Raises:
+        ConfigError: sizes or options that do not fit together.
+        TypeError: arguments that no model takes.
+    """
+    fits = values.keys() <= signature(tutorial.compose).parameters.keys()
+    return (tutorial.compose if fits else compose)(**values)
+
+
+def weightless(values: dict[str, Any]) -> MaskedAutoencoder:
+    """The network of full arguments on the device "meta": its shapes without memory for weights."""
+    with torch.device("meta"):
+        return construct(values)
+
+
+def build(preset: str, **overrides: Any) -> MaskedAutoencoder:
     """A model by name, with fresh weights: `build("vit_base")`, `build("vit_small", in_chans=5, input_size=(96, 160))`.
 
     Raises:
