@@ -354,7 +354,7 @@ def test_the_module_runs_too() -> None:
 
 
 def test_ctrl_c_before_training(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupt() -> int:
+    def interrupt(_: object) -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("torchmae.commands.recipes.run", interrupt)
