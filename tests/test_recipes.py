@@ -14,8 +14,8 @@ from PIL import Image
 from torchmae.api import configure
 from torchmae.cli import main
 from torchmae.config import DataConfig, MaskConfig, ModelConfig, OptimConfig
+from torchmae.data.loader import Plan
 from torchmae.data.opening import open_data
-from torchmae.data.plan import Plan
 from torchmae.errors import ConfigError
 from torchmae.nn import presets
 from torchmae.nn.mlp import MLPAutoencoder

@@ -15,9 +15,8 @@ from PIL import Image
 from torchmae.config import DataConfig
 from torchmae.data import opening
 from torchmae.data.arrays import ArraySource, hold
-from torchmae.data.loader import Batch
+from torchmae.data.loader import Batch, Plan
 from torchmae.data.opening import Data, _on_device, open_data
-from torchmae.data.plan import Plan
 from torchmae.data.reading import BadFiles
 from torchmae.data.sources import FileSource, Subset
 from torchmae.data.transforms import normalise

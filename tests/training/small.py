@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from torchmae.config import PretrainConfig
-from torchmae.data.loader import Batch
-from torchmae.data.plan import Plan, shard
+from torchmae.data.loader import Batch, Plan, shard
 from torchmae.nn import presets
 from torchmae.nn.autoencoder import Autoencoder
 from torchmae.training.pretrain import pretrain

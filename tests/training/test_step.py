@@ -9,8 +9,7 @@ import torch
 from small import RUNTIME, images, mlp, vit
 
 from torchmae.config import MaskConfig, OptimConfig, PretrainConfig
-from torchmae.data.loader import Batch
-from torchmae.data.plan import Plan
+from torchmae.data.loader import Batch, Plan
 from torchmae.nn.autoencoder import Autoencoder
 from torchmae.training.optim import build_optimizers
 from torchmae.training.step import draw_mask, split_mask, step_if_finite, train_step

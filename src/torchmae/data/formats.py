@@ -14,8 +14,9 @@ import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, fields
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,23 +59,16 @@ UPRIGHT: dict[int, Callable[[Image], Image]] = {
 
 @dataclass(frozen=True)
 class Context(ReadOptions):
-    """All that decides how data is opened, beside where it is. One object, so that no caller forgets a part.
+    """All that decides how data is opened, beside where it is. One object, so that no caller forgets a part."""
 
-    Attributes:
-        channels: that samples are to have; None: what each has.
-        spatial_dims: how many axes of a sample are spatial, 1 to 3; None: as its shape suggests.
-        page: the page to read, from 0, of a file with several, unless `pages` asks for a stack.
-        progress: told how far opening is; worker processes do not keep it.
-    """
-
-    channels: int | None = None
-    spatial_dims: int | None = None
-    page: int = 0
-    progress: Progress | None = None
+    channels: int | None = None  # that samples are to have; None: what each has
+    spatial_dims: int | None = None  # how many axes of a sample are spatial, 1 to 3; None: as its shape suggests
+    page: int = 0  # the page to read, from 0, of a file with several, unless `pages` asks for a stack
+    progress: Progress | None = None  # told how far opening is; worker processes do not keep it
 
     @classmethod
     def of(cls, options: ReadOptions, **given: Any) -> Context:
-        """The context of a command's options; `given` are the attributes named above."""
+        """The context of a command's options; `given` are the fields named above."""
         return cls(**{item.name: getattr(options, item.name) for item in fields(ReadOptions)}, **given)
 
     @property
@@ -86,72 +80,48 @@ class Context(ReadOptions):
         return {**self.__dict__, "progress": None}
 
 
+@dataclass(eq=False)
 class Item(ABC):
-    """One sample that was opened: its header, and its values when they are asked for.
+    """One sample that was opened: its header, and its values when they are asked for."""
 
-    Attributes:
-        size: length of each spatial axis, as `read` gives them.
-        channels: values at each place; `bands` are their names, where the file says.
-        dtype: of what `read` gives: uint8, uint16 or float32.
-        form: the name of its format, for people.
-        notes: what was decided about it, or left out of it, a short phrase each.
-        meta: whatever else the file says of itself.
-        reduces: whether `read` decodes a fraction of the size for less than the whole takes.
-    """
+    size: tuple[int, ...]  # length of each spatial axis, as `read` gives them
+    channels: int  # values at each place
+    dtype: Any  # of what `read` gives: uint8, uint16 or float32
+    form: str = "array"  # the name of its format, for people
+    bands: tuple[str, ...] = ()  # the name of each channel, where the file says
+    notes: tuple[str, ...] = ()  # what was decided about it, or left out of it, a short phrase each
+    meta: dict[str, Any] = field(default_factory=dict)  # whatever else the file says of itself
 
-    reduces = False
+    reduces = False  # whether `read` decodes a fraction of the size for less than the whole takes
 
-    def __init__(
-        self,
-        size: Sequence[int],
-        channels: int,
-        dtype: Any,
-        *,
-        form: str = "array",
-        bands: Sequence[str] = (),
-        notes: Sequence[str] = (),
-        meta: dict[str, Any] | None = None,
-    ) -> None:
-        self.size = tuple(size)
-        self.channels = channels
-        self.dtype = np.dtype(dtype)
-        self.form = form
-        self.bands = tuple(bands)
-        self.notes = tuple(notes)
-        self.meta = meta or {}
+    def __post_init__(self) -> None:
+        self.size, self.bands, self.notes = tuple(self.size), tuple(self.bands), tuple(self.notes)
+        self.dtype = np.dtype(self.dtype)
 
     @abstractmethod
     def read(self, region: Region | None = None, reduction: int = 1) -> Image:
         """The values of a region (None: all), (*size, channels) of `dtype`, an array of the caller's own.
 
         `reduction` is 1, 2, 4 or 8, and 1 with a region: where `reduces`, the result has 1/reduction of the size,
-        rounded up, along each axis; elsewhere the full size.
-
-        Raises:
-            DataError: the values cannot be read; damage outside of the region may go unseen.
+        rounded up, along each axis; elsewhere the full size. DataError: the values cannot be read; damage outside of
+        the region may go unseen.
         """
 
 
 class ArrayItem(Item):
     """A sample whose values lie in an array, or can be read as one: mapped, in HDF5, decoded before.
 
-    Args:
-        values: anything with `shape`, `dtype` and indexing: any integers, floats or bool.
-        channel_axis: of the sample; None: it has one channel and no axis for it.
-        place: index of the sample in `values`, which holds many; None: `values` is the sample.
-        **facts: as for `Item`.
-
-    Attributes:
-        nodata: as in `ReadOptions`.
+    `values` is anything with `shape`, `dtype` and indexing, of any integers, floats or bool: the sample, or many, of
+    which this is the one at `place`. Without a `channel_axis` the sample has one channel. `facts` are as for `Item`.
     """
 
-    nodata: float | str | None = None
+    nodata: float | str | None = None  # as in `ReadOptions`
 
     def __init__(self, values: Any, channel_axis: int | None = -1, *, place: int | None = None, **facts: Any) -> None:
         shape = list(values.shape) if place is None else list(values.shape[1:])
         self._axis = None if channel_axis is None else channel_axis % len(shape)
         channels = 1 if self._axis is None else shape.pop(self._axis)
-        super().__init__(shape, channels, stored_type(values.dtype), **facts)
+        super().__init__(tuple(shape), channels, stored_type(values.dtype), **facts)
         if (values.dtype.kind in "iuf" and values.dtype.itemsize > self.dtype.itemsize) or values.dtype.kind == "i":
             self.notes += (f"{values.dtype.name} as float32",)
         self._values = values
@@ -192,12 +162,12 @@ class WithChannels(Item):
     """A sample with as many channels as are wanted: grey is repeated, colour becomes grey; else DataError."""
 
     def __init__(self, item: Item, channels: int) -> None:
-        super().__init__(item.size, channels, item.dtype, form=item.form, notes=item.notes, meta=item.meta)
-        self._item = item
-        self.reduces = item.reduces
-        if (item.channels, channels) not in ((1, 3), (3, 1)):
+        if {item.channels, channels} != {1, 3}:
             have = f"{item.channels} ({', '.join(item.bands)})" if item.bands else item.channels
             raise DataError(f"has {have} channels where {channels} are wanted")
+        super().__init__(item.size, channels, item.dtype, item.form, notes=item.notes, meta=item.meta)
+        self._item = item
+        self.reduces = item.reduces
 
     def read(self, region: Region | None = None, reduction: int = 1) -> Image:
         """As in `Item`."""
@@ -208,32 +178,32 @@ class WithChannels(Item):
         return (np.rint(grey) if image.dtype.kind == "u" else grey).astype(image.dtype)[..., None]
 
 
+def _nothing() -> None:
+    """What most formats need."""
+
+
 class Format(NamedTuple):
-    """One kind of encoded file.
+    """One kind of encoded file. Rows from outside travel to worker processes, by pickle where those are not forked."""
 
-    Attributes:
-        suffixes: in lower case, with the dot; files that are packed get the first.
-        known_by: whether the first bytes of a file (up to 64) are those of this kind; None: only its name tells.
-        open: makes an item of the whole content; DataError with the reason.
-        needs: what to install first, such as "torchmae[heif]"; None: nothing is missing.
-    """
-
-    suffixes: tuple[str, ...]
-    known_by: Callable[[bytes], bool] | None
-    open: Callable[[bytes, Context], Item]
-    needs: Callable[[], str | None] = lambda: None
+    suffixes: tuple[str, ...]  # in lower case, with the dot; files that are packed get the first
+    known_by: Callable[[bytes], bool] | None  # takes up to 64 first bytes of a file; None: only its name tells
+    open: Callable[[bytes, Context], Item]  # makes an item of the whole content; DataError with the reason
+    needs: Callable[[], str | None] = _nothing  # what to install first, such as "torchmae[heif]"; None: nothing
 
 
-def begins(*magics: bytes) -> Callable[[bytes], bool]:
-    """Whether a file begins with one of these."""
-    return lambda head: head.startswith(magics)
+def begins(*magics: bytes, at: int = 0) -> Callable[[bytes], bool]:
+    """Whether a file has one of these at a position."""
+    return partial(_begins, magics, at)
+
+
+def _begins(magics: tuple[bytes, ...], at: int, head: bytes) -> bool:
+    return head.startswith(magics, at)
 
 
 def open_item(data: bytes, context: Context, name: Callable[[], str] = str) -> Item:
     """Opens the content of one encoded file; `name` gives its name, which counts where the content does not tell.
 
-    Raises:
-        DataError: the file is empty, damaged, too large or of no known format; without its name.
+    DataError: the file is empty, damaged, too large or of no known format; without its name.
     """
     if not data:
         raise DataError("the file is empty")
@@ -287,11 +257,8 @@ def quiet_pillow() -> Iterator[None]:
     Python's warning filters belong to the whole process, so a thread must not change them: off the main thread this
     does nothing, and whoever starts threads that decode holds it around them.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    is_main = threading.current_thread() is threading.main_thread()
+    with warnings.catch_warnings(action="ignore") if is_main else nullcontext():
         yield
 
 
@@ -354,7 +321,7 @@ class JpegItem(Item):
             height, width = -(-height // self._reduction), -(-width // self._reduction)
         size = (height, width) if self._orientation < 5 else (width, height)
         channels = self._wanted if self._wanted in (1, 3) else 1 if grey else 3
-        super().__init__(size, channels, np.uint8, form="JPEG", notes=notes)
+        super().__init__(size, channels, np.uint8, form="JPEG", notes=tuple(notes))
 
     def read(self, region: Region | None = None, reduction: int = 1) -> Image:
         """As in `Item`."""
@@ -494,10 +461,6 @@ def _open_npy(data: bytes, context: Context) -> Item:
     return ArrayItem(values, axes.channel_axis, notes=[axes.note] if axes.note else [])
 
 
-def _is_ftyp(*brands: bytes) -> Callable[[bytes], bool]:
-    return lambda head: head[4:8] == b"ftyp" and head[8:12] in brands
-
-
 # Opens encoded files, by name. Add a row to teach every command a format.
 FORMATS: dict[str, Format] = {
     "jpeg": Format((".jpg", ".jpeg", ".jfif", ".jpe"), begins(b"\xff\xd8"), JpegItem),
@@ -509,29 +472,32 @@ FORMATS: dict[str, Format] = {
     "pnm": Format((".ppm", ".pgm", ".pbm", ".pnm"), begins(b"P1", b"P2", b"P3", b"P4", b"P5", b"P6"), _open_pnm),
     "heif": Format(
         (".heic", ".heif"),
-        _is_ftyp(b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heim", b"heis"),
+        begins(*(b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heim", b"heis")), at=4),
         _open_heif,
         lambda: None if find_spec("pillow_heif") else "torchmae[heif]",
     ),
     "avif": Format(
         (".avif",),
-        _is_ftyp(b"avif", b"avis"),
+        begins(b"ftypavif", b"ftypavis", at=4),
         pillow_format("AVIF"),
         lambda: None if features.check("avif") else "pillow>=11.3",
     ),
     "npy": Format((".npy",), begins(b"\x93NUMPY"), _open_npy),
 }
+_BUILT_IN = dict(FORMATS)
+
+
+def added_formats() -> dict[str, Format]:
+    """The rows of `FORMATS` that came from outside."""
+    return {name: form for name, form in FORMATS.items() if _BUILT_IN.get(name) is not form}
 
 
 def stored_type(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """The type that values of `dtype` are given in: uint8 and uint16 as they are, bool as uint8, all others float32."""
-    if dtype.kind == "b":
-        return np.dtype(np.uint8)
-    if dtype.kind == "u" and dtype.itemsize <= 2:
-        return np.dtype(f"u{dtype.itemsize}")
-    if dtype.kind not in "uif":
+    if dtype.kind not in "buif":
         raise DataError(f"holds {dtype}", "save integers or floats")
-    return np.dtype(np.float32)
+    is_small = dtype.kind in "bu" and dtype.itemsize <= 2
+    return np.dtype(f"u{dtype.itemsize}" if is_small else np.float32)
 
 
 def plain_type(image: Image) -> Image:

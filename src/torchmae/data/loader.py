@@ -1,4 +1,4 @@
-"""Batches on the device: of images held in memory, or read by worker processes."""
+"""Batches on the device: which samples make up which step, held in memory or read by worker processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import weakref
 from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from torchmae.data.arrays import Held
-from torchmae.data.plan import Indices, Plan, shard
 from torchmae.data.reading import BadFiles
 from torchmae.data.sources import Source
 from torchmae.data.transforms import Normalisation, mirror, normalise, resample, to_device
 from torchmae.data.worker import (
     Fetched,
+    Indices,
     Reader,
     Request,
     Slots,
@@ -32,8 +32,59 @@ from torchmae.data.worker import (
     labels_of,
     start_worker,
 )
-from torchmae.errors import DataError
-from torchmae.random import permutation
+from torchmae.errors import DataError, reason_of
+from torchmae.random import Purpose, permutation
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The order of a run: every sample once an epoch, in an order of the epoch's own.
+
+    `batch_size` is that of a step over all ranks; the last step of an epoch takes what is left. `seed` is of the order.
+    """
+
+    num_samples: int
+    batch_size: int
+    seed: int
+    _orders: dict[int, Indices] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        assert self.num_samples >= 1
+        assert self.batch_size >= 1
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that one pass over the samples takes."""
+        return -(-self.num_samples // self.batch_size)
+
+    def indices(self, step: int) -> tuple[int, Indices]:
+        """The epoch that global step `step` (from 0) belongs to, and the samples of its global batch: (B,) int64."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch not in self._orders:
+            while len(self._orders) > 1:  # two, since images are read ahead: those of a million samples are 16 MB
+                self._orders.pop(min(self._orders))
+            self._orders[epoch] = permutation(self.seed, epoch, self.num_samples)
+        start = position * self.batch_size
+        return epoch, self._orders[epoch][start : start + self.batch_size]
+
+
+def shard(indices: Indices, rank: int, world_size: int) -> Indices:
+    """Rank's contiguous part of a global batch.
+
+    Sizes differ by one at most, and the parts of all ranks, one after the other, are the batch. A batch smaller
+    than `world_size` leaves some ranks with none.
+    """
+    return indices[len(indices) * rank // world_size : len(indices) * (rank + 1) // world_size]
+
+
+def hold_out(num_samples: int, val_size: int) -> tuple[Indices, Indices]:
+    """Sorted training and validation indices, the same whatever the seed of the run.
+
+    `val_size` of them are for validation, or a fifth if that is less.
+    """
+    order = permutation(0, 0, num_samples, Purpose.HOLD_OUT)
+    count = min(val_size, num_samples // 5)
+    return np.sort(order[count:]), np.sort(order[:count])
 
 
 @dataclass(frozen=True)
@@ -56,13 +107,13 @@ class Batch:
 class ImageLoader:
     """Batches of one set of images.
 
-    What a batch holds is a function of the plan (or the indices) alone: neither the number of workers, nor the
-    step that iteration starts at, nor where images are held (but for rounding, and for JPEGs much larger than the
-    crop, which workers decode at a fraction of their size: see `transforms.reduction`) changes it.
+    The plan (or the indices) alone decides what a batch holds: neither the number of workers, nor the step that
+    iteration starts at, nor where images are held changes it. Exceptions are rounding, and JPEGs much larger than the
+    crop, which workers decode at a fraction of their size (`transforms.reduction`).
 
     Args:
         source: the images.
-        held: the same images in memory, the processor's or the device's; None: they are read by worker processes.
+        held: the same images in memory, the processor's or the device's; None: worker processes read them.
         view: how they become the model's input.
         normalisation: how stored values become the model's input.
         device: where batches go.
@@ -142,18 +193,16 @@ class ImageLoader:
         return batches
 
     def _from_memory(self, requests: Iterator[Request], held: Held) -> Generator[Batch, None, None]:
-        size = tuple(held.images.shape[2:])
-        one = self.normalisation.one(held.images.dtype)
+        size, dtype = tuple(held.images.shape[2:]), held.images.dtype
         for request in requests:
             boxes, flips = boxes_of(crop_numbers(request), size, self._view), draw_flips(request, self._view)
-            images = resample(
-                to_device(held.gather(request.indices), self._device), boxes, self._view.input_size, flips
-            )
+            images = to_device(held.gather(request.indices), self._device)
+            images = resample(images, boxes, self._view.input_size, flips)
             labels = to_device(labels_of(held.labels, request.indices), self._device)
-            yield self._batch(images, one, labels, request)
+            yield self._batch(images, dtype, labels, request)
 
     def _from_workers(self, requests: Iterator[Request], count: int) -> Generator[Batch, None, None]:
-        asked: list[Request] = []
+        asked: deque[Request] = deque()
 
         def noted() -> Iterator[Request]:
             for request in requests:
@@ -167,7 +216,6 @@ class ImageLoader:
             Reader(self.source, len(self._mean), self._view, slots, self.normalisation.scale),
             sampler=noted(),
             batch_size=None,  # the reader makes whole batches
-            collate_fn=_as_it_is,
             num_workers=workers,
             worker_init_fn=start_worker,
             pin_memory=self._device.type == "cuda",
@@ -178,17 +226,17 @@ class ImageLoader:
                 self._bad.add(name, reason)
             if fetched.failure is not None:
                 raise DataError(fetched.failure)
-            request = asked.pop(0)
+            request = asked.popleft()
             mirrored = to_device(torch.from_numpy(np.flatnonzero(draw_flips(request, self._view))), self._device)
             images = mirror(images, mirrored).movedim(-1, 1)
-            batch = self._batch(images, self.normalisation.one(fetched.images.dtype), labels, request)
+            batch = self._batch(images, fetched.images.dtype, labels, request)
             slots.give_back(fetched.slot)
             yield batch
 
     def _sent(self, batches: Iterator[Fetched]) -> Iterator[tuple[Fetched, Tensor, Tensor]]:
         """Each batch with its images and labels on the device; on CUDA, the next one is on its way there by then."""
         if self._device.type != "cuda":
-            yield from ((item, *self._on_device(item)) for item in batches)
+            yield from ((item, item.images.to(self._device), item.labels.to(self._device)) for item in batches)
             return
         if self._side is None:  # one for all: what is freed on a stream serves that stream alone
             self._side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
@@ -196,7 +244,8 @@ class ImageLoader:
         for item in chain(batches, [None]):
             if item is not None:
                 with torch.cuda.stream(self._side):
-                    under_way.append((item, *self._on_device(item), self._side.record_event()))
+                    images, labels = (to_device(tensor, self._device) for tensor in (item.images, item.labels))
+                    under_way.append((item, images, labels, self._side.record_event()))
             if len(under_way) == 2 or (item is None and under_way):
                 fetched, images, labels, copied = under_way.popleft()
                 current = torch.cuda.current_stream(self._device)
@@ -205,27 +254,18 @@ class ImageLoader:
                 labels.record_stream(current)
                 yield fetched, images, labels
 
-    def _on_device(self, item: Fetched) -> tuple[Tensor, Tensor]:
-        return to_device(item.images, self._device), to_device(item.labels, self._device)
-
-    def _batch(self, images: Tensor, one: float, labels: Tensor, request: Request) -> Batch:
-        normalised = normalise(images, self._mean, self._std, one)
+    def _batch(self, images: Tensor, dtype: torch.dtype, labels: Tensor, request: Request) -> Batch:
+        normalised = normalise(images, self._mean, self._std, self.normalisation.one(dtype))
         return Batch(normalised, labels, request.indices, request.epoch)
 
 
 def repeated(plan: Plan, start: int, stop: int, repeats: int) -> Iterator[tuple[Indices, Indices]]:
-    """The epochs and indices, (B,) each, of steps whose images come in runs of `repeats` views (repeated sampling).
+    """Repeated augmentation: epochs and indices, (B,) each, of steps where `repeats` views of an image come in a run.
 
     Epochs form groups of `repeats`. A group goes once through the images, in the order of its first epoch, and takes
     of each the views (crop, flip, mask) that it would have in every epoch of the group, one after the other. So
     steps, batch sizes and what is drawn for (epoch, index) are the plan's, and at the end of a group every image was
     seen as often; only which views share a batch differs. A run that a batch's end cuts is decoded in both.
-
-    Args:
-        plan: of the run without repeats.
-        start: first step.
-        stop: the step after the last.
-        repeats: views of an image that follow each other.
     """
     group, order = -1, np.empty(0, dtype=np.int64)
     for step in range(start, stop):
@@ -241,13 +281,10 @@ def repeated(plan: Plan, start: int, stop: int, repeats: int) -> Iterator[tuple[
 
 @contextmanager
 def one_line_when_a_worker_ends() -> Iterator[None]:
-    """The unexpected end of a process that reads images as one line; other errors as they are.
+    """The unexpected end of a process that reads images becomes a DataError of one line; other errors stay.
 
-    The loader's own iterations have it. It belongs around what is done with their batches too, for PyTorch raises from
-    the signal that tells of a child's end, wherever the main process is by then, such as in the middle of a step.
-
-    Raises:
-        DataError: it names the process and what ended it.
+    The loader's own iterations have it. It belongs around what is done with their batches too: PyTorch raises from the
+    signal that tells of a child's end, wherever the main process is by then, such as in the middle of a step.
     """
     try:
         yield
@@ -255,33 +292,25 @@ def one_line_when_a_worker_ends() -> Iterator[None]:
         if "DataLoader worker" not in str(error):
             raise
         raise DataError(
-            f"a process that reads images ended unexpectedly ({' '.join(str(error).split())[:100]})",
+            f"a process that reads images ended unexpectedly ({reason_of(error)[:100]})",
             "most often memory ran out: lower data.num_workers or batch_size",
         ) from error
 
 
 def _survivors(loader: DataLoader[Fetched]) -> Iterator[Fetched]:
-    with one_line_when_a_worker_ends():
-        batches = iter(loader)
-        try:
-            yield from batches
-        finally:
-            _end(batches)
-
-
-def _end(batches: Any) -> None:
-    """Ends the workers of an iteration, if it has any, and one whose read hangs (a file server that is gone) too.
+    """The batches of one iteration, at whose end its workers end, and one whose read hangs (a lost file server) too.
 
     PyTorch ends them when the iteration is freed, which a traceback may put off: it asks them, waits for some seconds,
     and sends SIGTERM, which they ignore.
     """
-    if hasattr(batches, "_shutdown_workers"):
-        batches._shutdown_workers()
-        for worker in batches._workers:
-            if worker.is_alive():
-                worker.kill()
-                worker.join()
-
-
-def _as_it_is(fetched: Any) -> Any:
-    return fetched
+    with one_line_when_a_worker_ends():
+        batches: Any = iter(loader)
+        try:
+            yield from batches
+        finally:
+            if hasattr(batches, "_shutdown_workers"):
+                batches._shutdown_workers()
+                for worker in batches._workers:
+                    if worker.is_alive():
+                        worker.kill()
+                        worker.join()

@@ -14,13 +14,12 @@ from torchmae.data.arrays import DoesNotFitError, Held, hold
 from torchmae.data.formats import Context, Progress
 from torchmae.data.labels import in_training_classes
 from torchmae.data.layouts import open_splits
-from torchmae.data.loader import Batch, ImageLoader
+from torchmae.data.loader import Batch, ImageLoader, hold_out
 from torchmae.data.opening import check_apart
-from torchmae.data.plan import Indices, hold_out
 from torchmae.data.reading import BadFiles, Probe, fit_channels, measure, probe, reader_processes
 from torchmae.data.sources import Source, Subset, all_notes, data_line
 from torchmae.data.transforms import Normalisation
-from torchmae.data.worker import View
+from torchmae.data.worker import Indices, View
 from torchmae.errors import ConfigError, DataError, one_of
 from torchmae.evaluation.options import DataOptions, EvaluateOptions
 from torchmae.evaluation.sharing import Share, share
