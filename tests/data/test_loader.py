@@ -343,7 +343,7 @@ def test_parts_of_one_array_count_once(tmp_path: Path) -> None:
     with mock.patch.object(opening, "open_splits", return_value=splits):
         data = opened(memory_limit=array.nbytes * 1.01 / 2**30)
     assert data.val is not None
-    assert data.train._held.images.data_ptr() == data.val._held.images.data_ptr() == array.ctypes.data
+    assert data.train.held.images.data_ptr() == data.val.held.images.data_ptr() == array.ctypes.data
 
 
 def test_val_auto_holds_out_where_there_is_no_val(uniform_size: Path) -> None:

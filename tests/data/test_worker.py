@@ -115,7 +115,7 @@ def test_a_large_jpeg_is_cut_as_if_it_were_decoded_whole(tmp_path: Path, orienta
     reader = Reader(folder_splits(tmp_path)["train"], 3, View((32, 24), (0.2, 1.0), (0.75, 1.3333), True))
     for request in (Request(np.array([0]), 0, 0), Request(np.array([0]), None, 0)):
         jpeg = reader[request].images
-        sample = _Sample(reader.source, 1, crop_numbers(request))
+        sample = _Sample(reader.source, crop_numbers(request), 1)
         _place([sample], reader.view)
         sample.read((32, 24))
         png = sample.crops((32, 24))[0]  # the same crop of a file that is never reduced

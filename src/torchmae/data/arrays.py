@@ -36,23 +36,17 @@ _CHECKED_AT_ONCE = 2**24  # values
 
 
 class Axes(NamedTuple):
-    """The axis of a sample that is its channels (None: it has one channel and no axis for it).
+    """What the axes of a sample mean."""
 
-    `note` says how the axes were taken, where the shape leaves a choice.
-    """
-
-    channel_axis: int | None
-    note: str | None = None
+    channel_axis: int | None  # None: it has one channel and no axis for it
+    note: str | None = None  # how the axes were taken, where the shape leaves a choice
 
 
 def sample_axes(shape: tuple[int, ...], context: Context, title: str) -> Axes:
     """The meaning of a sample's axes: as `context.axes` says, else the one reading that its shape has.
 
-    `context.spatial_dims` is how many of them the model takes for spatial; messages call the samples `title`.
-
-    Raises:
-        DataError: a shape with several readings, or none.
-        ConfigError: axes, or an input of the model, that do not fit it.
+    Messages call the samples `title`. DataError: a shape with several readings, or none. ConfigError: it does not fit
+    `context.axes`, or `context.spatial_dims`, the number of axes that the model takes for spatial.
     """
     dims, axes = context.spatial_dims, context.axes
     times = " x ".join(map(str, shape))
@@ -130,18 +124,10 @@ def _words(axes: str) -> str:
 
 
 class ArraySource(Source):
-    """Samples along the first axis of one array.
+    """Samples along the first axis of one array, (N, ...) of any integers, floats or bool: NumPy's or a `FileArray`.
 
-    Args:
-        images: (N, ...) of any integers, floats or bool: a NumPy array or a `FileArray`.
-        labels: (N,) integers, -1 where unknown.
-        classes: the name of each label.
-        title: of the samples in messages.
-        context: `axes` and `spatial_dims` say what its axes are, `nodata` which values are none.
-
-    Raises:
-        DataError: an array that is no set of samples, with the way to make it one.
-        ConfigError: its shape does not fit what `context` says of it.
+    `labels` are (N,) integers, -1 where unknown, and `classes` their names; messages call the samples `title`. Errors
+    as of `sample_axes`, and DataError for an array that is no set of samples.
     """
 
     def __init__(
@@ -286,10 +272,7 @@ def named_arrays(
 ) -> dict[str, Source]:
     """The splits of arrays called images and labels, or train_images and so on; of one array of any other name.
 
-    In messages the names stand behind `title`; `classes` are the names of the labels.
-
-    Raises:
-        DataError: no array of images.
+    In messages the names stand behind `title`; `classes` are the names of the labels. DataError: no array of images.
     """
     names = {split: (f"{prefix}images", f"{prefix}labels") for prefix, split in PREFIXES if f"{prefix}images" in arrays}
     others = [name for name in arrays if not name.endswith("labels")]
@@ -314,10 +297,8 @@ def named_arrays(
 def npz_splits(path: Path, context: Context, max_bytes: float | None = None) -> dict[str, Source]:
     """The splits of an .npz file: arrays `images` and `labels`, or train_images, val_images, test_images and so on.
 
-    They are kept in memory, of which they may take `max_bytes`; None: as many as the machine has.
-
-    Raises:
-        DataError: it cannot be read, holds no images, or more than fit.
+    They are kept in memory, of which they may take `max_bytes`; None: as many as the machine has. DataError: the file
+    cannot be read, holds no images, or more than fit.
     """
     limit = _memory_bytes() if max_bytes is None else max_bytes
     try:
@@ -348,12 +329,8 @@ def _memory_bytes() -> float:
 def open_store(path: Path) -> dict[str, Any]:
     """The arrays of an HDF5 file or a Zarr store by name; a store that is a single array has the name "".
 
-    Links out of an HDF5 file are left alone.
-
-    Raises:
-        ConfigError: the library is not installed.
-        DataError: an array whose values would be unpickled, or lie in files that it names.
-        Exception: the library's own, of which h5py and zarr have many, where the store is damaged.
+    Links out of an HDF5 file are left alone. DataError: an array whose values would be unpickled, or lie in files that
+    it names. ConfigError: the library is not installed. A damaged store raises whatever its library does.
     """
     if path.suffix.lower() == ZARR_SUFFIX:
         store = require("zarr", "arrays").open(path, mode="r")
@@ -372,12 +349,7 @@ def open_store(path: Path) -> dict[str, Any]:
 
 
 def stored_splits(path: Path, context: Context) -> dict[str, Source]:
-    """The splits of an HDF5 file or a Zarr store: arrays named as in an .npz file, or a single array of any name.
-
-    Raises:
-        ConfigError: the library that reads it is not installed.
-        DataError: it cannot be read, or holds no images.
-    """
+    """The splits of an HDF5 file or a Zarr store: arrays named as in an .npz file, or a single array of any name."""
     try:
         return named_arrays({name: FileArray(path, name) for name in open_store(path)}, context, path.name)
     except TorchmaeError:
@@ -392,17 +364,11 @@ class DoesNotFitError(Exception):
 
 @dataclass(frozen=True)
 class Held:
-    """All images of a source.
+    """All images of a source."""
 
-    Attributes:
-        images: (M, C, *size), uint8, uint16 or float32; on the CPU, unless they were moved.
-        rows: (N,) the row of each image; None: they are in order.
-        labels: (N,), None where nothing has a label. The label of an unreadable image is its stand-in's.
-    """
-
-    images: Tensor
-    rows: npt.NDArray[np.int64] | None
-    labels: Labels | None
+    images: Tensor  # (M, C, *size), uint8, uint16 or float32; on the CPU, unless they were moved
+    rows: npt.NDArray[np.int64] | None  # (N,) the row of each image; None: they are in order
+    labels: Labels | None  # (N,), of an unreadable image its stand-in's; None: nothing has a label
 
     @property
     def nbytes(self) -> int:
@@ -427,11 +393,8 @@ class Held:
 def hold(source: Source, limit: float, bad: BadFiles, progress: Progress | None = None) -> Held:
     """Brings all images of a source into memory; an array that is there already is not copied.
 
-    They may take `limit` bytes. `bad` takes the ones that cannot be read; their neighbours stand in for them.
-
-    Raises:
-        DoesNotFitError: more than `limit`, or images of different sizes or types; found at the first that differs.
-        DataError: more bad ones than `bad` allows.
+    `bad` takes the ones that cannot be read; their neighbours stand in for them. DoesNotFitError: more than `limit`
+    bytes, or images of different sizes or types, found at the first that differs.
     """
     whole = source.whole()
     if whole is None:

@@ -295,7 +295,6 @@ class JpegItem(Item):
 
     def __init__(self, data: bytes, context: Context) -> None:
         self._data = data
-        self._wanted = context.channels
         self._keep = context.truncated == "keep"
         self._orientation, self._reduction = 1, 1
         self._header = jpeg.read_header(data)
@@ -319,16 +318,17 @@ class JpegItem(Item):
             self._reduction = next(factor for factor in (2, 4, 8) if pixels <= context.max_pixels * factor**2)
             notes.append(f"above {context.max_megapixels:g} megapixels: read at 1/{self._reduction} of its size")
             height, width = -(-height // self._reduction), -(-width // self._reduction)
+        if context.channels == 1 and not grey:
+            self._header = None  # Pillow makes colour grey
         size = (height, width) if self._orientation < 5 else (width, height)
-        channels = self._wanted if self._wanted in (1, 3) else 1 if grey else 3
-        super().__init__(size, channels, np.uint8, form="JPEG", notes=tuple(notes))
+        super().__init__(size, 1 if grey or context.channels == 1 else 3, np.uint8, form="JPEG", notes=tuple(notes))
 
     def read(self, region: Region | None = None, reduction: int = 1) -> Image:
         """As in `Item`."""
         with one_line_errors():
             if region is None:
                 return self._read_whole(reduction)
-            in_colour = self._header is not None and not self._header.grey and self._wanted != 1
+            in_colour = self._header is not None and not self._header.grey
             lengths = tuple(length for _, length in region)
             if in_colour and self._orientation == self._reduction == 1 and lengths != self.size:
                 part = jpeg.read_region(self._data, region)
@@ -338,11 +338,10 @@ class JpegItem(Item):
 
     def _read_whole(self, reduction: int) -> Image:
         factor = min(8, self._reduction * reduction)
-        if self._header is not None and (self._header.grey or self._wanted != 1):
+        if self._header is not None:
             pixels = jpeg.read_whole(self._data, self._header, factor)
             if pixels is not None:
-                upright = np.ascontiguousarray(UPRIGHT[self._orientation](pixels))
-                return np.repeat(upright, 3, axis=-1) if self._header.grey and self.channels == 3 else upright
+                return np.ascontiguousarray(UPRIGHT[self._orientation](pixels))
         if self._keep and not jpeg.is_whole(self._data):
             self._data += jpeg.END_OF_IMAGE  # after which the decoder takes what is missing for grey
         with open_pillow(self._data, "JPEG") as image:
@@ -484,12 +483,7 @@ FORMATS: dict[str, Format] = {
     ),
     "npy": Format((".npy",), begins(b"\x93NUMPY"), _open_npy),
 }
-_BUILT_IN = dict(FORMATS)
-
-
-def added_formats() -> dict[str, Format]:
-    """The rows of `FORMATS` that came from outside."""
-    return {name: form for name, form in FORMATS.items() if _BUILT_IN.get(name) is not form}
+BUILT_IN = dict(FORMATS)
 
 
 def stored_type(dtype: np.dtype[Any]) -> np.dtype[Any]:

@@ -6,7 +6,7 @@ import weakref
 from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -69,19 +69,12 @@ class Plan:
 
 
 def shard(indices: Indices, rank: int, world_size: int) -> Indices:
-    """Rank's contiguous part of a global batch.
-
-    Sizes differ by one at most, and the parts of all ranks, one after the other, are the batch. A batch smaller
-    than `world_size` leaves some ranks with none.
-    """
+    """Rank's contiguous part of a global batch; sizes differ by one at most, and may be 0."""
     return indices[len(indices) * rank // world_size : len(indices) * (rank + 1) // world_size]
 
 
 def hold_out(num_samples: int, val_size: int) -> tuple[Indices, Indices]:
-    """Sorted training and validation indices, the same whatever the seed of the run.
-
-    `val_size` of them are for validation, or a fifth if that is less.
-    """
+    """Sorted training and validation indices (at most a fifth), the same whatever the seed of the run."""
     order = permutation(0, 0, num_samples, Purpose.HOLD_OUT)
     count = min(val_size, num_samples // 5)
     return np.sort(order[count:]), np.sort(order[:count])
@@ -89,62 +82,37 @@ def hold_out(num_samples: int, val_size: int) -> tuple[Indices, Indices]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images for the model.
+    """Images for the model."""
 
-    Attributes:
-        images: (B, C, *input_size) float32, normalised, on the device.
-        labels: (B,) int64 on the device, -1 where unknown.
-        indices: (B,) which images of the loader these are.
-        epoch: the epoch they were drawn in, one for all or, with data.repeats, (B,); 0 in evaluation.
-    """
-
-    images: Tensor
-    labels: Tensor
-    indices: Indices
-    epoch: int | Indices
+    images: Tensor  # (B, C, *input_size) float32, normalised, on the device
+    labels: Tensor  # (B,) int64 on the device, -1 where unknown
+    indices: Indices  # (B,) which images of the loader these are
+    epoch: int | Indices  # that they were drawn in, one for all or, with data.repeats, (B,); 0 in evaluation
 
 
+@dataclass(eq=False)
 class ImageLoader:
     """Batches of one set of images.
 
     The plan (or the indices) alone decides what a batch holds: neither the number of workers, nor the step that
     iteration starts at, nor where images are held changes it. Exceptions are rounding, and JPEGs much larger than the
     crop, which workers decode at a fraction of their size (`transforms.reduction`).
-
-    Args:
-        source: the images.
-        held: the same images in memory, the processor's or the device's; None: worker processes read them.
-        view: how they become the model's input.
-        normalisation: how stored values become the model's input.
-        device: where batches go.
-        num_workers: processes that read, where images are not held; 0: this one.
-        bad: takes the images that cannot be read.
-        repeats: as in DataConfig.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        held: Held | None,
-        *,
-        view: View,
-        normalisation: Normalisation,
-        device: torch.device,
-        num_workers: int,
-        bad: BadFiles,
-        repeats: int = 1,
-    ) -> None:
-        self.source = source
-        self.labels = source.labels if held is None else held.labels
-        self._held = held
-        self._view = view
-        self.normalisation = normalisation
-        self._mean = torch.tensor(normalisation.mean, device=device)
-        self._std = torch.tensor(normalisation.std, device=device)
-        self._device = device
-        self._num_workers = num_workers
-        self._bad = bad
-        self._repeats = repeats
+    source: Source
+    held: Held | None  # the same images in memory, the processor's or the device's; None: workers read them
+    _: KW_ONLY
+    view: View
+    normalisation: Normalisation
+    device: torch.device
+    num_workers: int  # processes that read, where images are not held; 0: this one
+    bad: BadFiles  # takes the images that cannot be read
+    repeats: int = 1  # as in DataConfig
+
+    def __post_init__(self) -> None:
+        self.labels = self.source.labels if self.held is None else self.held.labels
+        self._mean = torch.tensor(self.normalisation.mean, device=self.device)
+        self._std = torch.tensor(self.normalisation.std, device=self.device)
         self._side: torch.cuda.Stream | None = None
         self._running: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
 
@@ -154,31 +122,26 @@ class ImageLoader:
     @property
     def in_memory(self) -> bool:
         """Whether the images are held in memory."""
-        return self._held is not None
+        return self.held is not None
 
     def train_batches(
         self, plan: Plan, start: int, stop: int, *, rank: int = 0, world_size: int = 1
     ) -> Iterator[Batch]:
         """This rank's part of the batches of steps `start` to `stop - 1`, randomly cropped and flipped.
 
-        Raises:
-            DataError: more unreadable images than allowed; when their batch is due.
+        DataError, when their batch is due: more unreadable images than allowed.
         """
 
         def requests() -> Iterator[Request]:
             planned = map(plan.indices, range(start, stop))
-            for epoch, indices in planned if self._repeats == 1 else repeated(plan, start, stop, self._repeats):
+            for epoch, indices in planned if self.repeats == 1 else repeated(plan, start, stop, self.repeats):
                 mine = epoch if isinstance(epoch, int) else shard(epoch, rank, world_size)
                 yield Request(shard(indices, rank, world_size), plan.seed, mine)
 
         return self._batches(requests(), stop - start)
 
     def eval_batches(self, indices: Indices, batch_size: int) -> Iterator[Batch]:
-        """Images in the order given: the largest centred box with the input's proportions, not flipped.
-
-        Raises:
-            DataError: more unreadable images than allowed; when their batch is due.
-        """
+        """Images in the order given: the largest centred box, not flipped; errors as of `train_batches`."""
         starts = range(0, len(indices), batch_size)
         return self._batches((Request(indices[i : i + batch_size], None, 0) for i in starts), len(starts))
 
@@ -188,18 +151,17 @@ class ImageLoader:
             running.close()
 
     def _batches(self, requests: Iterator[Request], count: int) -> Iterator[Batch]:
-        batches = self._from_memory(requests, self._held) if self._held else self._from_workers(requests, count)
+        batches = self._from_workers(requests, count) if self.held is None else self._from_memory(requests, self.held)
         self._running.add(batches)
         return batches
 
     def _from_memory(self, requests: Iterator[Request], held: Held) -> Generator[Batch, None, None]:
-        size, dtype = tuple(held.images.shape[2:]), held.images.dtype
         for request in requests:
-            boxes, flips = boxes_of(crop_numbers(request), size, self._view), draw_flips(request, self._view)
-            images = to_device(held.gather(request.indices), self._device)
-            images = resample(images, boxes, self._view.input_size, flips)
-            labels = to_device(labels_of(held.labels, request.indices), self._device)
-            yield self._batch(images, dtype, labels, request)
+            images = to_device(held.gather(request.indices), self.device)
+            boxes = boxes_of(crop_numbers(request), tuple(images.shape[2:]), self.view)
+            images = resample(images, boxes, self.view.input_size, draw_flips(request, self.view))
+            labels = to_device(labels_of(held.labels, request.indices), self.device)
+            yield self._batch(images, held.images.dtype, labels, request)
 
     def _from_workers(self, requests: Iterator[Request], count: int) -> Generator[Batch, None, None]:
         asked: deque[Request] = deque()
@@ -209,25 +171,25 @@ class ImageLoader:
                 asked.append(request)
                 yield request
 
-        workers = min(self._num_workers, count)
+        workers = min(self.num_workers, count)
         # Copies to other devices may still be under way when their slot is given back; CUDA's are from pinned copies.
-        slots = Slots(workers if self._device.type in ("cpu", "cuda") else 0)
+        slots = Slots(workers if self.device.type in ("cpu", "cuda") else 0)
         loader = DataLoader(
-            Reader(self.source, len(self._mean), self._view, slots, self.normalisation.scale),
+            Reader(self.source, len(self._mean), self.view, slots, self.normalisation.scale),
             sampler=noted(),
             batch_size=None,  # the reader makes whole batches
             num_workers=workers,
             worker_init_fn=start_worker,
-            pin_memory=self._device.type == "cuda",
+            pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else starting workers would advance the global one
         )
         for fetched, images, labels in self._sent(_survivors(loader)):
             for name, reason in fetched.bad:
-                self._bad.add(name, reason)
+                self.bad.add(name, reason)
             if fetched.failure is not None:
                 raise DataError(fetched.failure)
             request = asked.popleft()
-            mirrored = to_device(torch.from_numpy(np.flatnonzero(draw_flips(request, self._view))), self._device)
+            mirrored = to_device(torch.from_numpy(np.flatnonzero(draw_flips(request, self.view))), self.device)
             images = mirror(images, mirrored).movedim(-1, 1)
             batch = self._batch(images, fetched.images.dtype, labels, request)
             slots.give_back(fetched.slot)
@@ -235,20 +197,20 @@ class ImageLoader:
 
     def _sent(self, batches: Iterator[Fetched]) -> Iterator[tuple[Fetched, Tensor, Tensor]]:
         """Each batch with its images and labels on the device; on CUDA, the next one is on its way there by then."""
-        if self._device.type != "cuda":
-            yield from ((item, item.images.to(self._device), item.labels.to(self._device)) for item in batches)
+        if self.device.type != "cuda":
+            yield from ((item, item.images.to(self.device), item.labels.to(self.device)) for item in batches)
             return
         if self._side is None:  # one for all: what is freed on a stream serves that stream alone
-            self._side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         under_way: deque[tuple[Fetched, Tensor, Tensor, torch.cuda.Event]] = deque()
         for item in chain(batches, [None]):
             if item is not None:
                 with torch.cuda.stream(self._side):
-                    images, labels = (to_device(tensor, self._device) for tensor in (item.images, item.labels))
+                    images, labels = (to_device(tensor, self.device) for tensor in (item.images, item.labels))
                     under_way.append((item, images, labels, self._side.record_event()))
             if len(under_way) == 2 or (item is None and under_way):
                 fetched, images, labels, copied = under_way.popleft()
-                current = torch.cuda.current_stream(self._device)
+                current = torch.cuda.current_stream(self.device)
                 current.wait_event(copied)
                 images.record_stream(current)  # else the side stream would reuse their memory too early
                 labels.record_stream(current)

@@ -36,48 +36,35 @@ def crop_boxes(
     In 1-D and 3-D there is no one aspect: every axis keeps the same share, size * area ** (1 / n), and `ratio` is
     not used.
 
-    Args:
-        u: (B, CROP_NUMBERS) uniform in [0, 1).
-        size: spatial size of all images, (n,), or of each, (B, n).
-        scale: smallest and largest share of the image's area (length, volume), in (0, 1].
-        ratio: smallest and largest aspect ratio relative to the target's.
-        target: spatial size that the crop will be resampled to.
+    `u` is (B, CROP_NUMBERS), uniform in [0, 1); `size` that of all images, (n,), or of each, (B, n); `scale` the
+    smallest and largest share of the image's area (length, volume), in (0, 1]; `target` the size after resampling.
     """
     numbers = u.astype(np.float64)
     sizes = np.broadcast_to(np.asarray(size), (len(u), len(target)))
-    centred = np.empty(0, dtype=np.int64)
+    waiting = np.arange(len(u) if len(target) == 2 else 0)  # for a try that fits: nearly all find one at first
     if len(target) == 2:
-        aspect = target[1] / target[0]
-        lengths, centred = _crop_lengths(numbers, sizes, scale, (ratio[0] * aspect, ratio[1] * aspect))
+        height, width = sizes.T
+        extremes = np.array(ratio) * (target[1] / target[0])
+        aspect = np.clip(width / height, *extremes)
+        centred = np.stack([np.rint(width / aspect), np.rint(height * aspect)], axis=-1)
+        lengths = np.clip(centred, 1, sizes).astype(np.int64)
+        low, high = map(math.log, extremes)
+        for i in range(_TRIES if scale[0] < 1 else 0):
+            area = (height * width)[waiting] * (scale[0] + (scale[1] - scale[0]) * numbers[waiting, i])
+            aspect = np.exp(low + (high - low) * numbers[waiting, _TRIES + i])
+            tried = np.stack([np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))], axis=-1)
+            fits = ((tried >= 1) & (tried <= sizes[waiting])).all(axis=1)
+            lengths[waiting[fits]] = tried[fits]
+            waiting = waiting[~fits]
+            if not len(waiting):
+                break
     else:
         share = (scale[0] + (scale[1] - scale[0]) * numbers[:, :1]) ** (1 / len(target))
         lengths = np.clip(np.rint(sizes * share), 1, sizes).astype(np.int64)
     free = sizes - lengths
     starts = np.floor(numbers[:, -len(target) :] * (free + 1)).astype(np.int64)
-    starts[centred] = free[centred] // 2
+    starts[waiting] = free[waiting] // 2  # what found none gets the centred box
     return np.stack([starts, lengths], axis=-1)
-
-
-def _crop_lengths(
-    u: npt.NDArray[np.float64], sizes: Boxes, scale: tuple[float, float], ratio: tuple[float, float]
-) -> tuple[Boxes, npt.NDArray[np.int64]]:
-    """(B, 2) heights and widths, of the first try that fits; and which rows have none, and get the centred box."""
-    height, width = sizes.T
-    aspect = np.clip(width / height, *ratio)
-    centred = np.stack([np.rint(width / aspect), np.rint(height * aspect)], axis=-1)
-    lengths = np.clip(centred, 1, sizes).astype(np.int64)
-    waiting = np.arange(len(u))  # for a try that fits: nearly all find one at first
-    low, high = math.log(ratio[0]), math.log(ratio[1])
-    for i in range(_TRIES if scale[0] < 1 else 0):
-        area = (height * width)[waiting] * (scale[0] + (scale[1] - scale[0]) * u[waiting, i])
-        aspect = np.exp(low + (high - low) * u[waiting, _TRIES + i])
-        tried = np.stack([np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))], axis=-1)
-        fits = ((tried >= 1) & (tried <= sizes[waiting])).all(axis=1)
-        lengths[waiting[fits]] = tried[fits]
-        waiting = waiting[~fits]
-        if not len(waiting):
-            break
-    return lengths, waiting
 
 
 def eval_box(size: npt.ArrayLike, target: tuple[int, ...]) -> Boxes:
@@ -102,18 +89,12 @@ def reduction(boxes: Boxes, target: tuple[int, ...]) -> int:
 def resample(images: Tensor, boxes: Boxes, target: tuple[int, ...], flip: npt.NDArray[np.bool_]) -> Tensor:
     """Cuts a box out of each image and resamples it: separable, antialiased bicubic (a = -0.5, as in Pillow).
 
+    (B, C, *size) floats or unsigned integers on any device become (B, C, *target) float32; integers are rounded and
+    clamped to their range, as if stored in between. `flip`, (B,), says whether to mirror the last axis.
+
     Only pixels inside the box contribute. One weight matrix per image and axis, applied by one batched product per
     axis; a flip is the reversed matrix of the last axis. Along an axis so long that most of the matrix would be zeros,
     only the pixels that count are taken (`resample_long`).
-
-    Args:
-        images: (B, C, *size), 1 to 3 spatial dimensions, floats or unsigned integers, on any device.
-        boxes: (B, n, 2).
-        target: spatial size of the result.
-        flip: (B,) whether to mirror the last axis.
-
-    Returns:
-        (B, C, *target) float32; of integer images rounded and clamped to their range, as if stored in between.
     """
     batch, size = len(images), tuple(images.shape[2:])
     resampled = images.float()
@@ -219,21 +200,14 @@ class Normalisation:
     """From stored values to the model's input, and back to what can be looked at and measured.
 
     A stored value is divided by the number that stands for 1 in its type; then `mean` is subtracted, and the rest is
-    divided by `std`.
-
-    Attributes:
-        mean: one for each channel, of scaled values.
-        std: likewise, above 0.
-        low: the scaled value that is shown black, one for each channel; None: 0.
-        high: the one that is shown white; None: 1.
-        scale: the stored value that stands for 1 in each type that the model was trained on; other types: FULL_SCALE.
+    divided by `std`. `mean`, `std`, `low` and `high` have a number for each channel.
     """
 
     mean: tuple[float, ...]
-    std: tuple[float, ...]
-    low: tuple[float, ...] | None = None
-    high: tuple[float, ...] | None = None
-    scale: dict[str, float] | None = None
+    std: tuple[float, ...]  # above 0
+    low: tuple[float, ...] | None = None  # the scaled value that is shown black; None: 0
+    high: tuple[float, ...] | None = None  # the scaled value that is shown white; None: 1
+    scale: dict[str, float] | None = None  # the value that stands for 1 in each type trained on; others: FULL_SCALE
 
     def one(self, dtype: torch.dtype | np.dtype[Any]) -> float:
         """The stored value that stands for 1."""

@@ -8,8 +8,8 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import connection
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset, get_worker_info
 
-from torchmae.data.formats import FORMATS, Image, added_formats
+from torchmae.data.formats import BUILT_IN, FORMATS, Image
 from torchmae.data.labels import Labels
 from torchmae.data.reading import first_readable
 from torchmae.data.sources import Source
@@ -48,17 +48,11 @@ class View:
 
 
 class Request(NamedTuple):
-    """A batch to make.
+    """A batch to make."""
 
-    Attributes:
-        indices: (B,) which images; one that follows itself is decoded once.
-        seed: of crops and flips; None: evaluation, without either.
-        epoch: of crops and flips; one for all, or (B,).
-    """
-
-    indices: Indices
-    seed: int | None
-    epoch: int | Indices
+    indices: Indices  # (B,) which images; one that follows itself is decoded once
+    seed: int | None  # of crops and flips; None: evaluation, without either
+    epoch: int | Indices  # of crops and flips; one for all, or (B,)
 
 
 def crop_numbers(request: Request) -> Numbers:
@@ -83,21 +77,13 @@ def draw_flips(request: Request, view: View) -> npt.NDArray[np.bool_]:
 
 
 class Fetched(NamedTuple):
-    """What a worker process hands back.
+    """What a worker process hands back."""
 
-    Attributes:
-        images: (B, *input_size, C), uint8, uint16 or float32, not yet mirrored.
-        labels: (B,) int64.
-        bad: name and reason of each image that could not be read.
-        failure: why there is no batch; None: there is.
-        slot: where the images lie, to be given back (`Slots.give_back`).
-    """
-
-    images: Tensor
-    labels: Tensor
-    bad: list[tuple[str, str]]
-    failure: str | None = None
-    slot: int | None = None
+    images: Tensor  # (B, *input_size, C), uint8, uint16 or float32, not yet mirrored
+    labels: Tensor  # (B,) int64
+    bad: list[tuple[str, str]]  # name and reason of each image that could not be read
+    failure: str | None = None  # why there is no batch; None: there is
+    slot: int | None = None  # where the images lie, to be given back (`Slots.give_back`)
 
 
 class Slots:
@@ -138,28 +124,21 @@ class Slots:
             self._taken[slot] = False
 
 
+@dataclass(eq=False)
 class Reader(Dataset[Fetched]):
-    """Makes batches in a worker process: decodes, crops and resizes, and leaves integers integers.
+    """Makes batches in a worker process: decodes, crops and resizes, and leaves integers integers."""
 
-    `channels` is that of each image, `scale` as in `Normalisation`; without `slots` every batch gets new memory.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        channels: int,
-        view: View,
-        slots: Slots | None = None,
-        scale: Mapping[str, float] | None = None,
-    ) -> None:
-        self.source = source
-        self.channels = channels
-        self.view = view
-        self.slots = slots or Slots(0)
-        self.scale = scale
+    source: Source
+    channels: int  # of each image
+    view: View
+    slots: Slots = field(default_factory=lambda: Slots(0))  # memory for batches; by default each gets new
+    scale: Mapping[str, float] | None = None  # as in `Normalisation`
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_formats": added_formats()}
+        return {
+            **self.__dict__,
+            "_formats": {name: form for name, form in FORMATS.items() if BUILT_IN.get(name) is not form},
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         FORMATS.update(state.pop("_formats"))
@@ -167,16 +146,13 @@ class Reader(Dataset[Fetched]):
 
     def __getitem__(self, request: Request) -> Fetched:
         self.source.read_ahead(request.indices)
-        numbers = crop_numbers(request)
         bad: list[tuple[str, str]] = []
         images: list[Tensor] = []
         read: list[int] = []
         try:
-            opened = (
-                self._open(int(request.indices[rows.start]), numbers[rows], bad) for rows in _runs(request.indices)
-            )
-            for group in _groups(opened):  # each step for all of a group: its code and data are still in the cache
+            for group in _groups(self._opened(request, bad)):
                 _place(group, self.view)
+                # Each step for all of the group: its code and data are still in the processor's cache.
                 for sample in [self._read(sample, bad) for sample in group]:
                     crops = sample.crops(self.view.input_size)
                     images += crops
@@ -189,9 +165,13 @@ class Reader(Dataset[Fetched]):
         batch, slot = self.slots.stack(of_one_type(images, self.scale))
         return Fetched(batch, labels, bad, slot=slot)
 
-    def _open(self, index: int, numbers: Numbers, bad: list[tuple[str, str]]) -> _Sample:
-        """The image at an index, or the next that can be opened."""
-        return first_readable(self.source, index, bad, lambda at: _Sample(self.source, at, numbers))[1]
+    def _opened(self, request: Request, bad: list[tuple[str, str]]) -> Iterator[_Sample]:
+        """One sample for each run of one index; where it cannot be opened, the next that can."""
+        numbers = crop_numbers(request)
+        runs = np.split(np.arange(len(numbers)), np.flatnonzero(np.diff(request.indices)) + 1)
+        for rows in runs if len(numbers) else ():
+            make = partial(_Sample, self.source, numbers[rows])
+            yield first_readable(self.source, int(request.indices[rows[0]]), bad, make)[1]
 
     def _read(self, sample: _Sample, bad: list[tuple[str, str]]) -> _Sample:
         """The sample with its pixels, or the next that has some."""
@@ -199,7 +179,7 @@ class Reader(Dataset[Fetched]):
         def read(index: int) -> _Sample:
             ready = sample
             if index != sample.index:
-                ready = _Sample(self.source, index, sample.numbers)
+                ready = _Sample(self.source, sample.numbers, index)
                 _place([ready], self.view)
             ready.read(self.view.input_size)
             return ready
@@ -213,7 +193,7 @@ class _Sample:
     boxes: npt.NDArray[Any]  # of the crops, (crops, n, 2), in pixels of `image` once it is read
     image: Image
 
-    def __init__(self, source: Source, index: int, numbers: Numbers) -> None:
+    def __init__(self, source: Source, numbers: Numbers, index: int) -> None:
         self.index = index
         self.numbers = numbers
         self.item = source.open(index)
@@ -246,12 +226,6 @@ def _place(samples: Sequence[_Sample], view: View) -> None:
         sample.boxes = part
 
 
-def _runs(indices: Indices) -> Iterator[slice]:
-    """Where an index follows itself: slices that cover all positions, with one index each."""
-    starts = [0, *(np.flatnonzero(np.diff(indices)) + 1).tolist(), len(indices)]
-    return (slice(start, stop) for start, stop in pairwise(starts) if start < stop)
-
-
 def _groups(samples: Iterable[_Sample]) -> Iterator[list[_Sample]]:
     """Samples in groups of as many pixels as may be held at a time."""
     group: list[_Sample] = []
@@ -281,10 +255,7 @@ def cut(image: Image, box: Boxes, target: tuple[int, ...]) -> Tensor:
 
 
 def cut_between_pixels(image: Image, box: npt.NDArray[np.float64], target: tuple[int, ...]) -> Tensor:
-    """`cut` of a picture, uint8 of 1 or 3 channels, by a box whose edges lie between pixels.
-
-    They do so in a picture that was decoded at a fraction of its size.
-    """
+    """`cut` of a picture (uint8) that was decoded at a fraction of its size, so that edges lie between pixels."""
     (top, height), (left, width) = box.tolist()
     first_row, first_column = int(top), int(left)
     outer = image[first_row : math.ceil(top + height), first_column : math.ceil(left + width)]
