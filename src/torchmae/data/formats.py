@@ -39,6 +39,7 @@ CUT_SHORT = "cut short"  # the reason begins with it where a file ends before it
 PACKED_ARRAY = ".sample.npy"  # the end of the name of an array that is one sample, wherever it lies
 CHANNELS = "channels"  # the one field of a .npy file that was packed: its last axis is channels
 
+_IGNORE_ALL = ("ignore", None, Warning, None, 0)  # what `warnings.simplefilter("ignore")` puts first
 _NO_IMAGE = "not an image, or cut short before its first pixel"
 ON_WHITE = "transparency laid on white"
 _JPEG_OVER_LIMIT = 10  # a JPEG may have so many times the limit of pixels: it is read at a fraction of its size
@@ -258,7 +259,8 @@ def quiet_pillow() -> Iterator[None]:
     does nothing, and whoever starts threads that decode holds it around them.
     """
     is_main = threading.current_thread() is threading.main_thread()
-    with warnings.catch_warnings(action="ignore") if is_main else nullcontext():
+    is_quiet = not is_main or warnings.filters[:1] == [_IGNORE_ALL]  # asking is many times faster than changing
+    with nullcontext() if is_quiet else warnings.catch_warnings(action="ignore"):
         yield
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset, get_worker_info
 
-from torchmae.data.formats import BUILT_IN, FORMATS, Image
+from torchmae.data.formats import BUILT_IN, FORMATS, Image, quiet_pillow
 from torchmae.data.labels import Labels
 from torchmae.data.reading import first_readable
 from torchmae.data.sources import Source
@@ -144,6 +144,7 @@ class Reader(Dataset[Fetched]):
         FORMATS.update(state.pop("_formats"))
         self.__dict__.update(state)
 
+    @quiet_pillow()
     def __getitem__(self, request: Request) -> Fetched:
         self.source.read_ahead(request.indices)
         bad: list[tuple[str, str]] = []
@@ -207,9 +208,12 @@ class _Sample:
             if self.image.shape[:-1] != self.item.size:
                 self.boxes = self.boxes / factor
             return
-        start, stop = self.boxes[..., 0].min(axis=0), self.boxes.sum(axis=-1).max(axis=0)
-        self.image = self.item.read(tuple(zip(start.tolist(), (stop - start).tolist(), strict=True)))
-        self.boxes = self.boxes - np.stack([start, np.zeros_like(start)], axis=-1)
+        region = []  # around all boxes; in Python, which is faster than NumPy for so few numbers
+        for sides in zip(*self.boxes.tolist(), strict=True):
+            start = min(start for start, _ in sides)
+            region.append((start, max(start + length for start, length in sides) - start))
+        self.image = self.item.read(tuple(region))
+        self.boxes = self.boxes - np.array([[start, 0] for start, _ in region])
 
     def crops(self, target: tuple[int, ...]) -> list[Tensor]:
         """The crops, (*target, C) each; after `read`."""
