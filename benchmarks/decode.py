@@ -33,8 +33,7 @@ from torchvision.transforms import functional
 
 from torchmae.data import jpeg, worker
 from torchmae.data.formats import Context
-from torchmae.data.loader import ImageLoader
-from torchmae.data.plan import Plan
+from torchmae.data.loader import ImageLoader, Plan
 from torchmae.data.reading import BadFiles
 from torchmae.data.sources import EncodedSource
 from torchmae.data.transforms import Boxes, Normalisation, mirror

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import torchmae
 from torchmae.config import DataConfig, PretrainConfig
+from torchmae.data.loader import Plan
 from torchmae.data.opening import open_data
-from torchmae.data.plan import Plan
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Masker
 from torchmae.training.optim import build_optimizers, set_lr

@@ -54,7 +54,7 @@ def write_list(path: Path, count: int) -> None:
 
 def measure(path: str) -> dict[str, object]:
     from torchmae.data.layouts import open_splits
-    from torchmae.data.plan import Plan, hold_out
+    from torchmae.data.loader import Plan, hold_out
     from torchmae.data.sources import Subset
     from torchmae.data.worker import Request, View, boxes_of, crop_numbers
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, get_args
 
 import pytest
-from torchmae.presets import PRESETS
 
 from torchmae.app.strings import LANGUAGES
 from torchmae.config import ModelConfig, PretrainConfig
@@ -18,6 +17,7 @@ from torchmae.evaluation.methods import METHODS
 from torchmae.nn.decoder import DECODERS
 from torchmae.nn.masking import STRATEGIES
 from torchmae.planning.cost import GPUS
+from torchmae.presets import PRESETS
 
 
 @pytest.mark.parametrize(

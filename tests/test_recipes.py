@@ -16,8 +16,8 @@ from torchmae import presets
 from torchmae.api import configure
 from torchmae.cli import main
 from torchmae.config import DataConfig, MaskConfig, ModelConfig, OptimConfig, PretrainConfig
+from torchmae.data.loader import Plan
 from torchmae.data.opening import open_data
-from torchmae.data.plan import Plan
 from torchmae.errors import ConfigError
 from torchmae.nn.masking import Masker
 from torchmae.runs import check_model, overrides

@@ -15,7 +15,7 @@ from torchmae import settings
 from torchmae.config import DataConfig
 from torchmae.data.loader import ImageLoader
 from torchmae.data.opening import Data, open_data
-from torchmae.data.plan import Indices
+from torchmae.data.worker import Indices
 from torchmae.errors import ConfigError
 from torchmae.evaluation.feature_maps import (
     class_attention,

@@ -58,7 +58,7 @@ def test_crops_are_of_the_fine_tuning_and_flips_of_the_run(run: Path, monkeypatc
     original = finetune.finetune
 
     def spied(model: Any, normalisation: Any, train: Any, *rest: Any, **options: Any) -> Any:
-        views.append(train._view)
+        views.append(train.view)
         return original(model, normalisation, train, *rest, **options)
 
     monkeypatch.setattr(finetune, "finetune", spied)

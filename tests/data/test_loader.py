@@ -15,9 +15,8 @@ from PIL import Image
 from torchmae.config import DataConfig
 from torchmae.data import opening
 from torchmae.data.arrays import ArraySource, hold
-from torchmae.data.loader import Batch
+from torchmae.data.loader import Batch, Plan
 from torchmae.data.opening import Data, _on_device, open_data
-from torchmae.data.plan import Plan
 from torchmae.data.reading import BadFiles
 from torchmae.data.sources import FileSource, Subset
 from torchmae.data.transforms import normalise
@@ -344,7 +343,7 @@ def test_parts_of_one_array_count_once(tmp_path: Path) -> None:
     with mock.patch.object(opening, "open_splits", return_value=splits):
         data = opened(memory_limit=array.nbytes * 1.01 / 2**30)
     assert data.val is not None
-    assert data.train._held.images.data_ptr() == data.val._held.images.data_ptr() == array.ctypes.data
+    assert data.train.held.images.data_ptr() == data.val.held.images.data_ptr() == array.ctypes.data
 
 
 def test_val_auto_holds_out_where_there_is_no_val(uniform_size: Path) -> None:

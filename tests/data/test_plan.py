@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchmae.data import plan as plan_module
-from torchmae.data.plan import Indices, Plan, hold_out, shard
+from torchmae.data import loader
+from torchmae.data.loader import Plan, hold_out, shard
+from torchmae.data.worker import Indices
 from torchmae.random import permutation
 
 small = st.integers(1, 60)
@@ -42,7 +43,7 @@ def test_an_order_is_made_once_though_one_reads_ahead_of_another(monkeypatch: py
         made.append(epoch)
         return permutation(seed, epoch, count)
 
-    monkeypatch.setattr(plan_module, "permutation", counted)
+    monkeypatch.setattr(loader, "permutation", counted)
     plan = Plan(10, 3, 0)
     for step in range(16):
         plan.indices(step + 3)

@@ -12,8 +12,7 @@ from PIL import Image
 
 from torchmae.data import worker as module
 from torchmae.data.layouts import open_splits
-from torchmae.data.loader import ImageLoader
-from torchmae.data.plan import Plan
+from torchmae.data.loader import ImageLoader, Plan
 from torchmae.data.reading import BadFiles
 from torchmae.data.transforms import Normalisation
 from torchmae.data.worker import PER_WORKER, Slots, View
@@ -33,6 +32,11 @@ def test_the_main_process_has_memory_of_its_own() -> None:
     assert slot is None
     assert batch.tolist() == torch.stack(images(1, 2)).tolist()
     Slots(0).give_back(None)
+
+
+@pytest.mark.usefixtures("in_worker_1")
+def test_a_worker_without_slots_takes_new_memory() -> None:
+    assert Slots(0).stack(images(1, 2))[1] is None
 
 
 @pytest.mark.usefixtures("in_worker_1")

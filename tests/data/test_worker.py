@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import select
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import torch
 from picture_files import encoded, picture
 from PIL import Image
 
+from torchmae.data.formats import FORMATS, ArrayItem, Context, Format, begins
 from torchmae.data.layouts import folder_splits
 from torchmae.data.transforms import eval_box, resample
 from torchmae.data.worker import (
@@ -22,6 +24,7 @@ from torchmae.data.worker import (
     Request,
     View,
     _groups,
+    _place,
     _Sample,
     boxes_of,
     crop_numbers,
@@ -112,9 +115,10 @@ def test_a_large_jpeg_is_cut_as_if_it_were_decoded_whole(tmp_path: Path, orienta
     reader = Reader(folder_splits(tmp_path)["train"], 3, View((32, 24), (0.2, 1.0), (0.75, 1.3333), True))
     for request in (Request(np.array([0]), 0, 0), Request(np.array([0]), None, 0)):
         jpeg = reader[request].images
-        sample = _Sample(reader.source, 1, crop_numbers(request), reader.view)
-        sample.read()
-        png = sample.crops()[0]  # the same crop of a file that is never reduced
+        sample = _Sample(reader.source, crop_numbers(request), 1)
+        _place([sample], reader.view)
+        sample.read((32, 24))
+        png = sample.crops((32, 24))[0]  # the same crop of a file that is never reduced
         assert jpeg.shape == (1, 32, 24, 3)
         difference = (jpeg[0].float() - png.float()).abs()
         assert 0 < difference.mean() < 0.01 * 255
@@ -147,6 +151,22 @@ def test_a_batch_is_its_images_one_by_one_whatever_is_broken_where(tmp_path: Pat
         alone = reader[Request(np.array([i]), 0, 0)]
         assert torch.equal(alone.images[0], together.images[i])
     assert {Path(name).name for name, _ in together.bad} == {f"{i:02d}.jpg" for i in (3, 4, 9, 17, 18)}
+
+
+def open_blank(data: bytes, context: Context) -> ArrayItem:
+    return ArrayItem(np.zeros((8, 8, 3), np.uint8))
+
+
+def test_a_reader_goes_by_pickle_with_the_formats_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    source = folder_splits(tmp_path)["train"]
+    with monkeypatch.context() as patch:
+        patch.setitem(FORMATS, "png", Format((".png",), begins(b"\x89PNG"), open_blank))
+        sent = pickle.dumps(Reader(source, 3, VIEW))  # as the start methods spawn and forkserver do
+    patched = dict(FORMATS)
+    assert pickle.loads(sent)[Request(np.array([0]), 0, 0)].images.max() == 0
+    FORMATS.update(patched)
+    assert Reader(source, 3, VIEW)[Request(np.array([0]), 0, 0)].images.max() > 0
 
 
 def test_groups_are_small_enough_to_hold() -> None:

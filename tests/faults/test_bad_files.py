@@ -20,9 +20,8 @@ import torch
 from PIL import Image
 
 from torchmae.config import DataConfig
-from torchmae.data.loader import Batch
+from torchmae.data.loader import Batch, Plan
 from torchmae.data.opening import Data, open_data
-from torchmae.data.plan import Plan
 from torchmae.errors import ConfigError, DataError, TorchmaeError
 
 

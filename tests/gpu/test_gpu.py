@@ -18,9 +18,8 @@ import torch
 import torchmae
 from torchmae import presets
 from torchmae.config import DataConfig, OptimConfig, PretrainConfig
-from torchmae.data.loader import Batch
+from torchmae.data.loader import Batch, Plan
 from torchmae.data.opening import open_data
-from torchmae.data.plan import Plan
 from torchmae.nn.masking import Masker
 from torchmae.training.optim import build_optimizers
 from torchmae.training.runtime import open_runtime

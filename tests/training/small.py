@@ -11,8 +11,7 @@ import torch
 
 from torchmae import presets
 from torchmae.config import PretrainConfig
-from torchmae.data.loader import Batch
-from torchmae.data.plan import Plan, shard
+from torchmae.data.loader import Batch, Plan, shard
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.training.pretrain import pretrain
 from torchmae.training.progress import Display

@@ -20,8 +20,7 @@ from small import RUNTIME, Images, images, train, vit
 from torch import Tensor
 
 from torchmae.config import ModelConfig, OptimConfig, PretrainConfig
-from torchmae.data.loader import Batch
-from torchmae.data.plan import Plan
+from torchmae.data.loader import Batch, Plan
 from torchmae.errors import CheckpointError, Interrupted, TrainingError
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Masker

@@ -9,8 +9,7 @@ import torch
 from small import RUNTIME, images, mlp, vit
 
 from torchmae.config import MaskConfig, OptimConfig, PretrainConfig
-from torchmae.data.loader import Batch
-from torchmae.data.plan import Plan
+from torchmae.data.loader import Batch, Plan
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Masker
 from torchmae.training.optim import build_optimizers

@@ -21,8 +21,8 @@ from torchmae.bench.timing import synchronise, take_turns
 from torchmae.config import PretrainConfig
 from torchmae.config.bench import BenchData
 from torchmae.data.formats import Progress
+from torchmae.data.loader import Plan
 from torchmae.data.opening import Data, open_data
-from torchmae.data.plan import Plan
 from torchmae.data.reading import num_cores
 from torchmae.data.transforms import to_device
 from torchmae.data.worker import start_worker

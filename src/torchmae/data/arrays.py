@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import math
 import os
@@ -18,16 +17,16 @@ from torch import Tensor
 
 from torchmae.data.formats import NOT_FINITE, ArrayItem, Context, Image, Progress, stored_type
 from torchmae.data.labels import Labels
-from torchmae.data.reading import BadFiles, Reading, read_many, read_or_next, stand_ins
+from torchmae.data.reading import BadFiles, read_many, read_or_next, stand_ins
 from torchmae.data.sources import Source, Subset, digest, evenly_spaced
 from torchmae.data.transforms import to_device
-from torchmae.errors import ConfigError, DataError, TorchmaeError
+from torchmae.errors import ConfigError, DataError, TorchmaeError, reason_of, require
 
 HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf")
 ZARR_SUFFIX = ".zarr"
 
+# What the names of the arrays `images` and `labels` may begin with, and the split that it means.
 PREFIXES = (("", "train"), ("train_", "train"), ("val_", "val"), ("test_", "test"))
-"""What the names of the arrays `images` and `labels` may begin with, and the split that it means."""
 
 _GIB = 2**30
 _FEW = 16  # channels that an axis may be taken for
@@ -37,40 +36,38 @@ _CHECKED_AT_ONCE = 2**24  # values
 
 
 class Axes(NamedTuple):
-    """What the axes of a sample mean.
+    """What the axes of a sample mean."""
 
-    Attributes:
-        channel_axis: of the sample; None: it has one channel and no axis for it.
-        note: how they were taken, where the shape leaves a choice.
-    """
-
-    channel_axis: int | None
-    note: str | None = None
+    channel_axis: int | None  # None: it has one channel and no axis for it
+    note: str | None = None  # how the axes were taken, where the shape leaves a choice
 
 
 def sample_axes(shape: tuple[int, ...], context: Context, title: str) -> Axes:
-    """What the axes of a sample mean: as `context.axes` says, else the one reading that its shape has.
+    """The meaning of a sample's axes: as `context.axes` says, else the one reading that its shape has.
 
-    Args:
-        shape: of one sample.
-        context: `axes`, and how many of them the model takes for spatial.
-        title: what to call it in messages.
-
-    Raises:
-        DataError: a shape with several readings, or none.
-        ConfigError: axes, or an input of the model, that do not fit it.
+    Messages call the samples `title`. DataError: a shape with several readings, or none. ConfigError: it does not fit
+    `context.axes`, or `context.spatial_dims`, the number of axes that the model takes for spatial.
     """
+    dims, axes = context.spatial_dims, context.axes
+    times = " x ".join(map(str, shape))
+    problem = f"{title} has samples of shape {times}"
     if 0 in shape:
-        raise DataError(f"{title} has samples of shape {_times(shape)}: they are empty", "save at least one value")
-    dims = context.spatial_dims
-    if context.axes is not None:
-        return _given_axes(shape, context.axes, dims, title)
-    if len(shape) not in (1, 2, 3, 4) if dims is None else len(shape) not in (dims, dims + 1):
-        form = "samples are (*size) or (*size, channels), 1 to 3 numbers in size"
-        if dims is None:
-            raise DataError(f"{title} has samples of shape {_times(shape)}", form)
+        raise DataError(f"{problem}: they are empty", "save at least one value")
+    if axes is not None:
+        spatial = len(axes.replace("C", ""))
+        if len(axes) != len(shape):
+            raise ConfigError(f"data.axes is {axes!r} and {problem}", f"give {len(shape)} letters")
+        if dims not in (None, spatial):
+            raise ConfigError(
+                f"data.axes {axes!r} has {spatial} axes beside channels and model.input_size {dims} numbers",
+                f"give model.input_size {spatial} numbers, or other axes",
+            )
+        return Axes(axes.index("C") if "C" in axes else None)
+    if dims is None and len(shape) not in (1, 2, 3, 4):
+        raise DataError(problem, "samples are (*size) or (*size, channels), 1 to 3 numbers in size")
+    if dims is not None and len(shape) not in (dims, dims + 1):
         raise ConfigError(
-            f"{title} has samples of shape {_times(shape)} and model.input_size has {dims} numbers",
+            f"{problem} and model.input_size has {dims} numbers",
             "give model.input_size a number for each axis that is not channels",
         )
     if len(shape) == 1 or (dims == len(shape) and len(shape) < 3):
@@ -80,32 +77,13 @@ def sample_axes(shape: tuple[int, ...], context: Context, title: str) -> Axes:
         fitting = [axes for axes in readings if context.channels == (shape[axes.index("C")] if "C" in axes else 1)]
         readings = fitting[:1] or readings
     if len(readings) != 1:
-        words = ", ".join(f"{axes} ({_words(axes)})" for axes in readings or _all_readings(shape, dims))
-        raise DataError(
-            f"{title} has samples of shape {_times(shape)}, which may be read as {words}",
-            f"say which: --data.axes {(readings or _all_readings(shape, dims))[0]}",
-        )
+        readings = readings or _all_readings(shape, dims)
+        words = ", ".join(f"{axes} ({_words(axes)})" for axes in readings)
+        raise DataError(f"{problem}, which may be read as {words}", f"say which: --data.axes {readings[0]}")
     axes = readings[0]
-    note = (
-        None
-        if dims == len(shape) or (axes.endswith("C") and shape[-1] <= _SURE)
-        else f"{_times(shape)} read as {axes} ({_words(axes)})"
-    )
+    is_plain = dims == len(shape) or (axes.endswith("C") and shape[-1] <= _SURE)
+    note = None if is_plain else f"{times} read as {axes} ({_words(axes)})"
     return Axes(axes.index("C") if "C" in axes else None, note)
-
-
-def _given_axes(shape: tuple[int, ...], axes: str, dims: int | None, title: str) -> Axes:
-    if len(axes) != len(shape):
-        raise ConfigError(
-            f"data.axes is {axes!r} and {title} has samples of shape {_times(shape)}", f"give {len(shape)} letters"
-        )
-    spatial = len(axes.replace("C", ""))
-    if dims is not None and spatial != dims:
-        raise ConfigError(
-            f"data.axes {axes!r} has {spatial} axes beside channels and model.input_size {dims} numbers",
-            f"give model.input_size {spatial} numbers, or other axes",
-        )
-    return Axes(axes.index("C") if "C" in axes else None)
 
 
 def _readings(shape: tuple[int, ...], dims: int | None) -> list[str]:
@@ -145,23 +123,11 @@ def _words(axes: str) -> str:
     return f"{kind}, {where}"
 
 
-def _times(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))
-
-
 class ArraySource(Source):
-    """Samples along the first axis of one array.
+    """Samples along the first axis of one array, (N, ...) of any integers, floats or bool: NumPy's or a `FileArray`.
 
-    Args:
-        images: (N, ...) of any integers, floats or bool: a NumPy array, or what `FileArray` gives.
-        labels: (N,) integers, -1 where unknown.
-        classes: the name of each label.
-        title: what to call the samples in messages.
-        context: `axes` and `spatial_dims` say what its axes are, `nodata` which values are none.
-
-    Raises:
-        DataError: an array that is no set of samples, with the way to make it one.
-        ConfigError: its shape does not fit what `context` says of it.
+    `labels` are (N,) integers, -1 where unknown, and `classes` their names; messages call the samples `title`. Errors
+    as of `sample_axes`, and DataError for an array that is no set of samples.
     """
 
     def __init__(
@@ -209,8 +175,8 @@ class ArraySource(Source):
         return digest([shape, self.images.dtype, b"".join(sample)])
 
     def stamp(self) -> str:
-        """Of when its file was changed; "" in memory."""
-        return self.images.changed() if isinstance(self.images, FileArray) else ""
+        """When its file was changed, in nanoseconds; "" in memory."""
+        return str(self.images.path.stat().st_mtime_ns) if isinstance(self.images, FileArray) else ""
 
     def with_channels(self, channels: int) -> ArraySource:
         """The source itself; ConfigError where `channels` is not what the array has."""
@@ -224,7 +190,7 @@ class ArraySource(Source):
 
     def whole(self) -> tuple[Image, npt.NDArray[np.int64] | None] | None:
         """As in `Source`."""
-        array = getattr(self.images, "mapped", self.images)
+        array = self.images.array if isinstance(self.images, FileArray) else self.images
         usable = isinstance(array, np.ndarray) and array.dtype in (np.uint8, np.uint16, np.float32)
         if not usable or not array.flags.writeable or self._nodata is not None:
             return None
@@ -234,41 +200,30 @@ class ArraySource(Source):
 class FileArray:
     """An array in a file, of which only what is asked for is read. Each process opens the file for itself.
 
-    Args:
-        path: a .npy or HDF5 file, or the folder that a Zarr store is.
-        name: of the array in it; "": the file is the array.
-
-    Raises:
-        DataError: it cannot be opened.
+    `path` is a .npy or HDF5 file, or the folder that a Zarr store is; `name` that of the array in it ("": the file is
+    the array). DataError: it cannot be opened.
     """
 
     def __init__(self, path: Path, name: str = "") -> None:
-        self._path, self._name = path, name
+        self.path, self._name = path, name
         self._opened: tuple[int, Any] | None = None
-        self.shape: tuple[int, ...] = tuple(self._array().shape)
-        self.dtype = np.dtype(self._array().dtype)
-
-    def _array(self) -> Any:
-        # Neither h5py's nor zarr's open files may be used on both sides of a fork.
-        if self._opened is None or self._opened[0] != os.getpid():
-            is_npy = self._path.suffix.lower() not in (*HDF5_SUFFIXES, ZARR_SUFFIX)
-            self._opened = os.getpid(), map_array(self._path) if is_npy else open_store(self._path)[self._name]
-        return self._opened[1]
-
-    def changed(self) -> str:
-        """When the file was changed, in nanoseconds."""
-        return str(self._path.stat().st_mtime_ns)
+        self.shape: tuple[int, ...] = tuple(self.array.shape)
+        self.dtype = np.dtype(self.array.dtype)
 
     @property
-    def mapped(self) -> Any:
-        """The array itself; a NumPy one where it is mapped."""
-        return self._array()
+    def array(self) -> Any:
+        """The array as its library gives it: mapped, for a .npy file."""
+        # Neither h5py's nor zarr's open files may be used on both sides of a fork.
+        if self._opened is None or self._opened[0] != os.getpid():
+            is_store = self.path.suffix.lower() in (*HDF5_SUFFIXES, ZARR_SUFFIX)
+            self._opened = os.getpid(), open_store(self.path)[self._name] if is_store else map_array(self.path)
+        return self._opened[1]
 
     def __getitem__(self, index: Any) -> Image:
         try:
-            return np.asarray(self._array()[index])
+            return np.asarray(self.array[index])
         except Exception as error:  # damaged chunks fail as each compressor sees fit
-            raise DataError(" ".join(str(error).split())[:200]) from error
+            raise DataError(reason_of(error)) from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
@@ -279,7 +234,7 @@ def map_array(path: Path) -> Image:
     try:
         array: Image = np.load(path, mmap_mode="c", allow_pickle=False)
     except Exception as error:  # a damaged header fails as NumPy's parser, or the memory it asks for, sees fit
-        raise DataError(f"cannot read {path}: {_npy_reason(error)}", _npy_fix(error)) from error
+        raise _npy_error(error, path) from error
     return array
 
 
@@ -288,35 +243,25 @@ def read_npy(data: bytes) -> Image:
     try:
         array: Image = np.load(io.BytesIO(data), allow_pickle=False)
     except Exception as error:
-        raise DataError(_npy_reason(error), _npy_fix(error)) from error
+        raise _npy_error(error) from error
     return array
 
 
-def _holds_objects(error: Exception) -> bool:
-    return "Object arrays" in str(error) or "Python objects in dtype" in str(error)
-
-
-def _npy_reason(error: Exception) -> str:
-    reason = " ".join(str(error).split())
-    if _holds_objects(error):
-        return "it holds objects, such as samples of unequal length"
-    if not isinstance(error, OSError) and (" at 0x" in reason or not isinstance(error, (ValueError, EOFError))):
-        return "its header is damaged"
-    return reason
-
-
-def _npy_fix(error: Exception) -> str:
-    if _holds_objects(error):
-        return "save each sample as a .npy file of its own in one folder; they are cropped to model.input_size"
-    return "save one numeric array with numpy.save"
+def _npy_error(error: Exception, path: Path | None = None) -> DataError:
+    """What is wrong with a .npy or .npz file that NumPy could not read."""
+    reason, fix = reason_of(error), "save one numeric array with numpy.save"
+    if "Object arrays" in reason or "Python objects in dtype" in reason:
+        reason = "it holds objects, such as samples of unequal length"
+        fix = "save each sample as a .npy file of its own in one folder; they are cropped to model.input_size"
+    elif not isinstance(error, OSError) and (" at 0x" in reason or not isinstance(error, (ValueError, EOFError))):
+        reason = "its header is damaged"
+    return DataError(f"cannot read {path}: {reason}" if path else reason, fix)
 
 
 def unpacked_bytes(arrays: Any, names: Iterable[str] | None = None) -> int:
-    """Bytes that arrays of an opened .npz file take in memory, as it says itself; no more are ever read from it.
+    """Bytes that some arrays of an opened .npz file (None: all) take in memory, as it says itself.
 
-    Args:
-        arrays: as numpy.load gives them.
-        names: which of them; None: all.
+    NumPy never reads more than that from it.
     """
     wanted = set(arrays.files if names is None else names)
     return sum(item.file_size for item in arrays.zip.infolist() if item.filename.removesuffix(".npy") in wanted)
@@ -327,50 +272,35 @@ def named_arrays(
 ) -> dict[str, Source]:
     """The splits of arrays called images and labels, or train_images and so on; of one array of any other name.
 
-    Args:
-        arrays: by name.
-        context: as for `ArraySource`.
-        title: what the names stand behind in messages.
-        classes: the name of each label.
-
-    Raises:
-        DataError: no array of images.
+    In messages the names stand behind `title`; `classes` are the names of the labels. DataError: no array of images.
     """
-    splits: dict[str, Source] = {}
-    for prefix, split in PREFIXES:
-        if f"{prefix}images" in arrays:
-            labels = arrays.get(f"{prefix}labels")
-            labels = None if labels is None else np.asarray(labels[...])
-            splits[split] = ArraySource(
-                arrays[f"{prefix}images"], labels, classes, title=f"{title}/{prefix}images", context=context
-            )
+    names = {split: (f"{prefix}images", f"{prefix}labels") for prefix, split in PREFIXES if f"{prefix}images" in arrays}
     others = [name for name in arrays if not name.endswith("labels")]
-    if not splits and len(others) == 1:
-        name = others[0]
-        labels = arrays.get("labels")
-        labels = None if labels is None else np.asarray(labels[...])
-        splits["train"] = ArraySource(
-            arrays[name], labels, classes, title=f"{title}/{name}".rstrip("/"), context=context
-        )
-    if "train" not in splits:
+    if not names and len(others) == 1:
+        names = {"train": (others[0], "labels")}
+    if "train" not in names:
         raise DataError(
             f"{title} holds {', '.join(arrays) or 'no arrays'}", "it needs an array named images (and may have labels)"
         )
-    return splits
+    return {
+        split: ArraySource(
+            arrays[images],
+            np.asarray(arrays[labels][...]) if labels in arrays else None,
+            classes,
+            title=f"{title}/{images}".rstrip("/"),
+            context=context,
+        )
+        for split, (images, labels) in names.items()
+    }
 
 
 def npz_splits(path: Path, context: Context, max_bytes: float | None = None) -> dict[str, Source]:
     """The splits of an .npz file: arrays `images` and `labels`, or train_images, val_images, test_images and so on.
 
-    Args:
-        path: the file.
-        context: as for `ArraySource`.
-        max_bytes: that they may take in memory, where all of them are kept; None: as many as the machine has.
-
-    Raises:
-        DataError: it cannot be read, holds no images, or more than fit.
+    They are kept in memory, of which they may take `max_bytes`; None: as many as the machine has. DataError: the file
+    cannot be read, holds no images, or more than fit.
     """
-    limit = memory_bytes() if max_bytes is None else max_bytes
+    limit = _memory_bytes() if max_bytes is None else max_bytes
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             wanted = [name for name in arrays.files if name.endswith(("images", "labels"))] or arrays.files
@@ -380,16 +310,15 @@ def npz_splits(path: Path, context: Context, max_bytes: float | None = None) -> 
                     "save its images as .npy, of which only what is needed is read",
                 )
             held = {name: arrays[name] for name in wanted}
-            # A member that is no array comes as bytes.
-            held = {name: array for name, array in held.items() if isinstance(array, np.ndarray)}
     except DataError:
         raise
     except Exception as error:  # a damaged zip file fails as zlib, struct, zipfile or NumPy see fit
-        raise DataError(f"cannot read {path}: {_npy_reason(error)}", _npy_fix(error)) from error
-    return named_arrays(held, context, path.name)
+        raise _npy_error(error, path) from error
+    # A member that is no array comes as bytes.
+    return named_arrays({name: x for name, x in held.items() if isinstance(x, np.ndarray)}, context, path.name)
 
 
-def memory_bytes() -> float:
+def _memory_bytes() -> float:
     """Memory of this machine; infinite where it does not say."""
     try:
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -400,21 +329,17 @@ def memory_bytes() -> float:
 def open_store(path: Path) -> dict[str, Any]:
     """The arrays of an HDF5 file or a Zarr store by name; a store that is a single array has the name "".
 
-    Links out of an HDF5 file are left alone.
-
-    Raises:
-        ConfigError: the library is not installed.
-        DataError: an array whose values would be unpickled, or lie in files that it names.
-        Exception: the library's own, of which h5py and zarr have many, where the store is damaged.
+    Links out of an HDF5 file are left alone. DataError: an array whose values would be unpickled, or lie in files that
+    it names. ConfigError: the library is not installed. A damaged store raises whatever its library does.
     """
     if path.suffix.lower() == ZARR_SUFFIX:
-        store = _library("zarr", f"{path}: Zarr needs zarr").open(path, mode="r")
+        store = require("zarr", "arrays").open(path, mode="r")
         arrays = {"": store} if hasattr(store, "shape") else dict(sorted(store.arrays()))
         for name, array in arrays.items():
             if "pickle" in str(array.metadata.to_dict()).lower():
                 raise DataError(f"{path}/{name} holds pickled objects, which may run anything", "save plain numbers")
         return arrays
-    store = _library("h5py", f"{path}: HDF5 files need h5py").File(path, "r")
+    store = require("h5py", "arrays").File(path, "r")
     own = [name for name in store if type(store.get(name, getlink=True)).__name__ == "HardLink"]
     datasets = {name: store[name] for name in own if hasattr(store[name], "shape")}
     for name, dataset in datasets.items():
@@ -423,28 +348,14 @@ def open_store(path: Path) -> dict[str, Any]:
     return datasets
 
 
-def _library(name: str, problem: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigError(problem, "pip install 'torchmae[arrays]'") from error
-
-
 def stored_splits(path: Path, context: Context) -> dict[str, Source]:
-    """The splits of an HDF5 file or a Zarr store: arrays named as in an .npz file, or a single array of any name.
-
-    Raises:
-        ConfigError: the library that reads it is not installed.
-        DataError: it cannot be read, or holds no images.
-    """
+    """The splits of an HDF5 file or a Zarr store: arrays named as in an .npz file, or a single array of any name."""
     try:
-        names = list(open_store(path))
-        arrays = {name: FileArray(path, name) for name in names}
-        return named_arrays(arrays, context, path.name)
+        return named_arrays({name: FileArray(path, name) for name in open_store(path)}, context, path.name)
     except TorchmaeError:
         raise
     except Exception as error:  # h5py and zarr have no common error
-        raise DataError(f"cannot read {path}: {' '.join(str(error).split())[:200]}", "is it a whole file?") from error
+        raise DataError(f"cannot read {path}: {reason_of(error)}", "is it a whole file?") from error
 
 
 class DoesNotFitError(Exception):
@@ -453,17 +364,11 @@ class DoesNotFitError(Exception):
 
 @dataclass(frozen=True)
 class Held:
-    """All images of a source.
+    """All images of a source."""
 
-    Attributes:
-        images: (M, C, *size), uint8, uint16 or float32; on the CPU, unless they were moved.
-        rows: (N,) the row of each image; None: they are in order.
-        labels: (N,), None where nothing has a label. The label of an unreadable image is its stand-in's.
-    """
-
-    images: Tensor
-    rows: npt.NDArray[np.int64] | None
-    labels: Labels | None
+    images: Tensor  # (M, C, *size), uint8, uint16 or float32; on the CPU, unless they were moved
+    rows: npt.NDArray[np.int64] | None  # (N,) the row of each image; None: they are in order
+    labels: Labels | None  # (N,), of an unreadable image its stand-in's; None: nothing has a label
 
     @property
     def nbytes(self) -> int:
@@ -488,15 +393,8 @@ class Held:
 def hold(source: Source, limit: float, bad: BadFiles, progress: Progress | None = None) -> Held:
     """Brings all images of a source into memory; an array that is there already is not copied.
 
-    Args:
-        source: the images.
-        limit: bytes that they may take.
-        bad: takes the ones that cannot be read; their neighbours stand in for them.
-        progress: told how far it is.
-
-    Raises:
-        DoesNotFitError: more than `limit`, or images of different sizes or types; found at the first that differs.
-        DataError: more bad ones than `bad` allows.
+    `bad` takes the ones that cannot be read; their neighbours stand in for them. DoesNotFitError: more than `limit`
+    bytes, or images of different sizes or types, found at the first that differs.
     """
     whole = source.whole()
     if whole is None:
@@ -507,19 +405,14 @@ def hold(source: Source, limit: float, bad: BadFiles, progress: Progress | None 
     if images.dtype.kind != "f":
         return Held(held, rows, source.labels)
     used = np.arange(len(images)) if rows is None else rows
-    finite = _finite(images)[used]
+    step = max(1, _CHECKED_AT_ONCE // max(1, math.prod(images.shape[1:])))
+    axes = tuple(range(1, images.ndim))
+    parts = [np.isfinite(images[i : i + step]).all(axis=axes) for i in range(0, len(images), step)]
+    finite = np.concatenate(parts)[used]
     if finite.all():
         return Held(held, rows, source.labels)
     taken = stand_ins(source, finite, NOT_FINITE, bad)
     return Held(held, used[taken], None if source.labels is None else source.labels[taken])
-
-
-def _finite(images: Image) -> npt.NDArray[np.bool_]:
-    """(N,) whether all values of each image are finite."""
-    step = max(1, _CHECKED_AT_ONCE // max(1, math.prod(images.shape[1:])))
-    axes = tuple(range(1, images.ndim))
-    parts = [np.isfinite(images[i : i + step]).all(axis=axes) for i in range(0, len(images), step)]
-    return np.concatenate(parts)
 
 
 def _check_limit(nbytes: int, limit: float) -> None:
@@ -530,28 +423,22 @@ def _check_limit(nbytes: int, limit: float) -> None:
 
 
 def _decode_all(source: Source, limit: float, bad: BadFiles, progress: Progress | None) -> Held:
-    first_bad: list[tuple[str, str]] = []
-    first, image = read_or_next(source, 0, first_bad)
+    first, image = read_or_next(source, 0, [])
     _check_limit(image.nbytes * len(source), limit)
     held = np.empty((len(source), image.shape[-1], *image.shape[:-1]), dtype=image.dtype)
     labels = None if source.labels is None else source.labels.copy()
-    for reading in read_many(source, np.arange(len(source))):
-        for name, reason in reading.bad:
+    for asked, read, other, unread in read_many(source, np.arange(len(source))):
+        for name, reason in unread:
             bad.add(name, reason)
-        if reading.image.shape != image.shape or reading.image.dtype != image.dtype:
-            raise DoesNotFitError(_difference(source, Reading(first, first, image, []), reading))
-        held[reading.asked] = np.moveaxis(reading.image, -1, 0)
+        if (other.shape, other.dtype) != (image.shape, image.dtype):
+            found = (
+                f"{source.name(index)} is {'x'.join(map(str, values.shape))} {values.dtype}"
+                for index, values in ((first, image), (read, other))
+            )
+            raise DoesNotFitError(f"the images differ: {', '.join(found)}")
+        held[asked] = np.moveaxis(other, -1, 0)
         if labels is not None and source.labels is not None:
-            labels[reading.asked] = source.labels[reading.read]
-        done = reading.asked + 1
-        if progress is not None and (done % 1000 == 0 or done == len(source)):
-            progress("reading images", done, len(source))
+            labels[asked] = source.labels[read]
+        if progress is not None and ((asked + 1) % 1000 == 0 or asked + 1 == len(source)):
+            progress("reading images", asked + 1, len(source))
     return Held(torch.from_numpy(held), None, labels)
-
-
-def _difference(source: Source, one: Reading, other: Reading) -> str:
-    what = [
-        f"{source.name(item.read)} is {'x'.join(map(str, item.image.shape))} {item.image.dtype}"
-        for item in (one, other)
-    ]
-    return f"the images differ: {what[0]}, {what[1]}"

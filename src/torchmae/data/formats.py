@@ -14,45 +14,38 @@ import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, fields
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, ImageOps, features
+from PIL import ExifTags, features
 from PIL import Image as Pillow
 
 from torchmae.config import ReadOptions
 from torchmae.data import jpeg
-from torchmae.errors import DataError
+from torchmae.errors import DataError, reason_of
 
 Image = npt.NDArray[Any]
-
-Region = tuple[tuple[int, int], ...]
-"""First index and length along each spatial axis."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is, and how much there is."""
+Region = tuple[tuple[int, int], ...]  # first index and length along each spatial axis
+Progress = Callable[[str, int, int], None]  # takes the name of the work, how much is done, how much there is
 
 NOT_FINITE = "holds values that are not finite"
+CUT_SHORT = "cut short"  # the reason begins with it where a file ends before its pixels do
+PACKED_ARRAY = ".sample.npy"  # the end of the name of an array that is one sample, wherever it lies
+CHANNELS = "channels"  # the one field of a .npy file that was packed: its last axis is channels
 
-PACKED_ARRAY = ".sample.npy"
-"""What the name of an array ends with that is one sample, wherever it lies."""
-
-CHANNELS = "channels"
-"""The one field of a .npy file whose values are whole pixels, so that its shape has one reading."""
-
-CUT_SHORT = "cut short"
-"""What the reason begins with where a file ends before its pixels do."""
-
-_MAX_GREY_CODE = 255
-_JPEG_OVER_LIMIT = 10  # times the limit that a JPEG may have, read at a fraction of its size
+_IGNORE_ALL = ("ignore", None, Warning, None, 0)  # what `warnings.simplefilter("ignore")` puts first
+_NO_IMAGE = "not an image, or cut short before its first pixel"
+ON_WHITE = "transparency laid on white"
+_JPEG_OVER_LIMIT = 10  # a JPEG may have so many times the limit of pixels: it is read at a fraction of its size
 _PIXELS_PER_BYTE = 200  # of a JPEG, at most: its blocks of 64 pixels take two bits or more
 
-# What the EXIF orientations ask for, on (height, width, channels).
+# What each EXIF orientation does to (height, width, channels); from 5 on, height and width change places.
 UPRIGHT: dict[int, Callable[[Image], Image]] = {
     1: lambda pixels: pixels,
     2: lambda pixels: pixels[:, ::-1],
@@ -63,28 +56,20 @@ UPRIGHT: dict[int, Callable[[Image], Image]] = {
     7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
     8: lambda pixels: pixels[:, ::-1].swapaxes(0, 1),
 }
-_SIDEWAYS = (5, 6, 7, 8)
 
 
 @dataclass(frozen=True)
 class Context(ReadOptions):
-    """All that decides how data is opened, beside where it is. One object, so that nothing is forgotten on the way.
+    """All that decides how data is opened, beside where it is. One object, so that no caller forgets a part."""
 
-    Attributes:
-        channels: that samples are to have; None: what each has.
-        spatial_dims: how many axes of a sample are spatial, 1 to 3; None: as its shape suggests.
-        page: of a file with several, the one that is read where `pages` does not ask for a stack; from 0.
-        progress: told how far opening is; not kept by worker processes.
-    """
-
-    channels: int | None = None
-    spatial_dims: int | None = None
-    page: int = 0
-    progress: Progress | None = None
+    channels: int | None = None  # that samples are to have; None: what each has
+    spatial_dims: int | None = None  # how many axes of a sample are spatial, 1 to 3; None: as its shape suggests
+    page: int = 0  # the page to read, from 0, of a file with several, unless `pages` asks for a stack
+    progress: Progress | None = None  # told how far opening is; worker processes do not keep it
 
     @classmethod
     def of(cls, options: ReadOptions, **given: Any) -> Context:
-        """The context of a command's options; `given` are the attributes named above."""
+        """The context of a command's options; `given` are the fields named above."""
         return cls(**{item.name: getattr(options, item.name) for item in fields(ReadOptions)}, **given)
 
     @property
@@ -96,92 +81,61 @@ class Context(ReadOptions):
         return {**self.__dict__, "progress": None}
 
 
+@dataclass(eq=False)
 class Item(ABC):
-    """One sample that was opened: what it is, and its values when they are asked for.
+    """One sample that was opened: its header, and its values when they are asked for."""
 
-    Args:
-        size: length of each spatial axis, as `read` gives them.
-        channels: values at each place.
-        dtype: of what `read` gives: uint8, uint16 or float32.
-        form: the name of its format, for people.
-        bands: the name of each channel, where the file says.
-        notes: what was decided about it, or left out of it, a short phrase each.
-        meta: whatever else the file says of itself.
+    size: tuple[int, ...]  # length of each spatial axis, as `read` gives them
+    channels: int  # values at each place
+    dtype: Any  # of what `read` gives: uint8, uint16 or float32
+    form: str = "array"  # the name of its format, for people
+    bands: tuple[str, ...] = ()  # the name of each channel, where the file says
+    notes: tuple[str, ...] = ()  # what was decided about it, or left out of it, a short phrase each
+    meta: dict[str, Any] = field(default_factory=dict)  # whatever else the file says of itself
 
-    Attributes:
-        reduces: whether `read` can decode at a fraction of the size for less than the whole takes.
-    """
+    reduces = False  # whether `read` decodes a fraction of the size for less than the whole takes
 
-    reduces = False
-
-    def __init__(
-        self,
-        size: Sequence[int],
-        channels: int,
-        dtype: Any,
-        *,
-        form: str = "array",
-        bands: Sequence[str] = (),
-        notes: Sequence[str] = (),
-        meta: dict[str, Any] | None = None,
-    ) -> None:
-        self.size = tuple(size)
-        self.channels = channels
-        self.dtype = np.dtype(dtype)
-        self.form = form
-        self.bands = tuple(bands)
-        self.notes = tuple(notes)
-        self.meta = meta or {}
+    def __post_init__(self) -> None:
+        self.size, self.bands, self.notes = tuple(self.size), tuple(self.bands), tuple(self.notes)
+        self.dtype = np.dtype(self.dtype)
 
     @abstractmethod
     def read(self, region: Region | None = None, reduction: int = 1) -> Image:
-        """The values, an array of the caller's own.
+        """The values of a region (None: all), (*size, channels) of `dtype`, an array of the caller's own.
 
-        Args:
-            region: the part that is wanted; None: all.
-            reduction: 1, 2, 4 or 8. A format that can decode at a fraction does so, to 1/reduction of the size,
-                rounded up, along each axis; others give the full size. Not with a region.
-
-        Returns:
-            (*size, channels) of `dtype`.
-
-        Raises:
-            DataError: the values cannot be read; damage that lies outside of the region may go unseen.
+        `reduction` is 1, 2, 4 or 8, and 1 with a region: where `reduces`, the result has 1/reduction of the size,
+        rounded up, along each axis; elsewhere the full size. DataError: the values cannot be read; damage outside of
+        the region may go unseen.
         """
 
 
 class ArrayItem(Item):
     """A sample whose values lie in an array, or can be read as one: mapped, in HDF5, decoded before.
 
-    Args:
-        values: with `shape`, `dtype` and indexing: any integers, floats or bool.
-        channel_axis: where the channels are; None: there is no such axis, and one channel.
-        place: index of the sample in `values`, which holds many; None: `values` is the sample.
-        **facts: as for `Item`.
-
-    Attributes:
-        nodata: as in `ReadOptions`.
+    `values` is anything with `shape`, `dtype` and indexing, of any integers, floats or bool: the sample, or many, of
+    which this is the one at `place`. Without a `channel_axis` the sample has one channel. `facts` are as for `Item`.
     """
+
+    nodata: float | str | None = None  # as in `ReadOptions`
 
     def __init__(self, values: Any, channel_axis: int | None = -1, *, place: int | None = None, **facts: Any) -> None:
         shape = list(values.shape) if place is None else list(values.shape[1:])
         self._axis = None if channel_axis is None else channel_axis % len(shape)
         channels = 1 if self._axis is None else shape.pop(self._axis)
-        super().__init__(shape, channels, stored_type(values.dtype), **facts)
+        super().__init__(tuple(shape), channels, stored_type(values.dtype), **facts)
         if (values.dtype.kind in "iuf" and values.dtype.itemsize > self.dtype.itemsize) or values.dtype.kind == "i":
             self.notes += (f"{values.dtype.name} as float32",)
         self._values = values
         self._place = () if place is None else (place,)
-        self.nodata: float | str | None = None
 
     def read(self, region: Region | None = None, reduction: int = 1) -> Image:  # noqa: ARG002
-        """As in `Item`. Floats are looked at whole, for a number that is not finite makes all of them unreadable."""
+        """As in `Item`. Floats are read whole: one value that is not finite makes all of them unreadable."""
         part = () if region is None else tuple(slice(start, start + length) for start, length in region)
         if self.nodata is None and self.dtype.kind != "f":
             return plain_type(self._take(part))
         image = plain_type(self._take(()))
         if self.nodata is not None:
-            fill(image, self.nodata)
+            _fill(image, self.nodata)
         elif not np.isfinite(image).all():
             raise DataError(NOT_FINITE, "--data.nodata nan puts the mean in such places")
         return image[part] if part else image
@@ -194,13 +148,8 @@ class ArrayItem(Item):
         return np.moveaxis(np.asarray(self._values[(*self._place, *index)]), self._axis, -1)
 
 
-def fill(image: Image, nodata: float | str) -> None:
-    """Puts the mean of its channel in place of what is `nodata` or not finite; 0 where a channel holds nothing else.
-
-    Args:
-        image: (*size, C), changed in place.
-        nodata: a number, or "nan".
-    """
+def _fill(image: Image, nodata: float | str) -> None:
+    """Replaces what is `nodata` or not finite by the mean of its channel, 0 where nothing else is there; in place."""
     gone = ~np.isfinite(image)
     if nodata != "nan":
         gone |= image == np.asarray(nodata).astype(image.dtype)
@@ -214,12 +163,12 @@ class WithChannels(Item):
     """A sample with as many channels as are wanted: grey is repeated, colour becomes grey; else DataError."""
 
     def __init__(self, item: Item, channels: int) -> None:
-        super().__init__(item.size, channels, item.dtype, form=item.form, notes=item.notes, meta=item.meta)
-        self._item = item
-        self.reduces = item.reduces
-        if (item.channels, channels) not in ((1, 3), (3, 1)):
+        if {item.channels, channels} != {1, 3}:
             have = f"{item.channels} ({', '.join(item.bands)})" if item.bands else item.channels
             raise DataError(f"has {have} channels where {channels} are wanted")
+        super().__init__(item.size, channels, item.dtype, item.form, notes=item.notes, meta=item.meta)
+        self._item = item
+        self.reduces = item.reduces
 
     def read(self, region: Region | None = None, reduction: int = 1) -> Image:
         """As in `Item`."""
@@ -230,43 +179,38 @@ class WithChannels(Item):
         return (np.rint(grey) if image.dtype.kind == "u" else grey).astype(image.dtype)[..., None]
 
 
+def _nothing() -> None:
+    """What most formats need."""
+
+
 class Format(NamedTuple):
-    """One kind of encoded file.
+    """One kind of encoded file. Rows from outside travel to worker processes, by pickle where those are not forked."""
 
-    Attributes:
-        suffixes: of such files, in lower case, with the dot; the first is given to files that are packed.
-        known_by: whether the first bytes of a file (up to 64) are those of this kind; None: only its name tells.
-        open: makes an item of the whole content; DataError with the reason.
-        needs: what to install first, such as "torchmae[heif]"; None: nothing is missing.
-    """
-
-    suffixes: tuple[str, ...]
-    known_by: Callable[[bytes], bool] | None
-    open: Callable[[bytes, Context], Item]
-    needs: Callable[[], str | None] = lambda: None
+    suffixes: tuple[str, ...]  # in lower case, with the dot; files that are packed get the first
+    known_by: Callable[[bytes], bool] | None  # takes up to 64 first bytes of a file; None: only its name tells
+    open: Callable[[bytes, Context], Item]  # makes an item of the whole content; DataError with the reason
+    needs: Callable[[], str | None] = _nothing  # what to install first, such as "torchmae[heif]"; None: nothing
 
 
-def begins(*magics: bytes) -> Callable[[bytes], bool]:
-    """Whether a file begins with one of these."""
-    return lambda head: head.startswith(magics)
+def begins(*magics: bytes, at: int = 0) -> Callable[[bytes], bool]:
+    """Whether a file has one of these at a position."""
+    return partial(_begins, magics, at)
+
+
+def _begins(magics: tuple[bytes, ...], at: int, head: bytes) -> bool:
+    return head.startswith(magics, at)
 
 
 def open_item(data: bytes, context: Context, name: Callable[[], str] = str) -> Item:
-    """Opens one encoded file.
+    """Opens the content of one encoded file; `name` gives its name, which counts where the content does not tell.
 
-    Args:
-        data: its content.
-        context: how.
-        name: gives its name, whose suffix counts where no format knows the content.
-
-    Raises:
-        DataError: the file is empty, damaged, too large or of no known format; without its name.
+    DataError: the file is empty, damaged, too large or of no known format; without its name.
     """
     if not data:
         raise DataError("the file is empty")
     form = format_of(data, name)
     if form is None:
-        raise DataError("not an image, or cut short before its first pixel")
+        raise DataError(_NO_IMAGE)
     with one_line_errors():
         if missing := form.needs():
             raise DataError(f"a {form.suffixes[0]} file needs an extra", f"pip install '{missing}'")
@@ -279,42 +223,31 @@ def open_item(data: bytes, context: Context, name: Callable[[], str] = str) -> I
 
 def format_of(data: bytes, name: Callable[[], str] = str) -> Format | None:
     """The format of a file by its first bytes, else by the suffix of its name; None where neither is known."""
-    head = data[:64]
     for form in FORMATS.values():
-        if form.known_by is not None and form.known_by(head):
+        if form.known_by is not None and form.known_by(data[:64]):
             return form
     others = [form for form in FORMATS.values() if form.known_by is None]
     lower = name().lower() if others else ""
     return next((form for form in others if lower.endswith(form.suffixes)), None)
 
 
-def open_file(path: Path, context: Context) -> Item:
-    """Opens one file by its path, which leads the message of a DataError."""
-    try:
-        with one_line_errors():
-            data = path.read_bytes()
-        return open_item(data, context, lambda: path.name)
-    except DataError as error:
-        raise DataError(f"{path}: {error.problem}", error.fix) from None
-
-
 def read_file(path: Path, context: Context) -> Image:
     """(*size, C) of one file; DataError, which names it, where it cannot be read."""
-    item = open_file(path, context)
     try:
-        return item.read()
+        with one_line_errors():
+            return open_item(path.read_bytes(), context, lambda: path.name).read()
     except DataError as error:
         raise DataError(f"{path}: {error.problem}", error.fix) from None
 
 
 def picture_suffixes() -> tuple[str, ...]:
-    """The suffixes, in lower case, of files that are samples wherever they lie: all but arrays, and what is missing."""
+    """The suffixes of files that are samples wherever they lie: no arrays, and no formats whose library is missing."""
     forms = (form for name, form in FORMATS.items() if name != "npy" and not form.needs())
     return (*(suffix for form in forms for suffix in form.suffixes), PACKED_ARRAY)
 
 
 def missing_extra(suffix: str) -> str | None:
-    """What to install for files with this suffix, such as "torchmae[heif]"; None where nothing is missing, or helps."""
+    """What to install for files with this suffix, such as "torchmae[heif]"; None: nothing is missing, or helps."""
     return next((form.needs() for form in FORMATS.values() if suffix.lower() in form.suffixes), None)
 
 
@@ -325,11 +258,9 @@ def quiet_pillow() -> Iterator[None]:
     Python's warning filters belong to the whole process, so a thread must not change them: off the main thread this
     does nothing, and whoever starts threads that decode holds it around them.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    is_main = threading.current_thread() is threading.main_thread()
+    is_quiet = not is_main or warnings.filters[:1] == [_IGNORE_ALL]  # asking is many times faster than changing
+    with nullcontext() if is_quiet else warnings.catch_warnings(action="ignore"):
         yield
 
 
@@ -339,20 +270,11 @@ def one_line_errors() -> Iterator[None]:
     try:
         with quiet_pillow():
             yield
-        return
     except DataError:
         raise
-    except OSError as error:
-        reason = error.strerror or _one_line(error)
     except Exception as error:  # decoders raise almost anything on a damaged file
-        reason = _one_line(error)
-    if "truncated" in reason.lower():
-        reason = f"{CUT_SHORT}: {reason}"
-    raise DataError(reason)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        reason = reason_of(error)
+        raise DataError(f"{CUT_SHORT}: {reason}" if "truncated" in reason.lower() else reason) from None
 
 
 def check_pixels(size: Sequence[int], context: Context) -> None:
@@ -367,59 +289,48 @@ def check_pixels(size: Sequence[int], context: Context) -> None:
 class JpegItem(Item):
     """A JPEG file, of which `read` decodes no more than is asked for.
 
-    nvImageCodec (a part of the picture) and simplejpeg decode where they are installed, Pillow where they are not, or
-    cannot: all are libjpeg-turbo and give the same pixels (`benchmarks/decode.py` says how fast).
-
-    Args:
-        data: the content of the file.
-        context: how it is read.
+    nvImageCodec (a part of the picture) and simplejpeg decode it, or Pillow where they are missing or cannot: all are
+    libjpeg-turbo and give the same pixels (`benchmarks/decode.py` says how fast).
     """
 
     reduces = True
 
     def __init__(self, data: bytes, context: Context) -> None:
-        self._orientation, self._reduction = 1, 1
-        self._keep = context.truncated == "keep"
-        self._wanted = context.channels
-        self._header = jpeg.read_header(data) if jpeg.is_upright(data) else None
         self._data = data
+        self._keep = context.truncated == "keep"
+        self._orientation, self._reduction = 1, 1
+        self._header = jpeg.read_header(data)
         notes: list[str] = []
-        if self._header is not None:
+        if self._header is not None and jpeg.is_upright(data):
             height, width, grey = self._header
         else:
-            image = open_pillow(self._data, ("JPEG",))
+            image = open_pillow(data, "JPEG")
             self._orientation = _orientation(image)
             width, height = image.size
             grey = image.mode == "L"
             if image.mode == "CMYK":
                 notes.append("CMYK as RGB" if "adobe" in image.info else "CMYK without Adobe's mark, taken as inverted")
-            header = jpeg.read_header(data)
-            mode = "L" if header is not None and header.grey else "RGB"
-            if header is not None and (mode, header.width, header.height) == (image.mode, width, height):
-                self._header = header
-        if not 0 < height * width <= context.max_pixels:
-            self._reduction = self._fraction(height, width, context)
+            if image.mode not in ("L", "RGB") or self._header != (height, width, grey):
+                self._header = None
+        pixels = height * width
+        if not 0 < pixels <= context.max_pixels:
+            genuine = 0 < pixels <= min(_PIXELS_PER_BYTE * len(data), _JPEG_OVER_LIMIT * context.max_pixels)
+            if not genuine or jpeg.is_progressive(data):  # the decoder holds all of a progressive one
+                check_pixels((height, width), context)
+            self._reduction = next(factor for factor in (2, 4, 8) if pixels <= context.max_pixels * factor**2)
             notes.append(f"above {context.max_megapixels:g} megapixels: read at 1/{self._reduction} of its size")
             height, width = -(-height // self._reduction), -(-width // self._reduction)
-        self._grey = grey
-        size = (width, height) if self._orientation in _SIDEWAYS else (height, width)
-        channels = self._wanted if self._wanted in (1, 3) else 1 if grey else 3
-        super().__init__(size, channels, np.uint8, form="JPEG", notes=notes)
-
-    def _fraction(self, height: int, width: int, context: Context) -> int:
-        """By how much the decoder can reduce a picture above the limit; DataError where it may not be read so."""
-        pixels = height * width
-        genuine = 0 < pixels <= min(_PIXELS_PER_BYTE * len(self._data), _JPEG_OVER_LIMIT * context.max_pixels)
-        if not genuine or jpeg.is_progressive(self._data):  # whose coefficients are all held at a time
-            check_pixels((height, width), context)
-        return next(factor for factor in (2, 4, 8) if pixels <= context.max_pixels * factor**2)
+        if context.channels == 1 and not grey:
+            self._header = None  # Pillow makes colour grey
+        size = (height, width) if self._orientation < 5 else (width, height)
+        super().__init__(size, 1 if grey or context.channels == 1 else 3, np.uint8, form="JPEG", notes=tuple(notes))
 
     def read(self, region: Region | None = None, reduction: int = 1) -> Image:
         """As in `Item`."""
         with one_line_errors():
             if region is None:
                 return self._read_whole(reduction)
-            in_colour = self._header is not None and not self._header.grey and self._wanted != 1
+            in_colour = self._header is not None and not self._header.grey
             lengths = tuple(length for _, length in region)
             if in_colour and self._orientation == self._reduction == 1 and lengths != self.size:
                 part = jpeg.read_region(self._data, region)
@@ -429,101 +340,77 @@ class JpegItem(Item):
 
     def _read_whole(self, reduction: int) -> Image:
         factor = min(8, self._reduction * reduction)
-        if self._header is not None and (self._header.grey or self._wanted != 1):
+        if self._header is not None:
             pixels = jpeg.read_whole(self._data, self._header, factor)
             if pixels is not None:
-                upright = np.ascontiguousarray(UPRIGHT[self._orientation](pixels))
-                return np.repeat(upright, 3, axis=-1) if self._header.grey and self.channels == 3 else upright
+                return np.ascontiguousarray(UPRIGHT[self._orientation](pixels))
         if self._keep and not jpeg.is_whole(self._data):
             self._data += jpeg.END_OF_IMAGE  # after which the decoder takes what is missing for grey
-        with open_pillow(self._data, ("JPEG",)) as image:
+        with open_pillow(self._data, "JPEG") as image:
             image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))
-            image.load()
-            _turn_upright(image)
-            return _pixels(image, self.channels)
+            return np.ascontiguousarray(_pixels(image, self.channels))
 
 
-def open_pillow(data: bytes, formats: Sequence[str]) -> Pillow.Image:
-    """A picture of one of Pillow's formats, its header read; whoever calls checks how many pixels it has."""
-    for name in formats:
-        if name not in Pillow.OPEN:
-            Pillow.init()
-        with suppress(SyntaxError, IndexError, TypeError, struct.error):  # what Pillow's own `open` passes over
-            # That one also holds every picture against a limit of its own, which only a process can raise.
-            image: Pillow.Image = Pillow.OPEN[name][0](io.BytesIO(data), "")
-            return image
-    raise DataError("not an image, or cut short before its first pixel")
+def open_pillow(data: bytes, form: str) -> Pillow.Image:
+    """A picture of one of Pillow's formats, its header read; the caller checks how many pixels it has."""
+    if form not in Pillow.OPEN:
+        Pillow.init()
+    with suppress(SyntaxError, IndexError, TypeError, struct.error):  # what Pillow's own `open` passes over
+        # That one also holds every picture against a limit of its own, which only a process can raise.
+        image: Pillow.Image = Pillow.OPEN[form][0](io.BytesIO(data), "")
+        return image
+    raise DataError(_NO_IMAGE)
 
 
-def pillow_format(*formats: str) -> Callable[[bytes, Context], Item]:
+def pillow_format(form: str) -> Callable[[bytes, Context], Item]:
     """An opener of pictures that Pillow decodes."""
-
-    def open_picture(data: bytes, context: Context) -> Item:
-        image = open_pillow(data, formats)
-        return loaded_item(image, context)
-
-    return open_picture
+    return lambda data, context: loaded_item(open_pillow(data, form), context)
 
 
 def loaded_item(image: Pillow.Image, context: Context, notes: Sequence[str] = ()) -> Item:
     """The item of a picture that Pillow has opened, whatever its format; decoded here, after its size was checked."""
-    width, height = image.size
-    check_pixels((height, width), context)
+    check_pixels((image.height, image.width), context)
     found, form = list(notes), image.format or "unknown"
     if getattr(image, "is_animated", False):
         found.append("the first frame of an animation")
-    image.load()
-    _turn_upright(image)
+    pixels = _pixels(image, context.channels)
     if image.has_transparency_data:
-        found.append("transparency laid on white")
-    return ArrayItem(_pixels(image, context.channels), form=form, notes=found)
+        found.append(ON_WHITE)
+    return ArrayItem(pixels, form=form, notes=found)
 
 
 def _open_png(data: bytes, context: Context) -> Item:
-    """A PNG picture; what is not pixels is not looked at, so that no damage of it counts."""
-    data = _png_pixels(data)
-    depth, colour = (data[24], data[25]) if data[12:16] == b"IHDR" else (8, 2)
-    if depth == 16 and colour in (2, 4, 6):  # Pillow would drop the lower bits
-        image = open_pillow(data, ("PNG",))
-        check_pixels((image.height, image.width), context)
-        pixels = _png_16(data)
-        notes: list[str] = []
-        if colour in (4, 6):
-            pixels, notes = on_white(pixels[..., :-1], pixels[..., -1]), ["transparency laid on white"]
-        return ArrayItem(UPRIGHT[_orientation(image)](pixels), form="PNG", notes=notes)
-    return loaded_item(open_pillow(data, ("PNG",)), context)
-
-
-def _png_pixels(data: bytes) -> bytes:
-    """A PNG file without the chunks that are no part of the picture: texts, profiles, times, further frames."""
+    """A PNG picture; what is not pixels is left out, so that no damage of it counts."""
     kept, position = [data[:8]], 8
     while position + 8 <= len(data):
         end = position + 12 + int.from_bytes(data[position : position + 4], "big")
         if data[position + 4 : position + 8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"):
             kept.append(data[position:end])
         position = end
-    return b"".join(kept)
-
-
-def _png_16(data: bytes) -> Image:
-    """(height, width, channels) uint16."""
+    data = b"".join(kept)
+    image = open_pillow(data, "PNG")
+    depth, colour = (data[24], data[25]) if data[12:16] == b"IHDR" else (8, 2)
+    if depth != 16 or colour not in (2, 4, 6):
+        return loaded_item(image, context)
+    check_pixels((image.height, image.width), context)  # Pillow would drop the lower bits
     import torch
     from torchvision.io import ImageReadMode, decode_png
 
-    pixels = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
-    return np.moveaxis(pixels.numpy(), 0, -1).astype(np.uint16)
+    stored = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
+    pixels = UPRIGHT[_orientation(image)](np.moveaxis(stored.numpy(), 0, -1).astype(np.uint16))
+    return _opaque(pixels, colour in (4, 6), "PNG")
+
+
+def _opaque(pixels: Image, last_is_opacity: bool, form: str, notes: Sequence[str] = ()) -> Item:
+    if not last_is_opacity:
+        return ArrayItem(pixels, form=form, notes=notes)
+    return ArrayItem(on_white(pixels[..., :-1], pixels[..., -1]), form=form, notes=[*notes, ON_WHITE])
 
 
 def on_white(pixels: Image, opacity: Image, *, premultiplied: bool = False) -> Image:
-    """Lays pixels on white.
+    """Lays pixels, (*size, C) of integers or of floats up to 1, on white; `opacity` is (*size) of the same type.
 
-    Args:
-        pixels: (*size, C) of integers, or of floats up to 1.
-        opacity: (*size), of the same type.
-        premultiplied: whether the pixels were multiplied by it.
-
-    Returns:
-        (*size, C) of the same type.
+    `premultiplied` says that the pixels were multiplied by their opacity before.
     """
     top = np.iinfo(pixels.dtype).max if pixels.dtype.kind in "ui" else 1.0
     share = opacity[..., None].astype(np.float64) / top
@@ -534,16 +421,14 @@ def on_white(pixels: Image, opacity: Image, *, premultiplied: bool = False) -> I
 def _open_pnm(data: bytes, context: Context) -> Item:
     """Portable maps; of more than 8 bits the values are kept as they are, which Pillow scales or cuts."""
     header = re.match(rb"P([56])(?:\s|#[^\n]*\n)+(\d+)(?:\s|#[^\n]*\n)+(\d+)(?:\s|#[^\n]*\n)+(\d+)\s", data[:4096])
-    if header is None or int(header[4]) <= _MAX_GREY_CODE:
-        return loaded_item(open_pillow(data, ("PPM",)), context)
+    if header is None or int(header[4]) <= 255:
+        return loaded_item(open_pillow(data, "PPM"), context)
     kind, width, height, _ = map(int, header.groups())
     check_pixels((height, width), context)
-    channels = 3 if kind == 6 else 1
-    count = height * width * channels
-    if len(data) - header.end() < 2 * count:
+    shape = (height, width, 3 if kind == 6 else 1)
+    if len(data) - header.end() < 2 * np.prod(shape):
         raise DataError(f"{CUT_SHORT}: the file ends before its pixels do")
-    pixels = np.frombuffer(data, ">u2", count, header.end()).reshape(height, width, channels)
-    return ArrayItem(pixels, form="PPM")
+    return ArrayItem(np.ndarray(shape, ">u2", data, header.end()), form="PPM")
 
 
 def _open_heif(data: bytes, context: Context) -> Item:
@@ -553,14 +438,12 @@ def _open_heif(data: bytes, context: Context) -> Item:
     width, height = file.size
     check_pixels((height, width), context)
     notes = [f"picture 1 of {len(file)}"] if len(file) > 1 else []
-    if "16" not in file.mode:
-        image = file.to_pillow()
-        image.format = "HEIF"
-        return loaded_item(image, context, notes)
-    pixels = np.asarray(file).reshape(height, width, -1)
-    if file.mode.startswith(("RGBA", "LA")):
-        pixels, notes = on_white(pixels[..., :-1], pixels[..., -1]), [*notes, "transparency laid on white"]
-    return ArrayItem(pixels, form="HEIF", notes=notes)
+    if "16" in file.mode:
+        pixels = np.asarray(file).reshape(height, width, -1)
+        return _opaque(pixels, file.mode.startswith(("RGBA", "LA")), "HEIF", notes)
+    image = file.to_pillow()
+    image.format = "HEIF"
+    return loaded_item(image, context, notes)
 
 
 def _open_tiff(data: bytes, context: Context) -> Item:
@@ -579,10 +462,7 @@ def _open_npy(data: bytes, context: Context) -> Item:
     return ArrayItem(values, axes.channel_axis, notes=[axes.note] if axes.note else [])
 
 
-def _is_ftyp(*brands: bytes) -> Callable[[bytes], bool]:
-    return lambda head: head[4:8] == b"ftyp" and head[8:12] in brands
-
-
+# Opens encoded files, by name. Add a row to teach every command a format.
 FORMATS: dict[str, Format] = {
     "jpeg": Format((".jpg", ".jpeg", ".jfif", ".jpe"), begins(b"\xff\xd8"), JpegItem),
     "png": Format((".png",), begins(b"\x89PNG\r\n\x1a\n"), _open_png),
@@ -593,30 +473,27 @@ FORMATS: dict[str, Format] = {
     "pnm": Format((".ppm", ".pgm", ".pbm", ".pnm"), begins(b"P1", b"P2", b"P3", b"P4", b"P5", b"P6"), _open_pnm),
     "heif": Format(
         (".heic", ".heif"),
-        _is_ftyp(b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heim", b"heis"),
+        begins(*(b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heim", b"heis")), at=4),
         _open_heif,
         lambda: None if find_spec("pillow_heif") else "torchmae[heif]",
     ),
     "avif": Format(
         (".avif",),
-        _is_ftyp(b"avif", b"avis"),
+        begins(b"ftypavif", b"ftypavis", at=4),
         pillow_format("AVIF"),
         lambda: None if features.check("avif") else "pillow>=11.3",
     ),
     "npy": Format((".npy",), begins(b"\x93NUMPY"), _open_npy),
 }
-"""What opens encoded files, by name. Add a row to teach every command a format."""
+BUILT_IN = dict(FORMATS)
 
 
 def stored_type(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """The type that values of `dtype` are given in: uint8 and uint16 as they are, bool as uint8, all others float32."""
-    if dtype.kind == "b":
-        return np.dtype(np.uint8)
-    if dtype.kind == "u" and dtype.itemsize <= 2:
-        return np.dtype(f"u{dtype.itemsize}")
-    if dtype.kind not in "uif":
+    if dtype.kind not in "buif":
         raise DataError(f"holds {dtype}", "save integers or floats")
-    return np.dtype(np.float32)
+    is_small = dtype.kind in "bu" and dtype.itemsize <= 2
+    return np.dtype(f"u{dtype.itemsize}" if is_small else np.float32)
 
 
 def plain_type(image: Image) -> Image:
@@ -628,27 +505,27 @@ def plain_type(image: Image) -> Image:
 
 
 def _pixels(image: Pillow.Image, channels: int | None) -> Image:
-    """(height, width, channels) of a loaded picture."""
+    """(height, width, channels) of an opened picture, upright; transparency lies on white."""
+    image.load()
+    upright = UPRIGHT[_orientation(image)]  # after `load`, which turns a TIFF picture itself
     if image.mode.startswith(("I", "F")):  # one channel of more than 8 bits
-        return np.array(image)[..., None]
+        return upright(np.array(image)[..., None])
     grey = channels == 1 or (channels != 3 and _is_grey(image))
-    flat, mode = _flatten(image), "L" if grey else "RGB"
-    pixels = np.array(flat if flat.mode == mode else flat.convert(mode))  # a copy: Pillow's view is read-only
-    return pixels[..., None] if grey else pixels
+    if image.has_transparency_data:
+        canvas = Pillow.new("RGBA", image.size, "white")
+        canvas.alpha_composite(image.convert("RGBA"))
+        image = canvas
+    mode = "L" if grey else "RGB"
+    pixels = np.array(image if image.mode == mode else image.convert(mode))  # a copy: Pillow's view is read-only
+    return upright(pixels[..., None] if grey else pixels)
 
 
 def _orientation(image: Pillow.Image) -> int:
-    """The EXIF orientation, 1 to 8; metadata too broken to parse does not make the pixels unreadable."""
-    with suppress(Exception):
+    """The EXIF orientation, 1 to 8; 1 where metadata is too broken to parse."""
+    with suppress(Exception):  # a damaged EXIF block fails in as many ways as a damaged file
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
         return value if value in UPRIGHT else 1
     return 1
-
-
-def _turn_upright(image: Pillow.Image) -> None:
-    """Applies the EXIF rotation; metadata too broken to parse does not make the pixels unreadable."""
-    with suppress(Exception):  # a damaged EXIF block fails in as many ways as a damaged file
-        ImageOps.exif_transpose(image, in_place=True)
 
 
 def _is_grey(image: Pillow.Image) -> bool:
@@ -656,12 +533,3 @@ def _is_grey(image: Pillow.Image) -> bool:
         return image.mode in ("1", "L", "LA", "La")
     palette = np.array(image.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)
     return bool((palette == palette[:, :1]).all())
-
-
-def _flatten(image: Pillow.Image) -> Pillow.Image:
-    """Lays a picture with transparency on white; any other is returned as it is."""
-    if not image.has_transparency_data:
-        return image
-    canvas = Pillow.new("RGBA", image.size, "white")
-    canvas.alpha_composite(image.convert("RGBA"))
-    return canvas

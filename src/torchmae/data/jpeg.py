@@ -6,36 +6,29 @@ raises on a damaged file: None means that Pillow has to look, and say what is wr
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-_MARKER, _START_OF_SCAN, _EXIF_OR_XMP, _PROGRESSIVE = 0xFF, 0xDA, 0xE1, 0xC2  # of JPEG's segments
-END_OF_IMAGE = b"\xff\xd9"
-"""The last bytes of a JPEG."""
+END_OF_IMAGE = b"\xff\xd9"  # the last bytes of a JPEG
 
+_MARKER, _START_OF_SCAN, _EXIF_OR_XMP, _PROGRESSIVE = 0xFF, 0xDA, 0xE1, 0xC2  # of JPEG's segments
 _NVIMGCODEC = ("nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13")  # one library, named for two versions of CUDA
 _TAIL = 1024  # bytes at the end of a file, some of which a camera may have written behind the picture
 
 
 class Header(NamedTuple):
-    """A JPEG file that can be decoded here.
-
-    Attributes:
-        height: in pixels, as stored.
-        width: in pixels, as stored.
-        grey: one channel, not three.
-    """
+    """The size as stored, and whether there is one channel, of a JPEG file that can be decoded here."""
 
     height: int
     width: int
@@ -43,7 +36,7 @@ class Header(NamedTuple):
 
 
 def read_header(data: bytes) -> Header | None:
-    """The header of a JPEG; None: it is none, or nothing but Pillow can decode it."""
+    """The header of a JPEG; None: it is none, or only Pillow can decode it."""
     module = _import_simplejpeg()
     if module is None:
         return None
@@ -83,23 +76,22 @@ def _first_segment(data: bytes, wanted: Sequence[int]) -> int | None:
 
 
 def read_whole(data: bytes, header: Header, reduction: int) -> npt.NDArray[np.uint8] | None:
-    """(height, width, 1 or 3) at 1/reduction of the size, rounded up, as stored; None: Pillow has to."""
-    try:
+    """(height, width, 1 or 3) at 1/reduction of the size, rounded up, as stored; None: only Pillow can decode it."""
+    with suppress(ValueError):  # damage, some of which Pillow reads past
         pixels: npt.NDArray[np.uint8] = _import_simplejpeg().decode_jpeg(
             data,
             "GRAY" if header.grey else "RGB",
             min_height=-(-header.height // reduction),
             min_width=-(-header.width // reduction),
         )
-    except ValueError:  # damage, some of which Pillow reads past
-        return None
-    return pixels
+        return pixels
+    return None
 
 
 def read_region(data: bytes, region: tuple[tuple[int, int], ...]) -> npt.NDArray[np.uint8] | None:
     """(height, width, 3) of a part of a JPEG in colour, as stored; None: it has to be decoded whole.
 
-    So it has without nvImageCodec, and where the file was cut short, which this part of it might not show. `region` is
+    That is so without nvImageCodec, and where the file was cut short, which this part of it might not show. `region` is
     first row and height, first column and width.
     """
     decoder = _region_decoder(os.getpid())
@@ -112,14 +104,11 @@ def read_region(data: bytes, region: tuple[tuple[int, int], ...]) -> npt.NDArray
         decoded = decoder.decode(module.CodeStream(data).get_sub_code_stream(region=box))
     except (RuntimeError, ValueError):
         return None
-    if decoded is None or decoded.shape != (height, width, 3):
-        return None
-    pixels: npt.NDArray[np.uint8] = np.asarray(decoded)
-    return pixels
+    return np.asarray(decoded) if decoded is not None and decoded.shape == (height, width, 3) else None
 
 
 def jpeg_decoder() -> str:
-    """What decodes JPEG files in this installation, with versions: it decides how fast, not what they look like."""
+    """The installed JPEG decoders, with versions: they decide how fast files are read, not what they look like."""
     found = []
     for name in ("pillow" if _import_simplejpeg() is None else "simplejpeg", *_NVIMGCODEC):
         with suppress(PackageNotFoundError):
@@ -130,37 +119,26 @@ def jpeg_decoder() -> str:
 @cache
 def _import_simplejpeg() -> Any:
     """The module; None where it is not installed."""
-    try:
-        return importlib.import_module("simplejpeg")
-    except ImportError:
-        return None
+    with suppress(ImportError):
+        return import_module("simplejpeg")
+    return None
 
 
 @cache
 def _import_nvimgcodec() -> Any:
-    """The module; None where it is not installed.
-
-    On import it tells the standard error stream which libraries for GPUs it misses; none of them is wanted here.
-    """
-    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.nvimgcodec") is None:
+    """The module; None where it is not installed."""
+    if find_spec("nvidia") is None or find_spec("nvidia.nvimgcodec") is None:
         return None
     os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
-    with _no_standard_error():
-        try:
-            return importlib.import_module("nvidia.nvimgcodec")
-        except ImportError:
-            return None
-
-
-@contextmanager
-def _no_standard_error() -> Iterator[None]:
-    """Nothing that native code writes to the standard error stream of this process arrives."""
+    # Its native code complains on the standard error stream about libraries for GPUs, which are not wanted here.
     sys.stderr.flush()
     kept = os.dup(2)
     try:
         with Path(os.devnull).open("wb") as nowhere:
             os.dup2(nowhere.fileno(), 2)
-        yield
+        return import_module("nvidia.nvimgcodec")
+    except ImportError:
+        return None
     finally:
         os.dup2(kept, 2)
         os.close(kept)

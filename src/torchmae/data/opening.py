@@ -16,8 +16,7 @@ from torchmae.data.arrays import DoesNotFitError, Held, hold
 from torchmae.data.formats import Context, Progress
 from torchmae.data.labels import in_training_classes
 from torchmae.data.layouts import open_splits
-from torchmae.data.loader import ImageLoader
-from torchmae.data.plan import hold_out
+from torchmae.data.loader import ImageLoader, hold_out
 from torchmae.data.reading import FEW, SAMPLE, BadFiles, Measured, Probe, measure, probe, reader_processes
 from torchmae.data.sources import Source, Subset, all_notes, evenly_spaced
 from torchmae.data.transforms import Normalisation

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-from importlib import import_module
+import math
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from torchmae.data.formats import (
     CUT_SHORT,
+    ON_WHITE,
     UPRIGHT,
     ArrayItem,
     Context,
@@ -22,19 +23,17 @@ from torchmae.data.formats import (
     on_white,
     open_pillow,
 )
-from torchmae.errors import DataError
-
-EXTRA = "torchmae[tiff]"
+from torchmae.errors import ConfigError, DataError, require
 
 # Tags (TIFF 6.0), GDAL's, and what their values mean.
 _KIND, _BITS, _PHOTOMETRIC, _ORIENTATION, _SAMPLES, _EXTRA_SAMPLES, _FORMAT = 254, 258, 262, 274, 277, 338, 339
 _NODATA = 42113
 _WHITE_IS_ZERO, _PALETTE, _CMYK = 0, 3, 5
 _PREMULTIPLIED, _ALPHA = 1, 2
-_BYTES_PER_PIXEL = 16  # at the limit of pixels; more pixels may not take more
-_MAX_PAGES = 100_000
-_TAG_BYTES = {False: 12, True: 20}  # of a tag in a TIFF file, and in a BigTIFF file
 _NAMES = {1: "uint", 2: "int", 3: "float"}
+_TAG_BYTES = {False: 12, True: 20}  # of a tag in a TIFF file, and in a BigTIFF file
+_MAX_PAGES = 100_000
+_BYTES_PER_PIXEL = 16  # at the limit of pixels; more pixels may not take more
 
 
 def open_tiff(data: bytes, context: Context) -> Item:
@@ -47,34 +46,24 @@ def open_tiff(data: bytes, context: Context) -> Item:
     if head.is_cut and context.pages != "first":
         raise DataError(f"{CUT_SHORT}: the file ends before its pages do", "--data.pages first")
     if head.is_plain:
-        return loaded_item(open_pillow(data, ("TIFF",)), context)
+        return loaded_item(open_pillow(data, "TIFF"), context)
     try:
-        library = import_module("tifffile")
-        import_module("imagecodecs")
-    except ImportError:
-        raise DataError(
-            f"a TIFF file of {head.text} needs tifffile and imagecodecs", f"pip install '{EXTRA}'"
-        ) from None
-    logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what it says of odd metadata is for nobody here
+        library, _ = require("tifffile", "tiff"), require("imagecodecs", "tiff")
+    except ConfigError as error:
+        raise DataError(f"a TIFF file of {head.text} needs tifffile and imagecodecs", error.fix) from None
+    logging.getLogger("tifffile").addHandler(logging.NullHandler())  # its remarks on odd metadata help nobody here
     with library.TiffFile(io.BytesIO(data)) as file:
         return _open(file, context)
 
 
 class _Head(NamedTuple):
-    """What the tags of a file say.
-
-    Attributes:
-        is_plain: one page of 8 bits, grey or RGB, all of which Pillow reads.
-        text: samples, type and pages, for people.
-        is_cut: whether the file ends before the pages do that it names.
-    """
-
-    is_plain: bool
-    text: str
-    is_cut: bool
+    is_plain: bool  # one page of 8 bits, grey or RGB, all of which Pillow reads
+    text: str  # samples, type and pages, for people
+    is_cut: bool  # the file ends before the pages do that it names
 
 
 def _read_head(data: bytes) -> _Head:
+    """What the tags of a file say."""
     big = data[2:3] == b"+" or data[3:4] == b"+"
     pages, tags, length = 0, None, 0
     at = ImageFileDirectory_v2(data[: 16 if big else 8])
@@ -91,22 +80,20 @@ def _read_head(data: bytes) -> _Head:
             tags = dict(at) if tags is None else tags
     if tags is None:
         raise DataError("the file holds no page")
-    samples = tags.get(_SAMPLES, 1)
-    bits = tags.get(_BITS, (1,))
-    photometric = tags.get(_PHOTOMETRIC, 1)
-    formats = tags.get(_FORMAT, (1,))
-    kind = f"{_NAMES.get(formats[0], 'complex ')}{bits[0]}"
+    samples, photometric = tags.get(_SAMPLES, 1), tags.get(_PHOTOMETRIC, 1)
+    bits, formats = tags.get(_BITS, (1,)), tags.get(_FORMAT, (1,))
     plain_samples = samples == (4 if photometric == _CMYK else 3 if photometric in (2, 6) else 1)
     plain = pages == 1 and plain_samples and set(bits) <= {1, 8} and formats[0] == 1 and not tags.get(_EXTRA_SAMPLES)
-    return _Head(plain, f"{samples} bands, {kind}, {pages} page{'s' if pages > 1 else ''}", at.next >= len(data))
+    text = f"{samples} bands, {_NAMES.get(formats[0], 'complex ')}{bits[0]}, {pages} page{'s' if pages > 1 else ''}"
+    return _Head(plain, text, at.next >= len(data))
 
 
 def _open(file: Any, context: Context) -> Item:
     every = [series for series in file.series if not series.keyframe.is_reduced]
     if not every:
         raise DataError("the file holds no page")
-    counts = [_number_of_pages(series) for series in every]
-    notes: list[str] = []
+    counts = [math.prod(length for axis, length in _axes(series) if axis not in "YXSC") for series in every]
+    notes = ["reduced copies passed over"] if len(file.series) > len(every) else []
     if context.pages == "stack":
         if len(every) > 1:
             raise DataError(f"its {sum(counts)} pages differ in size or type and are no stack", "--data.pages all")
@@ -115,57 +102,50 @@ def _open(file: Any, context: Context) -> Item:
         which = int(np.searchsorted(np.cumsum(counts), context.page, side="right"))
         series, page = every[which], context.page - sum(counts[:which])
         if sum(counts) > 1 and context.pages == "first":
-            notes.append(f"page 1 of {sum(counts)}")
-    if len(file.series) > len(every):
-        notes.append("reduced copies passed over")
+            notes.insert(0, f"page 1 of {sum(counts)}")
     axes = [axis for axis in series.axes if page is None or axis in "YXSC"]
-    size = [length for axis, length in zip(series.axes, series.shape, strict=True) if axis in axes and axis not in "SC"]
+    size = [length for axis, length in _axes(series) if axis in axes and axis not in "SC"]
     if len(size) > 3:
         raise DataError(f"its axes are {series.axes}, more than three of space and time", "--data.pages first or all")
     check_pixels(size, context)
-    samples = int(np.prod([n for axis, n in zip(series.axes, series.shape, strict=True) if axis in "SC"]))
+    samples = math.prod(length for axis, length in _axes(series) if axis in "SC")
     if np.prod(size, dtype=np.float64) * samples * series.dtype.itemsize > _BYTES_PER_PIXEL * context.max_pixels:
         raise DataError(
             f"{samples} bands of {series.dtype.name} take more than {_BYTES_PER_PIXEL} bytes for each of "
             f"{context.max_pixels:,} pixels",
             "raise data.max_megapixels if it is genuine",
         )
-    if _end_of_pixels(series.keyframe) > file.filehandle.size:
+    frame = series.keyframe
+    if max(map(sum, zip(frame.dataoffsets, frame.databytecounts, strict=True)), default=0) > file.filehandle.size:
         raise DataError(f"{CUT_SHORT}: the file ends before its pixels do")
-    pixels, found = _in_order(_values(series, page), axes, series.keyframe)
+    pixels, found = _in_order(_values(series, page), axes, frame)
     item = ArrayItem(pixels, form="TIFF", notes=[*notes, *found], meta={"pages": sum(counts)})
-    tag = series.keyframe.tags.get(_NODATA)
+    tag = frame.tags.get(_NODATA)
     if tag is not None and context.nodata is None:
-        item.nodata = "nan" if str(tag.value).strip("\0 ").lower() == "nan" else float(str(tag.value).strip("\0 "))
+        text = str(tag.value).strip("\0 ").lower()
+        item.nodata = "nan" if text == "nan" else float(text)
         item.notes += (f"{item.nodata} means no data, as the file says",)
     return item
 
 
-def _end_of_pixels(page: Any) -> int:
-    """Where the last byte of a page's pixels lies in the file."""
-    return max((start + count for start, count in zip(page.dataoffsets, page.databytecounts, strict=True)), default=0)
-
-
-def _number_of_pages(series: Any) -> int:
-    """Of pictures, with all their channels."""
-    lengths = (length for axis, length in zip(series.axes, series.shape, strict=True) if axis not in "YXSC")
-    return int(np.prod(list(lengths), dtype=np.int64))
+def _axes(series: Any) -> list[tuple[str, int]]:
+    """The letter and the length of each axis."""
+    return list(zip(series.axes, series.shape, strict=True))
 
 
 def _values(series: Any, page: int | None) -> Image:
     """The values of one page, or of all; in the order of the series' axes, without those of pages for one."""
-    shape, axes = series.shape, series.axes
-    leading = axes.removesuffix(series.keyframe.axes)
-    lengths = shape[: len(leading)]
+    leading = series.axes.removesuffix(series.keyframe.axes)
+    lengths = series.shape[: len(leading)]
     if page is None or not lengths:
         values: Image = series.asarray()
         return values
-    places = tuple(i for i, axis in enumerate(leading) if axis not in "SC")
-    at = np.unravel_index(page, [lengths[i] for i in places]) if places else ()
+    places = [i for i, axis in enumerate(leading) if axis not in "SC"]
     index: list[Any] = [slice(None)] * len(leading)
+    at = np.unravel_index(page, [lengths[i] for i in places]) if places else ()
     for place, position in zip(places, at, strict=True):
         index[place] = int(position)
-    if len(series.pages) != int(np.prod(lengths)):  # some programs write one page and say that more follow
+    if len(series.pages) != math.prod(lengths):  # some programs write one page and say that more follow
         return np.asarray(series.asarray()[tuple(index)])
     numbers = np.arange(len(series.pages)).reshape(lengths)[tuple(index)]
     pages = [series.pages[int(number)].asarray() for number in numbers.ravel()]
@@ -179,8 +159,7 @@ def _in_order(values: Image, axes: list[str], page: Any) -> tuple[Image, list[st
     values = np.moveaxis(values, colour, range(-len(colour), 0)) if colour else values[..., None]
     samples = values.shape[-1] if "S" in axes else 1
     if page.photometric == _PALETTE and page.colormap is not None:
-        values = (page.colormap[:, values[..., 0]] // 256).astype(np.uint8)
-        values = np.moveaxis(values, 0, -1)
+        values = np.moveaxis((page.colormap[:, values[..., 0]] // 256).astype(np.uint8), 0, -1)
     elif page.photometric == _WHITE_IS_ZERO and values.dtype.kind == "u":
         values = (2**page.bitspersample - 1 - values).astype(values.dtype)
     opacity = [i for i, kind in enumerate(page.extrasamples) if kind in (_PREMULTIPLIED, _ALPHA)]
@@ -188,7 +167,7 @@ def _in_order(values: Image, axes: list[str], page: Any) -> tuple[Image, list[st
         place = samples - len(page.extrasamples) + opacity[0]
         premultiplied = page.extrasamples[opacity[0]] == _PREMULTIPLIED
         values = on_white(np.delete(values, place, axis=-1), values[..., place], premultiplied=premultiplied)
-        notes.append("transparency laid on white")
+        notes.append(ON_WHITE)
     if len(colour) > 1:
         values = values.reshape(*values.shape[:-2], -1)
     orientation = page.tags.get(_ORIENTATION)

@@ -8,8 +8,8 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import connection
 from typing import Any, NamedTuple
 
@@ -21,14 +21,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset, get_worker_info
 
-from torchmae.data.formats import FORMATS, Image, Region
+from torchmae.data.formats import BUILT_IN, FORMATS, Image, quiet_pillow
 from torchmae.data.labels import Labels
-from torchmae.data.plan import Indices
 from torchmae.data.reading import first_readable
 from torchmae.data.sources import Source
 from torchmae.data.transforms import CROP_NUMBERS, FULL_SCALE, Boxes, crop_boxes, eval_box, reduction, resample
 from torchmae.errors import DataError
 from torchmae.random import Purpose, uniform
+
+Indices = npt.NDArray[np.int64]
+Numbers = npt.NDArray[np.float32]  # random ones, a row of CROP_NUMBERS for each crop; (B, 0) in evaluation
 
 PER_WORKER = 4  # slots: two batches that PyTorch asks for in advance, and two on their way to a GPU
 _GROUP = 16  # images that are opened, then decoded, then cut up together
@@ -37,14 +39,7 @@ _GROUP_PIXELS = 2**22  # of such images: 12 MB in colour
 
 @dataclass(frozen=True)
 class View:
-    """How an image becomes the model's input.
-
-    Attributes:
-        input_size: spatial size of the model's input.
-        crop_scale: as in DataConfig.
-        crop_ratio: as in DataConfig.
-        flip: as in DataConfig.
-    """
+    """How an image becomes the model's input: its spatial size there, and crops and flips as in DataConfig."""
 
     input_size: tuple[int, ...]
     crop_scale: tuple[float, float]
@@ -53,42 +48,24 @@ class View:
 
 
 class Request(NamedTuple):
-    """A batch to make.
+    """A batch to make."""
 
-    Attributes:
-        indices: (B,) which images; one that follows itself is decoded once.
-        seed: of crops and flips; None: evaluation, without either.
-        epoch: of crops and flips; one for all, or (B,).
-    """
-
-    indices: Indices
-    seed: int | None
-    epoch: int | Indices
+    indices: Indices  # (B,) which images; one that follows itself is decoded once
+    seed: int | None  # of crops and flips; None: evaluation, without either
+    epoch: int | Indices  # of crops and flips; one for all, or (B,)
 
 
-def crop_numbers(request: Request) -> npt.NDArray[np.float32]:
-    """The random numbers that `boxes_of` takes: (B, CROP_NUMBERS), a function of (seed, epoch, index).
-
-    In evaluation (B, 0): nothing is drawn.
-    """
+def crop_numbers(request: Request) -> Numbers:
+    """The random numbers of each crop: (B, CROP_NUMBERS), a function of (seed, epoch, index); in evaluation (B, 0)."""
     if request.seed is None:
         return np.empty((len(request.indices), 0), dtype=np.float32)
     return uniform(request.seed, request.epoch, request.indices, Purpose.CROP, CROP_NUMBERS)
 
 
-def boxes_of(numbers: npt.NDArray[np.float32], size: tuple[int, ...], view: View) -> Boxes:
-    """Where images of one size are cropped.
-
-    Args:
-        numbers: (B, CROP_NUMBERS) or (B, 0), as `crop_numbers` gives them.
-        size: spatial size of the images.
-        view: what crops are like.
-
-    Returns:
-        (B, n, 2), start and length in pixels on each axis; without numbers the centred box of evaluation.
-    """
+def boxes_of(numbers: Numbers, size: npt.ArrayLike, view: View) -> Boxes:
+    """Where images of a spatial size, (n,) or (B, n), are cropped; without numbers the centred box of evaluation."""
     if numbers.shape[1] == 0:
-        return np.repeat(eval_box(size, view.input_size)[None], len(numbers), axis=0)
+        return eval_box(np.broadcast_to(size, (len(numbers), len(view.input_size))), view.input_size)
     return crop_boxes(numbers, size, view.crop_scale, view.crop_ratio, view.input_size)
 
 
@@ -100,32 +77,21 @@ def draw_flips(request: Request, view: View) -> npt.NDArray[np.bool_]:
 
 
 class Fetched(NamedTuple):
-    """What a worker process hands back.
+    """What a worker process hands back."""
 
-    Attributes:
-        images: (B, *input_size, C), uint8, uint16 or float32, not yet mirrored.
-        labels: (B,) int64.
-        bad: name and reason of each image that could not be read.
-        failure: why there is no batch; None: there is.
-        slot: where the images lie, to be given back (`Slots.give_back`).
-    """
-
-    images: Tensor
-    labels: Tensor
-    bad: list[tuple[str, str]]
-    failure: str | None = None
-    slot: int | None = None
+    images: Tensor  # (B, *input_size, C), uint8, uint16 or float32, not yet mirrored
+    labels: Tensor  # (B,) int64
+    bad: list[tuple[str, str]]  # name and reason of each image that could not be read
+    failure: str | None = None  # why there is no batch; None: there is
+    slot: int | None = None  # where the images lie, to be given back (`Slots.give_back`)
 
 
 class Slots:
-    """Memory in which worker processes hand batches over, kept from batch to batch; made in the main process.
+    """Shared memory in which workers hand batches over, kept from batch to batch; made in the main process.
 
     PyTorch takes new shared memory for each batch, which the system clears page by page as it is written: an eighth of
     the time that a worker needs for a batch of JPEGs on one machine (docs/performance.md). Here each worker has some of
-    its own, and is told which of it is free again.
-
-    Args:
-        num_workers: how many there are; with none, there are no slots.
+    its own, and is told which of it is free again. Without workers there are no slots.
     """
 
     def __init__(self, num_workers: int) -> None:
@@ -133,18 +99,17 @@ class Slots:
         self._memory: dict[int, Tensor] = {}  # a worker's own
 
     def stack(self, images: Sequence[Tensor]) -> tuple[Tensor, int | None]:
-        """In a worker: the images as one batch, and its slot.
+        """In a worker: images of one size and type as one batch, (B, *size), and the slot that it lies in.
 
-        Args:
-            images: (*size) each, of one type.
-
-        Returns:
-            (B, *size), and what to call `give_back` with when it was copied; None: in memory of its own, since this is
-            no worker or none of its slots is free.
+        The slot is None where the batch has memory of its own: outside of workers, and where no slot is free.
         """
-        slot = self._take()
+        worker, slot = get_worker_info(), None
+        if worker is not None:
+            own = range(worker.id * PER_WORKER, (worker.id + 1) * PER_WORKER)
+            slot = next((slot for slot in own if slot < len(self._taken) and not self._taken[slot]), None)
         if slot is None:
             return torch.stack(list(images)), None
+        self._taken[slot] = True
         first = images[0]
         num_bytes = len(images) * first.nbytes
         if slot not in self._memory or self._memory[slot].nbytes < num_bytes:
@@ -154,66 +119,43 @@ class Slots:
         return batch, slot
 
     def give_back(self, slot: int | None) -> None:
-        """In the main process: what the slot holds was copied, and may be written over."""
+        """In the main process: the batch in the slot was copied, and may be written over."""
         if slot is not None:
             self._taken[slot] = False
 
-    def _take(self) -> int | None:
-        worker = get_worker_info()
-        if worker is None:
-            return None
-        own = range(worker.id * PER_WORKER, (worker.id + 1) * PER_WORKER)
-        slot = next((slot for slot in own if not self._taken[slot]), None)
-        if slot is not None:
-            self._taken[slot] = True
-        return slot
 
-
+@dataclass(eq=False)
 class Reader(Dataset[Fetched]):
-    """Makes batches in a worker process: decodes, crops and resizes, and leaves integers integers.
+    """Makes batches in a worker process: decodes, crops and resizes, and leaves integers integers."""
 
-    Args:
-        source: the images.
-        channels: of each image.
-        view: how they become the model's input.
-        slots: memory to hand batches over in; None: new memory for each.
-        scale: as in `Normalisation`.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        channels: int,
-        view: View,
-        slots: Slots | None = None,
-        scale: Mapping[str, float] | None = None,
-    ) -> None:
-        self.source = source
-        self.channels = channels
-        self.view = view
-        self.slots = slots or Slots(0)
-        self.scale = scale
+    source: Source
+    channels: int  # of each image
+    view: View
+    slots: Slots = field(default_factory=lambda: Slots(0))  # memory for batches; by default each gets new
+    scale: Mapping[str, float] | None = None  # as in `Normalisation`
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_formats": dict(FORMATS)}  # with those that were added from outside
+        return {
+            **self.__dict__,
+            "_formats": {name: form for name, form in FORMATS.items() if BUILT_IN.get(name) is not form},
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         FORMATS.update(state.pop("_formats"))
         self.__dict__.update(state)
 
+    @quiet_pillow()
     def __getitem__(self, request: Request) -> Fetched:
         self.source.read_ahead(request.indices)
-        numbers = crop_numbers(request)
         bad: list[tuple[str, str]] = []
         images: list[Tensor] = []
         read: list[int] = []
         try:
-            opened = (
-                self._open(int(request.indices[rows.start]), numbers[rows], bad) for rows in _runs(request.indices)
-            )
-            for group in _groups(opened):  # each step for all of a group: its code and data are still in the cache
+            for group in _groups(self._opened(request, bad)):
+                _place(group, self.view)
+                # Each step for all of the group: its code and data are still in the processor's cache.
                 for sample in [self._read(sample, bad) for sample in group]:
-                    crops = sample.crops()
+                    crops = sample.crops(self.view.input_size)
                     images += crops
                     read += [sample.index] * len(crops)
         except DataError as error:  # as text: an exception from a worker arrives with its traceback for a message
@@ -224,84 +166,72 @@ class Reader(Dataset[Fetched]):
         batch, slot = self.slots.stack(of_one_type(images, self.scale))
         return Fetched(batch, labels, bad, slot=slot)
 
-    def _open(self, index: int, numbers: npt.NDArray[np.float32], bad: list[tuple[str, str]]) -> _Sample:
-        """The image at an index, or the next that can be opened."""
-        return first_readable(self.source, index, bad, lambda at: _Sample(self.source, at, numbers, self.view))[1]
+    def _opened(self, request: Request, bad: list[tuple[str, str]]) -> Iterator[_Sample]:
+        """One sample for each run of one index; where it cannot be opened, the next that can."""
+        numbers = crop_numbers(request)
+        runs = np.split(np.arange(len(numbers)), np.flatnonzero(np.diff(request.indices)) + 1)
+        for rows in runs if len(numbers) else ():
+            make = partial(_Sample, self.source, numbers[rows])
+            yield first_readable(self.source, int(request.indices[rows[0]]), bad, make)[1]
 
     def _read(self, sample: _Sample, bad: list[tuple[str, str]]) -> _Sample:
-        """The image with its pixels, or the next that has some."""
+        """The sample with its pixels, or the next that has some."""
 
         def read(index: int) -> _Sample:
-            other = _Sample(self.source, index, sample.numbers, self.view)
-            other.read()
-            return other
+            ready = sample
+            if index != sample.index:
+                ready = _Sample(self.source, sample.numbers, index)
+                _place([ready], self.view)
+            ready.read(self.view.input_size)
+            return ready
 
-        try:
-            sample.read()
-        except DataError:
-            return first_readable(self.source, sample.index, bad, read)[1]
-        return sample
+        return first_readable(self.source, sample.index, bad, read)[1]
 
 
 class _Sample:
-    """One image on its way to crops: its header is read here, its pixels by `read`.
+    """One image on its way to crops, for each of which `numbers` has a row; DataError where it cannot be opened."""
 
-    Args:
-        source: the images.
-        index: which one.
-        numbers: (crops, CROP_NUMBERS), one row for each crop.
-        view: how it becomes the model's input.
+    boxes: npt.NDArray[Any]  # of the crops, (crops, n, 2), in pixels of `image` once it is read
+    image: Image
 
-    Attributes:
-        index: as given.
-        numbers: as given.
-        pixels: how many it has.
-
-    Raises:
-        DataError: it cannot be opened.
-    """
-
-    def __init__(self, source: Source, index: int, numbers: npt.NDArray[np.float32], view: View) -> None:
+    def __init__(self, source: Source, numbers: Numbers, index: int) -> None:
         self.index = index
         self.numbers = numbers
-        self._target = view.input_size
-        self._item = source.open(index)
-        self._image: Image | None = None
-        self.pixels = math.prod(self._item.size)
-        self._boxes = boxes_of(numbers, self._item.size, view)
-        self._factor = 1
+        self.item = source.open(index)
+        self.pixels = math.prod(self.item.size)
 
-    def read(self) -> None:
+    def read(self, target: tuple[int, ...]) -> None:
         """Reads the pixels that the crops need; DataError where they cannot be."""
-        if self._image is not None:
-            return
-        factor = reduction(self._boxes, self._target) if self._item.reduces else 1
+        factor = reduction(self.boxes, target) if self.item.reduces else 1
         if factor > 1:
-            self._image = self._item.read(reduction=factor)
-            if self._image.shape[:-1] != self._item.size:
-                self._factor = factor
+            self.image = self.item.read(reduction=factor)
+            if self.image.shape[:-1] != self.item.size:
+                self.boxes = self.boxes / factor
             return
-        region = _around(self._boxes)
-        self._image = self._item.read(region)
-        self._boxes = self._boxes - np.array([[start, 0] for start, _ in region])
+        region = []  # around all boxes; in Python, which is faster than NumPy for so few numbers
+        for sides in zip(*self.boxes.tolist(), strict=True):
+            start = min(start for start, _ in sides)
+            region.append((start, max(start + length for start, length in sides) - start))
+        self.image = self.item.read(tuple(region))
+        self.boxes = self.boxes - np.array([[start, 0] for start, _ in region])
 
-    def crops(self) -> list[Tensor]:
-        """The crops, (*input_size, C) each; after `read`."""
-        image, target = self._image, self._target
-        assert image is not None
-        if self._factor > 1:
-            return [cut_between_pixels(image, box / self._factor, target) for box in self._boxes]
-        return [cut(image, box, target) for box in self._boxes]
+    def crops(self, target: tuple[int, ...]) -> list[Tensor]:
+        """The crops, (*target, C) each; after `read`."""
+        cutter = cut if self.boxes.dtype == np.int64 else cut_between_pixels
+        return [cutter(self.image, box, target) for box in self.boxes]
 
 
-def _runs(indices: Indices) -> Iterator[slice]:
-    """Where an index follows itself: slices that cover all positions, with one index each."""
-    starts = [0, *(np.flatnonzero(np.diff(indices)) + 1).tolist(), len(indices)]
-    return (slice(start, stop) for start, stop in pairwise(starts) if start < stop)
+def _place(samples: Sequence[_Sample], view: View) -> None:
+    """Sets the boxes of samples' crops, of all at once: for a single one, NumPy's calls would take longer."""
+    counts = [len(sample.numbers) for sample in samples]
+    sizes = np.repeat([sample.item.size for sample in samples], counts, axis=0)
+    boxes = boxes_of(np.concatenate([sample.numbers for sample in samples]), sizes, view)
+    for sample, part in zip(samples, np.split(boxes, np.cumsum(counts)[:-1]), strict=True):
+        sample.boxes = part
 
 
 def _groups(samples: Iterable[_Sample]) -> Iterator[list[_Sample]]:
-    """Samples in groups of so many, or so large, as may be held at a time."""
+    """Samples in groups of as many pixels as may be held at a time."""
     group: list[_Sample] = []
     for sample in samples:
         group.append(sample)
@@ -312,23 +242,13 @@ def _groups(samples: Iterable[_Sample]) -> Iterator[list[_Sample]]:
         yield group
 
 
-def _around(boxes: Boxes) -> Region:
-    """The smallest region of an image that holds all of its boxes."""
-    if len(boxes) == 1:
-        return tuple((start, length) for start, length in boxes[0].tolist())
-    first, behind = boxes[..., 0].min(axis=0).tolist(), boxes.sum(axis=-1).max(axis=0).tolist()
-    return tuple((start, stop - start) for start, stop in zip(first, behind, strict=True))
-
-
 def cut(image: Image, box: Boxes, target: tuple[int, ...]) -> Tensor:
     """Crops one image and resamples it as `resample` does: (*size, C) to (*target, C), of the same type."""
     cropped = np.ascontiguousarray(image[tuple(slice(start, start + length) for start, length in box.tolist())])
     tensor = torch.from_numpy(cropped)
     if tensor.shape[:-1] == target:
         return tensor
-    channels_first = tensor[None].movedim(
-        -1, 1
-    )  # in this order PyTorch sees that channels come last, and copies nothing
+    channels_first = tensor[None].movedim(-1, 1)  # PyTorch sees that channels lie last, and copies nothing
     if tensor.dtype == torch.uint8 and len(target) == 2:
         # PyTorch's integer kernel: many times faster on photographs, and within a level or so on natural images.
         resized = F.interpolate(channels_first, size=target, mode="bicubic", antialias=True)
@@ -339,16 +259,7 @@ def cut(image: Image, box: Boxes, target: tuple[int, ...]) -> Tensor:
 
 
 def cut_between_pixels(image: Image, box: npt.NDArray[np.float64], target: tuple[int, ...]) -> Tensor:
-    """`cut` for a box whose edges lie between pixels, as they do in a picture decoded at a fraction of its size.
-
-    Args:
-        image: (height, width, C) uint8, C of 1 or 3.
-        box: (2, 2), start and length in pixels on each axis.
-        target: height and width of the result.
-
-    Returns:
-        (*target, C) uint8.
-    """
+    """`cut` of a picture (uint8) that was decoded at a fraction of its size, so that edges lie between pixels."""
     (top, height), (left, width) = box.tolist()
     first_row, first_column = int(top), int(left)
     outer = image[first_row : math.ceil(top + height), first_column : math.ceil(left + width)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchmae.config import EvalConfig
 from torchmae.data.loader import Batch, ImageLoader
-from torchmae.data.plan import Indices
+from torchmae.data.worker import Indices
 from torchmae.evaluation import linear
 from torchmae.evaluation.features import extract, pixels
 from torchmae.evaluation.images import fixed_rows, rows_with_label

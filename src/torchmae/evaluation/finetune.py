@@ -18,9 +18,9 @@ import torchmae
 from torchmae.config import DataConfig
 from torchmae.config.finetune import FinetuneConfig
 from torchmae.data.loader import Batch, ImageLoader
-from torchmae.data.plan import Indices
 from torchmae.data.sources import Subset
 from torchmae.data.transforms import Normalisation
+from torchmae.data.worker import Indices
 from torchmae.errors import DataError
 from torchmae.evaluation.augment import build_augment
 from torchmae.evaluation.few_shot import check_counts, draw_images

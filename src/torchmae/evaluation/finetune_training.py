@@ -19,8 +19,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from torchmae.config import OptimConfig
 from torchmae.config.finetune import FinetuneConfig
-from torchmae.data.loader import ImageLoader
-from torchmae.data.plan import Indices, Plan
+from torchmae.data.loader import ImageLoader, Plan
+from torchmae.data.worker import Indices
 from torchmae.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError, reason_of
 from torchmae.evaluation.augment import Augment
 from torchmae.nn.classifier import Classifier

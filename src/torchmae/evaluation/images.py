@@ -17,11 +17,10 @@ from torchmae.data.labels import in_training_classes
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import Batch, ImageLoader
 from torchmae.data.opening import GIB, HELD_OUT, fit_to_model, held_out_images, hold_if_it_fits
-from torchmae.data.plan import Indices
 from torchmae.data.reading import BadFiles, Probe, measure, probe, reader_processes
 from torchmae.data.sources import Source, Subset, all_notes, data_line
 from torchmae.data.transforms import Normalisation
-from torchmae.data.worker import View
+from torchmae.data.worker import Indices, View
 from torchmae.errors import DataError, one_of
 from torchmae.evaluation.sharing import Share, share
 from torchmae.random import Purpose, permutation

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchmae.config import PretrainConfig
-from torchmae.data.loader import Batch, ImageLoader
-from torchmae.data.plan import Plan
+from torchmae.data.loader import Batch, ImageLoader, Plan
 from torchmae.errors import TrainingError
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Masker

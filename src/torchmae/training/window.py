@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchmae.data.loader import Batch
-from torchmae.data.plan import Plan
+from torchmae.data.loader import Batch, Plan
 from torchmae.training.progress import Display, Status
 from torchmae.training.state import State
 from torchmae.training.step import Step
