@@ -88,11 +88,11 @@ def train_step(
         with exchanging(forward, i == len(images_parts) - 1):
             with runtime.autocast():
                 output = forward(part, part_mask)
-            losses = torch.stack([output.loss, *output.losses])
+            share: float | Tensor = world_size  # of the step's loss; the exchange takes the mean over ranks
             if len(images_parts) > 1 or world_size > 1:
-                losses = losses * (model.target.num_values(part_mask) * counts / all_values)
-            (losses[0] * world_size).backward()  # type: ignore[no-untyped-call]  # of which the exchange takes the mean over ranks
-            total += losses.detach()
+                share = share * (model.target.num_values(part_mask) * counts / all_values)
+            (output.loss * share).backward()
+            total += torch.stack([output.loss.detach(), *output.losses]) * (share / world_size)
     runtime.ranks.sum(total)
     norm = whole(gradient_norm(model))
     if config.optim.clip_grad is not None:
