@@ -16,7 +16,7 @@ from torchmae.cli import main
 from torchmae.commands.evaluate import cell, spell_out
 from torchmae.evaluation.options import ComputeOptions, EvaluateOptions
 from torchmae.evaluation.records import read_records
-from torchmae.report.measures import Figure
+from torchmae.report.metrics import Figure
 
 QUICK = ["--train-images", "120", "--test-images", "60", "--threads", "1", "--precision", "fp32", "--progress", "none"]
 

@@ -190,7 +190,7 @@ def test_curves_go_by_images_seen_or_by_steps_where_a_batch_is_unknown(runs: lis
     assert "over images seen: A from" in page_of(runs, tmp_path).html
     change(runs[0], {"batch_size": None})
     html = page_of(runs, tmp_path).html
-    assert "over step: A from" in html and "images seen: A" not in html
+    assert "over steps: A from" in html and "images seen: A" not in html
 
 
 def test_an_unfinished_run_and_what_looks_wrong(runs: list[Path], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from torchmae import settings
 from torchmae.evaluation.options import ComputeOptions, EvaluateOptions
-from torchmae.report.measures import AUROC, TRAINING, Figure, figures_as_text, measure_of
+from torchmae.report.metrics import AUROC, TRAINING, Figure, figures_as_text, measure_of
 
 if TYPE_CHECKING:
     from torchmae.evaluation.suite import Evaluation
@@ -117,10 +117,10 @@ def heading(name: str, texts: Mapping[str, Mapping[str, Figure]]) -> str:
     unit = measure_of(name).unit
     spread = next(column[name].spread for column in texts.values() if name in column)
     if unit == AUROC:
-        return f"{unit} (0.5: chance)"
+        return f"{unit.name} (0.5: chance)"
     if not spread:
-        return unit
-    return f"{unit} {'± deviation over draws' if spread.startswith('±') else '(95% interval)'}"
+        return unit.name
+    return f"{unit.name} {'± deviation over draws' if spread.startswith('±') else '(95% interval)'}"
 
 
 def cell(figure: Figure) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,11 @@ from torchmae.interop.exports import Check, Exported
 from torchmae.nn.classifier import Classifier
 from torchmae.nn.mae import parameter_counts
 from torchmae.publish.options import ExportOptions
-from torchmae.report.facts import duration, short_count
-from torchmae.report.run import Run, load_run
+from torchmae.report.metrics import BASELINES, CLASSIFIERS, METRICS, RECONSTRUCTION, final_figures
+from torchmae.report.run import Run, duration, load_run, short_count
 
-_FIGURES = (
-    ("loss", "loss on hidden patches of held-out images", "{:.4f}"),
-    ("loss_interpolation", "the same of smooth interpolation from the visible pixels", "{:.4f}"),
-    ("loss_mean_patch", "the same of the mean of the visible patches", "{:.4f}"),
-    ("explained_variance", "explained variance", "{:.4f}"),
-    ("knn", "kNN accuracy, %", "{:.1f}"),
-    ("knn_untrained", "kNN accuracy of the untrained network, %", "{:.1f}"),
-    ("knn_pixels", "kNN accuracy of raw pixels, %", "{:.1f}"),
-    ("finetune", "accuracy on the test images, %", "{:.1f}"),
-)
+_FIGURES = (*RECONSTRUCTION, *CLASSIFIERS, "finetune")
 _LIBRARY = {"timm": "timm", "hf-mae": "transformers", "hf-vit": "transformers", "onnx": "onnx"}
-_ASIDE = "`FOLDER` is where this file lies."
 
 
 def model_card(run: Path, exported: Exported, options: ExportOptions, check: Check, notes: tuple[str, ...]) -> str:
@@ -40,14 +29,19 @@ def model_card(run: Path, exported: Exported, options: ExportOptions, check: Che
         check: that the files passed.
         notes: what was left out or adapted.
     """
-    known = _read(run)
-    classifier = isinstance(exported.model, Classifier)
+    try:
+        known = load_run(run)
+    except CheckpointError:  # weights of others, or an export: nothing is known of the training
+        known = None
+    task = "image-classification" if isinstance(exported.model, Classifier) else "image-feature-extraction"
     code = snippet(options.to, options.part, exported)
     sections = [
-        _front_matter(options.to, classifier),
+        f"---\nlibrary_name: {_LIBRARY.get(options.to, 'torchmae')}\npipeline_tag: {task}\n"
+        "tags:\n- masked-autoencoder\n- self-supervised-learning\n- torchmae\n---\n",
         f"# {_title(known, exported)}\n",
         f"{_summary(exported, options)}\n",
-        f"## Use\n\n{_ASIDE} Images are {_scaled(exported)}, less the mean {_numbers(exported.mean)}, divided by "
+        f"## Use\n\n`FOLDER` is where this file lies. Images are {_scaled(exported)}, less the mean "
+        f"{_numbers(exported.mean)}, divided by "
         f"{_numbers(exported.std)} (for each channel).\n\n```python\n{code}```\n",
         f"## Training\n\n{_training(known, exported, options.data_licence)}\n",
     ]
@@ -69,7 +63,7 @@ def model_card(run: Path, exported: Exported, options: ExportOptions, check: Che
 
 def snippet(to: str, part: str, exported: Exported) -> str:
     """Python that loads the files of a format and applies them to `images`."""
-    size = (exported.encoder.in_chans, *exported.input_size) if _patches(exported) else ()
+    size = (exported.encoder.in_chans, *exported.input_size) if exported.model.patch_size else ()
     shape = f"(batch, {', '.join(map(str, size))})"
     if to == "timm":
         name, arguments = timm.architecture(exported)
@@ -121,21 +115,6 @@ def _onnx_snippet(part: str, exported: Exported, shape: str) -> str:
     )
 
 
-def _read(run: Path) -> Run | None:
-    try:
-        return load_run(run)
-    except CheckpointError:  # weights of others, or an export: nothing is known of the training
-        return None
-
-
-def _front_matter(to: str, classifier: bool) -> str:
-    task = "image-classification" if classifier else "image-feature-extraction"
-    return (
-        f"---\nlibrary_name: {_LIBRARY.get(to, 'torchmae')}\npipeline_tag: {task}\n"
-        "tags:\n- masked-autoencoder\n- self-supervised-learning\n- torchmae\n---\n"
-    )
-
-
 def _scaled(exported: Exported) -> str:
     """How stored values are scaled."""
     if exported.scale is None or set(exported.scale) == {"uint8"}:
@@ -151,7 +130,7 @@ def _title(known: Run | None, exported: Exported) -> str:
 
 def _summary(exported: Exported, options: ExportOptions) -> str:
     model = exported.model
-    if not _patches(exported):
+    if not exported.model.patch_size:
         return "A masked autoencoder without patches, fully connected."
     encoder = exported.encoder
     block = (
@@ -184,30 +163,24 @@ def _training(known: Run | None, exported: Exported, data_licence: str | None) -
         "hidden": f"{100 * exported.mask_ratio:.0f}% of the patches, {summary.get('mask_strategy')}",
         "optimiser": (config.get("optim") or {}).get("name"),
         "seed": config.get("seed"),
-        "software": _software(known.environment),
+        **{name: known.environment.get(name) for name in ("torchmae", "torch", "precision", "device")},
     }
     table = "\n".join(f"| {name} | {_plain(str(value))} |" for name, value in rows.items() if value is not None)
     return f"| | |\n|---|---|\n{table}\n\n{licence}"
 
 
 def _figures(known: Run | None) -> str:
+    """A table of what was measured on held-out images, each figure beside its baselines."""
     if known is None:
         return ""
-    measured: Mapping[str, Any] = {**(known.val[-1] if known.val else {}), **known.summary}
-    rows = [
-        f"| {words} | {form.format(measured[name])} |"
-        for name, words, form in _FIGURES
-        if isinstance(measured.get(name), (int, float))
-    ]
-    return "\n".join(["| | |", "|---|---:|", *rows]) if rows else ""
-
-
-def _software(environment: Mapping[str, Any]) -> str | None:
-    if not environment:
-        return None
-    names = ("torchmae", "torch")
-    versions = ", ".join(f"{name} {environment[name]}" for name in names if name in environment)
-    return f"{versions}; {environment.get('precision')} on {environment.get('device')}"
+    measured = final_figures(known.summary, known.val, known.baseline)
+    rows = []
+    for name in _FIGURES:
+        metric = METRICS[name]
+        words = {name: metric.label}
+        words |= {f"{name}_{key}": f"the same of {BASELINES[key]}" for key in metric.baselines}
+        rows += [f"| {words[key]} | {metric.unit.text(measured[key])} |" for key in words if key in measured]
+    return "\n".join(["| on held-out images | |", "|---|---:|", *rows]) if rows else ""
 
 
 def _data_name(known: Run | None) -> str | None:
@@ -218,11 +191,6 @@ def _data_name(known: Run | None) -> str | None:
 def _last_part(path: Any) -> str | None:
     """The last part of a path: a card is for others, and the rest of a path may say more than it should."""
     return Path(str(path)).name if path else None
-
-
-def _patches(exported: Exported) -> bool:
-    """Whether the model has patches."""
-    return bool(exported.model.patch_size)
 
 
 def _times(size: tuple[int, ...]) -> str:

@@ -11,26 +11,32 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, TypeAlias
 
-from markupsafe import Markup
 from PIL import Image
 
 from torchmae.errors import ConfigError
 from torchmae.files import replace_file
-from torchmae.report.charts import ACCURACIES, RUN_COLOURS, Chart, Points, series_of
+from torchmae.report.charts import RUN_COLOURS, Chart, Line, Panel, chart, level, series_of
 from torchmae.report.evaluations import figures_of_run
-from torchmae.report.facts import duration, hidden_unit, latest, setting, short_count, state, title, yaml_text
 from torchmae.report.hints import training_hints
-from torchmae.report.measures import Figure
-from torchmae.report.overlays import Curve, overlay
+from torchmae.report.metrics import ACCURACY, BASELINES, METRICS, Figure, final_figures, finite
 from torchmae.report.page import Embedded, Titled, embed, load_titled, open_picture, render_page
 from torchmae.report.pictures import comparison_grid, read_layout, split_columns
-from torchmae.report.run import Run, load_run
-from torchmae.report.verdict import Figures, Verdict, final_figures, finite, judge, number, percent
+from torchmae.report.run import (
+    Run,
+    duration,
+    hidden_unit,
+    latest,
+    load_run,
+    setting,
+    short_count,
+    state,
+    title,
+    yaml_text,
+)
+from torchmae.report.verdict import Verdict, judge
 
 MAX_RUNS = 16
 
-# Name and height of a line to compare curves with.
-Level: TypeAlias = tuple[str, float] | None
 # Which of several values is the best; None: they cannot be ranked.
 Best: TypeAlias = Callable[[Sequence[float]], float] | None
 
@@ -38,6 +44,19 @@ Best: TypeAlias = Callable[[Sequence[float]], float] | None
 _TASK = ("data.source", "data.val", "data.val_size", "eval.images", "mask.strategy", "mask.ratio")
 _KNN = ("data.source", "data.val", "data.val_size", "eval.knn_train", "eval.knn_val")
 _LINEAR = (*_KNN, "eval.linear_train")
+_BASES = {"explained_variance": _TASK, "loss": _TASK, "knn": _KNN, "linear": _LINEAR}
+# Curves: of which records, of which figure, and a title where the figure's label is not enough.
+_CURVES = (
+    ("val", "explained_variance", ""),
+    ("val", "knn", ""),
+    ("val", "linear", ""),
+    ("val", "loss", "Loss on held-out images"),
+    ("train", "loss", "Training loss"),
+    ("val", "effective_rank", ""),
+    ("train", "update_to_weight", ""),
+    ("train", "lr", ""),
+    ("train", "images_per_s", ""),
+)
 # Differs always, and says nothing.
 _IDLE = ("out",)
 _ENVIRONMENT = ("torchmae", "torch", "processor", "device", "threads", "precision")
@@ -69,7 +88,7 @@ class Column:
     verdict: Verdict
     hints: tuple[str, ...]
     run: Run
-    figures: Figures
+    figures: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -134,20 +153,18 @@ def render_comparison(runs: Sequence[Run]) -> str:
         "comparison.html",
         title=f"{len(runs)} runs compared",
         columns=columns,
-        rows=figure_rows(
-            columns,
-            same_task=not differing,
-            same_knn=not _differing(columns, _KNN, configs),
-            same_linear=not _differing(columns, _LINEAR, configs),
-        ),
+        rows=[
+            row
+            for name, basis in _BASES.items()
+            for row in _metric_rows(columns, name, not _differing(columns, basis, configs))
+        ],
         task_differences=differing,
-        knn_images=columns[0].figures.knn_images,
+        knn_images=columns[0].figures.get("knn_images"),
         accuracy_noise=_accuracy_noise(columns),
         costs=cost_rows(columns),
         evaluations=evaluations,
         evaluations_differ=evaluations_differ,
-        # The drawings are made here, of numbers alone, and are the one thing that is HTML already.
-        charts=[(chart, Markup(chart.svg)) for chart in _charts(columns)],
+        charts=[item for item in _charts(columns) if item is not None],
         reconstructions=_reconstructions(columns),
         own_reconstructions=_own_reconstructions(columns),
         learned=_learned(columns),
@@ -158,34 +175,22 @@ def render_comparison(runs: Sequence[Run]) -> str:
     )
 
 
-def figure_rows(columns: Sequence[Column], *, same_task: bool, same_knn: bool, same_linear: bool) -> list[Row]:
-    """What the runs reached, beside what takes no learning.
-
-    Args:
-        columns: the runs.
-        same_task: whether losses are of one task and can be ranked.
-        same_knn: whether kNN accuracies can be.
-        same_linear: whether those of the linear probe can be.
-    """
-    figures = [column.figures for column in columns]
-    noise = _accuracy_noise(columns)
-
-    def row(label: str, key: str, show: Callable[[float], str], best_of: Best = None, noise: float = 0.0) -> Row:
-        return _row(label, [getattr(item, key) for item in figures], show, best_of, noise)
-
-    rows = [
-        row("Explained variance", "explained_variance", percent, max if same_task else None),
-        row("of interpolation", "explained_variance_interpolation", percent),
-        row("Loss", "loss", number, min if same_task else None),
-        row("of interpolation", "loss_interpolation", number),
-        row(ACCURACIES["knn"], "knn", _accuracy, max if same_knn else None, noise),
-        row("of raw pixels", "knn_pixels", _accuracy),
-        row("of the untrained network", "knn_untrained", _accuracy),
-        row(ACCURACIES["linear"], "linear", _accuracy, max if same_linear else None, noise),
-        row("of raw pixels", "linear_pixels", _accuracy),
-        row("of the untrained network", "linear_untrained", _accuracy),
-    ]
-    return [item for item in rows if any(item.values)]
+def _metric_rows(columns: Sequence[Column], name: str, comparable: bool) -> Iterator[Row]:
+    """What the runs reached in one figure, the best marked where they are comparable, and below that its baselines."""
+    metric = METRICS[name]
+    labels = {name: metric.label} | {f"{name}_{key}": f"of {BASELINES[key]}" for key in metric.baselines}
+    for key, label in labels.items():
+        ranked = comparable and key == name
+        noise = _accuracy_noise(columns) if metric.unit is ACCURACY else 0.0
+        row = _row(
+            label,
+            [column.figures.get(key) for column in columns],
+            metric.unit.text,
+            metric.best if ranked else None,
+            noise,
+        )
+        if any(row.values):
+            yield row
 
 
 def cost_rows(columns: Sequence[Column]) -> list[Row]:
@@ -293,12 +298,8 @@ def _row(
 
 def _accuracy_noise(columns: Sequence[Column]) -> float:
     """Two standard errors, at most, of the difference of two accuracies, in points; 0 where that is unknown."""
-    images = columns[0].figures.knn_images
+    images = columns[0].figures.get("knn_images")
     return 2 * 100 * math.sqrt(2 * 0.25 / images) if images else 0.0
-
-
-def _accuracy(value: float) -> str:
-    return f"{value:.1f}%"
 
 
 def _differing(columns: Sequence[Column], names: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -311,46 +312,23 @@ def _differing(columns: Sequence[Column], names: Sequence[str], configs: Sequenc
     return found
 
 
-def _charts(columns: Sequence[Column]) -> Iterator[Chart]:
+def _charts(columns: Sequence[Column]) -> Iterator[Chart | None]:
     """Curves over the images seen, or over steps where a run does not say its batch size."""
     sizes = [finite(column.run.config, "batch_size") for column in columns]
-    along = "step" if None in sizes else "images seen"
-    figures = [column.figures for column in columns]
-
-    def curves(kind: str, key: str) -> list[Curve]:
-        result = []
+    along = "steps" if None in sizes else "images seen"
+    for kind, name, heading in _CURVES:
+        metric = METRICS[name]
+        lines = []
         for column, size in zip(columns, sizes, strict=True):
-            steps, values = series_of(column.run.val if kind == "val" else column.run.train, key)
-            points: tuple[Points, Points] = (steps * (1 if along == "step" or size is None else size), values)
-            result.append(Curve(column.letter, column.order, points))
-        return result
-
-    def chart(title: str, source: str, show: str, level: Level = None, *, from_zero: bool = False) -> Chart | None:
-        kind, _, key = source.partition(".")
-        lines = curves(kind, key)
-        return overlay(title, f"{kind}-{key}", lines, show=show.format, along=along, level=level, from_zero=from_zero)
-
-    interpolation = _level("interpolation", [item.explained_variance_interpolation for item in figures])
-    knn = _level("raw pixels", [item.knn_pixels for item in figures])
-    linear = _level("raw pixels", [item.linear_pixels for item in figures])
-    drawn = (
-        chart("Explained variance", "val.explained_variance", "{:.0%}", interpolation),
-        chart(ACCURACIES["knn"], "val.knn", "{:.3g}%", knn),
-        chart(ACCURACIES["linear"], "val.linear", "{:.3g}%", linear),
-        chart("Loss on held-out images", "val.loss", "{:.3g}"),
-        chart("Training loss", "train.loss", "{:.3g}"),
-        chart("Effective rank", "val.effective_rank", "{:.3g}"),
-        chart("Change of the weights in a step", "train.update_to_weight", "{:.2%}", from_zero=True),
-        chart("Learning rate", "train.lr", "{:.2g}", from_zero=True),
-        chart("Images per second", "train.images_per_s", "{:,.0f}", from_zero=True),
-    )
-    return (item for item in drawn if item is not None)
-
-
-def _level(name: str, values: Sequence[float | None]) -> Level:
-    """A line at the value that all runs share, to the fourth digit; None where they do not."""
-    texts = {None if value is None else f"{value:.4g}" for value in values}
-    return None if len(texts) > 1 or values[0] is None else (name, values[0])
+            steps, values = series_of(column.run.val if kind == "val" else column.run.train, name)
+            x = steps * (size if size is not None and along != "steps" else 1)
+            dashed = column.order >= len(RUN_COLOURS)
+            lines.append(Line(column.name, f"run-{column.colour}", x, values, dashed=dashed, letter=column.letter))
+        for key in metric.baselines[:1] if kind == "val" else ():  # what is one value for all runs
+            beside = [column.figures.get(f"{name}_{key}") for column in columns]
+            if len({None if value is None else f"{value:.4g}" for value in beside}) == 1:
+                lines.append(level(BASELINES[key], beside[0], "mean"))
+        yield chart(heading or metric.label, Panel(lines, metric.unit, from_zero=metric.best is None), along=along)
 
 
 def _reconstructions(columns: Sequence[Column]) -> SideBySide | None:

@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torchmae.report.facts import duration
-from torchmae.report.measures import TRAINING, Figure, figures_as_text, measure_of
-from torchmae.report.run import Record
-from torchmae.report.verdict import finite, number
+from torchmae.report.metrics import TRAINING, Figure, figures_as_text, finite, measure_of, number
+from torchmae.report.run import Record, duration
 
 _MAX_RECORDS = 6
 # What subjects are called on a page, in the order of its columns.
@@ -89,8 +87,8 @@ def figures_of_run(records: Sequence[Record]) -> dict[tuple[str, str], Measured]
         for name, figure in figures_as_text(own).items():
             unit, label, beside = measure_of(name)
             if unit != TRAINING:
-                words = (f"{beside.lower()} for {label}" if beside else label, _shots(record))
-                merged[unit, ", ".join(filter(None, words))] = Measured(figure, _basis(record))
+                words = (f"{beside} for {label}" if beside else label, _shots(record))
+                merged[unit.name, ", ".join(filter(None, words))] = Measured(figure, _basis(record))
     return merged
 
 
@@ -113,11 +111,11 @@ def _evaluation(record: Record, by_subject: Mapping[str, Mapping[str, float]]) -
     for subject in subjects:
         for name, figure in figures_as_text(by_subject[subject]).items():
             unit, label, beside = measure_of(name)
-            column = beside or _SUBJECTS.get(subject, subject)
-            cells.setdefault(unit, {}).setdefault(label, {})[column] = figure
+            column = beside.capitalize() or _SUBJECTS.get(subject, subject)
+            cells.setdefault(unit.name, {}).setdefault(label, {})[column] = figure
     return Evaluation(
         title=_title(record),
-        tables=tuple(_table(unit, rows) for unit, rows in cells.items() if unit != TRAINING),
+        tables=tuple(_table(unit, rows) for unit, rows in cells.items() if unit != TRAINING.name),
         remark=_remark(record, by_subject),
         command=_command(record),
     )

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torchmae.report.verdict import finite, number, percent
+from torchmae.report.metrics import finite, number, percent
 
 Records = Sequence[Mapping[str, Any]]
 

@@ -8,22 +8,33 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from torchmae.config import PretrainConfig
 from torchmae.files import replace_file
-from torchmae.report import charts
+from torchmae.report.charts import Chart, Line, Panel, chart, level, series_of
 from torchmae.report.evaluations import latest_evaluations
-from torchmae.report.facts import describe, facts, hidden_unit, is_finished, setting, state, title, yaml_text
 from torchmae.report.hints import training_hints
+from torchmae.report.metrics import ACCURACY, BASELINES, CLASSIFIERS, LOSS, METRICS, RECONSTRUCTION, Unit, final_figures
 from torchmae.report.page import Embedded, embed, load_titled, open_picture, render_page
 from torchmae.report.pictures import HEADERS, progress_grid, read_layout, split_columns
-from torchmae.report.run import Record, Run, load_run
-from torchmae.report.verdict import Figures, final_figures, finite, judge, number, percent, trend
+from torchmae.report.run import (
+    Record,
+    Run,
+    describe,
+    facts,
+    hidden_unit,
+    is_finished,
+    load_run,
+    setting,
+    state,
+    title,
+    yaml_text,
+)
+from torchmae.report.verdict import judge, trend
 
 # Reconstructions shown side by side, from the first to the last.
 _MAX_MOMENTS = 4
 _MAX_BAD_FILES = 20
+_COLOURS = {"interpolation": "interpolation", "pixels": "interpolation", "mean_patch": "mean", "untrained": "mean"}
 
 _ENVIRONMENT_LABELS = {
     "torchmae": "torchmae",
@@ -67,48 +78,20 @@ class Reconstructions:
 
 
 @dataclass(frozen=True)
-class Share:
-    """A figure that is a share of something.
+class ScoreTable:
+    """Figures of the model beside those of what takes no learning.
 
     Attributes:
-        text: the figure; empty where there is none.
-        bar: the same as length, 0 to 100.
+        caption: what they are of.
+        head: of the first column.
+        columns: (figure, whether it has bars).
+        rows: (label, (text, length of the bar in percent or None) for each column), the model first.
     """
 
-    text: str
-    bar: float
-
-
-@dataclass(frozen=True)
-class LossScore:
-    """How well something predicts what is hidden.
-
-    Attributes:
-        label: what predicts.
-        loss: the loss as text.
-        explained: explained variance.
-        ours: whether it is the trained model.
-    """
-
-    label: str
-    loss: str
-    explained: Share
-    ours: bool
-
-
-@dataclass(frozen=True)
-class ClassScore:
-    """How well features tell classes apart.
-
-    Attributes:
-        label: whose features.
-        accuracies: of the classifiers that were run, in one order.
-        ours: whether they are the trained model's.
-    """
-
-    label: str
-    accuracies: tuple[Share, ...]
-    ours: bool
+    caption: str
+    head: str
+    columns: list[tuple[str, bool]]
+    rows: list[tuple[str, list[tuple[str, float | None]]]]
 
 
 @dataclass(frozen=True)
@@ -144,7 +127,6 @@ def render(run: Run) -> str:
     figures = final_figures(run.summary, run.val, run.baseline, setting(run, "eval", "knn_val"))
     folder = run.path.as_posix()
     evaluations, evaluations_left = latest_evaluations(run.evaluations)
-    classifiers, class_rows = class_scores(figures)
     return render_page(
         "run.html",
         title=title(run),
@@ -154,20 +136,16 @@ def render(run: Run) -> str:
         verdict=judge(figures, unit),
         trend=trend(run.val),
         hints=training_hints(run.records),  # the verdict has weighed the loss
-        scores=loss_scores(figures, unit),
-        classifiers=classifiers,
-        class_scores=class_rows,
-        knn_images=figures.knn_images,
+        scores=score_tables(figures, unit) if "loss" in figures else [],
+        figures=figures,
         linear_train=setting(run, "eval", "linear_train"),
-        measured_at=figures.step,
         normalised=run.summary.get("target") == "normalised patches",
         unit=unit,
         pictures=load_reconstructions(run),
         evaluations=evaluations,
         evaluations_left=evaluations_left,
         learned=[picture for path in run.feature_pictures if (picture := load_titled(path)) is not None],
-        # The drawings are made here, of numbers alone, and are the one thing that is HTML already.
-        charts=[(chart, Markup(chart.svg)) for chart in _charts(run, figures)],
+        charts=_charts(run, figures),
         settings=settings(run.config),
         environment=environment_rows(run.environment),
         bad_files=run.bad_files[:_MAX_BAD_FILES],
@@ -180,41 +158,25 @@ def render(run: Run) -> str:
     )
 
 
-def loss_scores(figures: Figures, unit: str) -> list[LossScore]:
-    """The model's loss and explained variance beside the trivial predictors', where they were measured."""
-    rows = (
-        ("This model", figures.loss, figures.explained_variance),
-        (f"Interpolation from visible {unit}", figures.loss_interpolation, figures.explained_variance_interpolation),
-        (f"Mean of visible {unit}", figures.loss_mean_patch, figures.explained_variance_mean_patch),
-    )
-    return [
-        LossScore(label, number(loss), _share(variance), ours=label == "This model")
-        for label, loss, variance in rows
-        if loss is not None
-    ]
-
-
-def class_scores(figures: Figures) -> tuple[list[str], list[ClassScore]]:
-    """The classifiers that were run on the features, and their accuracies beside those of the baselines.
-
-    Both are empty where there are no labels.
-    """
-    by_classifier = {
-        "kNN": (figures.knn, figures.knn_pixels, figures.knn_untrained),
-        "Linear probe": (figures.linear, figures.linear_pixels, figures.linear_untrained),
-    }
-    measured = {name: values for name, values in by_classifier.items() if values[0] is not None}
-    labels = ("This model", "Raw pixels", "The same network, untrained")
-    rows = [
-        ClassScore(
-            label,
-            tuple(_share(None if value is None else value / 100) for value in values),
-            ours=label == labels[0],
-        )
-        for label, values in zip(labels, zip(*measured.values(), strict=True), strict=False)
-        if any(value is not None for value in values)
-    ]
-    return list(measured), rows
+def score_tables(figures: Mapping[str, float], unit: str) -> list[ScoreTable]:
+    """Reconstruction and, where there are labels, classification, each beside its baselines."""
+    trivial = {"interpolation": f"Interpolation from visible {unit}", "mean_patch": f"Mean of visible {unit}"}
+    unlearned = {"pixels": "Raw pixels", "untrained": "The same network, untrained"}
+    tables = []
+    for caption, head, names, baselines in (
+        ("Filling in what is hidden", "Predictor", RECONSTRUCTION, trivial),
+        ("Telling classes apart", "Features of", CLASSIFIERS, unlearned),
+    ):
+        shown = {name: METRICS[name] for name in names if name in figures}
+        rows = [
+            (label, [_cell(metric.unit, figures.get(f"{name}{ending}")) for name, metric in shown.items()])
+            for ending, label in {"": "This model", **{f"_{key}": label for key, label in baselines.items()}}.items()
+            if any(f"{name}{ending}" in figures for name in shown)
+        ]
+        if rows:
+            heads = [(metric.label.removesuffix(" accuracy"), metric.unit.is_share) for metric in shown.values()]
+            tables.append(ScoreTable(caption, head, heads, rows))
+    return tables
 
 
 def load_reconstructions(run: Run) -> Reconstructions | None:
@@ -263,29 +225,44 @@ def _spread(items: Sequence[tuple[int, Path]], count: int) -> list[tuple[int, Pa
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
-def _share(value: float | None) -> Share:
-    """A share, at most 1, as text and as a bar that is empty below zero."""
-    text = "" if value is None else percent(value).replace("-", "\N{MINUS SIGN}")
-    return Share(text, round(100 * min(max(value or 0.0, 0.0), 1.0), 1))
+def _cell(unit: Unit, value: float | None) -> tuple[str, float | None]:
+    """A figure as text, and where it is a share, the length of its bar in percent."""
+    text = "" if value is None else unit.text(value).replace("-", "\N{MINUS SIGN}")
+    return text, round(min(max((value or 0.0) * unit.scale, 0.0), 100.0), 1) if unit.is_share else None
 
 
-def _charts(run: Run, figures: Figures) -> list[charts.Chart]:
-    others = sorted({name[5:] for record in run.train for name in record if name.startswith("loss_")})
+def _charts(run: Run, figures: Mapping[str, float]) -> list[Chart]:
+    def trained(key: str, label: str = "training", colour: str = "train") -> Line:
+        return Line(label, colour, *series_of(run.train, key))
+
+    def measured(name: str, *others: Line, label: str = "this model") -> Chart | None:
+        metric = METRICS[name]
+        lines = [*others, Line(label, "model", *series_of(run.val, name))]
+        lines += [level(BASELINES[key], figures.get(f"{name}_{key}"), _COLOURS[key]) for key in metric.baselines]
+        return chart(metric.label, Panel(lines, metric.unit, from_zero=metric.unit is not ACCURACY))
+
+    def of_training(title: str, *names: str) -> Chart | None:
+        panels = zip(names, ("model", "interpolation"), strict=False)
+        return chart(
+            title,
+            *(
+                Panel([trained(name, METRICS[name].label.lower(), colour)], METRICS[name].unit)
+                for name, colour in panels
+            ),
+        )
+
+    others = sorted({name for record in run.train for name in record if name.startswith("loss_")})
     # Runs of older versions logged the weighted sum of all targets' losses, which no loss on held-out images is like.
-    model = run.config.get("model")
-    summed = isinstance(model, dict) and bool(model.get("hog_weight")) and not others
+    summed = bool(setting(run, "model", "hog_weight")) and not others
     drawn = (
-        charts.loss_chart([] if summed else run.train, run.val),
-        *(charts.loss_chart(run.train, [], name) for name in others),
-        charts.variance_chart(run.val),
-        charts.accuracy_chart(run.val, "knn", figures.knn_untrained, figures.knn_pixels),
-        charts.accuracy_chart(run.val, "linear", figures.linear_untrained, figures.linear_pixels),
-        charts.rank_chart(run.val, next((finite(item, "effective_rank_untrained") for item in run.baseline), None)),
-        charts.learning_rate_chart(run.train),
-        charts.step_size_chart(run.train),
-        charts.throughput_chart(run.train),
+        measured("loss", *([] if summed else [trained("loss")]), label="held-out images"),
+        *(chart(f"Training loss of the target {name[5:]}", Panel([trained(name)], LOSS)) for name in others),
+        *(measured(name) for name in ("explained_variance", *CLASSIFIERS, "effective_rank")),
+        of_training("Learning rate", "lr"),
+        of_training("Size of the steps", "update_to_weight", "grad_norm"),
+        of_training("Throughput", "images_per_s", "data_wait"),
     )
-    return [chart for chart in drawn if chart is not None]
+    return [item for item in drawn if item is not None]
 
 
 def _as_setting(name: object, value: object, defaults: Mapping[str, Any]) -> Setting:

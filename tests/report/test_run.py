@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 from fake_run import summary, train_records
 
-from torchmae.report.facts import describe, duration, facts, input_size, patch_size, short_count, state, title
-from torchmae.report.run import Run
+from torchmae.report.run import Run, describe, duration, facts, input_size, patch_size, short_count, state, title
 
 FINISHED = Run(
     path=Path("runs/a"),
