@@ -11,16 +11,13 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, TypeAlias
 
-from PIL import Image
-
 from torchmae.errors import ConfigError
 from torchmae.files import replace_file
 from torchmae.report.charts import RUN_COLOURS, Chart, Line, Panel, chart, level, series_of
 from torchmae.report.evaluations import figures_of_run
-from torchmae.report.hints import training_hints
 from torchmae.report.metrics import ACCURACY, BASELINES, METRICS, Figure, final_figures, finite
 from torchmae.report.page import Embedded, Titled, embed, load_titled, open_picture, render_page
-from torchmae.report.pictures import comparison_grid, read_layout, split_columns
+from torchmae.report.pictures import read_layout, split_columns, strip_grid
 from torchmae.report.run import (
     Run,
     duration,
@@ -33,7 +30,7 @@ from torchmae.report.run import (
     title,
     yaml_text,
 )
-from torchmae.report.verdict import Verdict, judge
+from torchmae.report.verdict import Verdict, judge, training_hints
 
 MAX_RUNS = 16
 
@@ -149,6 +146,7 @@ def render_comparison(runs: Sequence[Run]) -> str:
     configs = [flat(run.config) for run in runs]
     differing = _differing(columns, _TASK, configs)
     evaluations, evaluations_differ = evaluation_rows(columns)
+    reconstructions, own_reconstructions = _reconstructions(columns)
     return render_page(
         "comparison.html",
         title=f"{len(runs)} runs compared",
@@ -161,12 +159,12 @@ def render_comparison(runs: Sequence[Run]) -> str:
         task_differences=differing,
         knn_images=columns[0].figures.get("knn_images"),
         accuracy_noise=_accuracy_noise(columns),
-        costs=cost_rows(columns),
+        costs=list(_cost_rows(columns)),
         evaluations=evaluations,
         evaluations_differ=evaluations_differ,
         charts=[item for item in _charts(columns) if item is not None],
-        reconstructions=_reconstructions(columns),
-        own_reconstructions=_own_reconstructions(columns),
+        reconstructions=reconstructions,
+        own_reconstructions=own_reconstructions,
         learned=_learned(columns),
         differences=setting_rows(configs),
         environments=setting_rows([{key: run.environment.get(key) for key in _ENVIRONMENT} for run in runs]),
@@ -193,21 +191,19 @@ def _metric_rows(columns: Sequence[Column], name: str, comparable: bool) -> Iter
             yield row
 
 
-def cost_rows(columns: Sequence[Column]) -> list[Row]:
+def _cost_rows(columns: Sequence[Column]) -> Iterator[Row]:
     """What the runs took."""
-
-    def of(key: str) -> list[float | None]:
-        return [latest(column.run, key) for column in columns]
-
-    rows = [
-        _row("Encoder parameters", of("params_encoder"), short_count),
-        _row("Decoder parameters", of("params_decoder"), short_count),
-        _row("Steps", [latest(c.run, "steps") or latest(c.run, "step") for c in columns], "{:,.0f}".format),
-        _row("Images seen", of("images_seen"), short_count),
-        _row("Training time", of("seconds"), duration),
-        _row("Images per second", of("images_per_s"), "{:,.0f}".format),
-    ]
-    return [row for row in rows if any(row.values)]
+    for label, show, *keys in (
+        ("Encoder parameters", short_count, "params_encoder"),
+        ("Decoder parameters", short_count, "params_decoder"),
+        ("Steps", "{:,.0f}".format, "steps", "step"),
+        ("Images seen", short_count, "images_seen"),
+        ("Training time", duration, "seconds"),
+        ("Images per second", "{:,.0f}".format, "images_per_s"),
+    ):
+        row = _row(label, [latest(column.run, *keys) for column in columns], show)
+        if any(row.values):
+            yield row
 
 
 def evaluation_rows(columns: Sequence[Column]) -> tuple[list[tuple[str, list[tuple[str, tuple[Figure, ...]]]]], bool]:
@@ -331,38 +327,26 @@ def _charts(columns: Sequence[Column]) -> Iterator[Chart | None]:
         yield chart(heading or metric.label, Panel(lines, metric.unit, from_zero=metric.best is None), along=along)
 
 
-def _reconstructions(columns: Sequence[Column]) -> SideBySide | None:
-    """None where runs saw different images or masks, or have no pictures."""
-    grids = [_last_grid(column.run) for column in columns]
-    known = [grid for grid in grids if grid is not None]
-    picture = comparison_grid(known) if len(known) == len(columns) else None
-    if picture is None:
-        return None
-    letters: dict[str, list[str]] = {}
-    for column, grid in zip(columns, known, strict=True):
-        letters.setdefault(_note(grid), []).append(column.letter)
-    return SideBySide(embed(picture), tuple((", ".join(names), note) for note, names in letters.items() if note))
-
-
-def _own_reconstructions(columns: Sequence[Column]) -> list[Titled]:
-    """Each run's last reconstructions, with how they came about."""
+def _reconstructions(columns: Sequence[Column]) -> tuple[SideBySide | None, list[Titled]]:
+    """The same images as every run filled them in; where runs saw different images or masks, each run's own."""
     found = []
     for column in columns:
-        grid = _last_grid(column.run)
+        grid = open_picture(column.run.pictures[-1][1]) if column.run.pictures else None
         if grid is not None:
-            name = f"run {column.letter}, {column.name}"
-            title = "Masked, reconstructed, original"
-            found.append(Titled(embed(split_columns(grid)[0]), title, _note(grid), of=name))
-    return found
+            layout = read_layout(grid)
+            found.append((column, grid, layout.note if layout else ""))
+    picture = strip_grid([grid for _, grid, _ in found]) if len(found) == len(columns) else None
+    if picture is None:
+        title = "Masked, reconstructed, original"
+        return None, [Titled(embed(split_columns(grid)[0]), title, note, _of(column)) for column, grid, note in found]
+    letters: dict[str, list[str]] = {}
+    for column, _, note in found:
+        letters.setdefault(note, []).append(column.letter)
+    return SideBySide(embed(picture), tuple((", ".join(of), note) for note, of in letters.items() if note)), []
 
 
-def _last_grid(run: Run) -> Image.Image | None:
-    return open_picture(run.pictures[-1][1]) if run.pictures else None
-
-
-def _note(grid: Image.Image) -> str:
-    layout = read_layout(grid)
-    return layout.note if layout else ""
+def _of(column: Column) -> str:
+    return f"run {column.letter}, {column.name}"
 
 
 def _learned(columns: Sequence[Column]) -> list[tuple[str, str, list[Titled]]]:
@@ -370,7 +354,7 @@ def _learned(columns: Sequence[Column]) -> list[tuple[str, str, list[Titled]]]:
     found: dict[str, list[Titled]] = {}
     for column in columns:
         for path in column.run.feature_pictures:
-            picture = load_titled(path, of=f"run {column.letter}, {column.name}")
+            picture = load_titled(path, of=_of(column))
             if picture is not None:
                 found.setdefault(path.stem, []).append(picture)
     return [(found[stem][0].title, found[stem][0].description, found[stem]) for stem in sorted(found)]

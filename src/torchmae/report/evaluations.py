@@ -111,20 +111,22 @@ def _evaluation(record: Record, by_subject: Mapping[str, Mapping[str, float]]) -
     for subject in subjects:
         for name, figure in figures_as_text(by_subject[subject]).items():
             unit, label, beside = measure_of(name)
+            if unit == TRAINING:
+                continue
             column = beside.capitalize() or _SUBJECTS.get(subject, subject)
             cells.setdefault(unit.name, {}).setdefault(label, {})[column] = figure
+    tables = []
+    for unit_name, by_label in cells.items():
+        columns = tuple(dict.fromkeys(column for row in by_label.values() for column in row))
+        filled = ((label, tuple(row.get(column, Figure()) for column in columns)) for label, row in by_label.items())
+        tables.append(FigureTable(unit_name, columns, tuple(filled)))
+    command = str(_mapping(record, "environment").get("command") or "")
     return Evaluation(
         title=_title(record),
-        tables=tuple(_table(unit, rows) for unit, rows in cells.items() if unit != TRAINING.name),
+        tables=tuple(tables),
         remark=_remark(record, by_subject),
-        command=_command(record),
+        command=command if command.startswith("torchmae ") else "",
     )
-
-
-def _table(unit: str, rows: Mapping[str, Mapping[str, Figure]]) -> FigureTable:
-    columns = tuple(dict.fromkeys(column for row in rows.values() for column in row))
-    filled = tuple((label, tuple(row.get(column, Figure()) for column in columns)) for label, row in rows.items())
-    return FigureTable(unit, columns, filled)
 
 
 def _title(record: Record) -> str:
@@ -136,16 +138,14 @@ def _title(record: Record) -> str:
 
 
 def _shots(record: Record) -> str:
-    options = record.get("options")
-    count = finite(options, "labels_per_class") if isinstance(options, dict) else None
+    count = finite(_mapping(record, "options"), "labels_per_class")
     return "" if count is None else f"{count:,.0f} labels per class"
 
 
 def _remark(record: Record, by_subject: Mapping[str, Mapping[str, float]]) -> str:
     """On which images, what a training that belongs to it took, and when."""
-    data, environment = (record.get(key) for key in ("data", "environment"))
-    train, test = (finite(data, f"{split}_images") if isinstance(data, dict) else None for split in ("train", "test"))
-    date = str(environment.get("started") or "")[:10] if isinstance(environment, dict) else ""
+    data = _mapping(record, "data")
+    train, test = (finite(data, f"{split}_images") for split in ("train", "test"))
     parts = [f"{train:,.0f} training images" if train else "", f"{test:,.0f} test images" if test else ""]
     for figures in by_subject.values():
         took = {name.rpartition("_")[2]: figures[name] for name in figures if measure_of(name).unit == TRAINING}
@@ -154,18 +154,17 @@ def _remark(record: Record, by_subject: Mapping[str, Mapping[str, float]]) -> st
             f"{duration(took['seconds'])} of training" if "seconds" in took else "",
             f"training loss {number(took['loss'])}" if "loss" in took else "",
         ]
+    date = str(_mapping(record, "environment").get("started") or "")[:10]
     return ", ".join(part for part in (*parts, date) if part)
-
-
-def _command(record: Record) -> str:
-    environment = record.get("environment")
-    command = str(environment.get("command") or "") if isinstance(environment, dict) else ""
-    return command if command.startswith("torchmae ") else ""
 
 
 def _basis(record: Record) -> str:
     """What the figures of a record depend on beside the model, as text."""
-    options, data = (value if isinstance(value, dict) else {} for value in (record.get("options"), record.get("data")))
-    kept = {name: value for name, value in options.items() if name not in _INCIDENTAL}
-    images = {name: value for name, value in data.items() if name != "classes"}
+    kept = {name: value for name, value in _mapping(record, "options").items() if name not in _INCIDENTAL}
+    images = {name: value for name, value in _mapping(record, "data").items() if name != "classes"}
     return json.dumps([kept, images], sort_keys=True)
+
+
+def _mapping(record: Record, key: str) -> Record:
+    value = record.get(key)
+    return value if isinstance(value, dict) else {}

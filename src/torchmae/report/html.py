@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from torchmae.config import PretrainConfig
 from torchmae.files import replace_file
 from torchmae.report.charts import Chart, Line, Panel, chart, level, series_of
 from torchmae.report.evaluations import latest_evaluations
-from torchmae.report.hints import training_hints
 from torchmae.report.metrics import ACCURACY, BASELINES, CLASSIFIERS, LOSS, METRICS, RECONSTRUCTION, Unit, final_figures
 from torchmae.report.page import Embedded, embed, load_titled, open_picture, render_page
-from torchmae.report.pictures import HEADERS, progress_grid, read_layout, split_columns
+from torchmae.report.pictures import HEADERS, read_layout, split_columns, strip_grid
 from torchmae.report.run import (
     Record,
     Run,
@@ -29,28 +29,14 @@ from torchmae.report.run import (
     title,
     yaml_text,
 )
-from torchmae.report.verdict import judge, trend
+from torchmae.report.verdict import judge, training_hints, trend
 
 # Reconstructions shown side by side, from the first to the last.
 _MAX_MOMENTS = 4
 _MAX_BAD_FILES = 20
 _COLOURS = {"interpolation": "interpolation", "pixels": "interpolation", "mean_patch": "mean", "untrained": "mean"}
 
-_ENVIRONMENT_LABELS = {
-    "torchmae": "torchmae",
-    "torch": "PyTorch",
-    "torchvision": "torchvision",
-    "jpeg_decoder": "JPEG decoder",
-    "python": "Python",
-    "platform": "Platform",
-    "processor": "Processor",
-    "device": "Device",
-    "threads": "Threads",
-    "precision": "Precision",
-    "started": "Started",
-    "command": "Command",
-    "data": "Data",
-}
+_ENVIRONMENT_LABELS = {"torch": "PyTorch", "torchmae": "torchmae", "torchvision": "torchvision"}
 
 
 @dataclass(frozen=True)
@@ -147,7 +133,11 @@ def render(run: Run) -> str:
         learned=[picture for path in run.feature_pictures if (picture := load_titled(path)) is not None],
         charts=_charts(run, figures),
         settings=settings(run.config),
-        environment=environment_rows(run.environment),
+        environment=[
+            (_ENVIRONMENT_LABELS.get(key) or key.replace("_", " ").capitalize(), str(value))
+            for key, value in run.environment.items()
+            if value is not None
+        ],
         bad_files=run.bad_files[:_MAX_BAD_FILES],
         bad_files_left=max(0, len(run.bad_files) - _MAX_BAD_FILES),
         finished=is_finished(run),
@@ -181,13 +171,14 @@ def score_tables(figures: Mapping[str, float], unit: str) -> list[ScoreTable]:
 
 def load_reconstructions(run: Run) -> Reconstructions | None:
     """The last picture of a run, and how it came about; None if there is no picture that can be read."""
-    opened = [(step, open_picture(path)) for step, path in _spread(run.pictures, _MAX_MOMENTS)]
+    moments = sorted({*np.linspace(0, len(run.pictures) - 1, _MAX_MOMENTS).round().astype(int)} if run.pictures else ())
+    opened = [(step, open_picture(path)) for step, path in (run.pictures[i] for i in moments)]
     readable = [(step, picture) for step, picture in opened if picture is not None]
     if not readable:
         return None
     step, last = readable[-1]
     layout = read_layout(last)
-    progress = progress_grid([picture for _, picture in readable]) if len(readable) > 1 else None
+    progress = strip_grid([picture for _, picture in readable]) if len(readable) > 1 else None
     return Reconstructions(
         step=step,
         columns=tuple(embed(column) for column in split_columns(last)),
@@ -202,27 +193,16 @@ def load_reconstructions(run: Run) -> Reconstructions | None:
 def settings(config: Record) -> list[tuple[str, list[Setting]]]:
     """The configuration as (section, lines of YAML); values at the top level have the empty section."""
     defaults = asdict(PretrainConfig())
-    top = [_as_setting(name, value, defaults) for name, value in config.items() if not isinstance(value, dict)]
-    sections = [("", top)] if top else []
+    sections: dict[str, list[Setting]] = {"": []}
     for section, values in config.items():
-        if isinstance(values, dict):
-            of_section = defaults.get(section, {})
-            sections.append((str(section), [_as_setting(name, value, of_section) for name, value in values.items()]))
-    return sections
-
-
-def environment_rows(environment: Record) -> list[tuple[str, str]]:
-    """(label, value) of what the run ran on, the known ones first and in a fixed order."""
-    known = [key for key in _ENVIRONMENT_LABELS if environment.get(key) is not None]
-    others = [key for key in environment if key not in _ENVIRONMENT_LABELS]
-    return [(_ENVIRONMENT_LABELS.get(key, str(key)), str(environment[key])) for key in (*known, *others)]
-
-
-def _spread(items: Sequence[tuple[int, Path]], count: int) -> list[tuple[int, Path]]:
-    """At most `count` of the items, evenly spread, the first and the last among them."""
-    if len(items) <= count:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+        nested = isinstance(values, dict)
+        known = defaults.get(section, {}) if nested else defaults
+        for name, value in values.items() if nested else ((section, values),):
+            default = known.get(name, ...)
+            # A default that is a tuple comes back from YAML as a list.
+            same = value == (list(default) if isinstance(default, tuple) else default)
+            sections.setdefault(section if nested else "", []).append(Setting(str(name), yaml_text(value), not same))
+    return [(str(section), lines) for section, lines in sections.items() if lines]
 
 
 def _cell(unit: Unit, value: float | None) -> tuple[str, float | None]:
@@ -263,10 +243,3 @@ def _charts(run: Run, figures: Mapping[str, float]) -> list[Chart]:
         of_training("Throughput", "images_per_s", "data_wait"),
     )
     return [item for item in drawn if item is not None]
-
-
-def _as_setting(name: object, value: object, defaults: Mapping[str, Any]) -> Setting:
-    # A default that is a tuple comes back from YAML as a list.
-    default = defaults.get(str(name), ...)
-    same = value == (list(default) if isinstance(default, tuple) else default)
-    return Setting(str(name), yaml_text(value), changed=not same)

@@ -167,7 +167,7 @@ def facts(run: Run) -> list[tuple[str, str, str]]:
             short_count,
             f"decoder {short_count(decoder)}" if decoder else "",
         ),
-        ("Steps", _steps(run), "{:,.0f}".format, f"{short_count(seen)} images seen" if seen else ""),
+        ("Steps", latest(run, "steps", "step"), "{:,.0f}".format, f"{short_count(seen)} images seen" if seen else ""),
         ("Training time", latest(run, "seconds"), duration, f"{speed:,.0f} images per second" if speed else ""),
     )
     return [(name, show(value), remark) for name, value, show, remark in rows if value is not None]
@@ -177,7 +177,7 @@ def state(run: Run) -> str:
     """A sentence for a run that has not finished; empty for one that has."""
     if is_finished(run):
         return ""
-    steps = _steps(run)
+    steps = latest(run, "steps", "step")
     reached = f"at step {steps:,.0f}" if steps else "before its first figures"
     if run.summary.get("state") == "interrupted":
         return f"This run was interrupted {reached}. What follows is what it had by then."
@@ -216,10 +216,14 @@ def yaml_text(value: object) -> str:
     return text.strip().removesuffix("...").strip()
 
 
-def latest(run: Run, key: str) -> float | None:
-    """A figure of the summary, or while there is none, of the last line of progress."""
-    value = finite(run.summary, key)
-    return finite(run.train[-1], key) if value is None and run.train else value
+def latest(run: Run, *keys: str) -> float | None:
+    """A figure of the summary, or while there is none, of the last line of progress; the first key that has one."""
+    for key in keys:
+        value = finite(run.summary, key)
+        value = finite(run.train[-1], key) if value is None and run.train else value
+        if value:
+            return value
+    return value
 
 
 def duration(seconds: float) -> str:
@@ -240,13 +244,9 @@ def short_count(count: float) -> str:
     return f"{count:.0f}"
 
 
-def _steps(run: Run) -> float | None:
-    return latest(run, "steps") or latest(run, "step")
-
-
 def _extent(run: Run) -> str:
     """How long, on what: ", for 100 epochs in 47 s on the CPU"."""
-    epochs = latest(run, "epochs") or latest(run, "epoch")
+    epochs = latest(run, "epochs", "epoch")
     seconds = latest(run, "seconds")
     if epochs is None or seconds is None:
         return ""
