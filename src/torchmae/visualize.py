@@ -17,13 +17,7 @@ from torchmae.data.loader import ImageLoader
 from torchmae.data.opening import Data, open_data
 from torchmae.data.plan import Indices
 from torchmae.errors import ConfigError
-from torchmae.evaluation.feature_maps import (
-    class_attention,
-    content_tokens,
-    embed_2d,
-    nearest,
-    patch_colours,
-)
+from torchmae.evaluation.feature_maps import class_attention, content_tokens, embed_2d, nearest, patch_colours
 from torchmae.evaluation.features import extract
 from torchmae.evaluation.quality import strategies_of
 from torchmae.random import Purpose, permutation
@@ -52,18 +46,10 @@ REPORT_POINTS = 1000
 
 
 def write_pictures(folder: Path, pretrained: Pretrained, data: Data, runtime: Runtime) -> list[Path]:
-    """Draws every kind of picture from a run's own data, for its report.
+    """Draws every kind of picture that model and data can have, for a run's report; returns the files, in its order.
 
-    Images are held-out ones, the same in every run on the same data; neighbours are training images.
-
-    Args:
-        folder: RUN/pictures; made if need be.
-        pretrained: the model, on the runtime's device.
-        data: the run's.
-        runtime: where to compute.
-
-    Returns:
-        The files written, in the order a report shows them. Kinds that the model or the data cannot have are left out.
+    Images are held-out ones, the same in every run on the same data; neighbours are training images. The model is on
+    the runtime's device.
 
     Raises:
         CheckpointError: the folder cannot be written to.
@@ -154,13 +140,7 @@ def draw_map(
 ) -> Image.Image:
     """At most `num_images` held-out images as points, close together where their features are alike.
 
-    Args:
-        pretrained: the model, on the runtime's device.
-        data: the images.
-        runtime: where to compute.
-        num_images: images placed, at most.
-        method: "tsne", "pca" or "umap".
-        seed: of UMAP.
+    `method` is "tsne", "pca" or "umap"; `seed` is UMAP's. The model is on the runtime's device.
 
     Raises:
         ConfigError: UMAP is not installed, or there are too few images.

@@ -20,15 +20,7 @@ _LIBRARY = {"timm": "timm", "hf-mae": "transformers", "hf-vit": "transformers", 
 
 
 def model_card(run: Path, exported: Exported, options: ExportOptions, check: Check, notes: tuple[str, ...]) -> str:
-    """The card's Markdown.
-
-    Args:
-        run: where the model came from; what it says of the training is taken over.
-        exported: the model.
-        options: the format, and the licence of the training data as the user gave it.
-        check: that the files passed.
-        notes: what was left out or adapted.
-    """
+    """The card's Markdown: what `run` says of the training, how to use the files, `notes` on what was left out."""
     try:
         known = load_run(run)
     except CheckpointError:  # weights of others, or an export: nothing is known of the training

@@ -27,15 +27,10 @@ _LETTER_HEIGHT = 0.075
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a chart.
+    """A line of a chart; `colour` is one of the style sheet: model, train, mean, interpolation, run-0 to run-7.
 
     Attributes:
-        label: what it shows.
-        colour: as the style sheet names it: model, train, mean, interpolation, run-0 to run-7.
-        x: where its points stand along the horizontal axis; of a level, anywhere.
-        y: how high.
-        level: whether it is a value to compare with, drawn dashed over the whole width.
-        dashed: whether it is dashed.
+        level: whether it is a value to compare with, drawn dashed over the whole width, wherever its x is.
         letter: what stands at its end; then the legend leaves it out.
     """
 
@@ -49,13 +44,7 @@ class Line:
 
 
 class Panel(NamedTuple):
-    """Lines of one unit above one horizontal axis.
-
-    Attributes:
-        lines: of which those without points are not drawn.
-        unit: of their values.
-        from_zero: whether the vertical axis begins at zero.
-    """
+    """Lines of one unit above one horizontal axis; those without points are not drawn."""
 
     lines: Sequence[Line]
     unit: Unit
@@ -63,7 +52,7 @@ class Panel(NamedTuple):
 
 
 class Stroke(NamedTuple):
-    """A line as it is drawn: `path` of an SVG, `dots` (x, y) at its points, `end` (x, y) of its letter."""
+    """A line as it is drawn: the path of an SVG, (x, y) of the dots at its points, and of its letter."""
 
     line: Line
     path: str
@@ -72,7 +61,7 @@ class Stroke(NamedTuple):
 
 
 class Area(NamedTuple):
-    """A panel as it is drawn: `ticks` (y, text) of its vertical axis, and its lines."""
+    """A panel as it is drawn: (y, text) of its vertical axis's ticks, and its lines."""
 
     ticks: Sequence[tuple[float, str]]
     strokes: Sequence[Stroke]
@@ -83,12 +72,9 @@ class Chart:
     """A chart as it is drawn, in units of `WIDTH` times `HEIGHT`.
 
     Attributes:
-        title: what it shows.
         alt: a sentence that states its numbers, for those who cannot see it.
         along: what the horizontal axis counts.
-        left: where that axis begins.
-        ticks: (x, text) along it.
-        areas: its panels, one above the other.
+        left: where that axis begins; `ticks` are (x, text) along it.
         legend: what the lines are; empty where the title says it.
     """
 

@@ -61,20 +61,7 @@ _ENVIRONMENT = ("torchmae", "torch", "processor", "device", "threads", "precisio
 
 @dataclass(frozen=True)
 class Column:
-    """A run, as it stands on the page.
-
-    Attributes:
-        letter: its short name.
-        order: among the runs.
-        colour: number of its colour in the style sheet.
-        name: of its folder, or the whole path where two folders have one name.
-        title: what was trained on what.
-        state: a sentence for a run that has not finished; empty for one that has.
-        verdict: is its loss good?
-        hints: what looks wrong.
-        run: the run.
-        figures: what it ended with.
-    """
+    """A run as it stands on the page: `letter` is its short name, `colour` a number in the style sheet."""
 
     letter: str
     order: int
@@ -90,13 +77,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table of figures.
-
-    Attributes:
-        label: the figure.
-        values: of each run, as text; empty where unknown.
-        best: whether a run's is the best of those that can be compared.
-    """
+    """A line of a table: a text for each run, empty where unknown, and which are the best of the comparable ones."""
 
     label: str
     values: tuple[str, ...]
@@ -105,26 +86,14 @@ class Row:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """The same held-out images as every run filled them in.
-
-    Attributes:
-        picture: masked, one column for each run, original.
-        notes: how the reconstructions came about, and the runs of which that holds.
-    """
+    """The same held-out images as every run filled them in; `notes`: the runs, and how theirs came about."""
 
     picture: Embedded
     notes: tuple[tuple[str, str], ...]
 
 
 def write_comparison(runs: Sequence[Path], page: Path) -> Path:
-    """Writes one page of several runs.
-
-    Args:
-        runs: the run folders, finished or not, in the order of the page.
-        page: the file to write.
-
-    Returns:
-        `page`.
+    """Writes one page of several runs, finished or not, in their order; returns `page`.
 
     Raises:
         ConfigError: fewer than two runs or more than 16, or one given twice.
@@ -226,11 +195,7 @@ def evaluation_rows(columns: Sequence[Column]) -> tuple[list[tuple[str, list[tup
 
 
 def setting_rows(settings: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """The settings in which runs differ, as YAML.
-
-    Args:
-        settings: of each run, flat: name to value.
-    """
+    """The settings in which runs differ, as YAML; `settings` are flat, name to value, of each run."""
     names = dict.fromkeys(name for values in settings for name in values)
     rows = []
     for name in names:

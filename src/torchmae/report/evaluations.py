@@ -19,13 +19,7 @@ _INCIDENTAL = ("method", "data", "test_data", "train_images", "test_images", "pr
 
 @dataclass(frozen=True)
 class FigureTable:
-    """Figures of one unit, of one evaluation.
-
-    Attributes:
-        unit: what they are measured in; the head of the first column.
-        columns: whose figures they are.
-        rows: name of a figure, and one for each column.
-    """
+    """Figures of one unit, of one evaluation: a row has the name of a figure, and one for each column."""
 
     unit: str
     columns: tuple[str, ...]
@@ -34,14 +28,7 @@ class FigureTable:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One call of `torchmae evaluate`.
-
-    Attributes:
-        title: its methods.
-        tables: one for each unit.
-        remark: on how many images, when; may be empty.
-        command: that made it; empty where it is not known.
-    """
+    """One call of `torchmae evaluate`: its methods, a table for each unit, on how many images and when, its command."""
 
     title: str
     tables: tuple[FigureTable, ...]
@@ -50,12 +37,7 @@ class Evaluation:
 
 
 class Measured(NamedTuple):
-    """A figure of a run.
-
-    Attributes:
-        figure: the figure.
-        basis: the images and options that it depends on; figures can be compared where it is the same.
-    """
+    """A figure of a run, and the images and options that it depends on: figures of one basis can be compared."""
 
     figure: Figure
     basis: str

@@ -49,9 +49,7 @@ class Reconstructions:
         headers: what stands above each third of a column; empty where the picture carries its own.
         pixelated: whether pixels are to be seen as squares.
         note: how the reconstruction came about.
-        progress: masked, then the reconstruction at each of `progress_steps`, then the original; None if there is
-            only one picture.
-        progress_steps: the steps in it.
+        progress: masked, the reconstruction at each of `progress_steps`, original; None of only one picture.
     """
 
     step: int
@@ -67,11 +65,7 @@ class Reconstructions:
 class ScoreTable:
     """Figures of the model beside those of what takes no learning.
 
-    Attributes:
-        caption: what they are of.
-        head: of the first column.
-        columns: (figure, whether it has bars).
-        rows: (label, (text, length of the bar in percent or None) for each column), the model first.
+    A column is (figure, whether it has bars); a row (label, (text, length of the bar in percent) for each column).
     """
 
     caption: str
@@ -90,14 +84,9 @@ class Setting:
 
 
 def write_report(run: Path, page: Path | None = None) -> Path:
-    """Writes a page from what the run folder holds, finished or not; the same folder gives the same bytes.
+    """Writes a page, RUN/report.html or another, from what the run folder holds; the same folder gives the same bytes.
 
-    Args:
-        run: the run folder; its name appears in the commands on the page as it is given here.
-        page: the file to write; None: RUN/report.html.
-
-    Returns:
-        The path of the page.
+    The folder's name appears in the commands on the page as it is given here.
 
     Raises:
         CheckpointError: the folder is no run, cannot be read, or cannot be written to.

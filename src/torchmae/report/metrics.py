@@ -123,13 +123,7 @@ _POOLS = {"mean": "patch mean", "cls": "class token"}
 
 
 class Measure(NamedTuple):
-    """What a figure's name stands for.
-
-    Attributes:
-        unit: what it is measured in.
-        label: the figure in words.
-        beside: what predicted in the model's place ("interpolation"); empty for the subject itself.
-    """
+    """What a figure's name stands for; `beside` is what predicted in the model's place; else empty."""
 
     unit: Unit
     label: str
@@ -137,13 +131,7 @@ class Measure(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """A figure as text.
-
-    Attributes:
-        value: the figure; empty where there is none.
-        spread: how sure it is: an interval, or a deviation; may be empty.
-        top5: of an accuracy, that of five guesses; may be empty.
-    """
+    """A figure as text, how sure it is (interval or deviation), and of an accuracy that of five guesses; or empty."""
 
     value: str = ""
     spread: str = ""

@@ -141,7 +141,8 @@ def title(run: Run) -> str:
 
 def describe(run: Run) -> str:
     """What was trained, in one sentence."""
-    shape, patch = input_size(run), patch_size(run)
+    shape = _size(run, "input_size")
+    patch = _size(run, "patch_size") if hidden_unit(run) == "patches" else ()
     items, points = _KINDS.get(len(shape), _KINDS[2])
     preset = f" ({_preset(run)})" if _preset(run) else ""
     num_train = finite(run.summary, "num_train")
@@ -155,22 +156,18 @@ def describe(run: Run) -> str:
 
 def facts(run: Run) -> list[tuple[str, str, str]]:
     """The run in figures: (name, figure, remark); what is unknown is left out."""
-    num_val = latest(run, "num_val")
-    decoder = latest(run, "params_decoder")
-    seen = latest(run, "images_seen")
-    speed = latest(run, "images_per_s")
-    rows = (
-        ("Training set", latest(run, "num_train"), "{:,.0f}".format, f"{num_val:,.0f} held out" if num_val else ""),
-        (
-            "Encoder parameters",
-            latest(run, "params_encoder"),
-            short_count,
-            f"decoder {short_count(decoder)}" if decoder else "",
-        ),
-        ("Steps", latest(run, "steps", "step"), "{:,.0f}".format, f"{short_count(seen)} images seen" if seen else ""),
-        ("Training time", latest(run, "seconds"), duration, f"{speed:,.0f} images per second" if speed else ""),
-    )
-    return [(name, show(value), remark) for name, value, show, remark in rows if value is not None]
+    whole = "{:,.0f}".format
+    rows = []
+    for name, show, keys, remark, show_beside, beside in (
+        ("Training set", whole, ("num_train",), "{} held out", whole, "num_val"),
+        ("Encoder parameters", short_count, ("params_encoder",), "decoder {}", short_count, "params_decoder"),
+        ("Steps", whole, ("steps", "step"), "{} images seen", short_count, "images_seen"),
+        ("Training time", duration, ("seconds",), "{} images per second", whole, "images_per_s"),
+    ):
+        value, other = latest(run, *keys), latest(run, beside)
+        if value is not None:
+            rows.append((name, show(value), remark.format(show_beside(other)) if other else ""))
+    return rows
 
 
 def state(run: Run) -> str:
@@ -192,16 +189,6 @@ def is_finished(run: Run) -> bool:
 def hidden_unit(run: Run) -> str:
     """What is hidden: patches, or single values with the element-wise strategies."""
     return "values" if str(setting(run, "mask", "strategy")).startswith("elements") else "patches"
-
-
-def input_size(run: Run) -> tuple[int, ...]:
-    """Size of the model's input along each spatial axis; empty where unknown."""
-    return _size(run, "input_size")
-
-
-def patch_size(run: Run) -> tuple[int, ...]:
-    """Size of a patch along each spatial axis; empty where unknown, or where single values are hidden."""
-    return _size(run, "patch_size") if hidden_unit(run) == "patches" else ()
 
 
 def setting(run: Run, section: str, name: str) -> Any:
@@ -273,6 +260,7 @@ def _hidden_share(run: Run) -> float | None:
 
 
 def _size(run: Run, name: str) -> tuple[int, ...]:
+    """Of the input or a patch, along each spatial axis; empty where unknown."""
     value = run.summary.get(name) or setting(run, "model", name)
     if isinstance(value, int):
         return (value, value)

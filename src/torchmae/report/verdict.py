@@ -35,13 +35,7 @@ _SMALL_UPDATE = 5e-5
 
 @dataclass(frozen=True)
 class Verdict:
-    """An answer to a question about a run.
-
-    Attributes:
-        level: how good, for colour.
-        answer: a few words.
-        sentences: why, with the numbers, and what to do about it.
-    """
+    """An answer to a question about a run: how good, in a few words, and why, with the numbers and what to do."""
 
     level: Level
     answer: str
@@ -52,11 +46,7 @@ def judge(figures: Mapping[str, float], unit: str = "patches") -> Verdict:
     """Is the loss good? Weighs reconstruction against the trivial predictors and features against trivial features.
 
     Good means that both pass, or that reconstruction does and there are no labels to test features with; poor, that
-    neither does.
-
-    Args:
-        figures: as `final_figures` gives them.
-        unit: what is hidden, for the sentences: "patches", or "values" where masking is element-wise.
+    neither does. `figures` are those of `final_figures`; `unit` is what is hidden, "patches" or "values".
     """
     reconstruction = _judge_reconstruction(figures, unit)
     features = _judge_features(figures)
@@ -151,14 +141,8 @@ def hints(records: Records) -> list[str]:
 
 def training_hints(records: Records) -> list[str]:
     """As `hints`, without the loss: for a page that weighs it elsewhere."""
-    found = (
-        collapse_hint(records),
-        chance_hint(records),
-        gradient_hint(records),
-        update_hint(records),
-        data_hint(records),
-    )
-    return [text for text in found if text]
+    checks = (collapse_hint, chance_hint, gradient_hint, update_hint, data_hint)
+    return [text for check in checks if (text := check(records))]
 
 
 def loss_hint(records: Records) -> str:
