@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,6 +14,8 @@ from torchmae.report.metrics import Unit, finite
 from torchmae.report.run import short_count
 
 Points: TypeAlias = npt.NDArray[np.float64]
+# The ends of a range of values, and the places in the drawing that these have.
+Scale: TypeAlias = tuple[tuple[float, float], tuple[float, float]]
 
 RUN_COLOURS = tuple(f"run-{i}" for i in range(8))
 # Of the drawing, as of its text: a narrow one is still legible on a phone.
@@ -100,40 +102,23 @@ def chart(title: str, *panels: Panel, along: str = "steps") -> Chart | None:
         return None
     lines = [line for panel in panels for line in panel.lines]
     far = max(float(line.x[-1]) for line in lines if not line.level) * 1.015 or 1.0
-    heights = (
-        (HEIGHT - _ABOVE - _BELOW - _BETWEEN * (len(panels) - 1))
-        * np.array([3, 2][: len(panels)])
-        / (3 if len(panels) == 1 else 5)
-    )
+    shares = (1.0,) if len(panels) == 1 else (0.6, 0.4)
     scales = [_limits(panel) for panel in panels]
     labels = [
         _labels(panel.unit, *scale, 5 if len(panels) == 1 else 3) for panel, scale in zip(panels, scales, strict=True)
     ]
     left = 10 + _LETTER_WIDTH * max(len(text) for ticks in labels for _, text in ticks)
-    width = WIDTH - _RIGHT - left
-
-    def place_x(values: Points) -> Points:
-        return left + width * values / far
-
+    across: Scale = ((0.0, far), (left, WIDTH - _RIGHT))
     areas, top = [], float(_ABOVE)
-    for panel, (low, high), ticks, height in zip(panels, scales, labels, heights, strict=True):
-
-        def place_y(
-            values: Points, low: float = low, high: float = high, top: float = top, height: float = height
-        ) -> Points:
-            return top + height * (high - values.clip(low, high)) / (high - low)
-
-        strokes = [_stroke(line, place_x, place_y, (left, left + width)) for line in panel.lines]
+    for panel, scale, ticks, share in zip(panels, scales, labels, shares, strict=True):
+        height = share * (HEIGHT - _ABOVE - _BELOW - _BETWEEN * (len(panels) - 1))
+        down: Scale = (scale, (top + height, top))
+        strokes = [_stroke(line, across, down) for line in panel.lines]
         ends = _spread_letters([(stroke.end[1] - top) / height for stroke in strokes])
-        areas.append(
-            Area(
-                [(round(float(place_y(np.array(value))), 1), text) for value, text in ticks],
-                [
-                    s._replace(end=(s.end[0], round(top + height * end, 1)))
-                    for s, end in zip(strokes, ends, strict=True)
-                ],
-            )
-        )
+        placed = [
+            s._replace(end=(s.end[0], round(top + height * end, 1))) for s, end in zip(strokes, ends, strict=True)
+        ]
+        areas.append(Area([(_place(value, down), text) for value, text in ticks], placed))
         top += height + _BETWEEN
     steps = [tick for tick in MaxNLocator(6, integer=True).tick_values(0, far) if 0 <= tick <= far]
     legend = [line for line in lines if not line.letter]
@@ -142,7 +127,7 @@ def chart(title: str, *panels: Panel, along: str = "steps") -> Chart | None:
         f"{title} over {along}: {'; '.join(_sentence(line, panel.unit) for panel in panels for line in panel.lines)}.",
         along,
         round(left, 1),
-        [(round(float(place_x(np.array(tick))), 1), short_count(tick)) for tick in steps],
+        [(_place(tick, across), short_count(tick)) for tick in steps],
         areas,
         legend if len(lines) > 1 else [],
     )
@@ -185,18 +170,20 @@ def _labels(unit: Unit, low: float, high: float, count: int) -> list[tuple[float
     return [(tick, f"{round(tick * unit.scale, 9):,.6g}{unit.sign}") for tick in ticks]
 
 
-def _stroke(
-    line: Line, place_x: Callable[[Points], Points], place_y: Callable[[Points], Points], ends: tuple[float, float]
-) -> Stroke:
+def _place(value: float, scale: Scale) -> float:
+    """A value as a place in the drawing; what lies beyond its range is at its end."""
+    return round(float(np.interp(value, *scale)), 1)
+
+
+def _stroke(line: Line, across: Scale, down: Scale) -> Stroke:
     parts = min(len(line.x), _MAX_POINTS)  # each point the mean of its neighbours: kinder to a noisy loss, too
     x, y = ([part.mean() for part in np.array_split(values, parts)] for values in (line.x, line.y))
-    points = np.stack([place_x(np.array(x)), place_y(np.array(y))], axis=1)
     if line.level:
-        points = np.array([[ends[0], points[-1, 1]], [ends[1], points[-1, 1]]])
-    placed = [(round(float(across), 1), round(float(down), 1)) for across, down in points]
-    path = "M" + " ".join(f"{across:g},{down:g}" for across, down in placed)
+        x, y = list(across[0]), [y[-1]] * 2
+    placed = [(_place(one, across), _place(other, down)) for one, other in zip(x, y, strict=True)]
+    path = "M" + " ".join(f"{one:g},{other:g}" for one, other in placed)
     has_dots = not line.level and line.colour != "train" and len(placed) <= 30
-    return Stroke(line, path, placed if has_dots else [], (round(ends[1] + 4, 1), placed[-1][1]))
+    return Stroke(line, path, placed if has_dots else [], (across[1][1] + 4, placed[-1][1]))
 
 
 def _spread_letters(heights: Sequence[float]) -> list[float]:
