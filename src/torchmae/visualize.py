@@ -152,14 +152,7 @@ def draw_map(
 
 
 def open_run_data(run: Path, pretrained: Pretrained, runtime: Runtime, source: str | None, root: str | None) -> Data:
-    """The data set that pictures are made from, fed as the model was.
-
-    Args:
-        run: the run folder; its config.yaml says what it was trained on.
-        pretrained: its model.
-        runtime: where batches go.
-        source: another data set, as `torchmae pretrain --data` takes it; None: the run's own.
-        root: where torchvision's sets are kept; None: as the run had it.
+    """The run's data set, fed as the model was; `source` and `root` are another's, as `torchmae pretrain` takes them.
 
     Raises:
         ConfigError: no source given, and the folder does not say what the model was trained on.

@@ -25,16 +25,19 @@ def model_card(run: Path, exported: Exported, options: ExportOptions, check: Che
         known = load_run(run)
     except CheckpointError:  # weights of others, or an export: nothing is known of the training
         known = None
-    task = "image-classification" if isinstance(exported.model, Classifier) else "image-feature-extraction"
+    what, task = "Masked autoencoder", "image-feature-extraction"
+    if isinstance(exported.model, Classifier):
+        what, task = "Image classifier", "image-classification"
+    data = _data_name(known)
     code = snippet(options.to, options.part, exported)
     sections = [
         f"---\nlibrary_name: {_LIBRARY.get(options.to, 'torchmae')}\npipeline_tag: {task}\n"
         "tags:\n- masked-autoencoder\n- self-supervised-learning\n- torchmae\n---\n",
-        f"# {_title(known, exported)}\n",
+        f"# {what}, trained on {_plain(data)}\n" if data else f"# {what}\n",
         f"{_summary(exported, options)}\n",
         f"## Use\n\n`FOLDER` is where this file lies. Images are {_scaled(exported)}, less the mean "
-        f"{_numbers(exported.mean)}, divided by "
-        f"{_numbers(exported.std)} (for each channel).\n\n```python\n{code}```\n",
+        f"({', '.join(f'{value:.4g}' for value in exported.mean)}), divided by "
+        f"({', '.join(f'{value:.4g}' for value in exported.std)}) (for each channel).\n\n```python\n{code}```\n",
         f"## Training\n\n{_training(known, exported, options.data_licence)}\n",
     ]
     figures = _figures(known)
@@ -114,20 +117,15 @@ def _scaled(exported: Exported) -> str:
     return " or ".join(f"{kind} divided by {one:g}" for kind, one in exported.scale.items())
 
 
-def _title(known: Run | None, exported: Exported) -> str:
-    what = "Image classifier" if isinstance(exported.model, Classifier) else "Masked autoencoder"
-    data = _data_name(known)
-    return f"{what}, trained on {_plain(data)}" if data else what
-
-
 def _summary(exported: Exported, options: ExportOptions) -> str:
     model = exported.model
     if not exported.model.patch_size:
         return "A masked autoencoder without patches, fully connected."
     encoder = exported.encoder
+    patch, size = (" x ".join(map(str, sizes)) for sizes in (encoder.patch_size, exported.input_size))
     block = (
-        f"{len(encoder.blocks)} blocks of width {encoder.embed_dim}, patches of {_times(encoder.patch_size)} on inputs "
-        f"of {_times(exported.input_size)} with {encoder.in_chans} channels"
+        f"{len(encoder.blocks)} blocks of width {encoder.embed_dim}, patches of {patch} on inputs of {size} with "
+        f"{encoder.in_chans} channels"
     )
     if isinstance(model, Classifier):
         return f"A vision transformer that was fine-tuned to tell {model.head.out_features} classes apart: {block}."
@@ -169,9 +167,9 @@ def _figures(known: Run | None) -> str:
     rows = []
     for name in _FIGURES:
         metric = METRICS[name]
-        words = {name: metric.label}
+        words = {name: metric.heading}
         words |= {f"{name}_{key}": f"the same of {BASELINES[key]}" for key in metric.baselines}
-        rows += [f"| {words[key]} | {metric.unit.text(measured[key])} |" for key in words if key in measured]
+        rows += [f"| {words[key]} | {metric.unit.cell(measured[key])} |" for key in words if key in measured]
     return "\n".join(["| on held-out images | |", "|---|---:|", *rows]) if rows else ""
 
 
@@ -183,14 +181,6 @@ def _data_name(known: Run | None) -> str | None:
 def _last_part(path: Any) -> str | None:
     """The last part of a path: a card is for others, and the rest of a path may say more than it should."""
     return Path(str(path)).name if path else None
-
-
-def _times(size: tuple[int, ...]) -> str:
-    return " x ".join(map(str, size))
-
-
-def _numbers(values: tuple[float, ...]) -> str:
-    return f"({', '.join(f'{value:.4g}' for value in values)})"
 
 
 def _plain(text: str) -> str:

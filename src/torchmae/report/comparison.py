@@ -176,11 +176,9 @@ def _cost_rows(columns: Sequence[Column]) -> Iterator[Row]:
 
 
 def evaluation_rows(columns: Sequence[Column]) -> tuple[list[tuple[str, list[tuple[str, tuple[Figure, ...]]]]], bool]:
-    """The figures of `torchmae evaluate` that any of the runs has.
+    """Of the figures of `torchmae evaluate` that any run has, the lines of a table (name, figures) for each unit.
 
-    Returns:
-        for each unit the lines of a table (name, and a figure for each run), and whether some are of other images or
-        options in one run than in another; these have a star behind their names.
+    Those of other images or options in one run than in another have a star; the last value says whether any has.
     """
     of_runs = [figures_of_run(column.run.evaluations) for column in columns]
     by_unit: dict[str, list[tuple[str, tuple[Figure, ...]]]] = {}

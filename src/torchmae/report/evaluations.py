@@ -44,11 +44,7 @@ class Measured(NamedTuple):
 
 
 def latest_evaluations(records: Sequence[Record]) -> tuple[list[Evaluation], int]:
-    """The latest evaluations, the newest first, each kind of it once, and how many others there were.
-
-    Args:
-        records: the objects of evaluations.jsonl, the oldest first.
-    """
+    """The latest evaluations, the newest first, each kind of it once, and how many others there were."""
     latest: dict[str, Evaluation] = {}
     for record in records:
         by_subject = figures_of(record)

@@ -47,12 +47,7 @@ _LONGEST_NAME = 15
 
 
 def pca_picture(images: Images, colours: FloatArray) -> Image.Image:
-    """Images beside the colours of their patches.
-
-    Args:
-        images: (N, C, *size) in [0, 1].
-        colours: (N, *grid, 3) in [0, 1], as `evaluation.feature_maps.patch_colours` gives them.
-    """
+    """Images, (N, C, *size) in [0, 1], beside the colours of their patches, (N, *grid, 3) in [0, 1]."""
     panels = [_panel(image) for image in as_numpy(images)]
     pairs = [((panel, ""), (map_panel(colour, panel.size), "")) for panel, colour in zip(panels, colours, strict=True)]
     headers = ("image", "features") * len(pairs[:_PAIRS_PER_ROW])
@@ -68,11 +63,9 @@ def pca_picture(images: Images, colours: FloatArray) -> Image.Image:
 
 
 def attention_picture(images: Images, attention: FloatArray) -> Image.Image:
-    """Images beside the class token's attention: the mean of the heads, then each head.
+    """Images, (N, C, *size) in [0, 1], beside the class token's attention: the mean of the heads, then each head.
 
-    Args:
-        images: (N, C, *size) in [0, 1].
-        attention: (N, heads, *grid), 0 or more; each map is drawn from 0 to its own largest value.
+    `attention` is (N, heads, *grid), 0 or more; each map is drawn from 0 to its own largest value.
     """
     count = attention.shape[1]
     rows: list[list[Cell]] = []
@@ -148,12 +141,9 @@ def ratios_picture(
 
 
 def anomaly_picture(images: Images, maps: Mapping[str, FloatArray], truth: Sequence[str]) -> Image.Image:
-    """Images beside maps of what is unusual in them, two in a row.
+    """Images, (N, C, H, W) in [0, 1], beside maps of what is unusual in them, (N, H, W) in [0, 1] by name.
 
-    Args:
-        images: (N, C, H, W) in [0, 1].
-        maps: (N, H, W) in [0, 1] by name.
-        truth: a word below each image.
+    `truth` is a word below each image.
     """
     groups: list[list[Cell]] = []
     for number, (image, word) in enumerate(zip(as_numpy(images), truth, strict=True)):

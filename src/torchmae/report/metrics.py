@@ -70,6 +70,11 @@ class Metric:
     best: Callable[[Sequence[float]], float] | None = None
     baselines: tuple[str, ...] = ()
 
+    @property
+    def heading(self) -> str:
+        """The label, with the unit where figures without one follow."""
+        return f"{self.label}, %" if self.unit is ACCURACY else self.label
+
 
 BASELINES = {
     "interpolation": "interpolation",

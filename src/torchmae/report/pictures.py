@@ -28,13 +28,13 @@ _LAYOUT_KEY = "torchmae"
 class GridLayout:
     """Where things are in a saved grid, kept in the PNG so that a page can set it anew for a narrow screen.
 
+    `count` triplets stand in `columns`; other lengths are in pixels.
+
     Attributes:
-        count: triplets.
-        columns: triplets in a row.
-        panel: width and height of one picture of a triplet, in pixels.
-        gutter: pixels between the pictures of a triplet, and between rows.
-        column_step: pixels from the left edge of one triplet to that of the next.
-        top: pixels above the first row, where the headers are.
+        panel: width and height of one picture of a triplet.
+        gutter: between the pictures of a triplet, and between rows.
+        column_step: from the left edge of one triplet to that of the next.
+        top: above the first row, where the headers are.
         scale: by how much the images were enlarged.
         note: how the reconstruction came about; a viewer shows it.
     """
@@ -88,8 +88,8 @@ def reconstruction_grid(
             lies outside is clipped), signals on any scale.
         reconstructed: likewise, without NaN.
         original: likewise, without NaN.
-        path: where to save the picture as PNG; null: nowhere.
-        triplets_per_row: null: one, or two for more than four images.
+        path: where to save the picture as PNG; None: nowhere.
+        triplets_per_row: None: one, or two for more than four images.
         min_side: the longer side of a panel, in pixels, is at least this.
         note: how the reconstruction came about (`Reconstruction.note`), to be shown wherever the picture is.
 

@@ -57,10 +57,7 @@ class Run:
 
 
 def load_run(run: Path) -> Run:
-    """Reads a run folder.
-
-    Args:
-        run: the folder that `torchmae pretrain` wrote.
+    """Reads a folder that `torchmae pretrain` wrote.
 
     Raises:
         CheckpointError: the folder does not exist, holds neither config.yaml nor metrics.jsonl, or cannot be read.

@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from torchmae.report.metrics import ACCURACY, BASELINES, CLASSIFIERS, METRICS, RECONSTRUCTION, finite
+from torchmae.report.metrics import BASELINES, CLASSIFIERS, METRICS, RECONSTRUCTION, finite
 
 
 def final_table(figures: Mapping[str, Any]) -> str:
@@ -25,10 +25,10 @@ def final_table(figures: Mapping[str, Any]) -> str:
     for name in (*RECONSTRUCTION, *CLASSIFIERS):
         metric = METRICS[name]
         if figures[name] is not None:
-            of = f" on hidden {figures['target']}" if name == "loss" else ", %" if metric.unit is ACCURACY else ""
+            of = f" on hidden {figures['target']}" if name == "loss" else ""
             values = (finite(figures, key) for key in (name, *(f"{name}_{beside}" for beside in BASELINES)))
             cells = ("" if value is None else metric.unit.cell(value) for value in values)
-            table.add_row(f"{metric.label}{of}", *cells)
+            table.add_row(f"{metric.heading}{of}", *cells)
     output = StringIO()
     console = Console(file=output, width=100, highlight=False)
     console.print(

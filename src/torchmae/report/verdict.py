@@ -131,11 +131,7 @@ def trend(val: Records) -> str:
 
 
 def hints(records: Records) -> list[str]:
-    """Everything that looks wrong, a sentence or two each; empty where nothing does.
-
-    Args:
-        records: the objects of metrics.jsonl, by rising step, or of any part of a run.
-    """
+    """Everything that looks wrong in records of metrics.jsonl, by rising step: a sentence or two each."""
     return [*filter(None, [loss_hint(records)]), *training_hints(records)]
 
 
