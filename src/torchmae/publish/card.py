@@ -161,9 +161,7 @@ def _training(known: Run | None, exported: Exported, data_licence: str | None) -
 
 def _figures(known: Run | None) -> str:
     """A table of what was measured on held-out images, each figure beside its baselines."""
-    if known is None:
-        return ""
-    measured = final_figures(known.summary, known.val, known.baseline)
+    measured = final_figures(known.summary, known.val, known.baseline) if known else {}
     rows = []
     for name in _FIGURES:
         metric = METRICS[name]
