@@ -141,7 +141,7 @@ def test_without_held_out_images(place: Path) -> None:
     assert (run.figures["num_val"], run.figures["loss"], run.figures["knn"]) == (0, None, None)
     assert records(run, "val") == []
     assert "20 images" in final_table(run.figures)
-    assert "loss" not in final_table(run.figures)
+    assert "Loss" not in final_table(run.figures)
 
 
 def test_unknown_settings(place: Path) -> None:
@@ -215,10 +215,10 @@ def test_the_final_table() -> None:
     }  # fmt: skip
     lines = [" ".join(line.split()) for line in final_table(figures).splitlines()]
     assert "2,400 steps, 287,400 images in 88 s of training (3,251 images/s)" in lines
-    assert "loss on hidden pixels 0.3457 1.2000 1.3000" in lines
-    assert "explained variance 0.623 -0.195" in lines
+    assert "Loss on hidden pixels 0.3457 1.2000 1.3000" in lines
+    assert "Explained variance 0.623 -0.195" in lines
     assert "kNN accuracy, % 94.7 46.4 98.3" in lines
-    assert "linear probe accuracy, % 95.0 80.0 96.1" in lines
+    assert "Linear probe accuracy, % 95.0 80.0 96.1" in lines
     assert max(map(len, final_table(figures).splitlines())) <= 100
 
 

@@ -26,8 +26,8 @@ from torchmae.interop.weights import initialise
 from torchmae.nn.mae import MaskedAutoencoder, parameter_counts
 from torchmae.nn.masking import Masker
 from torchmae.paths import user_path
-from torchmae.report.hints import hints
 from torchmae.report.html import write_report
+from torchmae.report.verdict import hints
 from torchmae.training.checkpoint import Checkpoint, load_checkpoint, load_step
 from torchmae.training.fit import fit_batch
 from torchmae.training.initial import adopt_shape, read_initial

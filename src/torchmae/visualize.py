@@ -17,19 +17,19 @@ from torchmae.data.loader import ImageLoader
 from torchmae.data.opening import Data, open_data
 from torchmae.data.worker import Indices
 from torchmae.errors import ConfigError
-from torchmae.evaluation.feature_maps import (
-    class_attention,
-    content_tokens,
-    embed_2d,
-    nearest,
-    patch_colours,
-)
+from torchmae.evaluation.feature_maps import class_attention, content_tokens, embed_2d, nearest, patch_colours
 from torchmae.evaluation.features import extract
 from torchmae.evaluation.quality import strategies_of
 from torchmae.random import Purpose, permutation
-from torchmae.report.feature_pictures import attention_picture, neighbours_picture, pca_picture, ratios_picture
+from torchmae.report.feature_pictures import (
+    attention_picture,
+    class_name,
+    map_picture,
+    neighbours_picture,
+    pca_picture,
+    ratios_picture,
+)
 from torchmae.report.pictures import save_png
-from torchmae.report.scatter import class_name, map_picture
 from torchmae.training.pretrained import Pretrained
 from torchmae.training.runtime import Runtime
 
@@ -46,18 +46,10 @@ REPORT_POINTS = 1000
 
 
 def write_pictures(folder: Path, pretrained: Pretrained, data: Data, runtime: Runtime) -> list[Path]:
-    """Draws every kind of picture from a run's own data, for its report.
+    """Draws every kind of picture that model and data can have, for a run's report; returns the files, in its order.
 
-    Images are held-out ones, the same in every run on the same data; neighbours are training images.
-
-    Args:
-        folder: RUN/pictures; made if need be.
-        pretrained: the model, on the runtime's device.
-        data: the run's.
-        runtime: where to compute.
-
-    Returns:
-        The files written, in the order a report shows them. Kinds that the model or the data cannot have are left out.
+    Images are held-out ones, the same in every run on the same data; neighbours are training images. The model is on
+    the runtime's device.
 
     Raises:
         CheckpointError: the folder cannot be written to.
@@ -84,11 +76,7 @@ def write_pictures(folder: Path, pretrained: Pretrained, data: Data, runtime: Ru
 
 
 def draw_pca(pretrained: Pretrained, images: Tensor) -> Image.Image:
-    """Images beside their patches' features as colours.
-
-    Args:
-        pretrained: the model.
-        images: (B, C, *input_size) as `Pretrained.preprocess` gives them, on the model's device.
+    """Images, (B, C, *input_size) as `Pretrained.preprocess` gives them, beside their patches' features as colours.
 
     Raises:
         ConfigError: a model without patches.
@@ -99,7 +87,7 @@ def draw_pca(pretrained: Pretrained, images: Tensor) -> Image.Image:
 
 
 def draw_attention(pretrained: Pretrained, images: Tensor) -> Image.Image:
-    """Images beside the class token's attention. Arguments as for `draw_pca`.
+    """Images, as for `draw_pca`, beside the class token's attention.
 
     Raises:
         ConfigError: a model without patches or without a class token.
@@ -110,13 +98,9 @@ def draw_attention(pretrained: Pretrained, images: Tensor) -> Image.Image:
 
 
 def draw_ratios(pretrained: Pretrained, images: Tensor, ratios: Sequence[float] = RATIOS, seed: int = 0) -> Image.Image:
-    """Images, and what the model makes of them as more is hidden.
+    """Images, as for `draw_pca`, and what the model makes of them as a rising share of their patches is hidden.
 
-    Args:
-        pretrained: the model.
-        images: as for `draw_pca`.
-        ratios: share that is hidden, in (0, 1); with random masks, what a lower one hides a higher one hides too.
-        seed: another one gives other masks.
+    With random masks of one seed, what a lower ratio hides a higher one hides too.
     """
     known = strategies_of(pretrained.model)
     trained = pretrained.description.mask["strategy"]
@@ -134,15 +118,9 @@ def draw_ratios(pretrained: Pretrained, images: Tensor, ratios: Sequence[float] 
 def draw_neighbours(
     pretrained: Pretrained, images: Tensor, captions: Sequence[str], data: Data, runtime: Runtime, num_images: int
 ) -> Image.Image:
-    """Images beside the training images whose features are nearest.
+    """Images, as for `draw_pca`, beside those of at most `num_images` training images whose features are nearest.
 
-    Args:
-        pretrained: the model, on the runtime's device.
-        images: as for `draw_pca`.
-        captions: a line below each of them.
-        data: where neighbours are looked for.
-        runtime: where to compute.
-        num_images: training images among which neighbours are looked for, at most.
+    The model is on the runtime's device; `captions` are lines below the images.
     """
     bank = chosen(data.train, num_images)
     features, labels = extract(pretrained.model, data.train.eval_batches(bank, EVAL_BATCH), runtime)
@@ -160,15 +138,9 @@ def draw_neighbours(
 def draw_map(
     pretrained: Pretrained, data: Data, runtime: Runtime, num_images: int, method: str = "tsne", seed: int = 0
 ) -> Image.Image:
-    """The held-out images as points, close together where their features are alike.
+    """At most `num_images` held-out images as points, close together where their features are alike.
 
-    Args:
-        pretrained: the model, on the runtime's device.
-        data: the images.
-        runtime: where to compute.
-        num_images: images placed, at most.
-        method: "tsne", "pca" or "umap".
-        seed: of UMAP.
+    `method` is "tsne", "pca" or "umap"; `seed` is UMAP's. The model is on the runtime's device.
 
     Raises:
         ConfigError: UMAP is not installed, or there are too few images.
@@ -180,14 +152,7 @@ def draw_map(
 
 
 def open_run_data(run: Path, pretrained: Pretrained, runtime: Runtime, source: str | None, root: str | None) -> Data:
-    """The data set that pictures are made from, fed as the model was.
-
-    Args:
-        run: the run folder; its config.yaml says what it was trained on.
-        pretrained: its model.
-        runtime: where batches go.
-        source: another data set, as `torchmae pretrain --data` takes it; None: the run's own.
-        root: where torchvision's sets are kept; None: as the run had it.
+    """The run's data set, fed as the model was; `source` and `root` are another's, as `torchmae pretrain` takes them.
 
     Raises:
         ConfigError: no source given, and the folder does not say what the model was trained on.

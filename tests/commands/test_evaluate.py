@@ -17,7 +17,7 @@ from torchmae.commands.evaluate import cell
 from torchmae.config.base import make
 from torchmae.config.evaluate import ComputeOptions, EvaluateOptions, RunOrBaseline
 from torchmae.evaluation.records import read_records
-from torchmae.report.measures import Figure
+from torchmae.report.metrics import Figure
 
 QUICK = ["--train-images", "120", "--test-images", "60", "--threads", "1", "--precision", "fp32", "--progress", "none"]
 

@@ -15,7 +15,7 @@ from tiny_run import write_run
 from torchmae.cli import main
 from torchmae.evaluation import anomaly
 from torchmae.evaluation.records import read_records
-from torchmae.report.measures import measure_of
+from torchmae.report.metrics import measure_of
 
 ANOMALY = ["--method", "anomaly", "--threads", "1", "--precision", "fp32", "--progress", "none"]
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torchmae.errors import CheckpointError, ConfigError
 from torchmae.report.comparison import flat, setting_rows, write_comparison
 from torchmae.report.feature_pictures import pca_picture
-from torchmae.report.pictures import comparison_grid, read_layout, reconstruction_grid, save_png
+from torchmae.report.pictures import read_layout, reconstruction_grid, save_png, strip_grid
 
 
 def change(run: Path, changes: dict[str, Any], **figures: Any) -> Path:
@@ -139,7 +139,7 @@ def test_a_comparison_grid_is_masked_each_model_original() -> None:
     images = np.random.default_rng(0).random((3, 1, 8, 8), dtype=np.float32)
     masked = np.where(np.arange(8) < 4, np.nan, images)
     grids = [reconstruction_grid(masked, images * share, images, note=f"{share}") for share in (0.2, 0.8)]
-    grid = comparison_grid(grids, num_rows=2)
+    grid = strip_grid(grids, num_rows=2)
     layout = read_layout(grids[0])
     assert grid is not None and layout is not None
     width, height = layout.panel
@@ -149,8 +149,8 @@ def test_a_comparison_grid_is_masked_each_model_original() -> None:
         truth = source.crop((left, top, left + width, top + height))
         x, y = column * (width + layout.gutter), height + layout.gutter
         assert grid.crop((x, y, x + width, y + height)).tobytes() == truth.tobytes()
-    assert comparison_grid([grids[0], reconstruction_grid(images, images, images)]) is None
-    assert comparison_grid([grids[0], Image.new("RGBA", grids[0].size)]) is None
+    assert strip_grid([grids[0], reconstruction_grid(images, images, images)]) is None
+    assert strip_grid([grids[0], Image.new("RGBA", grids[0].size)]) is None
 
 
 def test_pictures_and_evaluations_of_each_run(runs: list[Path], tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_curves_go_by_images_seen_or_by_steps_where_a_batch_is_unknown(runs: lis
     assert "over images seen: A from" in page_of(runs, tmp_path).html
     change(runs[0], {"batch_size": None})
     html = page_of(runs, tmp_path).html
-    assert "over step: A from" in html and "images seen: A" not in html
+    assert "over steps: A from" in html and "images seen: A" not in html
 
 
 def test_an_unfinished_run_and_what_looks_wrong(runs: list[Path], tmp_path: Path) -> None:

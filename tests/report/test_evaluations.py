@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from torchmae.report.evaluations import figures_of, figures_of_run, latest_evaluations
-from torchmae.report.measures import Figure
+from torchmae.report.metrics import Figure
 
 ACCURACY = "Accuracy, %"
 

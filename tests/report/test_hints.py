@@ -4,7 +4,15 @@ from typing import Any
 
 import pytest
 
-from torchmae.report.hints import collapse_hint, data_hint, gradient_hint, hints, loss_hint, training_hints, update_hint
+from torchmae.report.verdict import (
+    collapse_hint,
+    data_hint,
+    gradient_hint,
+    hints,
+    loss_hint,
+    training_hints,
+    update_hint,
+)
 
 
 def train(key: str, values: list[Any]) -> list[dict[str, Any]]:

@@ -11,11 +11,11 @@ from torchmae.errors import CheckpointError
 from torchmae.report.panels import HIDDEN
 from torchmae.report.pictures import (
     GridLayout,
-    progress_grid,
     read_layout,
     reconstruction_grid,
     save_png,
     split_columns,
+    strip_grid,
 )
 
 
@@ -214,7 +214,7 @@ def test_progress_shows_each_moment_between_masked_and_original() -> None:
     grids = [reconstruction_grid(masked, moment, original) for moment in moments]
     layout = read_layout(grids[0])
     assert layout is not None
-    picture = progress_grid(grids, num_rows=4)
+    picture = strip_grid(grids, num_rows=4)
     assert picture is not None
     width, height, gutter = *layout.panel, layout.gutter
     assert picture.size == (5 * width + 4 * gutter, 4 * height + 3 * gutter)
@@ -230,5 +230,5 @@ def test_progress_shows_each_moment_between_masked_and_original() -> None:
 def test_no_progress_of_grids_that_differ() -> None:
     few, _, _ = grid_of((2, 1, 8, 8))
     many, _, _ = grid_of((3, 1, 8, 8))
-    assert progress_grid([few, many]) is None
-    assert progress_grid([Image.new("RGB", (4, 4))]) is None
+    assert strip_grid([few, many]) is None
+    assert strip_grid([Image.new("RGB", (4, 4))]) is None

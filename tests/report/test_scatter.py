@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from torchmae.report.scatter import class_name, map_picture
+from torchmae.report.feature_pictures import class_name, map_picture
 
 POINTS = np.random.default_rng(0).normal(size=(200, 2)).astype(np.float32)
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from torchmae.commands import print_json
 from torchmae.config.evaluate import ComputeOptions, EvaluateOptions, RunOrBaseline
 from torchmae.evaluation.suite import Evaluation, evaluate, record_evaluation
-from torchmae.report.measures import AUROC, TRAINING, Figure, figures_as_text, measure_of
+from torchmae.report.metrics import AUROC, TRAINING, Figure, figures_as_text, measure_of
 
 HEADINGS = {"model": "this model", "random": "untrained", "pixels": "raw pixels"}
 
@@ -74,10 +74,10 @@ def heading(name: str, texts: Mapping[str, Mapping[str, Figure]]) -> str:
     unit = measure_of(name).unit
     spread = next(column[name].spread for column in texts.values() if name in column)
     if unit == AUROC:
-        return f"{unit} (0.5: chance)"
+        return f"{unit.name} (0.5: chance)"
     if not spread:
-        return unit
-    return f"{unit} {'± deviation over draws' if spread.startswith('±') else '(95% interval)'}"
+        return unit.name
+    return f"{unit.name} {'± deviation over draws' if spread.startswith('±') else '(95% interval)'}"
 
 
 def cell(figure: Figure) -> str:

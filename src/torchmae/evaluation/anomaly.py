@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
@@ -33,6 +31,8 @@ from torchmae.files import replace_file
 from torchmae.nn.mae import MaskedAutoencoder, require_patches
 from torchmae.nn.masking import Mask
 from torchmae.random import Purpose, permutation, uniform
+from torchmae.report.feature_pictures import anomaly_picture
+from torchmae.report.pictures import save_png
 from torchmae.training.progress import Display
 from torchmae.training.runtime import Runtime
 
@@ -46,10 +46,6 @@ PICTURED = 16
 
 _MODE = {1: "linear", 2: "bilinear", 3: "trilinear"}
 _MAX_VALUES = 2**24  # cosines that are held at a time: 64 MB
-_PANEL = 96
-_GAP = 4
-_HEADER = 16
-_COLOURS = "inferno"
 
 
 class Detection(NamedTuple):
@@ -122,11 +118,9 @@ def run(
         shown = detection.scores["patch_knn"].argsort(descending=True, stable=True)[:PICTURED]
         images = torch.cat([batch.images.cpu() for batch in test.only(shown.numpy()).batches()])
         if images.ndim == 4:
-            pixels = normalisation.shown(images).clamp(0, 1)
-            picture = heat_map_grid(pixels, detection, shown, model.encoder.grid)
-            buffer = io.BytesIO()
-            picture.save(buffer, "PNG")
-            replace_file(out / "anomaly.png", buffer.getvalue())
+            words = ["anomalous" if flag else "normal" for flag in detection.anomalous[shown].tolist()]
+            maps = heat_maps(detection, shown, model.encoder.grid, images.shape[2:])
+            save_png(anomaly_picture(normalisation.shown(images), maps, words), out / "anomaly.png")
 
     if out is not None:
         runtime.ranks.on_main(write)
@@ -327,43 +321,21 @@ def upsample(maps: Tensor, grid: tuple[int, ...], size: tuple[int, ...]) -> Tens
     return F.interpolate(maps.view(len(maps), 1, *grid), size=size, mode=_MODE[len(size)], align_corners=False)[:, 0]
 
 
-def heat_map_grid(pixels: Tensor, detection: Detection, shown: Tensor, grid: tuple[int, ...]) -> Image.Image:
-    """Images beside maps of what is unusual in them: two in a row, each as image | reconstruction | patch_knn.
+def heat_maps(
+    detection: Detection, shown: Tensor, grid: tuple[int, ...], size: tuple[int, ...]
+) -> dict[str, FloatArray]:
+    """Maps of what is unusual in some test images, by name: (M, *size) in [0, 1].
 
-    A colour means the same in all maps of one kind: black is the 1st percentile of all test images, yellow the 99.9th.
+    A value means the same in all maps of one kind: 0 is the 1st percentile of all test images, 1 the 99.9th.
 
     Args:
-        pixels: (M, C, H, W) in [0, 1]; one channel is drawn grey, of more than three the first three.
         detection: its maps.
-        shown: (M,) which test images these are.
+        shown: (M,) which test images.
         grid: patches along each axis.
+        size: of the images.
     """
-    size = (pixels.shape[2], pixels.shape[3])
-    pictures = pixels[:, :3] if pixels.shape[1] >= 3 else pixels.mean(1, keepdim=True).expand(-1, 3, -1, -1)
-    columns = {"image": pictures.movedim(1, -1).numpy()}
-    palette = matplotlib.colormaps[_COLOURS]
+    found = {}
     for name, maps in detection.maps.items():
         low, high = np.percentile(maps.numpy(), [1, 99.9])
-        values = (upsample(maps[shown], grid, size).numpy() - low) / max(high - low, 1e-12)
-        columns[name] = palette(values.clip(0, 1))[..., :3].astype(np.float32)
-    return _lay_out(columns, ["anomalous" if flag else "normal" for flag in detection.anomalous[shown].tolist()])
-
-
-def _lay_out(columns: Mapping[str, FloatArray], truth: Sequence[str]) -> Image.Image:
-    """Panels of equal height, two images in a row, under a line that says what they are."""
-    first = next(iter(columns.values()))
-    height = max(_PANEL, first.shape[1])
-    width = round(first.shape[2] * height / first.shape[1])
-    step, rise = len(columns) * (width + _GAP) + 4 * _GAP, height + _HEADER + _GAP
-    canvas = Image.new("RGB", (2 * step, -(-len(truth) // 2) * rise), "white")
-    draw = ImageDraw.Draw(canvas)
-    for i, word in enumerate(truth):
-        top, left = i // 2 * rise, i % 2 * step
-        for j, (name, panels) in enumerate(columns.items()):
-            place = left + j * (width + _GAP)
-            panel = Image.fromarray((panels[i] * 255).round().astype(np.uint8)).resize(
-                (width, height), Image.Resampling.NEAREST
-            )
-            canvas.paste(panel, (place, top + _HEADER))
-            draw.text((place, top + 2), word if j == 0 else name, fill="black")
-    return canvas
+        found[name] = ((upsample(maps[shown], grid, size).numpy() - low) / max(high - low, 1e-12)).clip(0, 1)
+    return found

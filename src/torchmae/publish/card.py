@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,42 +12,32 @@ from torchmae.interop import official, onnx, timm
 from torchmae.interop.exports import Check, Exported
 from torchmae.nn.classifier import Classifier
 from torchmae.nn.mae import parameter_counts
-from torchmae.report.facts import duration, short_count
-from torchmae.report.run import Run, load_run
+from torchmae.report.metrics import BASELINES, CLASSIFIERS, METRICS, RECONSTRUCTION, final_figures
+from torchmae.report.run import Run, duration, load_run, short_count
 
-_FIGURES = (
-    ("loss", "loss on hidden patches of held-out images", "{:.4f}"),
-    ("loss_interpolation", "the same of smooth interpolation from the visible pixels", "{:.4f}"),
-    ("loss_mean_patch", "the same of the mean of the visible patches", "{:.4f}"),
-    ("explained_variance", "explained variance", "{:.4f}"),
-    ("knn", "kNN accuracy, %", "{:.1f}"),
-    ("knn_untrained", "kNN accuracy of the untrained network, %", "{:.1f}"),
-    ("knn_pixels", "kNN accuracy of raw pixels, %", "{:.1f}"),
-    ("finetune", "accuracy on the test images, %", "{:.1f}"),
-)
+_FIGURES = (*RECONSTRUCTION, *CLASSIFIERS, "finetune")
 _LIBRARY = {"timm": "timm", "hf-mae": "transformers", "hf-vit": "transformers", "onnx": "onnx"}
-_ASIDE = "`FOLDER` is where this file lies."
 
 
 def model_card(run: Path, exported: Exported, options: ExportOptions, check: Check, notes: tuple[str, ...]) -> str:
-    """The card's Markdown.
-
-    Args:
-        run: where the model came from; what it says of the training is taken over.
-        exported: the model.
-        options: the format, and the licence of the training data as the user gave it.
-        check: that the files passed.
-        notes: what was left out or adapted.
-    """
-    known = _read(run)
-    classifier = isinstance(exported.model, Classifier)
+    """The card's Markdown: what `run` says of the training, how to use the files, `notes` on what was left out."""
+    try:
+        known = load_run(run)
+    except CheckpointError:  # weights of others, or an export: nothing is known of the training
+        known = None
+    what, task = "Masked autoencoder", "image-feature-extraction"
+    if isinstance(exported.model, Classifier):
+        what, task = "Image classifier", "image-classification"
+    data = _data_name(known)
     code = snippet(options.to, options.part, exported)
     sections = [
-        _front_matter(options.to, classifier),
-        f"# {_title(known, exported)}\n",
+        f"---\nlibrary_name: {_LIBRARY.get(options.to, 'torchmae')}\npipeline_tag: {task}\n"
+        "tags:\n- masked-autoencoder\n- self-supervised-learning\n- torchmae\n---\n",
+        f"# {what}, trained on {_plain(data)}\n" if data else f"# {what}\n",
         f"{_summary(exported, options)}\n",
-        f"## Use\n\n{_ASIDE} Images are {_scaled(exported)}, less the mean {_numbers(exported.mean)}, divided by "
-        f"{_numbers(exported.std)} (for each channel).\n\n```python\n{code}```\n",
+        f"## Use\n\n`FOLDER` is where this file lies. Images are {_scaled(exported)}, less the mean "
+        f"({', '.join(f'{value:.4g}' for value in exported.mean)}), divided by "
+        f"({', '.join(f'{value:.4g}' for value in exported.std)}) (for each channel).\n\n```python\n{code}```\n",
         f"## Training\n\n{_training(known, exported, options.data_licence)}\n",
     ]
     figures = _figures(known)
@@ -69,7 +58,7 @@ def model_card(run: Path, exported: Exported, options: ExportOptions, check: Che
 
 def snippet(to: str, part: str, exported: Exported) -> str:
     """Python that loads the files of a format and applies them to `images`."""
-    size = (exported.encoder.in_chans, *exported.input_size) if _patches(exported) else ()
+    size = (exported.encoder.in_chans, *exported.input_size) if exported.model.patch_size else ()
     shape = f"(batch, {', '.join(map(str, size))})"
     if to == "timm":
         name, arguments = timm.architecture(exported)
@@ -121,21 +110,6 @@ def _onnx_snippet(part: str, exported: Exported, shape: str) -> str:
     )
 
 
-def _read(run: Path) -> Run | None:
-    try:
-        return load_run(run)
-    except CheckpointError:  # weights of others, or an export: nothing is known of the training
-        return None
-
-
-def _front_matter(to: str, classifier: bool) -> str:
-    task = "image-classification" if classifier else "image-feature-extraction"
-    return (
-        f"---\nlibrary_name: {_LIBRARY.get(to, 'torchmae')}\npipeline_tag: {task}\n"
-        "tags:\n- masked-autoencoder\n- self-supervised-learning\n- torchmae\n---\n"
-    )
-
-
 def _scaled(exported: Exported) -> str:
     """How stored values are scaled."""
     if exported.scale is None or set(exported.scale) == {"uint8"}:
@@ -143,20 +117,15 @@ def _scaled(exported: Exported) -> str:
     return " or ".join(f"{kind} divided by {one:g}" for kind, one in exported.scale.items())
 
 
-def _title(known: Run | None, exported: Exported) -> str:
-    what = "Image classifier" if isinstance(exported.model, Classifier) else "Masked autoencoder"
-    data = _data_name(known)
-    return f"{what}, trained on {_plain(data)}" if data else what
-
-
 def _summary(exported: Exported, options: ExportOptions) -> str:
     model = exported.model
-    if not _patches(exported):
+    if not exported.model.patch_size:
         return "A masked autoencoder without patches, fully connected."
     encoder = exported.encoder
+    patch, size = (" x ".join(map(str, sizes)) for sizes in (encoder.patch_size, exported.input_size))
     block = (
-        f"{len(encoder.blocks)} blocks of width {encoder.embed_dim}, patches of {_times(encoder.patch_size)} on inputs "
-        f"of {_times(exported.input_size)} with {encoder.in_chans} channels"
+        f"{len(encoder.blocks)} blocks of width {encoder.embed_dim}, patches of {patch} on inputs of {size} with "
+        f"{encoder.in_chans} channels"
     )
     if isinstance(model, Classifier):
         return f"A vision transformer that was fine-tuned to tell {model.head.out_features} classes apart: {block}."
@@ -184,30 +153,22 @@ def _training(known: Run | None, exported: Exported, data_licence: str | None) -
         "hidden": f"{100 * exported.mask_ratio:.0f}% of the patches, {summary.get('mask_strategy')}",
         "optimiser": (config.get("optim") or {}).get("name"),
         "seed": config.get("seed"),
-        "software": _software(known.environment),
+        **{name: known.environment.get(name) for name in ("torchmae", "torch", "precision", "device")},
     }
     table = "\n".join(f"| {name} | {_plain(str(value))} |" for name, value in rows.items() if value is not None)
     return f"| | |\n|---|---|\n{table}\n\n{licence}"
 
 
 def _figures(known: Run | None) -> str:
-    if known is None:
-        return ""
-    measured: Mapping[str, Any] = {**(known.val[-1] if known.val else {}), **known.summary}
-    rows = [
-        f"| {words} | {form.format(measured[name])} |"
-        for name, words, form in _FIGURES
-        if isinstance(measured.get(name), (int, float))
-    ]
-    return "\n".join(["| | |", "|---|---:|", *rows]) if rows else ""
-
-
-def _software(environment: Mapping[str, Any]) -> str | None:
-    if not environment:
-        return None
-    names = ("torchmae", "torch")
-    versions = ", ".join(f"{name} {environment[name]}" for name in names if name in environment)
-    return f"{versions}; {environment.get('precision')} on {environment.get('device')}"
+    """A table of what was measured on held-out images, each figure beside its baselines."""
+    measured = final_figures(known.summary, known.val, known.baseline) if known else {}
+    rows = []
+    for name in _FIGURES:
+        metric = METRICS[name]
+        words = {name: metric.heading}
+        words |= {f"{name}_{key}": f"the same of {BASELINES[key]}" for key in metric.baselines}
+        rows += [f"| {words[key]} | {metric.unit.cell(measured[key])} |" for key in words if key in measured]
+    return "\n".join(["| on held-out images | |", "|---|---:|", *rows]) if rows else ""
 
 
 def _data_name(known: Run | None) -> str | None:
@@ -218,19 +179,6 @@ def _data_name(known: Run | None) -> str | None:
 def _last_part(path: Any) -> str | None:
     """The last part of a path: a card is for others, and the rest of a path may say more than it should."""
     return Path(str(path)).name if path else None
-
-
-def _patches(exported: Exported) -> bool:
-    """Whether the model has patches."""
-    return bool(exported.model.patch_size)
-
-
-def _times(size: tuple[int, ...]) -> str:
-    return " x ".join(map(str, size))
-
-
-def _numbers(values: tuple[float, ...]) -> str:
-    return f"({', '.join(f'{value:.4g}' for value in values)})"
 
 
 def _plain(text: str) -> str:

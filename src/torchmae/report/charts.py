@@ -1,383 +1,205 @@
-"""Curves of a run as inline SVG, small and deterministic, that follow the page's colours and font."""
+"""Line charts, laid out in numbers; the page draws them as SVG in its own colours and font (macros.html)."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib import style
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
-from torchmae.report.verdict import finite, number, percent
+from torchmae.report.metrics import Unit, finite
+from torchmae.report.run import short_count
 
-Records: TypeAlias = Sequence[Mapping[str, Any]]
 Points: TypeAlias = npt.NDArray[np.float64]
+# The ends of a range of values, and the places in the drawing that these have.
+Scale: TypeAlias = tuple[tuple[float, float], tuple[float, float]]
 
-# Drawn in these colours by matplotlib, then replaced by what the page's style sheet defines. No colour of its own
-# survives, so the same SVG serves light and dark pages.
-_TEXT, _GRID = "#010101", "#020202"
-_SERIES = {"model": "#030303", "train": "#040404", "mean": "#050505", "interpolation": "#060606"}
-LEVEL_COLOUR = _SERIES["mean"]
-RUN_COLOURS = tuple(f"#0a0b{i:02x}" for i in range(8))
-_CSS = {
-    _TEXT: "currentColor",
-    _GRID: "var(--grid)",
-    **{colour: f"var(--{name})" for name, colour in _SERIES.items()},
-    **{colour: f"var(--run-{i})" for i, colour in enumerate(RUN_COLOURS)},
-}
-
-ACCURACIES = {"knn": "kNN accuracy", "linear": "Linear probe accuracy"}
-"""The classifiers that are run on the way, by their keys in metrics.jsonl."""
-
+RUN_COLOURS = tuple(f"run-{i}" for i in range(8))
+# Of the drawing, as of its text: a narrow one is still legible on a phone.
+WIDTH, HEIGHT = 360, 209
+_BELOW, _ABOVE, _BETWEEN, _RIGHT = 36, 8, 16, 22
+_LETTER_WIDTH = 6.2
 _MAX_POINTS = 400
-# Inches at 72 to the inch: a narrow drawing, so that its text is still legible on a phone.
-_SIZE = (5.0, 2.9)
-_STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "torchmae",
-    "font.size": 10,
-    "axes.edgecolor": _GRID,
-    "axes.labelcolor": _TEXT,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "axes.spines.left": False,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "grid.color": _GRID,
-    "text.color": _TEXT,
-    "xtick.color": _GRID,
-    "xtick.labelcolor": _TEXT,
-    "ytick.color": _GRID,
-    "ytick.labelcolor": _TEXT,
-    "ytick.major.size": 0,
-    "lines.solid_capstyle": "round",
-}
+# Room between two letters at the right edge, as a share of the height.
+_LETTER_HEIGHT = 0.075
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a chart, as its legend has it.
+    """A line of a chart; `colour` is one of the style sheet: model, train, mean, interpolation, run-0 to run-7.
 
     Attributes:
-        label: what the line shows.
-        series: its colour, as the style sheet names it: model, train, mean or interpolation.
-        dashed: whether it is a level to compare with, drawn dashed, rather than a curve.
+        level: whether it is a value to compare with, drawn dashed over the whole width, wherever its x is.
+        letter: what stands at its end; then the legend leaves it out.
     """
 
     label: str
-    series: str
+    colour: str
+    x: Points
+    y: Points
+    level: bool = False
     dashed: bool = False
+    letter: str = ""
+
+
+class Panel(NamedTuple):
+    """Lines of one unit above one horizontal axis; those without points are not drawn."""
+
+    lines: Sequence[Line]
+    unit: Unit
+    from_zero: bool = True
+
+
+class Stroke(NamedTuple):
+    """A line as it is drawn: the path of an SVG, (x, y) of the dots at its points, and of its letter."""
+
+    line: Line
+    path: str
+    dots: Sequence[tuple[float, float]]
+    end: tuple[float, float]
+
+
+class Area(NamedTuple):
+    """A panel as it is drawn: (y, text) of its vertical axis's ticks, and its lines."""
+
+    ticks: Sequence[tuple[float, str]]
+    strokes: Sequence[Stroke]
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart.
+    """A chart as it is drawn, in units of `WIDTH` times `HEIGHT`.
 
     Attributes:
-        title: what it shows.
-        alt: a sentence that states its numbers, for those who cannot see it; also the SVG's label.
-        svg: the drawing, an `<svg>` element to be placed in an HTML page as it is.
+        alt: a sentence that states its numbers, for those who cannot see it.
+        along: what the horizontal axis counts.
+        left: where that axis begins; `ticks` are (x, text) along it.
         legend: what the lines are; empty where the title says it.
     """
 
     title: str
     alt: str
-    svg: str
-    legend: tuple[Line, ...] = ()
+    along: str
+    left: float
+    ticks: Sequence[tuple[float, str]]
+    areas: Sequence[Area]
+    legend: Sequence[Line]
 
 
-def loss_chart(train: Records, val: Records, target: str | None = None) -> Chart | None:
-    """Training and validation loss over steps, beside the losses of the trivial predictors; None without data.
-
-    Args:
-        train: training records.
-        val: validation records, which are of the first target.
-        target: the name of a further target, which has no validation loss; None: the first.
-    """
-    key, title = ("loss", "Loss") if target is None else (f"loss_{target}", f"Training loss of the target {target}")
-    val = val if target is None else []
-    series = {
-        Line("training", "train"): series_of(train, key),
-        Line("held-out images", "model"): series_of(val, "loss"),
-        Line("interpolation", "interpolation", dashed=True): series_of(val, "loss_interpolation"),
-        Line("mean patch", "mean", dashed=True): series_of(val, "loss_mean_patch"),
-    }
-    series = _non_empty(series)
-    if not series:
-        return None
-    alt = _sentence(f"{title} over steps", series, number)
-
-    def draw(figure: Figure) -> None:
-        axes = step_axes(figure.add_subplot())
-        _draw_lines(axes, series)
-        axes.set_ylim(0, 1.06 * max(_ceiling(line, y) for line, (_, y) in series.items()))
-
-    return Chart(title, alt, to_svg(draw, key, alt), tuple(series))
-
-
-def variance_chart(val: Records) -> Chart | None:
-    """Explained variance over steps, beside interpolation's; None without data."""
-    series = _non_empty(
-        {
-            Line("this model", "model"): series_of(val, "explained_variance"),
-            Line("interpolation", "interpolation", dashed=True): series_of(val, "explained_variance_interpolation"),
-        }
-    )
-    if not series:
-        return None
-    alt = _sentence("Explained variance of what is hidden over steps", series, percent)
-
-    def draw(figure: Figure) -> None:
-        axes = step_axes(figure.add_subplot())
-        _draw_lines(axes, series)
-        low = min(float(y.min()) for _, y in series.values())
-        high = max(float(y.max()) for _, y in series.values())
-        axes.set_ylim(min(0.0, 1.1 * low), max(min(1.0, 1.15 * high), 0.1))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.0f}%"))
-
-    return Chart("Explained variance", alt, to_svg(draw, "variance", alt), tuple(series))
-
-
-def accuracy_chart(val: Records, key: str, untrained: float | None, pixels: float | None) -> Chart | None:
-    """Accuracy of a classifier on the features over steps, beside its baselines; None where it was never measured.
+def chart(title: str, *panels: Panel, along: str = "steps") -> Chart | None:
+    """Lays out a chart; None where no panel has a line that is no level, or one of several panels has none.
 
     Args:
-        val: validation records; those with `key` are drawn.
-        key: "knn" or "linear".
-        untrained: percent, for the network before training, drawn as a level line.
-        pixels: percent, for raw pixels, likewise.
+        title: what it shows.
+        *panels: the first takes more height than the others.
+        along: what the horizontal axis counts.
     """
-    steps, accuracy = series_of(val, key)
-    if not len(steps):
+    panels = tuple(panel._replace(lines=[line for line in panel.lines if len(line.x)]) for panel in panels)
+    if not all(any(not line.level for line in panel.lines) for panel in panels):
         return None
-    series = {Line("this model", "model"): (steps, accuracy)}
-    if pixels is not None:
-        series[Line("raw pixels", "interpolation", dashed=True)] = (np.zeros(1), np.array([pixels]))
-    if untrained is not None:
-        series[Line("untrained network", "mean", dashed=True)] = (np.zeros(1), np.array([untrained]))
-    title = ACCURACIES[key]
-    alt = _sentence(f"{title} over steps", series, lambda y: f"{y:.1f}%")
-
-    def draw(figure: Figure) -> None:
-        axes = step_axes(figure.add_subplot())
-        _draw_lines(axes, series)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0f}%"))
-        low = min(float(y.min()) for _, y in series.values())
-        high = max(float(y.max()) for _, y in series.values())
-        margin = max(0.15 * (high - low), 2.0)
-        axes.set_ylim(max(0.0, low - margin), min(100.0, high + margin))
-
-    return Chart(title, alt, to_svg(draw, key, alt), tuple(series))
-
-
-def rank_chart(val: Records, untrained: float | None) -> Chart | None:
-    """Effective rank of the features over steps; None where it was never measured.
-
-    Args:
-        val: validation records; those with "effective_rank" are drawn.
-        untrained: of the network before training, drawn as a level line.
-    """
-    series = _non_empty({Line("this model", "model"): series_of(val, "effective_rank")})
-    if not series:
-        return None
-    if untrained is not None:
-        series[Line("untrained network", "mean", dashed=True)] = (np.zeros(1), np.array([untrained]))
-    alt = _sentence("Directions that the features use, in effect, over steps", series, lambda y: f"{y:.1f}")
-
-    def draw(figure: Figure) -> None:
-        axes = step_axes(figure.add_subplot())
-        _draw_lines(axes, series)
-        axes.set_ylim(0, 1.15 * max(float(y.max()) for _, y in series.values()) or 1.0)
-
-    return Chart("Effective rank of the features", alt, to_svg(draw, "rank", alt), tuple(series))
-
-
-def learning_rate_chart(train: Records) -> Chart | None:
-    """Learning rate over steps; None without data."""
-    steps, rate = series_of(train, "lr")
-    if not len(steps):
-        return None
-    peak = int(rate.argmax())
-    alt = (
-        f"Learning rate over steps: highest at step {steps[peak]:,.0f} with {rate[peak]:.3g}, "
-        f"at the end {rate[-1]:.3g}."
+    lines = [line for panel in panels for line in panel.lines]
+    far = max(float(line.x[-1]) for line in lines if not line.level) * 1.015 or 1.0
+    shares = (1.0,) if len(panels) == 1 else (0.6, 0.4)
+    scales = [_limits(panel) for panel in panels]
+    labels = [
+        _labels(panel.unit, *scale, 5 if len(panels) == 1 else 3) for panel, scale in zip(panels, scales, strict=True)
+    ]
+    left = 10 + _LETTER_WIDTH * max(len(text) for ticks in labels for _, text in ticks)
+    across: Scale = ((0.0, far), (left, WIDTH - _RIGHT))
+    areas, top = [], float(_ABOVE)
+    for panel, scale, ticks, share in zip(panels, scales, labels, shares, strict=True):
+        height = share * (HEIGHT - _ABOVE - _BELOW - _BETWEEN * (len(panels) - 1))
+        down: Scale = (scale, (top + height, top))
+        strokes = [_stroke(line, across, down) for line in panel.lines]
+        ends = _spread_letters([(stroke.end[1] - top) / height for stroke in strokes])
+        placed = [
+            s._replace(end=(s.end[0], round(top + height * end, 1))) for s, end in zip(strokes, ends, strict=True)
+        ]
+        areas.append(Area([(_place(value, down), text) for value, text in ticks], placed))
+        top += height + _BETWEEN
+    steps = [tick for tick in MaxNLocator(6, integer=True).tick_values(0, far) if 0 <= tick <= far]
+    legend = [line for line in lines if not line.letter]
+    return Chart(
+        title,
+        f"{title} over {along}: {'; '.join(_sentence(line, panel.unit) for panel in panels for line in panel.lines)}.",
+        along,
+        round(left, 1),
+        [(_place(tick, across), short_count(tick)) for tick in steps],
+        areas,
+        legend if len(lines) > 1 else [],
     )
 
-    def draw(figure: Figure) -> None:
-        axes = step_axes(figure.add_subplot())
-        _draw_lines(axes, {Line("learning rate", "model"): (steps, rate)})
-        axes.set_ylim(0, 1.1 * float(rate.max()) or 1.0)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.2g}"))
 
-    return Chart("Learning rate", alt, to_svg(draw, "rate", alt))
-
-
-def step_size_chart(train: Records) -> Chart | None:
-    """How far a step moves the weights, and the norm of the gradient, one above the other; None without data."""
-    update_steps, update = series_of(train, "update_to_weight")
-    norm_steps, norm = series_of(train, "grad_norm")
-    if not len(update_steps) or not len(norm_steps):
-        return None
-    alt = (
-        f"Size of the steps: a step changes the weight matrices by {percent(float(np.median(update)))} of their norm "
-        f"(median), at most {percent(float(update.max()))}; gradient norm from {number(float(norm[0]))} to "
-        f"{number(float(norm[-1]))}, median {number(float(np.median(norm)))}."
-    )
-
-    def draw(figure: Figure) -> None:
-        upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 2]})
-        _draw_lines(upper, {Line("update to weight", "model"): (update_steps, update)})
-        _draw_lines(step_axes(lower), {Line("gradient norm", "interpolation"): (norm_steps, norm)})
-        for axes, values, show in ((upper, update, lambda y: f"{100 * y:.2g}%"), (lower, norm, lambda y: f"{y:.3g}")):
-            # The gradients of the first steps are many times those of all others.
-            axes.set_ylim(0, 1.15 * float(np.percentile(values, 98)) or 1.0)
-            axes.yaxis.set_major_locator(MaxNLocator(3))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _, show=show: show(y)))
-
-    legend = (Line("change of the weights in a step", "model"), Line("gradient norm", "interpolation"))
-    return Chart("Size of the steps", alt, to_svg(draw, "steps", alt), legend)
-
-
-def throughput_chart(train: Records) -> Chart | None:
-    """Images a second and the share of time spent waiting for data, one above the other; None without data."""
-    steps, speed = series_of(train, "images_per_s")
-    wait_steps, wait = series_of(train, "data_wait")
-    if not len(steps) or not len(wait_steps):
-        return None
-    alt = (
-        f"Throughput over steps: median {np.median(speed):,.0f} images per second, from {speed.min():,.0f} to "
-        f"{speed.max():,.0f}; waiting for data took {percent(float(wait.mean()))} of the time on average."
-    )
-
-    def draw(figure: Figure) -> None:
-        upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 2]})
-        _draw_lines(upper, {Line("images per second", "model"): (steps, speed)})
-        _draw_lines(step_axes(lower), {Line("waiting for data", "interpolation"): (wait_steps, wait)})
-        upper.set_ylim(0, 1.15 * float(speed.max()) or 1.0)
-        upper.yaxis.set_major_locator(MaxNLocator(3))
-        upper.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
-        lower.set_ylim(0, min(1.0, max(0.05, 1.2 * float(wait.max()))))
-        lower.yaxis.set_major_locator(MaxNLocator(2))
-        lower.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.0f}%"))
-
-    legend = (Line("images per second", "model"), Line("share of time waiting for data", "interpolation"))
-    return Chart("Throughput", alt, to_svg(draw, "throughput", alt), legend)
-
-
-def series_of(records: Records, key: str) -> tuple[Points, Points]:
+def series_of(records: Sequence[Mapping[str, Any]], key: str) -> tuple[Points, Points]:
     """(steps, values) of the records that have a finite value under `key`."""
     pairs = [(float(record["step"]), value) for record in records if (value := finite(record, key)) is not None]
     points = np.array(pairs, dtype=np.float64).reshape(-1, 2)
     return points[:, 0], points[:, 1]
 
 
-def _non_empty(series: Mapping[Line, tuple[Points, Points]]) -> dict[Line, tuple[Points, Points]]:
-    return {line: points for line, points in series.items() if len(points[0])}
+def level(label: str, value: float | None, colour: str) -> Line:
+    """A value to compare with; no line where there is none."""
+    values = np.array([] if value is None else [value])
+    return Line(label, colour, values, values, level=True)
 
 
-def thin(points: tuple[Points, Points]) -> tuple[Points, Points]:
-    """At most 400 points: each the mean of its neighbours, which is also a kinder view of a noisy loss."""
-    steps, values = points
-    if len(steps) <= _MAX_POINTS:
-        return points
-    return (
-        np.array([part.mean() for part in np.array_split(steps, _MAX_POINTS)]),
-        np.array([part.mean() for part in np.array_split(values, _MAX_POINTS)]),
-    )
+def _sentence(line: Line, unit: Unit) -> str:
+    """Where a line starts and ends, and how far it goes beyond either."""
+    if line.level:
+        return f"{line.label} {unit.text(line.y[-1])}"
+    first, last, low, high = (unit.text(float(value)) for value in (line.y[0], line.y[-1], line.y.min(), line.y.max()))
+    beyond = [f"at least {low}"] * (low not in (first, last)) + [f"at most {high}"] * (high not in (first, last))
+    return ", ".join([f"{line.letter or line.label} from {first} to {last}", *beyond])
 
 
-def _ceiling(line: Line, values: Points) -> float:
-    """The height that a line needs. The spike of a training loss's first steps would flatten everything else."""
-    return float(np.percentile(values, 98)) if line.series == "train" else float(values.max())
+def _limits(panel: Panel) -> tuple[float, float]:
+    """The range of the vertical axis. It leaves out the spike that many losses begin with."""
+    highest = max(max(float(np.percentile(line.y, 98)), float(line.y[-1])) for line in panel.lines)
+    lowest = min(float(line.y.min()) for line in panel.lines)
+    lowest = min(lowest, 0.0) if panel.from_zero else lowest
+    margin = 0.08 * (highest - lowest) or 0.05 * abs(highest) or 1.0
+    return (lowest if lowest == 0 else lowest - margin), highest + margin
 
 
-def _sentence(subject: str, series: Mapping[Line, tuple[Points, Points]], show: Callable[[float], str]) -> str:
-    """What a chart says: where each line starts and ends."""
-    parts = []
-    for line, (_, values) in series.items():
-        first, last = show(float(values[0])), show(float(values[-1]))
-        parts.append(f"{line.label} {last}" if first == last else f"{line.label} from {first} to {last}")
-    return f"{subject}: {'; '.join(parts)}."
+def _labels(unit: Unit, low: float, high: float, count: int) -> list[tuple[float, str]]:
+    """The ticks between two values, and what stands beside each."""
+    ticks = [float(tick) for tick in MaxNLocator(count).tick_values(low, high) if low <= tick <= high]
+    return [(tick, f"{round(tick * unit.scale, 9):,.6g}{unit.sign}") for tick in ticks]
 
 
-def step_axes(axes: Axes, label: str = "step") -> Axes:
-    """Gives axes a horizontal axis of counts in few characters, and room for their labels; returns them."""
-    axes.set_xlabel(label)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: _short(step)))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
-    return axes
+def _place(value: float, scale: Scale) -> float:
+    """A value as a place in the drawing; what lies beyond its range is at its end."""
+    return round(float(np.interp(value, *scale)), 1)
 
 
-def _short(step: float) -> str:
-    """A count in few characters: 800, 9500, 40k, 1.5M."""
-    if step >= 1e6:
-        return f"{step / 1e6:g}M"
-    return f"{step / 1e3:g}k" if step >= 1e4 else f"{step:g}"
+def _stroke(line: Line, across: Scale, down: Scale) -> Stroke:
+    parts = min(len(line.x), _MAX_POINTS)  # each point the mean of its neighbours: kinder to a noisy loss, too
+    x, y = ([part.mean() for part in np.array_split(values, parts)] for values in (line.x, line.y))
+    if line.level:
+        x, y = list(across[0]), [y[-1]] * 2
+    placed = [(_place(one, across), _place(other, down)) for one, other in zip(x, y, strict=True)]
+    path = "M" + " ".join(f"{one:g},{other:g}" for one, other in placed)
+    has_dots = not line.level and line.colour != "train" and len(placed) <= 30
+    return Stroke(line, path, placed if has_dots else [], (across[1][1] + 4, placed[-1][1]))
 
 
-def _draw_lines(axes: Axes, series: Mapping[Line, tuple[Points, Points]]) -> None:
-    for line, points in series.items():
-        # What needs no training is measured under a fixed mask: it is a level, not a curve.
-        if line.dashed:
-            axes.axhline(float(points[1][-1]), color=_SERIES[line.series], linewidth=1.5, linestyle="--")
-            continue
-        steps, values = thin(points)
-        marker = "o" if line.series == "model" and len(steps) <= 30 else ""
-        width = 1.2 if line.series == "train" else 1.8
-        axes.plot(steps, values, color=_SERIES[line.series], linewidth=width, marker=marker, markersize=3.5)
-    axes.margins(x=0.015)
-    axes.set_xlim(left=0)
-
-
-def to_svg(draw: Callable[[Figure], None], name: str, alt: str) -> str:
-    """Renders a figure and makes its SVG fit to stand inside a page.
+def _spread_letters(heights: Sequence[float]) -> list[float]:
+    """Heights as near as can be to those given, in their order, but so far apart that letters do not overlap.
 
     Args:
-        draw: fills the empty figure.
-        name: a prefix that keeps the identifiers of several charts on one page apart.
-        alt: the drawing's label.
+        heights: shares of the drawing's height, in any order.
     """
-    with style.context(["default", _STYLE]):
-        figure = Figure(figsize=_SIZE, layout="constrained")
-        draw(figure)
-        buffer = io.StringIO()
-        figure.savefig(
-            buffer,
-            format="svg",
-            transparent=True,
-            metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
-        )
-    return _inline(buffer.getvalue(), name, alt)
-
-
-def _inline(text: str, name: str, alt: str) -> str:
-    """An SVG document as an element of an HTML page: no prologue, no style rule, no font, no colour of its own."""
-    body = text[text.index(">", text.index("<svg")) + 1 :]
-    # matplotlib's one style rule selects *, which would reach the whole page.
-    body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)
-    body = re.sub(r"font-family: [^;\"]*;? ?", "", body)
-    body = re.sub(r" transform=\"rotate\(-0 [^\"]*\)\"", "", body)
-    body = re.sub(r"<g id=\"[^\"]*\"(/?)>", r"<g\1>", body).replace("<g/>", "")
-    body = re.sub(r"(id=\"|#)([mp][0-9a-f]{10})\b", rf"\g<1>{name}-\g<2>", body)
-    # Coordinates to a tenth of a unit; inside tags only, for the labels are numbers too.
-    body = re.sub(r"<[^>]*>", lambda tag: re.sub(r"\d+\.\d{2,}", _to_tenths, tag[0]), body)
-    for colour, css in _CSS.items():
-        body = body.replace(colour, css)
-    body = re.sub(r"\s+", " ", body).replace("> <", "><").strip()
-    width, height = (round(72 * inches) for inches in _SIZE)
-    label = escape(alt, quote=True)
-    return f'<svg role="img" aria-label="{label}" viewBox="0 0 {width} {height}">{body}'
-
-
-def _to_tenths(coordinate: re.Match[str]) -> str:
-    return f"{float(coordinate[0]):.1f}".removesuffix(".0")
+    order = np.argsort(heights, kind="stable")
+    placed = np.array(heights, dtype=np.float64)[order].clip(0, 1)
+    for i in range(1, len(placed)):
+        placed[i] = max(placed[i], placed[i - 1] + _LETTER_HEIGHT)
+    # What was pushed out at the end comes back, and pushes those before it.
+    limit = max(1.0, _LETTER_HEIGHT * (len(placed) - 1))
+    for i in reversed(range(len(placed))):
+        placed[i] = min(placed[i], limit - _LETTER_HEIGHT * (len(placed) - 1 - i))
+    spread = np.empty(len(placed))
+    spread[order] = placed
+    return [float(height) for height in spread]

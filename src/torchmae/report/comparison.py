@@ -11,26 +11,29 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, TypeAlias
 
-from markupsafe import Markup
-from PIL import Image
-
 from torchmae.errors import ConfigError
 from torchmae.files import replace_file
-from torchmae.report.charts import ACCURACIES, RUN_COLOURS, Chart, Points, series_of
+from torchmae.report.charts import RUN_COLOURS, Chart, Line, Panel, chart, level, series_of
 from torchmae.report.evaluations import figures_of_run
-from torchmae.report.facts import duration, hidden_unit, latest, setting, short_count, state, title, yaml_text
-from torchmae.report.hints import training_hints
-from torchmae.report.measures import Figure
-from torchmae.report.overlays import Curve, overlay
+from torchmae.report.metrics import ACCURACY, BASELINES, METRICS, Figure, final_figures, finite
 from torchmae.report.page import Embedded, Titled, embed, load_titled, open_picture, render_page
-from torchmae.report.pictures import comparison_grid, read_layout, split_columns
-from torchmae.report.run import Run, load_run
-from torchmae.report.verdict import Figures, Verdict, final_figures, finite, judge, number, percent
+from torchmae.report.pictures import read_layout, split_columns, strip_grid
+from torchmae.report.run import (
+    Run,
+    duration,
+    hidden_unit,
+    latest,
+    load_run,
+    setting,
+    short_count,
+    state,
+    title,
+    yaml_text,
+)
+from torchmae.report.verdict import Verdict, judge, training_hints
 
 MAX_RUNS = 16
 
-# Name and height of a line to compare curves with.
-Level: TypeAlias = tuple[str, float] | None
 # Which of several values is the best; None: they cannot be ranked.
 Best: TypeAlias = Callable[[Sequence[float]], float] | None
 
@@ -38,6 +41,19 @@ Best: TypeAlias = Callable[[Sequence[float]], float] | None
 _TASK = ("data.source", "data.val", "data.val_size", "eval.images", "mask.strategy", "mask.ratio")
 _KNN = ("data.source", "data.val", "data.val_size", "eval.knn_train", "eval.knn_val")
 _LINEAR = (*_KNN, "eval.linear_train")
+_BASES = {"explained_variance": _TASK, "loss": _TASK, "knn": _KNN, "linear": _LINEAR}
+# Curves: of which records, of which figure, and a title where the figure's label is not enough.
+_CURVES = (
+    ("val", "explained_variance", ""),
+    ("val", "knn", ""),
+    ("val", "linear", ""),
+    ("val", "loss", "Loss on held-out images"),
+    ("train", "loss", "Training loss"),
+    ("val", "effective_rank", ""),
+    ("train", "update_to_weight", ""),
+    ("train", "lr", ""),
+    ("train", "images_per_s", ""),
+)
 # Differs always, and says nothing.
 _IDLE = ("out",)
 _ENVIRONMENT = ("torchmae", "torch", "processor", "device", "threads", "precision")
@@ -45,20 +61,7 @@ _ENVIRONMENT = ("torchmae", "torch", "processor", "device", "threads", "precisio
 
 @dataclass(frozen=True)
 class Column:
-    """A run, as it stands on the page.
-
-    Attributes:
-        letter: its short name.
-        order: among the runs.
-        colour: number of its colour in the style sheet.
-        name: of its folder, or the whole path where two folders have one name.
-        title: what was trained on what.
-        state: a sentence for a run that has not finished; empty for one that has.
-        verdict: is its loss good?
-        hints: what looks wrong.
-        run: the run.
-        figures: what it ended with.
-    """
+    """A run as it stands on the page: `letter` is its short name, `colour` a number in the style sheet."""
 
     letter: str
     order: int
@@ -69,18 +72,12 @@ class Column:
     verdict: Verdict
     hints: tuple[str, ...]
     run: Run
-    figures: Figures
+    figures: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table of figures.
-
-    Attributes:
-        label: the figure.
-        values: of each run, as text; empty where unknown.
-        best: whether a run's is the best of those that can be compared.
-    """
+    """A line of a table: a text for each run, empty where unknown, and which are the best of the comparable ones."""
 
     label: str
     values: tuple[str, ...]
@@ -89,26 +86,14 @@ class Row:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """The same held-out images as every run filled them in.
-
-    Attributes:
-        picture: masked, one column for each run, original.
-        notes: how the reconstructions came about, and the runs of which that holds.
-    """
+    """The same held-out images as every run filled them in; `notes`: the runs, and how theirs came about."""
 
     picture: Embedded
     notes: tuple[tuple[str, str], ...]
 
 
 def write_comparison(runs: Sequence[Path], page: Path) -> Path:
-    """Writes one page of several runs.
-
-    Args:
-        runs: the run folders, finished or not, in the order of the page.
-        page: the file to write.
-
-    Returns:
-        `page`.
+    """Writes one page of several runs, finished or not, in their order; returns `page`.
 
     Raises:
         ConfigError: fewer than two runs or more than 16, or one given twice.
@@ -130,26 +115,25 @@ def render_comparison(runs: Sequence[Run]) -> str:
     configs = [flat(run.config) for run in runs]
     differing = _differing(columns, _TASK, configs)
     evaluations, evaluations_differ = evaluation_rows(columns)
+    reconstructions, own_reconstructions = _reconstructions(columns)
     return render_page(
         "comparison.html",
         title=f"{len(runs)} runs compared",
         columns=columns,
-        rows=figure_rows(
-            columns,
-            same_task=not differing,
-            same_knn=not _differing(columns, _KNN, configs),
-            same_linear=not _differing(columns, _LINEAR, configs),
-        ),
+        rows=[
+            row
+            for name, basis in _BASES.items()
+            for row in _metric_rows(columns, name, not _differing(columns, basis, configs))
+        ],
         task_differences=differing,
-        knn_images=columns[0].figures.knn_images,
+        knn_images=columns[0].figures.get("knn_images"),
         accuracy_noise=_accuracy_noise(columns),
-        costs=cost_rows(columns),
+        costs=list(_cost_rows(columns)),
         evaluations=evaluations,
         evaluations_differ=evaluations_differ,
-        # The drawings are made here, of numbers alone, and are the one thing that is HTML already.
-        charts=[(chart, Markup(chart.svg)) for chart in _charts(columns)],
-        reconstructions=_reconstructions(columns),
-        own_reconstructions=_own_reconstructions(columns),
+        charts=[item for item in _charts(columns) if item is not None],
+        reconstructions=reconstructions,
+        own_reconstructions=own_reconstructions,
         learned=_learned(columns),
         differences=setting_rows(configs),
         environments=setting_rows([{key: run.environment.get(key) for key in _ENVIRONMENT} for run in runs]),
@@ -158,59 +142,43 @@ def render_comparison(runs: Sequence[Run]) -> str:
     )
 
 
-def figure_rows(columns: Sequence[Column], *, same_task: bool, same_knn: bool, same_linear: bool) -> list[Row]:
-    """What the runs reached, beside what takes no learning.
-
-    Args:
-        columns: the runs.
-        same_task: whether losses are of one task and can be ranked.
-        same_knn: whether kNN accuracies can be.
-        same_linear: whether those of the linear probe can be.
-    """
-    figures = [column.figures for column in columns]
-    noise = _accuracy_noise(columns)
-
-    def row(label: str, key: str, show: Callable[[float], str], best_of: Best = None, noise: float = 0.0) -> Row:
-        return _row(label, [getattr(item, key) for item in figures], show, best_of, noise)
-
-    rows = [
-        row("Explained variance", "explained_variance", percent, max if same_task else None),
-        row("of interpolation", "explained_variance_interpolation", percent),
-        row("Loss", "loss", number, min if same_task else None),
-        row("of interpolation", "loss_interpolation", number),
-        row(ACCURACIES["knn"], "knn", _accuracy, max if same_knn else None, noise),
-        row("of raw pixels", "knn_pixels", _accuracy),
-        row("of the untrained network", "knn_untrained", _accuracy),
-        row(ACCURACIES["linear"], "linear", _accuracy, max if same_linear else None, noise),
-        row("of raw pixels", "linear_pixels", _accuracy),
-        row("of the untrained network", "linear_untrained", _accuracy),
-    ]
-    return [item for item in rows if any(item.values)]
+def _metric_rows(columns: Sequence[Column], name: str, comparable: bool) -> Iterator[Row]:
+    """What the runs reached in one figure, the best marked where they are comparable, and below that its baselines."""
+    metric = METRICS[name]
+    labels = {name: metric.label} | {f"{name}_{key}": f"of {BASELINES[key]}" for key in metric.baselines}
+    for key, label in labels.items():
+        ranked = comparable and key == name
+        noise = _accuracy_noise(columns) if metric.unit is ACCURACY else 0.0
+        row = _row(
+            label,
+            [column.figures.get(key) for column in columns],
+            metric.unit.text,
+            metric.best if ranked else None,
+            noise,
+        )
+        if any(row.values):
+            yield row
 
 
-def cost_rows(columns: Sequence[Column]) -> list[Row]:
+def _cost_rows(columns: Sequence[Column]) -> Iterator[Row]:
     """What the runs took."""
-
-    def of(key: str) -> list[float | None]:
-        return [latest(column.run, key) for column in columns]
-
-    rows = [
-        _row("Encoder parameters", of("params_encoder"), short_count),
-        _row("Decoder parameters", of("params_decoder"), short_count),
-        _row("Steps", [latest(c.run, "steps") or latest(c.run, "step") for c in columns], "{:,.0f}".format),
-        _row("Images seen", of("images_seen"), short_count),
-        _row("Training time", of("seconds"), duration),
-        _row("Images per second", of("images_per_s"), "{:,.0f}".format),
-    ]
-    return [row for row in rows if any(row.values)]
+    for label, show, *keys in (
+        ("Encoder parameters", short_count, "params_encoder"),
+        ("Decoder parameters", short_count, "params_decoder"),
+        ("Steps", "{:,.0f}".format, "steps", "step"),
+        ("Images seen", short_count, "images_seen"),
+        ("Training time", duration, "seconds"),
+        ("Images per second", "{:,.0f}".format, "images_per_s"),
+    ):
+        row = _row(label, [latest(column.run, *keys) for column in columns], show)
+        if any(row.values):
+            yield row
 
 
 def evaluation_rows(columns: Sequence[Column]) -> tuple[list[tuple[str, list[tuple[str, tuple[Figure, ...]]]]], bool]:
-    """The figures of `torchmae evaluate` that any of the runs has.
+    """Of the figures of `torchmae evaluate` that any run has, the lines of a table (name, figures) for each unit.
 
-    Returns:
-        for each unit the lines of a table (name, and a figure for each run), and whether some are of other images or
-        options in one run than in another; these have a star behind their names.
+    Those of other images or options in one run than in another have a star; the last value says whether any has.
     """
     of_runs = [figures_of_run(column.run.evaluations) for column in columns]
     by_unit: dict[str, list[tuple[str, tuple[Figure, ...]]]] = {}
@@ -225,11 +193,7 @@ def evaluation_rows(columns: Sequence[Column]) -> tuple[list[tuple[str, list[tup
 
 
 def setting_rows(settings: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """The settings in which runs differ, as YAML.
-
-    Args:
-        settings: of each run, flat: name to value.
-    """
+    """The settings in which runs differ, as YAML; `settings` are flat, name to value, of each run."""
     names = dict.fromkeys(name for values in settings for name in values)
     rows = []
     for name in names:
@@ -293,12 +257,8 @@ def _row(
 
 def _accuracy_noise(columns: Sequence[Column]) -> float:
     """Two standard errors, at most, of the difference of two accuracies, in points; 0 where that is unknown."""
-    images = columns[0].figures.knn_images
+    images = columns[0].figures.get("knn_images")
     return 2 * 100 * math.sqrt(2 * 0.25 / images) if images else 0.0
-
-
-def _accuracy(value: float) -> str:
-    return f"{value:.1f}%"
 
 
 def _differing(columns: Sequence[Column], names: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -311,80 +271,45 @@ def _differing(columns: Sequence[Column], names: Sequence[str], configs: Sequenc
     return found
 
 
-def _charts(columns: Sequence[Column]) -> Iterator[Chart]:
+def _charts(columns: Sequence[Column]) -> Iterator[Chart | None]:
     """Curves over the images seen, or over steps where a run does not say its batch size."""
     sizes = [finite(column.run.config, "batch_size") for column in columns]
-    along = "step" if None in sizes else "images seen"
-    figures = [column.figures for column in columns]
-
-    def curves(kind: str, key: str) -> list[Curve]:
-        result = []
+    along = "steps" if None in sizes else "images seen"
+    for kind, name, heading in _CURVES:
+        metric = METRICS[name]
+        lines = []
         for column, size in zip(columns, sizes, strict=True):
-            steps, values = series_of(column.run.val if kind == "val" else column.run.train, key)
-            points: tuple[Points, Points] = (steps * (1 if along == "step" or size is None else size), values)
-            result.append(Curve(column.letter, column.order, points))
-        return result
-
-    def chart(title: str, source: str, show: str, level: Level = None, *, from_zero: bool = False) -> Chart | None:
-        kind, _, key = source.partition(".")
-        lines = curves(kind, key)
-        return overlay(title, f"{kind}-{key}", lines, show=show.format, along=along, level=level, from_zero=from_zero)
-
-    interpolation = _level("interpolation", [item.explained_variance_interpolation for item in figures])
-    knn = _level("raw pixels", [item.knn_pixels for item in figures])
-    linear = _level("raw pixels", [item.linear_pixels for item in figures])
-    drawn = (
-        chart("Explained variance", "val.explained_variance", "{:.0%}", interpolation),
-        chart(ACCURACIES["knn"], "val.knn", "{:.3g}%", knn),
-        chart(ACCURACIES["linear"], "val.linear", "{:.3g}%", linear),
-        chart("Loss on held-out images", "val.loss", "{:.3g}"),
-        chart("Training loss", "train.loss", "{:.3g}"),
-        chart("Effective rank", "val.effective_rank", "{:.3g}"),
-        chart("Change of the weights in a step", "train.update_to_weight", "{:.2%}", from_zero=True),
-        chart("Learning rate", "train.lr", "{:.2g}", from_zero=True),
-        chart("Images per second", "train.images_per_s", "{:,.0f}", from_zero=True),
-    )
-    return (item for item in drawn if item is not None)
+            steps, values = series_of(column.run.val if kind == "val" else column.run.train, name)
+            x = steps * (size if size is not None and along != "steps" else 1)
+            dashed = column.order >= len(RUN_COLOURS)
+            lines.append(Line(column.name, f"run-{column.colour}", x, values, dashed=dashed, letter=column.letter))
+        for key in metric.baselines[:1] if kind == "val" else ():  # what is one value for all runs
+            beside = [column.figures.get(f"{name}_{key}") for column in columns]
+            if len({None if value is None else f"{value:.4g}" for value in beside}) == 1:
+                lines.append(level(BASELINES[key], beside[0], "mean"))
+        yield chart(heading or metric.label, Panel(lines, metric.unit, from_zero=metric.best is None), along=along)
 
 
-def _level(name: str, values: Sequence[float | None]) -> Level:
-    """A line at the value that all runs share, to the fourth digit; None where they do not."""
-    texts = {None if value is None else f"{value:.4g}" for value in values}
-    return None if len(texts) > 1 or values[0] is None else (name, values[0])
-
-
-def _reconstructions(columns: Sequence[Column]) -> SideBySide | None:
-    """None where runs saw different images or masks, or have no pictures."""
-    grids = [_last_grid(column.run) for column in columns]
-    known = [grid for grid in grids if grid is not None]
-    picture = comparison_grid(known) if len(known) == len(columns) else None
-    if picture is None:
-        return None
-    letters: dict[str, list[str]] = {}
-    for column, grid in zip(columns, known, strict=True):
-        letters.setdefault(_note(grid), []).append(column.letter)
-    return SideBySide(embed(picture), tuple((", ".join(names), note) for note, names in letters.items() if note))
-
-
-def _own_reconstructions(columns: Sequence[Column]) -> list[Titled]:
-    """Each run's last reconstructions, with how they came about."""
+def _reconstructions(columns: Sequence[Column]) -> tuple[SideBySide | None, list[Titled]]:
+    """The same images as every run filled them in; where runs saw different images or masks, each run's own."""
     found = []
     for column in columns:
-        grid = _last_grid(column.run)
+        grid = open_picture(column.run.pictures[-1][1]) if column.run.pictures else None
         if grid is not None:
-            name = f"run {column.letter}, {column.name}"
-            title = "Masked, reconstructed, original"
-            found.append(Titled(embed(split_columns(grid)[0]), title, _note(grid), of=name))
-    return found
+            layout = read_layout(grid)
+            found.append((column, grid, layout.note if layout else ""))
+    picture = strip_grid([grid for _, grid, _ in found]) if len(found) == len(columns) else None
+    if picture is None:
+        title = "Masked, reconstructed, original"
+        return None, [Titled(embed(split_columns(grid)[0]), title, note, _of(column)) for column, grid, note in found]
+    letters: dict[str, list[str]] = {}
+    for column, _, note in found:
+        letters.setdefault(note, []).append(column.letter)
+    return SideBySide(embed(picture), tuple((", ".join(of), note) for note, of in letters.items() if note)), []
 
 
-def _last_grid(run: Run) -> Image.Image | None:
-    return open_picture(run.pictures[-1][1]) if run.pictures else None
-
-
-def _note(grid: Image.Image) -> str:
-    layout = read_layout(grid)
-    return layout.note if layout else ""
+def _of(column: Column) -> str:
+    return f"run {column.letter}, {column.name}"
 
 
 def _learned(columns: Sequence[Column]) -> list[tuple[str, str, list[Titled]]]:
@@ -392,7 +317,7 @@ def _learned(columns: Sequence[Column]) -> list[tuple[str, str, list[Titled]]]:
     found: dict[str, list[Titled]] = {}
     for column in columns:
         for path in column.run.feature_pictures:
-            picture = load_titled(path, of=f"run {column.letter}, {column.name}")
+            picture = load_titled(path, of=_of(column))
             if picture is not None:
                 found.setdefault(path.stem, []).append(picture)
     return [(found[stem][0].title, found[stem][0].description, found[stem]) for stem in sorted(found)]

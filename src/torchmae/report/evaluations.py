@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torchmae.report.facts import duration
-from torchmae.report.measures import TRAINING, Figure, figures_as_text, measure_of
-from torchmae.report.run import Record
-from torchmae.report.verdict import finite, number
+from torchmae.report.metrics import TRAINING, Figure, figures_as_text, finite, measure_of, number
+from torchmae.report.run import Record, duration
 
 _MAX_RECORDS = 6
 # What subjects are called on a page, in the order of its columns.
@@ -21,13 +19,7 @@ _INCIDENTAL = ("method", "data", "test_data", "train_images", "test_images", "pr
 
 @dataclass(frozen=True)
 class FigureTable:
-    """Figures of one unit, of one evaluation.
-
-    Attributes:
-        unit: what they are measured in; the head of the first column.
-        columns: whose figures they are.
-        rows: name of a figure, and one for each column.
-    """
+    """Figures of one unit, of one evaluation: a row has the name of a figure, and one for each column."""
 
     unit: str
     columns: tuple[str, ...]
@@ -36,14 +28,7 @@ class FigureTable:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One call of `torchmae evaluate`.
-
-    Attributes:
-        title: its methods.
-        tables: one for each unit.
-        remark: on how many images, when; may be empty.
-        command: that made it; empty where it is not known.
-    """
+    """One call of `torchmae evaluate`: its methods, a table for each unit, on how many images and when, its command."""
 
     title: str
     tables: tuple[FigureTable, ...]
@@ -52,23 +37,14 @@ class Evaluation:
 
 
 class Measured(NamedTuple):
-    """A figure of a run.
-
-    Attributes:
-        figure: the figure.
-        basis: the images and options that it depends on; figures can be compared where it is the same.
-    """
+    """A figure of a run, and the images and options that it depends on: figures of one basis can be compared."""
 
     figure: Figure
     basis: str
 
 
 def latest_evaluations(records: Sequence[Record]) -> tuple[list[Evaluation], int]:
-    """The latest evaluations, the newest first, each kind of it once, and how many others there were.
-
-    Args:
-        records: the objects of evaluations.jsonl, the oldest first.
-    """
+    """The latest evaluations, the newest first, each kind of it once, and how many others there were."""
     latest: dict[str, Evaluation] = {}
     for record in records:
         by_subject = figures_of(record)
@@ -89,8 +65,8 @@ def figures_of_run(records: Sequence[Record]) -> dict[tuple[str, str], Measured]
         for name, figure in figures_as_text(own).items():
             unit, label, beside = measure_of(name)
             if unit != TRAINING:
-                words = (f"{beside.lower()} for {label}" if beside else label, _shots(record))
-                merged[unit, ", ".join(filter(None, words))] = Measured(figure, _basis(record))
+                words = (f"{beside} for {label}" if beside else label, _shots(record))
+                merged[unit.name, ", ".join(filter(None, words))] = Measured(figure, _basis(record))
     return merged
 
 
@@ -113,20 +89,22 @@ def _evaluation(record: Record, by_subject: Mapping[str, Mapping[str, float]]) -
     for subject in subjects:
         for name, figure in figures_as_text(by_subject[subject]).items():
             unit, label, beside = measure_of(name)
-            column = beside or _SUBJECTS.get(subject, subject)
-            cells.setdefault(unit, {}).setdefault(label, {})[column] = figure
+            if unit == TRAINING:
+                continue
+            column = beside.capitalize() or _SUBJECTS.get(subject, subject)
+            cells.setdefault(unit.name, {}).setdefault(label, {})[column] = figure
+    tables = []
+    for unit_name, by_label in cells.items():
+        columns = tuple(dict.fromkeys(column for row in by_label.values() for column in row))
+        filled = ((label, tuple(row.get(column, Figure()) for column in columns)) for label, row in by_label.items())
+        tables.append(FigureTable(unit_name, columns, tuple(filled)))
+    command = str(_mapping(record, "environment").get("command") or "")
     return Evaluation(
         title=_title(record),
-        tables=tuple(_table(unit, rows) for unit, rows in cells.items() if unit != TRAINING),
+        tables=tuple(tables),
         remark=_remark(record, by_subject),
-        command=_command(record),
+        command=command if command.startswith("torchmae ") else "",
     )
-
-
-def _table(unit: str, rows: Mapping[str, Mapping[str, Figure]]) -> FigureTable:
-    columns = tuple(dict.fromkeys(column for row in rows.values() for column in row))
-    filled = tuple((label, tuple(row.get(column, Figure()) for column in columns)) for label, row in rows.items())
-    return FigureTable(unit, columns, filled)
 
 
 def _title(record: Record) -> str:
@@ -138,16 +116,14 @@ def _title(record: Record) -> str:
 
 
 def _shots(record: Record) -> str:
-    options = record.get("options")
-    count = finite(options, "labels_per_class") if isinstance(options, dict) else None
+    count = finite(_mapping(record, "options"), "labels_per_class")
     return "" if count is None else f"{count:,.0f} labels per class"
 
 
 def _remark(record: Record, by_subject: Mapping[str, Mapping[str, float]]) -> str:
     """On which images, what a training that belongs to it took, and when."""
-    data, environment = (record.get(key) for key in ("data", "environment"))
-    train, test = (finite(data, f"{split}_images") if isinstance(data, dict) else None for split in ("train", "test"))
-    date = str(environment.get("started") or "")[:10] if isinstance(environment, dict) else ""
+    data = _mapping(record, "data")
+    train, test = (finite(data, f"{split}_images") for split in ("train", "test"))
     parts = [f"{train:,.0f} training images" if train else "", f"{test:,.0f} test images" if test else ""]
     for figures in by_subject.values():
         took = {name.rpartition("_")[2]: figures[name] for name in figures if measure_of(name).unit == TRAINING}
@@ -156,18 +132,17 @@ def _remark(record: Record, by_subject: Mapping[str, Mapping[str, float]]) -> st
             f"{duration(took['seconds'])} of training" if "seconds" in took else "",
             f"training loss {number(took['loss'])}" if "loss" in took else "",
         ]
+    date = str(_mapping(record, "environment").get("started") or "")[:10]
     return ", ".join(part for part in (*parts, date) if part)
-
-
-def _command(record: Record) -> str:
-    environment = record.get("environment")
-    command = str(environment.get("command") or "") if isinstance(environment, dict) else ""
-    return command if command.startswith("torchmae ") else ""
 
 
 def _basis(record: Record) -> str:
     """What the figures of a record depend on beside the model, as text."""
-    options, data = (value if isinstance(value, dict) else {} for value in (record.get("options"), record.get("data")))
-    kept = {name: value for name, value in options.items() if name not in _INCIDENTAL}
-    images = {name: value for name, value in data.items() if name != "classes"}
+    kept = {name: value for name, value in _mapping(record, "options").items() if name not in _INCIDENTAL}
+    images = {name: value for name, value in _mapping(record, "data").items() if name != "classes"}
     return json.dumps([kept, images], sort_keys=True)
+
+
+def _mapping(record: Record, key: str) -> Record:
+    value = record.get(key)
+    return value if isinstance(value, dict) else {}

@@ -1,16 +1,20 @@
-"""Pictures of what a model learned: colours for patches, attention, neighbours, several mask ratios.
+"""Pictures of what a model learned: tables of panels under headers, and a map of a data set.
 
-Each is a table of panels under headers, on a transparent ground. Its PNG says in its own text fields, Title and
-Description, what it shows; a page takes its heading and its words for those who cannot see from there.
+Their ground is transparent. A PNG's text fields Title and Description say what it shows; a page takes its heading and
+its words for those who cannot see from there.
 """
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+from matplotlib import style
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from torchmae.report.panels import BACKGROUND, TEXT, FloatArray, as_numpy, heat, map_panel, sample_panels
@@ -18,40 +22,37 @@ from torchmae.report.panels import BACKGROUND, TEXT, FloatArray, as_numpy, heat,
 if TYPE_CHECKING:
     from torchmae.report.panels import Images
 
+# A panel, and a line below it, cut where it is too long; None: an empty place.
+Cell: TypeAlias = tuple[Image.Image, str] | None
+Labels: TypeAlias = npt.NDArray[np.int64]
+
 _MIN_SIDE = 112
 # Images beside each other, each with its map.
 _PAIRS_PER_ROW = 4
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A place of the table.
-
-    Attributes:
-        panel: what stands there.
-        caption: a line below it; cut where it is too long.
-    """
-
-    panel: Image.Image
-    caption: str = ""
+# Of a map: ten colours of middle lightness, told apart on white and on near-black; a second ten wear another marker.
+_COLOURS = (
+    "#3b7dd8",
+    "#e0702c",
+    "#2e9b57",
+    "#d9485f",
+    "#8a63d2",
+    "#a9752b",
+    "#d265b3",
+    "#7a8a99",
+    "#9aa41c",
+    "#1fa3b5",
+)
+_MARKERS = ("o", "^")
+_LONGEST_NAME = 15
 
 
 def pca_picture(images: Images, colours: FloatArray) -> Image.Image:
-    """Images beside the colours of their patches.
-
-    Args:
-        images: (N, C, *size) in [0, 1].
-        colours: (N, *grid, 3) in [0, 1], as `evaluation.feature_maps.patch_colours` gives them.
-    """
+    """Images, (N, C, *size) in [0, 1], beside the colours of their patches, (N, *grid, 3) in [0, 1]."""
     panels = [_panel(image) for image in as_numpy(images)]
-    pairs = [(Cell(panel), Cell(map_panel(colour, panel.size))) for panel, colour in zip(panels, colours, strict=True)]
-    rows = [
-        [cell for pair in pairs[start : start + _PAIRS_PER_ROW] for cell in pair]
-        for start in range(0, len(pairs), _PAIRS_PER_ROW)
-    ]
+    pairs = [((panel, ""), (map_panel(colour, panel.size), "")) for panel, colour in zip(panels, colours, strict=True)]
     headers = ("image", "features") * len(pairs[:_PAIRS_PER_ROW])
     return _table(
-        rows,
+        _in_rows(pairs, _PAIRS_PER_ROW),
         headers,
         column_gaps=range(2, len(headers), 2),
         title="Patch features as colours",
@@ -62,19 +63,17 @@ def pca_picture(images: Images, colours: FloatArray) -> Image.Image:
 
 
 def attention_picture(images: Images, attention: FloatArray) -> Image.Image:
-    """Images beside the class token's attention: the mean of the heads, then each head.
+    """Images, (N, C, *size) in [0, 1], beside the class token's attention: the mean of the heads, then each head.
 
-    Args:
-        images: (N, C, *size) in [0, 1].
-        attention: (N, heads, *grid), 0 or more; each map is drawn from 0 to its own largest value.
+    `attention` is (N, heads, *grid), 0 or more; each map is drawn from 0 to its own largest value.
     """
+    count = attention.shape[1]
     rows: list[list[Cell]] = []
     for image, heads in zip(as_numpy(images), attention, strict=True):
         panel = _panel(image)
-        maps = [heads.mean(0), *heads] if len(heads) > 1 else list(heads)
-        scaled = [values / max(float(values.max()), 1e-12) for values in maps]
-        rows.append([Cell(panel), *(Cell(map_panel(heat(values), panel.size)) for values in scaled)])
-    count = attention.shape[1]
+        maps = [heads.mean(0), *heads] if count > 1 else list(heads)
+        scaled = [heat(values / max(float(values.max()), 1e-12)) for values in maps]
+        rows.append([(panel, ""), *((map_panel(colours, panel.size), "") for colours in scaled)])
     return _table(
         rows,
         ("image", *(["mean"] if count > 1 else []), *(f"head {i + 1}" for i in range(count))),
@@ -96,12 +95,9 @@ def neighbours_picture(
         captions: N lists of K lines, one below each neighbour.
         query_captions: N lines.
     """
-    rows = [
-        [
-            Cell(_panel(query), query_caption),
-            *(Cell(_panel(image), line) for image, line in zip(row, lines, strict=True)),
-        ]
-        for query, query_caption, row, lines in zip(
+    rows: list[list[Cell]] = [
+        [(_panel(image), line) for image, line in zip((query, *found), (caption, *lines), strict=True)]
+        for query, caption, found, lines in zip(
             as_numpy(queries), query_captions, as_numpy(neighbours), captions, strict=True
         )
     ]
@@ -128,13 +124,11 @@ def ratios_picture(
         ratios: share that is hidden, in (0, 1).
         note: how the reconstruction came about (`Reconstruction.note`).
     """
-    seen, filled = [as_numpy(images) for images in masked], [as_numpy(images) for images in reconstructed]
-    rows: list[list[Cell | None]] = []
-    for number, original in enumerate(as_numpy(originals)):
-        versions = [images[number] for images in (*seen, *filled)]
-        *panels, last = sample_panels([*versions, original], _MIN_SIDE)
-        rows.append([Cell(last), *map(Cell, panels[: len(seen)])])
-        rows.append([None, *map(Cell, panels[len(seen) :])])
+    versions = [as_numpy(images) for images in (*masked, *reconstructed, originals)]
+    rows: list[list[Cell]] = []
+    for sample in zip(*versions, strict=True):
+        *cells, original = [(panel, "") for panel in sample_panels(sample, _MIN_SIDE)]
+        rows += [[original, *cells[: len(ratios)]], [None, *cells[len(ratios) :]]]
     return _table(
         rows,
         ("original", *(f"{100 * ratio:.4g}% hidden" for ratio in ratios)),
@@ -146,12 +140,101 @@ def ratios_picture(
     )
 
 
+def anomaly_picture(images: Images, maps: Mapping[str, FloatArray], truth: Sequence[str]) -> Image.Image:
+    """Images, (N, C, H, W) in [0, 1], beside maps of what is unusual in them, (N, H, W) in [0, 1] by name.
+
+    `truth` is a word below each image.
+    """
+    groups: list[list[Cell]] = []
+    for number, (image, word) in enumerate(zip(as_numpy(images), truth, strict=True)):
+        panel = _panel(image)
+        heats = [heat(values[number], "inferno") for values in maps.values()]
+        groups.append([(panel, word), *((map_panel(colours, panel.size), "") for colours in heats)])
+    return _table(
+        _in_rows(groups, 2),
+        ("image", *maps) * len(groups[:2]),
+        column_gaps=(len(maps) + 1,),
+        title="The most unusual images",
+        description="Beside each image, maps of what is unusual in it: bright is unusual. A colour means the same in "
+        "all maps of one kind.",
+    )
+
+
+def map_picture(points: FloatArray, labels: Labels | None, classes: Sequence[str] | None, method: str) -> Image.Image:
+    """Draws a map of embeddings.
+
+    Args:
+        points: (N, 2).
+        labels: (N,), -1 where unknown; None: nothing has a label.
+        classes: the name of each label; None: its number.
+        method: how the points came about, as the description names it, such as "t-SNE".
+
+    Returns:
+        RGBA with a transparent background. At most 20 classes, the commonest, are in colour; the rest are grey.
+    """
+    known = np.full(len(points), -1) if labels is None else labels
+    values, counts = np.unique(known[known >= 0], return_counts=True)
+    shown = sorted(values[np.argsort(-counts, kind="stable")][: len(_COLOURS) * len(_MARKERS)].tolist())
+    size = float(np.clip(12000 / len(points), 6, 40))
+    look = {"font.size": 12, "text.color": [value / 255 for value in TEXT[:3]], "scatter.edgecolors": "none"}
+    with style.context(["default", look]):
+        figure = Figure(figsize=(5.0, 5.4), dpi=136, layout="constrained")  # narrow: names are legible on a phone
+        axes = figure.add_subplot()
+        axes.set_axis_off()
+        rest = ~np.isin(known, shown)
+        if rest.any():
+            axes.scatter(
+                points[rest, 0], points[rest, 1], s=size, c="#8a929c", alpha=0.6, label="other" if shown else None
+            )
+        for order, label in enumerate(shown):
+            marker, colour = divmod(order, len(_COLOURS))
+            name = class_name(label, classes)
+            if len(name) > _LONGEST_NAME:
+                name = f"{name[: _LONGEST_NAME - 1].rstrip()}…"
+            x, y = points[known == label].T
+            axes.scatter(x, y, s=size, c=_COLOURS[colour], marker=_MARKERS[marker], alpha=0.8, label=name)
+        if shown:
+            figure.legend(
+                loc="outside lower center",
+                ncols=3,
+                frameon=False,
+                handletextpad=0.2,
+                columnspacing=1,
+                markerscale=math.sqrt(40 / size),
+            )
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", transparent=True)
+    with Image.open(buffer) as opened:
+        picture = opened.convert("RGBA")
+    description = (
+        f"{len(points):,} images placed on a plane by {method} of their features: images that lie close together look "
+        "alike to the model, which was never told a label."
+    )
+    if shown:
+        extent = "" if len(shown) == len(values) else f", for the {len(shown)} commonest"
+        description += f" A point's colour is its class{extent}."
+    picture.info = {"Title": "Map of the features", "Description": description}
+    return picture
+
+
+def class_name(label: int, classes: Sequence[str] | None) -> str:
+    """What to write for a label: its name, or its number where the picture's font may not have the letters."""
+    name = classes[label] if classes is not None and label < len(classes) else ""
+    drawable = name and not name.startswith("_") and all(ord(letter) < 0x250 for letter in name)
+    return name if drawable else f"class {label}"
+
+
 def _panel(image: FloatArray) -> Image.Image:
     return sample_panels([image], _MIN_SIDE)[0]
 
 
+def _in_rows(groups: Sequence[Sequence[Cell]], count: int) -> list[list[Cell]]:
+    """Rows of `count` groups of cells each."""
+    return [[c for group in groups[i : i + count] for c in group] for i in range(0, len(groups), count)]
+
+
 def _table(
-    rows: Sequence[Sequence[Cell | None]],
+    rows: Sequence[Sequence[Cell]],
     headers: Sequence[str],
     *,
     title: str,
@@ -159,24 +242,12 @@ def _table(
     column_gaps: Collection[int] = (),
     row_gaps: Collection[int] = (),
 ) -> Image.Image:
-    """Places cells of one size under headers.
-
-    Args:
-        rows: of cells; None leaves a place empty.
-        headers: one for each column.
-        title: for the PNG's text field.
-        description: likewise.
-        column_gaps: columns before which there is more room.
-        row_gaps: rows, likewise.
-
-    Returns:
-        RGBA with a transparent background.
-    """
-    width, height = next(cell for row in rows for cell in row if cell is not None).panel.size
+    """Places panels of one size under headers, RGBA; there is more room before the columns and rows of the gaps."""
+    width, height = next(cell for row in rows for cell in row if cell is not None)[0].size
     gutter = max(4, width // 24)
     font = ImageFont.load_default(max(10, min(round(width / 7.5), 20)))
     line = math.ceil(font.getbbox("Ag")[3]) + 3
-    below = line if any(cell is not None and cell.caption for row in rows for cell in row) else 0
+    below = line if any(cell is not None and cell[1] for row in rows for cell in row) else 0
     left = _places(max(map(len, rows)), width, gutter, column_gaps)
     top = [line + y for y in _places(len(rows), height + below, gutter, row_gaps)]
     picture = Image.new("RGBA", (left[-1] + width, top[-1] + height + below), BACKGROUND)
@@ -186,8 +257,8 @@ def _table(
     for y, row in zip(top, rows, strict=True):
         for x, cell in zip(left, row, strict=False):
             if cell is not None:
-                picture.paste(cell.panel, (x, y))
-                pen.text((x, y + height + 1), _fit(cell.caption, font, width), fill=TEXT, font=font)
+                picture.paste(cell[0], (x, y))
+                pen.text((x, y + height + 1), _fit(cell[1], font, width), fill=TEXT, font=font)
     picture.info.update(Title=title, Description=description)
     return picture
 

@@ -3,43 +3,40 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from markupsafe import Markup
+import numpy as np
 
 from torchmae.config import PretrainConfig
 from torchmae.files import replace_file
-from torchmae.report import charts
+from torchmae.report.charts import Chart, Line, Panel, chart, level, series_of
 from torchmae.report.evaluations import latest_evaluations
-from torchmae.report.facts import describe, facts, hidden_unit, is_finished, setting, state, title, yaml_text
-from torchmae.report.hints import training_hints
+from torchmae.report.metrics import ACCURACY, BASELINES, CLASSIFIERS, LOSS, METRICS, RECONSTRUCTION, Unit, final_figures
 from torchmae.report.page import Embedded, embed, load_titled, open_picture, render_page
-from torchmae.report.pictures import HEADERS, progress_grid, read_layout, split_columns
-from torchmae.report.run import Record, Run, load_run
-from torchmae.report.verdict import Figures, final_figures, finite, judge, number, percent, trend
+from torchmae.report.pictures import HEADERS, read_layout, split_columns, strip_grid
+from torchmae.report.run import (
+    Record,
+    Run,
+    describe,
+    facts,
+    hidden_unit,
+    is_finished,
+    load_run,
+    setting,
+    state,
+    title,
+    yaml_text,
+)
+from torchmae.report.verdict import judge, training_hints, trend
 
 # Reconstructions shown side by side, from the first to the last.
 _MAX_MOMENTS = 4
 _MAX_BAD_FILES = 20
+_COLOURS = {"interpolation": "interpolation", "pixels": "interpolation", "mean_patch": "mean", "untrained": "mean"}
 
-_ENVIRONMENT_LABELS = {
-    "torchmae": "torchmae",
-    "torch": "PyTorch",
-    "torchvision": "torchvision",
-    "jpeg_decoder": "JPEG decoder",
-    "python": "Python",
-    "platform": "Platform",
-    "processor": "Processor",
-    "device": "Device",
-    "threads": "Threads",
-    "precision": "Precision",
-    "started": "Started",
-    "command": "Command",
-    "data": "Data",
-}
+_ENVIRONMENT_LABELS = {"torch": "PyTorch", "torchmae": "torchmae", "torchvision": "torchvision"}
 
 
 @dataclass(frozen=True)
@@ -52,9 +49,7 @@ class Reconstructions:
         headers: what stands above each third of a column; empty where the picture carries its own.
         pixelated: whether pixels are to be seen as squares.
         note: how the reconstruction came about.
-        progress: masked, then the reconstruction at each of `progress_steps`, then the original; None if there is
-            only one picture.
-        progress_steps: the steps in it.
+        progress: masked, the reconstruction at each of `progress_steps`, original; None of only one picture.
     """
 
     step: int
@@ -67,48 +62,16 @@ class Reconstructions:
 
 
 @dataclass(frozen=True)
-class Share:
-    """A figure that is a share of something.
+class ScoreTable:
+    """Figures of the model beside those of what takes no learning.
 
-    Attributes:
-        text: the figure; empty where there is none.
-        bar: the same as length, 0 to 100.
+    A column is (figure, whether it has bars); a row (label, (text, length of the bar in percent) for each column).
     """
 
-    text: str
-    bar: float
-
-
-@dataclass(frozen=True)
-class LossScore:
-    """How well something predicts what is hidden.
-
-    Attributes:
-        label: what predicts.
-        loss: the loss as text.
-        explained: explained variance.
-        ours: whether it is the trained model.
-    """
-
-    label: str
-    loss: str
-    explained: Share
-    ours: bool
-
-
-@dataclass(frozen=True)
-class ClassScore:
-    """How well features tell classes apart.
-
-    Attributes:
-        label: whose features.
-        accuracies: of the classifiers that were run, in one order.
-        ours: whether they are the trained model's.
-    """
-
-    label: str
-    accuracies: tuple[Share, ...]
-    ours: bool
+    caption: str
+    head: str
+    columns: list[tuple[str, bool]]
+    rows: list[tuple[str, list[tuple[str, float | None]]]]
 
 
 @dataclass(frozen=True)
@@ -121,14 +84,9 @@ class Setting:
 
 
 def write_report(run: Path, page: Path | None = None) -> Path:
-    """Writes a page from what the run folder holds, finished or not; the same folder gives the same bytes.
+    """Writes a page, RUN/report.html or another, from what the run folder holds; the same folder gives the same bytes.
 
-    Args:
-        run: the run folder; its name appears in the commands on the page as it is given here.
-        page: the file to write; None: RUN/report.html.
-
-    Returns:
-        The path of the page.
+    The folder's name appears in the commands on the page as it is given here.
 
     Raises:
         CheckpointError: the folder is no run, cannot be read, or cannot be written to.
@@ -144,7 +102,6 @@ def render(run: Run) -> str:
     figures = final_figures(run.summary, run.val, run.baseline, setting(run, "eval", "knn_val"))
     folder = run.path.as_posix()
     evaluations, evaluations_left = latest_evaluations(run.evaluations)
-    classifiers, class_rows = class_scores(figures)
     return render_page(
         "run.html",
         title=title(run),
@@ -154,22 +111,22 @@ def render(run: Run) -> str:
         verdict=judge(figures, unit),
         trend=trend(run.val),
         hints=training_hints(run.records),  # the verdict has weighed the loss
-        scores=loss_scores(figures, unit),
-        classifiers=classifiers,
-        class_scores=class_rows,
-        knn_images=figures.knn_images,
+        scores=score_tables(figures, unit) if "loss" in figures else [],
+        figures=figures,
         linear_train=setting(run, "eval", "linear_train"),
-        measured_at=figures.step,
         normalised=run.summary.get("target") == "normalised patches",
         unit=unit,
         pictures=load_reconstructions(run),
         evaluations=evaluations,
         evaluations_left=evaluations_left,
         learned=[picture for path in run.feature_pictures if (picture := load_titled(path)) is not None],
-        # The drawings are made here, of numbers alone, and are the one thing that is HTML already.
-        charts=[(chart, Markup(chart.svg)) for chart in _charts(run, figures)],
+        charts=_charts(run, figures),
         settings=settings(run.config),
-        environment=environment_rows(run.environment),
+        environment=[
+            (_ENVIRONMENT_LABELS.get(key) or key.replace("_", " ").capitalize(), str(value))
+            for key, value in run.environment.items()
+            if value is not None
+        ],
         bad_files=run.bad_files[:_MAX_BAD_FILES],
         bad_files_left=max(0, len(run.bad_files) - _MAX_BAD_FILES),
         finished=is_finished(run),
@@ -180,52 +137,37 @@ def render(run: Run) -> str:
     )
 
 
-def loss_scores(figures: Figures, unit: str) -> list[LossScore]:
-    """The model's loss and explained variance beside the trivial predictors', where they were measured."""
-    rows = (
-        ("This model", figures.loss, figures.explained_variance),
-        (f"Interpolation from visible {unit}", figures.loss_interpolation, figures.explained_variance_interpolation),
-        (f"Mean of visible {unit}", figures.loss_mean_patch, figures.explained_variance_mean_patch),
-    )
-    return [
-        LossScore(label, number(loss), _share(variance), ours=label == "This model")
-        for label, loss, variance in rows
-        if loss is not None
-    ]
-
-
-def class_scores(figures: Figures) -> tuple[list[str], list[ClassScore]]:
-    """The classifiers that were run on the features, and their accuracies beside those of the baselines.
-
-    Both are empty where there are no labels.
-    """
-    by_classifier = {
-        "kNN": (figures.knn, figures.knn_pixels, figures.knn_untrained),
-        "Linear probe": (figures.linear, figures.linear_pixels, figures.linear_untrained),
-    }
-    measured = {name: values for name, values in by_classifier.items() if values[0] is not None}
-    labels = ("This model", "Raw pixels", "The same network, untrained")
-    rows = [
-        ClassScore(
-            label,
-            tuple(_share(None if value is None else value / 100) for value in values),
-            ours=label == labels[0],
-        )
-        for label, values in zip(labels, zip(*measured.values(), strict=True), strict=False)
-        if any(value is not None for value in values)
-    ]
-    return list(measured), rows
+def score_tables(figures: Mapping[str, float], unit: str) -> list[ScoreTable]:
+    """Reconstruction and, where there are labels, classification, each beside its baselines."""
+    trivial = {"interpolation": f"Interpolation from visible {unit}", "mean_patch": f"Mean of visible {unit}"}
+    unlearned = {"pixels": "Raw pixels", "untrained": "The same network, untrained"}
+    tables = []
+    for caption, head, names, baselines in (
+        ("Filling in what is hidden", "Predictor", RECONSTRUCTION, trivial),
+        ("Telling classes apart", "Features of", CLASSIFIERS, unlearned),
+    ):
+        shown = {name: METRICS[name] for name in names if name in figures}
+        rows = [
+            (label, [_cell(metric.unit, figures.get(f"{name}{ending}")) for name, metric in shown.items()])
+            for ending, label in {"": "This model", **{f"_{key}": label for key, label in baselines.items()}}.items()
+            if any(f"{name}{ending}" in figures for name in shown)
+        ]
+        if rows:
+            heads = [(metric.label.removesuffix(" accuracy"), metric.unit.is_share) for metric in shown.values()]
+            tables.append(ScoreTable(caption, head, heads, rows))
+    return tables
 
 
 def load_reconstructions(run: Run) -> Reconstructions | None:
     """The last picture of a run, and how it came about; None if there is no picture that can be read."""
-    opened = [(step, open_picture(path)) for step, path in _spread(run.pictures, _MAX_MOMENTS)]
+    moments = sorted({*np.linspace(0, len(run.pictures) - 1, _MAX_MOMENTS).round().astype(int)} if run.pictures else ())
+    opened = [(step, open_picture(path)) for step, path in (run.pictures[i] for i in moments)]
     readable = [(step, picture) for step, picture in opened if picture is not None]
     if not readable:
         return None
     step, last = readable[-1]
     layout = read_layout(last)
-    progress = progress_grid([picture for _, picture in readable]) if len(readable) > 1 else None
+    progress = strip_grid([picture for _, picture in readable]) if len(readable) > 1 else None
     return Reconstructions(
         step=step,
         columns=tuple(embed(column) for column in split_columns(last)),
@@ -240,56 +182,53 @@ def load_reconstructions(run: Run) -> Reconstructions | None:
 def settings(config: Record) -> list[tuple[str, list[Setting]]]:
     """The configuration as (section, lines of YAML); values at the top level have the empty section."""
     defaults = asdict(PretrainConfig())
-    top = [_as_setting(name, value, defaults) for name, value in config.items() if not isinstance(value, dict)]
-    sections = [("", top)] if top else []
+    sections: dict[str, list[Setting]] = {"": []}
     for section, values in config.items():
-        if isinstance(values, dict):
-            of_section = defaults.get(section, {})
-            sections.append((str(section), [_as_setting(name, value, of_section) for name, value in values.items()]))
-    return sections
+        nested = isinstance(values, dict)
+        known = defaults.get(section, {}) if nested else defaults
+        for name, value in values.items() if nested else ((section, values),):
+            default = known.get(name, ...)
+            # A default that is a tuple comes back from YAML as a list.
+            same = value == (list(default) if isinstance(default, tuple) else default)
+            sections.setdefault(section if nested else "", []).append(Setting(str(name), yaml_text(value), not same))
+    return [(str(section), lines) for section, lines in sections.items() if lines]
 
 
-def environment_rows(environment: Record) -> list[tuple[str, str]]:
-    """(label, value) of what the run ran on, the known ones first and in a fixed order."""
-    known = [key for key in _ENVIRONMENT_LABELS if environment.get(key) is not None]
-    others = [key for key in environment if key not in _ENVIRONMENT_LABELS]
-    return [(_ENVIRONMENT_LABELS.get(key, str(key)), str(environment[key])) for key in (*known, *others)]
+def _cell(unit: Unit, value: float | None) -> tuple[str, float | None]:
+    """A figure as text, and where it is a share, the length of its bar in percent."""
+    text = "" if value is None else unit.text(value).replace("-", "\N{MINUS SIGN}")
+    return text, round(min(max((value or 0.0) * unit.scale, 0.0), 100.0), 1) if unit.is_share else None
 
 
-def _spread(items: Sequence[tuple[int, Path]], count: int) -> list[tuple[int, Path]]:
-    """At most `count` of the items, evenly spread, the first and the last among them."""
-    if len(items) <= count:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+def _charts(run: Run, figures: Mapping[str, float]) -> list[Chart]:
+    def trained(key: str, label: str = "training", colour: str = "train") -> Line:
+        return Line(label, colour, *series_of(run.train, key))
 
+    def measured(name: str, *others: Line, label: str = "this model") -> Chart | None:
+        metric = METRICS[name]
+        lines = [*others, Line(label, "model", *series_of(run.val, name))]
+        lines += [level(BASELINES[key], figures.get(f"{name}_{key}"), _COLOURS[key]) for key in metric.baselines]
+        return chart(metric.label, Panel(lines, metric.unit, from_zero=metric.unit is not ACCURACY))
 
-def _share(value: float | None) -> Share:
-    """A share, at most 1, as text and as a bar that is empty below zero."""
-    text = "" if value is None else percent(value).replace("-", "\N{MINUS SIGN}")
-    return Share(text, round(100 * min(max(value or 0.0, 0.0), 1.0), 1))
+    def of_training(title: str, *names: str) -> Chart | None:
+        panels = zip(names, ("model", "interpolation"), strict=False)
+        return chart(
+            title,
+            *(
+                Panel([trained(name, METRICS[name].label.lower(), colour)], METRICS[name].unit)
+                for name, colour in panels
+            ),
+        )
 
-
-def _charts(run: Run, figures: Figures) -> list[charts.Chart]:
-    others = sorted({name[5:] for record in run.train for name in record if name.startswith("loss_")})
+    others = sorted({name for record in run.train for name in record if name.startswith("loss_")})
     # Runs of older versions logged the weighted sum of all targets' losses, which no loss on held-out images is like.
-    model = run.config.get("model")
-    summed = isinstance(model, dict) and bool(model.get("hog_weight")) and not others
+    summed = bool(setting(run, "model", "hog_weight")) and not others
     drawn = (
-        charts.loss_chart([] if summed else run.train, run.val),
-        *(charts.loss_chart(run.train, [], name) for name in others),
-        charts.variance_chart(run.val),
-        charts.accuracy_chart(run.val, "knn", figures.knn_untrained, figures.knn_pixels),
-        charts.accuracy_chart(run.val, "linear", figures.linear_untrained, figures.linear_pixels),
-        charts.rank_chart(run.val, next((finite(item, "effective_rank_untrained") for item in run.baseline), None)),
-        charts.learning_rate_chart(run.train),
-        charts.step_size_chart(run.train),
-        charts.throughput_chart(run.train),
+        measured("loss", *([] if summed else [trained("loss")]), label="held-out images"),
+        *(chart(f"Training loss of the target {name[5:]}", Panel([trained(name)], LOSS)) for name in others),
+        *(measured(name) for name in ("explained_variance", *CLASSIFIERS, "effective_rank")),
+        of_training("Learning rate", "lr"),
+        of_training("Size of the steps", "update_to_weight", "grad_norm"),
+        of_training("Throughput", "images_per_s", "data_wait"),
     )
-    return [chart for chart in drawn if chart is not None]
-
-
-def _as_setting(name: object, value: object, defaults: Mapping[str, Any]) -> Setting:
-    # A default that is a tuple comes back from YAML as a list.
-    default = defaults.get(str(name), ...)
-    same = value == (list(default) if isinstance(default, tuple) else default)
-    return Setting(str(name), yaml_text(value), changed=not same)
+    return [item for item in drawn if item is not None]

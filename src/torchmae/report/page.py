@@ -5,11 +5,10 @@ from __future__ import annotations
 import base64
 import io
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 # Photographs as PNG would make a page of tens of megabytes; drawn pixels stay far below this as they are.
@@ -18,13 +17,7 @@ _MAX_PNG_BYTES = 300_000
 
 @dataclass(frozen=True)
 class Embedded:
-    """A picture inside the page.
-
-    Attributes:
-        uri: the picture itself, as a data URI.
-        width: its own width in pixels.
-        height: its own height in pixels.
-    """
+    """A picture inside the page: a data URI, and its own width and height in pixels."""
 
     uri: str
     width: int
@@ -33,14 +26,7 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Titled:
-    """A picture that says itself what it shows.
-
-    Attributes:
-        embedded: the picture.
-        title: what it shows, in a few words.
-        description: how to read it; may be empty.
-        of: whose it is, where a page shows several; may be empty.
-    """
+    """A picture, what it shows in a few words, how to read it, and whose it is where a page shows several."""
 
     embedded: Embedded
     title: str
@@ -49,18 +35,13 @@ class Titled:
 
 
 def render_page(template: str, **values: Any) -> str:
-    """A page as HTML; all `values` but markup are escaped.
-
-    Args:
-        template: a file of this package.
-        **values: what the template asks for.
-    """
+    """A page as HTML from a template of this package; all `values` are escaped."""
     environment = Environment(
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
-        loader=FunctionLoader(_template),
+        loader=PackageLoader("torchmae.report", ""),
     )
     return environment.get_template(template).render(**values)
 
@@ -87,18 +68,9 @@ def embed(picture: Image.Image) -> Embedded:
 
 
 def load_titled(path: Path, of: str = "") -> Titled | None:
-    """A picture of `feature_pictures` or `scatter`, or any other PNG; None where it cannot be read.
-
-    Args:
-        path: the file; its name is the title of a picture that has none.
-        of: whose it is.
-    """
+    """A picture of `feature_pictures`, or any other under its file's name; None where it cannot be read."""
     picture = open_picture(path)
     if picture is None:
         return None
     title = str(picture.info.get("Title") or path.stem.replace("-", " ").replace("_", " "))
     return Titled(embed(picture), title, str(picture.info.get("Description") or ""), of)
-
-
-def _template(name: str) -> str:
-    return resources.files("torchmae.report").joinpath(name).read_text(encoding="utf-8")

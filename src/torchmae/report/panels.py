@@ -88,11 +88,11 @@ def map_panel(colours: FloatArray, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
 
 
-def heat(values: FloatArray) -> FloatArray:
-    """Values in [0, 1] as colours, dark to bright: (...) to (..., 3) in [0, 1]; matplotlib's viridis."""
+def heat(values: FloatArray, palette: str = "viridis") -> FloatArray:
+    """Values in [0, 1] as colours of a matplotlib palette, dark to bright: (...) to (..., 3) in [0, 1]."""
     from matplotlib import colormaps
 
-    return np.asarray(colormaps["viridis"](values)[..., :3], dtype=np.float32)
+    return np.asarray(colormaps[palette](values)[..., :3], dtype=np.float32)
 
 
 def _is_hidden(masked: FloatArray) -> BoolArray:

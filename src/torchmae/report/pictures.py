@@ -28,13 +28,13 @@ _LAYOUT_KEY = "torchmae"
 class GridLayout:
     """Where things are in a saved grid, kept in the PNG so that a page can set it anew for a narrow screen.
 
+    `count` triplets stand in `columns`; other lengths are in pixels.
+
     Attributes:
-        count: triplets.
-        columns: triplets in a row.
-        panel: width and height of one picture of a triplet, in pixels.
-        gutter: pixels between the pictures of a triplet, and between rows.
-        column_step: pixels from the left edge of one triplet to that of the next.
-        top: pixels above the first row, where the headers are.
+        panel: width and height of one picture of a triplet.
+        gutter: between the pictures of a triplet, and between rows.
+        column_step: from the left edge of one triplet to that of the next.
+        top: above the first row, where the headers are.
         scale: by how much the images were enlarged.
         note: how the reconstruction came about; a viewer shows it.
     """
@@ -88,8 +88,8 @@ def reconstruction_grid(
             lies outside is clipped), signals on any scale.
         reconstructed: likewise, without NaN.
         original: likewise, without NaN.
-        path: where to save the picture as PNG; null: nowhere.
-        triplets_per_row: null: one, or two for more than four images.
+        path: where to save the picture as PNG; None: nowhere.
+        triplets_per_row: None: one, or two for more than four images.
         min_side: the longer side of a panel, in pixels, is at least this.
         note: how the reconstruction came about (`Reconstruction.note`), to be shown wherever the picture is.
 
@@ -120,26 +120,11 @@ def split_columns(grid: Image.Image) -> list[Image.Image]:
     return [grid.crop((left, layout.top, left + layout.column_width, grid.height)) for left in lefts]
 
 
-def progress_grid(grids: Sequence[Image.Image], num_rows: int = 4) -> Image.Image | None:
-    """Draws how reconstructions came about: a row for each image, a column for each moment.
+def strip_grid(grids: Sequence[Image.Image], num_rows: int = 4) -> Image.Image | None:
+    """Sets reconstructions of the same images beside each other: of several moments, or of several models.
 
     Args:
-        grids: pictures of `reconstruction_grid` with the same images under the same masks, earliest first.
-        num_rows: images shown, at most.
-
-    Returns:
-        RGBA: masked, one reconstruction from each grid, original; no headers. None if the grids are not alike.
-    """
-    layouts = {read_layout(grid) for grid in grids}
-    layout = layouts.pop() if len(layouts) == 1 else None
-    return None if layout is None else _strip(grids, layout, min(num_rows, layout.count))
-
-
-def comparison_grid(grids: Sequence[Image.Image], num_rows: int = 4) -> Image.Image | None:
-    """Draws how several models fill in the same images: as `progress_grid`, a column for each model.
-
-    Args:
-        grids: pictures of `reconstruction_grid`, one from each model.
+        grids: pictures of `reconstruction_grid`.
         num_rows: images shown, at most.
 
     Returns:
@@ -147,25 +132,17 @@ def comparison_grid(grids: Sequence[Image.Image], num_rows: int = 4) -> Image.Im
         grids are not the same.
     """
     layouts = [read_layout(grid) for grid in grids]
-    known = [replace(layout, note="") for layout in layouts if layout is not None]
-    if len(known) < len(grids) or len(set(known)) != 1:
+    layout = layouts[0]
+    if layout is None or any(other is None or replace(other, note=layout.note) != layout for other in layouts):
         return None
-    layout = known[0]
     rows = min(num_rows, layout.count)
+    cells = [(grids[0], 0), *((grid, 1) for grid in grids), (grids[-1], 2)]
+    step = (layout.panel[0] + layout.gutter, layout.panel[1] + layout.gutter)
+    picture = Image.new("RGBA", (len(cells) * step[0] - layout.gutter, rows * step[1] - layout.gutter), BACKGROUND)
     for row in range(rows):
         for place in (0, 2):  # what reconstructions are of
             if len({_panel(grid, layout, row, place).tobytes() for grid in grids}) > 1:
                 return None
-    return _strip(grids, layout, rows)
-
-
-def _strip(grids: Sequence[Image.Image], layout: GridLayout, rows: int) -> Image.Image:
-    """Masked, each grid's reconstruction, original, for the first `rows` images."""
-    cells = [(grids[0], 0), *((grid, 1) for grid in grids), (grids[-1], 2)]
-    step = (layout.panel[0] + layout.gutter, layout.panel[1] + layout.gutter)
-    size = (len(cells) * step[0] - layout.gutter, rows * step[1] - layout.gutter)
-    picture = Image.new("RGBA", size, BACKGROUND)
-    for row in range(rows):
         for column, (grid, place) in enumerate(cells):
             picture.paste(_panel(grid, layout, row, place), (column * step[0], row * step[1]))
     return picture
@@ -207,8 +184,11 @@ def save_png(image: Image.Image, path: Path) -> None:
 def _lay_out(triplets: Sequence[Sequence[Image.Image]], columns: int, scale: int, note: str) -> Image.Image:
     """Places triplets row by row under headers."""
     width, height = triplets[0][0].size
-    font = ImageFont.load_default(_header_size(width))
-    _, _, header_width, header_height = (math.ceil(edge) for edge in font.getbbox(max(HEADERS, key=len)))
+    longest = max(HEADERS, key=len)
+    # The longest header fills nine tenths of a panel, at 10 to 32 pixels.
+    fitting = int(90 * width / ImageFont.load_default(100).getlength(longest))
+    font = ImageFont.load_default(min(max(fitting, 10), 32))
+    _, _, header_width, header_height = (math.ceil(edge) for edge in font.getbbox(longest))
     width = max(width, header_width)
     gutter = max(4, width // 24)
     layout = GridLayout(
@@ -231,9 +211,3 @@ def _lay_out(triplets: Sequence[Sequence[Image.Image]], columns: int, scale: int
                 pen.text((left, 0), HEADERS[place], fill=TEXT, font=font)
     grid.info[_LAYOUT_KEY] = json.dumps(asdict(layout))
     return grid
-
-
-def _header_size(width: int) -> int:
-    """The font size at which the longest header fills nine tenths of a panel, 10 to 32 pixels."""
-    length_at_100 = ImageFont.load_default(100).getlength(max(HEADERS, key=len))
-    return min(max(int(90 * width / length_at_100), 10), 32)

@@ -10,6 +10,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from torchmae.report.metrics import BASELINES, CLASSIFIERS, METRICS, RECONSTRUCTION, finite
+
 
 def final_table(figures: Mapping[str, Any]) -> str:
     """The figures of a run beside predictions and features that take no learning.
@@ -17,23 +19,16 @@ def final_table(figures: Mapping[str, Any]) -> str:
     Args:
         figures: as in summary.json.
     """
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("held-out images" if figures["num_val"] else "figure")
-    for name in ("this model", "interpolation", "mean patch", "untrained", "raw pixels"):
-        table.add_column(name, justify="right")
-    if figures["loss"] is not None:
-        table.add_row(
-            f"loss on hidden {figures['target']}",
-            *(_number(figures[name], ".4f") for name in ("loss", "loss_interpolation", "loss_mean_patch")),
-        )
-        table.add_row(
-            "explained variance",
-            *(_number(figures[name], ".3f") for name in ("explained_variance", "explained_variance_interpolation")),
-        )
-    for key, label in (("knn", "kNN accuracy, %"), ("linear", "linear probe accuracy, %")):
-        if figures[key] is not None:
-            own, *others = (_number(figures[name], ".1f") for name in (key, f"{key}_untrained", f"{key}_pixels"))
-            table.add_row(label, own, "", "", *others)
+    table = Table("held-out images" if figures["num_val"] else "figure", box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("this model", *BASELINES.values()):
+        table.add_column(name.removeprefix("the ").removesuffix(" network"), justify="right")
+    for name in (*RECONSTRUCTION, *CLASSIFIERS):
+        metric = METRICS[name]
+        if figures[name] is not None:
+            of = f" on hidden {figures['target']}" if name == "loss" else ""
+            values = (finite(figures, key) for key in (name, *(f"{name}_{beside}" for beside in BASELINES)))
+            cells = ("" if value is None else metric.unit.cell(value) for value in values)
+            table.add_row(f"{metric.heading}{of}", *cells)
     output = StringIO()
     console = Console(file=output, width=100, highlight=False)
     console.print(
@@ -44,7 +39,3 @@ def final_table(figures: Mapping[str, Any]) -> str:
     if table.row_count:
         console.print(table)
     return "\n".join(line.rstrip() for line in output.getvalue().splitlines())
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)

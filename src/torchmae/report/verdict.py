@@ -1,133 +1,52 @@
-"""Is my loss good? The figures of a run beside the trivial ones, and what they say in plain words."""
+"""Is my loss good, and what looks wrong? What the figures of a run say, in plain words."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torchmae.report.metrics import BASELINES, METRICS, finite, number, percent
+
 Level = Literal["good", "fair", "poor", "unknown"]
+Records = Sequence[Mapping[str, Any]]
 
 # Two standard errors: a difference of two kNN accuracies below this is put down to chance.
 _STANDARD_ERRORS = 2.0
 # Change of explained variance over the last fifth of a run that is worth a remark.
 _TREND = 0.01
-
-
-@dataclass(frozen=True)
-class Figures:
-    """The final figures of a run; None where a figure was not measured.
-
-    Attributes:
-        step: when the loss was last measured.
-        loss: on hidden patches of held-out images, under one fixed mask.
-        loss_mean_patch: of predicting the mean of each image's visible patches.
-        loss_interpolation: of interpolating from the visible patches.
-        explained_variance: 1 - loss / variance of the hidden targets, at most 1, negative when worse than their mean.
-        explained_variance_interpolation: the same for interpolation.
-        knn: percent of held-out images that kNN on the features classifies correctly.
-        knn_untrained: the same for the network before training.
-        knn_pixels: the same for raw pixels.
-        knn_images: held-out images classified, by kNN and by the linear probe.
-        linear: percent of them that a linear classifier on the features gets right.
-        linear_untrained: the same for the network before training.
-        linear_pixels: the same for raw pixels.
-    """
-
-    step: int | None = None
-    loss: float | None = None
-    loss_mean_patch: float | None = None
-    loss_interpolation: float | None = None
-    explained_variance: float | None = None
-    explained_variance_interpolation: float | None = None
-    knn: float | None = None
-    knn_untrained: float | None = None
-    knn_pixels: float | None = None
-    knn_images: int | None = None
-    linear: float | None = None
-    linear_untrained: float | None = None
-    linear_pixels: float | None = None
-
-    @property
-    def explained_variance_mean_patch(self) -> float | None:
-        """Explained variance of predicting the mean patch, from the losses' ratio."""
-        if self.loss is None or self.loss_mean_patch is None or self.explained_variance is None or self.loss <= 0:
-            return None
-        return 1 - self.loss_mean_patch * (1 - self.explained_variance) / self.loss
+# From this kNN accuracy of raw pixels on, in percent, there is no room above them.
+_EASY = 95.0
+# Share of time spent waiting for data above which a faster reader is worth having.
+_DATA_WAIT = 0.2
+# A gradient norm so many times its usual value has left the range in which a step can be trusted.
+_EXPLODING = 10.0
+_FEWEST_RECORDS = 10
+# Features that use fewer directions than this, or than this share of what they once used, have collapsed. On CIFAR-10
+# a ViT of width 192 begins at 34 and ends at 50 to 60.
+_COLLAPSED_RANK = 3.0
+_COLLAPSED_SHARE = 0.25
+# A step that changes the weights by about a thousandth is usual. The shipped recipes have medians of 0.2% to 0.6%.
+_LARGE_UPDATE = 2e-2
+_SMALL_UPDATE = 5e-5
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """An answer to a question about a run.
-
-    Attributes:
-        level: how good, for colour.
-        answer: a few words.
-        sentences: why, with the numbers, and what to do about it.
-    """
+    """An answer to a question about a run: how good, in a few words, and why, with the numbers and what to do."""
 
     level: Level
     answer: str
     sentences: tuple[str, ...]
 
 
-def finite(record: Mapping[str, Any], key: str) -> float | None:
-    """The number under `key`, or None if it is missing, null, NaN, infinite or no number."""
-    value = record.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
-def final_figures(
-    summary: Mapping[str, Any],
-    val: Sequence[Mapping[str, Any]],
-    baseline: Sequence[Mapping[str, Any]] = (),
-    knn_limit: int | None = None,
-) -> Figures:
-    """The figures a run ended with: its summary's, else those of its last validation that has them.
-
-    Args:
-        summary: summary.json; may be empty.
-        val: validation records by rising step; may be empty.
-        baseline: records of what needs no training, likewise.
-        knn_limit: the setting eval.knn_val, at most which many held-out images are classified.
-    """
-
-    def last(key: str) -> float | None:
-        candidates = (finite(record, key) for record in (summary, *reversed(val), *reversed(baseline)))
-        return next((value for value in candidates if value is not None), None)
-
-    measured = [int(record["step"]) for record in val if finite(record, "loss") is not None]
-    num_val = finite(summary, "num_val")
-    limits = [int(limit) for limit in (num_val, knn_limit) if limit is not None]
-    return Figures(
-        step=measured[-1] if measured else None,
-        loss=last("loss"),
-        loss_mean_patch=last("loss_mean_patch"),
-        loss_interpolation=last("loss_interpolation"),
-        explained_variance=last("explained_variance"),
-        explained_variance_interpolation=last("explained_variance_interpolation"),
-        knn=last("knn"),
-        knn_untrained=last("knn_untrained"),
-        knn_pixels=last("knn_pixels"),
-        knn_images=min(limits) if num_val else None,
-        linear=last("linear"),
-        linear_untrained=last("linear_untrained"),
-        linear_pixels=last("linear_pixels"),
-    )
-
-
-def judge(figures: Figures, unit: str = "patches") -> Verdict:
+def judge(figures: Mapping[str, float], unit: str = "patches") -> Verdict:
     """Is the loss good? Weighs reconstruction against the trivial predictors and features against trivial features.
 
     Good means that both pass, or that reconstruction does and there are no labels to test features with; poor, that
-    neither does.
-
-    Args:
-        figures: the final figures.
-        unit: what is hidden, for the sentences: "patches", or "values" where masking is element-wise.
+    neither does. `figures` are those of `final_figures`; `unit` is what is hidden, "patches" or "values".
     """
     reconstruction = _judge_reconstruction(figures, unit)
     features = _judge_features(figures)
@@ -139,12 +58,12 @@ def judge(figures: Figures, unit: str = "patches") -> Verdict:
     return Verdict(reconstruction.level, f"{reconstruction.answer}, and {features.answer}", sentences)
 
 
-def _judge_reconstruction(figures: Figures, unit: str) -> Verdict:
-    loss, mean, interpolation = figures.loss, figures.loss_mean_patch, figures.loss_interpolation
+def _judge_reconstruction(figures: Mapping[str, float], unit: str) -> Verdict:
+    loss, mean, interpolation = (figures.get(name) for name in ("loss", "loss_mean_patch", "loss_interpolation"))
     if loss is None or mean is None or interpolation is None:
         unmeasured = "Nothing was measured on held-out images, and a training loss alone does not tell."
         return Verdict("unknown", "Cannot say", (unmeasured,))
-    variance = figures.explained_variance
+    variance = figures.get("explained_variance")
     # The mean of each image's own patches can do worse than one constant for all, which explains nothing at all.
     if loss >= mean or (variance is not None and variance <= 0):
         trivial = f"the mean of the visible {unit} ({number(mean)})" if loss >= mean else "one constant for everything"
@@ -168,22 +87,16 @@ def _judge_reconstruction(figures: Figures, unit: str) -> Verdict:
     return Verdict("good", "Yes", (reason,))
 
 
-# From this kNN accuracy of raw pixels on, in percent, there is no room above them.
-_EASY = 95.0
-
-
-def _judge_features(figures: Figures) -> Verdict:
-    knn = figures.knn
-    baselines = {"raw pixels": figures.knn_pixels, "the untrained network": figures.knn_untrained}
-    known = {name: value for name, value in baselines.items() if value is not None}
+def _judge_features(figures: Mapping[str, float]) -> Verdict:
+    knn, images = figures.get("knn"), figures.get("knn_images")
+    known = {BASELINES[key]: figures[f"knn_{key}"] for key in METRICS["knn"].baselines if f"knn_{key}" in figures}
     if knn is None or not known:
         return Verdict("unknown", "", ())
     beside = " and ".join(f"{value:.1f}% with {name}" for name, value in known.items())
     start = f"kNN with its features classifies {knn:.1f}% of held-out images correctly, against {beside}"
     name, best = max(known.items(), key=lambda item: item[1])
-    noise = _STANDARD_ERRORS * math.hypot(
-        _standard_error(knn, figures.knn_images), _standard_error(best, figures.knn_images)
-    )
+    # Binomial standard errors of both accuracies.
+    noise = _STANDARD_ERRORS * math.sqrt((knn * (100 - knn) + best * (100 - best)) / images) if images else 0.0
     if knn - best > noise:
         return Verdict("good", "its features are good", (f"{start}: the features are worth having.",))
     if best - knn > noise:
@@ -193,16 +106,11 @@ def _judge_features(figures: Figures) -> Verdict:
         return Verdict("poor", f"its features are worse than {name}", (advice,))
     reason = f"{start}: no difference."
     if noise:
-        reason = f"{start}. On {figures.knn_images:,} images, less than {noise:.1f} points is too close to call."
+        reason = f"{start}. On {images:,} images, less than {noise:.1f} points is too close to call."
     return Verdict("fair", f"its features are only level with {name}", (reason,))
 
 
-def _standard_error(accuracy: float, images: int | None) -> float:
-    """Binomial standard error of an accuracy, both in percent; 0 where the number of images is unknown."""
-    return math.sqrt(accuracy * (100 - accuracy) / images) if images else 0.0
-
-
-def trend(val: Sequence[Mapping[str, Any]]) -> str:
+def trend(val: Records) -> str:
     """One sentence on whether explained variance still rose, or fell from its best; empty if neither."""
     points = [(int(record["step"]), finite(record, "explained_variance")) for record in val]
     known = [(step, value) for step, value in points if value is not None]
@@ -222,11 +130,102 @@ def trend(val: Sequence[Mapping[str, Any]]) -> str:
     return ""
 
 
-def percent(share: float) -> str:
-    """A share as percent: 0.618 -> "61.8%"."""
-    return f"{100 * share:.1f}%"
+def hints(records: Records) -> list[str]:
+    """Everything that looks wrong in records of metrics.jsonl, by rising step: a sentence or two each."""
+    return [*filter(None, [loss_hint(records)]), *training_hints(records)]
 
 
-def number(value: float) -> str:
-    """A loss in four significant digits at most, without exponent where it can be: 0.4123."""
-    return f"{value:.3f}" if 0.1 <= abs(value) < 1000 else f"{value:.3g}"
+def training_hints(records: Records) -> list[str]:
+    """As `hints`, without the loss: for a page that weighs it elsewhere."""
+    checks = (collapse_hint, chance_hint, gradient_hint, update_hint, data_hint)
+    return [text for check in checks if (text := check(records))]
+
+
+def loss_hint(records: Records) -> str:
+    """Whether the last loss on held-out images is no better than interpolation's; empty if it is."""
+    loss, interpolation = _last(records, "val", "loss"), _last(records, "val", "loss_interpolation")
+    if loss is None or interpolation is None or loss < interpolation:
+        return ""
+    return (
+        f"The loss of {number(loss)} is no better than interpolating from what is visible ({number(interpolation)}): "
+        "train longer, or try a higher learning rate."
+    )
+
+
+def collapse_hint(records: Records) -> str:
+    """Whether the features use almost no directions any more, by "effective_rank"; empty if not, or not measured."""
+    ranks = [*_values(records, "baseline", "effective_rank_untrained"), *_values(records, "val", "effective_rank")]
+    if not _values(records, "val", "effective_rank"):
+        return ""
+    last, highest = ranks[-1], max(ranks)
+    if last >= _COLLAPSED_RANK and last >= _COLLAPSED_SHARE * highest:
+        return ""
+    fell = f", down from {highest:.1f}" if highest > 1.1 * last else ""
+    return (
+        f"The features are collapsing: they use {last:.1f} directions in effect{fell}, so that images look alike to "
+        "them. Lower the learning rate, or hide more."
+    )
+
+
+def chance_hint(records: Records) -> str:
+    """Whether kNN is no better than always answering the commonest class; empty if it is, or was not measured."""
+    knn, share = _last(records, "val", "knn"), _last(records, "baseline", "majority")
+    images = _last(records, "baseline", "majority_images")
+    if knn is None or share is None or not images:
+        return ""
+    if knn - share > _STANDARD_ERRORS * math.sqrt(max(share * (100 - share), 1.0) / images):
+        return ""
+    return (
+        f"kNN classifies {knn:.1f}% of {images:,.0f} held-out images correctly, always answering the commonest class "
+        f"{share:.1f}%: no difference. The labels may say nothing of the images, as folders that are mere shards do."
+    )
+
+
+def gradient_hint(records: Records) -> str:
+    """Whether the gradient norm has left its range at the end; empty if not, or not measured often enough."""
+    norms = _values(records, "train", "grad_norm")
+    if len(norms) < _FEWEST_RECORDS:
+        return ""
+    usual, last = statistics.median(norms), max(norms[-3:])
+    if last <= _EXPLODING * usual:
+        return ""
+    return (
+        f"The gradient norm rose to {number(last)}, {last / max(usual, 1e-12):,.0f} times its median: lower the "
+        "learning rate, or set --optim.clip_grad 1."
+    )
+
+
+def update_hint(records: Records) -> str:
+    """Whether steps are far too large or too small for the weights; empty if not, or not measured often enough."""
+    updates = _values(records, "train", "update_to_weight")
+    if len(updates) < _FEWEST_RECORDS:
+        return ""
+    usual = statistics.median(updates)  # a schedule begins and ends at zero
+    if _SMALL_UPDATE <= usual <= _LARGE_UPDATE:
+        return ""
+    advice = "a higher" if usual < _SMALL_UPDATE else "a lower"
+    return (
+        f"A step changes the weights by {usual:.1e} of their norm (median), where about 1e-3 is usual: try {advice} "
+        "learning rate."
+    )
+
+
+def data_hint(records: Records) -> str:
+    """Whether training waits for data for more than a fifth of the time; empty if not, or not measured."""
+    # Starting workers is no lasting wait.
+    waits = _values(records, "train", "data_wait")[1:]
+    if not waits or (wait := sum(waits) / len(waits)) <= _DATA_WAIT:
+        return ""
+    return (
+        f"Training waited for data for {percent(wait)} of the time: raise --data.num_workers, keep the images in "
+        "memory (--data.cache memory), or make the files smaller."
+    )
+
+
+def _values(records: Records, kind: str, key: str) -> list[float]:
+    return [value for record in records if record.get("kind") == kind and (value := finite(record, key)) is not None]
+
+
+def _last(records: Records, kind: str, key: str) -> float | None:
+    values = _values(records, kind, key)
+    return values[-1] if values else None

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import pytest
+
+from torchmae.report.metrics import METRICS, Figure, Metric, Unit, figures_as_text, measure_of
+
+
+@pytest.mark.parametrize(
+    ("name", "measure"),
+    [
+        ("knn20", ("Accuracy, %", "kNN, k = 20")),
+        ("linear_mean", ("Accuracy, %", "linear probe, patch mean")),
+        ("linear_c0.1", ("Accuracy, %", "linear probe, patch mean, C = 0.1")),
+        ("linear_paper_cls", ("Accuracy, %", "linear probe, as in the paper, class token")),
+        ("attentive", ("Accuracy, %", "attentive probe")),
+        ("finetune", ("Accuracy, %", "fine-tuned")),
+        ("finetune_random", ("Accuracy, %", "trained from random weights")),
+        ("finetune_seconds", ("Training", "seconds")),
+        ("finetune_random_loss", ("Training", "loss")),
+        ("anomaly_patch_knn_max", ("AUROC", "kNN distance, oddest patch")),
+        ("random_0.75_psnr", ("PSNR, dB", "random, 75% hidden")),
+        ("block_0.5_ssim_interpolation", ("SSIM", "block, 50% hidden", "interpolation")),
+        ("grid_0.9_explained_variance", ("Explained variance", "grid, 90% hidden")),
+        ("knn_untrained", ("Accuracy, %", "kNN accuracy", "the untrained network")),
+        ("new", ("Figure", "new")),
+        ("anomaly_new", ("Figure", "anomaly_new")),
+    ],
+)
+def test_names_in_words(name: str, measure: tuple[str, ...]) -> None:
+    unit, label, beside = measure_of(name)
+    assert (unit.name, label, *filter(None, [beside])) == measure
+
+
+def test_every_figure_of_a_detector_has_words() -> None:
+    from torchmae.evaluation.anomaly import SCORES
+
+    assert {measure_of(f"anomaly_{name}").unit.name for name in SCORES} == {"AUROC"}
+
+
+def test_what_belongs_to_a_figure_goes_with_it() -> None:
+    accuracy = {"knn20": 42.04, "knn20_top5": 80.0, "knn20_low": 41.0, "knn20_high": 43.26}
+    assert figures_as_text(accuracy) == {"knn20": Figure("42.0", "41.0 to 43.3", "80.0")}
+    assert figures_as_text({"linear_cls": 30.0, "linear_cls_std": 1.25}) == {"linear_cls": Figure("30.0", "± 1.2")}
+    assert figures_as_text({"alone_low": 5.0}) == {"alone_low": Figure("5")}
+
+
+def test_each_unit_has_its_digits() -> None:
+    figures = {"anomaly_knn": 0.98765, "random_0.5_psnr": 21.456, "finetune_seconds": 1234.5, "new": 0.00123}
+    texts = {name: figure.value for name, figure in figures_as_text(figures).items()}
+    assert texts == {
+        "anomaly_knn": "0.988", "random_0.5_psnr": "21.46", "finetune_seconds": "1,234.5", "new": "0.00123"
+    }  # fmt: skip
+
+
+def test_a_metric_from_outside_has_its_words_and_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    unit = Unit("mIoU, %", "{:.2f}".format)
+    monkeypatch.setitem(METRICS, r"iou_(?P<name>\w+)", Metric("IoU of {name}", unit, max))
+    assert measure_of("iou_road") == (unit, "IoU of road", "")
+    assert figures_as_text({"iou_road": 12.3456, "iou_road_std": 1.0}) == {"iou_road": Figure("12.35", "± 1.00")}
