@@ -301,12 +301,12 @@ def test_a_step_without_a_finite_loss_is_left_out(tmp_path: Path, log_every: int
     assert finite(tmp_path)
 
     plain, plan = vit(), Plan(10, 4, 0)  # a run that never saw those batches
-    (optimizer,) = build_optimizers(plain, CONFIG.optim, 4)
+    task = PretrainTask(CONFIG, plain, RUNTIME, 4)
     for step, batch in enumerate(whole.train_batches(plan, 0, 9)):
         if step + 1 not in bad:
-            set_lr([optimizer], lr_factor(step, 9, CONFIG.optim))
+            set_lr(task.optimizers, lr_factor(step, 9, CONFIG.optim))
             mask = Masker(plain.encoder, **asdict(CONFIG.mask))(0, batch.epoch, batch.indices, torch.device("cpu"))
-            train_step(plain, [optimizer], batch.images, mask, CONFIG, RUNTIME)
+            train_step(task, (batch.images, mask))
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
 
 
