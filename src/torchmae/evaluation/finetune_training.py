@@ -173,13 +173,13 @@ class FinetuneTask(Task):
         """Number of images."""
         return len(inputs[0])
 
-    def losses(self, inputs: Inputs) -> Tensor:
+    def losses(self, inputs: Inputs) -> tuple[Tensor, ...]:
         """The cross-entropy, twice: to be minimised and to be logged."""
         images, targets = inputs
         with self.runtime.autocast():
             logits = self.forward(images)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=self._config.label_smoothing)
-        return torch.stack([loss, loss.detach()])
+        return loss, loss.detach()
 
     def after_step(self) -> None:
         """Moves the average."""

@@ -88,11 +88,11 @@ class PretrainTask(Task):
         """Number of predicted values."""
         return self.model.target.num_values(inputs[1])
 
-    def losses(self, inputs: Inputs) -> Tensor:
+    def losses(self, inputs: Inputs) -> tuple[Tensor, ...]:
         """The weighted sum of the targets' losses, then each target's."""
         with self.runtime.autocast():
             output = self.forward(*inputs)
-        return torch.stack([output.loss, *output.losses])
+        return output.loss, *output.losses
 
     def how_to_resume(self, folder: RunFolder) -> str:
         """As `Task.how_to_resume`."""

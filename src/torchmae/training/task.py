@@ -75,8 +75,8 @@ class Task(Protocol):
     def weight(self, inputs: Inputs) -> int:
         """Number of values that `losses` is a mean over; it weighs the losses of micro-batches and ranks."""
 
-    def losses(self, inputs: Inputs) -> Tensor:
-        """(1 + len(names),) float32: the loss that is minimised, then each loss that is logged, without gradient."""
+    def losses(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        """Scalars, float32: the loss that is minimised, then each of `names`, without gradient."""
 
     def after_step(self) -> None:
         """Called after each step of the optimisers."""

@@ -185,12 +185,12 @@ def train_step(task: Task, inputs: Inputs, micro_batches: int | None = None) -> 
     total = torch.zeros(1 + len(task.names), device=images.device)
     for i, part in enumerate(zip(*(item.tensor_split(number) for item in inputs), strict=True)):
         with exchanging(task.forward, i == number - 1):
-            losses = task.losses(part)
+            loss, *logged = task.losses(part)
+            share: float | Tensor = ranks.world_size  # of the step's loss; the exchange takes the mean over ranks
             if number > 1 or ranks.world_size > 1:
-                losses = losses * (task.weight(part) * counts / all_weights)
-            # The exchange takes the mean of gradients over ranks.
-            (losses[0] * ranks.world_size).backward()  # type: ignore[no-untyped-call]
-            total += losses.detach()
+                share = share * (task.weight(part) * counts / all_weights)
+            (loss * share).backward()  # type: ignore[no-untyped-call]
+            total += torch.stack([loss.detach(), *logged]) * (share / ranks.world_size)
     ranks.sum(total)
     norm = whole(gradient_norm(task.model))
     if task.loop.optim.clip_grad is not None:
