@@ -86,6 +86,14 @@ def complaint(words: str, capsys: pytest.CaptureFixture[str]) -> str:
             "patch size 3x3 does not divide input size 8x8; use an input size that is a multiple of the patch, ",
         ),
         (
+            "pretrain --model.preset mlp --mask.strategy elements",
+            "optim.name is 'muon', which is for transformer blocks, and the preset 'mlp' has none; use --optim.name",
+        ),
+        (
+            "pretrain --model.preset mlp --mask.strategy elements --optim.name adam --checkpoint-activations true",
+            "checkpoint_activations is true, which is for transformer blocks, and the preset 'mlp' has none",
+        ),
+        (
             "pretrain --model.preset mlp",
             "mask.strategy is 'random' and the preset 'mlp'; choose from elements, elements_inverted",
         ),

@@ -148,6 +148,7 @@ class ModelConfig:
         num_heads: encoder attention heads.
         mlp_ratio: hidden width of a block's MLP over its width.
         class_token: prepend a class token.
+        registers: further learned tokens that stand for no patch; 0: none.
         drop_path: stochastic depth rate of the encoder's last block, rising linearly from 0.
         decoder: "self" (the paper's) or "cross" (CrossMAE's: masked patches attend to visible ones only).
         decoder_embed_dim: decoder width.
@@ -171,6 +172,7 @@ class ModelConfig:
     num_heads: int | None = None
     mlp_ratio: float | None = None
     class_token: bool | None = None
+    registers: int | None = None
     drop_path: float | None = None
     decoder: str | None = None
     decoder_embed_dim: int | None = None
@@ -185,13 +187,18 @@ class ModelConfig:
     loss_on: str | None = None
 
 
+STRATEGIES = ("random", "block", "grid", "cells2", "cells4", "elements", "elements_inverted")
+"""Every encoder's mask strategies, named here too since this module is loaded without torch; a test compares them."""
+
+
 @dataclass(frozen=True)
 class MaskConfig:
     """What is hidden.
 
     Attributes:
-        strategy: "random" patches (the paper's), "block" (contiguous), "grid" (evenly spread); for the mlp
-            preset "elements" (each value alone) or "elements_inverted" (the tutorial's: hides 1 - ratio).
+        strategy: "random" patches (the paper's), "block" (contiguous), "grid" (evenly spread), "cells2" or "cells4"
+            (random cells of 2 or 4 patches along each axis, which leave larger holes); for the mlp preset "elements"
+            (each value alone) or "elements_inverted" (the tutorial's: hides 1 - ratio).
         ratio: share of the patches that is removed, in (0, 1).
         final_ratio: the share at the end of the run, reached in a straight line from `ratio`; null: it stays.
     """
@@ -201,7 +208,7 @@ class MaskConfig:
     final_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        one_of("mask.strategy", self.strategy, ("random", "block", "grid", "elements", "elements_inverted"))
+        one_of("mask.strategy", self.strategy, STRATEGIES)
         within("mask.ratio", self.ratio, 0, 1, open_low=True, open_high=True)
         within("mask.final_ratio", self.final_ratio, 0, 1, open_low=True, open_high=True)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from inspect import signature
 from typing import Any
 
@@ -28,6 +28,7 @@ def _vit(input_size: int, patch_size: int, embed_dim: int, depth: int, num_heads
         "num_heads": num_heads,
         "mlp_ratio": 4.0,
         "class_token": True,
+        "registers": 0,
         "drop_path": 0.0,
         "norm_pix": True,
         "predict_ratio": 1.0,
@@ -86,8 +87,9 @@ def arguments(preset: str, **overrides: Any) -> dict[str, Any]:
             values[name] = tuple(size)
     for name, value in values.items():
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int) and not isinstance(number, bool) and number < 1:
-                raise ConfigError(f"model.{name} is {value}", "it must be 1 or more")
+            least = 0 if name == "registers" else 1
+            if isinstance(number, int) and not isinstance(number, bool) and number < least:
+                raise ConfigError(f"model.{name} is {value}", f"it must be {least} or more")
     return values
 
 
@@ -96,12 +98,7 @@ def compose(
     input_size: Sequence[int],
     patch_size: Sequence[int],
     in_chans: int,
-    embed_dim: int,
-    depth: int,
-    num_heads: int,
     mlp_ratio: float = 4.0,
-    class_token: bool = True,
-    drop_path: float = 0.0,
     decoder: str = "self",
     decoder_embed_dim: int,
     decoder_depth: int,
@@ -110,8 +107,9 @@ def compose(
     predict_ratio: float = 1.0,
     feature_weights: bool = False,
     hog_weight: float = 0.0,
+    **encoder: Any,
 ) -> MaskedAutoencoder:
-    """A model of patches. `config.ModelConfig` says what each argument is.
+    """A model of patches. `config.ModelConfig` says what each argument is; the rest are the encoder's.
 
     Raises:
         ConfigError: sizes or options that do not fit together.
@@ -124,35 +122,18 @@ def compose(
     targets: list[Target] = [PixelTarget(patch_size, in_chans, norm_pix=norm_pix)]
     if hog_weight:
         targets.append(HogTarget(patch_size, in_chans, hog_weight))
-    built = ViTEncoder(
-        input_size=input_size,
-        patch_size=patch_size,
-        in_chans=in_chans,
-        embed_dim=embed_dim,
-        depth=depth,
-        num_heads=num_heads,
+    built = ViTEncoder(input_size=input_size, patch_size=patch_size, in_chans=in_chans, mlp_ratio=mlp_ratio, **encoder)
+    decoding = DECODERS[decoder](
+        built.embed_dim,
+        built.grid,
+        embed_dim=decoder_embed_dim,
+        depth=decoder_depth,
+        num_heads=decoder_num_heads,
+        out_dim=targets[0].dim,
         mlp_ratio=mlp_ratio,
-        class_token=class_token,
-        drop_path=drop_path,
+        **({"feature_weights": len(built.blocks) + 1} if feature_weights else {}),
     )
-    return MaskedAutoencoder(
-        built,
-        DECODERS[decoder](
-            embed_dim,
-            built.grid,
-            embed_dim=decoder_embed_dim,
-            depth=decoder_depth,
-            num_heads=decoder_num_heads,
-            out_dim=targets[0].dim,
-            mlp_ratio=mlp_ratio,
-            **({"feature_weights": depth + 1} if feature_weights else {}),
-        ),
-        targets,
-        predict_ratio=predict_ratio,
-    )
-
-
-COMPOSITIONS: tuple[Callable[..., MaskedAutoencoder], ...] = (compose, tutorial.compose)
+    return MaskedAutoencoder(built, decoding, targets, predict_ratio=predict_ratio)
 
 
 def construct(values: dict[str, Any]) -> MaskedAutoencoder:
@@ -160,12 +141,10 @@ def construct(values: dict[str, Any]) -> MaskedAutoencoder:
 
     Raises:
         ConfigError: sizes or options that do not fit together.
-        TypeError: arguments that no composition takes.
+        TypeError: arguments that no model takes.
     """
-    for candidate in COMPOSITIONS:
-        if values.keys() <= signature(candidate).parameters.keys():
-            return candidate(**values)
-    raise TypeError(f"no model takes the arguments {', '.join(values)}")
+    fits = values.keys() <= signature(tutorial.compose).parameters.keys()
+    return (tutorial.compose if fits else compose)(**values)
 
 
 def weightless(values: dict[str, Any]) -> MaskedAutoencoder:

@@ -70,7 +70,7 @@ def write_pictures(folder: Path, pretrained: Pretrained, data: Data, runtime: Ru
     pictures: dict[str, Image.Image] = {}
     if model.patch_size:
         pictures["1-features"] = draw_pca(pretrained, images)
-        if model.encoder.num_prefix_tokens:
+        if model.encoder.has_class_token:
             pictures["2-attention"] = draw_attention(pretrained, few)
     captions = [name_of(label, data.classes) for label in few_labels.tolist()]
     pictures["3-neighbours"] = draw_neighbours(pretrained, few, captions, data, runtime, REPORT_BANK)

@@ -136,7 +136,7 @@ def test_files_that_are_no_weights(tmp_path: Path, name: str, content: bytes) ->
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"reg_token": torch.ones(1, 4, 192)}, "it has reg_token besides"),
+        ({"dist_token": torch.ones(1, 1, 192)}, "it has dist_token besides"),
         ({"blocks.0.ls1.gamma": torch.ones(192)}, "it has blocks.0.ls1.gamma besides"),
         ({"norm.bias": None}, "it lacks norm.bias"),
         ({"pos_embed": torch.ones(1, 8, 192)}, "has 7 positions and does not say of which grid"),
@@ -272,7 +272,7 @@ def test_a_folder_that_timm_wrote(tmp_path: Path, arguments: Any) -> None:
     ("config", "message"),
     [
         ({"architecture": "resnet50"}, "holds a timm model 'resnet50'; only plain vision transformers"),
-        ({"architecture": "vit_base_patch16_224", "model_args": {"reg_tokens": 4}}, "with reg_tokens; only plain"),
+        ({"architecture": "vit_base_patch16_224", "model_args": {"qk_norm": True}}, "with qk_norm; only plain"),
         ({"architecture": "vit_base_patch16_224"}, "config.json is damaged: KeyError"),
         ({"model_type": "dinov2"}, "holds a model dinov2; give a transformers vit"),
         ({"model_type": "vit", "hidden_act": "relu"}, "uses 'relu' between layers; torchmae has gelu only"),

@@ -276,7 +276,10 @@ def test_masks_of_the_model_s_own_grid() -> None:
     assert torch.equal(
         patchify(mask.removed_pixels(model.patch_size, model.encoder.input_size), (4, 2)).all(-1), mask.removed()
     )
-    for strategy, told in (("elements", "choose from random, block, grid"), ("blok", "did you mean 'block'")):
+    for strategy, told in (
+        ("elements", "choose from random, block, grid, cells2, cells4"),
+        ("blok", "did you mean 'block'"),
+    ):
         with pytest.raises(ConfigError, match=told):
             Masker(model.encoder, strategy)
 

@@ -278,3 +278,24 @@ def test_a_mask_moves_between_devices() -> None:
     moved = mask.to("meta")
     assert moved.ids_keep.device.type == moved.ids_masked.device.type == "meta"
     assert moved.ids_keep.shape == mask.ids_keep.shape
+
+
+@pytest.mark.parametrize(("grid", "side", "ratio"), [((8, 8), 2, 0.75), ((8, 8), 4, 0.5), ((4, 4, 4), 2, 0.75)])
+def test_cells_are_removed_as_a_whole(grid: tuple[int, ...], side: int, ratio: float) -> None:
+    strategy = STRATEGIES[f"cells{side}"]
+    masks = strategy.draw(torch.rand(50, strategy.noise_count(grid)), grid, ratio).removed()
+    shape = [part for size in grid for part in (size // side, side)]
+    inside = tuple(range(2, 2 + 2 * len(grid), 2))
+    share = masks.view(50, *shape).double().mean(inside)
+    assert set(share.unique().tolist()) == {0.0, 1.0}
+    assert (share.flatten(1).mean(1) == ratio).all()
+    assert share.flatten(1).mean(0).std() < 0.15  # no cell is preferred
+
+
+def test_a_cell_is_cut_where_the_count_or_the_grid_asks_for_it() -> None:
+    mask = STRATEGIES["cells2"].draw(torch.rand(4, 6), (3, 5), 0.5)
+    assert mask.ids_keep.shape == (4, 8)
+    cells = torch.tensor([[0, 0, 1, 1, 2], [0, 0, 1, 1, 2], [3, 3, 4, 4, 5]]).flatten()
+    for removed in mask.removed():
+        cut = [cell for cell in range(6) if 0 < removed[cells == cell].double().mean() < 1]
+        assert len(cut) <= 1

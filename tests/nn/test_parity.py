@@ -148,11 +148,20 @@ def test_positions_equal_those_of_the_released_weights(height: int, width: int) 
     torch.testing.assert_close(sincos(32, (height, width), num_prefix=1), table.roll(16, dims=1))
 
 
-@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize(("class_token", "registers"), [(True, 0), (False, 0), (True, 4), (False, 2)])
 @pytest.mark.parametrize(("size", "patch", "chans"), [((224, 224), (16, 16), 3), ((24, 40), (4, 8), 2)])
-def test_the_encoder_is_timms(class_token: bool, size: tuple[int, int], patch: tuple[int, int], chans: int) -> None:
+def test_the_encoder_is_timms(
+    class_token: bool, registers: int, size: tuple[int, int], patch: tuple[int, int], chans: int
+) -> None:
     ours = ViTEncoder(
-        input_size=size, patch_size=patch, in_chans=chans, embed_dim=192, depth=12, num_heads=3, class_token=class_token
+        input_size=size,
+        patch_size=patch,
+        in_chans=chans,
+        embed_dim=192,
+        depth=12,
+        num_heads=3,
+        class_token=class_token,
+        registers=registers,
     )
     shaken(ours)
     theirs = timm_vit.VisionTransformer(
@@ -163,6 +172,7 @@ def test_the_encoder_is_timms(class_token: bool, size: tuple[int, int], patch: t
         depth=12,
         num_heads=3,
         class_token=class_token,
+        reg_tokens=registers,
         global_pool="",
         num_classes=0,
     )

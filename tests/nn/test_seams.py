@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchmae.errors import ConfigError
 from torchmae.nn import (
     Encoder,
     EncoderOutput,
@@ -23,6 +26,7 @@ from torchmae.nn import (
     SelfDecoder,
     Strategy,
     Target,
+    TeacherTarget,
     ViTEncoder,
 )
 from torchmae.nn.patches import gather, patchify
@@ -32,6 +36,7 @@ SMALL = {"depth": 2, "embed_dim": 16, "num_heads": 2}
 SMALL |= {"decoder_embed_dim": 16, "decoder_depth": 2, "decoder_num_heads": 2}
 OPTIONS: dict[str, Any] = {
     "class_token": (True, False),
+    "registers": (0, 2),
     "decoder": ("self", "cross"),
     "norm_pix": (True, False),
     "hog_weight": (0.0, 1.0),
@@ -153,6 +158,32 @@ def test_parts_of_one_s_own() -> None:
     assert model.reconstruct(images, mask).images.shape == images.shape
     alone = MaskedAutoencoder(encoder, SelfDecoder(12, encoder.grid, embed_dim=8, depth=1, num_heads=2), [Brightness()])
     assert alone(images, mask).pred.shape == (4, 12, 1)
+
+
+def test_a_frozen_teacher_is_learned_from_and_is_no_part_of_the_model() -> None:
+    teacher, student = build("vit_digits", **SMALL), build("vit_digits", **SMALL)
+    target = TeacherTarget(teacher, 16, lambda model, images: model.encode(images, "tokens"))
+    model = MaskedAutoencoder(student.encoder, student.decoder, [*student.targets, target])
+    assert not any("teacher" in name for name in model.state_dict() if not name.startswith("teacher_head."))
+    assert copy.deepcopy(model).targets[1] is target
+    images = torch.randn(8, 1, 8, 8)
+    masker = Masker(model.encoder)
+    mask = masker(0, 0, np.arange(8))
+    values = target.hidden_values(images, mask)
+    wanted = F.layer_norm(gather(teacher.encode(images, "tokens"), mask.ids_masked), (16,))
+    torch.testing.assert_close(values, wanted.detach())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(40):
+        output = model.train()(images, mask)
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(output.losses[1].item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(p.grad is None for p in target.teacher.parameters())
+    with pytest.raises(ConfigError, match="features have shape"):
+        TeacherTarget(teacher, 5, target.encode).hidden_values(images, mask)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

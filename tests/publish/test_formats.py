@@ -56,11 +56,12 @@ def test_timm_loads_it_and_fine_tunes_it(run: Path, tmp_path: Path) -> None:
     [
         {"input_size": (16, 24), "patch_size": (4, 8)},
         {"class_token": False},
+        {"registers": 3},
         {"in_chans": 1},
         {"decoder": "cross"},
         {"embed_dim": 30, "num_heads": 2, "mlp_ratio": 2.7},
     ],
-    ids=["not square", "no class token", "grey", "cross decoder", "odd widths"],
+    ids=["not square", "no class token", "registers", "grey", "cross decoder", "odd widths"],
 )
 def test_timm_takes_any_encoder_of_images(tmp_path: Path, arguments: Any) -> None:
     pytest.importorskip("timm")

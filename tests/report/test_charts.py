@@ -33,6 +33,14 @@ def all_charts(train: list[dict[str, Any]], val: list[dict[str, Any]]) -> list[C
     return [chart for chart in charts if chart is not None]
 
 
+def test_a_further_target_has_a_chart_of_its_own() -> None:
+    train = [{**record, "loss_hog": 7.0} for record in train_records()]
+    chart = loss_chart(train, val_records(), "hog")
+    assert chart is not None
+    assert [line.label for line in chart.legend] == ["training"]
+    assert "7" in chart.alt
+
+
 def test_every_chart_is_a_labelled_well_formed_drawing() -> None:
     charts = all_charts(train_records(), val_records())
     assert len(charts) == 7

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -37,6 +38,20 @@ from torchmae.training.window import Step
 
 # 10 images in batches of 4: an epoch is 4, 4, 2.
 CONFIG = PretrainConfig(epochs=3, batch_size=4, log_every=2, optim=OptimConfig(lr=1e-3))
+
+
+def test_each_target_has_its_own_loss_and_the_first_is_the_one_that_validation_measures(tmp_path: Path) -> None:
+    model, loader = vit(hog_weight=3.0), images(8)
+    masker = Masker(model.encoder)
+    with torch.no_grad():
+        output = model.train()(loader.images, masker(0, 0, np.arange(8)))
+        alone = model.eval()(loader.images, masker(0, 0, np.arange(8))).loss
+    config = replace(CONFIG, batch_size=8, epochs=1, log_every=1, accumulate=2, seed=0)
+    _, tracker = train(config, model, loader, tmp_path)
+    (step,), (epoch,) = tracker.of("train"), tracker.of("epoch")
+    assert step["loss"] == epoch["loss"] == pytest.approx(alone.item(), rel=1e-5)
+    assert step["loss_hog"] == pytest.approx(output.losses[1].item(), rel=1e-5)
+    assert output.loss.item() == pytest.approx(step["loss"] + 3 * step["loss_hog"], rel=1e-5)
 
 
 def test_the_loop_is_the_plain_one(tmp_path: Path) -> None:

@@ -330,7 +330,7 @@ class Session:
         model = pretrained.model
         with self._busy:
             colours = patch_colours(content_tokens(model, images))
-            attention = class_attention(model, images)[0] if model.encoder.num_prefix_tokens else None
+            attention = class_attention(model, images)[0] if model.encoder.has_class_token else None
         grid = model.encoder.grid
         return Seen(
             name,

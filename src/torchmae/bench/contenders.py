@@ -90,6 +90,7 @@ def peer_sizes(config: PretrainConfig, arguments: dict[str, Any], code: str) -> 
     unlike = {
         "model.preset": "patch_size" not in arguments,
         "model.decoder": arguments.get("decoder", "self") != "self",
+        "model.registers": bool(arguments.get("registers")),
         "model.class_token": not arguments.get("class_token", True),
         "model.drop_path": arguments.get("drop_path", 0) != 0,
         "model.input_size": len(set(arguments["input_size"])) != 1 or len(arguments["input_size"]) != 2,

@@ -26,7 +26,7 @@ class MaskOptions:
     """What is hidden; null: as the model was trained.
 
     Attributes:
-        strategy: random, block or grid.
+        strategy: random, block, grid, cells2 or cells4.
         ratio: share of the patches that is removed, in (0, 1).
     """
 

@@ -104,14 +104,14 @@ def class_attention(model: MaskedAutoencoder, images: Tensor) -> FloatArray:
         images: (B, C, *size) float, normalised as in training.
 
     Returns:
-        (B, heads, L): the softmax weights of each head, which sum to 1 less what the token gives to itself.
+        (B, heads, L): the softmax weights of each head, which sum to 1 less what goes to itself and to registers.
 
     Raises:
         ConfigError: a model without patches or without a class token.
     """
     require_patches(model, "to look at")
     encoder = model.encoder
-    if not encoder.num_prefix_tokens:
+    if not encoder.has_class_token:
         raise ConfigError(
             "the model has no class token whose attention could be shown",
             "look at --kind pca, or train with --model.class_token true",
@@ -125,7 +125,7 @@ def class_attention(model: MaskedAutoencoder, images: Tensor) -> FloatArray:
         encoder(images)
     finally:
         hook.remove()
-    weights: FloatArray = seen[0][:, :, 0, 1:].float().cpu().numpy()
+    weights: FloatArray = seen[0][:, :, 0, encoder.num_prefix_tokens :].float().cpu().numpy()
     return weights
 
 

@@ -136,8 +136,9 @@ def require_square(exported: Exported, to: str) -> None:
                 f"the model takes {what} of {size[0]}x{size[1]} and {to} square ones only",
                 "use --to timm, safetensors or onnx",
             )
-    if not exported.encoder.num_prefix_tokens:
-        raise ConfigError(f"the model has no class token, which {to} wants", "use --to timm, safetensors or onnx")
+    tokens = "no class token" if not exported.encoder.has_class_token else "registers"
+    if exported.encoder.num_prefix_tokens != 1 or not exported.encoder.has_class_token:
+        raise ConfigError(f"the model has {tokens}, unlike those of {to}", "use --to timm, safetensors or onnx")
 
 
 def require_paper_decoder(exported: Exported, to: str) -> MaskedAutoencoder:

@@ -31,7 +31,7 @@ _TIMM_HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16, "huge": 16}
 # Arguments of timm's VisionTransformer that change nothing here, or that are read off the weights.
 _TIMM_ARGUMENTS = frozenset({
     *("img_size", "patch_size", "in_chans", "num_classes", "global_pool", "embed_dim", "depth", "num_heads"),
-    *("mlp_ratio", "class_token", "no_embed_class", "fc_norm", "dynamic_img_size", "dynamic_img_pad"),
+    *("mlp_ratio", "class_token", "no_embed_class", "reg_tokens", "fc_norm", "dynamic_img_size", "dynamic_img_pad"),
     *("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate", "weight_init"),
 })  # fmt: skip
 # What may stand on top of an encoder and is not part of it.
@@ -248,6 +248,7 @@ def _encoder_arguments(encoder: Mapping[str, Tensor], facts: Mapping[str, Any]) 
         ),
         "mlp_ratio": _ratio(len(encoder["blocks.0.mlp.fc1.weight"]), embed_dim),
         "class_token": "cls_token" in encoder,
+        "registers": encoder["reg_token"].shape[1] if "reg_token" in encoder else 0,
     }
 
 
@@ -297,13 +298,12 @@ def _decoder_problem(
 
 
 def _whole_positions(positions: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-    """Positions with the class token's row, of zeros where timm's model gives it none."""
+    """Positions with rows of the class token and registers, of zeros where timm's model gives them none."""
     patches = math.prod(
         size // patch for size, patch in zip(arguments["input_size"], arguments["patch_size"], strict=True)
     )
-    if arguments["class_token"] and positions.shape[1] == patches:
-        return nn.functional.pad(positions, (0, 0, 1, 0))
-    return positions
+    prefix = arguments["class_token"] + arguments["registers"]
+    return nn.functional.pad(positions, (0, 0, prefix, 0)) if positions.shape[1] == patches else positions
 
 
 def _insist(given: Mapping[str, Tensor], module: nn.Module, origin: str) -> None:

@@ -24,6 +24,8 @@ def architecture(exported: Exported) -> tuple[str, dict[str, Any]]:
     model = exported.model
     base = _NAMES.get(exported.encoder.embed_dim, "vit_base")
     arguments = encoder_arguments(exported.encoder)
+    if registers := arguments.pop("registers", 0):
+        arguments["reg_tokens"] = registers
     return f"{base}_patch{14 if base == 'vit_huge' else 16}_224", {
         "img_size": list(arguments.pop("input_size")),
         **{name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()},

@@ -16,7 +16,7 @@ from torchmae.nn.encoder import ViTEncoder
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.positions import resample
 
-ENCODER_SHAPE = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token")
+ENCODER_SHAPE = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token", "registers")
 DECODER_SHAPE = ("decoder", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "feature_weights")
 
 

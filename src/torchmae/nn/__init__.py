@@ -4,7 +4,10 @@ from torchmae.nn.decoder import DECODERS, CrossDecoder, Decoder, SelfDecoder
 from torchmae.nn.encoder import ENCODERS, Encoder, EncoderOutput, ViTEncoder
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import STRATEGIES, Mask, Masker, Strategy
-from torchmae.nn.targets import TARGETS, HogTarget, PixelTarget, Target
+from torchmae.nn.targets import HogTarget, PixelTarget, Target
+from torchmae.nn.teacher import TeacherTarget
+
+TARGETS: dict[str, type[Target]] = {"pixels": PixelTarget, "hog": HogTarget, "teacher": TeacherTarget}
 
 __all__ = [
     "DECODERS",
@@ -23,5 +26,6 @@ __all__ = [
     "SelfDecoder",
     "Strategy",
     "Target",
+    "TeacherTarget",
     "ViTEncoder",
 ]

@@ -57,6 +57,7 @@ def encoder_arguments(encoder: ViTEncoder) -> dict[str, Any]:
     """Arguments that construct an encoder of the same shape; without its `drop_path`."""
     block = encoder.blocks[0]
     assert isinstance(block, Block)
+    registers = encoder.num_prefix_tokens - encoder.has_class_token
     hidden, dim = block.mlp.fc1.out_features, encoder.embed_dim
     mlp_ratio = hidden / dim
     if int(dim * mlp_ratio) < hidden:  # the quotient came out a hair too low
@@ -69,5 +70,6 @@ def encoder_arguments(encoder: ViTEncoder) -> dict[str, Any]:
         "depth": len(encoder.blocks),
         "num_heads": block.attn.num_heads,
         "mlp_ratio": mlp_ratio,
-        "class_token": encoder.num_prefix_tokens == 1,
+        "class_token": encoder.has_class_token,
+        **({"registers": registers} if registers else {}),
     }

@@ -49,7 +49,8 @@ class Encoder(nn.Module, ABC):
         grid: what a mask chooses from, along each axis: the patches.
         patch_size: pixels of a patch along each axis; empty for an encoder without patches.
         embed_dim: width of a token.
-        num_prefix_tokens: tokens that stand for no patch; the first is the class token.
+        num_prefix_tokens: tokens that stand for no patch.
+        has_class_token: the first of them is a class token.
         strategies: how its input can be masked, by name.
         blocks: whose activations can be saved and which are compiled and sharded one by one; none in some encoders.
     """
@@ -60,6 +61,7 @@ class Encoder(nn.Module, ABC):
     patch_size: tuple[int, ...]
     embed_dim: int
     num_prefix_tokens: int = 0
+    has_class_token: bool = False
     strategies: Mapping[str, Strategy] = STRATEGIES
     blocks: nn.ModuleList
 
@@ -120,6 +122,8 @@ class ViTEncoder(Encoder):
         num_heads: attention heads; divides `embed_dim`.
         mlp_ratio: hidden width of a block's MLP over `embed_dim`.
         class_token: prepend a class token.
+        registers: learned tokens between the class token and the patches, which take part in attention and are not
+            features (Darcet et al. 2024, "Vision transformers need registers"); timm's `reg_tokens`.
         drop_path: stochastic depth rate of the last block, rising linearly from 0.
 
     Raises:
@@ -139,6 +143,7 @@ class ViTEncoder(Encoder):
         num_heads: int,
         mlp_ratio: float = 4.0,
         class_token: bool = True,
+        registers: int = 0,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
@@ -148,8 +153,10 @@ class ViTEncoder(Encoder):
         self.patch_size = tuple(patch_size)
         self.in_chans = in_chans
         self.embed_dim = embed_dim
-        self.num_prefix_tokens = int(class_token)
+        self.has_class_token = class_token
+        self.num_prefix_tokens = class_token + registers
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim).normal_(std=0.02)) if class_token else None
+        self.reg_token = nn.Parameter(torch.empty(1, registers, embed_dim).normal_(std=0.02)) if registers else None
         self.register_buffer("pos_embed", sincos(embed_dim, self.grid, self.num_prefix_tokens)[None])
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, drop_path * i / max(depth - 1, 1)) for i in range(depth)
@@ -174,8 +181,9 @@ class ViTEncoder(Encoder):
         positions = self.positions(grid)
         patch_positions = positions[self.num_prefix_tokens :]
         x = x + (patch_positions if ids_keep is None else F.embedding(ids_keep, patch_positions))
-        if self.cls_token is not None:
-            prefix = (self.cls_token + positions[:1]).to(x.dtype)
+        tokens: list[Tensor] = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        if tokens:
+            prefix = (torch.cat(tokens, dim=1) + positions[: self.num_prefix_tokens]).to(x.dtype)
             x = torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
         between = []
         for block in self.blocks:

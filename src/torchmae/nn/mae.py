@@ -88,7 +88,7 @@ class MaskedAutoencoder(nn.Module):
     @property
     def pools(self) -> tuple[str, ...]:
         """The features of a whole image that `encode` has."""
-        return ("mean", "cls", "both") if self.encoder.num_prefix_tokens else ("mean",)
+        return ("mean", "cls", "both") if self.encoder.has_class_token else ("mean",)
 
     def forward(self, images: Tensor, mask: Any) -> MAEOutput:
         """Predicts the masked patches and compares them with the targets.
@@ -163,8 +163,8 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 
 def no_weight_decay(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay leaves a parameter alone: biases, norms, class and mask tokens.
+    """Whether weight decay leaves a parameter alone: biases, norms, class, register and mask tokens.
 
-    Departure: the official code decays the two tokens.
+    Departure: the official code decays class and mask tokens.
     """
-    return parameter.ndim <= 1 or name.rpartition(".")[2] in ("cls_token", "mask_token")
+    return parameter.ndim <= 1 or name.rpartition(".")[2] in ("cls_token", "reg_token", "mask_token")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple, Protocol
 
@@ -133,6 +134,24 @@ def grid_mask(noise: Tensor, grid: Sequence[int], ratio: float) -> Mask:
     return _keep_smallest(rank, keep)
 
 
+def cells_mask(noise: Tensor, grid: Sequence[int], ratio: float, *, side: int) -> Mask:
+    """Removes whole cells of neighbouring patches at random, which leaves larger holes at the same ratio.
+
+    The count is exact: of one cell, a part is removed where the cells do not add up to it.
+
+    Args:
+        noise: (B, number of cells) uniform random numbers.
+        grid: patches along each axis; cells at the end of an axis are smaller where `side` does not divide it.
+        ratio: share that is removed, in (0, 1).
+        side: patches of a cell along each axis.
+    """
+    keep = num_keep(prod(grid), ratio)
+    cells = torch.arange(noise.shape[1], device=noise.device).view(_num_cells(grid, side))
+    for axis, size in enumerate(grid):
+        cells = cells.repeat_interleave(side, axis).narrow(axis, 0, size)
+    return _keep_smallest(noise[:, cells.flatten()], keep)
+
+
 def mask_from_tokens(removed: Tensor) -> Mask:
     """A mask from flags.
 
@@ -187,7 +206,7 @@ class Strategy(NamedTuple):
     Attributes:
         draw: called with (B, `noise_count(grid)`) uniform random numbers, the grid and the ratio; gives the mask.
         noise_count: random numbers that one sample takes.
-        evaluated: evaluation measures this strategy when none is named.
+        evaluated: evaluation measures it when no strategy is named.
     """
 
     draw: Callable[[Tensor, Sequence[int], float], Any]
@@ -199,6 +218,8 @@ STRATEGIES: dict[str, Strategy] = {
     "random": Strategy(random_mask, prod),
     "block": Strategy(block_mask, lambda grid: 2 * len(grid)),
     "grid": Strategy(grid_mask, len),
+    "cells2": Strategy(partial(cells_mask, side=2), lambda grid: prod(_num_cells(grid, 2)), evaluated=False),
+    "cells4": Strategy(partial(cells_mask, side=4), lambda grid: prod(_num_cells(grid, 4)), evaluated=False),
 }
 
 
@@ -278,6 +299,11 @@ def check_ratio(ratio: float) -> None:
     """Raises ConfigError for a ratio outside (0, 1)."""
     if not 0 < ratio < 1:
         raise ConfigError(f"mask ratio is {ratio:g}", "it must lie between 0 and 1, both excluded; the paper uses 0.75")
+
+
+def _num_cells(grid: Sequence[int], side: int) -> list[int]:
+    """Cells along each axis."""
+    return [-(-size // side) for size in grid]
 
 
 def _coordinates(grid: Sequence[int], device: torch.device) -> Tensor:

@@ -139,6 +139,3 @@ class HogTarget(Target):
     def hidden_values(self, images: Tensor, mask: Mask) -> Tensor:
         """(B, M, C * BINS) float32."""
         return gather(oriented_gradients(images, self.patch_size), mask.ids_masked)
-
-
-TARGETS: dict[str, type[Target]] = {"pixels": PixelTarget, "hog": HogTarget}

@@ -151,7 +151,7 @@ def activation_bytes(values: dict[str, Any], mask_ratio: float, *, bf16: bool = 
     """
     length = prod(grid_size(values["input_size"], values["patch_size"]))
     keep = num_keep(length, mask_ratio)
-    prefix = int(values["class_token"])
+    prefix = values["class_token"] + values["registers"]
     size, ratio = (2 if bf16 else 4), values["mlp_ratio"]
 
     def block(tokens: int, dim: int, context: int | None = None) -> tuple[float, float]:

@@ -72,8 +72,8 @@ def is_finished(run: Run) -> bool:
 
 
 def hidden_unit(run: Run) -> str:
-    """What is hidden: patches, or single values with the element-wise strategies."""
-    return "values" if str(setting(run, "mask", "strategy")).startswith("elements") else "patches"
+    """What is hidden: patches, or single values by a model without patches."""
+    return "values" if run.summary.get("patch_size") == [] else "patches"
 
 
 def input_size(run: Run) -> tuple[int, ...]:
@@ -150,8 +150,7 @@ def _hidden_share(run: Run) -> float | None:
     ratio = run.summary.get("mask_ratio", setting(run, "mask", "ratio"))
     if not isinstance(ratio, (int, float)):
         return None
-    # The tutorial's strategy keeps the share that its ratio says it hides.
-    return 1 - ratio if setting(run, "mask", "strategy") == "elements_inverted" else ratio
+    return 1 - ratio if str(setting(run, "mask", "strategy")).endswith("_inverted") else ratio
 
 
 def _size(run: Run, name: str) -> tuple[int, ...]:

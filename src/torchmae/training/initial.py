@@ -63,7 +63,7 @@ def adopt_shape(model: ModelConfig, weights: Weights) -> ModelConfig:
         )
     given = {field.name: getattr(model, field.name) for field in fields(model) if field.name != "preset"}
     norm_pix = weights.norm_pix if model.norm_pix is None else model.norm_pix
-    taken = {name: weights.arguments[name] for name in ENCODER_SHAPE}
+    taken = {name: weights.arguments.get(name, 0) for name in ENCODER_SHAPE}
     taken["input_size"] = weights.arguments["input_size"] if model.input_size is None else model.input_size
     same_target = weights.norm_pix is None or norm_pix == weights.norm_pix
     if weights.decoder is not None and same_target:

@@ -1,0 +1,54 @@
+"""A target that another network computes: its frozen features of the whole image, as in EVA (Fang et al. 2023)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchmae.errors import ConfigError
+from torchmae.nn.masking import Mask
+from torchmae.nn.patches import gather
+from torchmae.nn.targets import Target
+
+
+class TeacherTarget(Target):
+    """Features of each patch by a frozen network, normalised over their width.
+
+    The teacher is no part of the model: its weights are in no state_dict and no copy of the model copies them.
+
+    Args:
+        teacher: a network, which is copied; the copy is moved to the images' device when it is first used.
+        dim: width of its features.
+        encode: called with the teacher and images (B, C, *size); gives features (B, L, dim) of the patches of the
+            model's grid, in row-major order. For a torchmae model `lambda model, images: model.encode(images,
+            "tokens")`; for a timm one without prefix tokens `lambda model, images: model.forward_features(images)`.
+        weight: of the loss.
+    """
+
+    label = "a teacher's features"
+
+    def __init__(
+        self, teacher: nn.Module, dim: int, encode: Callable[[Any, Tensor], Tensor], weight: float = 1.0
+    ) -> None:
+        super().__init__("teacher", dim, weight)
+        self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+        self.encode = encode
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TeacherTarget:
+        return self
+
+    @torch.no_grad()
+    def hidden_values(self, images: Tensor, mask: Mask) -> Tensor:
+        """(B, M, dim) float32; ConfigError for a teacher with another number of features than asked for."""
+        features = self.encode(self.teacher.to(images.device), images)
+        if len(features) != len(images) or features.shape[2:] != (self.dim,):
+            raise ConfigError(
+                f"the teacher's features have shape {tuple(features.shape)}",
+                f"they must have shape ({len(images)}, patches, {self.dim})",
+            )
+        return F.layer_norm(gather(features.float(), mask.ids_masked), (self.dim,))
