@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from torchmae.config import PretrainConfig
