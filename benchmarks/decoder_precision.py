@@ -24,9 +24,10 @@ from torchmae.data.loader import Plan
 from torchmae.data.opening import open_data
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Masker
-from torchmae.training.optim import build_optimizers, set_lr
+from torchmae.training.optim import set_lr
+from torchmae.training.pretrain import PretrainTask
 from torchmae.training.runtime import open_runtime, processor
-from torchmae.training.step import train_step
+from torchmae.training.trainer import train_step
 
 BATCH = 256
 
@@ -72,13 +73,13 @@ def main() -> None:
     exact = gradient(model, "fp32")
     ways = {"bf16 tokens": model, "fp32 tokens": wide}
     errors = {name: ((gradient(way, "bf16") - exact).norm() / exact.norm()).item() for name, way in ways.items()}
-    optimizers = {name: build_optimizers(way, config.optim, BATCH) for name, way in ways.items()}
+    tasks = {name: PretrainTask(config, way, runtime, BATCH) for name, way in ways.items()}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(args.steps):
-        for name, way in ways.items():
-            set_lr(optimizers[name], 0.0)
+        for name in ways:
+            set_lr(tasks[name].optimizers, 0.0)
             start = time.perf_counter()
-            train_step(way, optimizers[name], batch.images, mask, config, runtime)[0].item()
+            train_step(tasks[name], (batch.images, mask)).loss.item()
             seconds[name].append(time.perf_counter() - start)
     print(f"{processor()}; torch {torch.__version__}; {args.run}, batch {BATCH}")
     for name in ways:

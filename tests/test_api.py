@@ -20,8 +20,7 @@ from torchmae.errors import ConfigError, TrainingError
 from torchmae.report.table import final_table
 from torchmae.runs import MAY_CHANGE, Run, overrides
 from torchmae.settings import collect, read_config, values_of
-from torchmae.training import pretrain as pretrain_module
-from torchmae.training import runtime
+from torchmae.training import runtime, trainer
 from torchmae.training.checkpoint import load_checkpoint
 
 SMALL: dict[str, Any] = {
@@ -248,7 +247,7 @@ def test_a_run_that_fails_before_its_first_step_may_be_tried_again(
 
     settings = {"recipe": "digits", "model": TINY_VIT, "out": "~/a", **SMALL}
     monkeypatch.setenv("HOME", str(place))
-    monkeypatch.setattr(pretrain_module, "train_step", fail)
+    monkeypatch.setattr(trainer, "train_step", fail)
     with pytest.raises(TrainingError, match="out of memory"):
         torchmae.pretrain(array_file(place / "x.npy", 20, 8, 8, 1), **settings)
     assert not (place / "~").exists()

@@ -18,6 +18,7 @@ from torchmae.nn.decoder import DECODERS
 from torchmae.nn.masking import STRATEGIES
 from torchmae.planning.cost import GPUS
 from torchmae.presets import PRESETS
+from torchmae.tutorial import mlp
 
 
 @pytest.mark.parametrize(
@@ -25,7 +26,7 @@ from torchmae.presets import PRESETS
     [
         (get_args(Preset), PRESETS),
         (settings_of(ModelConfig)["decoder"].choices, DECODERS),
-        (get_args(Strategy), [*STRATEGIES, "elements", "elements_inverted"]),
+        (get_args(Strategy), [*STRATEGIES, *mlp.STRATEGIES]),
         (settings_of(EvaluateOptions)["method"].choices, ["all", *METHODS]),
         (settings_of(PlanOptions)["gpu"].choices, GPUS),
         (settings_of(AppOptions)["lang"].choices, LANGUAGES),

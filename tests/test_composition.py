@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 import torchmae
-from torchmae import config
-from torchmae.nn import DECODERS, ENCODERS, STRATEGIES, TARGETS
+from torchmae.nn import DECODERS, ENCODERS, TARGETS
 from torchmae.tutorial import mlp
 
 ROOT = Path(torchmae.__file__).parent
@@ -60,10 +59,6 @@ def test_nobody_asks_which_part_a_model_has(path: Path) -> None:
     }
     if not name_of(path).startswith("tutorial/") and name_of(path) not in KNOW_TUTORIAL:
         assert compared & TUTORIALS == set()
-
-
-def test_settings_name_the_strategies_of_every_encoder() -> None:
-    assert (*STRATEGIES, *mlp.STRATEGIES) == config.STRATEGIES
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

@@ -19,10 +19,10 @@ from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Masker
 from torchmae.random import Purpose, permutation
 from torchmae.report.pictures import reconstruction_grid
-from torchmae.training.pretrain import Evaluator
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime
 from torchmae.training.tracking import Trackers
+from torchmae.training.trainer import Evaluator
 
 EVAL_BATCH = 250
 PICTURE_COUNT = 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from tiny_run import write_run
 
 from torchmae.cli import main
 from torchmae.errors import CheckpointError
-from torchmae.evaluation import finetune, finetune_training
+from torchmae.evaluation import finetune
 from torchmae.evaluation.records import read_records
+from torchmae.training import trainer
 from torchmae.training.saved_classifier import load_classifier
 from torchmae.training.saved_model import load_model
 
@@ -105,17 +107,16 @@ def test_few_labels_in_several_draws(run: Path, capsys: pytest.CaptureFixture[st
 def test_one_that_was_stopped_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["evaluate", str(run), *FINETUNE, "--out", str(run / "whole")]) == 0
     whole = read_records(run)[-1]["results"][0]
-    original, calls = finetune_training.Learner.step, []
+    original, calls = trainer.train_step, count(1)
 
-    def step(self: Any, *args: Any, **options: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 4:
+    def step(*args: Any) -> Any:
+        if next(calls) == 4:
             raise KeyError("killed")
-        return original(self, *args, **options)
+        return original(*args)
 
     command = ["evaluate", str(run), *FINETUNE, "--finetune.checkpoint-minutes", "0", "--out", str(run / "parts")]
     with monkeypatch.context() as patch:
-        patch.setattr(finetune_training.Learner, "step", step)
+        patch.setattr(trainer, "train_step", step)
         with pytest.raises(KeyError, match="killed"):
             main(command)
     for _ in range(2):  # the second time it has ended

@@ -24,11 +24,12 @@ from torchmae.settings import read_words
 from torchmae.training import checkpoint, ranks
 from torchmae.training.checkpoint import load_checkpoint
 from torchmae.training.parallel import whole_state
-from torchmae.training.pretrain import Evaluator, pretrain
+from torchmae.training.pretrain import pretrain
 from torchmae.training.progress import Display
 from torchmae.training.ranks import open_ranks
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime
+from torchmae.training.trainer import Evaluator
 
 # 27 images in batches of 8: an epoch is 8, 8, 8, 3; four ranks leave one without an image in its last step.
 COUNT = 27

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from torchmae.data.transforms import Normalisation
 from torchmae.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError
 from torchmae.evaluation import finetune, finetune_training
 from torchmae.nn.classifier import Classifier, encoder_arguments
+from torchmae.training import state as state_module
+from torchmae.training import trainer
 from torchmae.training.checkpoint import load_checkpoint
+from torchmae.training.progress import Display
 from torchmae.training.runtime import Runtime
 from torchmae.training.saved_classifier import load_classifier
 from torchmae.training.saved_model import Description, write_description
@@ -165,9 +169,9 @@ def test_accumulation_takes_the_same_step() -> None:
         torch.manual_seed(0)
         config = replace(CONFIG, accumulate=parts, drop_path=0.0)
         classifier, _ = finetune.build_classifier(model(), 3, config)
-        learner = finetune_training.Learner(classifier, config, 10)
-        losses = [learner.step(images, targets, config, RUNTIME) for _ in range(3)]
-        results.append((torch.stack(losses), learner.result.blocks[0].attn.qkv.weight))
+        task = finetune_training.FinetuneTask(config, classifier, lambda *pair: pair, RUNTIME, 10, 0)
+        losses = [trainer.train_step(task, (images, targets)).loss for _ in range(3)]
+        results.append((torch.stack(losses), classifier.blocks[0].attn.qkv.weight))
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
     assert results[0][0][2] < results[0][0][0]
 
@@ -207,13 +211,13 @@ def test_few_labels_are_exact_and_by_seed_and_draw(tmp_path: Path, monkeypatch: 
     labels[::5] = -1
     data = data_of(tmp_path, images, labels)
     seen: list[set[int]] = []
-    original = finetune.fit
+    original = finetune.train_task
 
-    def fit(learner: Any, loader: Any, plan: Any, *rest: Any) -> None:
+    def train(*args: Any, plan: Any, **options: Any) -> Any:
         seen.append(set(plan.rows.tolist()))
-        original(learner, loader, plan, *rest)
+        return original(*args, plan=plan, **options)
 
-    monkeypatch.setattr(finetune, "fit", fit)
+    monkeypatch.setattr(finetune, "train_task", train)
     config = replace(CONFIG, epochs=1)
     for i, (seed, draw) in enumerate(((0, 0), (0, 0), (0, 1), (1, 0))):
         figures = run(data, tmp_path / f"{i}", config, labels_per_class=4, seed=seed, draw=draw)
@@ -275,17 +279,16 @@ def test_a_signal_saves_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def fail_at(patch: pytest.MonkeyPatch, call: int, what: Exception | signal.Signals) -> None:
     """Makes the call-th training step raise, or send a signal."""
-    original, calls = finetune_training.Learner.step, []
+    original, calls = trainer.train_step, count(1)
 
-    def step(self: Any, *args: Any, **options: Any) -> Any:
-        calls.append(1)
-        if len(calls) == call:
+    def step(*args: Any) -> Any:
+        if next(calls) == call:
             if isinstance(what, Exception):
                 raise what
             signal.raise_signal(what)
-        return original(self, *args, **options)
+        return original(*args)
 
-    patch.setattr(finetune_training.Learner, "step", step)
+    patch.setattr(trainer, "train_step", step)
 
 
 def test_the_average_is_what_is_kept(tmp_path: Path) -> None:
@@ -297,29 +300,97 @@ def test_the_average_is_what_is_kept(tmp_path: Path) -> None:
     assert same(tmp_path / "plain", tmp_path / "last")  # an average with no memory
 
 
-def test_a_loss_that_is_not_finite_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def poison(patch: pytest.MonkeyPatch, calls: set[int]) -> None:
+    """Makes the images of some training steps, counted from 1, not finite."""
+    original, done = trainer.train_step, count(1)
+
+    def step(task: Any, inputs: Any, *args: Any) -> Any:
+        images, targets = inputs
+        return original(task, (images * torch.nan if next(done) in calls else images, targets), *args)
+
+    patch.setattr(trainer, "train_step", step)
+
+
+def test_a_step_that_is_not_finite_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = data_of(tmp_path, *bars())
-    original = finetune_training.Learner.step
-    monkeypatch.setattr(
-        finetune_training.Learner, "step", lambda *args, **options: original(*args, **options) * torch.nan
-    )
-    with pytest.raises(TrainingError, match="the loss is nan at step 1; fine-tune with a smaller base_lr"):
-        run(data, tmp_path / "out")
+    poison(monkeypatch, {2})
+    warned: list[str] = []
+    monkeypatch.setattr(Display, "warn", lambda _, text: warned.append(text))
+    figures = run(data, tmp_path / "out", replace(CONFIG, ema=0.9))
+    assert [line.split(":")[0] for line in warned] == ["step 2 skipped"]
+    assert np.isfinite(list(figures.values())).all()
+    assert all(value.isfinite().all() for value in weights(tmp_path / "out").values())
+    epochs = [line["loss"] for line in metrics(tmp_path / "out") if line["kind"] == "epoch"]
+    assert len(epochs) == 3
+    assert 0.8 < epochs[0] < 1.6  # the mean of the images that counted
+
+
+def test_steps_in_a_row_send_back_to_the_checkpoint_at_half_the_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = data_of(tmp_path, *bars())
+    with monkeypatch.context() as patch:
+        poison(patch, {4, 5, 6})
+        run(data, tmp_path / "out", replace(CONFIG, checkpoint_minutes=5))
+    checkpoint = load_checkpoint(tmp_path / "out" / "checkpoints")
+    assert checkpoint is not None
+    assert (checkpoint.state["step"], checkpoint.state["lr_scale"]) == (9, 0.5)
+    assert [line["step"] for line in metrics(tmp_path / "out") if line["kind"] == "epoch"] == [3, 6, 9]
+
+
+def test_one_that_never_mends_ends_and_its_advice_can_be_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = data_of(tmp_path, *bars())
+    with monkeypatch.context() as patch:
+        poison(patch, set(range(2, 100)))
+        with pytest.raises(TrainingError, match=r"--resume and --finetune\.base_lr 0\.005"):
+            run(data, tmp_path / "out", replace(CONFIG, checkpoint_minutes=5))
+    smaller = replace(CONFIG, base_lr=0.005)
+    run(data, tmp_path / "out", smaller, resume=True)
+    assert json.loads((tmp_path / "out" / "finetune.json").read_text())["settings"]["base_lr"] == 0.005
+    checkpoint = load_checkpoint(tmp_path / "out" / "checkpoints")
+    assert checkpoint is not None
+    peaks = [group["peak_lr"] for group in checkpoint.optimizers[0]["param_groups"]]
+    assert max(peaks) == pytest.approx(0.005 * 16 / 256)
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_one_that_an_earlier_version_began_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ema: float | None
+) -> None:
+    """Its state had other names: no precision, no data, nothing of skipped steps."""
+    data = data_of(tmp_path, *bars())
+    config = replace(CONFIG, ema=ema)
+    run(data, tmp_path / "whole", config)
+    save = state_module.save_checkpoint
+
+    def save_as_before(folder: Path, model: Any, optimizers: Any, state: dict[str, Any], ranks: Any) -> None:
+        names = ("step", "total_steps", "seconds", "epoch_loss", "loss", "job")
+        save(folder, model, optimizers, {name: state[name] for name in names}, ranks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state_module, "save_checkpoint", save_as_before)
+        fail_at(patch, 6, KeyError("killed"))
+        with pytest.raises(KeyError, match="killed"):
+            run(data, tmp_path / "parts", config)
+    run(data, tmp_path / "parts", config, resume=True)
+    assert same(tmp_path / "whole", tmp_path / "parts")
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A gradient may overflow where the loss does not."""
     data = data_of(tmp_path, *bars())
-    original = finetune_training.Learner.step
+    original = trainer.train_step
 
-    def step(self: finetune_training.Learner, *args: Any, **options: Any) -> Any:
-        loss = original(self, *args, **options)
+    def step(task: Any, *args: Any) -> Any:
+        done = original(task, *args)
         with torch.no_grad():
-            self.classifier.head.weight[0, 0] = torch.inf
-        return loss
+            task.model.classifier.head.weight[0, 0] = torch.inf
+        return done
 
-    monkeypatch.setattr(finetune_training.Learner, "step", step)
-    monkeypatch.setattr(finetune_training, "close_window", lambda *_: None)  # which sees the loss of the step after
+    monkeypatch.setattr(trainer, "train_step", step)
     with pytest.raises(TrainingError, match="the weights are not finite after step 1; the last good checkpoint was"):
         run(data, tmp_path / "out")
     checkpoint = load_checkpoint(tmp_path / "out" / "checkpoints")

@@ -38,10 +38,9 @@ from torchmae.errors import CheckpointError, ConfigError, Interrupted, TorchmaeE
 from torchmae.evaluation.subject import Subject
 from torchmae.settings import to_yaml
 from torchmae.training.checkpoint import load_checkpoint
-from torchmae.training.pretrain import Evaluator
 from torchmae.training.ranks import Ranks, check_device, open_ranks, ranks_from_environment
 from torchmae.training.run_folder import RunFolder
-from torchmae.training.step import train_step
+from torchmae.training.trainer import Evaluator, train_step
 
 CONFIG = PretrainConfig(epochs=3, batch_size=4, log_every=2, optim=OptimConfig(lr=1e-3))
 
@@ -270,7 +269,7 @@ def test_a_reader_that_is_killed_in_the_middle_of_a_step(
         "embed": [str(out), "--out", str(tmp_path / "x.npz"), "--data.memory_limit", "0", "--batch_size", "20"],
     }[command]
     if command == "pretrain":
-        monkeypatch.setattr("torchmae.training.pretrain.train_step", killing(train_step))
+        monkeypatch.setattr("torchmae.training.trainer.train_step", killing(train_step))
     else:
         write_run(out)
         monkeypatch.setattr(Subject, "encode", killing(Subject.encode))

@@ -21,9 +21,9 @@ from torchmae.config import DataConfig, OptimConfig, PretrainConfig
 from torchmae.data.loader import Batch, Plan
 from torchmae.data.opening import open_data
 from torchmae.nn.masking import Masker
-from torchmae.training.optim import build_optimizers
+from torchmae.training.pretrain import PretrainTask
 from torchmae.training.runtime import open_runtime
-from torchmae.training.step import train_step
+from torchmae.training.trainer import train_step
 
 DEVICE = os.environ.get("TORCHMAE_TEST_DEVICE", "cuda")
 pytestmark = [
@@ -75,7 +75,7 @@ def losses(device: str, precision: str, **changes: Any) -> list[float]:
     torch.manual_seed(0)
     model = presets.construct(presets.arguments("vit_tiny_32_p4", **TINY)).to(runtime.device)
     config = PretrainConfig(optim=OptimConfig(lr=1e-3, **changes))
-    optimizers = build_optimizers(model, config.optim, 8)
+    task = PretrainTask(config, model, runtime, 8)
     images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1)).to(runtime.device)
     found = []
     for step in range(10):
@@ -83,7 +83,7 @@ def losses(device: str, precision: str, **changes: Any) -> list[float]:
         mask = Masker(model.encoder, **asdict(config.mask))(0, batch.epoch, batch.indices, runtime.device)
         # A step whose numbers are not finite leaves everything alone, which fused optimisers decide on the device.
         spoilt = images * torch.nan if step == 5 else images
-        found.append(train_step(model, optimizers, spoilt, mask, config, runtime)[0].item())
+        found.append(train_step(task, (spoilt, mask)).loss.item())
     assert np.isnan(found.pop(5))
     return found
 

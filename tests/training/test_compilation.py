@@ -50,14 +50,15 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-def test_only_the_first_shapes_are_compiled(compiled: list[int]) -> None:
+@pytest.mark.parametrize("sizes", [(4, 4, 2, 4, 2), (2, 4, 2, 4)], ids=["full first", "short first"])
+def test_only_full_batches_are_compiled(compiled: list[int], sizes: tuple[int, ...]) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
     compile_model(model, torch.device("cpu"))
     plain = {size: model[1](model[0](torch.ones(size, 3))) for size in (4, 2)}
-    with first_shapes_only(True) as after_step:
-        for size in (4, 4, 2, 4, 2):
-            assert torch.allclose(model(torch.ones(size, 3)), plain[size])
-            after_step()
+    with first_shapes_only(True) as step:
+        for size in sizes:
+            with step(size == 4):
+                assert torch.allclose(model(torch.ones(size, 3)), plain[size])
         model.eval()
         model(torch.ones(5, 3))
     assert compiled == [4]
@@ -69,9 +70,10 @@ def test_one_run_after_another_is_compiled(compiled: list[int]) -> None:
     sizes = list(range(4, 4 + torch._dynamo.config.recompile_limit + 2))
     for size in sizes:  # PyTorch compiles so many shapes of one function, and says in a warning that it has stopped
         model = nn.Sequential(nn.Linear(3, 3))
-        with first_shapes_only(True):
+        with first_shapes_only(True) as step:
             compile_model(model, torch.device("cpu"))
-            model(torch.ones(size, 3))
+            with step(True):
+                model(torch.ones(size, 3))
     assert compiled == sizes
 
 
@@ -101,7 +103,7 @@ def test_blocks_of_different_drop_rates_share_their_code(monkeypatch: pytest.Mon
     monkeypatch.setattr(compilation, "check_compiler", lambda: None)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda graph, _: codes.append(1) or graph))
     model = vit(depth=5, drop_path=0.4).train()
-    with first_shapes_only(True):
+    with first_shapes_only(True) as step, step(True):
         compile_model(model, torch.device("cpu"), by_block=True)
         for block in model.encoder.blocks:
             block(torch.ones(2, 3, 16))
@@ -131,7 +133,7 @@ def test_the_budget_saves_memory_and_changes_nothing() -> None:
             sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        with first_shapes_only(budget is not None):
+        with first_shapes_only(budget is not None) as step, step(True):
             if budget is not None:
                 compile_model(model, torch.device("cpu"), budget=budget)
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -174,5 +176,5 @@ def test_a_budget_without_compilation() -> None:
 
 
 def test_nothing_is_compiled_unless_asked() -> None:
-    with first_shapes_only(False) as after_step:
-        after_step()
+    with first_shapes_only(False) as step, step(True):
+        pass

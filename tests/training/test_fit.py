@@ -16,9 +16,9 @@ from torchmae.settings import parse
 from torchmae.training import fit
 from torchmae.training.fit import fit_batch, largest_share
 from torchmae.training.parallel import blocks
+from torchmae.training.pretrain import PretrainTask
 from torchmae.training.ranks import Ranks
 from torchmae.training.runtime import Runtime
-from torchmae.training.step import prepare
 
 
 @pytest.mark.parametrize(("room", "limit", "share"), [(1, 100, 1), (5, 100, 4), (64, 100, 64), (1000, 100, 64)])
@@ -51,12 +51,12 @@ def test_every_rank_gets_the_same_share(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_tried_step_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     copies: list[weakref.ref[nn.Module]] = []
 
-    def prepared(model: MaskedAutoencoder, config: PretrainConfig, runtime: Runtime) -> nn.Module:
+    def task(config: PretrainConfig, model: MaskedAutoencoder, runtime: Runtime, batch_size: int) -> PretrainTask:
         assert runtime.ranks.world_size == 1  # or one rank that runs out of memory would leave the others waiting
         copies.append(weakref.ref(blocks(model)[0]))
-        return prepare(model, config, runtime)
+        return PretrainTask(config, model, runtime, batch_size)
 
-    monkeypatch.setattr(fit, "prepare", prepared)
+    monkeypatch.setattr(fit, "PretrainTask", task)
     runtime = replace(RUNTIME, ranks=Ranks(0, 2, 0, 2))
     fit.try_step(PretrainConfig(), vit(), (3, 1, 8, 8), runtime)  # torch keeps frames of its first optimiser
     gc.disable()

@@ -24,16 +24,16 @@ from torchmae.data.loader import Batch, Plan
 from torchmae.errors import CheckpointError, Interrupted, TrainingError
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Masker
-from torchmae.training import compilation, window
-from torchmae.training import pretrain as module
+from torchmae.training import compilation, pretrain, trainer, window
 from torchmae.training.checkpoint import load_checkpoint
 from torchmae.training.optim import build_optimizers, lr_factor, set_lr
-from torchmae.training.pretrain import Evaluator, due_steps
+from torchmae.training.pretrain import PretrainTask
 from torchmae.training.progress import Display
 from torchmae.training.ranks import Ranks, one_line_when_lost
 from torchmae.training.runtime import Runtime
 from torchmae.training.state import State, input_range, restore
-from torchmae.training.step import train_step
+from torchmae.training.trainer import Evaluator, due_steps, out_of_memory, train_step
+from torchmae.training.window import Step
 
 # 10 images in batches of 4: an epoch is 4, 4, 2.
 CONFIG = PretrainConfig(epochs=3, batch_size=4, log_every=2, optim=OptimConfig(lr=1e-3))
@@ -158,7 +158,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(module, "time", made)
+    monkeypatch.setattr(pretrain, "time", made)
+    monkeypatch.setattr(trainer, "time", made)
     monkeypatch.setattr(window, "time", made)
     return made
 
@@ -177,7 +178,7 @@ class Slow(Images):
 
 
 def test_seconds_are_those_of_training(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    def step(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def step(*args: Any, **kwargs: Any) -> Step:
         clock.now += 3
         return train_step(*args, **kwargs)
 
@@ -189,9 +190,9 @@ def test_seconds_are_those_of_training(tmp_path: Path, clock: Clock, monkeypatch
         clock.now += 100
         return {"loss": 1.0}
 
-    save = module.save
-    monkeypatch.setattr(module, "train_step", step)
-    monkeypatch.setattr(module, "save", slow_save)
+    save = trainer.save
+    monkeypatch.setattr(trainer, "train_step", step)
+    monkeypatch.setattr(trainer, "save", slow_save)
     config = replace(CONFIG, checkpoint_minutes=4.5)
     state, tracker = train(config, vit(), Slow(clock), tmp_path, evaluators=[Evaluator(4, evaluate)])
     assert state.seconds == 9 * 4
@@ -203,7 +204,7 @@ def test_seconds_are_those_of_training(tmp_path: Path, clock: Clock, monkeypatch
 
 def test_checkpoints_come_by_the_clock(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = []
-    monkeypatch.setattr(module, "save", lambda folder, model, optimizers, state, ranks: saved.append(state.step))
+    monkeypatch.setattr(trainer, "save", lambda folder, task, state: saved.append(state.step))
 
     def evaluate(_: int) -> dict[str, float]:
         clock.now += 30
@@ -233,13 +234,14 @@ def test_minutes_become_steps(tmp_path: Path, clock: Clock, monkeypatch: pytest.
     before = {name: value.clone() for name, value in model.state_dict().items()}
     probing = []
 
-    def step(network: MaskedAutoencoder, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def step(task: PretrainTask, *args: Any) -> Step:
         # The first steps are slow, as those of a cold machine are; they do not count.
-        probing.append(network is not model)
+        probing.append(task.model is not model)
         clock.now += 5.0 if len(probing) <= 5 else 0.25
-        return train_step(network, *args, **kwargs)
+        return train_step(task, *args)
 
-    monkeypatch.setattr(module, "train_step", step)
+    monkeypatch.setattr(trainer, "train_step", step)
+    monkeypatch.setattr(pretrain, "train_step", step)
     config = replace(CONFIG, max_minutes=0.1, log_every=100)
     display = Recording()
     state, _ = train(config, model, images(10), tmp_path, display=display)
@@ -254,13 +256,13 @@ def test_measuring_takes_a_share_of_the_time_and_changes_nothing(clock: Clock, m
     before = {name: value.clone() for name, value in model.state_dict().items()}
     calls = []
 
-    def step(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def step(*args: Any, **kwargs: Any) -> Step:
         calls.append(1)
         clock.now += 1.0
         return train_step(*args, **kwargs)
 
-    monkeypatch.setattr(module, "train_step", step)
-    seconds = module.measure_speed(CONFIG, model, images(10), Plan(10, 4, 0), RUNTIME, at_least=21)  # type: ignore[arg-type]
+    monkeypatch.setattr(pretrain, "train_step", step)
+    seconds = pretrain.measure_speed(CONFIG, model, images(10), Plan(10, 4, 0), RUNTIME, at_least=21)  # type: ignore[arg-type]
     assert (seconds, len(calls)) == (1.0, 5 + 21)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -272,7 +274,7 @@ def test_measuring_compiles_the_first_shape_only(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda graph, _: graphs.append(1) or graph))
     config = replace(CONFIG, compile=True)
     loader = images(10)  # every third batch has 2 images
-    module.measure_speed(config, vit(), loader, Plan(10, 4, 0), RUNTIME, at_least=0)  # type: ignore[arg-type]
+    pretrain.measure_speed(config, vit(), loader, Plan(10, 4, 0), RUNTIME, at_least=0)  # type: ignore[arg-type]
     assert len(graphs) == 1
     torch.compiler.reset()
 
@@ -313,12 +315,12 @@ def test_a_step_without_a_finite_loss_is_left_out(tmp_path: Path, log_every: int
     assert finite(tmp_path)
 
     plain, plan = vit(), Plan(10, 4, 0)  # a run that never saw those batches
-    (optimizer,) = build_optimizers(plain, CONFIG.optim, 4)
+    task = PretrainTask(CONFIG, plain, RUNTIME, 4)
     for step, batch in enumerate(whole.train_batches(plan, 0, 9)):
         if step + 1 not in bad:
-            set_lr([optimizer], lr_factor(step, 9, CONFIG.optim))
+            set_lr(task.optimizers, lr_factor(step, 9, CONFIG.optim))
             mask = Masker(plain.encoder, **asdict(CONFIG.mask))(0, batch.epoch, batch.indices, torch.device("cpu"))
-            train_step(plain, [optimizer], batch.images, mask, CONFIG, RUNTIME)
+            train_step(task, (batch.images, mask))
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
 
 
@@ -398,7 +400,7 @@ def test_memory_that_runs_out(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(module, "train_step", fail)
+    monkeypatch.setattr(trainer, "train_step", fail)
     with pytest.raises(TrainingError) as caught:
         train(replace(CONFIG, accumulate=accumulate), vit(), images(10), tmp_path)
     said = str(caught.value)
@@ -408,7 +410,8 @@ def test_memory_that_runs_out(
 
 
 def test_memory_that_runs_out_names_the_batch_that_was_computed() -> None:
-    with pytest.raises(TrainingError) as caught, module.out_of_memory(replace(CONFIG, batch_size=4096), 10, RUNTIME):
+    task = PretrainTask(replace(CONFIG, batch_size=4096), vit(), RUNTIME, 10)
+    with pytest.raises(TrainingError) as caught, out_of_memory(task, 10):
         raise MemoryError
     said = str(caught.value)
     assert said.startswith("out of memory on cpu: 10 images a step in parts of 10; resume with --accumulate 2 ")
@@ -434,7 +437,7 @@ def test_other_errors_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind
     def fail(*_: object, **__: object) -> None:
         raise kind("a fault of ours")
 
-    monkeypatch.setattr(module, "train_step", fail)
+    monkeypatch.setattr(trainer, "train_step", fail)
     with pytest.raises(kind, match="a fault of ours"):
         train(CONFIG, vit(), images(10), tmp_path)
 
@@ -443,7 +446,7 @@ def test_another_rank_that_is_gone_is_no_lack_of_memory() -> None:
     with (
         pytest.raises(TrainingError, match="^rank 0 lost another"),
         one_line_when_lost(Ranks(0, 2, 0, 2)),
-        module.out_of_memory(CONFIG, CONFIG.batch_size, RUNTIME),
+        out_of_memory(PretrainTask(CONFIG, vit(), RUNTIME, 4), 4),
     ):
         raise dist.DistBackendError("NCCL error: remote process exited or there was a network error")
 
@@ -475,7 +478,7 @@ def test_nothing_that_is_not_finite_is_saved(tmp_path: Path, where: str) -> None
 
     with pytest.MonkeyPatch.context() as patch:
         build = build_optimizers
-        patch.setattr(module, "build_optimizers", lambda *args: held.extend(build(*args)) or held)
+        patch.setattr(pretrain, "build_optimizers", lambda *args: held.extend(build(*args)) or held)
         with pytest.raises(TrainingError, match=r"^the weights are not finite after step 9; the last good"):
             train(CONFIG, model, images(10), tmp_path, evaluators=[Evaluator(1, spoil)])
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000000"]

@@ -13,7 +13,8 @@ from torchmae.data.loader import Batch, Plan
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Masker
 from torchmae.training.optim import build_optimizers
-from torchmae.training.step import step_if_finite, train_step
+from torchmae.training.pretrain import PretrainTask
+from torchmae.training.trainer import step_if_finite, train_step
 
 
 @pytest.mark.parametrize("accumulate", [3, 4, 7])
@@ -39,11 +40,11 @@ def test_parts_of_a_batch_make_the_step_of_the_whole(
             mask=MaskConfig(strategy=strategy),
             optim=OptimConfig(lr=0.01, clip_grad=0.5),
         )
-        (optimizer,) = build_optimizers(model, replace(config.optim, name="adam"), 7)
-        for group in optimizer.param_groups:
+        task = PretrainTask(replace(config, optim=replace(config.optim, name="adam")), model, RUNTIME, 7)
+        for group in task.optimizers[0].param_groups:
             group["eps"] = 1.0  # else Adam's division by tiny gradients would enlarge what rounding leaves
         mask = Masker(model.encoder, **asdict(config.mask))(0, batch.epoch, batch.indices, torch.device("cpu"))
-        loss, norm, losses = train_step(model, [optimizer], batch.images, mask, config, RUNTIME)
+        loss, norm, losses = train_step(task, (batch.images, mask))
         assert losses.tolist() == [loss]
         assert all(p.grad is None for p in model.parameters())
         results.append((loss.item(), norm.item(), [p.detach() for p in model.parameters()]))
@@ -63,8 +64,9 @@ def test_gradients_are_clipped_and_the_norm_is_that_before() -> None:
         before = [p.detach().clone() for p in model.parameters()]
         config = PretrainConfig(batch_size=7, optim=OptimConfig(clip_grad=limit))
         mask = Masker(model.encoder, **asdict(config.mask))(0, batch.epoch, batch.indices, torch.device("cpu"))
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        norm = train_step(model, [optimizer], batch.images, mask, config, RUNTIME).norm
+        task = PretrainTask(config, model, RUNTIME, 7)
+        task.optimizers = [torch.optim.SGD(model.parameters(), lr=1.0)]
+        norm = train_step(task, (batch.images, mask)).norm
         moved = torch.cat([(p - old).flatten() for p, old in zip(model.parameters(), before, strict=True)])
         return norm.item(), moved.norm().item()
 

@@ -17,9 +17,9 @@ from torchmae.bench.peers import PEERS, PeerSizes
 from torchmae.config import PretrainConfig
 from torchmae.errors import ConfigError
 from torchmae.nn.masking import Masker, num_keep
-from torchmae.training.optim import build_optimizers
+from torchmae.training.pretrain import PretrainTask
 from torchmae.training.runtime import Runtime, open_runtime
-from torchmae.training.step import prepare, train_step
+from torchmae.training.trainer import train_step
 
 OURS = "torchmae"
 
@@ -110,18 +110,17 @@ def peer_sizes(config: PretrainConfig, arguments: dict[str, Any], code: str) -> 
 
 def _ours(config: PretrainConfig, arguments: dict[str, Any], runtime: Runtime, images: Tensor) -> Contender:
     model = presets.construct(arguments).to(runtime.device).train()
-    optimizers = build_optimizers(model, config.optim, config.batch_size)
-    wrapped = prepare(model, config, runtime)
-    assert wrapped is model  # on one rank; `step` may therefore be given another in its place
+    task = PretrainTask(config, model, runtime, config.batch_size)
     indices = np.arange(len(images))
     epochs = count()
     masker = Masker(model.encoder, config.mask.strategy, config.mask.ratio)
 
     def step(model: Any, optimizers: Any) -> Tensor:
         mask = masker(config.seed, next(epochs), indices, runtime.device)  # another epoch, other masks
-        return train_step(model, optimizers, images, mask, config, runtime)[0]
+        task.forward, task.optimizers = model, optimizers
+        return train_step(task, (images, mask)).loss
 
-    return Contender(model, optimizers, step, runtime, arguments, images)
+    return Contender(model, task.optimizers, step, runtime, arguments, images)
 
 
 def _peer(

@@ -20,10 +20,11 @@ from torchmae.config.bench import BenchTrain
 from torchmae.data.formats import Progress
 from torchmae.data.opening import Data, open_data
 from torchmae.errors import Interrupted
-from torchmae.training.pretrain import Evaluator, pretrain
+from torchmae.training.pretrain import pretrain
 from torchmae.training.progress import Display
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import environment, open_runtime
+from torchmae.training.trainer import Evaluator
 
 BARE = "bare step"
 

@@ -24,19 +24,23 @@ from torchmae.data.worker import Indices
 from torchmae.errors import DataError
 from torchmae.evaluation.augment import build_augment
 from torchmae.evaluation.few_shot import check_counts, draw_images
-from torchmae.evaluation.finetune_training import Job, Learner, State, SubsetPlan, fit, restore, save
+from torchmae.evaluation.finetune_training import FinetuneTask, Job, SubsetPlan, as_json, check_same
 from torchmae.evaluation.images import check_classes, class_names, rows_with_label
 from torchmae.evaluation.scores import Result, Scores, rank, score
 from torchmae.evaluation.sharing import share
 from torchmae.nn.classifier import Classifier, encoder_arguments
 from torchmae.nn.encoder import ViTEncoder
 from torchmae.nn.mae import MaskedAutoencoder, require_patches
-from torchmae.training.checkpoint import load_checkpoint
+from torchmae.training.checkpoint import Checkpoint, load_checkpoint
 from torchmae.training.progress import Display
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime
 from torchmae.training.saved_classifier import ClassifierDescription, save_classifier
+from torchmae.training.state import State
+from torchmae.training.task import step_seed
 from torchmae.training.tracking import JsonLines, Trackers
+from torchmae.training.trainer import Evaluator
+from torchmae.training.trainer import train as train_task
 
 NAME = "finetune"
 EVAL_BATCH = 250
@@ -101,7 +105,8 @@ def finetune(
         ConfigError: a model without an encoder of patches, settings that its input cannot have, or fewer labelled
             images than asked for.
         DataError: no labels, or one class only.
-        TrainingError: a loss that is not finite.
+        TrainingError: losses or gradients that are not finite, also after the training was rolled back; memory that ran
+            out; another rank that is gone.
         Interrupted: by SIGINT or SIGTERM, after the state was saved.
         CheckpointError: nothing to resume, or a disk that is full.
     """
@@ -115,42 +120,61 @@ def finetune(
         check_counts(train.labels[rows], classes, labels_per_class)
         rows = rows[draw_images(train.labels[rows], labels_per_class, seed, draw)]
     job = Job(asdict(config), labels_per_class, draw, seed, train.source.fingerprint())
-    torch.manual_seed(job.step_seed(0))
+    torch.manual_seed(step_seed(seed, 0))
     classifier, arguments = build_classifier(model, len(classes), config)
     fitting = config.for_input(arguments["input_size"], arguments["in_chans"])
     plan = SubsetPlan(len(rows), min(fitting.batch_size, len(rows)), seed, rows=rows)
     augment = build_augment(fitting, arguments["input_size"], normalisation.mean, normalisation.std, len(classes))
-    learner = Learner(classifier.to(runtime.device), config, plan.batch_size)
+    task = FinetuneTask(config, classifier.to(runtime.device), augment, runtime, plan.batch_size, seed)
     folder = RunFolder(out)
+    checkpoint = load_checkpoint(folder.checkpoints, display.warn) if resume else None
     if resume:
-        state = restore(load_checkpoint(folder.checkpoints, display.warn), learner, job, out)
-        ranks.on_main(lambda: folder.rewind_metrics(state.step))
-    else:
-        state = State(0, config.epochs * plan.steps_per_epoch, 0.0, 0.0, 0.0, asdict(job))
-        ranks.on_main(lambda: RunFolder.create(out).write_json("finetune.json", asdict(job)))
-        save(folder, learner, state, ranks)
+        check_same(checkpoint, job, out)
+    ranks.on_main(lambda: begin(folder, job, checkpoint))
+    measured: list[Scores] = []
 
     def measure() -> Scores:
         mine = share(test_rows, EVAL_BATCH, ranks)
-        found = predict(learner.result, test.eval_batches(mine.rows, EVAL_BATCH), runtime)
+        found = predict(task.model.result, test.eval_batches(mine.rows, EVAL_BATCH), runtime)
         logits, labels = mine.of_all_images(*found)
         return score(rank(logits), labels, len(classes))
 
-    def figures_now() -> dict[str, float]:
-        return measure().figures(NAME)
+    def figures_now(_: int) -> dict[str, float]:
+        measured.append(measure())
+        return measured[-1].figures(NAME)
 
     with Trackers(JsonLines(folder.metrics)) if ranks.is_main else Trackers() as tracker:
-        fit(learner, train, plan, augment, config, state, figures_now, runtime, folder, tracker, display)
-        scores = measure()
+        state = train_task(
+            task,
+            State(0, config.epochs * plan.steps_per_epoch, precision=runtime.precision, data=job.data, job=asdict(job)),
+            loader=train,
+            plan=plan,
+            folder=folder,
+            tracker=tracker,
+            display=display,
+            evaluators=[Evaluator(config.evaluations, figures_now, at_epoch_ends=True)],
+            checkpoint=checkpoint,
+        )
+        scores = measured[-1] if measured else measure()  # of a training that had ended
         done = (line["step"] for line in folder.read_metrics() if line["kind"] == "val") if ranks.is_main else ()
-        if state.step not in done:  # a training that had ended has its line already
+        if state.step not in done:
             tracker.log("val", state.step, scores.figures(NAME))
     mean, std = normalisation.mean, normalisation.std
     described = ClassifierDescription(arguments, mean, std, train.source.classes, torchmae.__version__)
-    ranks.on_main(lambda: save_classifier(out, learner.result, described))
+    ranks.on_main(lambda: save_classifier(out, task.model.result, described))
     training = {"loss": state.loss, "images": float(len(rows)), "seconds": state.seconds}
     figures = scores.figures(NAME) | {f"{NAME}_{name}": value for name, value in training.items()}
     return Result(figures, {NAME: scores.details(classes)})
+
+
+def begin(folder: RunFolder, job: Job, checkpoint: Checkpoint | None) -> None:
+    """Makes the folder of a new training; of a resumed one, leaves out what came after the checkpoint."""
+    if checkpoint is None:
+        RunFolder.create(folder.path).write_json("finetune.json", asdict(job))
+        return
+    folder.rewind_metrics(checkpoint.state["step"])
+    if checkpoint.state["job"] != as_json(job):
+        folder.write_json("finetune.json", asdict(job))
 
 
 def data_settings(

@@ -1,17 +1,12 @@
-"""The training of a classifier: layers with learning rates of their own, steps on augmented batches, checkpoints."""
+"""Fine-tuning as a task of the trainer: layers with learning rates of their own, steps on augmented batches."""
 
 from __future__ import annotations
 
 import json
-import math
-import signal
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -19,27 +14,18 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from torchmae.config import OptimConfig
 from torchmae.config.finetune import FinetuneConfig
-from torchmae.data.loader import ImageLoader, Plan
+from torchmae.data.loader import Batch, Plan
 from torchmae.data.worker import Indices
-from torchmae.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError, reason_of
+from torchmae.errors import CheckpointError, ConfigError, DataError
 from torchmae.evaluation.augment import Augment
 from torchmae.nn.classifier import Classifier
 from torchmae.nn.mae import no_weight_decay
-from torchmae.training.checkpoint import Checkpoint, save_checkpoint
-from torchmae.training.compilation import compile_model, first_shapes_only, plain_at_the_end
-from torchmae.training.optim import lr_factor, set_lr
-from torchmae.training.parallel import average_gradients, exchanging
-from torchmae.training.pretrain import due_steps
-from torchmae.training.progress import Display, Status
-from torchmae.training.ranks import ALONE, Ranks, agree_on_signal, part_of
+from torchmae.training.checkpoint import Checkpoint
+from torchmae.training.compilation import compile_model
+from torchmae.training.parallel import average_gradients
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime
-from torchmae.training.signals import stop_signals
-from torchmae.training.state import all_finite
-from torchmae.training.tracking import Tracker
-from torchmae.training.window import Window, timed
-
-LOG_EVERY = 10
+from torchmae.training.task import Inputs, LoopSettings, Task
 
 
 @dataclass(frozen=True)
@@ -59,10 +45,6 @@ class Job:
     draw: int
     seed: int
     data: str
-
-    def step_seed(self, step: int, ranks: Ranks = ALONE) -> int:
-        """What a rank seeds torch's generator with at a step, where augmentation and drop-path draw from it."""
-        return self.seed % 2**32 * 2**31 + step * ranks.world_size + ranks.rank
 
 
 @dataclass(frozen=True)
@@ -112,28 +94,19 @@ def parameter_groups(model: Classifier, *, lr: float, layer_decay: float, weight
 
 
 class Learner(nn.Module):
-    """A classifier, the moving average of its weights if there is one, and its optimiser.
+    """A classifier, and the moving average of its weights if there is one.
 
     Args:
         classifier: on the device it is trained on.
-        config: of the optimiser and the average.
-        batch_size: images per step, which scales the learning rate.
+        ema: decay of the average; None: no average.
     """
 
-    def __init__(self, classifier: Classifier, config: FinetuneConfig, batch_size: int) -> None:
+    def __init__(self, classifier: Classifier, ema: float | None) -> None:
         super().__init__()
         self.classifier = classifier
         self.average: AveragedModel | None = None
-        if config.ema is not None:
-            self.average = AveragedModel(classifier, multi_avg_fn=get_ema_multi_avg_fn(config.ema))  # type: ignore[no-untyped-call]
-        groups = parameter_groups(
-            classifier,
-            lr=config.base_lr * batch_size / 256,
-            layer_decay=config.layer_decay,
-            weight_decay=config.weight_decay,
-        )
-        fused = groups[0]["params"][0].device.type in ("cpu", "cuda")
-        self.optimizer = AdamW(groups, betas=config.betas, fused=fused)
+        if ema is not None:
+            self.average = AveragedModel(classifier, multi_avg_fn=get_ema_multi_avg_fn(ema))  # type: ignore[no-untyped-call]
 
     @property
     def result(self) -> Classifier:
@@ -142,244 +115,119 @@ class Learner(nn.Module):
         assert isinstance(module, Classifier)
         return module
 
-    def step(
-        self,
-        images: Tensor,
-        targets: Tensor,
-        config: FinetuneConfig,
-        runtime: Runtime,
-        *,
-        wrapped: nn.Module | None = None,
-        num_images: int | None = None,
-    ) -> Tensor:
-        """One optimiser step on one batch, computed in `config.accumulate` parts.
 
-        Args:
-            images: (B, C, *size), this rank's of the batch.
-            targets: (B,) labels, or (B, num_classes) shares that sum to 1.
-            config: of the loss.
-            runtime: where to compute.
-            wrapped: what to call in place of the classifier, of several ranks.
-            num_images: of the batch on all ranks; None: B.
-
-        Returns:
-            The batch's loss: a scalar on the device, detached, the same on all ranks.
-        """
-        ranks, forward = runtime.ranks, self.classifier if wrapped is None else wrapped
-        whole = num_images or len(images)
-        counts = bool(len(images))
-        if not counts:  # a stand-in takes part in the exchange of gradients, and weighs nothing
-            images, targets = images.new_zeros(1, *images.shape[1:]), targets.new_zeros(1, *targets.shape[1:])
-        parts = part_of(whole, ranks, config.accumulate)
-        total = torch.zeros((), device=images.device)
-        pairs = zip(images.tensor_split(parts), targets.tensor_split(parts), strict=True)
-        for i, (part, target) in enumerate(pairs):
-            with exchanging(forward, i == parts - 1):
-                with runtime.autocast():
-                    logits = forward(part)
-                loss = F.cross_entropy(logits.float(), target, label_smoothing=config.label_smoothing)
-                loss = loss * (len(part) * counts / whole)
-                torch.autograd.backward(loss * ranks.world_size)  # of which the exchange takes the mean over ranks
-                total += loss.detach()
-        ranks.sum(total)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.average is not None:
-            self.average.update_parameters(self.classifier)
-        return total
-
-
-@dataclass
-class State:
-    """Where a fine-tuning stands; stored in every checkpoint.
-
-    Attributes:
-        step: optimiser steps done.
-        total_steps: steps of the whole training.
-        seconds: time spent training, evaluation and saving apart.
-        epoch_loss: sum of the losses of the current epoch's images.
-        loss: mean of the last whole epoch.
-        job: what the training is.
-    """
-
-    step: int
-    total_steps: int
-    seconds: float
-    epoch_loss: float
-    loss: float
-    job: dict[str, Any]
-
-
-def fit(
-    learner: Learner,
-    loader: ImageLoader,
-    plan: SubsetPlan,
-    augment: Augment,
-    config: FinetuneConfig,
-    state: State,
-    measure: Callable[[], dict[str, float]],
-    runtime: Runtime,
-    folder: RunFolder,
-    tracker: Tracker,
-    display: Display,
-) -> None:
-    """Trains to the end of the schedule; `learner` and `state` are changed in place.
+class FinetuneTask(Task):
+    """A classifier that learns labels, from augmented images.
 
     Args:
-        learner: what is trained.
-        loader: the training images.
-        plan: which of them make up which step.
-        augment: of each batch.
         config: how to train.
-        state: where training stands.
-        measure: called between epochs where `config.evaluations` asks for it; what it returns is logged.
+        classifier: on the runtime's device.
+        augment: of each batch.
         runtime: where to compute.
-        folder: where checkpoints go.
-        tracker: takes the figures.
-        display: shows progress.
-
-    Raises:
-        TrainingError: a loss that is not finite.
-        Interrupted: by SIGINT or SIGTERM, after the state was saved.
-        CheckpointError: a disk that is full.
+        batch_size: images of a step on all ranks, which scales the learning rate.
+        seed: of what is drawn in a step.
     """
-    job, ranks = Job(**state.job), runtime.ranks
-    if config.compile:
-        compile_model(learner.classifier, runtime.device)
-    wrapped = average_gradients(learner.classifier, runtime, config.accumulate) if ranks.world_size > 1 else None
-    schedule = OptimConfig(warmup=config.warmup, min_lr=config.min_lr)
-    due = {math.ceil(step / plan.steps_per_epoch) for step in due_steps(state.total_steps, config.evaluations)[:-1]}
-    learner.train()
-    saved_at = time.monotonic()
-    window = Window(time.perf_counter())
-    with (
-        stop_signals() as stop,
-        plain_at_the_end(learner.classifier),
-        first_shapes_only(config.compile) as compiled,
-    ):
-        parts = loader.train_batches(plan, state.step, state.total_steps, rank=ranks.rank, world_size=ranks.world_size)
-        for batch in timed(parts, window):
-            set_lr([learner.optimizer], lr_factor(state.step, state.total_steps, schedule))
-            # Augmentation and drop-path draw from torch's generator: seeded by the step, a run can go on from any.
-            torch.manual_seed(job.step_seed(state.step, ranks))
-            num_images = len(plan.indices(state.step)[1])
-            images, targets = batch.images, batch.labels
-            if len(images):  # a batch may have fewer images than there are ranks
-                images, targets = augment(images, targets)
-            loss = learner.step(images, targets, config, runtime, wrapped=wrapped, num_images=num_images)
-            compiled()
-            window.steps.append(loss)
-            window.images += num_images
-            state.step += 1
 
-            epoch, position = divmod(state.step, plan.steps_per_epoch)
-            last = state.step == state.total_steps
-            overdue = time.monotonic() - saved_at > config.checkpoint_minutes * 60
-            stopped_by, (save_due,) = agree_on_signal(ranks, stop.number, overdue)
-            save_due = save_due or last or stopped_by is not None
-            if position == 0 or save_due or state.step % LOG_EVERY == 0:
-                close_window(window, state, plan, display)
-            if position == 0:
-                end_epoch(learner, state, plan, tracker)
-                if epoch in due and not last:
-                    tracker.log("val", state.step, measure())
-                    learner.train()
-            if save_due:
-                save(folder, learner, state, ranks)
-                saved_at = time.monotonic()
-            if stopped_by is not None and not last:
-                raise Interrupted(
-                    f"stopped by {signal.Signals(stopped_by).name} after step {state.step} of {state.total_steps}, "
-                    "all saved",
-                    "give the same settings with --resume to go on",
-                    stopped_by,
-                )
-            window.restart()
-
-
-def close_window(window: Window, state: State, plan: SubsetPlan, display: Display) -> None:
-    """Waits for the device, checks the losses, shows progress.
-
-    Raises:
-        TrainingError: a loss that is not finite, with the step it came from.
-    """
-    losses = torch.stack(window.steps).tolist()
-    window.stop_clock()
-    for step, loss in enumerate(losses, start=state.step - len(losses)):
-        if not math.isfinite(loss):
-            raise TrainingError(f"the loss is {loss} at step {step + 1}", "fine-tune with a smaller base_lr")
-        state.epoch_loss += loss * len(plan.indices(step)[1])
-    state.seconds += window.seconds
-    speed = window.images / window.seconds
-    epoch, epochs = state.step / plan.steps_per_epoch, state.total_steps / plan.steps_per_epoch
-    remaining = (state.total_steps - state.step) * window.seconds / len(losses)
-    wait = window.waiting / window.seconds
-    mean = sum(losses) / len(losses)
-    display.training(Status(state.step, state.total_steps, epoch, epochs, mean, speed, wait, remaining))
-    window.clear()
-
-
-def end_epoch(learner: Learner, state: State, plan: SubsetPlan, tracker: Tracker) -> None:
-    """Logs the epoch that has just ended."""
-    state.loss = state.epoch_loss / plan.num_samples
-    state.epoch_loss = 0.0
-    figures = {
-        "epoch": state.step / plan.steps_per_epoch,
-        "loss": state.loss,
-        "lr": learner.optimizer.param_groups[-1]["lr"],
-        "seconds": state.seconds,
-    }
-    tracker.log("epoch", state.step, figures)
-
-
-def save(folder: RunFolder, learner: Learner, state: State, ranks: Ranks) -> None:
-    """Saves a checkpoint; every rank calls it.
-
-    Raises:
-        TrainingError: a weight or a moment of the optimiser is not finite; no such checkpoint is ever written.
-        CheckpointError: the disk is full or cannot be written.
-    """
-    if not all_finite(learner, [learner.optimizer], ranks):
-        raise TrainingError(
-            f"the weights are not finite after step {state.step}; the last good checkpoint was kept",
-            "fine-tune with a smaller base_lr",
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        classifier: Classifier,
+        augment: Augment,
+        runtime: Runtime,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self.model: Learner = Learner(classifier, config.ema)
+        self.runtime = runtime
+        self.names = ("cross_entropy",)
+        schedule = OptimConfig(warmup=config.warmup, min_lr=config.min_lr)
+        self.loop = LoopSettings(
+            seed, config.accumulate, schedule, config.compile, config.checkpoint_minutes, per_epoch=True
         )
-    save_checkpoint(folder.checkpoints, learner.state_dict(), [learner.optimizer.state_dict()], asdict(state), ranks)
+        self._config = config
+        self._augment = augment
+        groups = parameter_groups(
+            classifier,
+            lr=config.base_lr * batch_size / 256,
+            layer_decay=config.layer_decay,
+            weight_decay=config.weight_decay,
+        )
+        self.optimizers = [AdamW(groups, betas=config.betas, fused=runtime.device.type in ("cpu", "cuda"))]
+        if config.compile:
+            compile_model(classifier, runtime.device)
+        self.forward: nn.Module = classifier
+        if runtime.ranks.world_size > 1:
+            self.forward = average_gradients(classifier, runtime, config.accumulate)
+
+    def inputs(self, batch: Batch, step: int, total: int) -> Inputs:
+        """Augmented images, and their labels (B,) or shares of the classes (B, num_classes)."""
+        del step, total
+        return self._augment(batch.images, batch.labels) if len(batch.images) else (batch.images, batch.labels)
+
+    def stand_in(self, inputs: Inputs) -> Inputs:
+        """As `Task.stand_in`."""
+        return tuple(item.new_zeros(1, *item.shape[1:]) for item in inputs)
+
+    def weight(self, inputs: Inputs) -> int:
+        """Number of images."""
+        return len(inputs[0])
+
+    def losses(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        """The cross-entropy, twice: to be minimised and to be logged."""
+        images, targets = inputs
+        with self.runtime.autocast():
+            logits = self.forward(images)
+        loss = F.cross_entropy(logits.float(), targets, label_smoothing=self._config.label_smoothing)
+        return loss, loss.detach()
+
+    def after_step(self) -> None:
+        """Moves the average."""
+        if self.model.average is not None:
+            self.model.average.update_parameters(self.model.classifier)
+
+    def how_to_resume(self, folder: RunFolder) -> str:
+        """As `Task.how_to_resume`."""
+        del folder
+        return "give the same settings with --resume to go on"
+
+    def how_to_calm(self, folder: RunFolder) -> str:
+        """As `Task.how_to_calm`."""
+        del folder
+        smaller = f"--finetune.base_lr {self._config.base_lr / 4:g}"
+        return f"go on from it with a smaller step: give the same settings with --resume and {smaller}"
+
+    def how_to_save_memory(self, accumulate: int | None, batch_size: int) -> str:
+        """As `Task.how_to_save_memory`."""
+        again = f"start again with --finetune.batch_size {batch_size}"
+        smaller = f"give the same settings with --resume and --finetune.accumulate {accumulate}"
+        return again if accumulate is None else f"{smaller} (the same steps in less memory), or {again}"
 
 
-def restore(checkpoint: Checkpoint | None, learner: Learner, job: Job, out: Path) -> State:
-    """Puts a checkpoint's weights and optimiser state in place.
+MAY_CHANGE = frozenset({"settings", "checkpoint_minutes", "compile", "accumulate", "base_lr"})
 
-    Returns:
-        The state to go on from.
+
+def as_json(job: Job) -> dict[str, Any]:
+    """A job as checkpoints have it, with lists for tuples."""
+    described: dict[str, Any] = json.loads(json.dumps(asdict(job)))
+    return described
+
+
+def check_same(checkpoint: Checkpoint | None, job: Job, out: Path) -> None:
+    """Checks that a checkpoint belongs to the job in hand.
 
     Raises:
-        CheckpointError: there is none, or it is of another model.
+        CheckpointError: there is none, or it is of no fine-tuning.
         ConfigError: it was made with other settings.
         DataError: it was made with other images.
     """
-    if checkpoint is None:
+    if checkpoint is None or not checkpoint.state.get("job"):
         raise CheckpointError(f"{out} holds no fine-tuning to go on with", "start one in a new folder")
-    try:
-        state = State(**checkpoint.state)
-        learner.load_state_dict(checkpoint.model)
-        learner.optimizer.load_state_dict(checkpoint.optimizers[0])
-    except (RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise CheckpointError(
-            f"{checkpoint.path} does not fit the model: {reason_of(error)}", "resume with the model it began with"
-        ) from error
-    check_same(state.job, job, out)
-    return state
-
-
-def check_same(before: dict[str, Any], job: Job, out: Path) -> None:
-    """Raises ConfigError or DataError unless a checkpoint's job is the one in hand."""
-    now = json.loads(json.dumps(asdict(job)))  # as the checkpoint has it, with lists for tuples
+    before, now = checkpoint.state["job"], as_json(job)
     if now["data"] != before["data"]:
         raise DataError("the training images have changed since the checkpoint", "bring the same images back")
     old, new = ({**item, **item["settings"]} for item in (before, now))
     for name, value in new.items():
-        if old.get(name) != value and name not in ("settings", "checkpoint_minutes", "compile"):
+        if old.get(name) != value and name not in MAY_CHANGE:
             raise ConfigError(
                 f"{name} is {value} and was {old.get(name)} in {out}", "resume with the settings it began with"
             )

@@ -6,7 +6,7 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -71,22 +71,38 @@ def check_compiler() -> None:
 
 
 @contextmanager
-def first_shapes_only(active: bool, *, keep: bool = False) -> Iterator[Callable[[], None]]:
-    """Yields a function to call after each step: after the first step, new shapes run eagerly instead of recompiling.
+def first_shapes_only(active: bool, *, keep: bool = False) -> Iterator[Callable[[bool], AbstractContextManager[None]]]:
+    """Yields the context of a step; it is told whether the step has a full batch.
 
-    An epoch's last, smaller batch and evaluation come too seldom to repay a compilation of their own.
+    The first step with a full batch is compiled. Everything else runs eagerly where its shapes differ: an epoch's
+    last, smaller batch (also when a resumed run begins with it) and evaluation come too seldom to repay a compilation
+    of their own.
 
     Args:
         active: whether anything is compiled at all.
         keep: keep the compiled code at the end, for the run that follows.
     """
     if not active:
-        yield lambda: None
+        yield lambda _full: nullcontext()
         return
     from torch._functorch import config as functorch
 
+    compiled = False
+
+    @contextmanager
+    def step(full: bool) -> Iterator[None]:
+        nonlocal compiled
+        first = full and not compiled
+        if first:
+            torch.compiler.set_stance("default")
+            compiled = True
+        yield
+        if first:
+            torch.compiler.set_stance("eager_on_recompile")
+
     try:
-        yield lambda: torch.compiler.set_stance("eager_on_recompile")
+        torch.compiler.set_stance("force_eager")
+        yield step
     finally:
         torch.compiler.set_stance("default")
         if not keep:

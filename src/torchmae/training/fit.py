@@ -15,10 +15,10 @@ from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Masker
 from torchmae.training.allocation import ran_out_of_memory
 from torchmae.training.compilation import plain_at_the_end
-from torchmae.training.optim import build_optimizers
+from torchmae.training.pretrain import PretrainTask
 from torchmae.training.ranks import ALONE
 from torchmae.training.runtime import Runtime
-from torchmae.training.step import prepare, train_step
+from torchmae.training.trainer import train_step
 
 USABLE = 0.9  # of a GPU's memory: fragmentation grows in a long run, and evaluation takes some
 
@@ -91,13 +91,11 @@ def try_step(config: PretrainConfig, model: MaskedAutoencoder, shape: tuple[int,
     copied = copy.deepcopy(model).train()
     try:
         with plain_at_the_end(copied):  # what it calls meanwhile refers to it, and would keep its memory
-            wrapped = prepare(copied, config, runtime)
-            optimizers = build_optimizers(copied, config.optim, config.batch_size)
+            task = PretrainTask(config, copied, runtime, config.batch_size)
             images = torch.zeros(shape, device=runtime.device)
             ratio = min(config.mask.ratio, config.mask.final_ratio or 1)  # whose steps take the most memory
             masker = Masker(copied.encoder, config.mask.strategy, ratio)
-            mask = masker(config.seed, 0, np.arange(shape[0]), runtime.device)
-            train_step(copied, optimizers, images, mask, config, runtime, wrapped=wrapped)
+            train_step(task, (images, masker(config.seed, 0, np.arange(shape[0]), runtime.device)))
     finally:
         if config.compile:  # each trial has a shape of its own, and only a few are compiled of one function
             torch.compiler.reset()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,21 +20,27 @@ class Stop:
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """SIGINT and SIGTERM are noted and the current step goes on to its end; a second one ends at once."""
+    """SIGINT and SIGTERM are noted and the current step goes on to its end; a second one ends at once.
+
+    Left alone are signals outside the main thread, which are the caller's business, and those that C code handles:
+    Python could not give them back.
+    """
     stop = Stop()
+    mine = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: handler for number in mine if (handler := signal.getsignal(number)) is not None}
+
+    def give_back() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def note(number: int, _frame: object) -> None:
         stop.number = number
-        for name, handler in before.items():
-            signal.signal(name, handler)
+        give_back()
 
     try:
-        before = {name: signal.signal(name, note) for name in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: the caller's business
-        yield stop
-        return
-    try:
+        for number in before:
+            if stop.number is None:  # else one has come already, and the next must end at once
+                signal.signal(number, note)
         yield stop
     finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
+        give_back()

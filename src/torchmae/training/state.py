@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import shlex
 import signal
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 from torchmae.errors import CheckpointError, Interrupted, TrainingError, reason_of
 from torchmae.training.checkpoint import Checkpoint, save_checkpoint
 from torchmae.training.parallel import load_optimizer, load_weights, local
-from torchmae.training.ranks import ALONE, Ranks
+from torchmae.training.ranks import Ranks
 from torchmae.training.run_folder import RunFolder
+from torchmae.training.task import Task
 
 LARGEST_USUAL = 100.0  # deviations from the mean that sound inputs stay below
 
@@ -25,40 +26,45 @@ LARGEST_USUAL = 100.0  # deviations from the mean that sound inputs stay below
 class State:
     """Where a run stands; stored in every checkpoint.
 
+    A checkpoint need not have what has a default: earlier versions did not write all of it.
+
     Attributes:
         step: optimiser steps done.
         total_steps: steps of the whole run, which fixes the schedule.
         seconds: time spent training, evaluation and saving apart.
-        epoch_loss: sum of the losses of the current epoch's steps.
+        epoch_loss: sum of the losses of the current epoch's steps; with `LoopSettings.per_epoch`, of its images.
         precision: "bf16" or "fp32", kept by a resumed run.
         data: fingerprint of the training data.
-        epoch_skipped: steps of the current epoch that were left out.
+        epoch_skipped: steps of the current epoch that were skipped; with `LoopSettings.per_epoch`, their images.
         lr_scale: what the learning rate is multiplied by: halved each time the run was rolled back.
+        loss: mean of the last whole epoch.
+        job: what a fine-tuning is (see `Job`).
     """
 
     step: int
     total_steps: int
-    seconds: float
-    epoch_loss: float
-    precision: str
-    data: str
+    seconds: float = 0.0
+    epoch_loss: float = 0.0
+    precision: str = "fp32"
+    data: str = ""
     epoch_skipped: int = 0
     lr_scale: float = 1.0
+    loss: float = 0.0
+    job: dict[str, Any] = field(default_factory=dict)
 
 
-def save(
-    folder: RunFolder, model: nn.Module, optimizers: Sequence[Optimizer], state: State, ranks: Ranks = ALONE
-) -> None:
+def save(folder: RunFolder, task: Task, state: State) -> None:
     """Saves a checkpoint; every rank calls it.
 
     Raises:
         TrainingError: a weight or a moment of the optimiser is not finite; no such checkpoint is ever written.
         CheckpointError: the disk is full or cannot be written.
     """
-    if not all_finite(model, optimizers, ranks):
-        raise diverged(f"the weights are not finite after step {state.step}", folder)
-    optimizer_states = [item.state_dict() for item in optimizers]
-    save_checkpoint(folder.checkpoints, model.state_dict(), optimizer_states, asdict(state), ranks)
+    ranks = task.runtime.ranks
+    if not all_finite(task.model, task.optimizers, ranks):
+        raise diverged(f"the weights are not finite after step {state.step}", task.how_to_calm(folder))
+    optimizer_states = [item.state_dict() for item in task.optimizers]
+    save_checkpoint(folder.checkpoints, task.model.state_dict(), optimizer_states, asdict(state), ranks)
 
 
 def all_finite(model: nn.Module, optimizers: Sequence[Optimizer], ranks: Ranks) -> bool:
@@ -117,14 +123,10 @@ def differs(saved: dict[str, Tensor], own: dict[str, Tensor]) -> str:
     return "" if not found else found[0] + (f", and {len(found) - 1} more differ" if len(found) > 1 else "")
 
 
-def diverged(problem: str, folder: RunFolder, images: Tensor | None = None) -> TrainingError:
+def diverged(problem: str, fix: str, images: Tensor | None = None) -> TrainingError:
     """The error of a run whose numbers are no longer finite; `images` are the newest batch, normalised."""
     values = f"; {input_range(images)}" if images is not None and images.numel() else ""
-    return TrainingError(
-        f"{problem}{values}; the last good checkpoint was kept",
-        f"go on from it with a smaller step: torchmae pretrain --resume {shlex.quote(str(folder.path))} --optim.lr LR "
-        "(or --optim.clip_grad 1, or --precision fp32)",
-    )
+    return TrainingError(f"{problem}{values}; the last good checkpoint was kept", fix)
 
 
 def input_range(images: Tensor) -> str:
@@ -140,10 +142,8 @@ def input_range(images: Tensor) -> str:
     return ", ".join(texts)
 
 
-def interrupted(signal_number: int, state: State, folder: RunFolder) -> Interrupted:
+def interrupted(signal_number: int, state: State, fix: str) -> Interrupted:
     """The error of a run that was stopped and saved."""
-    return Interrupted(
-        f"stopped by {signal.Signals(signal_number).name} after step {state.step} of {state.total_steps}, all saved",
-        f"go on with: torchmae pretrain --resume {shlex.quote(str(folder.path))}",
-        signal_number,
-    )
+    name = signal.Signals(signal_number).name
+    problem = f"stopped by {name} after step {state.step} of {state.total_steps}, all saved"
+    return Interrupted(problem, fix, signal_number)

@@ -5,16 +5,30 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from torchmae.data.loader import Batch, Plan
 from torchmae.training.progress import Display, Status
 from torchmae.training.state import State
-from torchmae.training.step import Step
+from torchmae.training.task import Task
 from torchmae.training.tracking import Tracker
+
+
+class Step(NamedTuple):
+    """What a step gives: numbers on the device, the same on all ranks, not waited for.
+
+    Attributes:
+        loss: scalar, the batch's loss.
+        norm: scalar, of the gradients before clipping.
+        losses: (T,), the losses that are logged.
+    """
+
+    loss: Tensor
+    norm: Tensor
+    losses: Tensor
 
 
 class Window:
@@ -22,16 +36,16 @@ class Window:
 
     Args:
         now: the time it begins, from time.perf_counter.
-        targets: the names of the model's targets.
+        names: of the losses that are logged.
     """
 
-    def __init__(self, now: float, targets: Sequence[str] = ("pixels",)) -> None:
-        self.targets = tuple(targets)
-        self.steps: list[Tensor] = []  # of each: its loss, its gradient's norm, and the loss of each target
+    def __init__(self, now: float, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self.steps: list[Tensor] = []  # of each: its loss, its gradient's norm, and the losses that are logged
+        self.images: list[int] = []  # of each step
         self.longest_skipped = 0  # steps in a row that were skipped: the longest row that reaches into the window
         self._skipped_in_row = 0  # up to its last step
         self.figures: dict[str, Tensor] = {}  # scalars of its last step
-        self.images = 0
         self.waiting = 0.0
         self.seconds = 0.0
         self._since = now
@@ -39,7 +53,7 @@ class Window:
     def add(self, step: Step, images: int) -> None:
         """A step is done, or was skipped where its loss or its gradient's norm is not finite."""
         self.steps.append(torch.cat([torch.stack([step.loss, step.norm]), step.losses]))
-        self.images += images
+        self.images.append(images)
 
     def step_counts(self, finite: bool) -> None:
         """In the order of steps: whether one was taken, or skipped."""
@@ -63,7 +77,7 @@ class Window:
 
     def clear(self) -> None:
         """Begins anew."""
-        self.steps, self.images, self.waiting, self.seconds, self.figures = [], 0, 0.0, 0.0, {}
+        self.steps, self.images, self.waiting, self.seconds, self.figures = [], [], 0.0, 0.0, {}
 
 
 def timed(batches: Iterator[Batch], window: Window) -> Iterator[Batch]:
@@ -77,53 +91,45 @@ def timed(batches: Iterator[Batch], window: Window) -> Iterator[Batch]:
         yield batch
 
 
-def close_window(
-    window: Window,
-    state: State,
-    plan: Plan,
-    optimizers: Sequence[Optimizer],
-    tracker: Tracker,
-    display: Display,
-) -> None:
+def close_window(window: Window, state: State, plan: Plan, task: Task, tracker: Tracker, display: Display) -> None:
     """Waits for the device, says which steps were skipped, logs the window's figures; without a step in it, does
     nothing."""
     if not window.steps:
         return
     steps = torch.stack(window.steps).tolist()
     window.stop_clock()
-    taken = []  # of each step that was not skipped, the losses of the targets
+    taken = []  # the losses of each step that was not skipped
     window.longest_skipped = 0
-    for i, (loss, norm, *losses) in enumerate(steps):
+    for i, ((loss, norm, *losses), images) in enumerate(zip(steps, window.images, strict=True)):
         finite = math.isfinite(loss) and math.isfinite(norm)
         window.step_counts(finite)
+        weight = images if task.loop.per_epoch else 1
         if finite:
             taken.append(losses)
+            state.epoch_loss += losses[0] * weight
         else:
+            state.epoch_skipped += weight
             step = state.step - len(steps) + i + 1
             display.warn(f"step {step} skipped: the loss is {loss:.4g} and the gradient's norm {norm:.4g}")
     skipped = len(steps) - len(taken)
     state.seconds += window.seconds
-    state.epoch_loss += sum(losses[0] for losses in taken)
-    state.epoch_skipped += skipped
-    speed = window.images / window.seconds
-    means = [sum(column) / len(taken) for column in zip(*taken, strict=True)] or [math.nan] * len(window.targets)
+    speed = sum(window.images) / window.seconds
+    means = [sum(column) / len(taken) for column in zip(*taken, strict=True)] or [math.nan] * len(window.names)
     remaining = (state.total_steps - state.step) * window.seconds / len(steps)
     wait = window.waiting / window.seconds
     epoch, epochs = state.step / plan.steps_per_epoch, state.total_steps / plan.steps_per_epoch
-    tracker.log(
-        "train",
-        state.step,
-        {
-            "epoch": epoch,
-            "loss": means[0],  # of the first target alone, as is the loss on held-out images
-            **{f"loss_{name}": mean for name, mean in zip(window.targets[1:], means[1:], strict=True)},
-            "lr": optimizers[-1].param_groups[0]["lr"],
-            **{name: figure.item() for name, figure in window.figures.items()},
-            **({"skipped": skipped} if skipped else {}),
-            "images_per_s": speed,
-            "data_wait": wait,
-            "seconds": state.seconds,
-        },
-    )
+    figures = {
+        "epoch": epoch,
+        "loss": means[0],  # of the first target alone, as is the loss on held-out images
+        **{f"loss_{name}": mean for name, mean in zip(window.names[1:], means[1:], strict=True)},
+        "lr": task.optimizers[-1].param_groups[-1]["lr"],
+        **{name: figure.item() for name, figure in window.figures.items()},
+        **({"skipped": skipped} if skipped else {}),
+        "images_per_s": speed,
+        "data_wait": wait,
+        "seconds": state.seconds,
+    }
+    if not task.loop.per_epoch:
+        tracker.log("train", state.step, figures)
     display.training(Status(state.step, state.total_steps, epoch, epochs, means[0], speed, wait, remaining))
     window.clear()

@@ -1,0 +1,97 @@
+"""What is trained: the side of training that pre-training and fine-tuning do not share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torchmae.config import OptimConfig, PretrainConfig
+from torchmae.data.loader import Batch
+from torchmae.training.ranks import ALONE, Ranks
+from torchmae.training.run_folder import RunFolder
+from torchmae.training.runtime import Runtime
+
+Inputs = tuple[Any, ...]
+"""What a forward pass takes: first the images (B, C, *size), then what belongs to them; each has `tensor_split`."""
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How the trainer runs a task; names and ranges as in `PretrainConfig`.
+
+    Attributes:
+        optim: the learning rate's schedule and the clipping of gradients.
+        per_epoch: the log has a line for each epoch (the mean loss over images, learning rate, seconds) and none for
+            steps; else an epoch's loss is the mean over its steps.
+    """
+
+    seed: int
+    accumulate: int
+    optim: OptimConfig
+    compile: bool
+    checkpoint_minutes: float
+    log_every: int = PretrainConfig.log_every
+    max_skipped: int = PretrainConfig.max_skipped
+    per_epoch: bool = False
+
+
+def step_seed(seed: int, step: int, ranks: Ranks = ALONE) -> int:
+    """The seed of torch's generator on a rank at a step: what is drawn there does not depend on the steps before."""
+    return seed % 2**32 * 2**31 + step * ranks.world_size + ranks.rank
+
+
+class Task(Protocol):
+    """What the trainer trains.
+
+    Attributes:
+        model: what is saved and restored.
+        forward: what is called in training: `model` or a part of it, compiled, wrapped for several ranks.
+        optimizers: of the trained parameters; each group has its "peak_lr".
+        names: of the losses that are logged; the first is logged as "loss".
+        runtime: where it computes.
+        loop: how the trainer runs it.
+    """
+
+    model: nn.Module
+    forward: nn.Module
+    optimizers: Sequence[Optimizer]
+    names: tuple[str, ...]
+    runtime: Runtime
+    loop: LoopSettings
+
+    def inputs(self, batch: Batch, step: int, total: int) -> Inputs:
+        """What the forward pass takes, made from this rank's part of a batch; `step` is 0 to total - 1.
+
+        torch's generator is seeded by the step. A batch may be empty: it may have fewer images than there are ranks.
+        """
+
+    def stand_in(self, inputs: Inputs) -> Inputs:
+        """Inputs of one blank image, for a rank that has none; they weigh nothing."""
+
+    def weight(self, inputs: Inputs) -> int:
+        """Number of values that `losses` is a mean over; it weighs the losses of micro-batches and ranks."""
+
+    def losses(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        """Scalars, float32: the loss that is minimised, then each of `names`, without gradient."""
+
+    def after_step(self) -> None:
+        """Called after each step of the optimisers."""
+        return
+
+    def how_to_resume(self, folder: RunFolder) -> str:
+        """The fix of a run that was interrupted."""
+
+    def how_to_calm(self, folder: RunFolder) -> str:
+        """The fix of a run that diverged."""
+
+    def how_to_save_memory(self, accumulate: int | None, batch_size: int) -> str:
+        """The fix of a run that is out of memory.
+
+        Args:
+            accumulate: more micro-batches than now; None: the batch is cut into single images already.
+            batch_size: images, half of now.
+        """

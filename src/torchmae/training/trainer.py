@@ -1,0 +1,300 @@
+"""The one training loop: steps over ranks, skipped and rolled-back steps, figures, checkpoints, signals."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torchmae.data.loader import Batch, ImageLoader, Plan
+from torchmae.errors import TrainingError
+from torchmae.training.allocation import ran_out_of_memory
+from torchmae.training.checkpoint import Checkpoint, load_checkpoint
+from torchmae.training.compilation import first_shapes_only, plain_at_the_end
+from torchmae.training.optim import gradient_norm, lr_factor, set_lr
+from torchmae.training.parallel import exchanging, whole
+from torchmae.training.progress import Display
+from torchmae.training.ranks import Ranks, agree_on_signal, one_line_when_lost, part_of
+from torchmae.training.run_folder import RunFolder
+from torchmae.training.signals import stop_signals
+from torchmae.training.state import State, diverged, interrupted, restore, save
+from torchmae.training.task import Inputs, Task, step_seed
+from torchmae.training.tracking import Tracker
+from torchmae.training.update_size import copy_matrices, update_to_weight
+from torchmae.training.window import Step, Window, close_window, timed
+
+SMALLEST_LR_SCALE = 1 / 8  # a run that diverges at an eighth of its learning rate has another fault
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Something to measure on the way.
+
+    Attributes:
+        count: how many times in a run, evenly spread, the last after the last step.
+        run: called with the number of steps done; its figures are logged.
+        at_epoch_ends: wait for the end of the epoch.
+    """
+
+    count: int
+    run: Callable[[int], dict[str, float]]
+    at_epoch_ends: bool = False
+
+    def due(self, total_steps: int, steps_per_epoch: int) -> frozenset[int]:
+        """The numbers of steps done, after which it runs."""
+        steps = due_steps(total_steps, self.count)
+        unit = steps_per_epoch if self.at_epoch_ends else 1
+        return frozenset(min(-(-step // unit) * unit, total_steps) for step in steps)
+
+
+def train(
+    task: Task,
+    state: State,
+    *,
+    loader: ImageLoader,
+    plan: Plan,
+    folder: RunFolder,
+    tracker: Tracker,
+    display: Display,
+    evaluators: Sequence[Evaluator] = (),
+    checkpoint: Checkpoint | None = None,
+) -> State:
+    """Trains a task to the end of its schedule.
+
+    Order of events within a step: inputs, forward and backward, optimiser, log, evaluators, checkpoint. A checkpoint
+    therefore stands for everything up to its step, and a resumed run repeats what came after it.
+
+    Of several ranks, each computes its part of every batch, and all call this with the same arguments; steps, losses
+    and the end are theirs together.
+
+    Args:
+        task: what is trained.
+        state: where a new run begins; of a resumed run, what it is (`data` and `job`).
+        loader: the training images.
+        plan: which of them make up which step.
+        folder: where checkpoints go.
+        tracker: takes the figures.
+        display: shows progress.
+        evaluators: measured on the way and at the end.
+        checkpoint: where to go on from; None: from the start.
+
+    Returns:
+        The state at the end.
+
+    Raises:
+        TrainingError: losses or gradients that are not finite, also after the run was rolled back; memory that ran
+            out; another rank that is gone.
+        Interrupted: by SIGINT or SIGTERM, after the state was saved.
+        CheckpointError: a checkpoint that does not fit the model, or a disk that is full.
+    """
+    ranks, loop = task.runtime.ranks, task.loop
+    if checkpoint is None:
+        save(folder, task, state)
+    else:
+        restored = restore(checkpoint, task.model, task.optimizers, task.runtime.precision)
+        restored.data, restored.job = state.data, state.job
+        state = restored
+    due = [(item.due(state.total_steps, plan.steps_per_epoch), item.run) for item in evaluators]
+    task.model.train()
+    saved_at = time.monotonic()
+    window = Window(time.perf_counter(), task.names)
+    inputs: Inputs = (torch.empty(0),)  # of the newest step
+
+    def settle() -> bool:
+        """Closes the window; whether too many of its steps were skipped, and the run was rolled back."""
+        close_window(window, state, plan, task, tracker, display)
+        if window.longest_skipped < min(loop.max_skipped, state.total_steps):
+            return False
+        roll_back(state, task, folder, window, display, inputs[0])
+        return True
+
+    with (
+        one_line_when_lost(ranks),
+        stop_signals() as stop,
+        out_of_memory(task, plan.batch_size),
+        plain_at_the_end(task.model),
+        first_shapes_only(loop.compile) as compiled,
+    ):
+        for batch in batches_to_come(loader, plan, state, ranks, window):
+            set_lr(task.optimizers, lr_factor(state.step, state.total_steps, loop.optim) * state.lr_scale)
+            torch.manual_seed(step_seed(loop.seed, state.step, ranks))  # for drop-path and augmentation
+            inputs = task.inputs(batch, state.step, state.total_steps)
+            num_images = len(plan.indices(state.step)[1])
+            state.step += 1
+            log_due = state.step % loop.log_every == 0
+            before = copy_matrices(task.model) if log_due and not loop.per_epoch else None
+            with compiled(num_images == plan.batch_size):
+                step = train_step(task, inputs, part_of(num_images, ranks, loop.accumulate))
+            task.after_step()
+            window.add(step, num_images)
+            if before is not None:
+                window.figures = {"grad_norm": step.norm, "update_to_weight": update_to_weight(before, task.model)}
+
+            epoch_ends = state.step % plan.steps_per_epoch == 0
+            evaluations = [run for steps, run in due if state.step in steps]
+            if (log_due or epoch_ends or evaluations) and settle():
+                continue
+            if epoch_ends:
+                end_epoch(state, plan, task, tracker, display)
+            if evaluations:
+                evaluate(evaluations, state, plan, task, tracker)
+                task.model.train()
+            last = state.step == state.total_steps
+            # Read once: a signal may come at any moment from here on. And agreed: all ranks stop at the same step.
+            save_due = time.monotonic() - saved_at > loop.checkpoint_minutes * 60
+            stopped_by, (save_due,) = agree_on_signal(ranks, stop.number, save_due)
+            if last or save_due or stopped_by is not None:
+                if settle():
+                    continue
+                save(folder, task, state)
+                saved_at = time.monotonic()
+            if stopped_by is not None and not last:
+                raise interrupted(stopped_by, state, task.how_to_resume(folder))
+            window.restart()
+    return state
+
+
+def train_step(task: Task, inputs: Inputs, micro_batches: int | None = None) -> Step:
+    """One optimiser step on one batch: this rank's inputs of it, computed in micro-batches.
+
+    The loss of each micro-batch on each rank counts by its share of the weight of all, so the step is the whole
+    batch's, whatever ranks and micro-batches. Where the loss or a gradient is not finite, nothing is changed.
+
+    Args:
+        task: what is trained.
+        inputs: as `task.inputs` gives them; without images, where a batch has fewer images than there are ranks.
+        micro_batches: how many, the same on all ranks; None: `task.loop.accumulate`.
+    """
+    ranks, images = task.runtime.ranks, inputs[0]
+    counts = bool(len(images))
+    if not counts:  # a stand-in takes part in the exchange of gradients, and weighs nothing
+        inputs = task.stand_in(inputs)
+    weight = task.weight(inputs) * counts
+    all_weights: int | Tensor = max(weight, 1)
+    if ranks.world_size > 1:
+        tensor = torch.full((), weight, dtype=torch.float64, device=images.device)
+        all_weights = ranks.sum(tensor).clamp(min=1)
+    number = min(micro_batches or task.loop.accumulate, len(inputs[0]))
+    total = torch.zeros(1 + len(task.names), device=images.device)
+    for i, part in enumerate(zip(*(item.tensor_split(number) for item in inputs), strict=True)):
+        with exchanging(task.forward, i == number - 1):
+            loss, *logged = task.losses(part)
+            share: float | Tensor = ranks.world_size  # of the step's loss; the exchange takes the mean over ranks
+            if number > 1 or ranks.world_size > 1:
+                share = share * (task.weight(part) * counts / all_weights)
+            (loss * share).backward()  # type: ignore[no-untyped-call]
+            total += torch.stack([loss.detach(), *logged]) * (share / ranks.world_size)
+    ranks.sum(total)
+    norm = whole(gradient_norm(task.model))
+    if task.loop.optim.clip_grad is not None:
+        torch.nn.utils.clip_grads_with_norm_(task.model.parameters(), task.loop.optim.clip_grad, norm)
+    step_if_finite(task.optimizers, total[0], norm)
+    return Step(total[0], norm, total[1:])
+
+
+def step_if_finite(optimizers: Sequence[Optimizer], loss: Tensor, norm: Tensor) -> None:
+    """Takes the step and clears the gradients; leaves weights and moments alone where the loss or norm is not finite.
+
+    A GPU is not waited for where the optimisers can decide there themselves, as they do for `torch.amp.GradScaler`.
+    """
+    skip = ~(loss.isfinite() & norm.isfinite())
+    on_device = skip.device.type == "cuda" and all(
+        getattr(optimizer, "_step_supports_amp_scaling", False) for optimizer in optimizers
+    )
+    take = on_device or not skip.item()
+    for optimizer in optimizers:
+        if on_device:
+            optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+        if take:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def batches_to_come(loader: ImageLoader, plan: Plan, state: State, ranks: Ranks, window: Window) -> Iterator[Batch]:
+    """This rank's part of the batches from `state.step` on; begins anew where the step has been set back."""
+    while state.step < state.total_steps:
+        due = state.step
+        parts = loader.train_batches(plan, due, state.total_steps, rank=ranks.rank, world_size=ranks.world_size)
+        for batch in timed(parts, window):
+            yield batch
+            due += 1
+            if state.step != due:
+                break
+
+
+def due_steps(total: int, count: int) -> list[int]:
+    """`count` steps evenly spread over 1 .. total, the last of them `total`."""
+    return [math.ceil(total * i / count) for i in range(1, count + 1)]
+
+
+def roll_back(state: State, task: Task, folder: RunFolder, window: Window, display: Display, images: Tensor) -> None:
+    """Goes back to the newest checkpoint, in place, at half the learning rate; `images` are those of the newest step.
+
+    Raises:
+        TrainingError: that has been done too often.
+    """
+    problem = f"{window.longest_skipped} steps in a row, by step {state.step}, have no finite loss or gradient"
+    checkpoint = load_checkpoint(folder.checkpoints)
+    scale = state.lr_scale / 2
+    if checkpoint is None or scale < SMALLEST_LR_SCALE:
+        raise diverged(problem, task.how_to_calm(folder), images)
+    restored = restore(checkpoint, task.model, task.optimizers, state.precision)
+    vars(state).update(vars(restored), lr_scale=scale)
+    if task.runtime.ranks.is_main:
+        folder.rewind_metrics(state.step)
+    window.forget_skipped()
+    window.restart()
+    display.warn(
+        f"{problem}: back to the checkpoint of step {state.step}, from there at {scale:g} times the learning rate"
+    )
+
+
+@contextmanager
+def out_of_memory(task: Task, batch_size: int) -> Iterator[None]:
+    """Memory that ran out as one line with a way on; other errors as they are.
+
+    Args:
+        task: what is trained.
+        batch_size: images of a step on all ranks together.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        ranks = task.runtime.ranks
+        share = -(-batch_size // ranks.world_size)
+        parts, more = (part_of(batch_size, ranks, n * task.loop.accumulate) for n in (1, 2))
+        raise TrainingError(
+            f"out of memory on {task.runtime.device}: {share} images a step in parts of {-(-share // parts)}",
+            task.how_to_save_memory(more if more > parts else None, max(batch_size // 2, 1)),
+        ) from error
+
+
+def end_epoch(state: State, plan: Plan, task: Task, tracker: Tracker, display: Display) -> None:
+    """Logs the mean loss of the epoch that has just ended."""
+    number = state.step // plan.steps_per_epoch
+    count = (plan.num_samples if task.loop.per_epoch else plan.steps_per_epoch) - state.epoch_skipped
+    state.loss = state.epoch_loss / count if count else math.nan
+    state.epoch_loss, state.epoch_skipped = 0.0, 0
+    figures = {"epoch": number, "loss": state.loss}
+    if task.loop.per_epoch:
+        figures |= {"lr": task.optimizers[-1].param_groups[-1]["lr"], "seconds": state.seconds}
+    tracker.log("epoch", state.step, figures)
+    display.epoch(number, math.ceil(state.total_steps / plan.steps_per_epoch), state.loss)
+
+
+def evaluate(
+    evaluations: Sequence[Callable[[int], dict[str, float]]], state: State, plan: Plan, task: Task, tracker: Tracker
+) -> None:
+    """Runs evaluations and logs their figures together; those that only draw pictures have none."""
+    figures = {name: value for run in evaluations for name, value in run(state.step).items()}
+    if figures:
+        epoch = {} if task.loop.per_epoch else {"epoch": state.step / plan.steps_per_epoch}
+        tracker.log("val", state.step, epoch | figures)
