@@ -99,7 +99,7 @@ def complaint(words: str, capsys: pytest.CaptureFixture[str]) -> str:
         ),
         (
             "pretrain --mask.strategy elements",
-            "mask.strategy is 'elements' and the preset 'vit_digits'; choose from random, block, grid",
+            "choose from random, block, grid, cells2, cells4",
         ),
         ("pretrain --model.hidden_dim 5", "model.hidden_dim does not apply to preset 'vit_digits'; leave it out"),
         ("pretrain --model.embed_dim 63", "width 63 cannot be divided among 4 heads; use a divisor of the width"),
