@@ -90,3 +90,4 @@ class Task(Protocol):
 
     def after_step(self) -> None:
         """Called after each step of the optimisers."""
+        return
