@@ -66,7 +66,7 @@ def bars(count: int = 45) -> tuple[Any, Any]:
 
 def run(data: Data, out: Path, config: FinetuneConfig = CONFIG, **options: Any) -> dict[str, float]:
     assert data.val is not None
-    return finetune.run(
+    return finetune.finetune(
         model(seed=99),
         NORMALISATION,
         data.train,
@@ -75,7 +75,7 @@ def run(data: Data, out: Path, config: FinetuneConfig = CONFIG, **options: Any) 
         runtime=RUNTIME,
         out=out,
         **options,
-    )
+    ).figures
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -344,7 +344,7 @@ def test_one_that_never_mends_ends_and_its_advice_can_be_followed(
     data = data_of(tmp_path, *bars())
     with monkeypatch.context() as patch:
         poison(patch, set(range(2, 100)))
-        with pytest.raises(TrainingError, match=r"--resume and --finetune\.base_lr 0\.005"):
+        with pytest.raises(TrainingError, match=r"--resume and a smaller --finetune\.base_lr"):
             run(data, tmp_path / "out", replace(CONFIG, checkpoint_minutes=5))
     smaller = replace(CONFIG, base_lr=0.005)
     run(data, tmp_path / "out", smaller, resume=True)

@@ -23,7 +23,8 @@ def handlers() -> Iterator[None]:
 
 
 def test_a_signal_between_the_two_registrations(monkeypatch: pytest.MonkeyPatch) -> None:
-    register, raised = signal.signal, []
+    register = signal.signal
+    raised: list[int] = []
 
     def slowly(number: int, handler: Any) -> Any:
         result = register(number, handler)

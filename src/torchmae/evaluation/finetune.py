@@ -6,6 +6,7 @@ checkpoints/, and model.json with model.safetensors: the classifier, under timm'
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from torchmae.data.worker import Indices
 from torchmae.errors import DataError
 from torchmae.evaluation.augment import build_augment
 from torchmae.evaluation.few_shot import check_counts, draw_images
-from torchmae.evaluation.finetune_training import FinetuneTask, Job, SubsetPlan, as_json, check_same
+from torchmae.evaluation.finetune_training import FinetuneTask, SubsetPlan, check_same
 from torchmae.evaluation.images import check_classes, class_names, rows_with_label
 from torchmae.evaluation.scores import Result, Scores, rank, score
 from torchmae.evaluation.sharing import share
@@ -44,21 +45,6 @@ from torchmae.training.trainer import train as train_task
 
 NAME = "finetune"
 EVAL_BATCH = 250
-
-
-def run(
-    model: MaskedAutoencoder,
-    normalisation: Normalisation,
-    train: ImageLoader,
-    test: ImageLoader,
-    *,
-    config: FinetuneConfig,
-    runtime: Runtime,
-    out: Path,
-    **options: Any,
-) -> dict[str, float]:
-    """The figures of `finetune` alone; arguments as there."""
-    return finetune(model, normalisation, train, test, config=config, runtime=runtime, out=out, **options).figures
 
 
 def finetune(
@@ -119,7 +105,8 @@ def finetune(
     if labels_per_class is not None:
         check_counts(train.labels[rows], classes, labels_per_class)
         rows = rows[draw_images(train.labels[rows], labels_per_class, seed, draw)]
-    job = Job(asdict(config), labels_per_class, draw, seed, train.source.fingerprint())
+    about = {"labels_per_class": labels_per_class, "draw": draw, "seed": seed, "data": train.source.fingerprint()}
+    job = json.loads(json.dumps({"settings": asdict(config), **about}))  # with lists for tuples, as files have it
     torch.manual_seed(step_seed(seed, 0))
     classifier, arguments = build_classifier(model, len(classes), config)
     fitting = config.for_input(arguments["input_size"], arguments["in_chans"])
@@ -146,7 +133,7 @@ def finetune(
     with Trackers(JsonLines(folder.metrics)) if ranks.is_main else Trackers() as tracker:
         state = train_task(
             task,
-            State(0, config.epochs * plan.steps_per_epoch, precision=runtime.precision, data=job.data, job=asdict(job)),
+            State(0, config.epochs * plan.steps_per_epoch, precision=runtime.precision, data=job["data"], job=job),
             loader=train,
             plan=plan,
             folder=folder,
@@ -167,14 +154,14 @@ def finetune(
     return Result(figures, {NAME: scores.details(classes)})
 
 
-def begin(folder: RunFolder, job: Job, checkpoint: Checkpoint | None) -> None:
+def begin(folder: RunFolder, job: dict[str, Any], checkpoint: Checkpoint | None) -> None:
     """Makes the folder of a new training; of a resumed one, leaves out what came after the checkpoint."""
     if checkpoint is None:
-        RunFolder.create(folder.path).write_json("finetune.json", asdict(job))
+        RunFolder.create(folder.path).write_json("finetune.json", job)
         return
     folder.rewind_metrics(checkpoint.state["step"])
-    if checkpoint.state["job"] != as_json(job):
-        folder.write_json("finetune.json", asdict(job))
+    if checkpoint.state["job"] != job:
+        folder.write_json("finetune.json", job)
 
 
 def data_settings(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +22,8 @@ from torchmae.nn.mae import no_weight_decay
 from torchmae.training.checkpoint import Checkpoint
 from torchmae.training.compilation import compile_model
 from torchmae.training.parallel import average_gradients
-from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime
-from torchmae.training.task import Inputs, LoopSettings, Task
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a fine-tuning is; one that goes on must be the same.
-
-    Attributes:
-        settings: the FinetuneConfig.
-        labels_per_class: images of each class; None: all.
-        draw: which draw of them.
-        seed: of everything random.
-        data: fingerprint of the training images.
-    """
-
-    settings: dict[str, Any]
-    labels_per_class: int | None
-    draw: int
-    seed: int
-    data: str
+from torchmae.training.task import Fixes, Inputs, LoopSettings, Task
 
 
 @dataclass(frozen=True)
@@ -128,6 +107,14 @@ class FinetuneTask(Task):
         seed: of what is drawn in a step.
     """
 
+    fixes = Fixes(
+        "give the same settings with --resume to go on",
+        "go on from it with a smaller step: give the same settings with --resume and a smaller --finetune.base_lr",
+        "give the same settings with --resume and --finetune.accumulate {accumulate} (the same steps in less memory), "
+        "or start again with --finetune.batch_size {batch_size}",
+        "start again with --finetune.batch_size {batch_size}",
+    )
+
     def __init__(
         self,
         config: FinetuneConfig,
@@ -185,35 +172,12 @@ class FinetuneTask(Task):
         if self.model.average is not None:
             self.model.average.update_parameters(self.model.classifier)
 
-    def how_to_resume(self, folder: RunFolder) -> str:
-        """As `Task.how_to_resume`."""
-        del folder
-        return "give the same settings with --resume to go on"
-
-    def how_to_calm(self, folder: RunFolder) -> str:
-        """As `Task.how_to_calm`."""
-        del folder
-        smaller = f"--finetune.base_lr {self._config.base_lr / 4:g}"
-        return f"go on from it with a smaller step: give the same settings with --resume and {smaller}"
-
-    def how_to_save_memory(self, accumulate: int | None, batch_size: int) -> str:
-        """As `Task.how_to_save_memory`."""
-        again = f"start again with --finetune.batch_size {batch_size}"
-        smaller = f"give the same settings with --resume and --finetune.accumulate {accumulate}"
-        return again if accumulate is None else f"{smaller} (the same steps in less memory), or {again}"
-
 
 MAY_CHANGE = frozenset({"settings", "checkpoint_minutes", "compile", "accumulate", "base_lr"})
 
 
-def as_json(job: Job) -> dict[str, Any]:
-    """A job as checkpoints have it, with lists for tuples."""
-    described: dict[str, Any] = json.loads(json.dumps(asdict(job)))
-    return described
-
-
-def check_same(checkpoint: Checkpoint | None, job: Job, out: Path) -> None:
-    """Checks that a checkpoint belongs to the job in hand.
+def check_same(checkpoint: Checkpoint | None, job: dict[str, Any], out: Path) -> None:
+    """Checks that a checkpoint belongs to the job in hand, which is as finetune.json has it.
 
     Raises:
         CheckpointError: there is none, or it is of no fine-tuning.
@@ -222,10 +186,10 @@ def check_same(checkpoint: Checkpoint | None, job: Job, out: Path) -> None:
     """
     if checkpoint is None or not checkpoint.state.get("job"):
         raise CheckpointError(f"{out} holds no fine-tuning to go on with", "start one in a new folder")
-    before, now = checkpoint.state["job"], as_json(job)
-    if now["data"] != before["data"]:
+    before = checkpoint.state["job"]
+    if job["data"] != before["data"]:
         raise DataError("the training images have changed since the checkpoint", "bring the same images back")
-    old, new = ({**item, **item["settings"]} for item in (before, now))
+    old, new = ({**item, **item["settings"]} for item in (before, job))
     for name, value in new.items():
         if old.get(name) != value and name not in MAY_CHANGE:
             raise ConfigError(

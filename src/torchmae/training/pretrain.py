@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-import shlex
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -23,12 +22,10 @@ from torchmae.training.parallel import check_parallel, checkpoint_activations, p
 from torchmae.training.progress import Display
 from torchmae.training.progression import check_progression, early_images
 from torchmae.training.ranks import one_line_when_lost, part_of
-from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime
 from torchmae.training.state import State
-from torchmae.training.task import Inputs, LoopSettings, Task
-from torchmae.training.tracking import Tracker
-from torchmae.training.trainer import Evaluator, out_of_memory, train, train_step
+from torchmae.training.task import Fixes, Inputs, LoopSettings, Task
+from torchmae.training.trainer import out_of_memory, train, train_step
 
 PROBE_STEPS = 10
 PROBE_SHARE = 0.02  # of max_minutes, at least, is spent on measuring the speed
@@ -48,18 +45,23 @@ class PretrainTask(Task):
         batch_size: images of a step on all ranks, which scales the learning rate.
     """
 
+    fixes = Fixes(
+        "go on with: torchmae pretrain --resume {folder}",
+        "go on from it with a smaller step: torchmae pretrain --resume {folder} --optim.lr LR "
+        "(or --optim.clip_grad 1, or --precision fp32)",
+        "resume with --accumulate {accumulate} (the same steps in less memory), or start again with --batch_size "
+        "{batch_size}",
+        "resume with --checkpoint_activations true, or choose a smaller model, or start again with --batch_size "
+        "{batch_size}",
+    )
+
     def __init__(self, config: PretrainConfig, model: MaskedAutoencoder, runtime: Runtime, batch_size: int) -> None:
         self.model: MaskedAutoencoder = model
         self.runtime = runtime
         self.names = tuple(target.name for target in model.targets)
+        schedule, minutes = config.optim, config.checkpoint_minutes
         self.loop = LoopSettings(
-            config.seed,
-            config.accumulate,
-            config.optim,
-            config.compile,
-            config.checkpoint_minutes,
-            config.log_every,
-            config.max_skipped,
+            config.seed, config.accumulate, schedule, config.compile, minutes, config.log_every, config.max_skipped
         )
         self._config = config
         self._masker = Masker(model.encoder, **asdict(config.mask))
@@ -92,22 +94,6 @@ class PretrainTask(Task):
             output = self.forward(*inputs)
         return output.loss, *output.losses
 
-    def how_to_resume(self, folder: RunFolder) -> str:
-        """As `Task.how_to_resume`."""
-        return f"go on with: torchmae pretrain --resume {shlex.quote(str(folder.path))}"
-
-    def how_to_calm(self, folder: RunFolder) -> str:
-        """As `Task.how_to_calm`."""
-        command = f"torchmae pretrain --resume {shlex.quote(str(folder.path))} --optim.lr LR"
-        return f"go on from it with a smaller step: {command} (or --optim.clip_grad 1, or --precision fp32)"
-
-    def how_to_save_memory(self, accumulate: int | None, batch_size: int) -> str:
-        """As `Task.how_to_save_memory`."""
-        smaller = f"resume with --accumulate {accumulate} (the same steps in less memory)"
-        if accumulate is None:
-            smaller = "resume with --checkpoint_activations true, or choose a smaller model"
-        return f"{smaller}, or start again with --batch_size {batch_size}"
-
 
 def pretrain(
     config: PretrainConfig,
@@ -116,13 +102,11 @@ def pretrain(
     loader: ImageLoader,
     fingerprint: str,
     runtime: Runtime,
-    folder: RunFolder,
-    tracker: Tracker,
     display: Display,
-    evaluators: Sequence[Evaluator] = (),
     checkpoint: Checkpoint | None = None,
+    **others: Any,
 ) -> State:
-    """Trains `model` to the end of its schedule, as `trainer.train` does.
+    """Trains `model` to the end of its schedule.
 
     Args:
         config: what the run is.
@@ -130,11 +114,9 @@ def pretrain(
         loader: the training images.
         fingerprint: of the training data.
         runtime: where to compute.
-        folder: where checkpoints go.
-        tracker: takes the figures.
         display: shows progress.
-        evaluators: measured on the way and at the end.
         checkpoint: where to go on from; None: from the start.
+        **others: folder, tracker and evaluators, as for `trainer.train`.
 
     Raises:
         ConfigError: settings that several ranks cannot follow.
@@ -144,17 +126,9 @@ def pretrain(
     check_progression(config, model)
     plan = Plan(len(loader), min(config.batch_size, len(loader)), config.seed)
     total = 0 if checkpoint else plan_steps(config, model, loader, plan, runtime, display)
-    return train(
-        PretrainTask(config, model, runtime, plan.batch_size),
-        State(0, total, precision=runtime.precision, data=fingerprint),
-        loader=loader,
-        plan=plan,
-        folder=folder,
-        tracker=tracker,
-        display=display,
-        evaluators=evaluators,
-        checkpoint=checkpoint,
-    )
+    task = PretrainTask(config, model, runtime, plan.batch_size)
+    state = State(0, total, precision=runtime.precision, data=fingerprint)
+    return train(task, state, loader=loader, plan=plan, display=display, checkpoint=checkpoint, **others)
 
 
 def plan_steps(

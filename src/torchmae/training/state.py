@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import signal
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -38,7 +39,7 @@ class State:
         epoch_skipped: steps of the current epoch that were skipped; with `LoopSettings.per_epoch`, their images.
         lr_scale: what the learning rate is multiplied by: halved each time the run was rolled back.
         loss: mean of the last whole epoch.
-        job: what a fine-tuning is (see `Job`).
+        job: what a fine-tuning is: its settings, images and seed.
     """
 
     step: int
@@ -62,7 +63,7 @@ def save(folder: RunFolder, task: Task, state: State) -> None:
     """
     ranks = task.runtime.ranks
     if not all_finite(task.model, task.optimizers, ranks):
-        raise diverged(f"the weights are not finite after step {state.step}", task.how_to_calm(folder))
+        raise diverged(f"the weights are not finite after step {state.step}", task, folder)
     optimizer_states = [item.state_dict() for item in task.optimizers]
     save_checkpoint(folder.checkpoints, task.model.state_dict(), optimizer_states, asdict(state), ranks)
 
@@ -123,10 +124,13 @@ def differs(saved: dict[str, Tensor], own: dict[str, Tensor]) -> str:
     return "" if not found else found[0] + (f", and {len(found) - 1} more differ" if len(found) > 1 else "")
 
 
-def diverged(problem: str, fix: str, images: Tensor | None = None) -> TrainingError:
+def diverged(problem: str, task: Task, folder: RunFolder, images: Tensor | None = None) -> TrainingError:
     """The error of a run whose numbers are no longer finite; `images` are the newest batch, normalised."""
     values = f"; {input_range(images)}" if images is not None and images.numel() else ""
-    return TrainingError(f"{problem}{values}; the last good checkpoint was kept", fix)
+    return TrainingError(
+        f"{problem}{values}; the last good checkpoint was kept",
+        task.fixes.diverged.format(folder=shlex.quote(str(folder.path))),
+    )
 
 
 def input_range(images: Tensor) -> str:
@@ -142,8 +146,12 @@ def input_range(images: Tensor) -> str:
     return ", ".join(texts)
 
 
-def interrupted(signal_number: int, state: State, fix: str) -> Interrupted:
+def interrupted(signal_number: int, state: State, task: Task, folder: RunFolder) -> Interrupted:
     """The error of a run that was stopped and saved."""
     name = signal.Signals(signal_number).name
     problem = f"stopped by {name} after step {state.step} of {state.total_steps}, all saved"
-    return Interrupted(problem, fix, signal_number)
+    return Interrupted(problem, _fix(task.fixes.interrupted, folder), signal_number)
+
+
+def _fix(template: str, folder: RunFolder) -> str:
+    return template.format(folder=shlex.quote(str(folder.path)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from torchmae.config import OptimConfig, PretrainConfig
 from torchmae.data.loader import Batch
 from torchmae.training.ranks import ALONE, Ranks
-from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime
 
 Inputs = tuple[Any, ...]
@@ -44,6 +43,15 @@ def step_seed(seed: int, step: int, ranks: Ranks = ALONE) -> int:
     return seed % 2**32 * 2**31 + step * ranks.world_size + ranks.rank
 
 
+class Fixes(NamedTuple):
+    """What a user is told to do; {folder}, {accumulate} and {batch_size} (half of now) are filled in."""
+
+    interrupted: str
+    diverged: str
+    out_of_memory: str
+    out_of_memory_alone: str  # where a batch is cut into single images already
+
+
 class Task(Protocol):
     """What the trainer trains.
 
@@ -54,6 +62,7 @@ class Task(Protocol):
         names: of the losses that are logged; the first is logged as "loss".
         runtime: where it computes.
         loop: how the trainer runs it.
+        fixes: of a run that ended early.
     """
 
     model: nn.Module
@@ -62,6 +71,7 @@ class Task(Protocol):
     names: tuple[str, ...]
     runtime: Runtime
     loop: LoopSettings
+    fixes: Fixes
 
     def inputs(self, batch: Batch, step: int, total: int) -> Inputs:
         """What the forward pass takes, made from this rank's part of a batch; `step` is 0 to total - 1.
@@ -81,17 +91,3 @@ class Task(Protocol):
     def after_step(self) -> None:
         """Called after each step of the optimisers."""
         return
-
-    def how_to_resume(self, folder: RunFolder) -> str:
-        """The fix of a run that was interrupted."""
-
-    def how_to_calm(self, folder: RunFolder) -> str:
-        """The fix of a run that diverged."""
-
-    def how_to_save_memory(self, accumulate: int | None, batch_size: int) -> str:
-        """The fix of a run that is out of memory.
-
-        Args:
-            accumulate: more micro-batches than now; None: the batch is cut into single images already.
-            batch_size: images, half of now.
-        """

@@ -155,7 +155,7 @@ def train(
                 save(folder, task, state)
                 saved_at = time.monotonic()
             if stopped_by is not None and not last:
-                raise interrupted(stopped_by, state, task.how_to_resume(folder))
+                raise interrupted(stopped_by, state, task, folder)
             window.restart()
     return state
 
@@ -243,7 +243,7 @@ def roll_back(state: State, task: Task, folder: RunFolder, window: Window, displ
     checkpoint = load_checkpoint(folder.checkpoints)
     scale = state.lr_scale / 2
     if checkpoint is None or scale < SMALLEST_LR_SCALE:
-        raise diverged(problem, task.how_to_calm(folder), images)
+        raise diverged(problem, task, folder, images)
     restored = restore(checkpoint, task.model, task.optimizers, state.precision)
     vars(state).update(vars(restored), lr_scale=scale)
     if task.runtime.ranks.is_main:
@@ -271,9 +271,10 @@ def out_of_memory(task: Task, batch_size: int) -> Iterator[None]:
         ranks = task.runtime.ranks
         share = -(-batch_size // ranks.world_size)
         parts, more = (part_of(batch_size, ranks, n * task.loop.accumulate) for n in (1, 2))
+        fix = task.fixes.out_of_memory if more > parts else task.fixes.out_of_memory_alone
         raise TrainingError(
             f"out of memory on {task.runtime.device}: {share} images a step in parts of {-(-share // parts)}",
-            task.how_to_save_memory(more if more > parts else None, max(batch_size // 2, 1)),
+            fix.format(accumulate=more, batch_size=max(batch_size // 2, 1)),
         ) from error
 
 
