@@ -100,7 +100,7 @@ def complaint(words: str, capsys: pytest.CaptureFixture[str]) -> str:
         ),
         (
             "pretrain --mask.strategy elements",
-            "choose from random, block, grid, cells2, cells4",
+            "mask.strategy is 'elements' and the preset 'vit_digits'; choose from random, block, grid, cells2, cells4",
         ),
         ("pretrain --model.hidden_dim 5", "model.hidden_dim does not apply to preset 'vit_digits'; leave it out"),
         ("pretrain --model.embed_dim 63", "width 63 cannot be divided among 4 heads; use a divisor of the width"),
@@ -200,7 +200,7 @@ def test_a_run_prints_its_table_and_json(run: Path, capsys: pytest.CaptureFixtur
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
     assert f"report: {run}/report.html" in lines
-    assert re.search(r"explained variance +-?\d\.\d{3} +-?\d\.\d{3}", printed.out)
+    assert re.search(r"Explained variance +-?\d\.\d{3} +-?\d\.\d{3}", printed.out)
     assert re.search(r"kNN accuracy, % +\d+\.\d +\d+\.\d +\d+\.\d", printed.out)
     figures = json.loads(lines[-1])
     assert figures == json.loads((run / "summary.json").read_text())

@@ -61,7 +61,7 @@ def one_of(name: str, value: object, choices: Iterable[str]) -> None:
     known = list(choices)
     if value in known:
         return
-    near = nearest(str(value), known, cutoff=0.4)
+    near = nearest(str(value), known, cutoff=0.5)
     hint = f"did you mean {near!r}? " if near else ""
     raise ConfigError(f"{name} is {value!r}", f"{hint}choose from {', '.join(known)}")
 

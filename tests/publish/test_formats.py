@@ -188,8 +188,8 @@ def test_what_a_classifier_cannot_become(fine_tuned: Path, tmp_path: Path, to: s
     [
         ({"decoder": "cross"}, "hf-mae", "decoder is not the paper's .* export its encoder with --to timm or hf-vit"),
         ({"decoder": "cross"}, "official", "decoder is not the paper's .* export its encoder with --to timm or hf-vit"),
-        ({"class_token": False}, "hf-mae", "the model has no class token, which hf-mae wants; use --to timm"),
-        ({"class_token": False}, "hf-vit", "the model has no class token, which hf-vit wants; use --to timm"),
+        ({"class_token": False}, "hf-mae", "the model has no class token, unlike those of hf-mae; use --to timm"),
+        ({"class_token": False}, "hf-vit", "the model has no class token, unlike those of hf-vit; use --to timm"),
         ({"input_size": (16, 24)}, "official", "images of 16x24 and official square ones only; use --to timm"),
         ({"patch_size": (4, 8)}, "hf-vit", "patches of 4x8 and hf-vit square ones only; use --to timm"),
         ({"input_size": (16,), "patch_size": (4,)}, "timm", "takes 1 axes and timm has images only; use --to safe"),

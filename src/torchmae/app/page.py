@@ -157,7 +157,7 @@ class Page:
             markup.examples(self._session.examples, text["examples"]),
             f'<p class="help"><b>{text["paint"]}</b><br>{text["paint_help"]}</p>',
             *(gr.update(label=text[name]) for name in ("tab_fill", "tab_see", "tab_near")),
-            gr.update(label=text["strategy"], choices=[(text[name], name) for name in STRATEGIES]),
+            gr.update(label=text["strategy"], choices=[(text.get(name, name), name) for name in STRATEGIES]),
             gr.update(label=text["ratio"]),
             gr.update(label=text["seed"]),
             gr.update(value=text["clear"]),
