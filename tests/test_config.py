@@ -65,7 +65,7 @@ def test_parts_are_configs_of_their_own() -> None:
         (
             DataConfig,
             {"cache": "disk"},
-            "data.cache is 'disk'; did you mean 'device'? choose from auto, memory, device, none",
+            "data.cache is 'disk'; choose from auto, memory, device, none",
         ),
         (
             DataConfig,

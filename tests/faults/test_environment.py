@@ -340,7 +340,7 @@ def test_ranks_that_have_one() -> None:
     assert not check_device("cpu", ranks, 8)
 
 
-@pytest.mark.parametrize("given", [{}, {"RANK": "1"}, {"WORLD_SIZE": "4", "LOCAL_RANK": "0"}])
+@pytest.mark.parametrize("given", [{}, {"RANK": "1"}])
 def test_half_of_an_environment_is_none(given: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
