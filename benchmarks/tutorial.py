@@ -23,10 +23,10 @@ from torch import Tensor
 
 import torchmae
 from torchmae.data.layouts import open_splits
+from torchmae.data.loader import mixed_subset
 from torchmae.data.transforms import Normalisation
 from torchmae.evaluation.inpainting import interpolate
 from torchmae.evaluation.reconstruction import HoldOut
-from torchmae.evaluators import spread
 from torchmae.training.pretrained import Pretrained
 from torchmae.training.runtime import open_runtime
 
@@ -85,7 +85,7 @@ def measure_all(source: str, minutes: float, title: str) -> dict[str, Any]:
             trained[name] = torchmae.load(run.path)
     results["environment"] = {key: environment[key] for key in ("torchmae", "torch", "processor", "threads")}
     test = open_splits(source)["test"]
-    arrays = [test.read(int(index)) for index in spread(len(test), HELD_OUT)]
+    arrays = [test.read(int(index)) for index in mixed_subset(len(test), HELD_OUT)]
     images = trained["vit"].preprocess(*arrays)  # all three have the same normalisation
     patches = trained["vit"].mask(len(images), strategy="random", ratio=PATCH_RATIO)
     hidden = trained["vit"].model.removed_pixels(patches)

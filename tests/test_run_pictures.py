@@ -9,12 +9,13 @@ import torch
 
 from torchmae import presets, visualize
 from torchmae.config import DataConfig
+from torchmae.data.loader import mixed_subset
 from torchmae.data.opening import Data, open_data
 from torchmae.report.page import load_titled
 from torchmae.training.pretrained import Pretrained
 from torchmae.training.runtime import Runtime
 from torchmae.training.saved_model import Description
-from torchmae.visualize import chosen, draw_ratios, held_out, sample, write_pictures
+from torchmae.visualize import draw_ratios, held_out, sample, write_pictures
 
 CPU = torch.device("cpu")
 RUNTIME = Runtime(CPU, "fp32", 1)
@@ -106,8 +107,8 @@ def test_the_images_drawn_are_held_out_and_always_the_same() -> None:
     (images, labels), (again, _) = sample(data.val, 8), sample(data.val, 8)
     assert images.shape == (8, 1, 8, 8) and len(labels.unique()) > 3
     torch.testing.assert_close(images, again)
-    assert len(set(chosen(data.val, 100).tolist())) == 100
-    assert len(chosen(data.val, 10**6)) == len(data.val)
+    assert len(set(mixed_subset(len(data.val), 100).tolist())) == 100
+    assert len(mixed_subset(len(data.val), 10**6)) == len(data.val)
 
 
 def test_the_tutorials_strategy_hides_what_the_header_says() -> None:

@@ -5,19 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from torchmae.config import PretrainConfig
+from torchmae.data.loader import mixed_subset
 from torchmae.data.opening import Data
 from torchmae.evaluation.diagnostics import FeatureProbe
 from torchmae.evaluation.reconstruction import HoldOut
 from torchmae.evaluation.sharing import share
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Masker
-from torchmae.random import Purpose, permutation
 from torchmae.report.pictures import reconstruction_grid
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime
@@ -47,7 +45,7 @@ def build_evaluators(
     """
     if data.val is None:
         return []
-    chosen = spread(len(data.val), config.eval.images)
+    chosen = mixed_subset(len(data.val), config.eval.images)
     mine = share(chosen, EVAL_BATCH, runtime.ranks)
     masker = Masker(model.encoder, config.mask.strategy, config.mask.ratio)  # the same masks, whatever the schedule
     batches = [
@@ -77,11 +75,6 @@ def build_evaluators(
             tracker.log("baseline", 0, {**by_pixels, **untrained, **probe.majority()})
         evaluators.append(Evaluator(min(config.eval.knn_count, config.eval.count), lambda _: probe.run(model, runtime)))
     return evaluators
-
-
-def spread(length: int, count: int) -> npt.NDArray[np.int64]:
-    """At most `count` indices below `length`: the same ones in every run, in an order that mixes classes."""
-    return permutation(VALIDATION_SEED, 0, length, Purpose.SUBSET)[:count]
 
 
 @torch.no_grad()

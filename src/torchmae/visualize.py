@@ -6,21 +6,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from torchmae import settings
 from torchmae.config import DataConfig
-from torchmae.data.loader import ImageLoader
+from torchmae.data.loader import ImageLoader, mixed_subset
 from torchmae.data.opening import Data, open_data
-from torchmae.data.worker import Indices
 from torchmae.errors import ConfigError
 from torchmae.evaluation.feature_maps import class_attention, content_tokens, embed_2d, nearest, patch_colours
 from torchmae.evaluation.features import extract
 from torchmae.evaluation.quality import strategies_of
-from torchmae.random import Purpose, permutation
 from torchmae.report.feature_pictures import (
     attention_picture,
     class_name,
@@ -122,7 +119,7 @@ def draw_neighbours(
 
     The model is on the runtime's device; `captions` are lines below the images.
     """
-    bank = chosen(data.train, num_images)
+    bank = mixed_subset(len(data.train), num_images)
     features, labels = extract(pretrained.model, data.train.eval_batches(bank, EVAL_BATCH), runtime)
     found, cosines = (item.cpu() for item in nearest(features, pretrained.encode(images), NEIGHBOURS))
     shape = (*found.shape, *images.shape[1:])
@@ -146,7 +143,9 @@ def draw_map(
         ConfigError: UMAP is not installed, or there are too few images.
     """
     loader = held_out(data)
-    features, labels = extract(pretrained.model, loader.eval_batches(chosen(loader, num_images), EVAL_BATCH), runtime)
+    features, labels = extract(
+        pretrained.model, loader.eval_batches(mixed_subset(len(loader), num_images), EVAL_BATCH), runtime
+    )
     points = embed_2d(features, method, seed)
     return map_picture(points, labels.cpu().numpy(), data.classes, METHOD_NAMES[method])
 
@@ -183,13 +182,8 @@ def held_out(data: Data) -> ImageLoader:
 
 def sample(loader: ImageLoader, count: int) -> tuple[Tensor, Tensor]:
     """A fixed choice of images (at most `count`) and their labels, -1 where unknown, on the loader's device."""
-    batches = list(loader.eval_batches(chosen(loader, count), EVAL_BATCH))
+    batches = list(loader.eval_batches(mixed_subset(len(loader), count), EVAL_BATCH))
     return torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches])
-
-
-def chosen(loader: ImageLoader, count: int) -> Indices:
-    """At most `count` indices: the same ones each time, in an order that mixes classes."""
-    return permutation(0, 0, len(loader), Purpose.SUBSET)[:count].astype(np.int64)
 
 
 def name_of(label: int, classes: Sequence[str] | None) -> str:

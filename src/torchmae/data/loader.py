@@ -73,6 +73,11 @@ def shard(indices: Indices, rank: int, world_size: int) -> Indices:
     return indices[len(indices) * rank // world_size : len(indices) * (rank + 1) // world_size]
 
 
+def mixed_subset(length: int, count: int) -> Indices:
+    """At most `count` indices below `length`: the same ones each time, in an order that mixes classes."""
+    return permutation(0, 0, length, Purpose.SUBSET)[:count]
+
+
 def hold_out(num_samples: int, val_size: int) -> tuple[Indices, Indices]:
     """Sorted training and validation indices (at most a fifth), the same whatever the seed of the run."""
     order = permutation(0, 0, num_samples, Purpose.HOLD_OUT)

@@ -15,7 +15,7 @@ from torchmae.config.evaluate import EvaluateOptions
 from torchmae.data.formats import Context, Progress
 from torchmae.data.labels import in_training_classes
 from torchmae.data.layouts import open_splits
-from torchmae.data.loader import Batch, ImageLoader
+from torchmae.data.loader import Batch, ImageLoader, mixed_subset
 from torchmae.data.opening import GIB, HELD_OUT, fit_to_model, held_out_images, hold_if_it_fits
 from torchmae.data.reading import BadFiles, Probe, measure, probe, reader_processes
 from torchmae.data.sources import Source, Subset, all_notes, data_line
@@ -23,7 +23,6 @@ from torchmae.data.transforms import Normalisation
 from torchmae.data.worker import Indices, View
 from torchmae.errors import DataError, one_of
 from torchmae.evaluation.sharing import Share, share
-from torchmae.random import Purpose, permutation
 from torchmae.training.ranks import Ranks
 
 
@@ -240,7 +239,7 @@ def fixed_rows(length: int, count: int | None) -> Indices:
     """`count` of `length` images, sorted: the same ones each time, evenly mixed; all of them when there are no more."""
     if count is None or count >= length:
         return np.arange(length)
-    return np.sort(permutation(0, 0, length, Purpose.SUBSET)[:count])
+    return np.sort(mixed_subset(length, count))
 
 
 def only_labelled(source: Source, what: str) -> Source:

@@ -57,8 +57,3 @@ def count_flops(model: MaskedAutoencoder, mask_ratio: float) -> Flops:
     heads = 2 * masked * decoder.embed_dim * sum(target.dim for target in model.targets)
     blocks = decoder.flops(kept + encoder.num_prefix_tokens, masked)
     return Flops(*encoder.flops(kept), blocks + heads)
-
-
-def encode_flops(model: MaskedAutoencoder) -> int:
-    """Operations of encoding one whole image, nothing masked."""
-    return sum(model.encoder.flops(model.encoder.num_patches))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from math import prod
 from typing import Any
@@ -16,7 +17,7 @@ from torchmae.nn.masking import Mask
 from torchmae.nn.patches import gather, patch_statistics, patchify, unpatchify
 
 
-class Target:
+class Target(ABC):
     """Values that a model predicts for each masked patch. A subclass has `hidden_values`, and what differs from here.
 
     Masks are `Mask`s here; the masks of an encoder without patches are what its own strategies and target agree on.
@@ -45,9 +46,9 @@ class Target:
         init_linear(head)
         return head
 
+    @abstractmethod
     def hidden_values(self, images: Tensor, mask: Any) -> Tensor:
         """(B, M, P) float32: the true values of the masked patches, in the order of `mask.ids_masked`."""
-        raise NotImplementedError
 
     def hidden_predictions(self, pred: Tensor, mask: Any) -> Tensor:  # noqa: ARG002
         """Float32: the part of a prediction that stands against `hidden_values`, value for value."""
