@@ -10,10 +10,7 @@ import torch
 
 from torchmae import tutorial
 from torchmae.errors import ConfigError, one_of, within
-from torchmae.nn.decoder import DECODERS
-from torchmae.nn.encoder import ViTEncoder
-from torchmae.nn.mae import MaskedAutoencoder
-from torchmae.nn.targets import HogTarget, PixelTarget, Target
+from torchmae.nn import DECODERS, ENCODERS, HogTarget, MaskedAutoencoder, PixelTarget, Target
 
 _PAPER_DECODER = {"decoder": "self", "decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
 
@@ -95,9 +92,8 @@ def arguments(preset: str, **overrides: Any) -> dict[str, Any]:
 
 def compose(
     *,
-    input_size: Sequence[int],
-    patch_size: Sequence[int],
     in_chans: int,
+    encoder: str = "vit",
     mlp_ratio: float = 4.0,
     decoder: str = "self",
     decoder_embed_dim: int,
@@ -107,22 +103,25 @@ def compose(
     predict_ratio: float = 1.0,
     feature_weights: bool = False,
     hog_weight: float = 0.0,
-    **encoder: Any,
+    **of_encoder: Any,
 ) -> MaskedAutoencoder:
     """A model of patches. `config.ModelConfig` says what each argument is; the rest are the encoder's.
 
     Raises:
         ConfigError: sizes or options that do not fit together.
     """
+    one_of("encoder", encoder, ENCODERS)
     one_of("decoder", decoder, DECODERS)
     within("hog_weight", hog_weight, 0, float("inf"), open_high=True)
     for name, used in (("predict_ratio below 1", predict_ratio < 1), ("feature_weights", feature_weights)):
         if used and not DECODERS[decoder].predicts_alone:
             raise ConfigError(f"{name} does not apply to the {decoder!r} decoder", "use decoder 'cross'")
-    targets: list[Target] = [PixelTarget(patch_size, in_chans, norm_pix=norm_pix)]
+    if feature_weights and not ENCODERS[encoder].gives_blocks:
+        raise ConfigError(f"feature_weights does not apply to the {encoder!r} encoder", "leave it out")
+    built = ENCODERS[encoder](in_chans=in_chans, mlp_ratio=mlp_ratio, **of_encoder)
+    targets: list[Target] = [PixelTarget(built.patch_size, in_chans, norm_pix=norm_pix)]
     if hog_weight:
-        targets.append(HogTarget(patch_size, in_chans, hog_weight))
-    built = ViTEncoder(input_size=input_size, patch_size=patch_size, in_chans=in_chans, mlp_ratio=mlp_ratio, **encoder)
+        targets.append(HogTarget(built.patch_size, in_chans, hog_weight))
     decoding = DECODERS[decoder](
         built.embed_dim,
         built.grid,

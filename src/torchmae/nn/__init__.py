@@ -1,12 +1,13 @@
 """Patches, masks and the networks. Nothing here knows of configuration or data."""
 
 from torchmae.nn.decoder import DECODERS, CrossDecoder, Decoder, SelfDecoder
-from torchmae.nn.encoder import ENCODERS, Encoder, EncoderOutput, ViTEncoder
+from torchmae.nn.encoder import Encoder, EncoderOutput, ViTEncoder
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import STRATEGIES, Mask, Masker, Strategy
 from torchmae.nn.targets import HogTarget, PixelTarget, Target
 from torchmae.nn.teacher import TeacherTarget
 
+ENCODERS: dict[str, type[Encoder]] = {"vit": ViTEncoder}
 TARGETS: dict[str, type[Target]] = {"pixels": PixelTarget, "hog": HogTarget, "teacher": TeacherTarget}
 
 __all__ = [

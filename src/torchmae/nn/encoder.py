@@ -41,7 +41,7 @@ class Encoder(nn.Module, ABC):
     """What a model asks of an encoder: `forward(images, ids_keep=None) -> EncoderOutput`, and what stands here.
 
     `forward` encodes all of the images (B, C, *size), or what a mask's `ids_keep` names. Where a decoder
-    `reads_blocks`, it is called with `keep_blocks=True` too.
+    `reads_blocks`, it is called with `keep_blocks=True` too, which an encoder that `gives_blocks` takes.
 
     Attributes:
         input_size: pixels along each axis of the images it is made for.
@@ -51,6 +51,7 @@ class Encoder(nn.Module, ABC):
         embed_dim: width of a token.
         num_prefix_tokens: tokens that stand for no patch.
         has_class_token: the first of them is a class token.
+        gives_blocks: `EncoderOutput.blocks` can be asked for.
         strategies: how its input can be masked, by name.
         blocks: whose activations can be saved and which are compiled and sharded one by one; none in some encoders.
     """
@@ -62,6 +63,7 @@ class Encoder(nn.Module, ABC):
     embed_dim: int
     num_prefix_tokens: int = 0
     has_class_token: bool = False
+    gives_blocks: bool = False
     strategies: Mapping[str, Strategy] = STRATEGIES
     blocks: nn.ModuleList
 
@@ -131,6 +133,7 @@ class ViTEncoder(Encoder):
     """
 
     pos_embed: Tensor
+    gives_blocks = True
 
     def __init__(
         self,
@@ -203,6 +206,3 @@ class ViTEncoder(Encoder):
         """Operations of embedding `kept` patches of an image, and of the blocks."""
         embed = 2 * kept * prod(self.patch_size) * self.in_chans * self.embed_dim
         return embed, blocks_flops(self.blocks, kept + self.num_prefix_tokens)
-
-
-ENCODERS: dict[str, type[Encoder]] = {"vit": ViTEncoder}
