@@ -4,6 +4,7 @@ The public names, imported on first use so that `import torchmae` stays quick:
 
 - `pretrain(...)`: trains a masked autoencoder and leaves a run folder; the command line's `torchmae pretrain`.
 - `evaluate(run, ...)`: measures what a model learned; the command line's `torchmae evaluate`.
+- `embed(run, ...)`: features of many images, in a file; the command line's `torchmae embed`.
 - `load(run)`: the model of a run folder, ready to encode and reconstruct.
 - `build(preset, ...)`: a network by name, with fresh weights.
 - `PretrainConfig` and its parts: every setting and its default.
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "build": "torchmae.presets",
+    "embed": "torchmae.api",
     "evaluate": "torchmae.api",
     "load": "torchmae.training.pretrained",
     "pretrain": "torchmae.api",

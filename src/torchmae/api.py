@@ -1,25 +1,33 @@
-"""What `torchmae pretrain` and `torchmae evaluate` do, from Python."""
+"""What `torchmae pretrain`, `evaluate` and `embed` do, from Python; objects of the caller's own in place of names."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from torchmae import presets, settings
 from torchmae.config import ModelConfig, PretrainConfig
-from torchmae.config.base import make, settings_of
+from torchmae.config.base import Settings, make, settings_of
+from torchmae.config.embed import EmbedOptions
 from torchmae.config.evaluate import ComputeOptions, EvaluateOptions
+from torchmae.config.pretrain import OWN
 from torchmae.data.formats import Context
 from torchmae.data.inspecting import median_size, suggested_input
 from torchmae.data.layouts import open_splits
 from torchmae.data.reading import probe
+from torchmae.data.sources import Source
 from torchmae.errors import ConfigError
 from torchmae.evaluation import suite
-from torchmae.runs import Run, overrides, resume_run, start
+from torchmae.evaluation.embedding import Written, embed_run
+from torchmae.nn import MaskedAutoencoder, Strategy
+from torchmae.runs import NOTHING, Own, Run, overrides, resume_run, start
 from torchmae.training.progress import Display
 from torchmae.training.ranks import open_ranks
+
+Data = str | Path | Mapping[str, Any]
 
 PROBED = 16
 # The longer side of the images, in pixels, up to which a recipe is the one to start with.
@@ -27,10 +35,12 @@ RECIPE_FOR_SIDE = ((16, "digits"), (48, "cifar10"), (128, "images-96"), (float("
 
 
 def pretrain(
-    data: str | Path | Mapping[str, Any] | None = None,
+    data: Data | None = None,
     *,
     config: PretrainConfig | None = None,
     resume: str | Path | None = None,
+    model: MaskedAutoencoder | Mapping[str, Any] | None = None,
+    source: Source | Mapping[str, Source] | None = None,
     **options: Any,
 ) -> Run:
     """Pre-trains a masked autoencoder.
@@ -38,12 +48,17 @@ def pretrain(
         torchmae.pretrain()                                              # digits
         torchmae.pretrain("my_images", epochs=20, mask={"ratio": 0.6})
         torchmae.pretrain(resume="runs/a")
+        torchmae.pretrain("my_images", model=MaskedAutoencoder(...), mask={"strategy": my_strategy})
 
     Args:
         data: as the option --data: a folder, a .npy file, or a name; or a dictionary of data settings.
         config: all settings at once, in place of `data` and `options`.
-        resume: a run folder to go on with.
-        **options: any setting of `PretrainConfig` by name, groups as dictionaries.
+        resume: a run folder to go on with. Objects that the run was begun with (`model`, a strategy, `source`) are
+            handed over again.
+        model: a dictionary of model settings; or a model, of which a copy is trained from the weights that it has.
+        source: the images, in place of a path; or a dictionary of them with "train", and "val" for held-out ones.
+        **options: any setting of `PretrainConfig` by name, groups as dictionaries. `mask={"strategy": ...}` also takes
+            a `Strategy`, or a function (noise (B, L), grid, ratio) -> Mask.
 
     Returns:
         The finished run.
@@ -52,16 +67,30 @@ def pretrain(
         TorchmaeError: in place of the command line's one-line errors.
     """
     if config is not None:
-        if data is not None or options or resume is not None:
+        if options or any(item is not None for item in (data, resume, model, source)):
             raise ConfigError("config is given beside other settings", "give either config or the settings")
         return start(config)
-    if data is not None:
-        options["data"] = data
-    given = settings.collect(options, settings_of(PretrainConfig))
-    return resume_run(Path(resume), given) if resume is not None else begin(given)
+    strategy = None
+    if isinstance(mask := options.get("mask"), Mapping) and callable(rule := mask.get("strategy")):
+        strategy = rule if isinstance(rule, Strategy) else Strategy(rule, prod)
+        options["mask"] = {name: value for name, value in mask.items() if name != "strategy"}
+    if isinstance(model, MaskedAutoencoder):
+        own = Own(model, strategy, splits_of(source))
+    else:
+        own = Own(None, strategy, splits_of(source))
+        options |= {} if model is None else {"model": model}
+    given = given_settings(data, options, PretrainConfig)
+    return resume_run(Path(resume), given, own) if resume is not None else begin(given, own)
 
 
-def evaluate(run: str | Path, data: str | Path | Mapping[str, Any] | None = None, **options: Any) -> dict[str, float]:
+def evaluate(
+    run: str | Path,
+    data: Data | None = None,
+    *,
+    model: MaskedAutoencoder | None = None,
+    source: Source | Mapping[str, Source] | None = None,
+    **options: Any,
+) -> dict[str, float]:
     """Measures what a model learned, and appends it to RUN/evaluations.jsonl.
 
         torchmae.evaluate("runs/a")                                      # kNN, linear and attentive probes
@@ -71,6 +100,9 @@ def evaluate(run: str | Path, data: str | Path | Mapping[str, Any] | None = None
     Args:
         run: a run folder, an exported model, weights of others, or "random" or "pixels" with `preset`.
         data: the labelled images, as the option --data; or a dictionary of data settings. None: the run's own.
+        model: of a run of a model handed over in Python, this model again. Its own weights are the untrained ones that
+            method "all" sets beside the run's.
+        source: as for `pretrain`, with "test" among the splits.
         **options: any other option of `torchmae evaluate` by name, groups as dictionaries.
 
     Returns:
@@ -80,25 +112,75 @@ def evaluate(run: str | Path, data: str | Path | Mapping[str, Any] | None = None
     Raises:
         TorchmaeError: in place of the command line's one-line errors.
     """
-    if data is not None:
-        options["data"] = data
-    options.setdefault("progress", "none")
-    given = settings.collect(options, settings_of(EvaluateOptions, ComputeOptions))
-    return suite.run(run, make(EvaluateOptions, given), make(ComputeOptions, given))
+    given = given_settings(data, {"progress": "none", **options}, EvaluateOptions, ComputeOptions)
+    splits = splits_of(source)
+    given |= {} if splits is None else {"data.source": OWN}
+    return suite.run(run, make(EvaluateOptions, given), make(ComputeOptions, given), model=model, splits=splits)
 
 
-def begin(given: Mapping[str, Any]) -> Run:
+def embed(
+    run: str | Path,
+    data: Data | None = None,
+    *,
+    model: MaskedAutoencoder | None = None,
+    source: Source | Mapping[str, Source] | None = None,
+    **options: Any,
+) -> Written:
+    """Writes the features of all images of a data set to a file, as `torchmae embed` does.
+
+        torchmae.embed("runs/a", "my_images", out="features.npz")
+
+    Args:
+        run: a run folder, an exported model, or weights of others.
+        data: the images, as the option --data; or a dictionary of data settings. None: the run's own.
+        model: as for `evaluate`.
+        source: as for `pretrain`.
+        **options: any other option of `torchmae embed` by name.
+
+    Returns:
+        The file, the number of images in it, and the shape of one image's features.
+
+    Raises:
+        TorchmaeError: in place of the command line's one-line errors.
+    """
+    given = given_settings(data, {"progress": "none", "run": str(run), **options}, EmbedOptions, ComputeOptions)
+    splits = splits_of(source)
+    given |= {} if splits is None else {"data.source": OWN}
+    return embed_run(make(EmbedOptions, given), make(ComputeOptions, given), model=model, splits=splits)
+
+
+def given_settings(data: Data | None, options: dict[str, Any], *kinds: type[Settings]) -> settings.Given:
+    """Options of Python by dotted name."""
+    return settings.collect(options if data is None else {**options, "data": data}, settings_of(*kinds))
+
+
+def splits_of(source: Source | Mapping[str, Source] | None) -> Mapping[str, Source] | None:
+    """Sources of a caller's own by split; ConfigError for what is no source."""
+    if source is None:
+        return None
+    splits = source if isinstance(source, Mapping) else {"train": source}
+    if "train" not in splits or not all(isinstance(item, Source) for item in splits.values()):
+        raise ConfigError(
+            f"source is {type(source).__name__} {', '.join(splits) if isinstance(source, Mapping) else ''}".rstrip(),
+            "give a torchmae.data.sources.Source, or a dictionary of them with 'train' among its names",
+        )
+    return splits
+
+
+def begin(given: Mapping[str, Any], own: Own = NOTHING) -> Run:
     """A new run from settings by dotted name. Ranks are connected before one of them opens the data."""
     with open_ranks(settings.from_recipe(given).device):
-        return start(configure(given))
+        return start(configure(given, own.splits), own)
 
 
-def configure(given: Mapping[str, Any]) -> PretrainConfig:
+def configure(given: Mapping[str, Any], splits: Mapping[str, Source] | None = None) -> PretrainConfig:
     """The settings of a run: those of a recipe, changed by those that are given by dotted name.
 
     Without a recipe, the size of the images chooses one. Where the input of that recipe does not suit the images, their
     size chooses the sizes of input and patches too, unless these are given.
     """
+    if splits is not None:
+        given = {**given, "data.source": OWN}
     config = settings.from_recipe(given)
     if config.recipe != "auto":
         return config
@@ -108,7 +190,8 @@ def configure(given: Mapping[str, Any]) -> PretrainConfig:
     def look() -> tuple[int, ...]:
         display = Display(config.progress)
         try:
-            return typical_size(config.data.source, Context.of(config.data, progress=display.preparing))
+            context = Context.of(config.data, progress=display.preparing)
+            return typical_size(open_splits(config.data.source, context, splits)["train"])
         finally:
             display.close()
 
@@ -135,9 +218,9 @@ def proposed(model: ModelConfig, shape: dict[str, Any]) -> dict[str, Any]:
     return {"input_size": tuple(max(1, length // p) * p for length, p in zip(size, patch, strict=True))}
 
 
-def typical_size(source: str, context: Context) -> tuple[int, ...]:
+def typical_size(train: Source) -> tuple[int, ...]:
     """The median size of a sample of the training images, in pixels."""
-    seen = probe(open_splits(source, context)["train"], sample=PROBED)
+    seen = probe(train, sample=PROBED)
     return median_size(Counter(seen.sizes))
 
 

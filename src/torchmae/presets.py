@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from torchmae import tutorial
+from torchmae.config.pretrain import OWN
 from torchmae.errors import ConfigError, one_of, within
 from torchmae.nn import DECODERS, ENCODERS, HogTarget, MaskedAutoencoder, PixelTarget, Target
 
@@ -64,6 +65,8 @@ def arguments(preset: str, **overrides: Any) -> dict[str, Any]:
     Raises:
         ConfigError: an unknown preset, or an argument that its model does not have.
     """
+    if preset == OWN:
+        raise ConfigError("model.preset is 'own', a model handed over in Python", "hand it over again: model=MODEL")
     one_of("model.preset", preset, PRESETS)
     values = dict(PRESETS[preset])
     given = {name: value for name, value in overrides.items() if value is not None}
@@ -133,6 +136,18 @@ def compose(
         **({"feature_weights": len(built.blocks) + 1} if feature_weights else {}),
     )
     return MaskedAutoencoder(built, decoding, targets, predict_ratio=predict_ratio)
+
+
+def own_arguments(model: MaskedAutoencoder) -> dict[str, Any]:
+    """What stands in place of arguments for a model handed over in Python: its shape, which cannot rebuild it."""
+    encoder = model.encoder
+    return {
+        "encoder": OWN,
+        "input_size": tuple(encoder.input_size),
+        "patch_size": tuple(encoder.patch_size),
+        "in_chans": encoder.in_chans,
+        "embed_dim": encoder.embed_dim,
+    }
 
 
 def construct(values: dict[str, Any]) -> MaskedAutoencoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import time
 from collections.abc import Mapping, Sequence
@@ -13,18 +14,19 @@ import torch
 
 import torchmae
 from torchmae import presets, settings
-from torchmae.config import PretrainConfig
+from torchmae.config import ModelConfig, PretrainConfig
 from torchmae.config.base import make
+from torchmae.config.pretrain import OWN
 from torchmae.data.formats import Context
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import one_line_when_a_worker_ends
 from torchmae.data.opening import Data, open_data
-from torchmae.data.sources import data_line
+from torchmae.data.sources import Source, data_line
 from torchmae.errors import ConfigError, DataError, Interrupted, TorchmaeError
 from torchmae.evaluators import build_evaluators
 from torchmae.interop.weights import initialise
 from torchmae.nn.mae import MaskedAutoencoder, parameter_counts
-from torchmae.nn.masking import Masker
+from torchmae.nn.masking import Masker, Strategy
 from torchmae.paths import user_path
 from torchmae.report.html import write_report
 from torchmae.report.verdict import hints
@@ -70,11 +72,72 @@ class Run:
     hints: tuple[str, ...] = ()
 
 
-def start(config: PretrainConfig) -> Run:
+@dataclass(frozen=True)
+class Own:
+    """Objects of the caller's own, in place of what settings name.
+
+    A run folder says "own" in their place and causes no code to be imported: whoever resumes the run hands the objects
+    over again.
+
+    Attributes:
+        model: the run trains a copy, from the weights that it has.
+        strategy: how its input is masked.
+        splits: the images, by split: "train", and "val" where there is one.
+    """
+
+    model: MaskedAutoencoder | None = None
+    strategy: Strategy | None = None
+    splits: Mapping[str, Source] | None = None
+
+    def named_in(self, config: PretrainConfig) -> PretrainConfig:
+        """The settings, with "own" for each object.
+
+        Raises:
+            ConfigError: settings that are for other models, or "own" without an object.
+        """
+        if self.model is not None:
+            if config.init_from is not None:
+                raise ConfigError("init_from is given beside a model of one's own", "load the weights into the model")
+            encoder = self.model.encoder
+            named = ModelConfig(preset=OWN, input_size=tuple(encoder.input_size), in_chans=encoder.in_chans)
+            config = replace(config, model=named)
+        if self.strategy is not None:
+            config = replace(config, mask=replace(config.mask, strategy=OWN))
+        if self.splits is not None:
+            config = replace(config, data=replace(config.data, source=OWN))
+        objects = {
+            "model.preset": (config.model.preset, self.model, "model=MODEL"),
+            "mask.strategy": (config.mask.strategy, self.strategy, 'mask={"strategy": FUNCTION}'),
+            "data.source": (config.data.source, self.splits, "source=SOURCE"),
+        }
+        for name, (value, given, how) in objects.items():
+            if value == OWN and given is None:
+                raise ConfigError(f"{name} is {OWN!r}, an object handed over in Python", f"hand it over: {how}")
+        return config
+
+    def arguments(self, config: PretrainConfig) -> dict[str, Any]:
+        """What model.json says of the model."""
+        if self.model is not None:
+            return presets.own_arguments(self.model)
+        return presets.arguments(config.model.preset, **overrides(config))
+
+    def construct(self, arguments: dict[str, Any]) -> MaskedAutoencoder:
+        """The model that a run begins with."""
+        model = presets.construct(arguments) if self.model is None else copy.deepcopy(self.model)
+        if self.strategy is not None:
+            model.encoder.strategies = {**model.encoder.strategies, OWN: self.strategy}
+        return model
+
+
+NOTHING = Own()
+
+
+def start(config: PretrainConfig, own: Own = NOTHING) -> Run:
     """Runs `config` in a new folder.
 
     A group of ranks that torchrun has started again (`--max-restarts`) goes on with the run that it began.
     """
+    config = own.named_in(config)
     if config.init_from is not None:
         config = replace(config, model=adopt_shape(config.model, read_initial(config.init_from, config.model)))
     name = config.recipe if config.recipe != "auto" else "run"
@@ -86,16 +149,17 @@ def start(config: PretrainConfig) -> Run:
         given = settings.values_of(config)
         if config.fit_batch:  # the run's own settings say what fitted
             del given["fit_batch"], given["batch_size"]
-        return resume_run(path, given)
-    return _run(config, path, resume=False)
+        return resume_run(path, given, own)
+    return _run(config, path, own, resume=False)
 
 
-def resume_run(path: Path, given: Mapping[str, Any]) -> Run:
+def resume_run(path: Path, given: Mapping[str, Any], own: Own = NOTHING) -> Run:
     """Goes on with a run from its newest whole checkpoint, or from the start if it had none.
 
     Args:
         path: the run folder.
         given: settings by dotted name that differ from the run's own; those in `MAY_CHANGE` may.
+        own: the objects that the run was begun with.
 
     Raises:
         CheckpointError: no run, or all its checkpoints damaged.
@@ -104,30 +168,31 @@ def resume_run(path: Path, given: Mapping[str, Any]) -> Run:
     path = user_path(path)
     folder = RunFolder.open(path)
     saved = settings.read_file(folder.config)
-    config = make(PretrainConfig, {**saved, **given})
+    config = own.named_in(make(PretrainConfig, {**saved, **given}))
     before, after = settings.values_of(make(PretrainConfig, saved)), settings.values_of(config)
     for name in sorted({name for name in after if after[name] != before[name]} - MAY_CHANGE):
         raise ConfigError(
             f"{name} cannot change in a resumed run",
             f"drop --{name}, or begin a new run with these weights: --init-from {path} --out ANOTHER_FOLDER",
         )
-    return _run(config, path, resume=True)
+    return _run(config, path, own, resume=True)
 
 
-def _run(config: PretrainConfig, path: Path, *, resume: bool) -> Run:
+def _run(config: PretrainConfig, path: Path, own: Own, *, resume: bool) -> Run:
     with open_ranks(config.device) as ranks, one_line_when_a_worker_ends():
         try:
-            return _run_on(ranks, config, path, resume=resume)
+            return _run_on(ranks, config, path, own, resume=resume)
         except (ConfigError, Interrupted) as error:  # the same on all ranks: one says it
             if ranks.is_main:
                 raise
             raise SystemExit(error.exit_status) from None
 
 
-def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, *, resume: bool) -> Run:
+def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, own: Own, *, resume: bool) -> Run:
     check_parallel(config, ranks.world_size)
-    arguments = presets.arguments(config.model.preset, **overrides(config))
-    check_model(config, arguments)  # before there is a folder, which would refuse the next try
+    arguments = own.arguments(config)
+    with torch.device("meta"):
+        check_model(config, own.construct(arguments))  # before there is a folder, which would refuse the next try
     display = Display(config.progress) if ranks.is_main else Display("none", io.StringIO())
     folder = RunFolder(path)
 
@@ -150,7 +215,7 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, *, resume: bool) -
         runtime = ranks.together(lambda: open_runtime(config.device, precision, config.threads, ranks))
         if ranks.world_size > 1:  # rank 0 first: what is downloaded or indexed is so once
             context = Context.of(config.data, spatial_dims=len(arguments["input_size"]), progress=display.preparing)
-            ranks.on_main(lambda: len(open_splits(config.data.source, context)))
+            ranks.on_main(lambda: len(open_splits(config.data.source, context, own.splits)))
         data = ranks.together(
             lambda: open_data(
                 replace(config.data, num_workers=share_of_cores(config.data.num_workers, ranks)),
@@ -158,6 +223,7 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, *, resume: bool) -
                 channels=config.model.in_chans,
                 device=runtime.device,
                 progress=display.preparing,
+                own=own.splits,
             )
         )
         check_same_data(data, ranks)
@@ -174,14 +240,14 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, *, resume: bool) -
             display.say(data_line(data.notes))
         torch.manual_seed(config.seed)
         arguments["in_chans"] = data.channels
-        model = presets.construct(arguments).to(runtime.device)
+        model = own.construct(arguments).to(runtime.device)
         if config.fit_batch:
             size = (data.channels, *arguments["input_size"])
             batch_size = fit_batch(config, model, size, len(data.train), runtime)
             config = replace(config, batch_size=batch_size, fit_batch=False)
             display.say(f"the largest batch that fits: {batch_size} images")
         try:
-            return _train(config, model, arguments, data, runtime, folder, display, checkpoint)
+            return _train(config, own, model, arguments, data, runtime, folder, display, checkpoint)
         finally:
             data.train.close()
     finally:
@@ -213,9 +279,8 @@ def check_same_data(data: Data, ranks: Ranks) -> None:
             )
 
 
-def check_model(config: PretrainConfig, arguments: dict[str, Any]) -> None:
-    """ConfigError where sizes or the mask strategy do not fit; without data and without memory for weights."""
-    model = presets.weightless(arguments)
+def check_model(config: PretrainConfig, model: MaskedAutoencoder) -> None:
+    """ConfigError where a model, whose weights may lie nowhere, does not fit the settings of its training."""
     try:
         Masker(model.encoder, **asdict(config.mask))
     except ConfigError as error:
@@ -230,6 +295,7 @@ def check_model(config: PretrainConfig, arguments: dict[str, Any]) -> None:
 
 def _train(
     config: PretrainConfig,
+    own: Own,
     model: MaskedAutoencoder,
     arguments: dict[str, Any],
     data: Data,
@@ -290,7 +356,7 @@ def _train(
     def end() -> Run:
         whole = model
         if any(map(is_sharded, model.parameters())):
-            whole = presets.construct(arguments).to(runtime.device)
+            whole = own.construct(arguments).to(runtime.device)
             whole.load_state_dict(weights)
         return _finish(config, Pretrained(whole, description), data, bad, runtime, folder, display, interruption)
 

@@ -6,7 +6,7 @@ Order of precedence: these defaults < recipe < --config file < options.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from torchmae.config.base import (
     Count,
@@ -39,8 +39,11 @@ Preset = Literal[
     "vit_tiny_32_p2",
     "vit_digits",
     "mlp",
+    "own",
 ]
-Strategy = Literal["random", "block", "grid", "cells2", "cells4", "elements", "elements_inverted"]
+Strategy = Literal["random", "block", "grid", "cells2", "cells4", "elements", "elements_inverted", "own"]
+OWN: Final = "own"
+"""What a setting holds in place of a name where Python code handed over an object of its own (docs/extending.md)."""
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -95,7 +98,8 @@ class ModelConfig(Settings, group="model."):
 
     Attributes:
         preset: a named model: vit_tiny, vit_small, vit_base, vit_large, vit_huge (224 px), vit_tiny_32_p4,
-            vit_tiny_32_p2 (32 px), vit_digits (8 px, patch 2), or mlp (the tutorial's fully connected one).
+            vit_tiny_32_p2 (32 px), vit_digits (8 px, patch 2), or mlp (the tutorial's fully connected one); own: a
+            model handed over in Python.
         input_size: image size in pixels, height and width ([224, 224]); 1 to 3 numbers, or one number for all axes.
         patch_size: patch size in pixels, in the same form.
         in_chans: number of channels; null: as the data has.
@@ -150,7 +154,8 @@ class MaskConfig(Settings, group="mask."):
     Attributes:
         strategy: "random" patches (the paper's), "block" (contiguous), "grid" (evenly spaced), "cells2" or "cells4"
             (random cells of 2 or 4 patches along each axis, which leave larger holes); for the mlp preset "elements"
-            (each value alone) or "elements_inverted" (the tutorial's: masks 1 - ratio).
+            (each value alone) or "elements_inverted" (the tutorial's: masks 1 - ratio); "own": a function handed over
+            in Python.
         ratio: share of the patches that is masked, in (0, 1).
         final_ratio: the share at the end of the run; it changes linearly from `ratio`; null: it stays.
     """

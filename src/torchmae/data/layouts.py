@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from torchmae.config.pretrain import OWN
 from torchmae.data.arrays import (
     HDF5_SUFFIXES,
     PREFIXES,
@@ -53,7 +54,7 @@ def _accepted() -> str:
     return f"accepted are {', '.join(picture_suffixes())}, or {data_sets}"
 
 
-def open_splits(spec: str, context: Context = Context()) -> dict[str, Source]:
+def open_splits(spec: str, context: Context = Context(), own: Mapping[str, Source] | None = None) -> dict[str, Source]:
     """Opens a data set: the source of each split, always "train", and "val" and "test" where the data has them.
 
     Args:
@@ -62,10 +63,16 @@ def open_splits(spec: str, context: Context = Context()) -> dict[str, Source]:
             {000..099} or *; or hf: and what the Hugging Face `datasets` library loads. A name wins over a folder of
             that name: write "./cifar10" for the folder.
         context: how it is opened and read.
+        own: sources of a caller's own, by split, which `spec` "own" stands for.
 
     Raises:
         DataError: nothing there, or nothing that can be used.
+        ConfigError: `spec` is empty, or "own" without any.
     """
+    if spec == OWN:
+        if own is None:
+            raise ConfigError("data.source is 'own', an object handed over in Python", "hand it over: source=SOURCE")
+        return dict(own)
     if not spec:
         raise ConfigError("data.source is empty", "give a folder, a file, or a name such as digits")
     layout = next((layout for layout in LAYOUTS.values() if layout.fits(spec)), None)

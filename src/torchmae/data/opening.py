@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -51,17 +51,19 @@ def open_data(
     channels: int | None,
     device: torch.device,
     progress: Progress | None = None,
+    own: Mapping[str, Source] | None = None,
 ) -> Data:
     """Opens the data of a run: finds splits, holds what fits in memory, measures mean and deviation.
 
-    Images of any size are resampled to `input_size`. Without `channels`, the data says how many there are.
+    Images of any size are resampled to `input_size`. Without `channels`, the data says how many there are. `own` are
+    sources of a caller's own, as for `open_splits`.
 
     Raises:
         ConfigError: settings that do not fit the data.
         DataError: data that is missing, empty or unreadable.
     """
     context = Context.of(config, spatial_dims=len(input_size), progress=progress)
-    splits = open_splits(config.source, context)
+    splits = open_splits(config.source, context, own)
     train, val, apart = choose_splits(config, splits, context)
     fitted = fit_to_model([train] if val is None else [train, val], input_size, channels)
     bad = BadFiles(sum(map(len, fitted.sources)), config.max_bad)

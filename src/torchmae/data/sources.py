@@ -91,9 +91,9 @@ class Source(ABC):
     def fingerprint(self) -> str:
         """A hexadecimal digest that changes when samples are added, removed, renamed or replaced."""
 
-    @abstractmethod
-    def with_channels(self, channels: int) -> Source:
-        """The same samples read with `channels` channels; ConfigError where they cannot be."""
+    def with_channels(self, channels: int) -> Source:  # noqa: ARG002
+        """The same samples read with `channels` channels; ConfigError where they cannot be. Here: as they are."""
+        return self
 
     def read(self, index: int) -> Image:
         """The values of a sample, (*size, C) uint8, uint16 or float32; DataError with the sample's name."""

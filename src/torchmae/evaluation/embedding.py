@@ -12,7 +12,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from io import BytesIO
 from pathlib import Path
@@ -21,12 +21,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from torchmae.config.embed import EmbedOptions
+from torchmae.config.evaluate import ComputeOptions
 from torchmae.data.formats import Progress
+from torchmae.data.loader import one_line_when_a_worker_ends
+from torchmae.data.sources import Source
 from torchmae.errors import CheckpointError, ConfigError, DataError, reason_of
-from torchmae.evaluation.images import ImageSet
+from torchmae.evaluation.images import ImageSet, ModelInput, open_parts
 from torchmae.evaluation.subject import Subject
+from torchmae.evaluation.suite import own_data
 from torchmae.files import replace_file
-from torchmae.training.runtime import Runtime
+from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.training.pretrained import load
+from torchmae.training.progress import Display
+from torchmae.training.ranks import one_line_when_lost, open_ranks, share_of_cores
+from torchmae.training.runtime import Runtime, open_runtime
 
 BLOCK_IMAGES = 2000
 BLOCK_BYTES = 2**26
@@ -85,6 +94,56 @@ class Block(NamedTuple):
     part: int
     start: int
     stop: int
+
+
+def embed_run(
+    options: EmbedOptions,
+    compute: ComputeOptions,
+    *,
+    model: MaskedAutoencoder | None = None,
+    splits: Mapping[str, Source] | None = None,
+) -> Written:
+    """Writes the features that a run's encoder gives of a data set, by default its own.
+
+    Args:
+        options: which run, which images, which features, where to.
+        compute: where to compute.
+        model: of a run of a model handed over in Python, this model again.
+        splits: images of the caller's own, by split, for data "own".
+
+    Raises:
+        TorchmaeError: a run, options or data that do not fit; and as `embed`.
+    """
+    with open_ranks(compute.device) as ranks, one_line_when_lost(ranks, "the same command goes on from what was done"):
+        runtime = open_runtime(compute.device, compute.precision, compute.threads, ranks)
+        display = Display(compute.progress if ranks.is_main else "none")
+
+        def open_all() -> tuple[Subject, list[ImageSet]]:
+            pretrained = load(options.run, model=model)
+            description = pretrained.description
+            data = own_data(options.run, options.data)
+            taken = ModelInput(
+                description.input_size,
+                description.arguments["in_chans"],
+                description.normalisation,
+                runtime.device,
+                compute.batch_size,
+                display.preparing,
+                splits,
+            )
+            data = replace(data, num_workers=share_of_cores(data.num_workers, ranks))
+            parts, notes = open_parts(data, options.split, taken)
+            for note in (*pretrained.notes, *notes):
+                display.say(note)
+            return Subject("model", pretrained.model.to(runtime.device)), parts
+
+        try:
+            subject, parts = ranks.main_first(open_all)
+            with one_line_when_a_worker_ends():
+                out = Path(options.out)
+                return embed(subject, parts, out, pool=options.pool, runtime=runtime, progress=display.preparing)
+        finally:
+            display.close()
 
 
 def embed(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -37,6 +37,7 @@ class ModelInput:
         device: of batches.
         batch_size: images in a batch.
         progress: told how far indexing, reading and measuring are.
+        own: sources of a caller's own, by split, for data "own".
     """
 
     input_size: tuple[int, ...]
@@ -45,10 +46,16 @@ class ModelInput:
     device: torch.device
     batch_size: int = 250
     progress: Progress | None = None
+    own: Mapping[str, Source] | None = None
 
     def context(self, data: DataOptions) -> Context:
         """How data for this input is opened."""
         return Context.of(data, spatial_dims=len(self.input_size), progress=self.progress)
+
+    def splits(self, data: DataOptions) -> dict[str, Source]:
+        """The splits of data whose `source` is not None."""
+        assert data.source is not None
+        return open_splits(data.source, self.context(data), self.own)
 
 
 @dataclass(frozen=True)
@@ -157,9 +164,8 @@ def open_evaluation_data(options: EvaluateOptions, model: ModelInput, *, labelle
         ConfigError: options that do not fit the data, or data that does not fit the model.
         DataError: data that is missing, empty, unreadable, or without the labels needed.
     """
-    assert options.data.source is not None
     context = model.context(options.data)
-    splits = open_splits(options.data.source, context)
+    splits = model.splits(options.data)
     name = options.test_data or next((name for name in ("test", "val") if name in splits), HELD_OUT)
     order = ("test", "val", "train")
     train, test, notes = held_out_images(splits, name, options.data.val_size, context, "test_data", order)
@@ -222,8 +228,7 @@ def open_parts(data: DataOptions, split: str, model: ModelInput) -> tuple[list[I
         ConfigError: a split that the data does not have, or data that does not fit the model.
         DataError: data that is missing, empty or unreadable.
     """
-    assert data.source is not None
-    splits = open_splits(data.source, model.context(data))
+    splits = model.splits(data)
     if split != "all":
         one_of("split", split, splits)
     chosen = [splits[name] for name in ("train", "val", "test") if name in splits and split in (name, "all")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -82,8 +83,15 @@ def extract_features(subject: Subject, batches: Iterable[Batch], runtime: Runtim
     return Labelled(torch.cat(features), torch.cat(labels))
 
 
-def untrained(arguments: dict[str, Any], seed: int, device: torch.device) -> Subject:
-    """The network of `presets.construct` arguments with fresh weights; torch's own generator is left alone."""
+def untrained(
+    arguments: dict[str, Any], seed: int, device: torch.device, own: MaskedAutoencoder | None = None
+) -> Subject:
+    """The network of `presets.construct` arguments with fresh weights; torch's own generator is left alone.
+
+    A model handed over in Python, `own`, is taken with the weights that it has.
+    """
+    if own is not None:
+        return Subject(RANDOM, copy.deepcopy(own).to(device).eval())
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would seed GPUs too
         model = presets.construct(arguments)

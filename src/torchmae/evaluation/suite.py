@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torchmae import presets
 from torchmae.config.data import DataOptions
 from torchmae.config.evaluate import APPLIES_TO, ComputeOptions, EvaluateOptions
 from torchmae.data.loader import one_line_when_a_worker_ends
+from torchmae.data.sources import Source
 from torchmae.errors import ConfigError, Interrupted, one_of
 from torchmae.evaluation import attentive, few_shot
 from torchmae.evaluation.anomaly_data import open_anomaly_data
@@ -19,6 +20,7 @@ from torchmae.evaluation.methods import ANOMALY, METHODS, WITHOUT_LABELS, Bench,
 from torchmae.evaluation.records import append_record
 from torchmae.evaluation.scores import Result, chance_note
 from torchmae.evaluation.subject import PIXELS, RANDOM, Subject, pixels, untrained
+from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.paths import user_path
 from torchmae.training.pretrained import load
 from torchmae.training.progress import Display
@@ -54,12 +56,12 @@ class Evaluation:
         return merged
 
 
-def run(run: str | Path, options: EvaluateOptions, compute: ComputeOptions) -> dict[str, float]:
+def run(run: str | Path, options: EvaluateOptions, compute: ComputeOptions, **own: Any) -> dict[str, float]:
     """Evaluates and records: the figures in one flat dictionary, those of baselines as "random.knn20".
 
     Arguments and errors as for `evaluate`.
     """
-    evaluation = evaluate(run, options, compute)
+    evaluation = evaluate(run, options, compute, **own)
     record_evaluation(run, evaluation)
     by_subject = evaluation.figures()
     first = next(iter(by_subject))
@@ -70,13 +72,22 @@ def run(run: str | Path, options: EvaluateOptions, compute: ComputeOptions) -> d
     }
 
 
-def evaluate(run: str | Path, options: EvaluateOptions, compute: ComputeOptions) -> Evaluation:
+def evaluate(
+    run: str | Path,
+    options: EvaluateOptions,
+    compute: ComputeOptions,
+    *,
+    model: MaskedAutoencoder | None = None,
+    splits: Mapping[str, Source] | None = None,
+) -> Evaluation:
     """Measures a run. Of several ranks that torchrun has started, each looks at a share of the images.
 
     Args:
         run: whatever `load` takes; or "random" or "pixels" with `options.preset`, which go through the very same code.
         options: what to measure, on which images.
         compute: where.
+        model: of a run of a model handed over in Python, this model again, untrained.
+        splits: images of the caller's own, by split, for data "own".
 
     Raises:
         TorchmaeError: a run, options or data that do not fit.
@@ -91,7 +102,7 @@ def evaluate(run: str | Path, options: EvaluateOptions, compute: ComputeOptions)
         try:
             with one_line_when_a_worker_ends():
                 bench, subjects, options = ranks.main_first(
-                    lambda: open_bench(str(run), options, compute.batch_size, runtime, display)
+                    lambda: open_bench(str(run), options, compute.batch_size, runtime, display, model, splits)
                 )
                 results, left_out = measure(bench, subjects, options)
                 bad = concatenate(ranks.gather([*bench.data.train.bad.items, *bench.data.test.bad.items]))
@@ -125,7 +136,13 @@ def record_evaluation(run: str | Path, evaluation: Evaluation) -> Path | None:
 
 
 def open_bench(
-    run: str, options: EvaluateOptions, batch_size: int, runtime: Runtime, display: Display
+    run: str,
+    options: EvaluateOptions,
+    batch_size: int,
+    runtime: Runtime,
+    display: Display,
+    own: MaskedAutoencoder | None = None,
+    splits: Mapping[str, Source] | None = None,
 ) -> tuple[Bench, list[Subject], EvaluateOptions]:
     """Opens what is evaluated and the images, and says which data the options came to mean.
 
@@ -143,7 +160,7 @@ def open_bench(
             raise ConfigError(f"target is given and {run!r} was trained for none", "leave --target out")
         arguments, trained = presets.arguments(options.preset), None
     else:
-        pretrained = load(run, target=options.target)
+        pretrained = load(run, target=options.target, model=own)
         if options.method in APPLIES_TO["out"]:
             output_folder(run, options)  # one that is missing is said before the images are opened
         description, arguments = pretrained.description, pretrained.description.arguments
@@ -156,6 +173,7 @@ def open_bench(
         runtime.device,
         batch_size,
         display.preparing,
+        splits,
     )
     if options.method == ANOMALY:
         assert description is not None
@@ -179,7 +197,7 @@ def open_bench(
         subjects = [untrained(arguments, options.seed, runtime.device)]
     else:
         assert trained is not None
-        baselines = [untrained(arguments, options.seed, runtime.device), pixels()] if options.method == ALL else []
+        baselines = [untrained(arguments, options.seed, runtime.device, own), pixels()] if options.method == ALL else []
         subjects = [trained, *baselines]
     return Bench(data, runtime, display, run), subjects, options
 

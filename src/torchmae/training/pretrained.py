@@ -131,7 +131,12 @@ class Pretrained:
 
 
 def load(
-    run: str | Path, *, target: str | None = None, input_size: Sequence[int] | None = None, num_heads: int | None = None
+    run: str | Path,
+    *,
+    target: str | None = None,
+    input_size: Sequence[int] | None = None,
+    num_heads: int | None = None,
+    model: MaskedAutoencoder | None = None,
 ) -> Pretrained:
     """A trained model: `torchmae.load("runs/a").encode(images)`.
 
@@ -144,6 +149,7 @@ def load(
         input_size: pixels along each axis of the images that others' weights are for, where these do not say and they
             are not square; two numbers for weights of clips: one frame is taken.
         num_heads: attention heads of others' weights, where they do not say.
+        model: of a run of a model handed over in Python, this model again. A copy gets the run's weights.
 
     Raises:
         CheckpointError: nothing there that can be loaded.
@@ -152,14 +158,14 @@ def load(
     path = user_path(run)
     if target is not None:
         one_of("target", target, TARGETS)
-    if is_foreign(path):
+    if is_foreign(path) and model is None:
         norm_pix = None if target is None else target == "normalised"
         return _adopt(read_weights(path, norm_pix=norm_pix, input_size=input_size, num_heads=num_heads))
     if target is not None:
         raise ConfigError(f"target is given and {path} says what it was", "leave --target out")
     if input_size is not None or num_heads is not None:
         raise ConfigError(f"input_size or num_heads is given and {path} says them itself", "leave them out")
-    return Pretrained(*load_model(path))
+    return Pretrained(*load_model(path, model))
 
 
 def _adopt(weights: Weights) -> Pretrained:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from torchmae import presets
 from torchmae.config import ReadOptions
+from torchmae.config.pretrain import OWN
 from torchmae.data.transforms import Normalisation
-from torchmae.errors import CheckpointError, reason_of
+from torchmae.errors import CheckpointError, ConfigError, reason_of
 from torchmae.files import replace_file
 from torchmae.interop.files import check_content
 from torchmae.nn.mae import MaskedAutoencoder
@@ -29,7 +31,7 @@ class Description:
     """Everything needed to rebuild a model and to feed it.
 
     Attributes:
-        arguments: of `presets.construct`.
+        arguments: of `presets.construct`; of a model handed over in Python `presets.own_arguments`.
         mean: per-channel mean that images, scaled to [0, 1], are reduced by.
         std: per-channel deviation that they are divided by.
         mask: the mask strategy and ratio trained with.
@@ -75,15 +77,21 @@ def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
     replace_file(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}))
 
 
-def load_model(folder: Path) -> tuple[MaskedAutoencoder, Description]:
+def load_model(folder: Path, own: MaskedAutoencoder | None = None) -> tuple[MaskedAutoencoder, Description]:
     """The model of a run folder or of any folder with model.json and model.safetensors.
 
-    A run that has not ended gives its newest checkpoint.
+    A run that has not ended gives its newest checkpoint. A run of a model of the caller's own has its weights put into
+    a copy of `own`.
 
     Raises:
         CheckpointError: nothing there that is whole, or a fine-tuned classifier.
+        ConfigError: `own` is needed and not given, or the other way round.
     """
     description = _read_description(folder / "model.json")
+    if (description.arguments.get("encoder") == OWN) != (own is not None):
+        if own is None:
+            raise ConfigError(f"{folder} holds a model handed over in Python", "hand it over again: model=MODEL")
+        raise ConfigError(f"model is given and {folder} says what its model is", "leave model out")
     weights_path = folder / "model.safetensors"
     try:
         if weights_path.exists():
@@ -94,8 +102,11 @@ def load_model(folder: Path) -> tuple[MaskedAutoencoder, Description]:
             if checkpoint is None:
                 raise CheckpointError(f"{folder} has no weights yet", "let the run save a checkpoint first")
             weights = checkpoint.model
-        check_size(description.arguments, weights, presets.construct)
-        model = presets.construct(description.arguments)
+        if own is not None:
+            model = copy.deepcopy(own)
+        else:
+            check_size(description.arguments, weights, presets.construct)
+            model = presets.construct(description.arguments)
         model.load_state_dict(weights)
     except CheckpointError:
         raise
