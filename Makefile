@@ -12,7 +12,7 @@ types:
 	$(PYTHON) -m mypy
 
 test:
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 docs: # the site, into site/; needs pip install -e '.[docs]'
 	$(PYTHON) docs/site/build.py

@@ -71,7 +71,8 @@ def pretrain(
             raise ConfigError("config is given beside other settings", "give either config or the settings")
         return start(config)
     strategy = None
-    if isinstance(mask := options.get("mask"), Mapping) and callable(rule := mask.get("strategy")):
+    if isinstance(mask := options.get("mask"), Mapping) and not isinstance(mask.get("strategy", ""), str):
+        rule = mask["strategy"]
         strategy = rule if isinstance(rule, Strategy) else Strategy(rule, prod)
         options["mask"] = {name: value for name, value in mask.items() if name != "strategy"}
     if isinstance(model, MaskedAutoencoder):

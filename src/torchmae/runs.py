@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import torchmae
@@ -121,6 +122,16 @@ class Own:
             return presets.own_arguments(self.model)
         return presets.arguments(config.model.preset, **overrides(config))
 
+    def try_out(self, config: PretrainConfig) -> None:
+        """One forward pass with objects of the caller's own, whose errors should come before there is a run folder."""
+        if self.model is None and self.strategy is None:
+            return
+        model = self.construct(self.arguments(config)).train()
+        encoder = model.encoder
+        masks = Masker(encoder, config.mask.strategy, config.mask.ratio)(config.seed, 0, np.arange(2))
+        with torch.no_grad():
+            model(torch.zeros(2, encoder.in_chans, *encoder.input_size), masks)
+
     def construct(self, arguments: dict[str, Any]) -> MaskedAutoencoder:
         """The model that a run begins with."""
         model = presets.construct(arguments) if self.model is None else copy.deepcopy(self.model)
@@ -192,7 +203,8 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, own: Own, *, resum
     check_parallel(config, ranks.world_size)
     arguments = own.arguments(config)
     with torch.device("meta"):
-        check_model(config, own.construct(arguments))  # before there is a folder, which would refuse the next try
+        check_model(config, own.construct(arguments))
+    own.try_out(config)  # before there is a folder, which would refuse the next try
     display = Display(config.progress) if ranks.is_main else Display("none", io.StringIO())
     folder = RunFolder(path)
 
