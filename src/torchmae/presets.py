@@ -11,7 +11,7 @@ import torch
 from torchmae import tutorial
 from torchmae.config.pretrain import OWN
 from torchmae.errors import ConfigError, one_of, within
-from torchmae.nn import DECODERS, ENCODERS, HogTarget, MaskedAutoencoder, PixelTarget, Target
+from torchmae.nn import DECODERS, ENCODERS, HogTarget, MaskedAutoencoder, PixelTarget, Target, TeacherTarget
 
 _PAPER_DECODER = {"decoder": "self", "decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
 
@@ -32,6 +32,8 @@ def _vit(input_size: int, patch_size: int, embed_dim: int, depth: int, num_heads
         "predict_ratio": 1.0,
         "feature_weights": False,
         "hog_weight": 0.0,
+        "teacher": None,
+        "teacher_weight": 1.0,
         **_PAPER_DECODER,
         **others,
     }
@@ -106,9 +108,14 @@ def compose(
     predict_ratio: float = 1.0,
     feature_weights: bool = False,
     hog_weight: float = 0.0,
+    teacher: str | None = None,
+    teacher_weight: float = 1.0,
+    teacher_dim: int = 0,
     **of_encoder: Any,
 ) -> MaskedAutoencoder:
     """A model of patches. `config.ModelConfig` says what each argument is; the rest are the encoder's.
+
+    With a `teacher`, whose features are `teacher_dim` wide, the model waits for `nn.teacher.attach` to be trained.
 
     Raises:
         ConfigError: sizes or options that do not fit together.
@@ -116,6 +123,7 @@ def compose(
     one_of("encoder", encoder, ENCODERS)
     one_of("decoder", decoder, DECODERS)
     within("hog_weight", hog_weight, 0, float("inf"), open_high=True)
+    within("teacher_weight", teacher_weight, 0, float("inf"), open_low=True, open_high=True)
     for name, used in (("predict_ratio below 1", predict_ratio < 1), ("feature_weights", feature_weights)):
         if used and not DECODERS[decoder].predicts_alone:
             raise ConfigError(f"{name} does not apply to the {decoder!r} decoder", "use decoder 'cross'")
@@ -125,6 +133,8 @@ def compose(
     targets: list[Target] = [PixelTarget(built.patch_size, in_chans, norm_pix=norm_pix)]
     if hog_weight:
         targets.append(HogTarget(built.patch_size, in_chans, hog_weight))
+    if teacher is not None:
+        targets.append(TeacherTarget(None, teacher_dim, weight=teacher_weight))
     decoding = DECODERS[decoder](
         built.embed_dim,
         built.grid,

@@ -28,6 +28,7 @@ from torchmae.evaluators import build_evaluators
 from torchmae.interop.weights import initialise
 from torchmae.nn.mae import MaskedAutoencoder, parameter_counts
 from torchmae.nn.masking import Masker, Strategy
+from torchmae.nn.teacher import attach
 from torchmae.paths import user_path
 from torchmae.report.html import write_report
 from torchmae.report.verdict import hints
@@ -43,6 +44,7 @@ from torchmae.training.ranks import Ranks, concatenate, open_ranks, restarts, sh
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime, environment, open_runtime
 from torchmae.training.saved_model import Description, write_description, write_weights
+from torchmae.training.teacher import Teacher, read_teacher
 from torchmae.training.tracking import Trackers, open_trackers, tracker_names
 from torchmae.visualize import write_pictures
 
@@ -202,6 +204,11 @@ def _run(config: PretrainConfig, path: Path, own: Own, *, resume: bool) -> Run:
 def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, own: Own, *, resume: bool) -> Run:
     check_parallel(config, ranks.world_size)
     arguments = own.arguments(config)
+    teacher: Teacher | None = None
+    if source := config.model.teacher:
+        grid = presets.weightless({**arguments, "teacher_dim": 1}).encoder.grid
+        teacher = ranks.main_first(lambda: read_teacher(source, grid))
+        arguments["teacher_dim"] = teacher.dim
     with torch.device("meta"):
         check_model(config, own.construct(arguments))
     own.try_out(config)  # before there is a folder, which would refuse the next try
@@ -253,6 +260,8 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, own: Own, *, resum
         torch.manual_seed(config.seed)
         arguments["in_chans"] = data.channels
         model = own.construct(arguments).to(runtime.device)
+        if teacher is not None:
+            attach(model, teacher.teach(model.patch_size, data.normalisation.mean, data.normalisation.std))
         if config.fit_batch:
             size = (data.channels, *arguments["input_size"])
             batch_size = fit_batch(config, model, size, len(data.train), runtime)

@@ -118,6 +118,9 @@ class ModelConfig(Settings, group="model."):
         predict_ratio: share of the masked patches that a training step predicts (CrossMAE; needs decoder "cross").
         feature_weights: blocks of the "cross" decoder read learned mixtures of all encoder layers (CrossMAE).
         hog_weight: weight of a second training loss on histograms of gradients (MaskFeat's target); 2-D only.
+        teacher: a further training loss on the patch features of a frozen network: a run, an exported model, others'
+            weights, or timm:NAME, a vision transformer of timm with its pre-trained weights; null: none.
+        teacher_weight: weight of that loss.
         hidden_dim: width of the hidden layer of the mlp preset.
         output_relu: end the mlp preset in a ReLU, as the tutorial does (it cannot predict negative values).
         loss_on: of the mlp preset: loss on "hidden" (masked) values only, or on "all" values.
@@ -142,6 +145,8 @@ class ModelConfig(Settings, group="model."):
     predict_ratio: float | None = None
     feature_weights: bool | None = None
     hog_weight: float | None = None
+    teacher: Place | None = None
+    teacher_weight: float | None = None
     hidden_dim: int | None = None
     output_relu: bool | None = None
     loss_on: Literal["hidden", "all"] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ from torchmae.nn.masking import Mask
 from torchmae.nn.patches import gather
 from torchmae.nn.targets import Target
 
+if TYPE_CHECKING:
+    from torchmae.nn.mae import MaskedAutoencoder
+
 
 class TeacherTarget(Target):
     """Features of each patch by a frozen network, normalised over their width.
@@ -22,7 +25,8 @@ class TeacherTarget(Target):
     The teacher is no part of the model: its weights are in no state_dict and no copy of the model copies them.
 
     Args:
-        teacher: a network, which is copied; the copy is moved to the images' device when it is first used.
+        teacher: a network, which is copied; the copy is moved to the images' device when it is first used. None: it is
+            given to `attach` before training; nothing else needs it.
         dim: width of its features.
         encode: called with the teacher and images (B, C, *size); gives features (B, L, dim) of the patches of the
             model's grid, in row-major order. For a torchmae model `lambda model, images: model.encode(images,
@@ -33,10 +37,14 @@ class TeacherTarget(Target):
     label = "a teacher's features"
 
     def __init__(
-        self, teacher: nn.Module, dim: int, encode: Callable[[Any, Tensor], Tensor], weight: float = 1.0
+        self,
+        teacher: nn.Module | None,
+        dim: int,
+        encode: Callable[[Any, Tensor], Tensor] = lambda teacher, images: teacher(images),
+        weight: float = 1.0,
     ) -> None:
         super().__init__("teacher", dim, weight)
-        self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+        self.teacher = None if teacher is None else copy.deepcopy(teacher).eval().requires_grad_(False)
         self.encode = encode
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TeacherTarget:
@@ -45,6 +53,8 @@ class TeacherTarget(Target):
     @torch.no_grad()
     def hidden_values(self, images: Tensor, mask: Mask) -> Tensor:
         """(B, M, dim) float32; ConfigError for a teacher with another number of features than asked for."""
+        if self.teacher is None:
+            raise ConfigError("the teacher was not loaded", "train with model.teacher, or call nn.teacher.attach")
         features = self.encode(self.teacher.to(images.device), images)
         if len(features) != len(images) or features.shape[2:] != (self.dim,):
             raise ConfigError(
@@ -52,3 +62,10 @@ class TeacherTarget(Target):
                 f"they must have shape ({len(images)}, patches, {self.dim})",
             )
         return F.layer_norm(gather(features.float(), mask.ids_masked), (self.dim,))
+
+
+def attach(model: MaskedAutoencoder, teacher: nn.Module) -> None:
+    """Gives a teacher to a model whose target waits for one; it is frozen and stays out of the model's state_dict."""
+    for target in model.targets:
+        if isinstance(target, TeacherTarget):
+            target.teacher = teacher.eval().requires_grad_(False)

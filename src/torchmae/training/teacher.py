@@ -1,0 +1,116 @@
+"""A trained network as the teacher of another: a run, an exported model, others' weights, or a timm model by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchmae.errors import ConfigError, TorchmaeError, reason_of
+from torchmae.training.pretrained import load
+
+TIMM = "timm:"
+_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+class Teacher(nn.Module):
+    """Features of the patches of a student's images.
+
+    Images are taken back from the student's normalisation, resized so that the teacher has a patch for each patch of
+    the student, and normalised as the teacher was trained with; grey ones are repeated for a teacher of colours.
+
+    Args:
+        network: what encodes.
+        tokens: called with images (B, C, *size); gives patch features (B, L, dim) in row-major order.
+        dim: width of a feature.
+        patch_size: pixels of the teacher's patches along each axis.
+        mean, std: of each channel, that the teacher was trained with.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        tokens: Callable[[Tensor], Tensor],
+        dim: int,
+        patch_size: Sequence[int],
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        super().__init__()
+        self.network, self.tokens, self.dim, self.patch_size = network, tokens, dim, tuple(patch_size)
+        self.register_buffer("mean", torch.tensor(mean))
+        self.register_buffer("std", torch.tensor(std))
+
+    def teach(self, patch_size: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> Teacher:
+        """Itself, for a student of this patch size and normalisation.
+
+        Raises:
+            ConfigError: another number of axes or channels than the teacher takes.
+        """
+        channels, own = len(mean), len(self.mean)
+        if len(patch_size) != len(self.patch_size) or channels not in (own, 1):
+            raise ConfigError(
+                f"the teacher takes {len(self.patch_size)} axes and {own} channels, the images have {len(patch_size)} "
+                f"and {channels}",
+                "choose a teacher of such images",
+            )
+        self._student_patch = tuple(patch_size)
+        self.register_buffer("_gain", torch.tensor(std).expand(own) / self.std)
+        self.register_buffer("_shift", (torch.tensor(mean).expand(own) - self.mean) / self.std)
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, L, dim) of images (B, C, *size) as the student takes them."""
+        axes = (-1, *[1] * len(self.patch_size))
+        gain, shift = self.get_buffer("_gain"), self.get_buffer("_shift")
+        images = images * gain.view(axes) + shift.view(axes)
+        pairs = zip(images.shape[2:], self._student_patch, self.patch_size, strict=True)
+        size = [length // theirs * own for length, theirs, own in pairs]
+        if size != list(images.shape[2:]):
+            images = F.interpolate(images, size, mode=_MODES[len(size)], align_corners=False, antialias=len(size) == 2)
+        return self.tokens(images)
+
+
+def read_teacher(source: str, grid: Sequence[int]) -> Teacher:
+    """The teacher that `model.teacher` names, for a student of this grid.
+
+    Args:
+        source: what `load` takes, or "timm:NAME", a vision transformer of timm with its pre-trained weights.
+        grid: patches of the student along each axis.
+
+    Raises:
+        ConfigError: a model without patches, a name that timm does not have, or timm is not installed.
+        CheckpointError: nothing there that can be loaded.
+    """
+    if source.startswith(TIMM):
+        return _from_timm(source.removeprefix(TIMM), grid)
+    loaded = load(source)
+    model, about = loaded.model, loaded.description
+    if not model.patch_size:
+        raise ConfigError(f"{source} holds a model without patches", "choose a vision transformer as the teacher")
+    width = model.encoder.embed_dim
+    return Teacher(model, lambda x: model.encode(x, "tokens"), width, model.patch_size, about.mean, about.std)
+
+
+def _from_timm(name: str, grid: Sequence[int]) -> Teacher:
+    try:
+        import timm
+        from timm.data import resolve_model_data_config
+    except ImportError:
+        raise ConfigError(f"teacher {TIMM}{name} needs timm", "pip install 'torchmae[timm]'") from None
+    try:
+        patch_size = timm.create_model(name, pretrained=False).patch_embed.patch_size
+        size = [patches * length for patches, length in zip(grid, patch_size, strict=True)]
+        network = timm.create_model(name, pretrained=True, num_classes=0, img_size=size)
+    except TorchmaeError:
+        raise
+    except Exception as error:  # of its registry, of an architecture without patches, of the network
+        raise ConfigError(f"timm cannot make teacher {name!r}: {reason_of(error)}", "name a ViT of timm") from error
+    about, prefix = resolve_model_data_config(network), network.num_prefix_tokens
+    tokens = lambda x: network.forward_features(x)[:, prefix:]  # noqa: E731
+    return Teacher(network, tokens, network.num_features, patch_size, about["mean"], about["std"])
