@@ -36,20 +36,23 @@ SMALL = {"depth": 2, "embed_dim": 16, "num_heads": 2}
 SMALL |= {"decoder_embed_dim": 16, "decoder_depth": 2, "decoder_num_heads": 2}
 OPTIONS: dict[str, Any] = {
     "class_token": (True, False),
-    "registers": (0, 2),
     "decoder": ("self", "cross"),
-    "norm_pix": (True, False),
     "hog_weight": (0.0, 1.0),
     "predict_ratio": (1.0, 0.5),
     "feature_weights": (False, True),
-    "drop_path": (0.0, 0.2),
 }
+# Options that meet each other nowhere in the code: each takes its values in turn.
+OTHERS: dict[str, Any] = {"registers": (0, 2), "norm_pix": (True, False), "drop_path": (0.0, 0.2)}
 
 
 def combinations() -> list[dict[str, Any]]:
     every = [dict(zip(OPTIONS, values, strict=True)) for values in product(*OPTIONS.values())]
     crossed = ("predict_ratio", "feature_weights")
-    return [one for one in every if one["decoder"] == "cross" or all(one[name] == OPTIONS[name][0] for name in crossed)]
+    kept = [one for one in every if one["decoder"] == "cross" or all(one[name] == OPTIONS[name][0] for name in crossed)]
+    return [
+        {**one, **{name: values[i // 2**place % 2] for place, (name, values) in enumerate(OTHERS.items())}}
+        for i, one in enumerate(kept)
+    ]
 
 
 def loss_of(model: MaskedAutoencoder) -> Tensor:
