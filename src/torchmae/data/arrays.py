@@ -145,7 +145,7 @@ class ArraySource(Source):
     def __len__(self) -> int:
         return int(self.images.shape[0])
 
-    def open(self, index: int, page: int = 0) -> ArrayItem:  # noqa: ARG002
+    def open(self, index: int) -> ArrayItem:
         item = ArrayItem(self.images, self._axis, place=index)
         item.nodata = self._nodata
         return item

@@ -244,9 +244,8 @@ def _unknown(spec: str, path: Path) -> DataError:
 def folder_splits(folder: Path, context: Context = Context()) -> dict[str, Source]:
     """The splits of a folder of images, nested or flat; of one without images, those of its parquet, tar or .npy files.
 
-    Splits, masks and classes go by the names of folders (`folders.roles`). Masks and what lies beside the splits is not
-    used. Sub-folders are classes where every image lies in one and there are two or more. Images are in the order of
-    their paths, byte by byte. DataError: it holds none of these, or cannot be read.
+    Splits, masks and classes go by the names of folders (`folders.roles`). Masks and what lies beside splits is unused.
+    Images are in the order of their paths, byte by byte. DataError: it holds none of these, or cannot be read.
     """
     listing = list_images(folder, picture_suffixes())
     if not len(listing.names):

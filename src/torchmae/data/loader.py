@@ -151,8 +151,7 @@ class Fetched(NamedTuple):
 class Slots:
     """Shared memory in which workers hand batches over, kept from batch to batch; made in the main process.
 
-    PyTorch takes new shared memory for each batch, which the system clears page by page as it is written: an eighth of
-    a worker's time for a batch of JPEGs (docs/performance.md). Without workers there are no slots.
+    New shared memory for each batch, as PyTorch takes it, costs an eighth of a worker's time (docs/performance.md).
     """
 
     def __init__(self, num_workers: int) -> None:

@@ -176,10 +176,9 @@ class Fitted(NamedTuple):
 
 
 def fit_to_model(sources: Sequence[Source], input_size: tuple[int, ...], channels: int | None) -> Fitted:
-    """Looks at samples of sources, training images first, and gives them the channels of a model.
+    """Looks at samples of sources, training images first, and gives them `channels`; None: what most have.
 
-    `channels` None stands for what most samples of the first source have. ConfigError: images with another number of
-    axes or channels than the model takes. DataError: none of the samples can be read.
+    ConfigError: other numbers of axes or channels than the model takes. DataError: none of the samples can be read.
     """
     probes = [probe(source) for source in sources]
     channels = probes[0].channels if channels is None else channels

@@ -73,9 +73,8 @@ class Record:
 def pack(splits: Mapping[str, Source], out: Path, options: PackOptions, progress: Progress | None = None) -> Packed:
     """Packs every split, in order, into a folder that is new, empty, or holds the same data set half packed.
 
-    Each file is written under another name, read back and compared, and renamed; only then does it count. ConfigError:
-    `out` holds something else, or the images do not fit the format. DataError: more unreadable images than allowed, or
-    a file that cannot be written or read back.
+    Each file is written under another name, read back and compared, and renamed. ConfigError: `out` holds something
+    else, or the images do not fit the format. DataError: too many unreadable images, or a file that cannot be written.
     """
     splits = in_one_list(splits)
     how = {name: value for name, value in asdict(options).items() if name not in ("max_bad", "root", "progress")}

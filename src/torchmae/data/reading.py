@@ -190,9 +190,8 @@ def measure(
 ) -> Measured:
     """Mean and deviation of each channel of scaled values, the range that is shown, and what is odd about the values.
 
-    At most `sample` images are read, evenly spaced, and count alike whatever their size; all have as many channels. A
-    channel that never changes gets a deviation of 1, so that normalising leaves it at 0. `scale` is data.scale, `kinds`
-    are types that are known to be among the images. DataError: the images cannot be read.
+    At most `sample` images are read, evenly spaced, and count alike whatever their size. A channel that never changes
+    gets a deviation of 1. `scale` is data.scale, `kinds` are types known to be there. DataError: they cannot be read.
     """
     indices = evenly_spaced(len(source), sample)
     first: list[npt.NDArray[np.float64]] = []

@@ -50,9 +50,8 @@ class ShardIndex:
 class ShardSource(EncodedSource):
     """Images in uncompressed tar files (or their URLs), in the order of the files and of the images in them.
 
-    Every member that is an image by its name is one image. In a WebDataset shard, `0001.cls` holds the label of
-    `0001.jpg` as a decimal number; other members are passed over. Where samples have several pictures (`0001.jpg` and
-    `0001.seg.png`), `context.member` says which one is meant. Nothing is unpacked: no member's name leads anywhere.
+    Every member that is an image by its name is one image; `0001.cls` holds the label of `0001.jpg` as a number. Where
+    samples have several pictures (`0001.jpg` and `0001.seg.png`), `context.member` chooses. Nothing is unpacked.
     DataError: a file that is no tar file, is compressed or damaged; no images; several pictures and no `member`.
     """
 

@@ -82,8 +82,12 @@ class Source(ABC):
         """Number of samples."""
 
     @abstractmethod
-    def open(self, index: int, page: int = 0) -> Item:
-        """One sample, its header read; `page` of a file with several. DataError: the reason, without the name."""
+    def open(self, index: int) -> Item:
+        """One sample, its header read; DataError with the reason, without the sample's name."""
+
+    def open_page(self, index: int, page: int) -> Item:  # noqa: ARG002
+        """One page, from 0, of a sample's file."""
+        return self.open(index)
 
     @abstractmethod
     def name(self, index: int) -> str:
@@ -174,8 +178,11 @@ class EncodedSource(Source):
     def encoded(self, index: int) -> bytes:
         """The content of a sample's file; DataError without the sample's name."""
 
-    def open(self, index: int, page: int = 0) -> Item:
-        context = replace(self.context, page=page) if page else self.context
+    def open(self, index: int) -> Item:
+        return self.open_page(index, self.context.page)
+
+    def open_page(self, index: int, page: int) -> Item:
+        context = self.context if page == self.context.page else replace(self.context, page=page)
         return open_item(self.encoded(index), context, lambda: self.name(index))
 
     def with_channels(self, channels: int) -> Self:
@@ -249,8 +256,8 @@ class Subset(Source):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def open(self, index: int, page: int = 0) -> Item:
-        return self.source.open(int(self.indices[index]), page)
+    def open(self, index: int) -> Item:
+        return self.source.open(int(self.indices[index]))
 
     def encoded(self, index: int) -> bytes | None:
         return self.source.encoded(int(self.indices[index]))
@@ -289,9 +296,8 @@ class EachPage(Subset):
         self._pages = np.concatenate([np.arange(count) for count in counts])
         self.remarks = (*source.remarks, f"{len(self):,} pages of {len(counts):,} files, each a sample")
 
-    def open(self, index: int, page: int = 0) -> Item:
-        """As in `Source`; `page` counts from this one."""
-        return super().open(index, int(self._pages[index]) + page)
+    def open(self, index: int) -> Item:
+        return self.source.open_page(int(self.indices[index]), int(self._pages[index]))
 
     def name(self, index: int) -> str:
         """The file and the page, from 1."""

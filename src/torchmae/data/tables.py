@@ -36,9 +36,8 @@ class ParquetSource(EncodedSource):
     """Encoded images in parquet files (or their URLs), in the order of the files and of the rows in them.
 
     All files have the same columns: one of images (a struct with `bytes`, or plain binary), and perhaps one of labels,
-    called label, labels or fine_label. Paths that a table names are never opened. Parquet is no format for random
-    access: up to `IN_MEMORY` bytes are kept in memory; larger tables are unpacked once, into the cache folder.
-    DataError: a file that is not parquet, or has no column of images.
+    called label, labels or fine_label. Paths that a table names are never opened. Up to `IN_MEMORY` bytes are kept in
+    memory; larger tables are unpacked once, into the cache folder. DataError: no parquet, or no column of images.
     """
 
     def __init__(self, files: Sequence[Place], context: Context = Context()) -> None:
@@ -224,8 +223,7 @@ def _absolute(path: str | Path) -> Path:
 class HubSource(EncodedSource):
     """Images of one split (a `datasets.Dataset`), in its order; mapped into memory from the library's own cache.
 
-    Files that the table names are read if they lie in its own folder or one of `folders`; links in those are followed.
-    DataError where no column holds images.
+    Files that it names are read from its own folder and `folders`, links followed. DataError: no column of images.
     """
 
     def __init__(self, rows: Any, title: str, folders: Iterable[Path], context: Context) -> None:
@@ -271,9 +269,8 @@ class HubSource(EncodedSource):
 def hub_splits(spec: str, context: Context = Context()) -> dict[str, Source]:
     """The splits of a data set that the `datasets` library loads; it downloads what it does not have.
 
-    `spec` is what follows the prefix: user/name, user/name:configuration, or the path of a folder. Splits whose names
-    mean no split are left out, unless nothing else is there to train on. ConfigError: the library is not installed.
-    DataError: the data cannot be loaded, or has no column of images.
+    `spec` is what follows the prefix. Splits whose names mean no split are left out, unless nothing else is there to
+    train on. ConfigError: the library is not installed. DataError: it cannot be loaded, or has no column of images.
     """
     library = require("datasets", "datasets")
     name, _, configuration = spec.partition(":")
