@@ -56,7 +56,8 @@ def pattern_source(pattern: str, files: list[Path], context: Context) -> FileSou
     known = picture_suffixes()
     names = [str(file) for file in files if file.suffix.lower() in known]
     if not names:
-        raise DataError(f"{pattern} matches no images, only such as {files[0]}", f"accepted are {', '.join(known)}")
+        problem = f"{pattern} matches no images, only files such as {files[0]}"
+        raise DataError(problem, f"accepted are {', '.join(known)}")
     others = len(files) - len(names)
     return FileSource(Path(), names, context=context, remarks=[f"{others:,} other files not used"] if others else ())
 

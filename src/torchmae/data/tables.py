@@ -117,10 +117,12 @@ class _Mapped(Strings):
 
     def __init__(self, path: Path, ends: npt.NDArray[np.int64]) -> None:
         super().__init__()
+        hold_open(path, self)
+        if path.stat().st_size != ends[-1]:
+            raise DataError(f"{path} is damaged", "remove it; it is made anew")
         self._content = np.memmap(path, mode="r") if ends[-1] else b""  # an empty file cannot be mapped
         self._ends = array("q", ends.tobytes())
         self._path = path
-        hold_open(path, self)
 
     def __reduce__(self) -> tuple[type[_Mapped], tuple[Path, npt.NDArray[np.int64]]]:
         return _Mapped, (self._path, self.parts[1])
@@ -152,8 +154,6 @@ def _load(tables: Sequence[ParquetTable], versions: Sequence[tuple[int, str]], p
                     replace_file(index, lambda file: np.save(file, found[-1]), DataError)
         except BlockingIOError:  # another process, such as another rank, unpacks the same tables
             time.sleep(_LOOK_EVERY_S)
-    if images.stat().st_size != ends[-1]:
-        raise DataError(f"{images} is damaged", "remove it; it is made anew")
     for other in {path.with_suffix("") for path in stem.parent.glob(f"{files}-*")} - {stem}:  # of older versions
         remove_unless_open(other.with_suffix(suffix) for suffix in (".bin", ".npy"))
     trim(cache_limit())
