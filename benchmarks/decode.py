@@ -31,13 +31,13 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from torchmae.data import jpeg, worker
+from torchmae.data import jpeg
+from torchmae.data import loader as ours_module
 from torchmae.data.formats import Context
-from torchmae.data.loader import ImageLoader, Plan
+from torchmae.data.loader import ImageLoader, Plan, Reader, Request, View, boxes_of, crop_numbers, cut, draw_flips
 from torchmae.data.reading import BadFiles
 from torchmae.data.sources import EncodedSource
 from torchmae.data.transforms import Boxes, Normalisation, mirror
-from torchmae.data.worker import Reader, Request, View, boxes_of, crop_numbers, cut, draw_flips
 
 BASELINE = "torchvision on Pillow, to normalised floats"
 TURN = 32  # images
@@ -172,7 +172,7 @@ def build(source: InMemory, view: View) -> dict[str, Callable[[Request], Tensor]
             return ours(request)
 
     def one_by_one(request: Request) -> Tensor:
-        with mock.patch.object(worker, "_GROUP", 1):
+        with mock.patch.object(ours_module, "_GROUP", 1):
             return ours(request)
 
     candidates: dict[str, Callable[[Request], Tensor]] = {

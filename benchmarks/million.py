@@ -54,9 +54,8 @@ def write_list(path: Path, count: int) -> None:
 
 def measure(path: str) -> dict[str, object]:
     from torchmae.data.layouts import open_splits
-    from torchmae.data.loader import Plan, hold_out
+    from torchmae.data.loader import Plan, Request, View, boxes_of, crop_numbers, hold_out
     from torchmae.data.sources import Subset
-    from torchmae.data.worker import Request, View, boxes_of, crop_numbers
 
     before = resident()
     peak = [before]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,8 @@ from torchmae.config.embed import EmbedOptions
 from torchmae.config.evaluate import ComputeOptions, EvaluateOptions
 from torchmae.config.pretrain import OWN
 from torchmae.data.formats import Context
-from torchmae.data.inspecting import median_size, suggested_input
 from torchmae.data.layouts import open_splits
-from torchmae.data.reading import probe
+from torchmae.data.reading import median_size, probe
 from torchmae.data.sources import Source
 from torchmae.errors import ConfigError
 from torchmae.evaluation import suite
@@ -28,6 +28,8 @@ from torchmae.training.progress import Display
 from torchmae.training.ranks import open_ranks
 
 Data = str | Path | Mapping[str, Any]
+_MAX_PATCHES = 256  # in an image, for a suggested patch size: what 224 pixels in patches of 16 come close to
+_LARGEST_PATCH = 16  # of pictures, as suggested
 
 PROBED = 16
 # The longer side of the images, in pixels, up to which a recipe is the one to start with.
@@ -240,3 +242,17 @@ def recommend(size: tuple[int, ...]) -> tuple[str, dict[str, Any]]:
         return recipe, {}
     input_size, patch_size = suggested_input(size)
     return recipe, {"input_size": input_size, "patch_size": patch_size}
+
+
+def suggested_input(size: Sequence[int]) -> tuple[tuple[int, ...], int]:
+    """An input size close to that of images with `size`, and a patch size that divides it, for any number of axes.
+
+    The patch is the smallest power of two from 2 on that gives no more than 256 patches. Pictures so large that it
+    would be above 16 are reduced instead.
+    """
+    patch = 2  # one pixel has nothing to predict but itself, and no contrast to be normalised by
+    while math.prod(max(1, length // patch) for length in size) > _MAX_PATCHES:
+        patch *= 2
+    grid = tuple(max(1, length // patch) for length in size)
+    patch = min(patch, _LARGEST_PATCH) if len(size) == 2 else patch
+    return tuple(length * patch for length in grid), patch

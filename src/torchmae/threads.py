@@ -1,7 +1,8 @@
-"""How processor threads wait for each other. Read once, when torch is imported, hence set before (`cli.main`)."""
+"""Processor cores; and how threads wait for each other: read once, when torch is imported, so set before that."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import MutableMapping
 
 SPIN_COUNT = "10000"
@@ -21,3 +22,8 @@ def wait_as_usual(environ: MutableMapping[str, str]) -> None:
     """Takes `wait_briefly` back."""
     if environ.get("GOMP_SPINCOUNT") == SPIN_COUNT:
         del environ["GOMP_SPINCOUNT"]
+
+
+def num_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

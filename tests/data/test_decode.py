@@ -15,8 +15,9 @@ from picture_files import decode, encoded, opened, picture
 from PIL import Image
 
 from torchmae.data import jpeg
-from torchmae.data.formats import Context, JpegItem, read_file
+from torchmae.data.formats import JpegItem
 from torchmae.data.reading import BadFiles
+from torchmae.data.sources import FileSource
 from torchmae.errors import DataError
 
 RGB = picture()
@@ -290,7 +291,7 @@ def test_damage_is_one_line(what: str, tmp_path: Path) -> None:
     path = tmp_path / "damaged.png"
     path.write_bytes(raw)
     with pytest.raises(DataError) as named:
-        read_file(path, Context())
+        FileSource(Path(), [str(path)]).read(0)
     assert str(named.value) == f"{path}: {caught.value}"
 
 
@@ -308,9 +309,9 @@ def test_noise_in_a_file_is_an_image_or_a_data_error(seed: int) -> None:
 
 def test_missing_and_unreadable_paths(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone\.png: No such file"):
-        read_file(tmp_path / "gone.png", Context())
+        FileSource(tmp_path, ["gone.png"]).read(0)
     with pytest.raises(DataError, match="Is a directory"):
-        read_file(tmp_path, Context())
+        FileSource(Path(), [str(tmp_path)]).read(0)
 
 
 def test_a_bomb_is_refused_unopened() -> None:

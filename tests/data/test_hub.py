@@ -9,8 +9,8 @@ from picture_files import picture, rows_of, write_parquet
 from PIL import Image
 
 from torchmae.data.formats import Context
-from torchmae.data.hub import HubSource
 from torchmae.data.layouts import open_splits
+from torchmae.data.tables import HubSource
 from torchmae.errors import ConfigError, DataError
 
 
@@ -97,7 +97,7 @@ def test_bytes_that_are_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     )
     source = HubSource(rows, "x", [tmp_path], Context())
     np.testing.assert_array_equal(source.read(0), source.read(1))
-    monkeypatch.setattr("torchmae.data.sources.MAX_BYTES", 100)
+    monkeypatch.setattr("torchmae.data.formats.MAX_BYTES", 100)
     for index in (0, 1):
         with pytest.raises(DataError, match=f"^x/{index}: the file has more than"):
             source.read(index)

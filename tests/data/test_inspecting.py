@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from torchmae.api import suggested_input
 from torchmae.data.arrays import ArraySource
-from torchmae.data.inspecting import inspect_splits, suggested_input
 from torchmae.data.layouts import folder_splits
+from torchmae.data.reading import inspect_splits
 
 
 def test_what_a_folder_holds(write_pictures, tmp_path: Path) -> None:

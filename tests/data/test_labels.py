@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from torchmae.data.arrays import ArraySource
-from torchmae.data.labels import from_texts, in_one_list, in_training_classes, ordered_classes, read_labels
+from torchmae.data.sources import from_texts, in_one_list, in_training_classes, ordered_classes, read_labels
 
 
 def source(labels: list[int] | None, classes: tuple[str, ...] | None = None) -> ArraySource:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from torchmae.data import named
+from torchmae.data import layouts
 from torchmae.data.formats import Context
 from torchmae.data.layouts import open_splits
 from torchmae.errors import DataError
@@ -146,7 +146,7 @@ def test_flowers(write_pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert flowers["val"].name(0).endswith("image_00003.jpg")
 
 
-@pytest.mark.parametrize("name", sorted(set(named.NAMED) - {"digits"}))
+@pytest.mark.parametrize("name", sorted(set(layouts.NAMED) - {"digits"}))
 def test_offline_says_what_to_put_where(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
     def no_network(*args: object, **kwargs: object) -> None:
         raise OSError("no network")
@@ -156,7 +156,7 @@ def test_offline_says_what_to_put_where(name: str, tmp_path: Path, monkeypatch: 
         open_splits(name, Context(root=str(tmp_path / "sets")))
     message = str(caught.value)
     assert message.startswith(f"{name} is not in {tmp_path}/sets/ and cannot be downloaded (")
-    assert f"put {named.NAMED[name].files} into {tmp_path}/sets/, or set data.root" in message
+    assert f"put {layouts.NAMED[name].files} into {tmp_path}/sets/, or set data.root" in message
     assert "\n" not in message
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from picture_files import picture, rows_of, write_parquet
 
-from torchmae.data import parquet
+from torchmae.data import tables
 from torchmae.data.formats import Context
-from torchmae.data.parquet import ParquetSource
+from torchmae.data.tables import ParquetSource
 from torchmae.errors import ConfigError, DataError
 
 
@@ -37,7 +37,7 @@ def test_parquet_in_the_datasets_schema(tmp_path: Path) -> None:
 
 def test_large_tables_are_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHMAE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(parquet, "IN_MEMORY", 0)
+    monkeypatch.setattr(tables, "IN_MEMORY", 0)
     write_parquet(tmp_path / "a.parquet", [*rows_of(3), {"image": {"bytes": None, "path": "x"}, "label": None}])
     unpacked: list[tuple[int, int]] = []
 
@@ -53,7 +53,7 @@ def test_large_tables_are_unpacked_once(tmp_path: Path, monkeypatch: pytest.Monk
         np.testing.assert_array_equal(item.read(2), picture(seed=2))
         with pytest.raises(DataError, match="the table holds no bytes"):
             item.read(3)
-    assert unpacked == [(4, 4)]
+    assert unpacked == [(1, 4), (2, 4), (3, 4), (4, 4)]
     (content,) = (tmp_path / "cache" / "parquet").glob("*.bin")
     content.write_bytes(b"")
     with pytest.raises(DataError, match=r"\.bin is damaged; remove it"):
@@ -68,7 +68,7 @@ def files_of(cache: Path, *kinds: str) -> list[Path]:
 
 def test_of_a_table_only_the_newest_copy_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHMAE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(parquet, "IN_MEMORY", 0)
+    monkeypatch.setattr(tables, "IN_MEMORY", 0)
     for seed in range(3):
         write_parquet(tmp_path / "a.parquet", rows_of(3, seed=seed))
         os.utime(tmp_path / "a.parquet", (seed, seed))
@@ -81,7 +81,7 @@ def test_the_limit_of_the_cache_covers_tables_and_spares_what_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHMAE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(parquet, "IN_MEMORY", 0)
+    monkeypatch.setattr(tables, "IN_MEMORY", 0)
     for i in range(3):
         write_parquet(tmp_path / f"{i}.parquet", rows_of(3, seed=i))
     read = ParquetSource([tmp_path / "0.parquet"])
@@ -107,16 +107,16 @@ def _open_at_once(folder: Path, ready: Any, found: Any) -> None:
 
 def test_one_of_several_processes_unpacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHMAE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(parquet, "IN_MEMORY", 0)
+    monkeypatch.setattr(tables, "IN_MEMORY", 0)
     write_parquet(tmp_path / "a.parquet", rows_of(3))
-    unpack = parquet._unpack
-    monkeypatch.setattr(parquet, "_unpack", lambda *args: (time.sleep(0.3), unpack(*args))[1])
+    unpack = tables._unpack
+    monkeypatch.setattr(tables, "_unpack", lambda *args: (time.sleep(0.3), unpack(*args))[1])
     context = multiprocessing.get_context("fork")
     ready, found = context.Barrier(3), context.Queue()
     processes = [context.Process(target=_open_at_once, args=(tmp_path, ready, found)) for _ in range(3)]
     for process in processes:
         process.start()
-    assert sorted(found.get(timeout=60) for _ in processes) == [0, 0, 1]
+    assert sorted(found.get(timeout=60) for _ in processes) == [0, 0, 3]
     for process in processes:
         process.join()
 

@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchmae.data import loader
-from torchmae.data.loader import Plan, hold_out, shard
-from torchmae.data.worker import Indices
+from torchmae.data.loader import Indices, Plan, hold_out, shard
 from torchmae.random import permutation
 
 small = st.integers(1, 60)
@@ -43,6 +42,7 @@ def test_an_order_is_made_once_though_one_reads_ahead_of_another(monkeypatch: py
         made.append(epoch)
         return permutation(seed, epoch, count)
 
+    loader._order.cache_clear()
     monkeypatch.setattr(loader, "permutation", counted)
     plan = Plan(10, 3, 0)
     for step in range(16):

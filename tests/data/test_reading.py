@@ -11,7 +11,7 @@ from torchmae.data import reading
 from torchmae.data.arrays import ArraySource, hold
 from torchmae.data.formats import Context
 from torchmae.data.layouts import folder_splits
-from torchmae.data.reading import MAX_MISSES, BadFiles, measure, probe, read_many, read_or_next
+from torchmae.data.reading import MAX_MISSES, BadFiles, first_readable, measure, probe, read_many
 from torchmae.data.sources import Source
 from torchmae.errors import DataError
 
@@ -32,7 +32,7 @@ def three_of_five(write_pictures, tmp_path: Path) -> Source:
 
 def test_the_next_one_that_reads_stands_in(three_of_five: Source, tmp_path: Path) -> None:
     bad: list[tuple[str, str]] = []
-    read = [read_or_next(three_of_five, i, bad)[0] for i in range(5)]
+    read = [first_readable(three_of_five, i, bad, three_of_five.read)[0] for i in range(5)]
     assert read == [0, 2, 2, 3, 0]
     assert [name for name, _ in bad] == [str(tmp_path / "1.png"), str(tmp_path / "4.png")]
     assert bad[0][1] == "the file is empty"
@@ -44,7 +44,7 @@ def test_a_source_that_went_away_is_not_read_to_its_end(write_pictures, tmp_path
     source = folder_splits(tmp_path)["train"]
     bad: list[tuple[str, str]] = []
     with pytest.raises(DataError, match=r"64 images in a row cannot be read; the last: .*073.png: the file is empty"):
-        read_or_next(source, 10, bad)
+        first_readable(source, 10, bad, source.read)
     assert len(bad) == MAX_MISSES
     with pytest.raises(DataError, match=r"none of 64 images can be read; the last: .*099.png: the file is empty"):
         probe(source)
@@ -59,11 +59,11 @@ def test_reading_many_keeps_the_order(
     monkeypatch.setattr(reading, "_WORTH_THREADS", worth)
     indices = np.array([4, 0, 3, 1, 2] * 20)
     readings = list(read_many(three_of_five, indices))
-    assert [item.asked for item in readings] == indices.tolist()
-    assert [item.read for item in readings] == [0, 0, 3, 2, 2] * 20
-    for item in readings:
-        np.testing.assert_array_equal(item.image, three_of_five.read(item.read))
-    assert [len(item.bad) for item in readings[:5]] == [1, 0, 0, 1, 0]
+    assert [asked for asked, *_ in readings] == indices.tolist()
+    assert [read for _, read, *_ in readings] == [0, 0, 3, 2, 2] * 20
+    for _, read, image, _ in readings:
+        np.testing.assert_array_equal(image, three_of_five.read(read))
+    assert [len(bad) for *_, bad in readings[:5]] == [1, 0, 0, 1, 0]
 
 
 def test_probe_finds_channels_sizes_and_type(write_pictures, tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_statistics_of_a_sample_reaches_over_the_whole_source() -> None:
     seen = []
     mean, _ = statistics_of(ArraySource(images), sample=200, progress=lambda *report: seen.append(report))
     assert mean[0] == pytest.approx(499.5, abs=3)
-    assert seen == [("measuring mean and deviation", 100, 200), ("measuring mean and deviation", 200, 200)]
+    assert seen == [("measuring mean and deviation", done, 200) for done in range(1, 201)]
 
 
 def test_values_that_are_not_finite_are_named() -> None:

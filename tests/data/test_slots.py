@@ -10,12 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from torchmae.data import worker as module
+from torchmae.data import loader as module
 from torchmae.data.layouts import open_splits
-from torchmae.data.loader import ImageLoader, Plan
+from torchmae.data.loader import PER_WORKER, ImageLoader, Plan, Slots, View
 from torchmae.data.reading import BadFiles
 from torchmae.data.transforms import Normalisation
-from torchmae.data.worker import PER_WORKER, Slots, View
 
 
 def images(*values: int, size: int = 6) -> list[torch.Tensor]:

@@ -16,10 +16,9 @@ import torch
 from picture_files import encoded, picture
 from PIL import Image
 
-from torchmae.data.formats import FORMATS, ArrayItem, Context, Format, begins
+from torchmae.data.formats import FORMATS, ArrayItem, Context, Format
 from torchmae.data.layouts import folder_splits
-from torchmae.data.transforms import eval_box, resample
-from torchmae.data.worker import (
+from torchmae.data.loader import (
     Reader,
     Request,
     View,
@@ -34,6 +33,7 @@ from torchmae.data.worker import (
     labels_of,
     of_one_type,
 )
+from torchmae.data.transforms import eval_box, resample
 
 VIEW = View((8, 8), (0.2, 1.0), (0.75, 1.3333), True)
 
@@ -118,7 +118,7 @@ def test_a_large_jpeg_is_cut_as_if_it_were_decoded_whole(tmp_path: Path, orienta
         sample = _Sample(reader.source, crop_numbers(request), 1)
         _place([sample], reader.view)
         sample.read((32, 24))
-        png = sample.crops((32, 24))[0]  # the same crop of a file that is never reduced
+        png = cut(sample.image, sample.boxes[0], (32, 24))  # the same crop of a file that is never reduced
         assert jpeg.shape == (1, 32, 24, 3)
         difference = (jpeg[0].float() - png.float()).abs()
         assert 0 < difference.mean() < 0.01 * 255
@@ -161,7 +161,7 @@ def test_a_reader_goes_by_pickle_with_the_formats_from_outside(tmp_path: Path, m
     Image.fromarray(picture()).save(tmp_path / "a.png")
     source = folder_splits(tmp_path)["train"]
     with monkeypatch.context() as patch:
-        patch.setitem(FORMATS, "png", Format((".png",), begins(b"\x89PNG"), open_blank))
+        patch.setitem(FORMATS, "png", Format((".png",), rb"\x89PNG", open_blank))
         sent = pickle.dumps(Reader(source, 3, VIEW))  # as the start methods spawn and forkserver do
     patched = dict(FORMATS)
     assert pickle.loads(sent)[Request(np.array([0]), 0, 0)].images.max() == 0
@@ -185,7 +185,7 @@ def test_groups_are_small_enough_to_hold() -> None:
 MAIN = """
 import sys
 from torch.utils.data import DataLoader
-from torchmae.data.worker import start_worker
+from torchmae.data.loader import start_worker
 
 if __name__ == "__main__":
     loader = DataLoader(

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from torchmae.data import parquet, shards, sources
+from torchmae.data import formats, shards, tables
 from torchmae.data.arrays import npz_splits
 from torchmae.data.formats import Context
 from torchmae.data.layouts import open_splits
-from torchmae.data.parquet import ParquetSource
 from torchmae.data.shards import ShardSource, build_index, write_index
+from torchmae.data.tables import ParquetSource
 from torchmae.errors import DataError
 
 MIB = 2**20
@@ -98,7 +98,7 @@ def test_a_file_that_is_too_large(tmp_path: Path, png: bytes, monkeypatch: pytes
     (tmp_path / "0.png").write_bytes(png)
     source = open_splits(str(tmp_path))["train"]
     assert source.read(0).shape == (20, 20, 3)
-    monkeypatch.setattr(sources, "MAX_BYTES", len(png) - 1)
+    monkeypatch.setattr(formats, "MAX_BYTES", len(png) - 1)
     with pytest.raises(DataError, match="0.png: the file has more than"):
         source.read(0)
 
@@ -119,7 +119,7 @@ def test_a_compressed_shard_is_not_unpacked(tmp_path: Path, shard: Path) -> None
 def test_a_row_of_a_table_that_is_too_large(tmp_path: Path, png: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     arrow, table = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table.write_table(arrow.table({"image": [png]}), tmp_path / "x.parquet")
-    monkeypatch.setattr(sources, "MAX_BYTES", len(png) - 1)
+    monkeypatch.setattr(formats, "MAX_BYTES", len(png) - 1)
     with pytest.raises(DataError, match="x.parquet/0: the file has more than"):
         ParquetSource([tmp_path / "x.parquet"]).read(0)
 
@@ -130,7 +130,7 @@ def test_a_value_that_a_table_repeats_fills_no_memory(
     """Such a file says of itself that it holds the value once."""
     arrow, table = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     monkeypatch.setenv("TORCHMAE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(parquet, "IN_MEMORY", 100 * len(png))
+    monkeypatch.setattr(tables, "IN_MEMORY", 100 * len(png))
     table.write_table(arrow.table({"image": [png] * 1000}), tmp_path / "x.parquet")
     assert (tmp_path / "x.parquet").stat().st_size < 10 * len(png)
     source = ParquetSource([tmp_path / "x.parquet"])

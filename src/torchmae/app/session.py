@@ -19,10 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchmae.data.formats import check_pixels, open_item
+from torchmae.data.formats import MAX_BYTES, check_pixels, open_item
 from torchmae.data.loader import ImageLoader
 from torchmae.data.opening import Data
-from torchmae.data.sources import MAX_BYTES, check_size
 from torchmae.errors import ConfigError, DataError, TorchmaeError
 from torchmae.evaluation.embedding import read_features
 from torchmae.evaluation.feature_maps import (
@@ -222,7 +221,7 @@ class Session:
         """
         context = self.models[0].context
         with path.open("rb") as file:
-            item = open_item(check_size(file.read(MAX_BYTES + 1)), context, lambda: path.name)
+            item = open_item(file.read(MAX_BYTES + 1), context, lambda: path.name)
         check_pixels(item.size, context)
         return self._picture(item.read())
 

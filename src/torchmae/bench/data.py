@@ -21,12 +21,11 @@ from torchmae.bench.timing import synchronise, take_turns
 from torchmae.config import PretrainConfig
 from torchmae.config.bench import BenchData
 from torchmae.data.formats import Progress
-from torchmae.data.loader import Plan
+from torchmae.data.loader import Plan, start_worker
 from torchmae.data.opening import Data, open_data
-from torchmae.data.reading import num_cores
 from torchmae.data.transforms import to_device
-from torchmae.data.worker import start_worker
 from torchmae.errors import ConfigError
+from torchmae.threads import num_cores
 from torchmae.training.runtime import Runtime, environment, open_runtime
 
 ENDLESS = 1_000_000_000

@@ -20,9 +20,9 @@ from torchmae.config import ReadOptions
 from torchmae.config.data import InspectOptions, PackCommand, PackOptions
 from torchmae.data.arrays import sample_axes
 from torchmae.data.formats import Context
-from torchmae.data.inspecting import Inspection, SplitFacts, inspect_splits, median_size
 from torchmae.data.layouts import open_splits
 from torchmae.data.packing import pack as write_packed
+from torchmae.data.reading import Inspection, SplitFacts, inspect_splits, median_size
 from torchmae.data.sources import Source, data_line, evenly_spaced
 from torchmae.data.transforms import Normalisation
 from torchmae.errors import DataError, printable
@@ -84,7 +84,7 @@ def _axes_of_array(source: Source, format: str) -> str:
         item = source.open(0)
         axes = f" --data.axes={'ZYX'[-len(item.size) :] if len(item.size) != 1 else 'L'}C"
         with suppress(DataError):
-            if sample_axes((*item.size, item.channels), Context(), "").channel_axis == len(item.size):
+            if sample_axes((*item.size, item.channels), Context(), "")[0] == len(item.size):
                 return ""
         return axes
     return ""

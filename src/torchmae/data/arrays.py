@@ -5,20 +5,20 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from torchmae.data.formats import NOT_FINITE, ArrayItem, Context, Image, Progress, stored_type
-from torchmae.data.labels import Labels
-from torchmae.data.reading import BadFiles, read_many, read_or_next, stand_ins
-from torchmae.data.sources import Source, Subset, digest, evenly_spaced
+from torchmae.data.formats import ArrayItem, Context, Image, Progress, stored_type, tracked
+from torchmae.data.reading import BadFiles, first_readable, read_many, stand_ins
+from torchmae.data.sources import Labels, Source, Subset, digest, evenly_spaced
 from torchmae.data.transforms import to_device
 from torchmae.errors import ConfigError, DataError, TorchmaeError, reason_of, require
 
@@ -28,25 +28,19 @@ ZARR_SUFFIX = ".zarr"
 # What the names of the arrays `images` and `labels` may begin with, and the split that it means.
 PREFIXES = (("", "train"), ("train_", "train"), ("val_", "val"), ("test_", "test"))
 
-_GIB = 2**30
+GIB = 2**30
 _FEW = 16  # channels that an axis may be taken for
 _SURE = 4  # channels that a last axis is taken for whatever the others are
 _ELONGATED = 3  # a picture whose sides differ more may as well be a signal
 _CHECKED_AT_ONCE = 2**24  # values
 
 
-class Axes(NamedTuple):
-    """What the axes of a sample mean."""
+def sample_axes(shape: tuple[int, ...], context: Context, title: str) -> tuple[int | None, str]:
+    """The channel axis of a sample (None: one channel without an axis), and how its axes were taken, "" if plain.
 
-    channel_axis: int | None  # None: it has one channel and no axis for it
-    note: str | None = None  # how the axes were taken, where the shape leaves a choice
-
-
-def sample_axes(shape: tuple[int, ...], context: Context, title: str) -> Axes:
-    """The meaning of a sample's axes: as `context.axes` says, else the one reading that its shape has.
-
-    Messages call the samples `title`. DataError: a shape with several readings, or none. ConfigError: it does not fit
-    `context.axes`, or `context.spatial_dims`, the number of axes that the model takes for spatial.
+    It is as `context.axes` says, else by the one reading that the shape has. Messages call the samples `title`.
+    DataError: a shape with several readings, or none. ConfigError: it does not fit `context.axes`, or
+    `context.spatial_dims`, the number of axes that the model takes for spatial.
     """
     dims, axes = context.spatial_dims, context.axes
     times = " x ".join(map(str, shape))
@@ -58,20 +52,16 @@ def sample_axes(shape: tuple[int, ...], context: Context, title: str) -> Axes:
         if len(axes) != len(shape):
             raise ConfigError(f"data.axes is {axes!r} and {problem}", f"give {len(shape)} letters")
         if dims not in (None, spatial):
-            raise ConfigError(
-                f"data.axes {axes!r} has {spatial} axes beside channels and model.input_size {dims} numbers",
-                f"give model.input_size {spatial} numbers, or other axes",
-            )
-        return Axes(axes.index("C") if "C" in axes else None)
+            problem = f"data.axes {axes!r} has {spatial} axes beside channels and model.input_size {dims} numbers"
+            raise ConfigError(problem, f"give model.input_size {spatial} numbers, or other axes")
+        return axes.index("C") if "C" in axes else None, ""
     if dims is None and len(shape) not in (1, 2, 3, 4):
         raise DataError(problem, "samples are (*size) or (*size, channels), 1 to 3 numbers in size")
     if dims is not None and len(shape) not in (dims, dims + 1):
-        raise ConfigError(
-            f"{problem} and model.input_size has {dims} numbers",
-            "give model.input_size a number for each axis that is not channels",
-        )
+        fix = "give model.input_size a number for each axis that is not channels"
+        raise ConfigError(f"{problem} and model.input_size has {dims} numbers", fix)
     if len(shape) == 1 or (dims == len(shape) and len(shape) < 3):
-        return Axes(None)
+        return None, ""
     readings = _readings(shape, dims)
     if context.channels is not None:  # which may tell them apart
         fitting = [axes for axes in readings if context.channels == (shape[axes.index("C")] if "C" in axes else 1)]
@@ -82,8 +72,8 @@ def sample_axes(shape: tuple[int, ...], context: Context, title: str) -> Axes:
         raise DataError(f"{problem}, which may be read as {words}", f"say which: --data.axes {readings[0]}")
     axes = readings[0]
     is_plain = dims == len(shape) or (axes.endswith("C") and shape[-1] <= _SURE)
-    note = None if is_plain else f"{times} read as {axes} ({_words(axes)})"
-    return Axes(axes.index("C") if "C" in axes else None, note)
+    note = "" if is_plain else f"{times} read as {axes} ({_words(axes)})"
+    return axes.index("C") if "C" in axes else None, note
 
 
 def _readings(shape: tuple[int, ...], dims: int | None) -> list[str]:
@@ -126,8 +116,7 @@ def _words(axes: str) -> str:
 class ArraySource(Source):
     """Samples along the first axis of one array, (N, ...) of any integers, floats or bool: NumPy's or a `FileArray`.
 
-    `labels` are (N,) integers, -1 where unknown, and `classes` their names; messages call the samples `title`. Errors
-    as of `sample_axes`, and DataError for an array that is no set of samples.
+    Messages call the samples `title`. Errors as of `sample_axes`, and DataError for an array that is no set of samples.
     """
 
     def __init__(
@@ -144,14 +133,12 @@ class ArraySource(Source):
         except DataError as error:
             raise DataError(f"{title} {error.problem}", error.fix) from None
         if len(images.shape) < 2 or not images.shape[0]:
-            raise DataError(
-                f"{title} has shape {images.shape}", "it should be (samples, *size) or (samples, *size, channels)"
-            )
-        axes = sample_axes(tuple(images.shape[1:]), context, title)
+            fix = "it should be (samples, *size) or (samples, *size, channels)"
+            raise DataError(f"{title} has shape {images.shape}", fix)
+        self._axis, note = sample_axes(tuple(images.shape[1:]), context, title)
         self.images = images
-        self.remarks = () if axes.note is None else (axes.note,)
+        self.remarks = (note,) if note else ()
         self._take_labels(labels, classes)
-        self._axis = axes.channel_axis
         self._title = title
         self._nodata = context.nodata
 
@@ -159,13 +146,11 @@ class ArraySource(Source):
         return int(self.images.shape[0])
 
     def open(self, index: int) -> ArrayItem:
-        """As in `Source`."""
         item = ArrayItem(self.images, self._axis, place=index)
         item.nodata = self._nodata
         return item
 
     def name(self, index: int) -> str:
-        """The title and the index."""
         return f"{self._title}/{index}"
 
     def fingerprint(self) -> str:
@@ -182,14 +167,11 @@ class ArraySource(Source):
         """The source itself; ConfigError where `channels` is not what the array has."""
         have = 1 if self._axis is None else int(self.images.shape[1:][self._axis])
         if channels != have:
-            raise ConfigError(
-                f"{self._title} has {have} channels and the model takes {channels}",
-                f"set model.in_chans to {have}, or leave it out",
-            )
+            problem = f"{self._title} has {have} channels and the model takes {channels}"
+            raise ConfigError(problem, f"set model.in_chans to {have}, or leave it out")
         return self
 
     def whole(self) -> tuple[Image, npt.NDArray[np.int64] | None] | None:
-        """As in `Source`."""
         array = self.images.array if isinstance(self.images, FileArray) else self.images
         usable = isinstance(array, np.ndarray) and array.dtype in (np.uint8, np.uint16, np.float32)
         if not usable or not array.flags.writeable or self._nodata is not None:
@@ -200,8 +182,7 @@ class ArraySource(Source):
 class FileArray:
     """An array in a file, of which only what is asked for is read. Each process opens the file for itself.
 
-    `path` is a .npy or HDF5 file, or the folder that a Zarr store is; `name` that of the array in it ("": the file is
-    the array). DataError: it cannot be opened.
+    `path` is a .npy file, or an HDF5 file or Zarr store with the array `name`. DataError: it cannot be opened.
     """
 
     def __init__(self, path: Path, name: str = "") -> None:
@@ -231,38 +212,39 @@ class FileArray:
 
 def map_array(path: Path) -> Image:
     """Maps a .npy file into memory; nothing is read before it is used, and writing does not reach the file."""
-    try:
+    with _npy_errors(path):
         array: Image = np.load(path, mmap_mode="c", allow_pickle=False)
-    except Exception as error:  # a damaged header fails as NumPy's parser, or the memory it asks for, sees fit
-        raise _npy_error(error, path) from error
-    return array
+        return array
 
 
 def read_npy(data: bytes) -> Image:
     """The array of a .npy file; it takes no more memory than the file has bytes."""
-    try:
+    with _npy_errors():
         array: Image = np.load(io.BytesIO(data), allow_pickle=False)
-    except Exception as error:
-        raise _npy_error(error) from error
-    return array
+        return array
 
 
-def _npy_error(error: Exception, path: Path | None = None) -> DataError:
-    """What is wrong with a .npy or .npz file that NumPy could not read."""
-    reason, fix = reason_of(error), "save one numeric array with numpy.save"
-    if "Object arrays" in reason or "Python objects in dtype" in reason:
-        reason = "it holds objects, such as samples of unequal length"
-        fix = "save each sample as a .npy file of its own in one folder; they are cropped to model.input_size"
-    elif not isinstance(error, OSError) and (" at 0x" in reason or not isinstance(error, (ValueError, EOFError))):
-        reason = "its header is damaged"
-    return DataError(f"cannot read {path}: {reason}" if path else reason, fix)
+@contextmanager
+def _npy_errors(path: Path | None = None) -> Iterator[None]:
+    """What is wrong with a .npy or .npz file that NumPy cannot read becomes a DataError."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (
+        Exception
+    ) as error:  # a damaged file fails as NumPy's parser, zlib, zipfile or the memory it asks for see fit
+        reason, fix = reason_of(error), "save one numeric array with numpy.save"
+        if "Object arrays" in reason or "Python objects in dtype" in reason:
+            reason = "it holds objects, such as samples of unequal length"
+            fix = "save each sample as a .npy file of its own in one folder; they are cropped to model.input_size"
+        elif not isinstance(error, OSError) and (" at 0x" in reason or not isinstance(error, (ValueError, EOFError))):
+            reason = "its header is damaged"
+        raise DataError(f"cannot read {path}: {reason}" if path else reason, fix) from error
 
 
 def unpacked_bytes(arrays: Any, names: Iterable[str] | None = None) -> int:
-    """Bytes that some arrays of an opened .npz file (None: all) take in memory, as it says itself.
-
-    NumPy never reads more than that from it.
-    """
+    """Bytes that some arrays of an opened .npz file (None: all) say they take; NumPy never reads more than that."""
     wanted = set(arrays.files if names is None else names)
     return sum(item.file_size for item in arrays.zip.infolist() if item.filename.removesuffix(".npy") in wanted)
 
@@ -270,50 +252,31 @@ def unpacked_bytes(arrays: Any, names: Iterable[str] | None = None) -> int:
 def named_arrays(
     arrays: Mapping[str, Any], context: Context, title: str, classes: Sequence[str] | None = None
 ) -> dict[str, Source]:
-    """The splits of arrays called images and labels, or train_images and so on; of one array of any other name.
-
-    In messages the names stand behind `title`; `classes` are the names of the labels. DataError: no array of images.
-    """
+    """The splits of arrays called images and labels, train_images and so on, or of one of any name; DataError: none."""
     names = {split: (f"{prefix}images", f"{prefix}labels") for prefix, split in PREFIXES if f"{prefix}images" in arrays}
     others = [name for name in arrays if not name.endswith("labels")]
     if not names and len(others) == 1:
         names = {"train": (others[0], "labels")}
     if "train" not in names:
-        raise DataError(
-            f"{title} holds {', '.join(arrays) or 'no arrays'}", "it needs an array named images (and may have labels)"
-        )
-    return {
-        split: ArraySource(
-            arrays[images],
-            np.asarray(arrays[labels][...]) if labels in arrays else None,
-            classes,
-            title=f"{title}/{images}".rstrip("/"),
-            context=context,
-        )
-        for split, (images, labels) in names.items()
-    }
+        found = f"{title} holds {', '.join(arrays) or 'no arrays'}"
+        raise DataError(found, "it needs an array named images (and may have labels)")
+    splits: dict[str, Source] = {}
+    for split, (images, labels) in names.items():
+        known = np.asarray(arrays[labels][...]) if labels in arrays else None
+        name = f"{title}/{images}".rstrip("/")
+        splits[split] = ArraySource(arrays[images], known, classes, title=name, context=context)
+    return splits
 
 
 def npz_splits(path: Path, context: Context, max_bytes: float | None = None) -> dict[str, Source]:
-    """The splits of an .npz file: arrays `images` and `labels`, or train_images, val_images, test_images and so on.
-
-    They are kept in memory, of which they may take `max_bytes`; None: as many as the machine has. DataError: the file
-    cannot be read, holds no images, or more than fit.
-    """
+    """The splits of an .npz file: arrays named as for `named_arrays`, in memory, of which they may take `max_bytes`."""
     limit = _memory_bytes() if max_bytes is None else max_bytes
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            wanted = [name for name in arrays.files if name.endswith(("images", "labels"))] or arrays.files
-            if (needed := unpacked_bytes(arrays, wanted)) > limit:
-                raise DataError(
-                    f"{path} unpacks to {needed / _GIB:.1f} GiB and there are {limit / _GIB:.1f} GiB of memory",
-                    "save its images as .npy, of which only what is needed is read",
-                )
-            held = {name: arrays[name] for name in wanted}
-    except DataError:
-        raise
-    except Exception as error:  # a damaged zip file fails as zlib, struct, zipfile or NumPy see fit
-        raise _npy_error(error, path) from error
+    with _npy_errors(path), path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        wanted = [name for name in arrays.files if name.endswith(("images", "labels"))] or arrays.files
+        if (needed := unpacked_bytes(arrays, wanted)) > limit:
+            problem = f"{path} unpacks to {needed / GIB:.1f} GiB and there are {limit / GIB:.1f} GiB of memory"
+            raise DataError(problem, "save its images as .npy, of which only what is needed is read")
+        held = {name: arrays[name] for name in wanted}
     # A member that is no array comes as bytes.
     return named_arrays({name: x for name, x in held.items() if isinstance(x, np.ndarray)}, context, path.name)
 
@@ -329,8 +292,8 @@ def _memory_bytes() -> float:
 def open_store(path: Path) -> dict[str, Any]:
     """The arrays of an HDF5 file or a Zarr store by name; a store that is a single array has the name "".
 
-    Links out of an HDF5 file are left alone. DataError: an array whose values would be unpickled, or lie in files that
-    it names. ConfigError: the library is not installed. A damaged store raises whatever its library does.
+    Links out of an HDF5 file are left alone. DataError: an array that is pickled, or lies in other files.
+    ConfigError: the library is not installed. A damaged store raises whatever its library does.
     """
     if path.suffix.lower() == ZARR_SUFFIX:
         store = require("zarr", "arrays").open(path, mode="r")
@@ -370,11 +333,6 @@ class Held:
     rows: npt.NDArray[np.int64] | None  # (N,) the row of each image; None: they are in order
     labels: Labels | None  # (N,), of an unreadable image its stand-in's; None: nothing has a label
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory."""
-        return self.images.nbytes
-
     def gather(self, indices: npt.NDArray[np.int64]) -> Tensor:
         """(B, C, *size) copies of some images."""
         rows = indices if self.rows is None else self.rows[indices]
@@ -393,41 +351,38 @@ class Held:
 def hold(source: Source, limit: float, bad: BadFiles, progress: Progress | None = None) -> Held:
     """Brings all images of a source into memory; an array that is there already is not copied.
 
-    `bad` takes the ones that cannot be read; their neighbours stand in for them. DoesNotFitError: more than `limit`
-    bytes, or images of different sizes or types, found at the first that differs.
+    Neighbours stand in for the `bad` ones. DoesNotFitError: more than `limit` bytes, or of several sizes or types.
     """
     whole = source.whole()
     if whole is None:
         return _decode_all(source, limit, bad, progress)
     images, rows = whole
     _check_limit(images.nbytes, limit)
-    held = torch.from_numpy(images).movedim(-1, 1)
-    if images.dtype.kind != "f":
-        return Held(held, rows, source.labels)
-    used = np.arange(len(images)) if rows is None else rows
-    step = max(1, _CHECKED_AT_ONCE // max(1, math.prod(images.shape[1:])))
-    axes = tuple(range(1, images.ndim))
-    parts = [np.isfinite(images[i : i + step]).all(axis=axes) for i in range(0, len(images), step)]
-    finite = np.concatenate(parts)[used]
-    if finite.all():
-        return Held(held, rows, source.labels)
-    taken = stand_ins(source, finite, NOT_FINITE, bad)
-    return Held(held, used[taken], None if source.labels is None else source.labels[taken])
+    labels = source.labels
+    if images.dtype.kind == "f":
+        step = max(1, _CHECKED_AT_ONCE // max(1, math.prod(images.shape[1:])))
+        axes = tuple(range(1, images.ndim))
+        parts = [np.isfinite(images[i : i + step]).all(axis=axes) for i in range(0, len(images), step)]
+        used = np.arange(len(images)) if rows is None else rows
+        finite = np.concatenate(parts)[used]
+        if not finite.all():
+            taken = stand_ins(source, finite, bad)
+            rows, labels = used[taken], None if labels is None else labels[taken]
+    return Held(torch.from_numpy(images).movedim(-1, 1), rows, labels)
 
 
 def _check_limit(nbytes: int, limit: float) -> None:
     if nbytes > limit:
-        raise DoesNotFitError(
-            f"the images take {nbytes / _GIB:.1f} GiB and data.memory_limit leaves {limit / _GIB:.1f}"
-        )
+        raise DoesNotFitError(f"the images take {nbytes / GIB:.1f} GiB and data.memory_limit leaves {limit / GIB:.1f}")
 
 
 def _decode_all(source: Source, limit: float, bad: BadFiles, progress: Progress | None) -> Held:
-    first, image = read_or_next(source, 0, [])
+    first, image = first_readable(source, 0, [], source.read)
     _check_limit(image.nbytes * len(source), limit)
     held = np.empty((len(source), image.shape[-1], *image.shape[:-1]), dtype=image.dtype)
     labels = None if source.labels is None else source.labels.copy()
-    for asked, read, other, unread in read_many(source, np.arange(len(source))):
+    readings = read_many(source, np.arange(len(source)))
+    for asked, read, other, unread in tracked(readings, progress, "reading images", len(source)):
         for name, reason in unread:
             bad.add(name, reason)
         if (other.shape, other.dtype) != (image.shape, image.dtype):
@@ -439,6 +394,4 @@ def _decode_all(source: Source, limit: float, bad: BadFiles, progress: Progress 
         held[asked] = np.moveaxis(other, -1, 0)
         if labels is not None and source.labels is not None:
             labels[asked] = source.labels[read]
-        if progress is not None and ((asked + 1) % 1000 == 0 or asked + 1 == len(source)):
-            progress("reading images", asked + 1, len(source))
     return Held(torch.from_numpy(held), None, labels)

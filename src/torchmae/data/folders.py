@@ -12,21 +12,21 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from torchmae.data.formats import missing_extra
-from torchmae.data.sources import Strings
+import numpy as np
+import numpy.typing as npt
+
+from torchmae.data.formats import Context, missing_extra
+from torchmae.data.sources import FileSource, Source, Strings, ordered_classes
 from torchmae.errors import DataError, printable, reason_of
 
 SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
 }
 """Words that mean a split, in lower case; case does not matter."""
+
+LIST_SUFFIXES = (".csv", ".tsv", ".txt", ".lst")  # of lists of images
 
 _PICTURES = r"images?|imgs?|pictures|jpegimages|leftimg8bit|inputs?"
 _MASKS = (
@@ -66,9 +66,8 @@ class Listing:
         """What was passed over, a short phrase each."""
         found = [f"{self.kinds()} not used"] if self.others else []
         if self.system:
-            found.append(
-                f"{self.system.total():,} hidden or system files and folders ({shortened(self.system)}) passed over"
-            )
+            count = self.system.total()
+            found.append(f"{count:,} hidden or system files and folders ({shortened(self.system)}) passed over")
         for place, reason in list(self.unreadable.items())[:_LISTED]:
             found.append(f"folder {place} cannot be read ({reason}) and is passed over")
         if len(self.unreadable) > _LISTED:
@@ -93,32 +92,34 @@ def shortened(names: Iterable[str]) -> str:
 
 
 def list_images(folder: Path, suffixes: tuple[str, ...]) -> Listing:
-    """Lists the image files under a folder; links to folders are followed, each folder is read once.
-
-    Folders below it that cannot be read are passed over.
-
-    Raises:
-        DataError: the folder itself cannot be read.
-    """
-    listing = Listing()
+    """Lists the images under a folder, through links, each folder once; DataError where itself cannot be read."""
+    listing, root = Listing(), os.fsencode(folder)
     visited: set[tuple[int, int]] = set()  # device and number of the folders listed so far
+    found: list[bytes] = []
+
+    def note_unreadable(error: OSError) -> None:
+        place = os.path.relpath(error.filename, root)
+        if place == b".":
+            problem = f"cannot read folder {folder}: {error.strerror}"
+            raise DataError(problem, "mend its permissions, or give another") from error
+        listing.unreadable[printable(place)] = reason_of(error)
+
+    for path, folders, files in os.walk(root, onerror=note_unreadable, followlinks=True):
+        status = os.stat(path)  # noqa: PTH116 (a Path for each folder of a million is slow)
+        if (status.st_dev, status.st_ino) in visited:  # a link back up, or a second link to the same folder
+            folders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        hidden = {name for name in (*folders, *files) if _SYSTEM.fullmatch(name)}
+        passed = [os.fsdecode(name) for name in hidden]
+        pictures = [name for name in passed if os.fsencode(name) in folders or name.lower().endswith(suffixes)]
+        listing.system.update("._*" if name.startswith("._") else name for name in pictures)
+        folders[:] = sorted((name for name in folders if name not in hidden), key=lambda name: name + b"/")
+        place = path[len(root) :].strip(b"/")
+        found += [place + b"/" + name if place else name for name in files if name not in hidden]
     number_of: dict[str, int] = {}  # of places
     last = b""
-    # Folders yet to be listed and files yet to be taken, the next one last. Sorted with a "/" behind the name of each
-    # folder, entries come in the order of the full paths.
-    waiting = [b"/"]
-    while waiting:
-        entry = waiting.pop()
-        if entry.endswith(b"/"):
-            try:
-                waiting += _entries(folder, entry.strip(b"/"), visited, suffixes, listing.system)
-            except OSError as error:
-                if entry == b"/":
-                    raise DataError(
-                        f"cannot read folder {folder}: {error.strerror}", "mend its permissions, or give another"
-                    ) from error
-                listing.unreadable[printable(entry.strip(b"/"))] = reason_of(error)
-            continue
+    for entry in sorted(found):
         path, _, name = entry.rpartition(b"/")
         lower = os.fsdecode(name).lower()
         if not lower.endswith(suffixes):
@@ -132,28 +133,6 @@ def list_images(folder: Path, suffixes: tuple[str, ...]) -> Listing:
         listing.place_of.append(number_of.setdefault(os.fsdecode(path), len(number_of)))
     listing.places = list(number_of)
     return listing
-
-
-def _entries(
-    folder: Path, place: bytes, visited: set[tuple[int, int]], suffixes: tuple[str, ...], system: Counter[str]
-) -> list[bytes]:
-    """Paths of what is to be looked at in the folder `place`, with "/" behind those of folders, the first one last."""
-    path = os.fsencode(folder) + (b"/" + place if place else b"")
-    status = os.stat(path)  # noqa: PTH116 (a Path for each folder of a million is slow)
-    if (status.st_dev, status.st_ino) in visited:  # a link back up, or a second link to the same folder
-        return []
-    visited.add((status.st_dev, status.st_ino))
-    found = []
-    with os.scandir(path) as entries:
-        for entry in entries:
-            is_folder = entry.is_dir()
-            if _SYSTEM.fullmatch(entry.name) is None:
-                found.append((place + b"/" if place else b"") + entry.name + (b"/" if is_folder else b""))
-                continue
-            name = os.fsdecode(entry.name)
-            if is_folder or name.lower().endswith(suffixes):
-                system["._*" if name.startswith("._") else name] += 1
-    return sorted(found, reverse=True)
 
 
 def split_named(word: str) -> str:
@@ -221,11 +200,8 @@ def _holds_masks(name: str, siblings: Iterable[str], *, has_pictures: bool) -> b
     if of is None:
         return has_pictures or any(_PICTURE_FOLDER.fullmatch(other) or split_named(other) for other in others)
     same_split = {other for other in others if split_named(of) and split_named(other) == split_named(of)}
-    return (
-        of in others
-        or bool(same_split)
-        or any(re.fullmatch(rf"{re.escape(of)}[-_ ]?(?:{_PICTURES})", other) for other in others)
-    )
+    pictures = re.compile(rf"{re.escape(of)}(?:[-_ ]?(?:{_PICTURES}))?")
+    return bool(same_split) or any(map(pictures.fullmatch, others))
 
 
 def _labels(splits: dict[tuple[str, ...], str], depth: int | None, *, has_masks: bool) -> dict[tuple[str, ...], str]:
@@ -285,3 +261,65 @@ def _pair_key(name: str) -> tuple[str, ...]:
             parts.append(split_named(word) or word)
     match = _MASK_FILE.fullmatch(path.stem)
     return (*parts, match["of"] if match else path.stem)
+
+
+def picture_splits(folder: Path, listing: Listing, context: Context) -> dict[str, Source]:
+    """The splits of the pictures that a folder holds, with their classes and their masks."""
+    found = roles(listing.places)
+    place_of = np.frombuffer(listing.place_of, dtype=np.intc)
+    is_mask = np.array([bool(role.masks) for role in found])[place_of]
+    is_mask[masks_among(listing.names)] = True
+    split_of = np.array([role.split for role in found])
+    trained = {role.label for role in found if role.split == "train" and role.label is not None}
+    classes = ordered_classes(trained, (role.label for role in found if role.split and role.label is not None))
+    number_of = {name: i for i, name in enumerate(classes)}
+    label_of = np.array([number_of.get(role.label or "", -1) for role in found])
+    remarks = _folder_remarks(folder, listing, found, is_mask, len(trained) if len(classes) > 1 else 0)
+    masks = Masks(folder, Strings(listing.names[i] for i in np.flatnonzero(is_mask).tolist()))
+    splits: dict[str, Source] = {}
+    for split in dict.fromkeys(role.split for role in found if role.split):
+        rows = np.flatnonzero((split_of == split)[place_of] & ~is_mask)
+        whole = len(rows) == len(listing.names)
+        names = listing.names if whole else Strings(listing.names[row] for row in rows.tolist())
+        labelled = len(classes) > 1 and all(role.label is not None for role in found if role.split == split)
+        labels = label_of[place_of[rows]] if labelled else None
+        own = (classes[: len(trained)] if split == "train" else classes) if labelled else None
+        source = FileSource(folder, names, labels, own, context, remarks)
+        source.masks = masks if len(masks) else None
+        splits[split] = source
+    return splits
+
+
+def _folder_remarks(
+    folder: Path, listing: Listing, found: Sequence[Role], is_mask: npt.NDArray[np.bool_], num_classes: int
+) -> list[str]:
+    """What was decided about a folder, and what in it is not used, a short phrase each."""
+    place_of = np.frombuffer(listing.place_of, dtype=np.intc)
+    masks_in, images_in = (np.bincount(place_of[rows], minlength=len(found)) for rows in (is_mask, ~is_mask))
+    counts: Counter[str] = Counter()  # of pictures, by split; "" beside the splits
+    for role, count in zip(found, images_in.tolist(), strict=True):
+        counts[role.split] += count
+    names = [split for split in ("train", "val", "test") if counts[split]]
+    remarks = [f"splits {'/'.join(names)} found"] if len(names) > 1 or counts[""] else []
+    if num_classes:
+        remarks.append(f"labels from folders ({num_classes} classes)")
+    tops = {place: place.partition("/")[0] for place in listing.places}
+    if names == ["train"]:
+        files = (f"{split}{suffix}" for split in SPLIT_NAMES for suffix in LIST_SUFFIXES)
+        if lists := [name for name in files if (folder / name).is_file()]:
+            remarks.append(f"lists {', '.join(lists)} not used, so that all images are trained on")
+        held_out = sorted({top for top in tops.values() if split_named(top) in ("val", "test")})
+        remarks += [f"no train folder, so that {top}/ is trained on" for top in held_out]
+    if counts[""]:
+        beside = {f"{tops[place] or '.'}/" for place, role in zip(listing.places, found, strict=True) if not role.split}
+        beside -= {f"{role.masks}/" for role in found}
+        remarks.append(f"{counts['']:,} images beside the splits ({shortened(beside)}) not used")
+    if is_mask.any():
+        where = {f"{role.masks}/" if role.masks else "*_mask" for role, n in zip(found, masks_in, strict=True) if n}
+        remarks.append(f"{int(is_mask.sum()):,} masks ({shortened(where)}) not used")
+    if listing.num_twins:
+        remarks.append(
+            f"{listing.num_twins:,} images share name and folder with another ({listing.twin}) and are used all the "
+            f"same: '{printable(os.fsencode(folder))}/**/*.SUFFIX' gives one kind alone"
+        )
+    return [*remarks, *listing.remarks()]

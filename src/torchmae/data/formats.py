@@ -2,7 +2,7 @@
 
 A format of your own is one row, whose opener is a function of bytes (docs/data.md has a whole example):
 
-    FORMATS["raw16"] = Format((".r16",), begins(b"R16"), open_raw16)
+    FORMATS["raw16"] = Format((".r16",), rb"R16", open_raw16)
 """
 
 from __future__ import annotations
@@ -13,17 +13,15 @@ import struct
 import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields
-from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, features
+from PIL import ExifTags
 from PIL import Image as Pillow
 
 from torchmae.config import ReadOptions
@@ -32,8 +30,12 @@ from torchmae.errors import DataError, reason_of
 
 Image = npt.NDArray[Any]
 Region = tuple[tuple[int, int], ...]  # first index and length along each spatial axis
+Each = TypeVar("Each")
 Progress = Callable[[str, int, int], None]  # takes the name of the work, how much is done, how much there is
 
+MAX_BYTES = 512 * 2**20  # of an image file: as many as a hundred million pixels seldom take
+TOO_LARGE = f"the file has more than {MAX_BYTES // 2**20:,} MiB"
+IF_GENUINE = "raise data.max_megapixels if it is genuine"
 NOT_FINITE = "holds values that are not finite"
 CUT_SHORT = "cut short"  # the reason begins with it where a file ends before its pixels do
 PACKED_ARRAY = ".sample.npy"  # the end of the name of an array that is one sample, wherever it lies
@@ -45,17 +47,13 @@ ON_WHITE = "transparency laid on white"
 _JPEG_OVER_LIMIT = 10  # a JPEG may have so many times the limit of pixels: it is read at a fraction of its size
 _PIXELS_PER_BYTE = 200  # of a JPEG, at most: its blocks of 64 pixels take two bits or more
 
-# What each EXIF orientation does to (height, width, channels); from 5 on, height and width change places.
-UPRIGHT: dict[int, Callable[[Image], Image]] = {
-    1: lambda pixels: pixels,
-    2: lambda pixels: pixels[:, ::-1],
-    3: lambda pixels: pixels[::-1, ::-1],
-    4: lambda pixels: pixels[::-1],
-    5: lambda pixels: pixels.swapaxes(0, 1),
-    6: lambda pixels: pixels[::-1].swapaxes(0, 1),
-    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
-    8: lambda pixels: pixels[:, ::-1].swapaxes(0, 1),
-}
+
+def tracked(items: Iterable[Each], progress: Progress | None, what: str, total: int, done: int = 0) -> Iterator[Each]:
+    """The items as they come; `progress` hears after each how many were worked on."""
+    for number, item in enumerate(items, done + 1):
+        yield item
+        if progress is not None:
+            progress(what, number, total)
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,6 @@ class WithChannels(Item):
         self.reduces = item.reduces
 
     def read(self, region: Region | None = None, reduction: int = 1) -> Image:
-        """As in `Item`."""
         image = self._item.read(region, reduction)
         if self.channels == 3:
             return np.repeat(image, 3, axis=-1)
@@ -179,40 +176,30 @@ class WithChannels(Item):
         return (np.rint(grey) if image.dtype.kind == "u" else grey).astype(image.dtype)[..., None]
 
 
-def _nothing() -> None:
-    """What most formats need."""
-
-
 class Format(NamedTuple):
     """One kind of encoded file. Rows from outside travel to worker processes, by pickle where those are not forked."""
 
     suffixes: tuple[str, ...]  # in lower case, with the dot; files that are packed get the first
-    known_by: Callable[[bytes], bool] | None  # takes up to 64 first bytes of a file; None: only its name tells
+    magic: bytes | None  # a regular expression that such files begin with; None: only their names tell
     open: Callable[[bytes, Context], Item]  # makes an item of the whole content; DataError with the reason
-    needs: Callable[[], str | None] = _nothing  # what to install first, such as "torchmae[heif]"; None: nothing
+    needs: tuple[str, str] | None = None  # a module, and what installs it: ("pillow_heif", "torchmae[heif]")
 
-
-def begins(*magics: bytes, at: int = 0) -> Callable[[bytes], bool]:
-    """Whether a file has one of these at a position."""
-    return partial(_begins, magics, at)
-
-
-def _begins(magics: tuple[bytes, ...], at: int, head: bytes) -> bool:
-    return head.startswith(magics, at)
+    def missing(self) -> str | None:
+        """What to install before such files can be read; None: nothing."""
+        return None if self.needs is None or find_spec(self.needs[0]) else self.needs[1]
 
 
 def open_item(data: bytes, context: Context, name: Callable[[], str] = str) -> Item:
-    """Opens the content of one encoded file; `name` gives its name, which counts where the content does not tell.
-
-    DataError: the file is empty, damaged, too large or of no known format; without its name.
-    """
+    """Opens one encoded file, known by its content or else its `name`; DataError with the reason, without the name."""
     if not data:
         raise DataError("the file is empty")
+    if len(data) > MAX_BYTES:
+        raise DataError(TOO_LARGE)
     form = format_of(data, name)
     if form is None:
         raise DataError(_NO_IMAGE)
     with one_line_errors():
-        if missing := form.needs():
+        if missing := form.missing():
             raise DataError(f"a {form.suffixes[0]} file needs an extra", f"pip install '{missing}'")
         item = form.open(data, context)
         if context.nodata is not None:
@@ -224,40 +211,27 @@ def open_item(data: bytes, context: Context, name: Callable[[], str] = str) -> I
 def format_of(data: bytes, name: Callable[[], str] = str) -> Format | None:
     """The format of a file by its first bytes, else by the suffix of its name; None where neither is known."""
     for form in FORMATS.values():
-        if form.known_by is not None and form.known_by(data[:64]):
+        if form.magic is not None and re.match(form.magic, data, re.DOTALL):
             return form
-    others = [form for form in FORMATS.values() if form.known_by is None]
+    others = [form for form in FORMATS.values() if form.magic is None]
     lower = name().lower() if others else ""
     return next((form for form in others if lower.endswith(form.suffixes)), None)
 
 
-def read_file(path: Path, context: Context) -> Image:
-    """(*size, C) of one file; DataError, which names it, where it cannot be read."""
-    try:
-        with one_line_errors():
-            return open_item(path.read_bytes(), context, lambda: path.name).read()
-    except DataError as error:
-        raise DataError(f"{path}: {error.problem}", error.fix) from None
-
-
 def picture_suffixes() -> tuple[str, ...]:
     """The suffixes of files that are samples wherever they lie: no arrays, and no formats whose library is missing."""
-    forms = (form for name, form in FORMATS.items() if name != "npy" and not form.needs())
+    forms = (form for name, form in FORMATS.items() if name != "npy" and not form.missing())
     return (*(suffix for form in forms for suffix in form.suffixes), PACKED_ARRAY)
 
 
 def missing_extra(suffix: str) -> str | None:
     """What to install for files with this suffix, such as "torchmae[heif]"; None: nothing is missing, or helps."""
-    return next((form.needs() for form in FORMATS.values() if suffix.lower() in form.suffixes), None)
+    return next((form.missing() for form in FORMATS.values() if suffix.lower() in form.suffixes), None)
 
 
 @contextmanager
 def quiet_pillow() -> Iterator[None]:
-    """Silences Pillow's warnings (odd metadata, large images): a file either reads or is a DataError.
-
-    Python's warning filters belong to the whole process, so a thread must not change them: off the main thread this
-    does nothing, and whoever starts threads that decode holds it around them.
-    """
+    """Silences Pillow's warnings, whose filters are the process's: no-op in threads; who starts those holds it."""
     is_main = threading.current_thread() is threading.main_thread()
     is_quiet = not is_main or warnings.filters[:1] == [_IGNORE_ALL]  # asking is many times faster than changing
     with nullcontext() if is_quiet else warnings.catch_warnings(action="ignore"):
@@ -281,17 +255,11 @@ def check_pixels(size: Sequence[int], context: Context) -> None:
     """DataError for more pixels than `context.max_pixels`, or none."""
     if not 0 < np.prod(size, dtype=np.float64) <= context.max_pixels:
         sides = " x ".join(str(length) for length in reversed(size))
-        raise DataError(
-            f"{sides} is more than {context.max_pixels:,} pixels", "raise data.max_megapixels if it is genuine"
-        )
+        raise DataError(f"{sides} is more than {context.max_pixels:,} pixels", IF_GENUINE)
 
 
 class JpegItem(Item):
-    """A JPEG file, of which `read` decodes no more than is asked for.
-
-    nvImageCodec (a part of the picture) and simplejpeg decode it, or Pillow where they are missing or cannot: all are
-    libjpeg-turbo and give the same pixels (`benchmarks/decode.py` says how fast).
-    """
+    """A JPEG file, of which `read` decodes no more than is asked for; Pillow does where the others cannot."""
 
     reduces = True
 
@@ -326,7 +294,6 @@ class JpegItem(Item):
         super().__init__(size, 1 if grey or context.channels == 1 else 3, np.uint8, form="JPEG", notes=tuple(notes))
 
     def read(self, region: Region | None = None, reduction: int = 1) -> Image:
-        """As in `Item`."""
         with one_line_errors():
             if region is None:
                 return self._read_whole(reduction)
@@ -343,7 +310,7 @@ class JpegItem(Item):
         if self._header is not None:
             pixels = jpeg.read_whole(self._data, self._header, factor)
             if pixels is not None:
-                return np.ascontiguousarray(UPRIGHT[self._orientation](pixels))
+                return np.ascontiguousarray(upright(pixels, self._orientation))
         if self._keep and not jpeg.is_whole(self._data):
             self._data += jpeg.END_OF_IMAGE  # after which the decoder takes what is missing for grey
         with open_pillow(self._data, "JPEG") as image:
@@ -397,8 +364,14 @@ def _open_png(data: bytes, context: Context) -> Item:
     from torchvision.io import ImageReadMode, decode_png
 
     stored = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
-    pixels = UPRIGHT[_orientation(image)](np.moveaxis(stored.numpy(), 0, -1).astype(np.uint16))
+    pixels = upright(np.moveaxis(stored.numpy(), 0, -1).astype(np.uint16), _orientation(image))
     return _opaque(pixels, colour in (4, 6), "PNG")
+
+
+def upright(pixels: Image, orientation: int) -> Image:
+    """(height, width, channels) as an EXIF orientation, 1 to 8, asks; from 5 on, height and width change places."""
+    turned = pixels.swapaxes(0, 1) if orientation >= 5 else pixels
+    return turned[:: -1 if orientation in (3, 4, 7, 8) else 1, :: -1 if orientation in (2, 3, 6, 7) else 1]
 
 
 def _opaque(pixels: Image, last_is_opacity: bool, form: str, notes: Sequence[str] = ()) -> Item:
@@ -408,10 +381,7 @@ def _opaque(pixels: Image, last_is_opacity: bool, form: str, notes: Sequence[str
 
 
 def on_white(pixels: Image, opacity: Image, *, premultiplied: bool = False) -> Image:
-    """Lays pixels, (*size, C) of integers or of floats up to 1, on white; `opacity` is (*size) of the same type.
-
-    `premultiplied` says that the pixels were multiplied by their opacity before.
-    """
+    """Lays pixels, (*size, C) integers or floats up to 1, on white by their `opacity`, (*size) of the same type."""
     top = np.iinfo(pixels.dtype).max if pixels.dtype.kind in "ui" else 1.0
     share = opacity[..., None].astype(np.float64) / top
     mixed = (pixels if premultiplied else pixels * share) + top * (1 - share)
@@ -458,32 +428,24 @@ def _open_npy(data: bytes, context: Context) -> Item:
     values = read_npy(data)
     if values.dtype.names == (CHANNELS,):
         return ArrayItem(values[CHANNELS])
-    axes = sample_axes(values.shape, context, "the array")
-    return ArrayItem(values, axes.channel_axis, notes=[axes.note] if axes.note else [])
+    axis, note = sample_axes(values.shape, context, "the array")
+    return ArrayItem(values, axis, notes=[note] if note else [])
 
 
 # Opens encoded files, by name. Add a row to teach every command a format.
 FORMATS: dict[str, Format] = {
-    "jpeg": Format((".jpg", ".jpeg", ".jfif", ".jpe"), begins(b"\xff\xd8"), JpegItem),
-    "png": Format((".png",), begins(b"\x89PNG\r\n\x1a\n"), _open_png),
-    "tiff": Format((".tif", ".tiff"), begins(b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), _open_tiff),
-    "webp": Format((".webp",), lambda head: head[:4] == b"RIFF" and head[8:12] == b"WEBP", pillow_format("WEBP")),
-    "gif": Format((".gif",), begins(b"GIF8"), pillow_format("GIF")),
-    "bmp": Format((".bmp",), begins(b"BM"), pillow_format("BMP")),
-    "pnm": Format((".ppm", ".pgm", ".pbm", ".pnm"), begins(b"P1", b"P2", b"P3", b"P4", b"P5", b"P6"), _open_pnm),
+    "jpeg": Format((".jpg", ".jpeg", ".jfif", ".jpe"), rb"\xff\xd8", JpegItem),
+    "png": Format((".png",), rb"\x89PNG\r\n\x1a\n", _open_png),
+    "tiff": Format((".tif", ".tiff"), rb"II[*+]\0|MM\0[*+]", _open_tiff),
+    "webp": Format((".webp",), rb"RIFF.{4}WEBP", pillow_format("WEBP")),
+    "gif": Format((".gif",), rb"GIF8", pillow_format("GIF")),
+    "bmp": Format((".bmp",), rb"BM", pillow_format("BMP")),
+    "pnm": Format((".ppm", ".pgm", ".pbm", ".pnm"), rb"P[1-6]", _open_pnm),
     "heif": Format(
-        (".heic", ".heif"),
-        begins(*(b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heim", b"heis")), at=4),
-        _open_heif,
-        lambda: None if find_spec("pillow_heif") else "torchmae[heif]",
+        (".heic", ".heif"), rb".{4}ftyp(hei[cxms]|hevc|mif1|msf1)", _open_heif, ("pillow_heif", "torchmae[heif]")
     ),
-    "avif": Format(
-        (".avif",),
-        begins(b"ftypavif", b"ftypavis", at=4),
-        pillow_format("AVIF"),
-        lambda: None if features.check("avif") else "pillow>=11.3",
-    ),
-    "npy": Format((".npy",), begins(b"\x93NUMPY"), _open_npy),
+    "avif": Format((".avif",), rb".{4}ftypavi[fs]", pillow_format("AVIF"), ("PIL._avif", "pillow>=11.3")),
+    "npy": Format((".npy",), rb"\x93NUMPY", _open_npy),
 }
 BUILT_IN = dict(FORMATS)
 
@@ -507,9 +469,9 @@ def plain_type(image: Image) -> Image:
 def _pixels(image: Pillow.Image, channels: int | None) -> Image:
     """(height, width, channels) of an opened picture, upright; transparency lies on white."""
     image.load()
-    upright = UPRIGHT[_orientation(image)]  # after `load`, which turns a TIFF picture itself
+    orientation = _orientation(image)  # after `load`, which turns a TIFF picture itself
     if image.mode.startswith(("I", "F")):  # one channel of more than 8 bits
-        return upright(np.array(image)[..., None])
+        return upright(np.array(image)[..., None], orientation)
     grey = channels == 1 or (channels != 3 and _is_grey(image))
     if image.has_transparency_data:
         canvas = Pillow.new("RGBA", image.size, "white")
@@ -517,14 +479,14 @@ def _pixels(image: Pillow.Image, channels: int | None) -> Image:
         image = canvas
     mode = "L" if grey else "RGB"
     pixels = np.array(image if image.mode == mode else image.convert(mode))  # a copy: Pillow's view is read-only
-    return upright(pixels[..., None] if grey else pixels)
+    return upright(pixels[..., None] if grey else pixels, orientation)
 
 
 def _orientation(image: Pillow.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 where metadata is too broken to parse."""
     with suppress(Exception):  # a damaged EXIF block fails in as many ways as a damaged file
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
-        return value if value in UPRIGHT else 1
+        return value if value in range(1, 9) else 1
     return 1
 
 

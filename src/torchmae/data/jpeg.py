@@ -1,7 +1,6 @@
 """The libraries that decode JPEG files faster than Pillow, where they are installed.
 
-All of them are libjpeg-turbo and give Pillow's pixels; `benchmarks/decode.py` says how fast each is. Nothing here
-raises on a damaged file: None means that Pillow has to look, and say what is wrong.
+All of them are libjpeg-turbo and give Pillow's pixels. None means that Pillow has to look, and say what is wrong.
 """
 
 from __future__ import annotations
@@ -48,10 +47,7 @@ def read_header(data: bytes) -> Header | None:
 
 
 def is_upright(data: bytes) -> bool:
-    """Whether a file begins as a JPEG does and has no metadata that may ask for a rotation.
-
-    It takes a hundredth of the time in which Pillow reads what stands before the pixels.
-    """
+    """Whether a file begins as a JPEG does and has no metadata that may ask for a rotation; fast, without Pillow."""
     return _first_segment(data, (_START_OF_SCAN, _EXIF_OR_XMP)) == _START_OF_SCAN
 
 
@@ -89,11 +85,7 @@ def read_whole(data: bytes, header: Header, reduction: int) -> npt.NDArray[np.ui
 
 
 def read_region(data: bytes, region: tuple[tuple[int, int], ...]) -> npt.NDArray[np.uint8] | None:
-    """(height, width, 3) of a part of a JPEG in colour, as stored; None: it has to be decoded whole.
-
-    That is so without nvImageCodec, and where the file was cut short, which this part of it might not show. `region` is
-    first row and height, first column and width.
-    """
+    """(height, width, 3) of a region, as stored, of a JPEG in colour; None: it has to be decoded whole."""
     decoder = _region_decoder(os.getpid())
     if decoder is None or not is_whole(data):
         return None

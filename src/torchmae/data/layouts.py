@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from torchmae.config.pretrain import OWN
 from torchmae.data.arrays import (
@@ -25,28 +23,113 @@ from torchmae.data.arrays import (
     npz_splits,
     stored_splits,
 )
-from torchmae.data.folders import (
-    SPLIT_NAMES,
-    Listing,
-    Masks,
-    Role,
-    list_images,
-    masks_among,
-    roles,
-    shortened,
-    split_named,
-)
+from torchmae.data.folders import LIST_SUFFIXES, Listing, list_images, picture_splits, shortened, split_named
 from torchmae.data.formats import FORMATS, Context, picture_suffixes
-from torchmae.data.hub import HUB_PREFIX, hub_splits
-from torchmae.data.labels import ordered_classes
 from torchmae.data.lists import list_splits, matching, pattern_source
-from torchmae.data.named import NAMED, open_named
-from torchmae.data.parquet import ParquetSource
 from torchmae.data.remote import Place, expand_url, is_url, last_name, shown
 from torchmae.data.shards import CLASSES_FILE, ShardSource
-from torchmae.data.sources import FileSource, Source, Strings, each_page
-from torchmae.errors import ConfigError, DataError, printable
+from torchmae.data.sources import FileSource, Source, each_page
+from torchmae.data.tables import HUB_PREFIX, ParquetSource, hub_splits
+from torchmae.errors import ConfigError, DataError, reason_of
 from torchmae.paths import user_path
+from torchmae.random import Purpose, permutation
+
+_DIGITS = tuple("0123456789")
+
+
+class Named(NamedTuple):
+    """A data set that a name stands for."""
+
+    build: Callable[[Path], dict[str, Source]]  # from the folder that data sets are kept in
+    files: str  # what has to lie in that folder for the set to be used offline
+
+
+def digits(root: Path) -> dict[str, Source]:
+    """scikit-learn's digits: 1797 greyscale images of 8 x 8, part of the installation.
+
+    Values 0 to 16 become 0 to 255. Every fifth image of each class, in a fixed order, is "val" (360), 1437 are "train".
+    """
+    del root  # nothing to download
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = np.rint(data.images * (255 / 16)).astype(np.uint8)
+    order = permutation(0, 0, len(images), Purpose.SUBSET)
+    by_class = order[np.argsort(data.target[order], kind="stable")]
+    is_val = np.zeros(len(images), dtype=bool)
+    is_val[by_class[::5]] = True
+    return {
+        split: ArraySource(images[chosen], data.target[chosen], _DIGITS, title=title, context=Context(axes="HW"))
+        for split, title, chosen in (("train", "digits", ~is_val), ("val", "digits-val", is_val))
+    }
+
+
+def _torchvision(class_name: str, option: str, values: dict[str, object], files: str) -> Named:
+    """A data set of torchvision; `values` are those of the option of its class that stand for each split."""
+
+    def build(root: Path) -> dict[str, Source]:
+        from torchvision import datasets
+
+        splits: dict[str, Source] = {}
+        for split, value in values.items():
+            dataset = getattr(datasets, class_name)(str(root), download=True, **{option: value})
+            splits[split] = _source(dataset, class_name.lower() + ("" if split == "train" else "-test"), root)
+        return splits
+
+    return Named(build, files)
+
+
+def _source(dataset: Any, title: str, root: Path) -> Source:
+    """The images of a data set in memory, or the files that it lists, for which torchvision has no public name."""
+
+    def first_of(*names: str) -> Any:
+        return next((getattr(dataset, name) for name in names if hasattr(dataset, name)), None)
+
+    labels, classes = first_of("targets", "labels", "_labels"), first_of("classes")
+    if hasattr(dataset, "data"):
+        images = np.asarray(dataset.data)
+        axes = "HW" if images.ndim == 3 else "CHW" if images.shape[1] == 3 else "HWC"
+        return ArraySource(images, labels, classes or _DIGITS, title=title, context=Context(axes=axes))
+    paths = first_of("_image_files", "_images") or [path for path, _ in dataset.samples]
+    return FileSource(root, [Path(path).relative_to(root).as_posix() for path in paths], labels, classes)
+
+
+_TRAIN: dict[str, object] = {"train": True, "test": False}
+SPLITS = ("train", "val", "test")
+_SPLIT: dict[str, object] = {"train": "train", "test": "test"}
+_IDX = "{train,t10k}-{images-idx3,labels-idx1}-ubyte (unpacked)"
+
+NAMED: dict[str, Named] = {
+    "digits": Named(digits, "nothing"),
+    "mnist": _torchvision("MNIST", "train", _TRAIN, f"MNIST/raw/{_IDX}"),
+    "fashion_mnist": _torchvision("FashionMNIST", "train", _TRAIN, f"FashionMNIST/raw/{_IDX}"),
+    "kmnist": _torchvision("KMNIST", "train", _TRAIN, f"KMNIST/raw/{_IDX}"),
+    "cifar10": _torchvision("CIFAR10", "train", _TRAIN, "cifar-10-batches-py/"),
+    "cifar100": _torchvision("CIFAR100", "train", _TRAIN, "cifar-100-python/"),
+    # 105,000 training images, of which 100,000 have the label -1
+    "stl10": _torchvision("STL10", "split", {"train": "train+unlabeled", "test": "test"}, "stl10_binary/"),
+    "svhn": _torchvision("SVHN", "split", _SPLIT, "train_32x32.mat and test_32x32.mat"),
+    "flowers102": _torchvision(
+        "Flowers102", "split", {name: name for name in SPLITS}, "flowers-102/{jpg/,imagelabels.mat,setid.mat}"
+    ),
+    "oxford_iiit_pet": _torchvision(
+        "OxfordIIITPet", "split", {"train": "trainval", "test": "test"}, "oxford-iiit-pet/{images,annotations}/"
+    ),
+    "food101": _torchvision("Food101", "split", _SPLIT, "food-101/{images,meta}/"),
+    "eurosat": _torchvision("EuroSAT", "transform", {"train": None}, "eurosat/2750/"),  # has no splits
+}
+
+
+def open_named(name: str, context: Context) -> dict[str, Source]:
+    """The splits of a set in `NAMED`, downloaded to the folder `context.root` if not there; DataError if that fails."""
+    named, root = NAMED[name], context.root
+    try:
+        splits = named.build(user_path(root))
+    except (OSError, RuntimeError, ValueError, EOFError) as error:  # URLError is an OSError
+        problem = f"{name} is not in {root}/ and cannot be downloaded ({reason_of(error)})"
+        raise DataError(problem, f"put {named.files} into {root}/, or set data.root to where it lies") from error
+    channels = context.channels
+    return splits if channels is None else {split: source.with_channels(channels) for split, source in splits.items()}
 
 
 def _accepted() -> str:
@@ -61,13 +144,9 @@ def open_splits(spec: str, context: Context = Context(), own: Mapping[str, Sourc
         spec: a name ("digits", or one of torchvision's sets); the path of a folder (of images, or of parquet, tar or
             .npy files) or of a single file; a pattern of paths ("photos/**/*.jpg"); the URL of a file, also with
             {000..099} or *; or hf: and what the Hugging Face `datasets` library loads. A name wins over a folder of
-            that name: write "./cifar10" for the folder.
+            that name: write "./cifar10" for the folder. DataError: nothing there, or nothing that can be used.
         context: how it is opened and read.
-        own: sources of a caller's own, by split, which `spec` "own" stands for.
-
-    Raises:
-        DataError: nothing there, or nothing that can be used.
-        ConfigError: `spec` is empty, or "own" without any.
+        own: sources of a caller's own, by split, which `spec` "own" stands for; ConfigError without any.
     """
     if spec == OWN:
         if own is None:
@@ -123,7 +202,7 @@ LAYOUTS: dict[str, Layout] = {
     "named": Layout(lambda spec: spec in NAMED, open_named),
     "hub": Layout(
         lambda spec: spec.startswith(HUB_PREFIX),
-        lambda spec, context: hub_splits(spec.removeprefix(HUB_PREFIX), SPLIT_NAMES, context),
+        lambda spec, context: hub_splits(spec.removeprefix(HUB_PREFIX), context),
     ),
     "url": Layout(is_url, lambda spec, context: _open_files(spec, expand_url(spec), context)),
     "zarr": file_layout((ZARR_SUFFIX,), stored_splits),
@@ -136,7 +215,7 @@ LAYOUTS: dict[str, Layout] = {
     "hdf5": file_layout(HDF5_SUFFIXES, stored_splits),
     "parquet": file_layout((".parquet",), lambda path, context: {"train": ParquetSource([path], context)}),
     "tar": file_layout((".tar",), lambda path, context: {"train": ShardSource([path], context)}),
-    "list": file_layout((".csv", ".tsv", ".txt", ".lst"), list_splits),
+    "list": file_layout(LIST_SUFFIXES, list_splits),
     "file": Layout(lambda spec: user_path(spec).is_file(), _refuse_file),
     "pattern": Layout(
         lambda spec: any(sign in spec for sign in "*?[{"),
@@ -171,76 +250,15 @@ def _unknown(spec: str, path: Path) -> DataError:
 def folder_splits(folder: Path, context: Context = Context()) -> dict[str, Source]:
     """The splits of a folder of images, nested or flat; of one without images, those of its parquet, tar or .npy files.
 
-    Splits, masks and classes go by the names of folders (`folders.roles`). Masks and what lies beside the splits is
-    not used. Sub-folders are classes where every image lies in one and there are two or more. Images are in the order
-    of their paths, byte by byte.
-
-    Raises:
-        DataError: it holds none of these, or cannot be read.
+    Splits, masks and classes go by the names of folders (`folders.roles`). Masks and what lies beside splits is unused.
+    Images are in the order of their paths, byte by byte. DataError: it holds none of these, or cannot be read.
     """
     listing = list_images(folder, picture_suffixes())
     if not len(listing.names):
         if not listing.others[".npy"] or any((folder / f"{prefix}images.npy").is_file() for prefix, _ in PREFIXES):
             return _other_splits(folder, listing, context)
         listing = list_images(folder, FORMATS["npy"].suffixes)  # one array a sample
-    found = roles(listing.places)
-    place_of = np.frombuffer(listing.place_of, dtype=np.intc)
-    is_mask = np.array([bool(role.masks) for role in found])[place_of]
-    is_mask[masks_among(listing.names)] = True
-    split_of = np.array([role.split for role in found])
-    trained = {role.label for role in found if role.split == "train" and role.label is not None}
-    classes = ordered_classes(trained, (role.label for role in found if role.split and role.label is not None))
-    number_of = {name: i for i, name in enumerate(classes)}
-    label_of = np.array([number_of.get(role.label or "", -1) for role in found])
-    remarks = _folder_remarks(folder, listing, found, is_mask, len(trained) if len(classes) > 1 else 0)
-    masks = Masks(folder, Strings(listing.names[i] for i in np.flatnonzero(is_mask).tolist()))
-    splits: dict[str, Source] = {}
-    for split in dict.fromkeys(role.split for role in found if role.split):
-        rows = np.flatnonzero((split_of == split)[place_of] & ~is_mask)
-        whole = len(rows) == len(listing.names)
-        names = listing.names if whole else Strings(listing.names[row] for row in rows.tolist())
-        labelled = len(classes) > 1 and all(role.label is not None for role in found if role.split == split)
-        labels = label_of[place_of[rows]] if labelled else None
-        own = (classes[: len(trained)] if split == "train" else classes) if labelled else None
-        source = FileSource(folder, names, labels, own, context, remarks)
-        source.masks = masks if len(masks) else None
-        splits[split] = source
-    return splits
-
-
-def _folder_remarks(
-    folder: Path, listing: Listing, found: Sequence[Role], is_mask: npt.NDArray[np.bool_], num_classes: int
-) -> list[str]:
-    """What was decided about a folder, and what in it is not used, a short phrase each."""
-    place_of = np.frombuffer(listing.place_of, dtype=np.intc)
-    masks_in, images_in = (np.bincount(place_of[rows], minlength=len(found)) for rows in (is_mask, ~is_mask))
-    counts: Counter[str] = Counter()  # of pictures, by split; "" beside the splits
-    for role, count in zip(found, images_in.tolist(), strict=True):
-        counts[role.split] += count
-    names = [split for split in ("train", "val", "test") if counts[split]]
-    remarks = [f"splits {'/'.join(names)} found"] if len(names) > 1 or counts[""] else []
-    if num_classes:
-        remarks.append(f"labels from folders ({num_classes} classes)")
-    tops = {place: place.partition("/")[0] for place in listing.places}
-    if names == ["train"]:
-        files = (f"{split}{suffix}" for split in SPLIT_NAMES for suffix in LAYOUTS["list"].suffixes)
-        if lists := [name for name in files if (folder / name).is_file()]:
-            remarks.append(f"lists {', '.join(lists)} not used, so that all images are trained on")
-        held_out = sorted({top for top in tops.values() if split_named(top) in ("val", "test")})
-        remarks += [f"no train folder, so that {top}/ is trained on" for top in held_out]
-    if counts[""]:
-        beside = {f"{tops[place] or '.'}/" for place, role in zip(listing.places, found, strict=True) if not role.split}
-        beside -= {f"{role.masks}/" for role in found}
-        remarks.append(f"{counts['']:,} images beside the splits ({shortened(beside)}) not used")
-    if is_mask.any():
-        where = {f"{role.masks}/" if role.masks else "*_mask" for role, n in zip(found, masks_in, strict=True) if n}
-        remarks.append(f"{int(is_mask.sum()):,} masks ({shortened(where)}) not used")
-    if listing.num_twins:
-        remarks.append(
-            f"{listing.num_twins:,} images share name and folder with another ({listing.twin}) and are used all the "
-            f"same: '{printable(os.fsencode(folder))}/**/*.SUFFIX' gives one kind alone"
-        )
-    return [*remarks, *listing.remarks()]
+    return picture_splits(folder, listing, context)
 
 
 def _other_splits(folder: Path, listing: Listing, context: Context) -> dict[str, Source]:
@@ -257,10 +275,7 @@ def _other_splits(folder: Path, listing: Listing, context: Context) -> dict[str,
 
 
 def table_splits(opener: _Opener, files: Sequence[Place], context: Context) -> dict[str, Source]:
-    """The splits of parquet or tar files by the first word of their names (train-00000.tar) or by their folders.
-
-    Files whose names mean no split are training data, unless there are train files too.
-    """
+    """The splits of parquet or tar files by the first word of their names (train-00000.tar), else by their folders."""
     groups: dict[str, list[Place]] = defaultdict(list)
     above = [str(file).split("/")[:-1] for file in files]
     shared = sum(1 for _ in takewhile(lambda names: len(set(names)) == 1, zip(*above, strict=False)))

@@ -18,9 +18,8 @@ import numpy as np
 
 from torchmae.data.folders import SPLIT_NAMES
 from torchmae.data.formats import FORMATS, Context, picture_suffixes
-from torchmae.data.labels import from_texts
 from torchmae.data.remote import expand_braces
-from torchmae.data.sources import FileSource, Source, Strings, evenly_spaced
+from torchmae.data.sources import FileSource, Source, Strings, evenly_spaced, from_texts
 from torchmae.errors import DataError, printable
 from torchmae.paths import user_path
 
@@ -54,12 +53,11 @@ def matching(pattern: str) -> list[Path]:
 
 def pattern_source(pattern: str, files: list[Path], context: Context) -> FileSource:
     """The image files among those that a pattern matches; DataError: there are none."""
-    names = [str(file) for file in files if file.suffix.lower() in picture_suffixes()]
+    known = picture_suffixes()
+    names = [str(file) for file in files if file.suffix.lower() in known]
     if not names:
-        raise DataError(
-            f"{pattern} matches no images, only files such as {files[0]}",
-            f"accepted are {', '.join(picture_suffixes())}",
-        )
+        problem = f"{pattern} matches no images, only files such as {files[0]}"
+        raise DataError(problem, f"accepted are {', '.join(known)}")
     others = len(files) - len(names)
     return FileSource(Path(), names, context=context, remarks=[f"{others:,} other files not used"] if others else ())
 
@@ -69,12 +67,10 @@ def list_splits(path: Path, context: Context) -> dict[str, Source]:
 
     The dialect is told from the first lines: the encoding, what separates columns (, ; | tab, or a space before the
     label), whether the first line names the columns, which column holds paths. The label is the column called label,
-    class, target or the like, without names the one that follows the path; a column called split says the split.
-    Paths are relative to the file's own folder, else to the working folder; backslashes are separators; of paths of
-    another computer, the end that exists below the file's folder counts. Labels are as in `labels.from_texts`.
-
-    Raises:
-        DataError: it cannot be read, has no rows, or a row without a path or of an unknown split; with its line.
+    class, target or the like, without names the one that follows the path; a column called split says the split. Paths
+    are relative to the file's own folder, else to the working folder; backslashes are separators; of paths of another
+    computer, the end that exists below the file's folder counts. Labels are as in `sources.from_texts`. DataError: it
+    cannot be read, has no rows, or a row without a path or of an unknown split; with its line.
     """
     csv.field_size_limit(_MAX_LINE)
     names: dict[str, Strings] = {}
@@ -92,9 +88,8 @@ def list_splits(path: Path, context: Context) -> dict[str, Source]:
                 word = _cell(row, dialect.split) or "train"
                 split = SPLIT_NAMES.get(word.lower())
                 if split is None:
-                    raise DataError(
-                        f"{path}, line {number}: the split is {word!r}", f"choose from {', '.join(sorted(SPLIT_NAMES))}"
-                    )
+                    choices = ", ".join(sorted(SPLIT_NAMES))
+                    raise DataError(f"{path}, line {number}: the split is {word!r}", f"choose from {choices}")
                 if split not in names:
                     names[split], labels[split] = Strings(), array("i")
                 names[split].add(name.encode("utf-8", "surrogateescape"))
@@ -223,18 +218,15 @@ def _separator(lines: Sequence[str], usual: str) -> str:
         return sum(len(row) > 1 and any(map(_looks_like_path, row)) for row in rows), separator == usual
 
     best = max(_SEPARATORS, key=fit)
-    if usual == "" and fit(best)[0] <= sum(map(_looks_like_path, lines)):
-        return ""
-    return best if fit(best)[0] > len(lines) // 2 else usual
+    needed = max(len(lines) // 2, 0 if usual else sum(map(_looks_like_path, lines)))
+    return best if fit(best)[0] > needed else usual
 
 
 def _split_column(first: Sequence[str], rows: Sequence[Sequence[str]]) -> int | None:
     """The column of splits: one called so, or called otherwise and holding nothing else."""
-    for name in SPLIT_COLUMNS:
-        if name in first:
-            at = first.index(name)
-            if name == SPLIT_COLUMNS[0] or all(row[at].strip().lower() in SPLIT_NAMES for row in rows if at < len(row)):
-                return at
+    for at in (first.index(name) for name in SPLIT_COLUMNS if name in first):
+        if first[at] == SPLIT_COLUMNS[0] or all(_cell(row, at).lower() in SPLIT_NAMES for row in rows if at < len(row)):
+            return at
     return None
 
 
@@ -270,8 +262,6 @@ def _located(path: Path, names: dict[str, Strings]) -> tuple[Path, dict[str, Str
                 return path.parent, kept, [*remarks, f"paths of {path.name} read without their first {count} folders"]
     except (OSError, ValueError):  # a null byte, or a name longer than the disk allows
         pass
-    kind = "Windows' " if _DRIVE.match(os.fsdecode(tried[0])) else ""
-    remarks.append(
-        f"{len(tried)} {kind}paths of {path.name} were tried and none is there, such as {printable(tried[0])}"
-    )
+    kind = "Windows' paths" if _DRIVE.match(os.fsdecode(tried[0])) else "paths"
+    remarks.append(f"{len(tried)} {kind} of {path.name} were tried and none is there, such as {printable(tried[0])}")
     return path.parent, names, remarks

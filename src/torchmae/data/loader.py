@@ -1,52 +1,65 @@
-"""Batches on the device: which samples make up which step, held in memory or read by worker processes."""
+"""Batches on the device: which samples make up which step, held in memory or decoded by worker processes."""
 
 from __future__ import annotations
 
+import math
+import multiprocessing
+import os
+import signal
+import threading
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
+from functools import lru_cache, partial
 from itertools import chain
-from typing import Any
+from multiprocessing import connection
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from PIL import Image as PillowImage
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from torchmae.data.arrays import Held
-from torchmae.data.reading import BadFiles
-from torchmae.data.sources import Source
-from torchmae.data.transforms import Normalisation, mirror, normalise, resample, to_device
-from torchmae.data.worker import (
-    Fetched,
-    Indices,
-    Reader,
-    Request,
-    Slots,
-    View,
-    boxes_of,
-    crop_numbers,
-    draw_flips,
-    labels_of,
-    start_worker,
+from torchmae.data.formats import BUILT_IN, FORMATS, Image, quiet_pillow
+from torchmae.data.reading import BadFiles, first_readable
+from torchmae.data.sources import Labels, Source
+from torchmae.data.transforms import (
+    CROP_NUMBERS,
+    FULL_SCALE,
+    Boxes,
+    Normalisation,
+    crop_boxes,
+    eval_box,
+    mirror,
+    normalise,
+    reduction,
+    resample,
+    to_device,
 )
 from torchmae.errors import DataError, reason_of
-from torchmae.random import Purpose, permutation
+from torchmae.random import Purpose, permutation, uniform
+
+Indices = npt.NDArray[np.int64]
+Numbers = npt.NDArray[np.float32]  # random ones, a row of CROP_NUMBERS for each crop; (B, 0) in evaluation
+
+PER_WORKER = 4  # slots: two batches that PyTorch asks for in advance, and two on their way to a GPU
+_GROUP = 16  # images that are opened, then decoded, then cut up together
+_GROUP_PIXELS = 2**22  # of such images: 12 MB in colour
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The order of a run: every sample once an epoch, in an order of the epoch's own.
-
-    `batch_size` is that of a step over all ranks; the last step of an epoch takes what is left. `seed` is of the order.
-    """
+    """The order of a run: every sample once an epoch, in an order of the epoch's own."""
 
     num_samples: int
-    batch_size: int
-    seed: int
-    _orders: dict[int, Indices] = field(default_factory=dict, init=False, repr=False, compare=False)
+    batch_size: int  # of a step over all ranks; the last step of an epoch takes what is left
+    seed: int  # of the order
 
     def __post_init__(self) -> None:
         assert self.num_samples >= 1
@@ -60,12 +73,13 @@ class Plan:
     def indices(self, step: int) -> tuple[int, Indices]:
         """The epoch that global step `step` (from 0) belongs to, and the samples of its global batch: (B,) int64."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        if epoch not in self._orders:
-            while len(self._orders) > 1:  # two, since images are read ahead: those of a million samples are 16 MB
-                self._orders.pop(min(self._orders))
-            self._orders[epoch] = permutation(self.seed, epoch, self.num_samples)
         start = position * self.batch_size
-        return epoch, self._orders[epoch][start : start + self.batch_size]
+        return epoch, _order(self.seed, epoch, self.num_samples)[start : start + self.batch_size]
+
+
+@lru_cache(maxsize=2)  # since images are read ahead; two of a million samples are 16 MB
+def _order(seed: int, epoch: int, num_samples: int) -> Indices:
+    return permutation(seed, epoch, num_samples)
 
 
 def shard(indices: Indices, rank: int, world_size: int) -> Indices:
@@ -86,6 +100,259 @@ def hold_out(num_samples: int, val_size: int) -> tuple[Indices, Indices]:
 
 
 @dataclass(frozen=True)
+class View:
+    """How an image becomes the model's input: its spatial size there, and crops and flips as in DataConfig."""
+
+    input_size: tuple[int, ...]
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    flip: bool
+
+
+class Request(NamedTuple):
+    """A batch to make."""
+
+    indices: Indices  # (B,) which images; one that follows itself is decoded once
+    seed: int | None  # of crops and flips; None: evaluation, without either
+    epoch: int | Indices  # of crops and flips; one for all, or (B,)
+
+
+def crop_numbers(request: Request) -> Numbers:
+    """The random numbers of each crop: (B, CROP_NUMBERS), a function of (seed, epoch, index); in evaluation (B, 0)."""
+    if request.seed is None:
+        return np.empty((len(request.indices), 0), dtype=np.float32)
+    return uniform(request.seed, request.epoch, request.indices, Purpose.CROP, CROP_NUMBERS)
+
+
+def boxes_of(numbers: Numbers, size: npt.ArrayLike, view: View) -> Boxes:
+    """Where images of a spatial size, (n,) or (B, n), are cropped; without numbers the centred box of evaluation."""
+    if numbers.shape[1] == 0:
+        return eval_box(np.broadcast_to(size, (len(numbers), len(view.input_size))), view.input_size)
+    return crop_boxes(numbers, size, view.crop_scale, view.crop_ratio, view.input_size)
+
+
+def draw_flips(request: Request, view: View) -> npt.NDArray[np.bool_]:
+    """(B,) whether each image is mirrored: a function of (seed, epoch, index), never in evaluation."""
+    if request.seed is None or not view.flip:
+        return np.zeros(len(request.indices), dtype=bool)
+    return uniform(request.seed, request.epoch, request.indices, Purpose.FLIP, 1)[:, 0] < 0.5
+
+
+class Fetched(NamedTuple):
+    """What a worker process hands back."""
+
+    images: Tensor  # (B, *input_size, C), uint8, uint16 or float32, not yet mirrored
+    labels: Tensor  # (B,) int64
+    bad: list[tuple[str, str]]  # name and reason of each image that could not be read
+    failure: str | None = None  # why there is no batch; None: there is
+    slot: int | None = None  # where the images lie, to be given back (`Slots.give_back`)
+
+
+class Slots:
+    """Shared memory in which workers hand batches over, kept from batch to batch; made in the main process.
+
+    New shared memory for each batch, as PyTorch takes it, costs an eighth of a worker's time (docs/performance.md).
+    """
+
+    def __init__(self, num_workers: int) -> None:
+        self._taken = torch.zeros(num_workers * PER_WORKER, dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
+        self._memory: dict[int, Tensor] = {}  # a worker's own
+
+    def stack(self, images: Sequence[Tensor]) -> tuple[Tensor, int | None]:
+        """In a worker: images of one size and type as one batch, (B, *size), and its slot, None where none is free."""
+        worker, slot = get_worker_info(), None
+        if worker is not None:
+            own = range(worker.id * PER_WORKER, (worker.id + 1) * PER_WORKER)
+            slot = next((slot for slot in own if slot < len(self._taken) and not self._taken[slot]), None)
+        if slot is None:
+            return torch.stack(list(images)), None
+        self._taken[slot] = True
+        first = images[0]
+        num_bytes = len(images) * first.nbytes
+        if slot not in self._memory or self._memory[slot].nbytes < num_bytes:
+            self._memory[slot] = torch.empty(num_bytes, dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
+        batch = self._memory[slot][:num_bytes].view(first.dtype).view(len(images), *first.shape)
+        torch.stack(list(images), out=batch)
+        return batch, slot
+
+    def give_back(self, slot: int | None) -> None:
+        """In the main process: the batch in the slot was copied, and may be written over."""
+        if slot is not None:
+            self._taken[slot] = False
+
+
+@dataclass(eq=False)
+class Reader(Dataset[Fetched]):
+    """Makes batches, most often in a worker process: decodes, crops and resizes, and leaves integers integers."""
+
+    source: Source
+    channels: int  # of each image
+    view: View
+    slots: Slots = field(default_factory=lambda: Slots(0))  # memory for batches; by default each gets new
+    scale: Mapping[str, float] | None = None  # as in `Normalisation`
+
+    def __getstate__(self) -> dict[str, Any]:
+        added = {name: form for name, form in FORMATS.items() if BUILT_IN.get(name) is not form}
+        return {**self.__dict__, "_formats": added}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        FORMATS.update(state.pop("_formats"))
+        self.__dict__.update(state)
+
+    @quiet_pillow()
+    def __getitem__(self, request: Request) -> Fetched:
+        self.source.read_ahead(request.indices)
+        bad: list[tuple[str, str]] = []
+        images: list[Tensor] = []
+        read: list[int] = []
+        try:
+            for group in _groups(self._opened(request, bad)):
+                _place(group, self.view)
+                # Each step for all of the group: its code and data are still in the processor's cache.
+                for sample in [self._read(sample, bad) for sample in group]:
+                    cutter = cut if sample.boxes.dtype == np.int64 else cut_between_pixels
+                    images += [cutter(sample.image, box, self.view.input_size) for box in sample.boxes]
+                    read += [sample.index] * len(sample.boxes)
+        except DataError as error:  # as text: an exception from a worker arrives with its traceback for a message
+            return Fetched(torch.empty(0), torch.empty(0), bad, str(error))
+        labels = labels_of(self.source.labels, np.array(read, dtype=np.int64))
+        if not images:  # a rank's part of a batch smaller than the world
+            return Fetched(torch.empty(0, *self.view.input_size, self.channels), labels, bad)
+        batch, slot = self.slots.stack(of_one_type(images, self.scale))
+        return Fetched(batch, labels, bad, slot=slot)
+
+    def _opened(self, request: Request, bad: list[tuple[str, str]]) -> Iterator[_Sample]:
+        """One sample for each run of one index; where it cannot be opened, the next that can."""
+        numbers = crop_numbers(request)
+        runs = np.split(np.arange(len(numbers)), np.flatnonzero(np.diff(request.indices)) + 1)
+        for rows in runs if len(numbers) else ():
+            make = partial(_Sample, self.source, numbers[rows])
+            yield first_readable(self.source, int(request.indices[rows[0]]), bad, make)[1]
+
+    def _read(self, sample: _Sample, bad: list[tuple[str, str]]) -> _Sample:
+        """The sample with its pixels, or the next that has some."""
+
+        def read(index: int) -> _Sample:
+            ready = sample
+            if index != sample.index:
+                ready = _Sample(self.source, sample.numbers, index)
+                _place([ready], self.view)
+            ready.read(self.view.input_size)
+            return ready
+
+        return first_readable(self.source, sample.index, bad, read)[1]
+
+
+class _Sample:
+    """One image on its way to crops, for each of which `numbers` has a row; DataError where it cannot be opened."""
+
+    boxes: npt.NDArray[Any]  # of the crops, (crops, n, 2), in pixels of `image` once it is read
+    image: Image
+
+    def __init__(self, source: Source, numbers: Numbers, index: int) -> None:
+        self.index = index
+        self.numbers = numbers
+        self.item = source.open(index)
+        self.pixels = math.prod(self.item.size)
+
+    def read(self, target: tuple[int, ...]) -> None:
+        """Reads the pixels that the crops need; DataError where they cannot be."""
+        factor = reduction(self.boxes, target) if self.item.reduces else 1
+        if factor > 1:
+            self.image = self.item.read(reduction=factor)
+            if self.image.shape[:-1] != self.item.size:
+                self.boxes = self.boxes / factor
+            return
+        region = []  # around all boxes; in Python, which is faster than NumPy for so few numbers
+        for sides in zip(*self.boxes.tolist(), strict=True):
+            start = min(start for start, _ in sides)
+            region.append((start, max(start + length for start, length in sides) - start))
+        self.image = self.item.read(tuple(region))
+        self.boxes = self.boxes - np.array([[start, 0] for start, _ in region])
+
+
+def _place(samples: Sequence[_Sample], view: View) -> None:
+    """Sets the boxes of samples' crops, of all at once: for a single one, NumPy's calls would take longer."""
+    counts = [len(sample.numbers) for sample in samples]
+    sizes = np.repeat([sample.item.size for sample in samples], counts, axis=0)
+    boxes = boxes_of(np.concatenate([sample.numbers for sample in samples]), sizes, view)
+    for sample, part in zip(samples, np.split(boxes, np.cumsum(counts)[:-1]), strict=True):
+        sample.boxes = part
+
+
+def _groups(samples: Iterable[_Sample]) -> Iterator[list[_Sample]]:
+    """Samples in groups of as many pixels as may be held at a time."""
+    group: list[_Sample] = []
+    for sample in samples:
+        group.append(sample)
+        if len(group) == _GROUP or sum(sample.pixels for sample in group) > _GROUP_PIXELS:
+            yield group
+            group = []
+    yield from [group] if group else ()
+
+
+def cut(image: Image, box: Boxes, target: tuple[int, ...]) -> Tensor:
+    """Crops one image and resamples it as `resample` does: (*size, C) to (*target, C), of the same type."""
+    cropped = np.ascontiguousarray(image[tuple(slice(start, start + length) for start, length in box.tolist())])
+    tensor = torch.from_numpy(cropped)
+    if tensor.shape[:-1] == target:
+        return tensor
+    channels_first = tensor[None].movedim(-1, 1)  # PyTorch sees that channels lie last, and copies nothing
+    if tensor.dtype == torch.uint8 and len(target) == 2:
+        # PyTorch's integer kernel: many times faster on photographs, and within a level or so on natural images.
+        resized = F.interpolate(channels_first, size=target, mode="bicubic", antialias=True)
+    else:
+        whole = np.array([[[0, length] for length in tensor.shape[:-1]]])
+        resized = resample(channels_first, whole, target, np.array([False])).to(tensor.dtype)
+    return resized[0].movedim(0, -1).contiguous()
+
+
+def cut_between_pixels(image: Image, box: npt.NDArray[np.float64], target: tuple[int, ...]) -> Tensor:
+    """`cut` of a picture (uint8) that was decoded at a fraction of its size, so that edges lie between pixels."""
+    (top, height), (left, width) = box.tolist()
+    first_row, first_column = int(top), int(left)
+    outer = image[first_row : math.ceil(top + height), first_column : math.ceil(left + width)]
+    within = (left - first_column, top - first_row, left - first_column + width, top - first_row + height)
+    picture = PillowImage.fromarray(outer[..., 0] if outer.shape[-1] == 1 else outer)
+    resized = picture.resize((target[1], target[0]), PillowImage.Resampling.BICUBIC, box=within)
+    return torch.from_numpy(np.array(resized).reshape(*target, -1))
+
+
+def of_one_type(images: list[Tensor], scale: Mapping[str, float] | None = None) -> list[Tensor]:
+    """Casts a batch to one type: bytes beside 16 bits are widened; floats or a `data.scale` make all of it floats."""
+    kinds = {image.dtype for image in images}
+    if len(kinds) == 1:
+        return images
+    if scale or any(kind.is_floating_point for kind in kinds):
+        one = {**FULL_SCALE, **(scale or {})}
+        return [image.float() * (one["float32"] / one[str(image.dtype)[6:]]) for image in images]
+    wide = (image.int() * (257 if image.dtype == torch.uint8 else 1) for image in images)  # 255 * 257 = 65535
+    return [image.to(torch.uint16) for image in wide]
+
+
+def labels_of(labels: Labels | None, indices: Indices) -> Tensor:
+    """(B,) int64 labels of some images, -1 where there are none."""
+    return torch.from_numpy(np.full(len(indices), -1) if labels is None else labels[indices])
+
+
+def start_worker(worker: int) -> None:
+    """One thread a worker; the main process alone heeds Ctrl-C and SIGTERM; none outlives it, under forkserver too."""
+    del worker
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    main = multiprocessing.parent_process()
+    if main is not None:
+        threading.Thread(target=_end_with, args=(main.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    """Waits for the main process to end, however it does, and ends this one."""
+    connection.wait([sentinel])
+    os._exit(1)
+
+
+@dataclass(frozen=True)
 class Batch:
     """Images for the model."""
 
@@ -99,9 +366,8 @@ class Batch:
 class ImageLoader:
     """Batches of one set of images.
 
-    The plan (or the indices) alone decides what a batch holds: neither the number of workers, nor the step that
-    iteration starts at, nor where images are held changes it. Exceptions are rounding, and JPEGs much larger than the
-    crop, which workers decode at a fraction of their size (`transforms.reduction`).
+    The plan (or the indices) alone decides what a batch holds, whatever the workers, the first step, and where images
+    are held; but for rounding, and JPEGs that workers decode at a fraction of their size (`transforms.reduction`).
     """
 
     source: Source
@@ -132,10 +398,7 @@ class ImageLoader:
     def train_batches(
         self, plan: Plan, start: int, stop: int, *, rank: int = 0, world_size: int = 1
     ) -> Iterator[Batch]:
-        """This rank's part of the batches of steps `start` to `stop - 1`, randomly cropped and flipped.
-
-        DataError, when their batch is due: more unreadable images than allowed.
-        """
+        """This rank's part of steps `start` to `stop - 1`, cropped and flipped; DataError: too many are bad."""
 
         def requests() -> Iterator[Request]:
             planned = map(plan.indices, range(start, stop))
@@ -230,45 +493,37 @@ def repeated(plan: Plan, start: int, stop: int, repeats: int) -> Iterator[tuple[
     """Repeated augmentation: epochs and indices, (B,) each, of steps where `repeats` views of an image come in a run.
 
     Epochs form groups of `repeats`. A group goes once through the images, in the order of its first epoch, and takes
-    of each the views (crop, flip, mask) that it would have in every epoch of the group, one after the other. So
-    steps, batch sizes and what is drawn for (epoch, index) are the plan's, and at the end of a group every image was
-    seen as often; only which views share a batch differs. A run that a batch's end cuts is decoded in both.
+    of each the views (crop, flip, mask) that it would have in every epoch of the group, one after the other. Steps,
+    batch sizes and what is drawn for (epoch, index) are the plan's; only which views share a batch differs.
     """
-    group, order = -1, np.empty(0, dtype=np.int64)
     for step in range(start, stop):
         epoch, position = divmod(step, plan.steps_per_epoch)
-        if epoch // repeats != group:
-            group = epoch // repeats
-            order = permutation(plan.seed, group * repeats, plan.num_samples)
         first = position * plan.batch_size
         in_epoch = np.arange(first, min(first + plan.batch_size, plan.num_samples))
         views = epoch % repeats * plan.num_samples + in_epoch
-        yield group * repeats + views % repeats, order[views // repeats]
+        group = epoch - epoch % repeats
+        yield group + views % repeats, _order(plan.seed, group, plan.num_samples)[views // repeats]
 
 
 @contextmanager
 def one_line_when_a_worker_ends() -> Iterator[None]:
     """The unexpected end of a process that reads images becomes a DataError of one line; other errors stay.
 
-    The loader's own iterations have it. It belongs around what is done with their batches too: PyTorch raises from the
-    signal that tells of a child's end, wherever the main process is by then, such as in the middle of a step.
+    It belongs around what is done with batches too: PyTorch raises from a signal, wherever the main process is by then.
     """
     try:
         yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise DataError(
-            f"a process that reads images ended unexpectedly ({reason_of(error)[:100]})",
-            "most often memory ran out: lower data.num_workers or batch_size",
-        ) from error
+        problem = f"a process that reads images ended unexpectedly ({reason_of(error)[:100]})"
+        raise DataError(problem, "most often memory ran out: lower data.num_workers or batch_size") from error
 
 
 def _survivors(loader: DataLoader[Fetched]) -> Iterator[Fetched]:
     """The batches of one iteration, at whose end its workers end, and one whose read hangs (a lost file server) too.
 
-    PyTorch ends them when the iteration is freed, which a traceback may put off: it asks them, waits for some seconds,
-    and sends SIGTERM, which they ignore.
+    PyTorch ends them when the iteration is freed, which a traceback may put off, and with SIGTERM, which they ignore.
     """
     with one_line_when_a_worker_ends():
         batches: Any = iter(loader)

@@ -5,25 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from os.path import commonprefix
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from torchmae.config import DataConfig
-from torchmae.data.arrays import DoesNotFitError, Held, hold
+from torchmae.data.arrays import GIB, DoesNotFitError, Held, hold
 from torchmae.data.formats import Context, Progress
-from torchmae.data.labels import in_training_classes
 from torchmae.data.layouts import open_splits
-from torchmae.data.loader import ImageLoader, hold_out
+from torchmae.data.loader import ImageLoader, View, hold_out
 from torchmae.data.reading import FEW, SAMPLE, BadFiles, Measured, Probe, measure, probe, reader_processes
-from torchmae.data.sources import Source, Subset, all_notes, evenly_spaced
+from torchmae.data.sources import Source, Subset, all_notes, evenly_spaced, in_training_classes
 from torchmae.data.transforms import Normalisation
-from torchmae.data.worker import View
 from torchmae.errors import ConfigError, DataError
 
-GIB = 2**30
 HELD_OUT = "held-out"  # some of the training images
 _COMPARED = 64  # held-out images that are looked for among the training images
 _NAMESAKES = 4  # training images that each is compared with
@@ -56,11 +53,8 @@ def open_data(
     """Opens the data of a run: finds splits, holds what fits in memory, measures mean and deviation.
 
     Images of any size are resampled to `input_size`. Without `channels`, the data says how many there are. `own` are
-    sources of a caller's own, as for `open_splits`.
-
-    Raises:
-        ConfigError: settings that do not fit the data.
-        DataError: data that is missing, empty or unreadable.
+    sources of a caller's own, as for `open_splits`. ConfigError: settings that do not fit the data. DataError: data
+    that is missing, empty or unreadable.
     """
     context = Context.of(config, spatial_dims=len(input_size), progress=progress)
     splits = open_splits(config.source, context, own)
@@ -98,10 +92,7 @@ def open_data(
 def choose_splits(
     config: DataConfig, splits: dict[str, Source], context: Context
 ) -> tuple[Source, Source | None, tuple[str, ...]]:
-    """The training images, the held-out ones that `config.val` asks for, and what there is to say about those.
-
-    "auto" never takes a test split: where there is no "val", some of the training images are held out.
-    """
+    """The training images, the held-out ones that `config.val` asks for ("auto": never a test split), and notes."""
     train = splits["train"]
     name = ("val" if "val" in splits else HELD_OUT) if config.val == "auto" else config.val
     too_few = config.val == "auto" and name == HELD_OUT and not len(hold_out(len(train), config.val_size)[1])
@@ -123,11 +114,8 @@ def held_out_images(
     """Training and held-out images, and a note where they overlap.
 
     `name`, the value of `option`, is HELD_OUT (`val_size` of the training images), a split, or a path or name of other
-    data, of which the first split in `order` counts.
-
-    Raises:
-        ConfigError: a name that cannot be used, or that leads to the training images.
-        DataError: too few images to hold some out.
+    data, of which the first split in `order` counts. ConfigError: a name that cannot be used, or that leads to the
+    training images. DataError: too few images to hold some out.
     """
     train = splits["train"]
     if name == "train":
@@ -159,19 +147,14 @@ def check_apart(test: Source, train: Source, what: str, fix: str) -> tuple[str, 
 def training_share(test: Source, train: Source) -> float:
     """Share of held-out images that are training images too, as far as 64 of them show.
 
-    A training image is the same one when it has the same file name (or number in an array) and the same pixels,
-    wherever it lies: a link, a second path or a copy of the data set is found.
+    It is the same one when it has the same file name (or number in an array) and the same pixels, wherever it lies.
     """
-    looked_for = [(int(i), test.name(int(i)).split("/")) for i in evenly_spaced(len(test), _COMPARED)]
-    namesakes: dict[str, list[int]] = {parts[-1]: [] for _, parts in looked_for}
+    looked_for = {int(i): test.name(int(i)) for i in evenly_spaced(len(test), _COMPARED)}
+    namesakes: dict[str, list[int]] = {name.rpartition("/")[2]: [] for name in looked_for.values()}
     for i in range(len(train)):
         last = train.name(i).rpartition("/")[2]
         if last in namesakes:
             namesakes[last].append(i)
-
-    def shared_end(parts: list[str], i: int) -> int:
-        pairs = zip(reversed(parts), reversed(train.name(i).split("/")), strict=False)
-        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     def is_same(index: int, i: int) -> bool:
         with suppress(DataError):
@@ -179,8 +162,9 @@ def training_share(test: Source, train: Source) -> float:
         return False
 
     found = 0
-    for index, parts in looked_for:
-        alike = sorted(namesakes[parts[-1]], key=lambda i: -shared_end(parts, i))
+    for index, name in looked_for.items():
+        alike = namesakes[name.rpartition("/")[2]]
+        alike.sort(key=lambda i: -len(commonprefix([name[::-1], train.name(i)[::-1]])))  # noqa: RUF071
         found += any(is_same(index, i) for i in alike[:_NAMESAKES])
     return found / len(looked_for)
 
@@ -194,50 +178,42 @@ class Fitted(NamedTuple):
 
 
 def fit_to_model(sources: Sequence[Source], input_size: tuple[int, ...], channels: int | None) -> Fitted:
-    """Looks at samples of sources, training images first, and gives them the channels of a model.
+    """Looks at samples of sources, training images first, and gives them `channels`; None: what most have.
 
-    `channels` None stands for what most samples of the first source have.
-
-    Raises:
-        ConfigError: images with another number of axes or channels than the model takes.
-        DataError: none of the samples can be read.
+    ConfigError: other numbers of axes or channels than the model takes. DataError: none of the samples can be read.
     """
     probes = [probe(source) for source in sources]
     channels = probes[0].channels if channels is None else channels
     for source, seen in zip(sources, probes, strict=True):
         if odd := next((size for size in seen.sizes if len(size) != len(input_size)), None):
-            raise ConfigError(
-                f"{source.name(0)} has {len(odd)} dimensions and model.input_size has {len(input_size)} numbers",
-                f"give images with {len(input_size)}, or train with {len(odd)} numbers in model.input_size",
-            )
+            problem = f"{source.name(0)} has {len(odd)} dimensions and model.input_size has {len(input_size)} numbers"
+            fix = f"give images with {len(input_size)}, or train with {len(odd)} numbers in model.input_size"
+            raise ConfigError(problem, fix)
         if channels != seen.channels and {channels, seen.channels} != {1, 3}:
-            raise ConfigError(
-                f"the images have {seen.channels} channels ({source.name(0)}) and the model takes {channels}",
-                f"give images that have {channels}, or train with model.in_chans {seen.channels}",
-            )
+            problem = f"the images have {seen.channels} channels ({source.name(0)}) and the model takes {channels}"
+            raise ConfigError(problem, f"give images with {channels}, or train with model.in_chans {seen.channels}")
     return Fitted([source.with_channels(channels) for source in sources], probes, channels)
 
 
 def _hold(fitted: Fitted, config: DataConfig, bad: BadFiles, progress: Progress | None) -> list[Held | None]:
     """The images of each source in memory, as far as `config.cache` wants them there and they fit."""
     held: list[Held | None] = []
-    free = config.memory_limit * GIB
+    sizes: dict[int, int] = {}  # of the arrays in memory, by address: two sources may be parts of one
     for source, seen in zip(fitted.sources, fitted.probes, strict=True):
         whole = source.whole()
-        start = None if whole is None else whole[0].ctypes.data
-        shared = any(item is not None and item.images.data_ptr() == start for item in held)  # parts of one array
-        if config.cache == "none":
-            item = None
-        elif config.cache == "auto":
-            item = hold_if_it_fits(source, seen, float("inf") if shared else free, bad, progress)
-        else:
+        is_there = whole is not None and whole[0].ctypes.data in sizes
+        item = None
+        if config.cache == "auto":
+            free = float("inf") if is_there else config.memory_limit * GIB - sum(sizes.values())
+            item = hold_if_it_fits(source, seen, free, bad, progress)
+        elif config.cache != "none":
             try:
                 item = hold(source, float("inf"), bad, progress)
             except DoesNotFitError as error:
-                raise ConfigError(
-                    f"data.cache is {config.cache!r}, but {error}", "set data.cache to auto or none"
-                ) from error
-        free -= 0 if item is None or shared else item.nbytes
+                problem = f"data.cache is {config.cache!r}, but {error}"
+                raise ConfigError(problem, "set data.cache to auto or none") from error
+        if item is not None:
+            sizes[item.images.data_ptr()] = item.images.nbytes
         held.append(item)
     return held
 
@@ -259,7 +235,7 @@ def _on_device(held: Sequence[Held | None], config: DataConfig, device: torch.de
     for item in held:
         wanted = config.cache == "device"
         if config.cache == "auto" and item is not None and device.type == "cuda":
-            wanted = item.nbytes <= torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE
+            wanted = item.images.nbytes <= torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE
         if item is None or not (wanted or item.images.data_ptr() in moved):
             placed.append(item)
             continue
@@ -267,11 +243,10 @@ def _on_device(held: Sequence[Held | None], config: DataConfig, device: torch.de
         try:
             moved[key] = moved[key] if key in moved else item.images.to(device)
         except torch.OutOfMemoryError:
-            raise ConfigError(
-                f"data.cache is {config.cache!r}, but the images take {item.nbytes / GIB:.1f} GiB, more than {device} "
-                "has",
-                "set data.cache to memory",
-            ) from None
+            problem = (
+                f"data.cache is {config.cache!r}, but the images take {item.images.nbytes / GIB:.1f} GiB of {device}"
+            )
+            raise ConfigError(problem, "set data.cache to memory") from None
         placed.append(replace(item, images=moved[key]))
     return placed
 
@@ -280,10 +255,8 @@ def _measure(config: DataConfig, fitted: Fitted, held: Held | None, progress: Pr
     """Mean, deviation and range of the training images; those that the settings give count."""
     for name, values in (("mean", config.mean), ("std", config.std)):
         if values is not None and len(values) != fitted.channels:
-            raise ConfigError(
-                f"data.{name} has {len(values)} numbers and the images {fitted.channels} channels",
-                f"give {fitted.channels}, or leave data.mean and data.std out",
-            )
+            problem = f"data.{name} has {len(values)} numbers and the images {fitted.channels} channels"
+            raise ConfigError(problem, f"give {fitted.channels}, or leave data.mean and data.std out")
     train = fitted.sources[0] if held is None else held.source()
     sample = SAMPLE if config.mean is None else FEW
     measured = measure(train, scale=config.scale, kinds=fitted.probes[0].kinds, sample=sample, progress=progress)

@@ -23,18 +23,18 @@ from PIL import Image as Pillow
 from torchmae.config import PackOptions
 from torchmae.data import jpeg
 from torchmae.data.arrays import map_array
-from torchmae.data.formats import CHANNELS, FORMATS, PACKED_ARRAY, Image, Progress, format_of
-from torchmae.data.labels import in_one_list
-from torchmae.data.parquet import ParquetTable
+from torchmae.data.formats import CHANNELS, FORMATS, PACKED_ARRAY, Image, Progress, format_of, tracked
 from torchmae.data.reading import BadFiles, map_samples, probe
 from torchmae.data.shards import CLASSES_FILE, INDEX_SUFFIX, build_index, write_index
-from torchmae.data.sources import Source
+from torchmae.data.sources import Source, in_one_list
+from torchmae.data.tables import ParquetTable
 from torchmae.errors import ConfigError, DataError, reason_of, require
 from torchmae.files import locked, replace_file
 
 _MANIFEST = "pack.json"
 _LOCK = ".lock"
 _PARTIAL = ".partial"
+_PACK_AGAIN = "remove the folder, and pack again"
 _ROWS = 100  # of a row group of parquet
 
 
@@ -73,11 +73,8 @@ class Record:
 def pack(splits: Mapping[str, Source], out: Path, options: PackOptions, progress: Progress | None = None) -> Packed:
     """Packs every split, in order, into a folder that is new, empty, or holds the same data set half packed.
 
-    Each file is written under another name, read back and compared, and renamed; only then does it count.
-
-    Raises:
-        ConfigError: `out` holds something else, or the images do not fit the format.
-        DataError: more unreadable images than allowed, or a file that cannot be written or read back.
+    Each file is written under another name, read back and compared, and renamed. ConfigError: `out` holds something
+    else, or the images do not fit the format. DataError: too many unreadable images, or a file that cannot be written.
     """
     splits = in_one_list(splits)
     how = {name: value for name, value in asdict(options).items() if name not in ("max_bad", "root", "progress")}
@@ -93,9 +90,7 @@ def pack(splits: Mapping[str, Source], out: Path, options: PackOptions, progress
             manifest = _Manifest.load(out, task, bad)  # again, now that no other process adds to it
             return _pack(splits, options, manifest, progress)
     except BlockingIOError as error:
-        raise ConfigError(
-            f"another process is packing into {out}", "wait for it, stop it, or choose another"
-        ) from error
+        raise ConfigError(f"another process is packing into {out}", "wait for it, or choose another") from error
     finally:
         if is_new:
             with suppress(OSError):  # not empty
@@ -119,9 +114,7 @@ def _pack(splits: Mapping[str, Source], options: PackOptions, manifest: _Manifes
             before += len(source)
         if not manifest.images:
             example = f", the first: {': '.join(bad.items[0])}" if bad.items else ""
-            raise DataError(
-                f"none of {bad.total:,} images can be read, so there is nothing to pack{example}", "check the data"
-            )
+            raise DataError(f"none of {bad.total:,} images can be read: nothing to pack{example}", "check the data")
         manifest.save(complete=True)
     except (ConfigError, DataError, OSError) as error:
         if not resumed and (isinstance(error, ConfigError) or not manifest.parts):  # continuing would fail again
@@ -140,10 +133,8 @@ def _pack(splits: Mapping[str, Source], options: PackOptions, manifest: _Manifes
 def _write_classes(out: Path, splits: Mapping[str, Source]) -> None:
     """Writes the names of the labels, one a line; ConfigError where a name has more lines."""
     classes = max((source.classes or () for source in splits.values()), key=len)
-    for name in classes:
-        if len(f"{name}.".splitlines()) > 1:
-            problem = f"the class {name!r} has a line end in its name"
-            raise ConfigError(problem, "rename it, or choose the format parquet")
+    if odd := next((name for name in classes if len(f"{name}.".splitlines()) > 1), None):
+        raise ConfigError(f"the class {odd!r} has a line end in its name", "rename it, or choose the format parquet")
     if classes:
         replace_file(out / CLASSES_FILE, "\n".join((*classes, "")).encode(), DataError)
 
@@ -170,9 +161,7 @@ class _Manifest:
                     return cls(out, task, bad, [Part(**part) for part in state["files"]])
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(f"{path} is damaged", "remove the folder, or choose another") from error
-            raise ConfigError(
-                f"{out} was packed from other data, or otherwise", "choose another folder, or remove this one"
-            )
+            raise ConfigError(f"{out} was packed from other data, or otherwise", "choose another folder, or remove it")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(f"{out} exists and is not an empty folder", "choose another")
         manifest = cls(out, task, bad)
@@ -205,16 +194,14 @@ def _readable(writer: _Writer, options: PackOptions, before: int, progress: Prog
     """The images of a split that are not packed yet, in order, without unreadable ones; `before` are packed already."""
     source, bad = writer.source, writer.manifest.bad
     indices = np.arange(writer.next, len(source))
-    contents = map_samples(source, indices, partial(_content, source, options))
-    for index, content in zip(indices.tolist(), contents, strict=True):
+    contents = zip(indices.tolist(), map_samples(source, indices, partial(_content, source, options)), strict=True)
+    for index, content in tracked(contents, progress, "packing", bad.total, before + writer.next):
         writer.next = index + 1
         if isinstance(content, DataError):
             bad.add(source.name(index), content.problem)
         else:
             label = -1 if source.labels is None else int(source.labels[index])
             yield Record(index, source.name(index), label, content)
-        if progress is not None:
-            progress("packing", before + index + 1, bad.total)
 
 
 def _content(source: Source, options: PackOptions, index: int) -> bytes | Image | DataError:
@@ -222,15 +209,15 @@ def _content(source: Source, options: PackOptions, index: int) -> bytes | Image 
     try:
         image = source.open(index).read()  # so that what is packed can be read
         is_small = options.max_size is None or max(image.shape[:-1]) <= options.max_size
-        changed = image if is_small else reduce(image, options.max_size or 0)
+        image = image if is_small else reduce(image, options.max_size or 0)
         if options.format == "npy":
-            return np.ascontiguousarray(changed, dtype=changed.dtype.newbyteorder("<"))
-        raw = source.encoded(index)
-        form = None if raw is None else format_of(raw)
-        if raw is not None and form is not None and is_small and _is_plain(raw, options):
+            return np.ascontiguousarray(image, dtype=image.dtype.newbyteorder("<"))
+        raw = source.encoded(index) or b""
+        form = format_of(raw)
+        if form is not None and is_small and _is_plain(raw, options):
             return raw
         is_lossy = form in (FORMATS["jpeg"], FORMATS["webp"])
-        return encode(changed, options.quality if is_lossy and not is_small else None)
+        return encode(image, options.quality if is_lossy and not is_small else None)
     except DataError as error:
         return error
 
@@ -246,17 +233,13 @@ def reduce(image: Image, max_size: int) -> Image:
     if image.ndim != 3:
         raise ConfigError(f"images with {image.ndim - 1} dimensions cannot be reduced", "leave max_size out")
     factor = max_size / max(image.shape[:2])
-    size = [max(1, round(length * factor)) for length in image.shape[1::-1]]
-
-    def resize(pixels: Image) -> Image:
-        return np.asarray(Pillow.fromarray(pixels).resize((size[0], size[1]), Pillow.Resampling.BICUBIC))
-
-    if image.dtype == np.uint8 and image.shape[2] in (1, 3):
-        return resize(image[..., 0] if image.shape[2] == 1 else image).reshape(size[1], size[0], -1)
-    planes = np.stack([resize(plane) for plane in np.moveaxis(image.astype(np.float32), -1, 0)], -1)
-    if image.dtype.kind == "f":
-        return planes
-    return np.clip(np.rint(planes), 0, np.iinfo(image.dtype).max).astype(image.dtype)
+    height, width = (max(1, round(length * factor)) for length in image.shape[:2])
+    exact = image if image.dtype == np.uint8 else image.astype(np.float32)
+    planes = (Pillow.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(exact, -1, 0))
+    reduced = np.stack([np.asarray(p.resize((width, height), Pillow.Resampling.BICUBIC)) for p in planes], -1)
+    if image.dtype == np.uint16:
+        reduced = np.clip(np.rint(reduced), 0, np.iinfo(np.uint16).max)
+    return reduced.astype(image.dtype)
 
 
 def encode(image: Image, quality: int | None) -> bytes:
@@ -342,18 +325,15 @@ class _Writer(ABC):
     def check(self) -> None:
         """DataError unless all parts are there, and of the size that they had."""
         for part in self.parts:
-            _check_size(self.out / part.name, part.nbytes)
+            path = self.out / part.name
+            size = path.stat().st_size if path.is_file() else 0
+            if not size or size != (part.nbytes or size):
+                what = f"has {size:,} bytes and had {part.nbytes:,}" if size else "is gone"
+                raise DataError(f"{path} {what}, though it was packed before", _PACK_AGAIN)
 
     def finish(self) -> None:
         """Does what is left when all parts are noted."""
         return
-
-
-def _check_size(path: Path, nbytes: int | None = None) -> None:
-    size = path.stat().st_size if path.is_file() else None
-    if size is None or (nbytes is not None and size != nbytes):
-        what = "is gone" if size is None else f"has {size:,} bytes and had {nbytes:,}"
-        raise DataError(f"{path} {what}, though it was packed before", "remove the folder, and pack again")
 
 
 class _ParquetWriter(_Writer):
@@ -368,9 +348,8 @@ class _ParquetWriter(_Writer):
         if self.source.labels is not None:
             fields.append(("label", arrow.int64()))
             names = self.source.classes
-            features["label"] = (
-                {"dtype": "int64", "_type": "Value"} if names is None else {"names": list(names), "_type": "ClassLabel"}
-            )
+            plain = {"dtype": "int64", "_type": "Value"}
+            features["label"] = {"names": list(names), "_type": "ClassLabel"} if names else plain
         schema = arrow.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
         with parquet.ParquetWriter(self.partial, schema, compression="none", use_dictionary=False) as file:
             while some := list(islice(records, _ROWS)):
@@ -381,7 +360,7 @@ class _ParquetWriter(_Writer):
     def read(self) -> Iterator[tuple[bytes, int]]:
         table = ParquetTable(self.partial)
         labels = [-1] * table.num_rows if table.label is None else table.labels().tolist()
-        return zip(chain.from_iterable(table.images()), labels, strict=True)
+        return zip(table.images(), labels, strict=True)
 
 
 class _ShardWriter(_Writer):
@@ -433,12 +412,9 @@ class _ArrayWriter(_Writer):
             if array is None:
                 array = self._open(image)
             if image.shape != array.shape[1:] or image.dtype != array.dtype:
-                shapes = ("x".join(map(str, shape)) for shape in (array.shape[1:], image.shape))
-                raise ConfigError(
-                    f"one array cannot hold them: {next(shapes)} {array.dtype} before, "
-                    f"{record.name} is {next(shapes)} {image.dtype}",
-                    "choose the format parquet or wds",
-                )
+                before, now = (f"{'x'.join(map(str, x.shape))} {x.dtype}" for x in (array[0], image))
+                problem = f"one array cannot hold them: {before} before, {record.name} is {now}"
+                raise ConfigError(problem, "choose the format parquet or wds")
             array[len(self._labels)] = image
             self._labels.append(record.label)
         array.flush()
@@ -448,7 +424,7 @@ class _ArrayWriter(_Writer):
         if self.parts:
             array = npy.open_memmap(self.partial, mode="r+") if self.partial.exists() else None
             if array is None or len(array) != len(self.source):
-                raise DataError(f"{self.partial} has lost rows", "remove the folder, and pack again")
+                raise DataError(f"{self.partial} has lost rows", _PACK_AGAIN)
             return array
         shape = (len(self.source), *image.shape)
         array = npy.open_memmap(self.partial, mode="w+", dtype=image.dtype, shape=shape)
@@ -458,9 +434,9 @@ class _ArrayWriter(_Writer):
         return array
 
     def read(self) -> Iterator[tuple[bytes, int]]:
-        array = map_array(self.partial)
-        for row in range(sum(part.images for part in self.parts), len(self._labels)):
-            yield array[row].tobytes(), self._labels[row]
+        start = sum(part.images for part in self.parts)
+        rows = map_array(self.partial)[start : len(self._labels)]
+        return ((row.tobytes(), label) for row, label in zip(rows, self._labels[start:], strict=True))
 
     def commit(self, part: Part) -> Part:
         """Leaves the file as it is, since more rows may follow."""
@@ -468,11 +444,11 @@ class _ArrayWriter(_Writer):
 
     def check(self) -> None:
         if self.parts and not self.partial.exists():  # whose rows are counted where more are added
-            _check_size(self.path)
-            if self.source.labels is not None:
-                _check_size(self._labels_path)
+            for path in [self.path] if self.source.labels is None else [self.path, self._labels_path]:
+                if not path.is_file():
+                    raise DataError(f"{path} is gone, though it was packed before", _PACK_AGAIN)
             if len(map_array(self.path)) != len(self._labels):
-                raise DataError(f"{self.path} has lost rows", "remove the folder, and pack again")
+                raise DataError(f"{self.path} has lost rows", _PACK_AGAIN)
 
     def finish(self) -> None:
         """Takes the room of unreadable images off, and gives the file its name."""

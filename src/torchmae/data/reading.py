@@ -1,22 +1,25 @@
-"""Reading many images: past those that are unreadable, in threads, and what a sample of them looks like."""
+"""Reading many images: past those that are unreadable, in threads; what a sample, or all of them, look like."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from torchmae.data.formats import CUT_SHORT, NOT_FINITE, Image, Item, Progress, quiet_pillow
-from torchmae.data.sources import Source, evenly_spaced
+from torchmae.data.formats import CUT_SHORT, NOT_FINITE, Image, Item, Progress, quiet_pillow, tracked
+from torchmae.data.sources import Source, all_notes, digest, evenly_spaced, in_training_classes
 from torchmae.data.transforms import FULL_SCALE, Normalisation
 from torchmae.errors import DataError
+from torchmae.threads import num_cores
 
 Result = TypeVar("Result")
 
@@ -38,22 +41,13 @@ _MENDS = {
 """By what the reason begins with, the option that makes bad files good ones."""
 
 
-def num_cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def reader_processes(asked: int | None, sharing: int = 1) -> int:
     """Number of processes that read images: `asked`, else cores // processes that share them, at most MAX_READERS."""
     return max(1, min(MAX_READERS, num_cores() // sharing)) if asked is None else asked
 
 
 class BadFiles:
-    """The files that could not be read, each once.
-
-    Of `total` files a share of `max_bad`, in [0, 1], may be unreadable, and one at least unless it is 0. The user calls
-    that share `option`.
-    """
+    """Files that could not be read, each once; at most a share of `max_bad` of `total`, or 1 unless it is 0."""
 
     def __init__(self, total: int, max_bad: float, option: str = "data.max_bad") -> None:
         self.total = total
@@ -74,29 +68,17 @@ class BadFiles:
             allowed = f"more than {self.option} {self.max_bad:g} allows" if self.max_bad else f"and {self.option} is 0"
             group = self.option.rpartition("max_bad")[0]
             mend = next((f"--{group}{text}, or " for begin, text in _MENDS.items() if reason.startswith(begin)), "")
-            raise DataError(
-                f"{len(self._reasons)} of {self.total} images cannot be read, {allowed}; the last: {name}: {reason}",
-                f"{mend}mend or remove them, or raise {self.option}",
-            )
-
-
-def read_or_next(source: Source, index: int, bad: list[tuple[str, str]]) -> tuple[int, Image]:
-    """`first_readable`, of whole images."""
-    return first_readable(source, index, bad, source.read)
+            count = f"{len(self._reasons)} of {self.total} images cannot be read, {allowed}"
+            fix = f"{mend}mend or remove them, or raise {self.option}"
+            raise DataError(f"{count}; the last: {name}: {reason}", fix)
 
 
 def first_readable(
     source: Source, index: int, bad: list[tuple[str, str]], read: Callable[[int], Result]
 ) -> tuple[int, Result]:
-    """Reads the image at `index` or, where it cannot be read, the next one that can; after the last comes the first.
+    """The image at `index` or, where it cannot be read, the next one that can; after the last comes the first.
 
-    `bad` takes (name, reason) of those that cannot.
-
-    Returns:
-        the index that was read, and what `read` made of it.
-
-    Raises:
-        DataError: MAX_MISSES in a row cannot be read.
+    With its index; `bad` takes (name, reason) of those that cannot be read. DataError: MAX_MISSES of them in a row.
     """
     attempts, fix = min(len(source), MAX_MISSES), ""
     for candidate in range(index, index + attempts):
@@ -111,24 +93,15 @@ def first_readable(
     raise DataError(f"{attempts} images in a row cannot be read; the last: {name}: {reason}", fix or "check the data")
 
 
-def stand_ins(source: Source, readable: npt.NDArray[np.bool_], reason: str, bad: BadFiles) -> npt.NDArray[np.int64]:
-    """(N,) the index that is read in place of each sample: itself, or the next readable one; after the last the first.
-
-    `bad` takes the samples that are not `readable`, of which there may not be more than it allows (DataError).
-    """
-    for index in np.flatnonzero(~readable):
-        bad.add(source.name(int(index)), reason)
-    good = np.flatnonzero(readable)
-    return good[np.searchsorted(good, np.arange(len(readable))) % len(good)]
+def stand_ins(source: Source, finite: npt.NDArray[np.bool_], bad: BadFiles) -> npt.NDArray[np.int64]:
+    """(N,) the sample read in place of each: itself, or the next finite one; `bad` takes those that are not."""
+    for index in np.flatnonzero(~finite):
+        bad.add(source.name(int(index)), NOT_FINITE)
+    good = np.flatnonzero(finite)
+    return good[np.searchsorted(good, np.arange(len(finite))) % len(good)]
 
 
-class Reading(NamedTuple):
-    """One image of many."""
-
-    asked: int
-    read: int  # another index where that one cannot be read
-    image: Image  # (*size, C)
-    bad: list[tuple[str, str]]  # name and reason of those that cannot be read
+Reading = tuple[int, int, Image, list[tuple[str, str]]]  # asked for, read; (*size, C); name and reason of bad ones
 
 
 def read_many(source: Source, indices: npt.NDArray[np.int64]) -> Iterator[Reading]:
@@ -136,11 +109,11 @@ def read_many(source: Source, indices: npt.NDArray[np.int64]) -> Iterator[Readin
 
     def read_one(index: int) -> Reading:
         bad: list[tuple[str, str]] = []
-        return Reading(index, *read_or_next(source, index, bad), bad)
+        return index, *first_readable(source, index, bad, source.read), bad
 
     first = read_one(int(indices[0]))
     yield first
-    yield from map_samples(source, indices[1:], read_one, threads=first.image.size >= _WORTH_THREADS)
+    yield from map_samples(source, indices[1:], read_one, threads=first[2].size >= _WORTH_THREADS)
 
 
 def map_samples(
@@ -172,17 +145,15 @@ class Probe(NamedTuple):
 def probe(source: Source, sample: int = FEW) -> Probe:
     """Opens samples evenly spread over a source; DataError where none of them can be read."""
     items: list[Item] = []
-    failure: DataError | None = None
+    problem = fix = ""
     indices = evenly_spaced(len(source), sample).tolist()
     for index in indices:
         try:
             items.append(source.open(index))
         except DataError as error:
-            failure = DataError(f"{source.name(index)}: {error.problem}", error.fix)
-    if failure is not None and not items:
-        raise DataError(
-            f"none of {len(indices)} images can be read; the last: {failure.problem}", failure.fix or "check the data"
-        )
+            problem, fix = f"{source.name(index)}: {error.problem}", error.fix
+    if not items:
+        raise DataError(f"none of {len(indices)} images can be read; the last: {problem}", fix or "check the data")
     counts = Counter(item.channels for item in items)
     channels = 3 if set(counts) == {1, 3} else counts.most_common(1)[0][0]
     notes = Counter(note for item in items for note in item.notes)
@@ -193,14 +164,12 @@ def probe(source: Source, sample: int = FEW) -> Probe:
         if number != channels:
             grey = (number, channels) == (1, 3)
             notes["grey, read as colour" if grey else f"of {number} bands, not used"] = count
+    shares = {n: "" if count == len(items) else f" ({count} of {len(items)} looked at)" for n, count in notes.items()}
     return Probe(
-        channels=channels,
-        sizes=frozenset(item.size for item in items),
-        kinds=Counter(str(item.dtype) for item in items),
-        notes=tuple(
-            note if count == len(items) else f"{note} ({count} of {len(items)} looked at)"
-            for note, count in notes.items()
-        ),
+        channels,
+        frozenset(item.size for item in items),
+        Counter(str(item.dtype) for item in items),
+        tuple(f"{note}{share}" for note, share in shares.items()),
     )
 
 
@@ -221,27 +190,20 @@ def measure(
 ) -> Measured:
     """Mean and deviation of each channel of scaled values, the range that is shown, and what is odd about the values.
 
-    At most `sample` images are read, evenly spaced, and count alike whatever their size; all have as many channels. A
-    channel that never changes gets a deviation of 1, so that normalising leaves it at 0. `scale` is data.scale, `kinds`
-    are types that are known to be among the images.
-
-    Raises:
-        DataError: the images cannot be read.
+    At most `sample` images are read, evenly spaced, and count alike whatever their size. A channel that never changes
+    gets a deviation of 1. `scale` is data.scale, `kinds` are types known to be there. DataError: they cannot be read.
     """
     indices = evenly_spaced(len(source), sample)
     first: list[npt.NDArray[np.float64]] = []
     second: list[npt.NDArray[np.float64]] = []
     stored: dict[str, list[Image]] = {}  # of each type, (values, C) of each image
     given = Normalisation((), (), scale=scale)
-    for done, reading in enumerate(read_many(source, indices), 1):
-        image = reading.image
+    for _, _, image, _ in tracked(read_many(source, indices), progress, "measuring mean and deviation", len(indices)):
         values = image.reshape(-1, image.shape[-1])
         scaled = values.astype(np.float64) * (1 / given.one(image.dtype))
         first.append(scaled.mean(axis=0))
         second.append(np.square(scaled).mean(axis=0))
         stored.setdefault(str(image.dtype), []).append(values[evenly_spaced(len(values), _PICKED)])
-        if progress is not None and (done % 100 == 0 or done == len(indices)):
-            progress("measuring mean and deviation", done, len(indices))
     mean = np.mean(first, axis=0)
     std = np.sqrt(np.maximum(np.mean(second, axis=0) - mean**2, 0))
     std[std < 1e-6] = 1.0
@@ -301,3 +263,125 @@ def _value_notes(pools: dict[str, Image], odd: dict[str, list[float]], used: dic
         yield f"types mixed ({each}){mend}"
     elif "float32" in tops and tops["float32"] > FAR:
         yield f"floats up to {tops['float32']:g}, taken as they are"
+
+
+@dataclass
+class SplitFacts:
+    """What one split holds; sizes, channels, types and file formats with the number of images of each."""
+
+    images: int
+    examined: int = 0  # images that were read
+    sizes: Counter[tuple[int, ...]] = field(default_factory=Counter)
+    channels: Counter[int] = field(default_factory=Counter)
+    dtypes: Counter[str] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
+    low: float = math.inf  # smallest value of any image
+    high: float = -math.inf
+    corrupt: list[tuple[str, str]] = field(default_factory=list)  # (name, reason) of those that cannot be read
+    classes: dict[str, int] = field(default_factory=dict)  # `class_balance`
+
+    @property
+    def cut_short(self) -> int:
+        """How many of the corrupt ones end before their pixels do."""
+        return sum(reason.startswith(CUT_SHORT) for _, reason in self.corrupt)
+
+    @property
+    def not_finite(self) -> int:
+        """How many of the corrupt ones hold values that are no finite numbers."""
+        return sum(reason.startswith(NOT_FINITE) for _, reason in self.corrupt)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "images": self.images,
+            "examined": self.examined,
+            "sizes": {"x".join(map(str, size)): count for size, count in self.sizes.most_common()},
+            "median_size": list(median_size(self.sizes)) if self.sizes else None,
+            "channels": {str(number): count for number, count in self.channels.most_common()},
+            "dtypes": dict(self.dtypes.most_common()),
+            "formats": dict(self.formats.most_common()),
+            "range": [self.low, self.high] if self.sizes else None,
+            "cut_short": self.cut_short,
+            "not_finite": self.not_finite,
+            "corrupt": [{"name": name, "reason": reason} for name, reason in self.corrupt],
+            "classes": self.classes,
+        }
+
+
+class Inspection(NamedTuple):
+    """What a data set holds."""
+
+    splits: dict[str, SplitFacts]
+    duplicates: list[list[str]]  # "split: name" of images with the same pixels, a list for each group
+    leaked: int  # groups that span two splits: a held-out figure on them is worth nothing
+    notes: tuple[str, ...]  # what was assumed, decided or left out, a short phrase each
+    normalisation: Normalisation | None  # of the training images; None where they cannot be read
+
+
+def inspect_splits(
+    splits: Mapping[str, Source], limit: int | None = None, progress: Progress | None = None
+) -> Inspection:
+    """Reads the images of every split; with a `limit`, so many of each, evenly spaced."""
+    chosen = {split: evenly_spaced(len(source), limit or len(source)) for split, source in splits.items()}
+    total, done = sum(map(len, chosen.values())), 0
+    facts: dict[str, SplitFacts] = {}
+    places: dict[str, list[tuple[str, int]]] = defaultdict(list)  # of images with the same pixels
+    for split, source in splits.items():
+        found = facts[split] = SplitFacts(len(source), len(chosen[split]), classes=class_balance(source))
+        looks = zip(chosen[split].tolist(), map_samples(source, chosen[split], partial(_look, source)), strict=True)
+        for index, look in tracked(looks, progress, "inspecting", total, done):
+            if isinstance(look, DataError):
+                found.corrupt.append((source.name(index), str(look)))
+                continue
+            item, values, low, high = look
+            found.sizes[item.size] += 1
+            found.channels[item.channels] += 1
+            found.dtypes[str(item.dtype)] += 1
+            found.formats[item.form] += 1
+            found.low, found.high = min(found.low, low), max(found.high, high)
+            places[values].append((split, index))
+        done += found.examined
+    groups = [group for group in places.values() if len(group) > 1]
+    notes, normalisation = all_notes(splits.values()), None
+    for split, source in splits.items():
+        if split != "train":
+            notes += in_training_classes(source, splits["train"], split)[1]
+    with suppress(DataError):  # nothing can be read, which the facts say
+        seen = probe(splits["train"])
+        measured = measure(splits["train"].with_channels(seen.channels), kinds=seen.kinds, sample=FEW)
+        notes += [*seen.notes, *measured.notes]
+        normalisation = measured.normalisation
+    return Inspection(
+        facts,
+        [[f"{split}: {splits[split].name(index)}" for split, index in group] for group in groups],
+        sum(len({split for split, _ in group}) > 1 for group in groups),
+        tuple(notes),
+        normalisation,
+    )
+
+
+def class_balance(source: Source) -> dict[str, int]:
+    """Images of each class by name or number, "unlabelled" for the rest; empty where nothing has a label."""
+    if source.labels is None:
+        return {}
+    numbers, counts = np.unique(source.labels, return_counts=True)
+    names = {-1: "unlabelled", **dict(enumerate(source.classes or ()))}
+    return {names.get(int(number), str(number)): int(count) for number, count in zip(numbers, counts, strict=True)}
+
+
+def _look(source: Source, index: int) -> tuple[Item, str, float, float] | DataError:
+    """A readable image, a digest of its values, the smallest and the largest of them; or why it is not readable."""
+    try:
+        item = source.open(index)
+        image = item.read()
+    except DataError as error:
+        return error
+    values = digest([image.shape, image.dtype, np.ascontiguousarray(image)])
+    return item, values, float(image.min()), float(image.max())
+
+
+def median_size(sizes: Counter[tuple[int, ...]]) -> tuple[int, ...]:
+    """The median along each axis, for the number of axes that most images have."""
+    dims = Counter(len(size) for size in sizes.elements()).most_common(1)[0][0]
+    table = np.array([size for size in sizes.elements() if len(size) == dims])
+    return tuple(int(length) for length in np.median(table, axis=0))

@@ -8,7 +8,7 @@ import re
 import time
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
@@ -70,25 +70,20 @@ def expand_braces(pattern: str) -> list[str]:
     match = re.search(r"\{([^{}]*)\}", pattern)
     if match is None:
         return [pattern]
-    choices: Iterable[str] = match[1].split(",")
-    count = match[1].count(",") + 1
+    choices: Sequence[str | int] = match[1].split(",")
+    width = 0
     if between := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
         first, last = int(between[1]), int(between[2])
         width = len(between[1]) if between[1].startswith("0") else 0
-        step = 1 if last >= first else -1
-        choices = (f"{number:0{width}d}" for number in range(first, last + step, step))
-        count = abs(last - first) + 1
+        choices = range(first, last + 1) if last >= first else range(first, last - 1, -1)
     head, tail = pattern[: match.start()], expand_braces(pattern[match.end() :])
-    if count * len(tail) > _MAX_EXPANDED:
+    if len(choices) * len(tail) > _MAX_EXPANDED:
         raise ConfigError(f"{pattern} stands for more than {_MAX_EXPANDED:,} files", "name fewer, larger ones")
-    return [f"{head}{choice}{rest}" for choice in choices for rest in tail]
+    return [f"{head}{str(choice).rjust(width, '0')}{rest}" for choice in choices for rest in tail]
 
 
 def expand_url(pattern: str) -> list[str]:
-    """The URLs that a URL with braces and, where the file system can list, with *, ? and [...] stands for.
-
-    At http(s), "?" begins the query, which is kept as it is. DataError where nothing matches.
-    """
+    """The URLs that one with braces, or *, ? and [...] where the system can list, stands for; DataError: none."""
     urls: list[str] = []
     for url in expand_braces(pattern):
         if not any(character in _split_query(url)[0] for character in "*?["):
@@ -96,10 +91,9 @@ def expand_url(pattern: str) -> list[str]:
             continue
         system, path = _file_system(url)
         try:
-            found = sorted(system.glob(path))
+            urls += map(system.unstrip_protocol, sorted(system.glob(path)))
         except Exception as error:  # each file system fails in its own way
             raise DataError(f"cannot list {shown(url)}: {reason_of(error)}", "name the files: {000..099}") from error
-        urls += [system.unstrip_protocol(name) for name in found]
     if not urls:
         raise DataError(f"nothing matches {shown(pattern)}", "check data.source")
     return urls
@@ -110,11 +104,11 @@ def _file_system(url: str) -> tuple[Any, str]:
     url_to_fs = require("fsspec.core", "remote").url_to_fs
     try:
         system, path = url_to_fs(url)
+        return system, path
     except (ImportError, ValueError) as error:
         is_missing = isinstance(error, ImportError)
         fix = "pip install 'torchmae[remote]'" if is_missing else "give a URL such as https://, s3:// or gs://"
         raise ConfigError(f"{shown(url)}: {reason_of(error)}", fix) from error
-    return system, path
 
 
 def place_version(place: Place) -> tuple[int, str]:
@@ -143,18 +137,17 @@ def _attempt(request: Callable[[], Any], wait: Callable[[float], object], url: s
             raise DataError(f"{shown(url)} {kind}", "check the address and its credentials") from error
         except Exception as error:  # aiohttp, botocore, google: each has errors of its own
             if not waits:
-                raise DataError(
-                    f"{shown(url)} cannot be fetched after {ATTEMPTS} attempts: {reason_of(error)}", "check the network"
-                ) from error
+                problem = f"{shown(url)} cannot be fetched after {ATTEMPTS} attempts: {reason_of(error)}"
+                raise DataError(problem, "check the network") from error
         wait(waits.pop(0))
 
 
 class RemoteBytes:
     """A file at a URL, by ranges.
 
-    What was fetched is kept in the cache folder, in a sparse file with a checksum for each block, so that any number
-    of processes may share it and a crash, an eviction or a damaged disk cost a second fetch and nothing else. `size`
-    and `version` are those of `place_version`; `wait` is called with seconds between attempts.
+    What was fetched is kept in the cache folder, in a sparse file with a checksum for each block, so that any number of
+    processes may share it and a crash, an eviction or a damaged disk cost no more than a second fetch. `size` and
+    `version` are those of `place_version`; `wait` is called with seconds between attempts.
     """
 
     def __init__(self, url: str, size: int, version: str, wait: Callable[[float], object] = time.sleep) -> None:

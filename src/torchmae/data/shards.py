@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -15,10 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from torchmae.data.arrays import unpacked_bytes
-from torchmae.data.formats import Context, picture_suffixes
-from torchmae.data.labels import Labels
+from torchmae.data.formats import MAX_BYTES, TOO_LARGE, Context, picture_suffixes, tracked
 from torchmae.data.remote import Place, RemoteBytes, beside, cache_folder, last_name, open_place, place_version, shown
-from torchmae.data.sources import MAX_BYTES, EncodedSource, Strings, digest, evenly_spaced
+from torchmae.data.sources import EncodedSource, Labels, Strings, digest, evenly_spaced
 from torchmae.errors import DataError, printable, reason_of
 from torchmae.files import replace_file
 
@@ -50,25 +50,18 @@ class ShardIndex:
 class ShardSource(EncodedSource):
     """Images in uncompressed tar files (or their URLs), in the order of the files and of the images in them.
 
-    Every member that is an image by its name is one image. In a WebDataset shard, `0001.cls` holds the label of
-    `0001.jpg` as a decimal number; other members are passed over. Where samples have several pictures (`0001.jpg` and
-    `0001.seg.png`), `context.member` says which one is meant. Nothing is unpacked: no member's name leads anywhere.
-
-    Raises:
-        DataError: a file that is no tar file, is compressed or damaged; no images in any of them; or samples with
-            several pictures and no `member`.
+    Every member that is an image by its name is one image; `0001.cls` holds the label of `0001.jpg` as a number. Where
+    samples have several pictures (`0001.jpg` and `0001.seg.png`), `context.member` chooses. Nothing is unpacked.
+    DataError: a file that is no tar file, is compressed or damaged; no images; several pictures and no `member`.
     """
 
     def __init__(self, shards: Sequence[Place], context: Context = Context()) -> None:
         self._shards = list(shards)
-        self._indexes: list[ShardIndex] = []
         with ThreadPoolExecutor(_FETCHERS) as pool:
             self._versions = list(pool.map(place_version, shards))
             indexes = pool.map(lambda shard, version: open_index(shard, *version), shards, self._versions)
-            for shard, index in zip(shards, indexes, strict=True):
-                self._indexes.append(_chosen(index, last_name(shard), context.member))
-                if context.progress is not None:
-                    context.progress("indexing shards", len(self._indexes), len(shards))
+            each = zip(shards, tracked(indexes, context.progress, "indexing shards", len(shards)), strict=True)
+            self._indexes = [_chosen(index, last_name(shard), context.member) for shard, index in each]
         self._starts = np.cumsum([0] + [len(index.sizes) for index in self._indexes])
         if not self._starts[-1]:
             raise DataError(f"{shown(str(shards[0]))} holds no images", f"accepted are {', '.join(picture_suffixes())}")
@@ -77,34 +70,33 @@ class ShardSource(EncodedSource):
         super().__init__(len(labels), known, _class_names(shards[0], labels), context)
         if no_numbers := int((labels == _NO_NUMBER).sum()):
             self.remarks += (f"{no_numbers:,} .cls files of {last_name(shards[0])} hold no number and are not used",)
-        each = zip(shards, self._versions, strict=True)
-        self._remote = [RemoteBytes(shard, *version) if isinstance(shard, str) else None for shard, version in each]
+        self._remote = [
+            RemoteBytes(shard, *version) if isinstance(shard, str) else None
+            for shard, version in zip(shards, self._versions, strict=True)
+        ]
         self._coming: dict[int, Future[bytes]] = {}
         self._fetchers: tuple[int, ThreadPoolExecutor] | None = None
 
-    def _find(self, index: int) -> tuple[int, int, int, int]:
-        """The shard of an image, its row in the index of that, and where its bytes begin and end."""
+    def _find(self, index: int) -> tuple[int, int]:
+        """The shard of an image, and its row in the index of that."""
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        row = index - int(self._starts[shard])
-        start = int(self._indexes[shard].offsets[row])
-        return shard, row, start, start + int(self._indexes[shard].sizes[row])
+        return shard, index - int(self._starts[shard])
 
     def encoded(self, index: int) -> bytes:
-        """The bytes in the archive."""
         coming = self._coming.pop(index, None)
         return self._read(index) if coming is None else coming.result()
 
     def _read(self, index: int) -> bytes:
-        shard, _, start, stop = self._find(index)
-        if stop - start > MAX_BYTES:
-            raise DataError(f"the file has more than {MAX_BYTES // 2**20:,} MiB")
-        remote = self._remote[shard]
-        if remote is not None:
-            return remote.read(start, stop)
+        shard, row = self._find(index)
+        start, size = int(self._indexes[shard].offsets[row]), int(self._indexes[shard].sizes[row])
+        if size > MAX_BYTES:
+            raise DataError(TOO_LARGE)
+        if (remote := self._remote[shard]) is not None:
+            return remote.read(start, start + size)
         try:
             with open_place(self._shards[shard]) as file:
                 file.seek(start)
-                return file.read(stop - start)
+                return file.read(size)
         except OSError as error:
             raise DataError(reason_of(error)) from None
 
@@ -120,18 +112,16 @@ class ShardSource(EncodedSource):
         self._coming = {index: self._fetchers[1].submit(self._read, index) for index in indices.tolist()}
 
     def name(self, index: int) -> str:
-        """The shard and the path in it."""
-        shard, row, _, _ = self._find(index)
+        shard, row = self._find(index)
         return f"{last_name(self._shards[shard])}/{printable(self._indexes[shard].names[row])}"
 
     def fingerprint(self) -> str:
         """Of the shards' names and sizes, and of what lies where in them."""
         each = zip(self._shards, self._versions, self._indexes, strict=True)
         parts = ((last_name(shard), size, *index.names.parts, index.offsets) for shard, (size, _), index in each)
-        return digest(part for some in parts for part in some)
+        return digest(chain.from_iterable(parts))
 
     def stamp(self) -> str:
-        """Of the versions of the files."""
         return digest(self._versions)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -148,10 +138,7 @@ def _class_names(shard: Place, labels: Labels) -> tuple[str, ...] | None:
 
 
 def open_index(shard: Place, size: int, version: str) -> ShardIndex:
-    """The index of a shard: from the cache folder, from beside the shard, or made now and put into the cache folder.
-
-    `size` and `version` are those of `place_version`; DataError as in `build_index`.
-    """
+    """The index of a shard of a `place_version`: from the cache, from beside the shard, or made now and cached."""
     where = shard.absolute() if isinstance(shard, Path) else shard
     cached = cache_folder() / "index" / f"{digest([where, size, version, _FORMAT])}.npz"
     if (index := _read_index(cached, size)) is not None:
@@ -198,20 +185,18 @@ def _chosen(index: ShardIndex, shard: str, member: str | None) -> ShardIndex:
     """The pictures that `member` asks for; DataError where it does not and a sample has several, or it has none."""
     if member == ALL_MEMBERS:
         return index
+    endings = [] if member is None else [_parts(name)[1] for name in index.names]
     rows = np.arange(len(index.samples))
-    endings: list[str] = []
-    if member is not None:
-        endings = [_parts(name)[1] for name in index.names]
-        rows = np.flatnonzero([ending == member.lower() for ending in endings])
+    if endings:
+        rows = np.flatnonzero([ending == str(member).lower() for ending in endings])
     samples, counts = np.unique(index.samples[rows], return_counts=True)
     if (counts > 1).any():
         shared = np.flatnonzero(index.samples == samples[counts > 1][0]).tolist()
         pictures = [_parts(index.names[row]) for row in shared]
-        raise DataError(
-            f"{int((counts > 1).sum()):,} samples of {shard} have several pictures: "
-            f"{printable(pictures[0][0])} has {', '.join(ending for _, ending in pictures)}",
-            f"choose one with --data.member {pictures[0][1]}, or --data.member {ALL_MEMBERS}",
-        )
+        example = f"{printable(pictures[0][0])} has {', '.join(ending for _, ending in pictures)}"
+        problem = f"{int((counts > 1).sum()):,} samples of {shard} have several pictures: {example}"
+        fix = f"choose one with --data.member {pictures[0][1]}, or --data.member {ALL_MEMBERS}"
+        raise DataError(problem, fix)
     if not endings:
         return index
     if not len(rows):
@@ -240,9 +225,8 @@ def build_index(shard: Place, size: int) -> ShardIndex:
         with open_place(shard) as file:
             return _scan(file, size, name)
     except tarfile.TarError as error:
-        raise DataError(
-            f"{name} is no uncompressed tar file ({error})", "unpack it if it is compressed, and pack it again"
-        ) from error
+        fix = "unpack it if it is compressed, and pack it again"
+        raise DataError(f"{name} is no uncompressed tar file ({error})", fix) from error
     except OSError as error:
         raise DataError(f"cannot read {name}: {reason_of(error)}") from error
     except (ValueError, ArithmeticError) as error:  # numbers in a header that no file can have
@@ -284,8 +268,7 @@ def _scan(file: IO[bytes], size: int, name: str) -> ShardIndex:
 def _keys(names: Sequence[bytes]) -> list[bytes]:
     """The sample that each picture belongs to: WebDataset's key, the path up to the first dot of the file name.
 
-    In a tar file that is no WebDataset, names may hold dots too (`scan.0001.jpg`): where behind the first dot there
-    are more different endings than keys, each name without its suffix is a sample of its own.
+    Other names may hold dots too (`scan.0001.jpg`): with more different endings than keys, each name is a sample.
     """
     split = [_parts(name) for name in names]
     if len({part for _, part in split}) <= max(1, len({key for key, _ in split})):

@@ -1,39 +1,45 @@
-"""What samples come from: a `Source` opens each as an `Item`, whatever it lies in."""
+"""What samples come from: a `Source` opens each as an `Item`, whatever it lies in, and knows the labels."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import os
+import re
 import stat
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from torchmae.data.formats import Context, Image, Item, Progress, open_item
-from torchmae.data.labels import Labels, ReadLabels, read_labels
+from torchmae.data.formats import MAX_BYTES, Context, Image, Item, Progress, open_item, tracked
 from torchmae.errors import DataError, printable
 
 if TYPE_CHECKING:
     from torchmae.data.folders import Masks
 
-MAX_BYTES = 512 * 2**20  # of an image file: as many as a hundred million pixels seldom take
+Labels = npt.NDArray[np.int64]
 
 _SIZES_ASKED = 10_000
+_NUMBER = re.compile(r"-?\d{1,18}(\.0+)?")  # "3.0": a table with gaps turns whole numbers into floats
+_MEASURED = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_UNKNOWN = {"", "-1"}
+_LARGEST = 100_000  # number of a class; larger ones are identifiers, and are numbered in their order
+_NAMED = 5  # classes that a note lists
 
 
 class Strings:
     """Byte strings in one buffer: a million file names take 30 MB, and worker processes share them."""
 
     def __init__(self, values: Iterable[bytes] = ()) -> None:
-        self._content, self._ends = bytearray(), array("q")
+        self._content: Any = bytearray()
+        self._ends = array("q")
         for value in values:
             self.add(value)
 
@@ -41,11 +47,11 @@ class Strings:
     def of(cls, content: bytes, ends: npt.NDArray[np.int64]) -> Strings:
         """The strings that end at `ends` (rising) within `content`."""
         strings = cls()
-        strings._content, strings._ends = bytearray(content), array("q", ends.tobytes())
+        strings._content, strings._ends = content, array("q", ends.tobytes())
         return strings
 
     @property
-    def parts(self) -> tuple[bytearray, npt.NDArray[np.int64]]:
+    def parts(self) -> tuple[bytes, npt.NDArray[np.int64]]:
         """All strings one after the other, and the end of each."""
         return self._content, np.frombuffer(self._ends, dtype=np.int64)
 
@@ -80,7 +86,7 @@ class Source(ABC):
         """One sample, its header read; DataError with the reason, without the sample's name."""
 
     def open_page(self, index: int, page: int) -> Item:  # noqa: ARG002
-        """One page of a sample's file, from 0."""
+        """One page, from 0, of a sample's file."""
         return self.open(index)
 
     @abstractmethod
@@ -173,12 +179,11 @@ class EncodedSource(Source):
         """The content of a sample's file; DataError without the sample's name."""
 
     def open(self, index: int) -> Item:
-        """As in `Source`."""
-        return open_item(self.encoded(index), self.context, lambda: self.name(index))
+        return self.open_page(index, self.context.page)
 
     def open_page(self, index: int, page: int) -> Item:
-        """As in `Source`."""
-        return open_item(self.encoded(index), replace(self.context, page=page), lambda: self.name(index))
+        context = self.context if page == self.context.page else replace(self.context, page=page)
+        return open_item(self.encoded(index), context, lambda: self.name(index))
 
     def with_channels(self, channels: int) -> Self:
         """The same samples; grey and colour are converted, a sample with another number cannot be opened."""
@@ -210,80 +215,54 @@ class FileSource(EncodedSource):
         return self._root / os.fsdecode(self._names[index])
 
     def encoded(self, index: int) -> bytes:
-        """As in `EncodedSource`."""
         try:
             path = self._path(index)
             mode = path.stat().st_mode
             if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a pipe would block, a device never end
                 raise DataError("no regular file")
             with path.open("rb") as file:
-                return check_size(file.read(MAX_BYTES + 1))
+                return file.read(MAX_BYTES + 1)  # of which `open_item` refuses the last
         except (OSError, ValueError) as error:  # ValueError: a null byte in a path
             raise DataError(getattr(error, "strerror", None) or str(error)) from None
 
     def name(self, index: int) -> str:
-        """The path of the file."""
         return printable(os.fsencode(self._path(index)))
 
     def fingerprint(self) -> str:
         """Of all names, and of the sizes of at most 10,000 files: on a network, a million take minutes."""
-        sizes = (_status(self._path(int(i)), "st_size") for i in evenly_spaced(len(self), _SIZES_ASKED))
-        return digest([*self._names.parts, *sizes])
+        return digest([*self._names.parts, *self._status(evenly_spaced(len(self), _SIZES_ASKED).tolist(), "st_size")])
 
     def stamp(self) -> str:
-        """Of the time of each file's last change, in nanoseconds."""
-        return digest(_status(self._path(i), "st_mtime_ns") for i in range(len(self)))
+        return digest(self._status(range(len(self)), "st_mtime_ns"))
 
-
-def check_size(raw: bytes) -> bytes:
-    """The bytes of an image file; DataError where there are more than MAX_BYTES."""
-    if len(raw) > MAX_BYTES:
-        raise DataError(f"the file has more than {MAX_BYTES // 2**20:,} MiB")
-    return raw
-
-
-def _status(path: Path, field: str) -> int:
-    """A field of a file's status; -1 where there is no file."""
-    try:
-        return int(getattr(path.stat(), field))
-    except (OSError, ValueError):
-        return -1
+    def _status(self, indices: Iterable[int], field: str) -> Iterator[int]:
+        """A field of the status of files; -1 where there is no file."""
+        for index in indices:
+            try:
+                yield int(getattr(self._path(index).stat(), field))
+            except (OSError, ValueError):
+                yield -1
 
 
 class Subset(Source):
-    """The samples of a source at (M,) `indices`, in this order; `labels` (M,) and `classes` replace its own."""
+    """The samples of a source at (M,) `indices`, in this order."""
 
-    def __init__(
-        self,
-        source: Source,
-        indices: npt.NDArray[np.int64],
-        labels: Labels | None = None,
-        classes: tuple[str, ...] | None = None,
-    ) -> None:
+    def __init__(self, source: Source, indices: npt.NDArray[np.int64]) -> None:
         self.source = source
         self.indices = indices
-        own = None if source.labels is None else source.labels[indices]
-        self.labels = own if labels is None else labels
-        self.classes = source.classes if labels is None else classes
-        self.remarks = source.remarks
+        self.labels = None if source.labels is None else source.labels[indices]
+        self.classes, self.remarks = source.classes, source.remarks
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def open(self, index: int) -> Item:
-        """As in `Source`."""
         return self.source.open(int(self.indices[index]))
 
-    def open_page(self, index: int, page: int) -> Item:
-        """As in `Source`."""
-        return self.source.open_page(int(self.indices[index]), page)
-
     def encoded(self, index: int) -> bytes | None:
-        """As in `Source`."""
         return self.source.encoded(int(self.indices[index]))
 
     def name(self, index: int) -> str:
-        """As in `Source`."""
         return self.source.name(int(self.indices[index]))
 
     def fingerprint(self) -> str:
@@ -291,17 +270,14 @@ class Subset(Source):
         return digest([self.source.fingerprint(), np.ascontiguousarray(self.indices)])
 
     def stamp(self) -> str:
-        """As in `Source`."""
         return self.source.stamp()
 
     def with_channels(self, channels: int) -> Subset:
-        """As in `Source`."""
         same = copy.copy(self)
         same.source = self.source.with_channels(channels)
         return same
 
     def whole(self) -> tuple[Image, npt.NDArray[np.int64] | None] | None:
-        """As in `Source`."""
         found = self.source.whole()
         if found is None:
             return None
@@ -309,7 +285,6 @@ class Subset(Source):
         return images, self.indices if rows is None else rows[self.indices]
 
     def read_ahead(self, indices: npt.NDArray[np.int64]) -> None:
-        """As in `Source`."""
         self.source.read_ahead(self.indices[indices])
 
 
@@ -322,12 +297,7 @@ class EachPage(Subset):
         self.remarks = (*source.remarks, f"{len(self):,} pages of {len(counts):,} files, each a sample")
 
     def open(self, index: int) -> Item:
-        """As in `Source`."""
         return self.source.open_page(int(self.indices[index]), int(self._pages[index]))
-
-    def encoded(self, index: int) -> bytes | None:  # noqa: ARG002
-        """None: the file holds other pages too."""
-        return None
 
     def name(self, index: int) -> str:
         """The file and the page, from 1."""
@@ -337,9 +307,129 @@ class EachPage(Subset):
 def each_page(source: Source, progress: Progress | None) -> Source:
     """A source whose samples are the pages of the files; the source itself where each file has one page."""
     counts = np.ones(len(source), dtype=np.int64)
-    for index in range(len(source)):
+    for index in tracked(range(len(source)), progress, "counting pages", len(source)):
         with suppress(DataError):  # which says so again when it is read
             counts[index] = source.open(index).meta.get("pages", 1)
-        if progress is not None and ((index + 1) % 1000 == 0 or index + 1 == len(source)):
-            progress("counting pages", index + 1, len(source))
     return source if (counts == 1).all() else EachPage(source, counts)
+
+
+class ReadLabels(NamedTuple):
+    """Labels as they can be used."""
+
+    labels: Labels | None  # (N,), -1 where unknown; None: they are no classes
+    classes: tuple[str, ...] | None = None  # the name of each number, where there are names
+    note: str = ""  # what was made of them where that is not plain
+
+
+def read_labels(values: npt.ArrayLike, count: int) -> ReadLabels:
+    """Labels of `count` images from an array: whole numbers, names, or a column for each class.
+
+    Integers and floats without a fraction are numbers of classes; negative ones and NaN mean unknown. Text is names,
+    "" unknown. (N, C) with a single 1 in each row is one class of C. Anything else (several classes an image, masks,
+    measurements) is no class of an image: training does without it.
+    """
+    array = np.asarray(values)
+    given = f"labels of shape {array.shape} and type {array.dtype}"
+    array = array[:, 0] if array.shape == (count, 1) else array
+    if array.shape == (count,):
+        if array.dtype.kind in "USO":
+            texts = (v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in array.tolist())
+            return from_texts([*texts])
+        numbers = np.where(np.isnan(array), -1, array) if array.dtype.kind == "f" else array
+        if array.dtype.kind in "biuf" and (numbers == np.rint(numbers)).all() and (np.abs(numbers) < 2**53).all():
+            return _from_numbers(numbers.astype(np.int64))
+    is_table = array.ndim == 2 and len(array) == count and array.shape[1] > 1 and array.dtype.kind in "biuf"
+    if is_table and np.isin(array, (0, 1)).all() and (array.sum(axis=1) == 1).all():
+        return ReadLabels(array.argmax(axis=1).astype(np.int64), None, f"{given} are read as one class an image")
+    return ReadLabels(None, None, f"{given} are not used: figures of classes need one number or name an image")
+
+
+def from_texts(texts: Sequence[str], training: Iterable[str] | None = None) -> ReadLabels:
+    """Labels as numbers where all are whole, else as names; "" and "-1": unknown. `training` None: all of them."""
+    different, inverse = np.unique(np.array(texts, dtype=object), return_inverse=True)
+    if all(text == "" or _NUMBER.fullmatch(text) for text in different):
+        numbers = np.array([int(text.partition(".")[0] or -1) for text in different], dtype=np.int64)
+        return _from_numbers(numbers[inverse])
+    if all(text == "" or _MEASURED.fullmatch(text) for text in different):
+        example = next(text for text in different if text)
+        return ReadLabels(None, None, f"labels such as {example} are measurements and not used")
+    names = set(different) - _UNKNOWN
+    classes = ordered_classes(names if training is None else names & set(training), names)
+    number_of = {**dict.fromkeys(_UNKNOWN, -1), **{name: i for i, name in enumerate(classes)}}
+    return ReadLabels(np.array([number_of[name] for name in different], dtype=np.int64)[inverse], classes)
+
+
+def _from_numbers(numbers: Labels) -> ReadLabels:
+    numbers = np.maximum(numbers, -1)
+    if numbers.max(initial=-1) <= _LARGEST:
+        return ReadLabels(numbers)
+    different, inverse = np.unique(numbers, return_inverse=True)
+    unknown = int(different[0] < 0)
+    return ReadLabels(inverse.astype(np.int64) - unknown, tuple(map(str, different[unknown:].tolist())))
+
+
+def ordered_classes(training: Iterable[str], others: Iterable[str] = ()) -> tuple[str, ...]:
+    """Names of classes in the order of their numbers, training's first; as text, or by value where all are digits."""
+    first, later = set(training), set(others)
+    key = int if all(name.isascii() and name.isdigit() for name in first | later) else str
+    return (*sorted(first, key=key), *sorted(later - first, key=key))
+
+
+def in_training_classes(source: Source, train: Source, what: str) -> tuple[Source, tuple[str, ...]]:
+    """Held-out images with labels that are numbers of the training images' classes.
+
+    Classes are matched by name, or by number where one side has no names. What training lacks is -1, and noted.
+    """
+    if source.labels is None or train.labels is None:
+        return source, ()
+    trained = set(np.unique(train.labels).tolist())
+    number_of = {name: number for number, name in enumerate(train.classes or ())}
+    different, inverse = np.unique(np.maximum(source.labels, -1), return_inverse=True)
+    found = [_number_in(value, source.classes, number_of) for value in different.tolist()]
+    numbers = np.array([number if number in trained else -1 for number in found], dtype=np.int64)
+    notes: tuple[str, ...] = ()
+    if (lost := (different >= 0) & (numbers < 0)).any():
+        names = [_class_name(value, source.classes) for value in different[lost][:_NAMED].tolist()]
+        count = f"{int(lost[inverse].sum()):,} of {len(source):,} {what} images are left out of figures of classes"
+        notes = (f"{count}: training has no {', '.join(names)}{', ...' if lost.sum() > _NAMED else ''}",)
+    labels = numbers[inverse]
+    if source.classes == train.classes and np.array_equal(labels, source.labels):
+        return source, notes
+    return relabelled(source, labels, train.classes), notes
+
+
+def _class_name(number: int, classes: Sequence[str] | None) -> str:
+    return classes[number] if classes is not None and number < len(classes) else str(number)
+
+
+def _number_in(value: int, classes: Sequence[str] | None, number_of: Mapping[str, int]) -> int:
+    """The number of a label among the classes of the training images; -1 where none is like it."""
+    name = _class_name(value, classes)
+    if value < 0 or name in number_of:
+        return number_of.get(name, -1)
+    if classes is None:  # numbers beside names, or among other numbers
+        return -1 if number_of and all(map(str.isdigit, number_of)) else value
+    return int(name) if not number_of and name.isascii() and name.isdigit() else -1
+
+
+def in_one_list(splits: Mapping[str, Source]) -> dict[str, Source]:
+    """The same splits with one list of classes, for a format that can hold no more than one."""
+    named = [source.classes for source in splits.values() if source.classes is not None]
+    if not named or all(names == named[0] for names in named):
+        return dict(splits)
+    training = splits["train"].classes or ()
+    added = dict.fromkeys(name for names in named for name in names if name not in training)
+    number_of = {name: number for number, name in enumerate((*training, *added))}
+    joined = dict(splits)
+    for split, source in splits.items():
+        if source.classes is not None and source.labels is not None:
+            table = np.array([*(number_of[name] for name in source.classes), -1], dtype=np.int64)
+            joined[split] = relabelled(source, table[np.maximum(source.labels, -1)], tuple(number_of))
+    return joined
+
+
+def relabelled(source: Source, labels: Labels, classes: tuple[str, ...] | None) -> Source:
+    """The same samples with other labels, (N,)."""
+    same = copy.copy(source)
+    same.labels, same.classes = labels, classes
+    return same

@@ -5,24 +5,13 @@ from __future__ import annotations
 import io
 import logging
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from torchmae.data.formats import (
-    CUT_SHORT,
-    ON_WHITE,
-    UPRIGHT,
-    ArrayItem,
-    Context,
-    Image,
-    Item,
-    check_pixels,
-    loaded_item,
-    on_white,
-    open_pillow,
-)
+from torchmae.data import formats
+from torchmae.data.formats import CUT_SHORT, ArrayItem, Context, Image, Item
 from torchmae.errors import ConfigError, DataError, require
 
 # Tags (TIFF 6.0), GDAL's, and what their values mean.
@@ -37,33 +26,23 @@ _BYTES_PER_PIXEL = 16  # at the limit of pixels; more pixels may not take more
 
 
 def open_tiff(data: bytes, context: Context) -> Item:
-    """A TIFF file: one page of it, or all of them as a stack, as `context` says; previews do not count.
-
-    Raises:
-        DataError: damaged or too large; or without tifffile anything but one page of 8 bits, grey or RGB.
-    """
-    head = _read_head(data)
-    if head.is_cut and context.pages != "first":
+    """A TIFF file: a page, or all as a stack, as `context` says, without previews; DataError: damaged, too large."""
+    is_plain, text, is_cut = _read_head(data)
+    if is_cut and context.pages != "first":
         raise DataError(f"{CUT_SHORT}: the file ends before its pages do", "--data.pages first")
-    if head.is_plain:
-        return loaded_item(open_pillow(data, "TIFF"), context)
+    if is_plain:
+        return formats.loaded_item(formats.open_pillow(data, "TIFF"), context)
     try:
         library, _ = require("tifffile", "tiff"), require("imagecodecs", "tiff")
     except ConfigError as error:
-        raise DataError(f"a TIFF file of {head.text} needs tifffile and imagecodecs", error.fix) from None
+        raise DataError(f"a TIFF file of {text} needs tifffile and imagecodecs", error.fix) from None
     logging.getLogger("tifffile").addHandler(logging.NullHandler())  # its remarks on odd metadata help nobody here
     with library.TiffFile(io.BytesIO(data)) as file:
         return _open(file, context)
 
 
-class _Head(NamedTuple):
-    is_plain: bool  # one page of 8 bits, grey or RGB, all of which Pillow reads
-    text: str  # samples, type and pages, for people
-    is_cut: bool  # the file ends before the pages do that it names
-
-
-def _read_head(data: bytes) -> _Head:
-    """What the tags of a file say."""
+def _read_head(data: bytes) -> tuple[bool, str, bool]:
+    """What the tags say: Pillow reads all of it; samples, type and pages, for people; it ends before its pages do."""
     big = data[2:3] == b"+" or data[3:4] == b"+"
     pages, tags, length = 0, None, 0
     at = ImageFileDirectory_v2(data[: 16 if big else 8])
@@ -85,7 +64,7 @@ def _read_head(data: bytes) -> _Head:
     plain_samples = samples == (4 if photometric == _CMYK else 3 if photometric in (2, 6) else 1)
     plain = pages == 1 and plain_samples and set(bits) <= {1, 8} and formats[0] == 1 and not tags.get(_EXTRA_SAMPLES)
     text = f"{samples} bands, {_NAMES.get(formats[0], 'complex ')}{bits[0]}, {pages} page{'s' if pages > 1 else ''}"
-    return _Head(plain, text, at.next >= len(data))
+    return plain, text, at.next >= len(data)
 
 
 def _open(file: Any, context: Context) -> Item:
@@ -107,14 +86,11 @@ def _open(file: Any, context: Context) -> Item:
     size = [length for axis, length in _axes(series) if axis in axes and axis not in "SC"]
     if len(size) > 3:
         raise DataError(f"its axes are {series.axes}, more than three of space and time", "--data.pages first or all")
-    check_pixels(size, context)
+    formats.check_pixels(size, context)
     samples = math.prod(length for axis, length in _axes(series) if axis in "SC")
     if np.prod(size, dtype=np.float64) * samples * series.dtype.itemsize > _BYTES_PER_PIXEL * context.max_pixels:
-        raise DataError(
-            f"{samples} bands of {series.dtype.name} take more than {_BYTES_PER_PIXEL} bytes for each of "
-            f"{context.max_pixels:,} pixels",
-            "raise data.max_megapixels if it is genuine",
-        )
+        most = f"{_BYTES_PER_PIXEL} bytes for each of {context.max_pixels:,} pixels"
+        raise DataError(f"{samples} bands of {series.dtype.name} take more than {most}", formats.IF_GENUINE)
     frame = series.keyframe
     if max(map(sum, zip(frame.dataoffsets, frame.databytecounts, strict=True)), default=0) > file.filehandle.size:
         raise DataError(f"{CUT_SHORT}: the file ends before its pixels do")
@@ -142,14 +118,13 @@ def _values(series: Any, page: int | None) -> Image:
         return values
     places = [i for i, axis in enumerate(leading) if axis not in "SC"]
     index: list[Any] = [slice(None)] * len(leading)
-    at = np.unravel_index(page, [lengths[i] for i in places]) if places else ()
-    for place, position in zip(places, at, strict=True):
+    for place, position in zip(places, np.unravel_index(page, [lengths[i] for i in places]), strict=True):
         index[place] = int(position)
     if len(series.pages) != math.prod(lengths):  # some programs write one page and say that more follow
         return np.asarray(series.asarray()[tuple(index)])
     numbers = np.arange(len(series.pages)).reshape(lengths)[tuple(index)]
-    pages = [series.pages[int(number)].asarray() for number in numbers.ravel()]
-    return np.stack(pages).reshape(*numbers.shape, *pages[0].shape)
+    pages = np.stack([series.pages[int(number)].asarray() for number in numbers.ravel()])
+    return pages.reshape(*numbers.shape, *pages.shape[1:])
 
 
 def _in_order(values: Image, axes: list[str], page: Any) -> tuple[Image, list[str]]:
@@ -166,10 +141,10 @@ def _in_order(values: Image, axes: list[str], page: Any) -> tuple[Image, list[st
     if opacity:
         place = samples - len(page.extrasamples) + opacity[0]
         premultiplied = page.extrasamples[opacity[0]] == _PREMULTIPLIED
-        values = on_white(np.delete(values, place, axis=-1), values[..., place], premultiplied=premultiplied)
-        notes.append(ON_WHITE)
+        values = formats.on_white(np.delete(values, place, axis=-1), values[..., place], premultiplied=premultiplied)
+        notes.append(formats.ON_WHITE)
     if len(colour) > 1:
         values = values.reshape(*values.shape[:-2], -1)
     orientation = page.tags.get(_ORIENTATION)
-    turn = UPRIGHT.get(orientation.value if orientation is not None else 1, UPRIGHT[1])
-    return (turn(values) if values.ndim == 3 else values), notes
+    turn = 1 if orientation is None else orientation.value
+    return (formats.upright(values, turn) if values.ndim == 3 and turn in range(1, 9) else values), notes

@@ -28,13 +28,10 @@ def crop_boxes(
 ) -> Boxes:
     """Random crops: (B, n, 2) boxes inside the images, of n = 1 to 3 spatial axes.
 
-    In 2-D, torchvision's RandomResizedCrop: ten tries at an area and an aspect ratio (log-uniform), the first box
-    that fits is placed at random; when none fits, the largest centred box whose aspect is allowed. Unlike there, the
-    aspect ratio (width / height) is relative to the target's, so that images for an input that is not square are
-    not squashed on average, and a scale of (1, 1) takes the centred box at once.
-
-    In 1-D and 3-D there is no one aspect: every axis keeps the same share, size * area ** (1 / n), and `ratio` is
-    not used.
+    In 2-D, torchvision's RandomResizedCrop: ten tries at an area and an aspect ratio (log-uniform), the first box that
+    fits is placed at random; when none fits, the largest centred box whose aspect is allowed. Unlike there, the aspect
+    ratio (width / height) is relative to the target's, and a scale of (1, 1) takes the centred box at once. In 1-D and
+    3-D every axis keeps the same share, size * area ** (1 / n), and `ratio` is not used.
 
     `u` is (B, CROP_NUMBERS), uniform in [0, 1); `size` that of all images, (n,), or of each, (B, n); `scale` the
     smallest and largest share of the image's area (length, volume), in (0, 1]; `target` the size after resampling.
@@ -78,9 +75,7 @@ def eval_box(size: npt.ArrayLike, target: tuple[int, ...]) -> Boxes:
 def reduction(boxes: Boxes, target: tuple[int, ...]) -> int:
     """The largest of 1, 2, 4 and 8 that images may be divided by before boxes are cut out and resampled to `target`.
 
-    Every box keeps one and a half times the target's pixels along each axis. Measured on photographs, decoding at
-    1/2 and 1/4 then moves a resampled crop by 0.4% of full scale in the mean, 1% at most; down to the target's own
-    pixels it would be 1% and 2.4%.
+    Every box keeps 1.5 times the target's pixels along each axis, which moves a crop by 1% of full scale at most.
     """
     room = min(length / wanted for box in boxes.tolist() for (_, length), wanted in zip(box, target, strict=True))
     return next((factor for factor in (8, 4, 2) if room >= 1.5 * factor), 1)
@@ -93,8 +88,7 @@ def resample(images: Tensor, boxes: Boxes, target: tuple[int, ...], flip: npt.ND
     clamped to their range, as if stored in between. `flip`, (B,), says whether to mirror the last axis.
 
     Only pixels inside the box contribute. One weight matrix per image and axis, applied by one batched product per
-    axis; a flip is the reversed matrix of the last axis. Along an axis so long that most of the matrix would be zeros,
-    only the pixels that count are taken (`resample_long`).
+    axis; a flip is the reversed matrix of the last axis. `resample_long` takes axes so long that most would be zeros.
     """
     batch, size = len(images), tuple(images.shape[2:])
     resampled = images.float()
@@ -130,10 +124,7 @@ def resample(images: Tensor, boxes: Boxes, target: tuple[int, ...], flip: npt.ND
 
 
 def resample_long(values: Tensor, boxes: Boxes, target: int) -> Tensor:
-    """What `resample` does along one axis, without a matrix: a pass for each of the pixels that a target pixel takes.
-
-    `values` are (B, rows, length) float32 on any device, `boxes` (B, 2); gives (B, rows, target) float32.
-    """
+    """What `resample` does along one axis, without a matrix: (B, rows, length) float32 to (B, rows, target)."""
 
     def tensor(array: npt.NDArray[Any], dtype: type) -> Tensor:
         return to_device(torch.from_numpy(array.astype(dtype)), values.device)[:, None]
@@ -156,10 +147,7 @@ def resample_long(values: Tensor, boxes: Boxes, target: int) -> Tensor:
 
 
 def resample_weights(boxes: Tensor, source: int, target: int) -> Tensor:
-    """Antialiased bicubic weights of one axis: (B, target, source) float32, each row the share of each source pixel.
-
-    `boxes` are (B, 2) int64. Each row adds up to 1, and is zero outside the box.
-    """
+    """Antialiased bicubic weights of one axis, (B, target, source) float32 of `boxes` (B, 2); each row adds up to 1."""
     start, length = boxes[:, 0, None].float(), boxes[:, 1, None].float()
     step = length / target  # source pixels per target pixel
     centres = start + (torch.arange(target, device=boxes.device) + 0.5) * step  # (B, target)
@@ -197,11 +185,7 @@ FULL_SCALE = {"uint8": 255.0, "uint16": 65535.0, "float32": 1.0}
 
 @dataclass(frozen=True)
 class Normalisation:
-    """From stored values to the model's input, and back to what can be looked at and measured.
-
-    A stored value is divided by the number that stands for 1 in its type; then `mean` is subtracted, and the rest is
-    divided by `std`. `mean`, `std`, `low` and `high` have a number for each channel.
-    """
+    """From stored values to the model's input, (value / one - mean) / std, and back; a number for each channel."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]  # above 0
@@ -231,10 +215,7 @@ class Normalisation:
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor, one: float) -> Tensor:
-    """(images / one - mean) / std: (B, C, *size) float32, contiguous, on the same device.
-
-    `mean` and `std` are (C,), of scaled values; `one` is the stored value that stands for 1.
-    """
+    """(images / one - mean) / std: (B, C, *size) float32, contiguous; `mean`, `std` (C,); `one` stands for 1."""
     channels = (-1,) + (1,) * (images.ndim - 2)
     floats = images.to(torch.float32, memory_format=torch.contiguous_format)
     return (floats * (1 / (one * std)).view(channels)).sub_((mean / std).view(channels))
@@ -243,8 +224,7 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor, one: float) -> Tensor:
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device. A GPU's copy may still be under way: work that is queued behind it sees it done.
 
-    It comes from pinned memory, which PyTorch keeps until then; from other memory CUDA would wait for the work before
-    it, and other devices might read what has been freed.
+    It comes from pinned memory, which PyTorch keeps until then; from other memory CUDA would wait.
     """
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)

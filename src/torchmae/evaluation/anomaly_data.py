@@ -10,7 +10,7 @@ import numpy as np
 from torchmae.config.data import DataOptions
 from torchmae.data.layouts import open_splits
 from torchmae.data.opening import check_apart
-from torchmae.data.sources import Source, Subset
+from torchmae.data.sources import Source, Subset, relabelled
 from torchmae.errors import ConfigError, DataError
 from torchmae.evaluation.images import EvaluationData, ModelInput, image_sets
 
@@ -89,5 +89,4 @@ def mark_anomalous(source: Source, normal: set[str]) -> Source:
             f"the test images are all {found}: their classes are {', '.join(class_list(source))}",
             f"normal is what is named {', '.join(sorted(normal))}; give both kinds",
         )
-    marked = Subset(source, np.arange(len(source)), marks, ("normal", "anomalous"))
-    return Subset(marked, labelled)
+    return Subset(relabelled(source, marks, ("normal", "anomalous")), labelled)

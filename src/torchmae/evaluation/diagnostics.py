@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from torchmae.config import EvalConfig
-from torchmae.data.loader import Batch, ImageLoader
-from torchmae.data.worker import Indices
+from torchmae.data.loader import Batch, ImageLoader, Indices
 from torchmae.evaluation import linear
 from torchmae.evaluation.features import extract, pixels
 from torchmae.evaluation.images import fixed_rows, rows_with_label

@@ -18,10 +18,9 @@ from torch import Tensor
 import torchmae
 from torchmae.config import DataConfig
 from torchmae.config.finetune import FinetuneConfig
-from torchmae.data.loader import Batch, ImageLoader
+from torchmae.data.loader import Batch, ImageLoader, Indices
 from torchmae.data.sources import Subset
 from torchmae.data.transforms import Normalisation
-from torchmae.data.worker import Indices
 from torchmae.errors import DataError
 from torchmae.evaluation.augment import build_augment
 from torchmae.evaluation.few_shot import check_counts, draw_images

@@ -13,8 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from torchmae.config import OptimConfig
 from torchmae.config.finetune import FinetuneConfig
-from torchmae.data.loader import Batch, Plan
-from torchmae.data.worker import Indices
+from torchmae.data.loader import Batch, Indices, Plan
 from torchmae.errors import CheckpointError, ConfigError, DataError
 from torchmae.evaluation.augment import Augment
 from torchmae.nn.classifier import Classifier

@@ -12,15 +12,14 @@ import torch
 from torchmae.config import DataConfig
 from torchmae.config.data import DataOptions
 from torchmae.config.evaluate import EvaluateOptions
+from torchmae.data.arrays import GIB
 from torchmae.data.formats import Context, Progress
-from torchmae.data.labels import in_training_classes
 from torchmae.data.layouts import open_splits
-from torchmae.data.loader import Batch, ImageLoader, mixed_subset
-from torchmae.data.opening import GIB, HELD_OUT, fit_to_model, held_out_images, hold_if_it_fits
+from torchmae.data.loader import Batch, ImageLoader, Indices, View, mixed_subset
+from torchmae.data.opening import HELD_OUT, fit_to_model, held_out_images, hold_if_it_fits
 from torchmae.data.reading import BadFiles, Probe, measure, probe, reader_processes
-from torchmae.data.sources import Source, Subset, all_notes, data_line
+from torchmae.data.sources import Source, Subset, all_notes, data_line, in_training_classes
 from torchmae.data.transforms import Normalisation
-from torchmae.data.worker import Indices, View
 from torchmae.errors import DataError, one_of
 from torchmae.evaluation.sharing import Share, share
 from torchmae.training.ranks import Ranks

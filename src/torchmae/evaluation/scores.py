@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchmae.data.worker import Indices
+from torchmae.data.loader import Indices
 
 TOP = 5
 CONFIDENCE = 0.95

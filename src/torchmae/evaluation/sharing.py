@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 from torch import Tensor
 
-from torchmae.data.worker import Indices
+from torchmae.data.loader import Indices
 from torchmae.training.ranks import ALONE, Ranks
 
 T = TypeVar("T")

@@ -14,8 +14,9 @@ from torch import Tensor
 
 import torchmae
 from torchmae.config import ReadOptions
-from torchmae.data.formats import Context, plain_type, read_file, stored_type
+from torchmae.data.formats import Context, plain_type, stored_type
 from torchmae.data.reading import FAR
+from torchmae.data.sources import FileSource
 from torchmae.data.transforms import eval_box, resample
 from torchmae.errors import ConfigError, DataError, one_of
 from torchmae.interop.reading import is_foreign, read_weights
@@ -177,6 +178,6 @@ def _adopt(weights: Weights) -> Pretrained:
 def read_image(path: Path, context: Context) -> npt.NDArray[Any]:
     """(*size, C) of one file; DataError where it cannot be read."""
     try:
-        return read_file(path, context)
+        return FileSource(Path(), [str(path)], context=context).read(0)
     except DataError as error:
         raise DataError(f"cannot read {error}", "give image files, such as PNG or JPEG") from error

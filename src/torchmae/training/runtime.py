@@ -15,8 +15,8 @@ import torch
 
 import torchmae
 from torchmae.data.jpeg import jpeg_decoder
-from torchmae.data.reading import num_cores
 from torchmae.errors import ConfigError
+from torchmae.threads import num_cores
 from torchmae.training.allocation import keep_freed_memory
 from torchmae.training.ranks import ALONE, Ranks
 

@@ -160,7 +160,7 @@ def test_a_segmentation_mask_has_the_values_that_were_saved(tmp_path: Path) -> N
 def test_files_that_an_extra_would_read_name_it(
     write_pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(FORMATS, "heif", FORMATS["heif"]._replace(needs=lambda: "torchmae[heif]"))
+    monkeypatch.setitem(FORMATS, "heif", FORMATS["heif"]._replace(needs=("no_such_module", "torchmae[heif]")))
     write_pictures("a.png", "b.png")
     (tmp_path / "c.heic").write_bytes(b"any")
     assert "1 .heic (pip install 'torchmae[heif]') not used" in remarks(tmp_path)

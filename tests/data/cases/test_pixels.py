@@ -15,9 +15,9 @@ from PIL import Image
 
 from torchmae.config import PackOptions
 from torchmae.data.formats import FORMATS, Context, Item, open_item
-from torchmae.data.inspecting import inspect_splits
 from torchmae.data.layouts import open_splits
 from torchmae.data.packing import pack
+from torchmae.data.reading import inspect_splits
 from torchmae.errors import DataError
 
 RNG = np.random.default_rng(0)
@@ -203,7 +203,7 @@ def test_suffixes_of_pictures(tmp_path: Path, name: str) -> None:
     suffix = name.rpartition(".")[2].lower()
     if suffix in ("heic", "avif"):
         pytest.importorskip("pillow_heif").register_heif_opener()
-        if FORMATS[{"heic": "heif"}.get(suffix, suffix)].needs():
+        if FORMATS[{"heic": "heif"}.get(suffix, suffix)].missing():
             pytest.skip("not read by this Pillow")
     form = {"jfif": "JPEG", "jpe": "JPEG", "heic": "HEIF", "avif": "AVIF"}.get(suffix, "PPM")
     picture = Image.fromarray(GREY if suffix == "pgm" else RGB)
@@ -275,7 +275,7 @@ def test_pages_and_values_survive_packing(tmp_path: Path) -> None:
 def test_a_pack_of_nothing_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match="none of 1 images can be read, so there is nothing to pack"):
+    with pytest.raises(DataError, match="none of 1 images can be read: nothing to pack"):
         pack(open_splits(str(tmp_path / "in")), tmp_path / "out", PackOptions())
     assert not (tmp_path / "out").exists()
 

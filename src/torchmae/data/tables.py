@@ -1,25 +1,30 @@
-"""Encoded images in parquet files, with the columns of the Hugging Face `datasets` library."""
+"""Encoded images in tables: parquet files, and what the Hugging Face `datasets` library loads."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from torchmae.data.formats import Context, Progress
+from torchmae.data.folders import SPLIT_NAMES
+from torchmae.data.formats import Context, Progress, tracked
 from torchmae.data.remote import Place, cache_folder, cache_limit, last_name, open_place, place_version, shown, trim
-from torchmae.data.sources import EncodedSource, check_size, digest
+from torchmae.data.sources import EncodedSource, FileSource, Source, Strings, digest
 from torchmae.errors import DataError, reason_of, require
 from torchmae.files import hold_open, locked, remove_unless_open, replace_file
 
+HUB_PREFIX = "hf:"  # begins hf:user/name, hf:user/name:configuration, hf:./folder
 IN_MEMORY = 256 * 2**20  # bytes of encoded images that are kept in memory, at most, by each worker process
 _ROWS = 256  # read at a time
 _LOOK_EVERY_S = 0.2  # while another process unpacks
@@ -31,11 +36,8 @@ class ParquetSource(EncodedSource):
     """Encoded images in parquet files (or their URLs), in the order of the files and of the rows in them.
 
     All files have the same columns: one of images (a struct with `bytes`, or plain binary), and perhaps one of labels,
-    called label, labels or fine_label. Paths that a table names are never opened. Parquet is no format for random
-    access: up to `IN_MEMORY` bytes are kept in memory; larger tables are unpacked once, into the cache folder.
-
-    Raises:
-        DataError: a file that is not parquet, or has no column of images.
+    called label, labels or fine_label. Paths that a table names are never opened. Up to `IN_MEMORY` bytes are kept in
+    memory; larger tables are unpacked once, into the cache folder. DataError: no parquet, or no column of images.
     """
 
     def __init__(self, files: Sequence[Place], context: Context = Context()) -> None:
@@ -55,14 +57,12 @@ class ParquetSource(EncodedSource):
         self._encoded = _load(tables, self._versions, context.progress)
 
     def encoded(self, index: int) -> bytes:
-        """The bytes in the table."""
         raw = self._encoded[index]
         if not raw:
             raise DataError("the table holds no bytes for it")
-        return check_size(raw)
+        return raw
 
     def name(self, index: int) -> str:
-        """The file and the row in it."""
         file = int(np.searchsorted(self._starts, index, side="right")) - 1
         return f"{self._names[file]}/{index - self._starts[file]}"
 
@@ -71,7 +71,6 @@ class ParquetSource(EncodedSource):
         return digest([list(zip(self._names, [size for size, _ in self._versions], strict=True)), len(self)])
 
     def stamp(self) -> str:
-        """Of the versions of the files."""
         return digest(self._versions)
 
 
@@ -104,43 +103,38 @@ class ParquetTable:
         with self._opened() as table:
             return label_values(table.read(columns=[self.label]).column(0))
 
-    def images(self) -> Iterator[list[bytes]]:
-        """The encoded images, some rows at a time; b"" where there is none."""
+    def images(self) -> Iterator[bytes]:
+        """The encoded images; b"" where there is none."""
         with self._opened() as table:
             for batch in table.iter_batches(_ROWS, columns=[self.leaf]):
                 column = batch.column(0)
                 values = column.field("bytes") if column.type.num_fields else column
-                yield [value or b"" for value in values.to_pylist()]
+                yield from (value or b"" for value in values.to_pylist())
 
 
-class _Blobs:
-    """Byte strings end to end, and the end of each: in memory, or in a file of the cache that is mapped and kept."""
+class _Mapped(Strings):
+    """The images of a file of the cache, which is mapped, and kept there as long as this lives."""
 
-    def __init__(self, ends: npt.NDArray[np.int64], content: bytes | Path) -> None:
-        self._ends, self._content = ends, content
-        self._bytes: Any = content if isinstance(content, bytes) else None
-        if isinstance(content, Path):
-            hold_open(content, self)
+    def __init__(self, path: Path, ends: npt.NDArray[np.int64]) -> None:
+        super().__init__()
+        hold_open(path, self)
+        if path.stat().st_size != ends[-1]:
+            raise DataError(f"{path} is damaged", "remove it; it is made anew")
+        self._content = np.memmap(path, mode="r") if ends[-1] else b""  # an empty file cannot be mapped
+        self._ends = array("q", ends.tobytes())
+        self._path = path
 
-    def __getitem__(self, index: int) -> bytes:
-        start, stop = (int(self._ends[index - 1]) if index else 0), int(self._ends[index])
-        if start == stop:  # an empty file cannot be mapped
-            return b""
-        if self._bytes is None:
-            self._bytes = np.memmap(self._content, mode="r")
-        return bytes(self._bytes[start:stop])
-
-    def __reduce__(self) -> tuple[type[_Blobs], tuple[npt.NDArray[np.int64], bytes | Path]]:
-        return _Blobs, (self._ends, self._content)
+    def __reduce__(self) -> tuple[type[_Mapped], tuple[Path, npt.NDArray[np.int64]]]:
+        return _Mapped, (self._path, self.parts[1])
 
 
-def _load(tables: Sequence[ParquetTable], versions: Sequence[tuple[int, str]], progress: Progress | None) -> _Blobs:
+def _load(tables: Sequence[ParquetTable], versions: Sequence[tuple[int, str]], progress: Progress | None) -> Strings:
     """The encoded images of all tables, in memory or in the cache folder."""
     if sum(table.nbytes for table in tables) <= IN_MEMORY:
         content = BytesIO()
         ends = _unpack(tables, content, progress, IN_MEMORY)
         if ends is not None:
-            return _Blobs(ends, content.getvalue())
+            return Strings.of(content.getvalue(), ends)
     files = digest(table.file.absolute() if isinstance(table.file, Path) else table.file for table in tables)
     stem = cache_folder() / "parquet" / f"{files}-{digest(versions)}"
     images, index = stem.with_suffix(".bin"), stem.with_suffix(".npy")
@@ -148,7 +142,7 @@ def _load(tables: Sequence[ParquetTable], versions: Sequence[tuple[int, str]], p
     while True:
         with suppress(FileNotFoundError):  # not made yet, or removed by `trim` before it was held open
             ends = np.load(index, allow_pickle=False)
-            blobs = _Blobs(ends, images)
+            mapped = _Mapped(images, ends)
             break
         with suppress(OSError):  # what is wrong with the folder is said when a file is written to it
             stem.parent.mkdir(parents=True, exist_ok=True)
@@ -160,12 +154,10 @@ def _load(tables: Sequence[ParquetTable], versions: Sequence[tuple[int, str]], p
                     replace_file(index, lambda file: np.save(file, found[-1]), DataError)
         except BlockingIOError:  # another process, such as another rank, unpacks the same tables
             time.sleep(_LOOK_EVERY_S)
-    if images.stat().st_size != ends[-1]:
-        raise DataError(f"{images} is damaged", "remove it; it is made anew")
     for other in {path.with_suffix("") for path in stem.parent.glob(f"{files}-*")} - {stem}:  # of older versions
         remove_unless_open(other.with_suffix(suffix) for suffix in (".bin", ".npy"))
     trim(cache_limit())
-    return blobs
+    return mapped
 
 
 def _unpack(
@@ -174,14 +166,10 @@ def _unpack(
     """Writes the images of all tables one after the other: the end of each; None when they exceed `limit` bytes."""
     total = sum(table.num_rows for table in tables)
     lengths: list[int] = []
-    for table in tables:
-        for images in table.images():
-            file.write(b"".join(images))
-            lengths += map(len, images)
-            if file.tell() > limit:
-                return None
-            if progress is not None:
-                progress("unpacking parquet", len(lengths), total)
+    for image in tracked(chain.from_iterable(table.images() for table in tables), progress, "unpacking parquet", total):
+        lengths.append(file.write(image))
+        if file.tell() > limit:
+            return None
     return np.cumsum(lengths, dtype=np.int64)
 
 
@@ -194,10 +182,8 @@ def _image_leaf(schema: Any) -> str:
             return f"{field.name}.bytes"
         if str(field.type) in binary:
             return str(field.name)
-    raise DataError(
-        f"none of the columns {', '.join(schema.names)} holds images",
-        "a column of {bytes, path} is needed, as the datasets library writes for its Image feature",
-    )
+    fix = "a column of {bytes, path} is needed, as the datasets library writes for its Image feature"
+    raise DataError(f"none of the columns {', '.join(schema.names)} holds images", fix)
 
 
 def label_column(schema: Any) -> tuple[str | None, str]:
@@ -227,3 +213,79 @@ def _class_names(metadata: dict[bytes, bytes] | None, label: str | None) -> tupl
         names = stored.get("info", {}).get("features", {}).get(label, {}).get("names")
         return tuple(map(str, names)) if isinstance(names, list) else None
     return None
+
+
+def _absolute(path: str | Path) -> Path:
+    """Without ".."; unlike resolve() it follows no links."""
+    return Path(os.path.abspath(path))  # noqa: PTH100
+
+
+class HubSource(EncodedSource):
+    """Images of one split (a `datasets.Dataset`), in its order; mapped into memory from the library's own cache.
+
+    Files that it names are read from its own folder and `folders`, links followed. DataError: no column of images.
+    """
+
+    def __init__(self, rows: Any, title: str, folders: Iterable[Path], context: Context) -> None:
+        library = require("datasets", "datasets")
+        images = [name for name, feature in rows.features.items() if isinstance(feature, library.Image)]
+        if not images:
+            raise DataError(f"none of the columns {', '.join(rows.features)} of {title} holds images")
+        self._image, self._title = images[0], title
+        label, note = label_column(rows.features.arrow_schema)
+        labels = names = None
+        if label is not None:
+            labels, names = label_values(rows.data.column(label)), getattr(rows.features[label], "names", None)
+            if (indices := getattr(rows, "_indices", None)) is not None:
+                labels = labels[indices.column(0).to_numpy()]
+        self.remarks = (note,) if note else ()
+        super().__init__(len(rows), labels, names, context)
+        self._rows = rows.select_columns([self._image]).cast_column(self._image, library.Image(decode=False))
+        tables = [Path(file["filename"]).parent for file in rows.cache_files[:1]]
+        self._folders = {place for path in (*folders, *tables) for place in (_absolute(path), path.resolve())}
+
+    def encoded(self, index: int) -> bytes:
+        """The bytes in the table, or those of the file that it names."""
+        cell: dict[str, Any] = self._rows[index][self._image] or {}
+        if cell.get("bytes"):
+            return bytes(cell["bytes"])
+        if not cell.get("path"):
+            raise DataError("the table holds no bytes for it")
+        path = _absolute(cell["path"])
+        if not any(path.is_relative_to(folder) for folder in self._folders):
+            raise DataError(f"the table names {path}, which lies outside of its folder")
+        return FileSource(path.parent, [path.name]).encoded(0)
+
+    def name(self, index: int) -> str:
+        return f"{self._title}/{index}"
+
+    def fingerprint(self) -> str:
+        """Of the length, the version and 64 rows: the library's own differs between two loads of one folder."""
+        cells = [self._rows[int(i)][self._image] or {} for i in np.linspace(0, len(self) - 1, 64).astype(int)]
+        sample = [cell.get("bytes") or Path(cell.get("path") or "").name for cell in cells]
+        return digest([self._title, self._rows.info.version, len(self), *sample])
+
+
+def hub_splits(spec: str, context: Context = Context()) -> dict[str, Source]:
+    """The splits of a data set that the `datasets` library loads; it downloads what it does not have.
+
+    `spec` is what follows the prefix. Splits whose names mean no split are left out, unless nothing else is there to
+    train on. ConfigError: the library is not installed. DataError: it cannot be loaded, or has no column of images.
+    """
+    library = require("datasets", "datasets")
+    name, _, configuration = spec.partition(":")
+    local = Path(name).expanduser()
+    try:
+        loaded = library.load_dataset(str(local) if local.is_dir() else name, configuration or None)
+    except Exception as error:  # network, parsers, builders: each has errors of its own
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        problem = f"{HUB_PREFIX}{spec} cannot be loaded: {reason_of(cause)}"
+        raise DataError(problem, "check the name, the network and HF_HOME") from error
+    groups = {SPLIT_NAMES[key.lower()]: rows for key, rows in loaded.items() if key.lower() in SPLIT_NAMES}
+    if "train" not in groups:
+        groups["train"] = next(iter(loaded.values()))
+    cache = require("huggingface_hub.constants", "datasets").HF_HUB_CACHE
+    folders = [Path(library.config.DOWNLOADED_DATASETS_PATH), Path(cache) / f"datasets--{name.replace('/', '--')}"]
+    if local.is_dir():
+        folders.append(local)
+    return {split: HubSource(rows, f"{name}/{split}", folders, context) for split, rows in groups.items()}
