@@ -11,19 +11,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torchmae.config import PretrainConfig
-from torchmae.config.app import AppOptions
 from torchmae.config.base import Settings, alternatives, is_group, settings_of
 from torchmae.config.bench import BenchData, BenchStep, BenchTrain, OutputOptions
 from torchmae.config.completion import CompletionOptions
 from torchmae.config.data import InspectOptions, PackCommand, PackOptions
-from torchmae.config.embed import EmbedOptions
-from torchmae.config.evaluate import ComputeOptions, EvaluateOptions, RunOrBaseline
+from torchmae.config.evaluate import ComputeOptions, EmbedOptions, EvaluateOptions, RunOrBaseline
 from torchmae.config.export import ExportCommand, ExportOptions, PushCommand
 from torchmae.config.plan import PlanOptions
 from torchmae.config.pretrain import PretrainOptions, RecipesOptions
-from torchmae.config.reconstruct import ReconstructOptions
-from torchmae.config.report import ReportOptions
-from torchmae.config.visualize import VisualizeOptions
+from torchmae.config.visualize import AppOptions, ReconstructOptions, ReportOptions, VisualizeOptions
 from torchmae.files import replace_file
 from torchmae.settings import ALIASES, recipe_names
 

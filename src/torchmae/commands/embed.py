@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from torchmae.config.embed import EmbedOptions
-from torchmae.config.evaluate import ComputeOptions
+from torchmae.config.evaluate import ComputeOptions, EmbedOptions
 from torchmae.data.loader import one_line_when_a_worker_ends
 from torchmae.evaluation.embedding import embed
 from torchmae.evaluation.images import ImageSet, ModelInput, open_parts

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from torchmae.config.reconstruct import ReconstructOptions
+from torchmae.config.visualize import ReconstructOptions
 from torchmae.data.formats import Context
 from torchmae.data.transforms import FULL_SCALE, eval_box, resample
 from torchmae.errors import ConfigError

@@ -309,6 +309,39 @@ class JsonOption(Settings):
             raise ConfigError(f"the folder of {self.json} does not exist", "make it first")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DeviceOption(Settings):
+    """Where to compute.
+
+    Attributes:
+        device: auto, cpu, cuda, cuda:1, mps.
+    """
+
+    device: Device = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgressOption(Settings):
+    """How progress is shown.
+
+    Attributes:
+        progress: "auto" (a live line on a terminal, else plain lines), "plain" or "none".
+    """
+
+    progress: Progress = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetOption(Settings):
+    """How weights of others are read.
+
+    Attributes:
+        target: what weights of others were trained to predict, where they do not say: pixels or normalised (patches).
+    """
+
+    target: Target | None = None
+
+
 @dataclass(frozen=True)
 class RunArgument(Settings):
     """The model that a command takes.
@@ -321,13 +354,5 @@ class RunArgument(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(RunArgument):
-    """The model that a command runs, and where.
-
-    Attributes:
-        device: auto, cpu, cuda, cuda:1, mps.
-        target: what weights of others were trained to predict, where they do not say: pixels or normalised (patches).
-    """
-
-    device: Device = "auto"
-    target: Target | None = None
+class ModelOptions(TargetOption, DeviceOption, RunArgument):
+    """The model that a command runs, and where."""

@@ -12,7 +12,7 @@ from torchmae.config.base import (
     NotNegative,
     Place,
     Positive,
-    Progress,
+    ProgressOption,
     Range,
     Settings,
     Share,
@@ -98,24 +98,22 @@ class DataOptions(ReadOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectOptions(JsonOption, ReadOptions, group=""):
+class InspectOptions(ProgressOption, JsonOption, ReadOptions, group=""):
     """Reads every image of a data set and says what is there, and what is wrong.
 
     Attributes:
         data: anything that `torchmae pretrain --data` takes.
         sheet: where to save a contact sheet, a PNG picture of 64 images; null: nowhere.
         limit: how many images of each split to read, evenly spaced; null: all.
-        progress: "auto" (a bar on a terminal, else lines), "plain" or "none".
     """
 
     data: Annotated[Place, POSITIONAL]
     sheet: Annotated[Place, ".png"] | None = None
     limit: Count | None = None
-    progress: Progress = "auto"
 
 
 @dataclass(frozen=True)
-class PackOptions(ReadOptions, group=""):
+class PackOptions(ProgressOption, ReadOptions, group=""):
     """How images are packed.
 
     Attributes:
@@ -127,7 +125,6 @@ class PackOptions(ReadOptions, group=""):
         shard_mib: MiB after which the next file begins.
         max_bad: share of the images that may be unreadable: each is left out and named, and one more ends the packing;
             0: none may.
-        progress: "auto" (a bar on a terminal, else lines), "plain" or "none".
     """
 
     format: Literal["parquet", "wds", "npy"] = "parquet"
@@ -135,7 +132,6 @@ class PackOptions(ReadOptions, group=""):
     quality: Annotated[int, Range(1, 100)] = 95
     shard_mib: Annotated[int, Range(1, 65536)] = 256
     max_bad: Share = 0.01
-    progress: Progress = "auto"
 
 
 @dataclass(frozen=True)
