@@ -5,6 +5,7 @@ Whatever they come from, values are collected by dotted name ("mask.ratio"), and
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
@@ -185,10 +186,5 @@ def values_of(config: PretrainConfig) -> Given:
 
 def to_yaml(config: PretrainConfig) -> str:
     """All settings as YAML, in their order; `--config` reads it back."""
-    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    plain = json.loads(json.dumps(asdict(config)))  # tuples as lists
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)

@@ -8,10 +8,9 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -45,63 +44,35 @@ NUM_EXAMPLES = 12
 NUM_NEIGHBOURS = 8
 
 
-@dataclass(frozen=True)
-class Filled:
-    """One model's reconstruction of a picture.
+class Filled(NamedTuple):
+    """One model's reconstruction of a picture; images are (C, H, W) in [0, 1]."""
 
-    Attributes:
-        name: of the run.
-        original: (C, H, W) in [0, 1].
-        reconstructed: likewise: visible patches unchanged, masked ones as predicted.
-        error: (rows, columns), root mean squared error of each masked patch; NaN where a patch is visible.
-        masked: share of the patches that are masked, in (0, 1).
-        mse: the model's mean squared error over the masked pixels, which lie in [0, 1].
-        mse_interpolation: the same of smooth interpolation from the visible pixels.
-        norm_pix: whether the true mean and contrast of each patch were put back.
-    """
-
-    name: str
+    name: str  # of the run
     original: FloatArray
-    reconstructed: FloatArray
-    error: FloatArray
-    masked: float
-    mse: float
-    mse_interpolation: float
-    norm_pix: bool
+    reconstructed: FloatArray  # visible patches unchanged, masked ones as predicted
+    error: FloatArray  # (rows, columns), root mean squared error of each masked patch; NaN where a patch is visible
+    masked: float  # share of the patches, in (0, 1)
+    mse: float  # of the model, over the masked pixels
+    mse_interpolation: float  # the same of smooth interpolation from the visible pixels
+    norm_pix: bool  # whether the true mean and contrast of each patch were put back
 
 
-@dataclass(frozen=True)
-class Seen:
-    """One model's features of a whole picture.
+class Seen(NamedTuple):
+    """One model's features of a whole picture."""
 
-    Attributes:
-        name: of the run.
-        original: (C, H, W) in [0, 1].
-        colours: (rows, columns, 3) in [0, 1], `feature_maps.patch_colours`.
-        attention: (heads, rows, columns), `feature_maps.class_attention`; None without a class token.
-    """
-
-    name: str
-    original: FloatArray
-    colours: FloatArray
-    attention: FloatArray | None
+    name: str  # of the run
+    original: FloatArray  # (C, H, W) in [0, 1]
+    colours: FloatArray  # (rows, columns, 3) in [0, 1], `feature_maps.patch_colours`
+    attention: FloatArray | None  # (heads, rows, columns), `feature_maps.class_attention`; None without a class token
 
 
-@dataclass(frozen=True)
-class Neighbour:
-    """An image of the embedded data set.
+class Neighbour(NamedTuple):
+    """An image of the embedded data set."""
 
-    Attributes:
-        name: where it is from.
-        label: its class; empty where unknown.
-        cosine: similarity of its features and the picture's.
-        image: (C, H, W) in [0, 1]; None where the image cannot be read any more.
-    """
-
-    name: str
-    label: str
-    cosine: float
-    image: FloatArray | None
+    name: str  # where it is from
+    label: str  # its class; empty where unknown
+    cosine: float  # similarity of its features and the picture's
+    image: FloatArray | None  # (C, H, W) in [0, 1]; None where it cannot be read any more
 
 
 class Session:

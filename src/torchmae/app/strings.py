@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 LANGUAGES = {"en": "English", "zh": "中文"}
 
 _ENGLISH = {
@@ -107,13 +109,9 @@ def preferred(header: str) -> str:
     Returns:
         The one of `LANGUAGES` with the highest weight; English when none is wanted.
     """
-    wanted: list[tuple[float, str]] = []
+    weights: dict[str, float] = {}
     for part in header.split(","):
         tag, _, weight = part.strip().partition(";q=")
-        language = tag.partition("-")[0].lower()
-        if language in LANGUAGES:
-            try:
-                wanted.append((-float(weight or 1), language))
-            except ValueError:
-                continue
-    return min(wanted, key=lambda item: item[0], default=(0.0, "en"))[1]
+        with suppress(ValueError):
+            weights.setdefault(tag.partition("-")[0].lower(), float(weight or 1))
+    return max((language for language in weights if language in LANGUAGES), key=weights.__getitem__, default="en")

@@ -50,17 +50,19 @@ class ReadOptions(Settings, group="data."):
     member: str | None = None
     scale: dict[str, Positive] | None = None
 
+    def changed(self) -> dict[str, Any]:
+        """The options of reading that differ from their defaults."""
+        values = {item.name: (getattr(self, item.name), item.default) for item in fields(ReadOptions)}
+        return {name: value for name, (value, default) in values.items() if value != default}
+
     def filled_from(self, other: ReadOptions) -> dict[str, Any]:
         """The options that are left at their defaults here, as `other` has them."""
-        default = ReadOptions()
-        names = [item.name for item in fields(ReadOptions) if getattr(self, item.name) == getattr(default, item.name)]
-        return {name: getattr(other, name) for name in names}
+        return {item.name: getattr(other, item.name) for item in fields(ReadOptions) if item.name not in self.changed()}
 
     def of_one_file(self) -> dict[str, Any]:
         """The options that decide how one file is read, where they are not the defaults."""
-        default = ReadOptions()
         names = ("axes", "pages", "truncated", "max_megapixels", "nodata")
-        return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(default, name)}
+        return {name: value for name, value in self.changed().items() if name in names}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -99,13 +99,12 @@ class ReconstructionOptions(Settings, group="reconstruction."):
 class EvaluateOptions(TargetOption):
     """Measures what a model learned: nearest neighbours, probes, fine-tuning, anomaly detection.
 
-    Method "all", the default, is nearest neighbours, linear and attentive probes. The others have to be asked for:
-    reconstruction, finetune (a classifier trained end to end, for minutes to hours), and anomaly (with --normal DIR
-    --test DIR). torchrun starts it on several GPUs.
+    torchrun starts it on several GPUs.
 
     Attributes:
-        method: knn, linear, attentive, reconstruction, finetune or anomaly; or all: knn, linear and attentive, beside
-            an untrained network and raw pixels (the others have to be asked for).
+        method: knn, linear, attentive, reconstruction, finetune (a classifier trained end to end, for minutes to hours)
+            or anomaly (with --normal DIR --test DIR); or all: knn, linear and attentive, beside an untrained network
+            and raw pixels.
         data: the labelled images that probes learn from.
         test_data: the labelled images that are classified: "test" or "val" (that split of the data), "held-out" (some
             of the training images), or what --data takes; null: the test split, else val, else held-out.
