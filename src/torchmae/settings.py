@@ -82,12 +82,10 @@ def collect(values: Mapping[str, Any], known: Mapping[str, Setting], prefix: str
 
 
 def read_words(words: Sequence[str], *kinds: type[Settings]) -> Given:
-    """Reads the words of a command line.
+    """Reads the words of a command line that takes the settings of `kinds`.
 
-    Args:
-        words: positional words; `--name value`, `--name=value`, and `--name` alone where true is meant. `--config FILE`
-            is a YAML file of settings, where `kinds` has those of a run; options win over it wherever they stand.
-        kinds: the classes whose settings the words may name.
+    Words are positional, `--name value`, `--name=value`, or `--name` alone for true. `--config FILE` is a YAML file of
+    settings, where `kinds` has those of a run; options win over the file wherever they stand.
 
     Raises:
         ConfigError: an unknown option, an option without a value, a missing or superfluous word.

@@ -78,15 +78,7 @@ def build_server(
     ready: Callable[[str], None],
     language: str | None = None,
 ) -> Any:
-    """A uvicorn server of the page.
-
-    Args:
-        session: what the page shows.
-        listening: as `listen` gives it.
-        uploads: folder for uploaded files.
-        ready: called with the page's address once it answers.
-        language: "en" or "zh"; None: the browser's.
-    """
+    """A uvicorn server of the page, which calls `ready` with its address once it answers."""
     # Read by gradio when it is imported and when components are made.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(uploads)

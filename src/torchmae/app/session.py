@@ -152,9 +152,7 @@ class Session:
     def fill(self, picture: Picture, masked: Sequence[int]) -> list[Filled]:
         """Each model's reconstruction of a picture.
 
-        Args:
-            picture: the picture.
-            masked: patches of the first run's grid. Another run's patches are masked where they touch one of these.
+        `masked` are patches of the first run's grid. Another run's patches are masked where they touch one of these.
 
         Raises:
             ConfigError: no patch is masked, or all are.
@@ -175,13 +173,8 @@ class Session:
         return [self._look(name, run, images) for (name, run), images in zip(self.runs, picture, strict=True)]
 
     def neighbours(self, picture: Picture, count: int = NUM_NEIGHBOURS) -> list[Neighbour]:
-        """The images of the embedded data set whose features are nearest to the picture's, nearest first.
-
-        Raises:
-            ConfigError: there is no embedded data set.
-        """
-        if self.bank is None:
-            raise ConfigError("there are no features to look among", "give --features FILE, written by torchmae embed")
+        """The images of the embedded data set whose features are nearest to the picture's, nearest first."""
+        assert self.bank is not None
         with self._busy:
             query = self.first.encode(picture[0], self.bank.about.get("pool", "mean")).float()
         found, cosines = (item[0].tolist() for item in nearest(self._features, query, count))
@@ -247,11 +240,7 @@ class Session:
 
 
 def open_session(options: AppOptions, say: Callable[[str], None]) -> Session:
-    """Loads the models, the features and the example images of a page.
-
-    Args:
-        options: of `torchmae app`.
-        say: takes notes about models and data, a line each.
+    """Loads the models, the features and the example images of a page; `say` takes notes about them, a line each.
 
     Raises:
         TorchmaeError: a model, features or named data that cannot be used.
@@ -293,17 +282,13 @@ def check_model(name: str, pretrained: Pretrained) -> None:
 
 def check_same_images(first: tuple[str, Pretrained], second: tuple[str, Pretrained]) -> None:
     """Raises ConfigError unless both models take the same crop of the same images."""
-    (one, a), (other, b) = first, second
-    channels, others = a.description.arguments["in_chans"], b.description.arguments["in_chans"]
-    if channels != others:
+    (name, a), (other, b) = ((name, run.description.arguments) for name, run in (first, second))
+    (height, width), (height2, width2) = a["input_size"], b["input_size"]
+    if a["in_chans"] != b["in_chans"] or height * width2 != height2 * width:
         raise ConfigError(
-            f"{one} takes images of {channels} channels and {other} of {others}", "compare runs on the same images"
-        )
-    (height, width), (height2, width2) = a.description.input_size, b.description.input_size
-    if height * width2 != height2 * width:
-        raise ConfigError(
-            f"{one} takes images of {height}x{width} and {other} of {height2}x{width2}, other proportions",
-            "compare runs that crop images alike",
+            f"{name} takes images of {height}x{width} pixels and {a['in_chans']} channels, "
+            f"{other} of {height2}x{width2} and {b['in_chans']}",
+            "compare runs with the same channels and proportions",
         )
 
 

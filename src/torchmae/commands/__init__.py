@@ -90,12 +90,9 @@ def describe(name: str) -> argparse.ArgumentParser:
 
 
 def add_options(parser: argparse.ArgumentParser, kinds: Sequence[type[Settings]], file: Any = None) -> None:
-    """Adds an option for every setting. argparse shows and completes them; `settings.read_words` reads them.
+    """Adds an option for every setting: argparse shows and completes them, `settings.read_words` reads them.
 
-    Args:
-        parser: where they go.
-        kinds: the classes of settings.
-        file: how shtab completes the name of a file.
+    `file` is how shtab completes the name of a file.
     """
     known = settings_of(*kinds)
     groups = {

@@ -1,4 +1,4 @@
-"""`torchmae data`: what a data set holds, and packing it into files that are read fast."""
+"""`torchmae data`: inspects a data set, or packs it into large files that are read fast."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def _counts(counter: Counter[Any]) -> str:
 
 
 def suggestion(data: str, found: Inspection, options: ReadOptions) -> str | None:
-    """The command to begin with, which reads the data as it was read here; None when no image can be read."""
+    """A command that trains on the data, read with the same options; None when no image can be read."""
     sizes = found.splits["train"].sizes
     if not sizes:
         return None
@@ -179,12 +179,9 @@ def suggestion(data: str, found: Inspection, options: ReadOptions) -> str | None
 
 
 def contact_sheet(source: Source, path: Path, normalisation: Normalisation | None) -> None:
-    """Saves a picture of evenly spaced images of a source; the place of an image that cannot be read stays blank.
+    """Saves a picture of evenly spaced images, drawn over the range of `normalisation`.
 
-    Args:
-        source: the images.
-        path: of the picture.
-        normalisation: its range is drawn from black to white; None: no image can be read.
+    The place of an image that cannot be read stays blank.
 
     Raises:
         CheckpointError: the picture cannot be saved.

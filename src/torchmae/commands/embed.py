@@ -1,4 +1,4 @@
-"""`torchmae embed`: features of many images, in a file."""
+"""`torchmae embed`: writes the features of a data set to a file."""
 
 from __future__ import annotations
 

@@ -62,7 +62,6 @@ Momentum = Annotated[float, Range(0, 1, open_high=True)]
 Threads = Annotated[int, Range(1, 1024)]
 Device = Literal["auto", "cpu", "cuda", "mps"] | str  # cuda:1
 Precision = Literal["auto", "bf16", "fp32"]
-Progress = Literal["auto", "plain", "none"]
 Target = Literal["pixels", "normalised"]
 
 
@@ -101,17 +100,11 @@ class Settings:
 
 
 class Setting(NamedTuple):
-    """One setting.
+    """One setting."""
 
-    Attributes:
-        kind: its type.
-        default: MISSING where the setting has to be given.
-        about: its description.
-    """
-
-    kind: Any
-    default: Any
-    about: str
+    kind: Any  # its type
+    default: Any  # MISSING where the setting has to be given
+    about: str  # its description
 
     @property
     def positional(self) -> bool:
@@ -178,12 +171,7 @@ def make(kind: type[T], given: Mapping[str, Any], prefix: str = "") -> T:
 
 
 def convert(name: str, kind: Any, value: Any) -> Any:
-    """Converts a value to the type of a setting.
-
-    Args:
-        name: of the setting, for messages.
-        kind: its type.
-        value: text, a value from YAML, or a Python object.
+    """Converts text, a value from YAML or a Python object to the type `kind` of the setting `name`.
 
     Raises:
         ConfigError: the value has another type, is none of the choices, or lies outside its range.
@@ -328,7 +316,7 @@ class ProgressOption(Settings):
         progress: "auto" (a live line on a terminal, else plain lines), "plain" or "none".
     """
 
-    progress: Progress = "auto"
+    progress: Literal["auto", "plain", "none"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

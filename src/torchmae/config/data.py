@@ -86,10 +86,9 @@ class DataOptions(ReadOptions):
         source: what `torchmae pretrain --data` takes: a folder, a file or a name; null: what the run was trained on.
         val_size: number of training images that are held out where the data has no such split; at most a fifth of
             them, and the same ones in every command.
-        memory_limit: GiB that decoded images may fill; larger ones are read anew each time.
+        memory_limit: GiB that decoded images may fill; a larger data set is read again in every pass.
         num_workers: reader processes when images are not in memory; null: one per core, at most 8.
-        max_bad: share of the images that may be unreadable: each is skipped, counted and named, and one more ends the
-            command; 0: none may.
+        max_bad: largest share of unreadable images: each is skipped, counted and named; more of them end the command.
     """
 
     source: Place | None = None
@@ -121,12 +120,12 @@ class PackOptions(ProgressOption, ReadOptions, group=""):
     Attributes:
         format: "parquet" (the Hugging Face schema), "wds" (WebDataset tar shards) or "npy" (one array, for images
             of one size).
-        max_size: longest side in pixels; larger images are reduced to it, others kept byte for byte; null: all are.
+        max_size: longest side in pixels; larger images are reduced to it, others kept byte for byte; null: all
+            are kept.
         quality: JPEG quality, 1 to 100, of images that were reduced and had been compressed with loss; others stay
             lossless.
         shard_mib: MiB after which the next file begins.
-        max_bad: share of the images that may be unreadable: each is left out and named, and one more ends the packing;
-            0: none may.
+        max_bad: largest share of unreadable images: each is left out and named; more of them end the command.
     """
 
     format: Literal["parquet", "wds", "npy"] = "parquet"

@@ -129,7 +129,7 @@ class EvaluateOptions(TargetOption):
         test: of anomaly: images to test, in one folder for each class: "good", or a class of the normal ones, is normal
             and any other anomalous.
         normal_classes: of anomaly: take only these classes of the normal images, with commas between them.
-        seed: of the untrained network, of draws, masks, and whatever starts at random.
+        seed: of the untrained network, draws, masks and initial weights.
     """
 
     method: Method = "all"

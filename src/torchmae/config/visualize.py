@@ -75,7 +75,7 @@ class AppOptions(TargetOption, DeviceOption):
 
     Attributes:
         runs: run folders, exported models, or weights of others.
-        features: a data set embedded by `torchmae embed RUN`, among which neighbours are looked for.
+        features: file written by `torchmae embed RUN`, in which neighbours are looked up.
         data: where example images come from.
         lang: en or zh; null: the browser's language.
         host: the address to listen on; 0.0.0.0 opens the page to the network, without a password.
@@ -114,7 +114,7 @@ class ReconstructOptions(ModelOptions):
         mask: what is masked.
         mask_file: an image whose white (bright) part is masked, in place of a drawn mask: in-painting.
         out: the picture to write, a PNG file.
-        seed: another one gives other masks.
+        seed: of the drawn masks.
     """
 
     images: Annotated[tuple[Path, ...], POSITIONAL]
