@@ -141,7 +141,7 @@ def test_runs_that_cannot_be_compared(run: Path, other: Pretrained, message: str
     [
         (pretrained(input_size=(64,), patch_size=(8,)), r"m is a model of signals \(1 axes\)"),
         (pretrained(input_size=(8, 8, 8), patch_size=(4, 4, 4)), r"m is a model of volumes \(3 axes\)"),
-        (pretrained("mlp"), "m: this model has no patches"),
+        (pretrained("mlp"), r"this model has no patches to look at \(m\)"),
     ],
 )
 def test_models_that_the_page_cannot_show(model: Pretrained, message: str) -> None:

@@ -274,10 +274,7 @@ def check_model(name: str, pretrained: Pretrained) -> None:
             f"{name} is a model of {kind} ({len(size)} axes) and the page shows images",
             "use `torchmae reconstruct` and `torchmae visualize`",
         )
-    try:
-        require_patches(pretrained.model, "to look at")
-    except ConfigError as error:
-        raise ConfigError(f"{name}: {error.problem}", error.fix) from error
+    require_patches(pretrained.model, f"to look at ({name})")
 
 
 def check_same_images(first: tuple[str, Pretrained], second: tuple[str, Pretrained]) -> None:

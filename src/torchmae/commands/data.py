@@ -71,22 +71,20 @@ def pack(command: PackCommand, options: PackOptions) -> int:
     resumed = f", {packed.resumed:,} of them packed by an earlier command" if packed.resumed else ""
     files = f"{packed.files:,} file{'s' if packed.files != 1 else ''}"
     print(f"{command.out}  ({packed.images:,} images in {files}, {packed.nbytes / 1e6:,.1f} MB{more}{resumed})")
-    axes = _axes_of_array(splits["train"], options.format)
+    axes = _axes_of_array(splits["train"]) if options.format == "npy" else ""
     print(f"to train on it: torchmae pretrain --data {quote(command.out)}{axes}")
     return 0
 
 
-def _axes_of_array(source: Source, format: str) -> str:
+def _axes_of_array(source: Source) -> str:
     """The option that an array of such samples needs where its shape alone is ambiguous; else empty."""
-    if format != "npy":
-        return ""
     with suppress(DataError):  # the first image cannot be read
         item = source.open(0)
-        axes = f" --data.axes={'ZYX'[-len(item.size) :] if len(item.size) != 1 else 'L'}C"
-        with suppress(DataError):
-            if sample_axes((*item.size, item.channels), Context(), "").channel_axis == len(item.size):
+        dims = len(item.size)
+        with suppress(DataError):  # the shape is ambiguous
+            if sample_axes((*item.size, item.channels), Context(), "").channel_axis == dims:
                 return ""
-        return axes
+        return f" --data.axes={'ZYX'[-dims:] if dims != 1 else 'L'}C"
     return ""
 
 

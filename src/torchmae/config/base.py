@@ -62,7 +62,6 @@ Momentum = Annotated[float, Range(0, 1, open_high=True)]
 Threads = Annotated[int, Range(1, 1024)]
 Device = Literal["auto", "cpu", "cuda", "mps"] | str  # cuda:1
 Precision = Literal["auto", "bf16", "fp32"]
-Target = Literal["pixels", "normalised"]
 
 
 class WrongType(Exception):
@@ -77,7 +76,6 @@ class Settings:
     """
 
     group: ClassVar[str] = ""
-    _types: ClassVar[dict[str, Any]]
 
     def __init_subclass__(cls, group: str | None = None) -> None:
         if group is not None:
@@ -91,12 +89,11 @@ class Settings:
                 object.__setattr__(self, item.name, convert(self.group + item.name, types[item.name], value))
 
     @classmethod
+    @cache
     def types(cls) -> dict[str, Any]:
         """The type of every field by its name."""
-        if "_types" not in vars(cls):
-            hints = get_type_hints(cls, include_extras=True)
-            cls._types = {item.name: hints[item.name] for item in fields(cls)}
-        return cls._types
+        hints = get_type_hints(cls, include_extras=True)
+        return {item.name: hints[item.name] for item in fields(cls)}
 
 
 class Setting(NamedTuple):
@@ -327,7 +324,7 @@ class TargetOption(Settings):
         target: what weights of others were trained to predict, where they do not say: pixels or normalised (patches).
     """
 
-    target: Target | None = None
+    target: Literal["pixels", "normalised"] | None = None
 
 
 @dataclass(frozen=True)
