@@ -32,26 +32,15 @@ _BUSY: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"
 
 @dataclass(frozen=True)
 class View:
-    """The state of one visitor.
+    """The state of one visitor."""
 
-    Attributes:
-        picture: None before one is chosen.
-        masked: patches of the first run's grid.
-        tab: the open one: "fill", "see" or "near".
-    """
-
-    picture: Picture | None = None
-    masked: tuple[int, ...] = ()
-    tab: str = "fill"
+    picture: Picture | None = None  # None before one is chosen
+    masked: tuple[int, ...] = ()  # patches of the first run's grid
+    tab: str = "fill"  # the open one: "fill", "see" or "near"
 
 
 class Page:
-    """The page of a session.
-
-    Args:
-        session: what it shows.
-        language: of `LANGUAGES`; None: the browser's.
-    """
+    """The page of a session, in a language of `LANGUAGES`; None: the browser's."""
 
     def __init__(self, session: Session, language: str | None = None) -> None:
         self._session = session

@@ -27,11 +27,9 @@ _LOCAL = ("127.0.0.1", "localhost")
 
 
 def listen(host: str, port: int | None) -> socket.socket:
-    """Opens a listening socket.
+    """Opens a listening socket on an address of this computer.
 
-    Args:
-        host: a name or an address of this computer; 0.0.0.0: all of them.
-        port: None: 7860, or the first after it that is free; 0: any.
+    Port None is 7860, or the first after it that is free; 0 is any.
 
     Raises:
         ConfigError: the host is not this computer's, or the port is taken or not allowed.

@@ -27,16 +27,13 @@ from torchmae.settings import ALIASES, recipe_names
 class Command(NamedTuple):
     """A command of `torchmae`.
 
-    Attributes:
-        run: the module in `torchmae.commands` and its function, which returns the exit status.
-        kinds: the classes that `run` takes an object of; the docstring of the first one describes the command. For
-            `PretrainConfig`, `run` takes the values that were given, by dotted name: a recipe may stand below them.
-        several: whether the processes that torchrun starts run it together.
+    Its function takes an object of each of `kinds`; for `PretrainConfig` it takes the given values by dotted name,
+    since a recipe may supply the others. The docstring of the first of `kinds` describes the command.
     """
 
-    run: str
+    run: str  # module in `torchmae.commands` and function, which returns the exit status
     kinds: tuple[type[Settings], ...]
-    several: bool = False
+    several: bool = False  # whether all processes that torchrun starts run it together
 
     @property
     def about(self) -> str:
