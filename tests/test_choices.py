@@ -8,11 +8,11 @@ import pytest
 
 from torchmae.app.strings import LANGUAGES
 from torchmae.config import ModelConfig, PretrainConfig
-from torchmae.config.app import AppOptions
 from torchmae.config.base import settings_of
 from torchmae.config.evaluate import EvaluateOptions
 from torchmae.config.plan import PlanOptions
 from torchmae.config.pretrain import TRACKERS, Preset, Strategy
+from torchmae.config.visualize import AppOptions
 from torchmae.evaluation.methods import METHODS
 from torchmae.nn.decoder import DECODERS
 from torchmae.nn.masking import STRATEGIES

@@ -281,7 +281,7 @@ def test_reconstruct(run: Path, place: Path, capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "1", "I;16", "F"])
 def test_in_painting_hides_what_is_white(mode: str, run: Path, place: Path) -> None:
-    from torchmae.commands.reconstruct import hole
+    from torchmae.commands.reconstruct import mask_from_image
 
     pixels = np.zeros((8, 8))
     pixels[2:4, 4:8] = 1
@@ -291,7 +291,7 @@ def test_in_painting_hides_what_is_white(mode: str, run: Path, place: Path) -> N
         Image.fromarray((pixels * 65535).astype(np.uint16)).save(place / "hole.tif")
     else:
         Image.fromarray((pixels * 255).astype(np.uint8)).convert(mode).save(place / "hole.tif")
-    mask = hole(torchmae.load(run), Path("hole.tif"), 3)
+    mask = mask_from_image(torchmae.load(run), Path("hole.tif"), 3)
     assert mask.ids_masked.tolist() == [[6, 7]] * 3  # row-major in a grid of 4 x 4
     assert main(["reconstruct", str(run), "images/0.png", "--mask-file", "hole.tif", "--out", "a.png"]) == 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -12,8 +11,7 @@ from typing import Any
 from torchmae import presets, settings
 from torchmae.config import ModelConfig, PretrainConfig
 from torchmae.config.base import Settings, make, settings_of
-from torchmae.config.embed import EmbedOptions
-from torchmae.config.evaluate import ComputeOptions, EvaluateOptions
+from torchmae.config.evaluate import ComputeOptions, EmbedOptions, EvaluateOptions
 from torchmae.config.pretrain import OWN
 from torchmae.data.formats import Context
 from torchmae.data.layouts import open_splits
@@ -251,7 +249,7 @@ def suggested_input(size: Sequence[int]) -> tuple[tuple[int, ...], int]:
     would be above 16 are reduced instead.
     """
     patch = 2  # one pixel has nothing to predict but itself, and no contrast to be normalised by
-    while math.prod(max(1, length // patch) for length in size) > _MAX_PATCHES:
+    while prod(max(1, length // patch) for length in size) > _MAX_PATCHES:
         patch *= 2
     grid = tuple(max(1, length // patch) for length in size)
     patch = min(patch, _LARGEST_PATCH) if len(size) == 2 else patch

@@ -26,13 +26,10 @@ EXAMPLES = """
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs a command.
-
-    Args:
-        args: words after `torchmae`; None: the process's own.
+    """Runs the command of the words after `torchmae` (None: the process's own).
 
     Returns:
-        The exit status: 0; 2 for a user's mistake, said in one line; 1 for a run that cannot go on; 128 plus the
+        The exit status: 0; 2 for a user's mistake, reported in one line; 1 for a run that cannot go on; 128 plus the
         signal's number for one that was stopped.
     """
     words = list(sys.argv[1:] if args is None else args)

@@ -96,10 +96,8 @@ def require(module: str, extra: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        package = module.partition(".")[0]
-        raise ConfigError(
-            f"{package} is not installed, and this needs it", f"pip install 'torchmae[{extra}]'"
-        ) from error
+        missing = f"{module.partition('.')[0]} is not installed, and this needs it"
+        raise ConfigError(missing, f"pip install 'torchmae[{extra}]'") from error
 
 
 def printable(text: str | bytes) -> str:

@@ -33,22 +33,21 @@ def replace_file(
     writing = path.with_name(f"{WRITING}{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with writing.open("wb") as file:
-                if isinstance(content, bytes):
-                    file.write(content)
-                else:
-                    content(file)
-                file.flush()
-                os.fsync(file.fileno())
-            writing.replace(path)
-        except BaseException:
-            with suppress(OSError):
-                writing.unlink()
+        with writing.open("wb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                content(file)
+            file.flush()
+            os.fsync(file.fileno())
+        writing.replace(path)
+    except BaseException as failure:
+        with suppress(OSError):
+            writing.unlink()
+        if not isinstance(failure, OSError):
             raise
-    except OSError as failure:
         reason = failure.strerror or failure
-        if isinstance(failure, FileExistsError):  # what should be a folder is a file
+        if isinstance(failure, FileExistsError):  # a file stands where a folder should be
             reason = os.strerror(errno.ENOTDIR)
         raise error(f"cannot write {path}: {reason}", "free space, or name another folder") from failure
 

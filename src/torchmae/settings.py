@@ -5,6 +5,7 @@ Whatever they come from, values are collected by dotted name ("mask.ratio"), and
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
@@ -81,12 +82,10 @@ def collect(values: Mapping[str, Any], known: Mapping[str, Setting], prefix: str
 
 
 def read_words(words: Sequence[str], *kinds: type[Settings]) -> Given:
-    """Reads the words of a command line.
+    """Reads the words of a command line that takes the settings of `kinds`.
 
-    Args:
-        words: positional words; `--name value`, `--name=value`, and `--name` alone where true is meant. `--config FILE`
-            is a YAML file of settings, where `kinds` has those of a run; options win over it wherever they stand.
-        kinds: the classes whose settings the words may name.
+    Words are positional, `--name value`, `--name=value`, or `--name` alone for true. `--config FILE` is a YAML file of
+    settings, where `kinds` has those of a run; options win over the file wherever they stand.
 
     Raises:
         ConfigError: an unknown option, an option without a value, a missing or superfluous word.
@@ -185,10 +184,5 @@ def values_of(config: PretrainConfig) -> Given:
 
 def to_yaml(config: PretrainConfig) -> str:
     """All settings as YAML, in their order; `--config` reads it back."""
-    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    plain = json.loads(json.dumps(asdict(config)))  # tuples as lists
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)

@@ -15,7 +15,6 @@ def places(text: str) -> set[str | None]:
 def test_every_language_says_the_same_things() -> None:
     assert TEXT.keys() == LANGUAGES.keys()
     english, chinese = TEXT["en"], TEXT["zh"]
-    assert english.keys() == chinese.keys()
     assert {key: places(text) for key, text in english.items()} == {key: places(text) for key, text in chinese.items()}
     assert [key for key, text in chinese.items() if not re.search(r"[\u4e00-\u9fff]", text)] == []
 

@@ -21,10 +21,11 @@ import torch
 from app_runs import write_images, write_run
 from PIL import Image
 
-from torchmae.app.session import Bank, Session
+from torchmae.app.session import Session
 from torchmae.app.strings import TEXT
 from torchmae.config import DataConfig
 from torchmae.data.opening import open_data
+from torchmae.evaluation.embedding import Features
 from torchmae.training.pretrained import load
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def runs(images: Path) -> tuple[Path, Path]:
     return write_run(folder / "a"), write_run(folder / "b", patch_size=(2, 2), seed=1)
 
 
-def serve(session: Session, uploads: Path, run: str) -> Iterator[str]:
+def serve(session: Session, uploads: Path) -> Iterator[str]:
     """The page's address, while it is served."""
     from torchmae.app.server import build_server, listen
 
@@ -66,7 +67,7 @@ def serve(session: Session, uploads: Path, run: str) -> Iterator[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         listening = listen("127.0.0.1", 0)
-        server = build_server(session, listening, uploads, run=run, language=None, ready=tell)
+        server = build_server(session, listening, uploads, tell)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         assert ready.wait(60)
@@ -82,20 +83,20 @@ def address(images: Path, runs: tuple[Path, Path]) -> Iterator[str]:
     """One run with examples and neighbours."""
     model = load(runs[0])
     paths = sorted(images.rglob("*.png"))
-    bank = Bank(
-        model.encode(model.preprocess(*paths)), np.arange(12) // 6, np.array([str(path) for path in paths]), "mean"
-    )
+    features = model.encode(model.preprocess(*paths)).numpy()
+    bank = Features(features, np.arange(12) // 6, np.array([str(path) for path in paths]), {"pool": "mean"})
     config = DataConfig(source=str(images), num_workers=0, val_size=4, mean=(0.5,) * 3, std=(0.25,) * 3)
     data = open_data(config, input_size=(16, 24), channels=3, device=torch.device("cpu"))
     session = Session([("runs/a", model)], torch.device("cpu"), data, bank)
-    yield from serve(session, images.parent / "uploads", "runs/a")
+    yield from serve(session, images.parent / "uploads")
 
 
 @pytest.fixture(scope="module")
 def comparing(images: Path, runs: tuple[Path, Path]) -> Iterator[str]:
     """Two runs, without examples and without features."""
-    session = Session([(name, load(run)) for name, run in zip("ab", runs, strict=True)], torch.device("cpu"))
-    yield from serve(session, images.parent / "uploads2", "runs/my run")
+    named = zip(("runs/my run", "b"), map(load, runs), strict=True)
+    session = Session(list(named), torch.device("cpu"))
+    yield from serve(session, images.parent / "uploads2")
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +189,7 @@ def test_sliding_painting_uploading_and_looking(visits: Any, address: str) -> No
 
     page.locator("#clear").click()
     visit.hidden(0)
-    sync_api.expect(page.locator("#status")).to_have_text(TEXT["en"]["nothing_hidden"])
+    sync_api.expect(page.locator("#status")).to_have_text(TEXT["en"]["none_masked"])
     assert visit.pictures("result") == []
     box = page.locator("#painter canvas").bounding_box()
     wide, high = box["width"] / 6, box["height"] / 4
@@ -240,7 +241,7 @@ def test_painting_everything_says_so(visits: Any, address: str) -> None:
         visit.page.mouse.move(box["x"] + box["width"] - 2, y)
         visit.page.mouse.up()
         visit.hidden(6 * (row + 1))
-    sync_api.expect(visit.page.locator("#status")).to_have_text(TEXT["en"]["all_hidden"])
+    sync_api.expect(visit.page.locator("#status")).to_have_text(TEXT["en"]["all_masked"])
 
 
 def test_files_that_cannot_be_used_are_one_line_and_the_page_goes_on(visits: Any, address: str, tmp_path: Path) -> None:
@@ -269,7 +270,7 @@ def test_two_runs_side_by_side_without_examples_or_features(visits: Any, compari
     sync_api.expect(visit.page.locator("#status")).to_have_text(TEXT["en"]["start"])
     visit.upload("mine.png", png())
     visit.page.locator("#result .panels img").first.wait_for()
-    assert visit.page.locator("#result h3").all_inner_texts() == ["a", "b"]
+    assert visit.page.locator("#result h3").all_inner_texts() == ["runs/my run", "b"]
     assert len(visit.pictures("result")) == 5
     assert visit.page.locator("#result table tr").count() == 4
     visit.page.get_by_role("tab", name="Neighbours").click()

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,12 @@ from app_runs import write_images, write_run
 from PIL import Image
 
 from torchmae import presets
-from torchmae.app.session import Bank, Picture, Session, read_bank
+from torchmae.app import markup
+from torchmae.app.session import Session
 from torchmae.config import DataConfig
 from torchmae.data.opening import open_data
 from torchmae.errors import ConfigError, DataError
+from torchmae.evaluation.embedding import Features, read_features
 from torchmae.nn.masking import mask_from_tokens
 from torchmae.training.pretrained import Pretrained, load
 from torchmae.training.saved_model import Description
@@ -63,16 +64,18 @@ def test_filling_is_the_models_own_and_its_errors_are_of_the_hidden_pixels(
     hidden = np.repeat(np.repeat(flags.view(4, 6).numpy(), 4, 0), 4, 1)
     np.testing.assert_array_equal(filled.reconstructed[:, ~hidden], filled.original[:, ~hidden])
     squares = (filled.reconstructed - filled.original) ** 2
-    assert filled.hidden == pytest.approx(5 / 24)
-    assert filled.model.mse == pytest.approx(squares[:, hidden].mean(), rel=1e-5)
-    assert filled.model.psnr == pytest.approx(-10 * np.log10(filled.model.mse))
+    assert filled.masked == pytest.approx(5 / 24)
+    assert filled.mse == pytest.approx(squares[:, hidden].mean(), rel=1e-5)
+    assert f"<td>21 %</td><td>{filled.mse:.4f}</td><td>{-10 * np.log10(filled.mse):.1f} dB</td>" in markup.filled(
+        [filled], "en"
+    )
     np.testing.assert_array_equal(np.isnan(filled.error).ravel(), ~flags.numpy())
     assert filled.error[0, 1] == pytest.approx(squares[:, :4, 4:8].mean() ** 0.5, rel=1e-5)
 
 
 def test_an_untrained_model_loses_to_interpolation_on_a_smooth_image(session: Session, photo: Path) -> None:
     (filled,) = session.fill(session.open(photo), HOLE)
-    assert filled.interpolation.psnr > filled.model.psnr
+    assert filled.mse_interpolation < filled.mse
 
 
 @pytest.mark.parametrize(
@@ -90,8 +93,8 @@ def test_holes_that_cannot_be_filled(session: Session, photo: Path, hidden: tupl
 
 
 def test_drawn_holes_are_those_of_the_model(session: Session) -> None:
-    hidden = session.draw_hole("random", 0.75, 3)
-    drawn = session.models[0].mask(1, strategy="random", ratio=0.75, seed=3)
+    hidden = session.draw_mask("random", 0.75, 3)
+    drawn = session.first.mask(1, strategy="random", ratio=0.75, seed=3)
     assert hidden == tuple(sorted(drawn.ids_masked[0].tolist())) and len(hidden) == 18
 
 
@@ -104,7 +107,7 @@ def test_two_runs_get_the_same_image_and_the_same_hole(run: Path, photo: Path, t
     # A patch of the second is 2 x 2 of the first's: hidden where it touches one of them.
     touched = (~np.isnan(first.error)).reshape(2, 2, 3, 2).any((1, 3))
     np.testing.assert_array_equal(~np.isnan(second.error), touched)
-    with pytest.raises(ConfigError, match="b, whose patches are larger: the mask removes 6 of 6 patches; hide less"):
+    with pytest.raises(ConfigError, match="b, whose patches are larger: the mask removes 6 of 6 patches; mask less"):
         session.fill(session.open(photo), (0, 2, 4, 12, 14, 16))
 
 
@@ -118,8 +121,14 @@ def test_what_it_sees(session: Session, photo: Path) -> None:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (pretrained(input_size=(16, 24), in_chans=1), "a takes images of 3 channels and b of 1"),
-        (pretrained(input_size=(16, 16), in_chans=3), "a takes images of 16x24 and b of 16x16, other proportions"),
+        (
+            pretrained(input_size=(16, 24), in_chans=1),
+            "a takes .* 16x24 pixels and 3 channels, b of 16x24 and 1;",
+        ),
+        (
+            pretrained(input_size=(16, 16), in_chans=3),
+            "a takes .* 16x24 pixels and 3 channels, b of 16x16 and 3;",
+        ),
     ],
 )
 def test_runs_that_cannot_be_compared(run: Path, other: Pretrained, message: str) -> None:
@@ -132,7 +141,7 @@ def test_runs_that_cannot_be_compared(run: Path, other: Pretrained, message: str
     [
         (pretrained(input_size=(64,), patch_size=(8,)), r"m is a model of signals \(1 axes\)"),
         (pretrained(input_size=(8, 8, 8), patch_size=(4, 4, 4)), r"m is a model of volumes \(3 axes\)"),
-        (pretrained("mlp"), "m: this model has no patches"),
+        (pretrained("mlp"), r"this model has no patches to look at \(m\)"),
     ],
 )
 def test_models_that_the_page_cannot_show(model: Pretrained, message: str) -> None:
@@ -178,10 +187,9 @@ def test_files_that_are_refused(session: Session, tmp_path: Path) -> None:
         session.open(bad)
 
 
-def bank_of(session: Session, paths: list[Path], pool: str = "mean") -> Bank:
-    model = session.models[0]
-    features = model.encode(model.preprocess(*paths), pool)
-    return Bank(features, np.arange(len(paths)) % 2, np.array([str(path) for path in paths]), pool)
+def bank_of(session: Session, paths: list[Path], pool: str = "mean") -> Features:
+    features = session.first.encode(session.first.preprocess(*paths), pool).numpy()
+    return Features(features, np.arange(len(paths)) % 2, np.array([str(path) for path in paths]), {"pool": pool})
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])
@@ -205,10 +213,10 @@ def test_neighbours_whose_images_are_gone_or_lie_in_the_runs_data(session: Sessi
     model = load(run)
     tensors = model.preprocess(*array[:4])
     names = np.array([data.train.source.name(0), *(f"gone-{i}" for i in range(3))])
-    bank = Bank(model.encode(tensors), np.full(4, -1), names, "mean")
+    bank = Features(model.encode(tensors).numpy(), np.full(4, -1), names, {})
     with_data = Session([("a", model)], CPU, data, bank)
     assert [example.shape for example in with_data.examples] == [(3, 16, 24)]
-    found = {item.name: item for item in with_data.neighbours(Picture((tensors[:1],)))}
+    found = {item.name: item for item in with_data.neighbours((tensors[:1],))}
     assert found["gone-0"].image is None and found["gone-0"].label == ""
     expected = next(iter(data.train.eval_batches(np.array([0]), 1))).images[0].numpy() * 0.25 + 0.5
     image = found[str(names[0])].image
@@ -220,15 +228,13 @@ def test_features_of_another_model_and_of_patches(session: Session, run: Path, i
     paths = sorted(images.rglob("*.png"))[:3]
     bank = bank_of(session, paths)
     with pytest.raises(ConfigError, match="the features have 16 values an image and this model gives 32"):
-        Session([("a", load(run))], CPU, bank=Bank(bank.features, bank.labels, bank.names, "both"))
+        Session([("a", load(run))], CPU, bank=bank._replace(about={"pool": "both"}))
     with pytest.raises(ConfigError, match="the features are those of another model"):
-        Session([("a", load(run))], CPU, bank=replace(bank, weights="0123"))
+        Session([("a", load(run))], CPU, bank=bank._replace(about={"weights": "0123"}))
     content = {"labels": np.zeros(2, dtype=np.int64), "paths": np.array(["a", "b"])}
     np.savez(tmp_path / "f.npz", features=np.zeros((2, 24, 16), dtype=np.float32), **content)
     with pytest.raises(ConfigError, match="features of every patch"):
-        read_bank(tmp_path / "f.npz", CPU)
+        Session([("a", load(run))], CPU, bank=read_features(tmp_path / "f.npz"))
     np.savez(tmp_path / "g.npz", features=np.zeros((0, 16), dtype=np.float32), labels=np.zeros(0), paths=np.array([""]))
     with pytest.raises(DataError, match="holds no images"):
-        read_bank(tmp_path / "g.npz", CPU)
-    with pytest.raises(ConfigError, match="there are no features to look among"):
-        session.neighbours(session.open(paths[0]))
+        Session([("a", load(run))], CPU, bank=read_features(tmp_path / "g.npz"))

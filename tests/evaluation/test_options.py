@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from torchmae.config.data import DataOptions
-from torchmae.config.embed import EmbedOptions
 from torchmae.config.evaluate import (
     AttentiveOptions,
     ComputeOptions,
+    EmbedOptions,
     EvaluateOptions,
     ReconstructionOptions,
 )

@@ -68,7 +68,7 @@ def test_traffic_by_hand() -> None:
     assert traffic_bytes(10, 2, "ddp") == 40
     assert traffic_bytes(10, 4, "ddp", compressed=True) == 30
     assert traffic_bytes(10, 2, "fsdp") == 5 * (2 + 2 + 4)
-    assert traffic_bytes(10, 2, "fsdp", passes=3) == 5 * (12 + 4)
+    assert traffic_bytes(10, 2, "fsdp", accumulate=3) == 5 * (12 + 4)
 
 
 def test_a_step_is_its_operations_over_what_the_gpu_reaches() -> None:

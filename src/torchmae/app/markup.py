@@ -1,28 +1,25 @@
-"""What the session computed as HTML: figures with pictures inside, tables, one-line messages."""
+"""HTML of the page: figures with pictures inside, tables, one-line messages."""
 
 from __future__ import annotations
 
-import base64
-import io
+import math
 import shlex
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
-from torchmae.app.session import Errors, Filled, Neighbour, Seen
+from torchmae.app.session import Filled, FloatArray, Neighbour, Seen
 from torchmae.app.strings import TEXT
+from torchmae.report.page import embed
 from torchmae.report.panels import heat, map_panel, sample_panels
 
-FloatArray = npt.NDArray[np.float32]
-
-MIN_SIDE = 192
+_MIN_SIDE = 192
 _THUMBNAIL = 64
-# How much of an error's colour lies over the image, so that one still sees what it is the error of.
-_OPACITY = 0.75
+_OPACITY = 0.75  # of an error's colour: the image below stays visible
+_MIN_MSE = 1e-10  # limits the PSNR to 100 dB
 
 
 def message(text: str, kind: str = "note") -> str:
@@ -37,38 +34,37 @@ def heading(names: Sequence[str], about: str) -> str:
     return f'<h1>torchmae <span>{escape(runs)}</span></h1><p class="help">{escape(about)}</p>'
 
 
-def painter(original: FloatArray, grid: tuple[int, int], hidden: Sequence[int], label: str) -> dict[str, Any]:
-    """What painter.js draws: the picture as a data URI, rows and columns of patches, those hidden, and its name."""
+def painter(original: FloatArray, grid: tuple[int, int], masked: Sequence[int], label: str) -> dict[str, Any]:
+    """The properties of painter.js: picture, rows and columns of patches, the masked ones, and an accessible name."""
     rows, columns = grid
-    picture = data_uri(_panel(original))
-    return {"image": picture, "rows": rows, "columns": columns, "hidden": list(hidden), "label": label}
+    picture = embed(_panel(original)).uri
+    return {"image": picture, "rows": rows, "columns": columns, "hidden": list(masked), "label": label}
 
 
 def examples(images: Sequence[FloatArray], title: str) -> str:
     """Images to choose from, as buttons; nothing without images."""
     buttons = (
         f'<button type="button" data-index="{index}" aria-label="{index + 1}">'
-        f'<img alt="" src="{data_uri(sample_panels([image], _THUMBNAIL)[0])}"></button>'
+        f'<img alt="" src="{embed(_panel(image, _THUMBNAIL)).uri}"></button>'
         for index, image in enumerate(images)
     )
     return f'<h3>{escape(title)}</h3><div class="examples">{"".join(buttons)}</div>' if images else ""
 
 
 def filled(results: Sequence[Filled], language: str) -> str:
-    """Reconstructions with their errors, and the figures beside those of interpolation."""
+    """Reconstructions with their errors, and a table that sets the errors beside those of interpolation."""
     text = TEXT[language]
     peak = max(float(np.nanmax(result.error)) for result in results)
     rows = []
-    for number, result in enumerate(results):
+    for result in results:
+        original = _panel(result.original)
         panels = [
             (text["reconstructed"], _panel(result.reconstructed)),
-            (text["error"].format(peak=f"{peak:.2f}"), _error_panel(result, peak)),
+            (text["original"], original),
+            (text["error"].format(peak=f"{peak:.2f}"), _error_panel(original, result.error, peak)),
         ]
-        if number == 0:
-            panels.insert(1, (text["original"], _panel(result.original)))
-        rows.append(_figures(result.name if len(results) > 1 else "", panels))
-    normalised = any(result.norm_pix for result in results)
-    note = text["note_normalised" if normalised else "note_pixels"]
+        rows.append(_figures(results, result, panels if result is results[0] else panels[::2]))
+    note = text["note_normalised" if any(result.norm_pix for result in results) else "note_pixels"]
     return f'{"".join(rows)}{_table(results, text)}<p class="help">{escape(note)} {escape(text["units"])}</p>'
 
 
@@ -79,17 +75,14 @@ def seen(results: Sequence[Seen], language: str) -> str:
     for result in results:
         original = _panel(result.original)
         panels = [(text["original"], original), (text["colours"], map_panel(result.colours, original.size))]
-        if result.attention is not None:
-            heads = list(result.attention)
-            names = [text["head"].format(number=i + 1) for i in range(len(heads))]
-            if len(heads) > 1:
-                heads, names = [result.attention.mean(0), *heads], [text["mean_head"], *names]
-            scaled = [values / max(float(values.max()), 1e-12) for values in heads]
-            panels += [
-                (name, map_panel(heat(values), original.size)) for name, values in zip(names, scaled, strict=True)
-            ]
-        rows.append(_figures(result.name if len(results) > 1 else "", panels))
-        if result.attention is None:
+        heads = [] if result.attention is None else list(result.attention)
+        maps = {text["head"].format(number=i + 1): values for i, values in enumerate(heads)}
+        if len(heads) > 1:
+            maps = {text["mean_head"]: np.mean(heads, axis=0), **maps}
+        for name, values in maps.items():
+            panels.append((name, map_panel(heat(values / max(float(values.max()), 1e-12)), original.size)))
+        rows.append(_figures(results, result, panels))
+        if not heads:
             rows.append(message(text["no_class_token"].format(name=result.name)))
     return f'{"".join(rows)}<p class="help">{escape(text["see_help"])}</p>'
 
@@ -97,10 +90,11 @@ def seen(results: Sequence[Seen], language: str) -> str:
 def neighbours(found: Sequence[Neighbour], original: FloatArray, language: str) -> str:
     """The picture, and the images whose features are nearest."""
     text = TEXT[language]
-    figures = [_figure(_img(_panel(original), text["original"]), text["original"])]
+    figures = [_figure(_panel(original), text["original"])]
     for neighbour in found:
         caption = f"{neighbour.cosine:.2f} {neighbour.label}".rstrip()
-        shown = _missing(text, neighbour) if neighbour.image is None else _img(_panel(neighbour.image), caption)
+        missing = f'<div class="missing">{escape(text["not_shown"])}<br>{escape(neighbour.name[-40:])}</div>'
+        shown = missing if neighbour.image is None else _panel(neighbour.image)
         figures.append(_figure(shown, caption, neighbour.name))
     return f'<div class="panels">{"".join(figures)}</div><p class="help">{escape(text["near_help"])}</p>'
 
@@ -112,56 +106,40 @@ def no_neighbours(run: str, language: str) -> str:
     return f"{message(TEXT[language]['near_none'])}<pre>{escape(commands)}</pre>"
 
 
-def data_uri(picture: Image.Image) -> str:
-    """A picture as a PNG inside an address: nothing is left on the disk, and no other request is made for it."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+def _panel(image: FloatArray, min_side: int = _MIN_SIDE) -> Image.Image:
+    return sample_panels([image], min_side)[0]
 
 
-def _panel(image: FloatArray) -> Image.Image:
-    return sample_panels([image], MIN_SIDE)[0]
-
-
-def _error_panel(result: Filled, peak: float) -> Image.Image:
-    """The error of each hidden patch as a colour over the greyed image; `peak` is the brightest."""
-    original = _panel(result.original)
-    scaled = np.nan_to_num(result.error / max(peak, 1e-12)).astype(np.float32)
+def _error_panel(original: Image.Image, error: FloatArray, peak: float) -> Image.Image:
+    """The error of each masked patch as a colour over the greyed image; `peak` is the brightest."""
+    scaled = np.nan_to_num(error / max(peak, 1e-12)).astype(np.float32)
     colours = map_panel(heat(scaled), original.size)
     grey = original.convert("L").convert("RGB")
-    share = (~np.isnan(result.error) * _OPACITY * 255).astype(np.uint8)
+    share = (~np.isnan(error) * _OPACITY * 255).astype(np.uint8)
     return Image.composite(colours, grey, Image.fromarray(share).resize(original.size, Image.Resampling.NEAREST))
 
 
-def _figures(heading: str, panels: Iterable[tuple[str, Image.Image]]) -> str:
-    body = "".join(_figure(_img(panel, caption), caption) for caption, panel in panels)
-    title = f"<h3>{escape(heading)}</h3>" if heading else ""
-    return f'{title}<div class="panels">{body}</div>'
+def _figures(results: Sequence[Filled | Seen], result: Filled | Seen, panels: Iterable[tuple[str, Image.Image]]) -> str:
+    """The pictures of one result in a row, under its name where there are several results."""
+    title = f"<h3>{escape(result.name)}</h3>" if len(results) > 1 else ""
+    return f'{title}<div class="panels">{"".join(_figure(panel, caption) for caption, panel in panels)}</div>'
 
 
-def _figure(content: str, caption: str, title: str = "") -> str:
-    """HTML with a caption below; `title` is shown when one points at it."""
-    named = f' title="{escape(title)}"' if title else ""
-    return f"<figure{named}>{content}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def _img(panel: Image.Image, alt: str) -> str:
-    return f'<img src="{data_uri(panel)}" alt="{escape(alt)}">'
-
-
-def _missing(text: dict[str, str], neighbour: Neighbour) -> str:
-    return f'<div class="missing">{escape(text["not_shown"])}<br>{escape(neighbour.name[-40:])}</div>'
+def _figure(content: Image.Image | str, caption: str, tooltip: str = "") -> str:
+    """A picture, or HTML in its place, with a caption below."""
+    if isinstance(content, Image.Image):
+        content = f'<img src="{embed(content).uri}" alt="{escape(caption)}">'
+    title = f' title="{escape(tooltip)}"' if tooltip else ""
+    return f"<figure{title}>{content}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def _table(results: Sequence[Filled], text: dict[str, str]) -> str:
-    rows = [_row(result.name, result.hidden, result.model) for result in results]
-    rows.append(_row(text["interpolation"], results[0].hidden, results[0].interpolation))
-    head = f"<tr><th></th><th>{escape(text['hidden'])}</th><th>MSE</th><th>PSNR</th></tr>"
-    return f'<table class="errors"><caption>{escape(text["errors"])}</caption>{head}{"".join(rows)}</table>'
-
-
-def _row(name: str, hidden: float, errors: Errors) -> str:
-    return (
-        f"<tr><th>{escape(name)}</th><td>{100 * hidden:.0f} %</td><td>{errors.mse:.4f}</td>"
-        f"<td>{errors.psnr:.1f} dB</td></tr>"
+    first = results[0]
+    figures = [(result.name, result.masked, result.mse) for result in results]
+    rows = "".join(
+        f"<tr><th>{escape(name)}</th><td>{100 * masked:.0f} %</td><td>{mse:.4f}</td>"
+        f"<td>{-10 * math.log10(max(mse, _MIN_MSE)):.1f} dB</td></tr>"
+        for name, masked, mse in [*figures, (text["interpolation"], first.masked, first.mse_interpolation)]
     )
+    head = f"<tr><th></th><th>{escape(text['masked'])}</th><th>MSE</th><th>PSNR</th></tr>"
+    return f'<table class="errors"><caption>{escape(text["errors"])}</caption>{head}{rows}</table>'

@@ -1,11 +1,11 @@
-"""The page: what stands where, and what happens when. Needs gradio: whoever imports this looks first if it is there."""
+"""The layout of the page and what its events do. Needs gradio: whoever imports this checks first that it is there."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import gradio as gr
 
@@ -16,59 +16,34 @@ from torchmae.data.formats import picture_suffixes
 from torchmae.errors import TorchmaeError
 from torchmae.nn.masking import STRATEGIES
 
+Updates: TypeAlias = dict[Any, Any]
+"""New values by component; an output that is not named stays as it is."""
+
 MAX_SEED = 99
 _PAINTER = """<div class="painter" hidden><img alt=""><canvas tabindex="0" role="application"></canvas></div>"""
 _CHOOSE = """element.addEventListener("click", (event) => {
   const button = event.target.closest("button");
   if (button) trigger("select", { index: Number(button.dataset.index) });
 });"""
-# Nobody calls the page's functions but the page, and it shows by itself that it is at work.
+# The functions are for the page only, and the page itself shows that it is at work.
 _QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 _BUSY: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
 
 
 @dataclass(frozen=True)
 class View:
-    """What one visitor looks at.
+    """The state of one visitor."""
 
-    Attributes:
-        picture: None before one is chosen.
-        hidden: patches of the first run's grid.
-        tab: that is open: "fill", "see" or "near".
-    """
-
-    picture: Picture | None = None
-    hidden: tuple[int, ...] = ()
-    tab: str = "fill"
-
-
-def stylesheet() -> str:
-    """The page's CSS."""
-    return _asset("page.css")
-
-
-def theme() -> gr.themes.Base:
-    """Fonts of the reader's own system: none is fetched."""
-    return gr.themes.Soft(
-        primary_hue="blue",
-        neutral_hue="slate",
-        font=("system-ui", "sans-serif"),
-        font_mono=("ui-monospace", "monospace"),
-    )
+    picture: Picture | None = None  # None before one is chosen
+    masked: tuple[int, ...] = ()  # patches of the first run's grid
+    tab: str = "fill"  # the open one: "fill", "see" or "near"
 
 
 class Page:
-    """The page of a session.
+    """The page of a session, in a language of `LANGUAGES`; None: the browser's."""
 
-    Args:
-        session: what it shows.
-        run: the first run as one would type it, for commands that the page suggests.
-        language: of `LANGUAGES`; None: the browser's.
-    """
-
-    def __init__(self, session: Session, run: str, language: str | None = None) -> None:
+    def __init__(self, session: Session, language: str | None = None) -> None:
         self._session = session
-        self._run = run
         self._language = language
 
     def build(self) -> gr.Blocks:
@@ -81,7 +56,7 @@ class Page:
         return blocks
 
     def _lay_out(self) -> None:
-        """Places the components; their words come with the language when the page is loaded."""
+        """Places the components; their words are set when the page is loaded, in the visitor's language."""
         with gr.Row(equal_height=False):
             self._head = _html("head", scale=1, min_width=200)
             self._lang = gr.Radio(
@@ -107,165 +82,152 @@ class Page:
                     self._near = _html("near", min_height=80)
 
     def _lay_out_filling(self) -> None:
-        strategy, ratio = self._session.strategies
+        mask = self._session.first.description.mask
+        strategy, ratio = mask["strategy"], round(100 * mask["ratio"])
         with gr.Row():
             self._strategy = gr.Radio(list(STRATEGIES), value=strategy, min_width=300, elem_id="strategy")
-            self._ratio = gr.Slider(5, 95, value=round(100 * ratio), step=1, min_width=150, elem_id="ratio")
+            self._ratio = gr.Slider(5, 95, value=ratio, step=1, min_width=150, elem_id="ratio")
             self._seed = gr.Slider(0, MAX_SEED, value=0, step=1, min_width=150, elem_id="seed")
+        painter = Path(__file__).with_name("painter.js").read_text(encoding="utf-8")
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=230):
-                self._painter = _html("painter", html_template=_PAINTER, js_on_load=_asset("painter.js"))
+                self._painter = _html("painter", html_template=_PAINTER, js_on_load=painter)
                 self._hint = _html("hint")
                 self._clear = gr.Button(size="sm", elem_id="clear")
             with gr.Column(scale=2, min_width=300):
                 self._result = _html("result")
 
     def _connect(self, blocks: gr.Blocks) -> None:
-        mask = [self._strategy, self._ratio, self._seed]
+        known = [self._view, self._lang]
+        mask = [*known, self._strategy, self._ratio, self._seed]
+        words = list(self._words("en"))
         shown = [self._view, self._painter, self._result, self._status]
         tabs = [self._seen, self._near]
-        known = [self._view, self._lang]
-        blocks.load(self._start, mask, [self._lang, *self._words(), *shown, *tabs], **_QUIET)
-        self._lang.input(self._speak, known, [*self._words(), *shown[1:], *tabs], **_QUIET)
+        blocks.load(self._start, mask, [self._lang, *words, *shown, *tabs], **_QUIET)
+        self._lang.input(self._speak, known, [*words, *shown, *tabs], **_QUIET)
         chosen = (
-            self._file.upload(self._open, [self._file, *known, *mask], [self._file, *shown], **_BUSY),
-            self._examples.select(self._choose, [*known, *mask], shown, **_BUSY),
+            self._file.upload(self._open, [*mask, self._file], [self._file, *shown], **_BUSY),
+            self._examples.select(self._choose, mask, shown, **_BUSY),
         )
         for event in chosen:
             event.then(self._look, known, tabs, **_BUSY)
-        self._strategy.input(self._draw, [*known, *mask], shown, **_QUIET)
+        self._strategy.input(self._draw, mask, shown, **_QUIET)
         for slider in (self._ratio, self._seed):
-            slider.input(self._draw, [*known, *mask], shown, trigger_mode="always_last", **_QUIET)
+            slider.input(self._draw, mask, shown, trigger_mode="always_last", **_QUIET)
         # Every stroke, in order: of quick ones, "always_last" would answer with an earlier one's patches.
         self._painter.input(self._paint, known, shown, trigger_mode="multiple", **_QUIET)
-        self._clear.click(lambda view, lang: self._show(replace(view, hidden=()), lang), known, shown, **_QUIET)
+        self._clear.click(lambda view, lang: self._show(replace(view, masked=()), lang), known, shown, **_QUIET)
         for name, tab in (("fill", self._fill_tab), ("see", self._see_tab), ("near", self._near_tab)):
             opened = tab.select(lambda view, name=name: replace(view, tab=name), self._view, self._view, **_QUIET)
             opened.then(self._look, known, tabs, **_BUSY)
 
-    def _words(self) -> list[Any]:
-        """The components that have words of their own, in the order of `_labels`."""
-        tabs = [self._fill_tab, self._see_tab, self._near_tab]
-        mask = [self._strategy, self._ratio, self._seed, self._clear]
-        return [self._head, self._file, self._examples, self._hint, *tabs, *mask]
-
-    def _labels(self, lang: str) -> list[Any]:
-        text = TEXT[lang]
-        return [
-            self._heading(lang),
-            gr.update(label=text["upload"]),
-            markup.examples(self._session.examples, text["examples"]),
-            f'<p class="help"><b>{text["paint"]}</b><br>{text["paint_help"]}</p>',
-            *(gr.update(label=text[name]) for name in ("tab_fill", "tab_see", "tab_near")),
-            gr.update(label=text["strategy"], choices=[(text.get(name, name), name) for name in STRATEGIES]),
-            gr.update(label=text["ratio"]),
-            gr.update(label=text["seed"]),
-            gr.update(value=text["clear"]),
-        ]
-
-    def _heading(self, lang: str) -> str:
-        sizes = self._session.models[0].description.arguments
-        about = TEXT[lang]["about"].format(
-            size=" x ".join(map(str, self._session.size)),
-            channels=self._session.channels,
+    def _words(self, lang: str) -> Updates:
+        """The texts of all components that have some."""
+        text, sizes = TEXT[lang], self._session.first.description.arguments
+        about = text["about"].format(
+            size=" x ".join(map(str, sizes["input_size"])),
+            channels=sizes["in_chans"],
             patch=" x ".join(map(str, sizes["patch_size"])),
         )
-        return markup.heading(self._session.names, about)
+        strategies = [(text.get(name, name), name) for name in STRATEGIES]
+        return {
+            self._head: markup.heading(self._session.names, about),
+            self._file: gr.update(label=text["upload"]),
+            self._examples: markup.examples(self._session.examples, text["examples"]),
+            self._hint: f'<p class="help"><b>{text["paint"]}</b><br>{text["paint_help"]}</p>',
+            self._fill_tab: gr.update(label=text["tab_fill"]),
+            self._see_tab: gr.update(label=text["tab_see"]),
+            self._near_tab: gr.update(label=text["tab_near"]),
+            self._strategy: gr.update(label=text["strategy"], choices=strategies),
+            self._ratio: gr.update(label=text["ratio"]),
+            self._seed: gr.update(label=text["seed"]),
+            self._clear: gr.update(value=text["clear"]),
+        }
 
-    def _start(self, strategy: str, ratio: float, seed: float, request: gr.Request) -> list[Any]:
+    def _start(self, view: View, _: str, strategy: str, ratio: float, seed: float, request: gr.Request) -> Updates:
+        """The whole page for a new visitor, with the first example."""
         lang = self._language or preferred(request.headers.get("accept-language", ""))
-        view = View()
         if self._session.examples:
-            view = replace(view, picture=self._session.example(0), hidden=self._hole(strategy, ratio, seed))
-        return [
-            gr.update(value=lang),
-            *self._labels(lang),
-            *self._show(view, lang),
-            "",
-            "",
-        ]
+            shown = self._draw(view, lang, strategy, ratio, seed, lambda: self._session.example(0))
+        else:
+            shown = self._show(view, lang)
+        return {self._lang: gr.update(value=lang), **self._words(lang), **shown, self._seen: "", self._near: ""}
 
-    def _speak(self, view: View, lang: str) -> list[Any]:
-        """Everything again in another language."""
-        return [*self._labels(lang), *self._show(view, lang)[1:], *self._look(view, lang)]
+    def _speak(self, view: View, lang: str) -> Updates:
+        """The whole page in another language."""
+        return {**self._words(lang), **self._show(view, lang), **self._look(view, lang)}
 
-    def _open(self, file: str | None, view: View, lang: str, strategy: str, ratio: float, seed: float) -> list[Any]:
-        """What was uploaded; the place for it is empty again afterwards, ready for the next."""
+    def _open(self, view: View, lang: str, strategy: str, ratio: float, seed: float, file: str | None) -> Updates:
+        """An uploaded picture; the upload field is emptied, ready for the next one."""
         if file is None:
-            return [None, *self._failed(view, TEXT[lang]["start"])]
-        try:
-            picture = self._session.open(Path(file))
-            hidden = self._hole(strategy, ratio, seed)
-            return [None, *self._show(replace(view, picture=picture, hidden=hidden), lang)]
-        except TorchmaeError as error:
-            return [None, *self._failed(view, TEXT[lang]["cannot_read"].format(reason=error))]
+            return {self._file: None, **self._failed(view, TEXT[lang]["start"])}
+        path = Path(file)
+        shown = self._draw(view, lang, strategy, ratio, seed, lambda: self._session.open(path), "cannot_read")
+        return {self._file: None, **shown}
 
-    def _choose(
-        self, view: View, lang: str, strategy: str, ratio: float, seed: float, event: gr.EventData
-    ) -> list[Any]:
+    def _choose(self, view: View, lang: str, strategy: str, ratio: float, seed: float, event: gr.EventData) -> Updates:
+        """One of the examples."""
+        return self._draw(view, lang, strategy, ratio, seed, lambda: self._session.example(int(event.index)))
+
+    def _draw(
+        self,
+        view: View,
+        lang: str,
+        strategy: str,
+        ratio: float,
+        seed: float,
+        opened: Callable[[], Picture] | None = None,
+        failure: str = "failed",
+    ) -> Updates:
+        """A mask drawn anew, on another picture where one is opened."""
         try:
-            picture = self._session.example(int(event.index))
-            return self._show(replace(view, picture=picture, hidden=self._hole(strategy, ratio, seed)), lang)
+            picture = view.picture if opened is None else opened()
+            masked = self._session.draw_mask(strategy, ratio / 100, int(seed))
+            return self._show(replace(view, picture=picture, masked=masked), lang)
         except (TorchmaeError, ValueError) as error:
-            return self._failed(view, TEXT[lang]["failed"].format(reason=error))
+            return self._failed(view, TEXT[lang][failure].format(reason=error))
 
-    def _draw(self, view: View, lang: str, strategy: str, ratio: float, seed: float) -> list[Any]:
-        """A new hole from the sliders."""
-        try:
-            return self._show(replace(view, hidden=self._hole(strategy, ratio, seed)), lang)
-        except TorchmaeError as error:
-            return self._failed(view, TEXT[lang]["failed"].format(reason=error))
+    def _paint(self, view: View, lang: str, event: gr.EventData) -> Updates:
+        """A mask from the brush, which the painter shows already."""
+        shown = self._show(replace(view, masked=tuple(int(patch) for patch in event.hidden)), lang)
+        return {**shown, self._painter: gr.skip()}
 
-    def _paint(self, view: View, lang: str, event: gr.EventData) -> list[Any]:
-        """A hole from the brush; the painter shows it already."""
-        hidden = tuple(int(patch) for patch in event.hidden)
-        shown = self._show(replace(view, hidden=hidden), lang)
-        shown[1] = gr.skip()
-        return shown
-
-    def _hole(self, strategy: str, ratio: float, seed: float) -> tuple[int, ...]:
-        return self._session.draw_hole(strategy, ratio / 100, int(seed))
-
-    def _show(self, view: View, lang: str) -> list[Any]:
-        """Values for view, painter, result and status."""
+    def _show(self, view: View, lang: str) -> Updates:
+        """The picture, its mask and what the models make of it."""
         text, session = TEXT[lang], self._session
+        shown: Updates = {self._view: view, self._painter: None, self._result: "", self._status: ""}
         if view.picture is None:
-            return [view, None, "", markup.message(text["start"])]
-        painter = markup.painter(session.original(view.picture), session.grid, view.hidden, text["paint"])
+            return {**shown, self._status: markup.message(text["start"])}
+        shown[self._painter] = markup.painter(session.original(view.picture), session.grid, view.masked, text["paint"])
         rows, columns = session.grid
-        if len(view.hidden) in (0, rows * columns):
-            line = text["all_hidden" if view.hidden else "nothing_hidden"]
-            return [view, painter, "", markup.message(line)]
+        if len(view.masked) in (0, rows * columns):
+            line = text["all_masked" if view.masked else "none_masked"]
+            return {**shown, self._status: markup.message(line)}
         try:
-            return [view, painter, markup.filled(session.fill(view.picture, view.hidden), lang), ""]
+            return {**shown, self._result: markup.filled(session.fill(view.picture, view.masked), lang)}
         except TorchmaeError as error:
-            return [view, painter, "", markup.message(text["failed"].format(reason=error), "error")]
+            return {**shown, self._status: markup.message(text["failed"].format(reason=error), "error")}
 
-    def _failed(self, view: View, line: str) -> list[Any]:
-        """Says what went wrong and leaves the rest as it was."""
-        return [view, gr.skip(), gr.skip(), markup.message(line, "error")]
+    def _failed(self, view: View, line: str) -> Updates:
+        """An error message; the rest of the page stays as it was."""
+        return {self._view: view, self._status: markup.message(line, "error")}
 
-    def _look(self, view: View, lang: str) -> list[Any]:
-        """Values for the two tabs that show whole pictures; only the open one is worked out."""
-        session = self._session
-        if view.tab == "near" and not session.has_bank:
-            return ["", markup.no_neighbours(self._run, lang)]
-        if view.picture is None or view.tab == "fill":
-            return ["", ""]
+    def _look(self, view: View, lang: str) -> Updates:
+        """The two tabs that show whole pictures; only the open one is computed."""
+        session, tab, picture = self._session, view.tab, view.picture
+        shown = ""
         try:
-            if view.tab == "see":
-                return [markup.seen(session.look(view.picture), lang), ""]
-            found = session.neighbours(view.picture)
-            return ["", markup.neighbours(found, session.original(view.picture), lang)]
+            if tab == "see" and picture is not None:
+                shown = markup.seen(session.look(picture), lang)
+            elif tab == "near" and session.bank is None:
+                shown = markup.no_neighbours(session.names[0], lang)
+            elif tab == "near" and picture is not None:
+                shown = markup.neighbours(session.neighbours(picture), session.original(picture), lang)
         except TorchmaeError as error:
-            line = markup.message(TEXT[lang]["failed"].format(reason=error), "error")
-            return [line, ""] if view.tab == "see" else ["", line]
+            shown = markup.message(TEXT[lang]["failed"].format(reason=error), "error")
+        return {self._seen: shown if tab == "see" else "", self._near: shown if tab == "near" else ""}
 
 
 def _html(name: str, **options: Any) -> gr.HTML:
     """A place for HTML of our own, found by its name."""
     return gr.HTML(elem_id=name, apply_default_css=False, **options)
-
-
-def _asset(name: str) -> str:
-    return (resources.files("torchmae.app") / name).read_text(encoding="utf-8")

@@ -1,5 +1,5 @@
-// The hole in the image: one pixel of the canvas for each patch, stretched over the picture.
-// props.value is what markup.painter gives; the "input" event carries the hidden patches.
+// The mask over the image: one pixel of the canvas for each patch, stretched over the picture.
+// props.value is what markup.painter gives; the "input" event carries the masked patches.
 const canvas = element.querySelector("canvas");
 const picture = element.querySelector("img");
 const hidden = new Set();
@@ -29,13 +29,12 @@ function load() {
   canvas.dataset.hidden = hidden.size;
 }
 
+const clamp = (value, count) => Math.max(0, Math.min(count - 1, Math.floor(value)));
+
 function place(event) {
   const box = canvas.getBoundingClientRect();
-  const clamp = (value, count) => Math.max(0, Math.min(count - 1, Math.floor(value * count)));
-  return [
-    clamp((event.clientX - box.left) / box.width, canvas.width),
-    clamp((event.clientY - box.top) / box.height, canvas.height),
-  ];
+  const [x, y] = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
+  return [clamp(x * canvas.width, canvas.width), clamp(y * canvas.height, canvas.height)];
 }
 
 function set(column, row) {
@@ -83,15 +82,13 @@ for (const name of ["pointerup", "pointercancel"]) {
 }
 
 canvas.addEventListener("keydown", (event) => {
-  const [columns, rows] = [canvas.width, canvas.height];
-  let [column, row] = [cursor % columns, Math.floor(cursor / columns)];
-  if (event.key === "ArrowLeft") column = Math.max(0, column - 1);
-  else if (event.key === "ArrowRight") column = Math.min(columns - 1, column + 1);
-  else if (event.key === "ArrowUp") row = Math.max(0, row - 1);
-  else if (event.key === "ArrowDown") row = Math.min(rows - 1, row + 1);
-  else if (event.key !== " ") return;
+  const moves = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1], " ": [0, 0] };
+  if (!(event.key in moves)) return;
   event.preventDefault();
-  cursor = row * columns + column;
+  const [right, down] = moves[event.key];
+  const column = clamp((cursor % canvas.width) + right, canvas.width);
+  const row = clamp(Math.floor(cursor / canvas.width) + down, canvas.height);
+  cursor = row * canvas.width + column;
   if (event.key === " ") {
     hiding = !hidden.has(cursor);
     set(column, row);

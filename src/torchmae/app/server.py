@@ -1,4 +1,4 @@
-"""Serves the page: to this computer alone unless told otherwise, and with nothing fetched from elsewhere."""
+"""The web server of the page: for this computer only unless --host opens it; nothing is fetched from elsewhere."""
 
 from __future__ import annotations
 
@@ -13,29 +13,28 @@ from pathlib import Path
 from typing import Any
 
 from torchmae.app.session import Session
+from torchmae.config.visualize import AppOptions
 from torchmae.data.formats import quiet_pillow
 from torchmae.errors import ConfigError
 
 MAX_UPLOAD = 32 * 2**20
-"""Bytes of a file beyond which an upload is refused."""
+"""Largest upload, in bytes."""
 
 FIRST_PORT = 7860
 _PORTS_TRIED = 100
-# Names by which a page that only this computer may open is asked for. A site that points a name of its own at this
-# computer (DNS rebinding) is turned away.
+# The host names that a page for this computer only answers to: protects against DNS rebinding.
 _LOCAL = ("127.0.0.1", "localhost")
 
 
 def listen(host: str, port: int | None) -> socket.socket:
-    """Takes a port.
+    """Opens a listening socket on an address of this computer.
 
-    Args:
-        host: a name or an address of this computer; 0.0.0.0: all of them.
-        port: None: 7860, or the first after it that is free; 0: any.
+    Port None is 7860, or the first after it that is free; 0 is any.
 
     Raises:
-        ConfigError: the host is not this computer's, or the port is taken or may not be used.
+        ConfigError: the host is not this computer's, or the port is taken or not allowed.
     """
+    other = "choose another --port, or leave it out"
     ports = range(FIRST_PORT, FIRST_PORT + _PORTS_TRIED) if port is None else (port,)
     for number in ports:
         try:
@@ -44,65 +43,63 @@ def listen(host: str, port: int | None) -> socket.socket:
         except socket.gaierror as error:
             raise ConfigError(f"host {host!r} is not known: {error.strerror}", "use 127.0.0.1, or 0.0.0.0") from error
         except OSError as error:
-            if error.errno == errno.EADDRINUSE and port is None:
-                continue
-            taken = error.errno == errno.EADDRINUSE
-            reason = "is in use" if taken else f"cannot be used: {os.strerror(error.errno or 0)}"
-            raise ConfigError(f"port {number} of {host} {reason}", "choose another --port, or leave it out") from error
-    raise ConfigError(f"ports {ports[0]} to {ports[-1]} of {host} are all in use", "choose one with --port")
+            if error.errno != errno.EADDRINUSE:
+                reason = os.strerror(error.errno or 0)
+                raise ConfigError(f"port {number} of {host} cannot be used: {reason}", other) from error
+    tried = f"port {port}" if port is not None else f"each of the ports {ports[0]} to {ports[-1]}"
+    raise ConfigError(f"{tried} of {host} is in use", other)
 
 
-def serve(
-    session: Session,
-    listening: socket.socket,
-    *,
-    run: str,
-    language: str | None = None,
-    ready: Callable[[str], None],
-) -> None:
+def serve(session: Session, listening: socket.socket, options: AppOptions) -> None:
     """Serves the page until Ctrl-C (KeyboardInterrupt) or a signal ends it.
 
-    What visitors upload lies in a folder that only this user can read, and is gone at the end.
-
-    Args:
-        session: what the page shows.
-        listening: as `listen` gives it.
-        run: the first run as one would type it.
-        language: "en" or "zh"; None: the browser's.
-        ready: called with the page's address once it answers.
+    Uploaded files lie in a folder that only this user can read, which is deleted at the end.
     """
+
+    def announce(address: str) -> None:
+        if options.host not in (*_LOCAL, "::1"):
+            print(
+                f"torchmae: --host {options.host}: whoever can reach this computer can open the page", file=sys.stderr
+            )
+        print(f"{address}  (Ctrl-C stops it)", flush=True)
+        if options.open:
+            webbrowser.open(address)
+
     with tempfile.TemporaryDirectory(prefix="torchmae-app-") as uploads, quiet_pillow():
-        server = build_server(session, listening, Path(uploads), run=run, language=language, ready=ready)
-        server.run(sockets=[listening])
+        build_server(session, listening, Path(uploads), announce, options.lang).run(sockets=[listening])
 
 
 def build_server(
     session: Session,
     listening: socket.socket,
     uploads: Path,
-    *,
-    run: str,
-    language: str | None,
     ready: Callable[[str], None],
+    language: str | None = None,
 ) -> Any:
-    """A uvicorn server of the page. Arguments as for `serve`; `uploads`: the folder of what visitors upload."""
+    """A uvicorn server of the page, which calls `ready` with its address once it answers."""
     # Read by gradio when it is imported and when components are made.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(uploads)
     import uvicorn
     from fastapi import FastAPI
-    from gradio import mount_gradio_app
+    from gradio import mount_gradio_app, themes
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    from torchmae.app.page import Page, stylesheet, theme
+    from torchmae.app.page import Page
 
     host, port = listening.getsockname()[:2]
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     if host in _LOCAL:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(_LOCAL))
+    theme = themes.Soft(  # the reader's own fonts: none is fetched
+        primary_hue="blue",
+        neutral_hue="slate",
+        font=("system-ui", "sans-serif"),
+        font_mono=("ui-monospace", "monospace"),
+    )
     mount_gradio_app(
         app,
-        Page(session, run, language).build(),
+        Page(session, language).build(),
         path="/",
         server_name=host,
         server_port=port,
@@ -114,8 +111,8 @@ def build_server(
         enable_monitoring=False,
         pwa=False,
         mcp_server=False,
-        theme=theme(),
-        css=stylesheet(),
+        theme=theme,
+        css_paths=Path(__file__).with_name("page.css"),
     )
     shown = "localhost" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
 
@@ -126,16 +123,3 @@ def build_server(
 
     # A page that is open elsewhere keeps a connection; Ctrl-C must not wait for it.
     return Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
-
-
-def announce(host: str, open_browser: bool) -> Callable[[str], None]:
-    """What to do with the page's address once it answers: print it, and open it if asked to."""
-
-    def tell(address: str) -> None:
-        if host not in (*_LOCAL, "::1"):
-            print(f"torchmae: --host {host}: whoever can reach this computer can open the page", file=sys.stderr)
-        print(f"{address}  (Ctrl-C stops it)", flush=True)
-        if open_browser:
-            webbrowser.open(address)
-
-    return tell

@@ -11,19 +11,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torchmae.config import PretrainConfig
-from torchmae.config.app import AppOptions
 from torchmae.config.base import Settings, alternatives, is_group, settings_of
 from torchmae.config.bench import BenchData, BenchStep, BenchTrain, OutputOptions
 from torchmae.config.completion import CompletionOptions
 from torchmae.config.data import InspectOptions, PackCommand, PackOptions
-from torchmae.config.embed import EmbedOptions
-from torchmae.config.evaluate import ComputeOptions, EvaluateOptions, RunOrBaseline
+from torchmae.config.evaluate import ComputeOptions, EmbedOptions, EvaluateOptions, RunOrBaseline
 from torchmae.config.export import ExportCommand, ExportOptions, PushCommand
 from torchmae.config.plan import PlanOptions
 from torchmae.config.pretrain import PretrainOptions, RecipesOptions
-from torchmae.config.reconstruct import ReconstructOptions
-from torchmae.config.report import ReportOptions
-from torchmae.config.visualize import VisualizeOptions
+from torchmae.config.visualize import AppOptions, ReconstructOptions, ReportOptions, VisualizeOptions
 from torchmae.files import replace_file
 from torchmae.settings import ALIASES, recipe_names
 
@@ -31,16 +27,13 @@ from torchmae.settings import ALIASES, recipe_names
 class Command(NamedTuple):
     """A command of `torchmae`.
 
-    Attributes:
-        run: the module in `torchmae.commands` and its function, which returns the exit status.
-        kinds: the classes that `run` takes an object of; the docstring of the first one describes the command. For
-            `PretrainConfig`, `run` takes the values that were given, by dotted name: a recipe may stand below them.
-        several: whether the processes that torchrun starts run it together.
+    Its function takes an object of each of `kinds`; for `PretrainConfig` it takes the given values by dotted name,
+    since a recipe may supply the others. The docstring of the first of `kinds` describes the command.
     """
 
-    run: str
+    run: str  # module in `torchmae.commands` and function, which returns the exit status
     kinds: tuple[type[Settings], ...]
-    several: bool = False
+    several: bool = False  # whether all processes that torchrun starts run it together
 
     @property
     def about(self) -> str:
@@ -94,12 +87,9 @@ def describe(name: str) -> argparse.ArgumentParser:
 
 
 def add_options(parser: argparse.ArgumentParser, kinds: Sequence[type[Settings]], file: Any = None) -> None:
-    """Adds an option for every setting. argparse shows and completes them; `settings.read_words` reads them.
+    """Adds an option for every setting: argparse shows and completes them, `settings.read_words` reads them.
 
-    Args:
-        parser: where they go.
-        kinds: the classes of settings.
-        file: how shtab completes the name of a file.
+    `file` is how shtab completes the name of a file.
     """
     known = settings_of(*kinds)
     groups = {

@@ -22,11 +22,7 @@ def run(options: CompletionOptions) -> int:
 
 
 def command_tree(file: Any) -> argparse.ArgumentParser:
-    """All commands as one parser, for shtab to read.
-
-    Args:
-        file: how shtab completes the name of a file.
-    """
+    """All commands as one parser, for shtab to read; `file` is how it completes the name of a file."""
     tree = argparse.ArgumentParser(prog="torchmae")
     tree.add_argument("--version", action="store_true", help="versions, for bug reports")
     branches = {"": tree.add_subparsers()}

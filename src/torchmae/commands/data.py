@@ -1,18 +1,17 @@
-"""`torchmae data`: what a data set holds, and packing it into files that are read fast."""
+"""`torchmae data`: inspects a data set, or packs it into large files that are read fast."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from contextlib import suppress
-from dataclasses import fields
+from contextlib import closing, suppress
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from torchmae.api import recommend
 from torchmae.commands import print_json
@@ -37,15 +36,19 @@ _PANEL = 128  # pixels of each
 
 def inspect(options: InspectOptions) -> int:
     """`torchmae data inspect`; returns the exit status."""
-    display = Display(options.progress)
-    try:
+    with closing(Display(options.progress)) as display:
         splits = open_splits(options.data, Context.of(options, progress=display.preparing))
         found = inspect_splits(splits, options.limit, display.preparing)
-    finally:
-        display.close()
     command = suggestion(options.data, found, options)
     if options.json:
-        print_json(options.json, _as_json(found, command))
+        record = {
+            "splits": {split: facts.as_json() for split, facts in found.splits.items()},
+            "duplicates": found.duplicates,
+            "leaked": found.leaked,
+            "notes": list(found.notes),
+            "suggestion": command,
+        }
+        print_json(options.json, record)
     else:
         print(describe(found), *filter(None, [data_line(found.notes)]), sep="\n")
     if command is None:
@@ -59,39 +62,34 @@ def inspect(options: InspectOptions) -> int:
 
 def pack(command: PackCommand, options: PackOptions) -> int:
     """`torchmae data pack`; returns the exit status."""
-    display = Display(options.progress)
-    try:
+    with closing(Display(options.progress)) as display:
         splits = open_splits(command.data, Context.of(options, progress=display.preparing))
         packed = write_packed(splits, Path(command.out), options, display.preparing)
-    finally:
-        display.close()
     for name, reason in packed.bad[:_SHOWN]:
         print(f"left out: {name}: {reason}")
-    more = f", {len(packed.bad):,} unreadable ones left out (all in pack.json)" if packed.bad else ""
-    resumed = f", {packed.resumed:,} of them were done already" if packed.resumed else ""
+    more = f", {len(packed.bad):,} unreadable images left out (listed in pack.json)" if packed.bad else ""
+    resumed = f", {packed.resumed:,} of them packed by an earlier command" if packed.resumed else ""
     files = f"{packed.files:,} file{'s' if packed.files != 1 else ''}"
     print(f"{command.out}  ({packed.images:,} images in {files}, {packed.nbytes / 1e6:,.1f} MB{more}{resumed})")
-    axes = _axes_of_array(splits["train"], options.format)
+    axes = _axes_of_array(splits["train"]) if options.format == "npy" else ""
     print(f"to train on it: torchmae pretrain --data {quote(command.out)}{axes}")
     return 0
 
 
-def _axes_of_array(source: Source, format: str) -> str:
-    """The option that one array of such samples needs for its shape to have one reading."""
-    if format != "npy":
-        return ""
-    with suppress(DataError):  # an image that cannot be read tells nothing
+def _axes_of_array(source: Source) -> str:
+    """The option that an array of such samples needs where its shape alone is ambiguous; else empty."""
+    with suppress(DataError):  # the first image cannot be read
         item = source.open(0)
-        axes = f" --data.axes={'ZYX'[-len(item.size) :] if len(item.size) != 1 else 'L'}C"
-        with suppress(DataError):
-            if sample_axes((*item.size, item.channels), Context(), "")[0] == len(item.size):
+        dims = len(item.size)
+        with suppress(DataError):  # the shape is ambiguous
+            if sample_axes((*item.size, item.channels), Context(), "")[0] == dims:
                 return ""
-        return axes
+        return f" --data.axes={'ZYX'[-dims:] if dims != 1 else 'L'}C"
     return ""
 
 
 def describe(found: Inspection) -> str:
-    """The findings, for people."""
+    """The findings as lines of text."""
     lines: list[str] = []
     for split, facts in found.splits.items():
         lines += _describe_split(split, facts)
@@ -102,7 +100,9 @@ def describe(found: Inspection) -> str:
             f"  {' = '.join(group[:4])}{' = ...' if len(group) > 4 else ''}" for group in found.duplicates[:_SHOWN]
         ]
         if found.leaked:
-            lines.append(f"  {found.leaked:,} groups lie in more than one split: held-out figures will flatter")
+            lines.append(
+                f"  {found.leaked:,} groups lie in more than one split: held-out metrics will be too optimistic"
+            )
     else:
         lines.append("duplicates: none")
     return "\n".join(lines)
@@ -112,20 +112,22 @@ def _describe_split(split: str, facts: SplitFacts) -> list[str]:
     read = "" if facts.examined == facts.images else f" ({facts.examined:,} of them read)"
     lines = [f"{split}: {facts.images:,} images{read}"]
     if facts.sizes:
-        lines.append(f"  size      {_sizes(facts)}")
-        lines.append(f"  channels  {_counts(facts.channels)}")
-        lines.append(f"  values    {_counts(facts.dtypes)}, from {facts.low:g} to {facts.high:g}")
-        lines.append(f"  format    {_counts(facts.formats)}")
+        lines += [
+            f"  size      {_sizes(facts)}",
+            f"  channels  {_counts(facts.channels)}",
+            f"  values    {_counts(facts.dtypes)}, from {facts.low:g} to {facts.high:g}",
+            f"  format    {_counts(facts.formats)}",
+        ]
     if facts.classes:
         known = {name: count for name, count in facts.classes.items() if name != "unlabelled"}
         lines.append(f"  classes   {_classes(known)}")
         if known and len(known) <= _SHOWN + 4:
             each = (f"{_one_line(name)} {count:,}" for name, count in facts.classes.items())
             lines.append(f"            {', '.join(each)}")
-    cut = f", {facts.cut_short:,} of them cut short (--truncated keep reads such JPEGs)" if facts.cut_short else ""
+    kinds = f", {facts.cut_short:,} of them cut short (--truncated keep reads such JPEGs)" if facts.cut_short else ""
     if facts.not_finite:
-        cut += f", {facts.not_finite:,} with values that are not finite (--nodata nan puts the mean in such places)"
-    lines.append(f"  corrupt   {len(facts.corrupt) or 'none'}{cut}")
+        kinds += f", {facts.not_finite:,} of them with values that are not finite (--nodata nan replaces these values)"
+    lines.append(f"  corrupt   {len(facts.corrupt) or 'none'}{kinds}")
     lines += [f"            {name}: {reason}" for name, reason in facts.corrupt[:_SHOWN]]
     if len(facts.corrupt) > _SHOWN:
         lines.append(f"            and {len(facts.corrupt) - _SHOWN:,} more (--json lists all)")
@@ -161,31 +163,26 @@ def _counts(counter: Counter[Any]) -> str:
 
 
 def suggestion(data: str, found: Inspection, options: ReadOptions) -> str | None:
-    """The command to begin with, which reads the data as it was read here; None when no image can be read."""
+    """A command that trains on the data, read with the same options; None when no image can be read."""
     sizes = found.splits["train"].sizes
     if not sizes:
         return None
     recipe, shape = recommend(median_size(sizes))
     words = ["torchmae", "pretrain", "--data", data, "--recipe", recipe]
-    for item in fields(ReadOptions):
-        value = getattr(options, item.name)
-        if value != item.default:
-            words.append(f"--data.{item.name}={value if isinstance(value, str) else json.dumps(value)}")
+    for name, value in options.changed().items():
+        words.append(f"--data.{name}={value if isinstance(value, str) else json.dumps(value)}")
     for name, value in shape.items():
         words += [f"--model.{name}", json.dumps(value)]
     return " ".join(quote(word) for word in words)
 
 
 def contact_sheet(source: Source, path: Path, normalisation: Normalisation | None) -> None:
-    """Saves a picture of images evenly spread over a source; those that cannot be read are left blank.
+    """Saves a picture of evenly spaced images, drawn over the range of `normalisation`.
 
-    Args:
-        source: the images.
-        path: of the picture.
-        normalisation: says which values are black and white; None: no image can be read.
+    The place of an image that cannot be read stays blank.
 
     Raises:
-        CheckpointError: it cannot be saved.
+        CheckpointError: the picture cannot be saved.
         ConfigError: no image can be drawn.
     """
     indices = evenly_spaced(len(source), _SHEET)
@@ -203,21 +200,8 @@ def contact_sheet(source: Source, path: Path, normalisation: Normalisation | Non
         stored = torch.from_numpy(np.moveaxis(image, -1, 0).copy())[None]
         values = normalisation.shown(normalisation.apply(stored))[0].numpy()
         panel = sample_panels([values], 1 if values.ndim > 2 else _PANEL)[0]
-        small = max(panel.size) < _PANEL // 2
-        factor = _PANEL // max(panel.size) if small else _PANEL / max(panel.size)
-        size = tuple(max(1, round(length * factor)) for length in panel.size)
-        panel = panel.resize((size[0], size[1]), Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC)
+        panel = ImageOps.scale(panel, max(1, _PANEL // max(panel.size)), Image.Resampling.NEAREST)
+        panel.thumbnail((_PANEL, _PANEL))
         row, column = divmod(place, columns)
-        corner = (column * step + (_PANEL - size[0]) // 2, row * step + (_PANEL - size[1]) // 2)
-        sheet.paste(panel, corner)
+        sheet.paste(panel, (column * step + (_PANEL - panel.width) // 2, row * step + (_PANEL - panel.height) // 2))
     save_png(sheet, path)
-
-
-def _as_json(found: Inspection, command: str | None) -> dict[str, Any]:
-    return {
-        "splits": {split: facts.as_json() for split, facts in found.splits.items()},
-        "duplicates": found.duplicates,
-        "leaked": found.leaked,
-        "notes": list(found.notes),
-        "suggestion": command,
-    }

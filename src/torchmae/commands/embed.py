@@ -1,11 +1,10 @@
-"""`torchmae embed`: features of many images, in a file."""
+"""`torchmae embed`: writes the features of a data set to a file."""
 
 from __future__ import annotations
 
 import os
 
-from torchmae.config.embed import EmbedOptions
-from torchmae.config.evaluate import ComputeOptions
+from torchmae.config.evaluate import ComputeOptions, EmbedOptions
 from torchmae.evaluation.embedding import embed_run
 
 
@@ -16,6 +15,6 @@ def run(options: EmbedOptions, compute: ComputeOptions) -> int:
         return 0
     shape = " x ".join(f"{number:,}" for number in (written.count, *written.shape))
     extra = f", {written.left_out} unreadable images left out" if written.left_out else ""
-    resumed = f", {written.resumed:,} images were done already" if written.resumed else ""
+    resumed = f", {written.resumed:,} images embedded by an earlier command" if written.resumed else ""
     print(f"{written.path}  ({shape} features{extra}{resumed})")
     return 0

@@ -1,4 +1,4 @@
-"""`torchmae evaluate`: what a model learned, in figures beside those of features that take no learning."""
+"""`torchmae evaluate`: measures what a model learned, beside an untrained network and raw pixels."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ HEADINGS = {"model": "this model", "random": "untrained", "pixels": "raw pixels"
 def run(options: EvaluateOptions, compute: ComputeOptions, model: RunOrBaseline) -> int:
     """Runs the command; returns the exit status."""
     evaluation = evaluate(model.run, options, compute)
-    if os.environ.get("RANK", "0") != "0":  # of ranks that torchrun started, the first one speaks
+    if os.environ.get("RANK", "0") != "0":  # only rank 0 prints
         return 0
     print(report(evaluation), flush=True)
     try:
         record = record_evaluation(model.run, evaluation)
         if record is not None:
             print(f"recorded with settings, top-5, classes and confusions: {record}")
-    finally:  # a disk that is full must not cost the figures
+    finally:  # the figures are printed although the record cannot be written
         figures = {"run": model.run, "method": options.method, "figures": evaluation.figures()}
         print_json(model.json, figures)
     return 0
@@ -57,7 +57,7 @@ def report(evaluation: Evaluation) -> str:
 
 
 def figure_table(by_subject: Mapping[str, Mapping[str, float]]) -> Table:
-    """A row for each figure, a column for each subject; the first head says the unit and how sure a figure is."""
+    """A row for each figure, a column for each subject; the first heading names the unit and the kind of spread."""
     texts = {subject: figures_as_text(figures) for subject, figures in by_subject.items()}
     names = dict.fromkeys(name for column in texts.values() for name in column)
     shown = [name for name in names if measure_of(name).unit != TRAINING]
@@ -70,7 +70,7 @@ def figure_table(by_subject: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def heading(name: str, texts: Mapping[str, Mapping[str, Figure]]) -> str:
-    """The unit of a figure, and what stands beside it: an interval or a deviation."""
+    """The unit of a figure and the kind of its spread: an interval or a deviation."""
     unit = measure_of(name).unit
     spread = next(column[name].spread for column in texts.values() if name in column)
     if unit == AUROC:
@@ -81,14 +81,14 @@ def heading(name: str, texts: Mapping[str, Mapping[str, Figure]]) -> str:
 
 
 def cell(figure: Figure) -> str:
-    """A figure with what says how sure it is: "44.0 (43.1 to 45.0)" or "44.0 ± 1.2"; empty where there is none."""
+    """A figure and its spread: "44.0 (43.1 to 45.0)" or "44.0 ± 1.2"; empty where there is none."""
     if not figure.spread:
         return figure.value
     return f"{figure.value} {figure.spread if figure.spread.startswith('±') else f'({figure.spread})'}"
 
 
 def reconstruction_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """A row for each mask, the model's figures beside interpolation's."""
+    """A row for each mask; the model's figures beside those of interpolation."""
     metrics = {"psnr": "PSNR, dB", "ssim": "SSIM", "explained_variance": "explained variance"}
     table = Table("mask", "ratio", box=SIMPLE_HEAD, pad_edge=False)
     shown = [name for name in metrics if name in rows[0]]

@@ -21,7 +21,7 @@ def run(options: PretrainOptions, given: Mapping[str, Any]) -> int:
         print(settings.to_yaml(configure(given)), end="")
         return 0
     result = begin(given) if options.resume is None else resume_run(Path(options.resume), given)
-    if os.environ.get("RANK", "0") != "0":  # of ranks that torchrun started, the first one speaks
+    if os.environ.get("RANK", "0") != "0":  # only rank 0 prints
         return 0
     print(final_table(result.figures), flush=True)
     for hint in result.hints:

@@ -1,4 +1,4 @@
-"""`torchmae reconstruct`: hide part of given images and let a trained model fill it in."""
+"""`torchmae reconstruct`: masks part of given images and lets a trained model fill it in."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from torchmae.config.reconstruct import ReconstructOptions
+from torchmae.config.visualize import ReconstructOptions
 from torchmae.data.formats import Context
 from torchmae.data.transforms import FULL_SCALE, eval_box, resample
 from torchmae.errors import ConfigError
 from torchmae.nn.mae import require_patches
 from torchmae.nn.masking import Mask, mask_from_pixels
-from torchmae.report.pictures import reconstruction_grid, save_png
+from torchmae.report.pictures import reconstruction_grid
 from torchmae.training.pretrained import Pretrained, load, read_image
 from torchmae.training.runtime import open_runtime
 
@@ -27,35 +27,29 @@ def run(options: ReconstructOptions) -> int:
     pretrained.model.to(device)
     images = pretrained.preprocess(*options.images)
     if options.mask_file is not None:
-        mask = hole(pretrained, options.mask_file, len(images))
+        mask = mask_from_image(pretrained, options.mask_file, len(images))
     else:
         mask = pretrained.mask(len(images), strategy=options.mask.strategy, ratio=options.mask.ratio, seed=options.seed)
     result = pretrained.reconstruct(images.to(device), mask.to(device))
     shown = pretrained.description.normalisation.shown
     original = shown(images)
     masked = original.masked_fill(result.removed.cpu(), torch.nan)
-    grid = reconstruction_grid(masked, shown(result.images.cpu()), original, note=result.note)
-    save_png(grid, options.out)
+    reconstruction_grid(masked, shown(result.images.cpu()), original, options.out, note=result.note)
     print(f"{options.out}  ({result.note})")
     return 0
 
 
-def hole(pretrained: Pretrained, path: Path, count: int) -> Mask:
-    """The mask of a hole drawn in an image, the same for `count` images.
-
-    Args:
-        pretrained: the model; it must have patches.
-        path: an image whose bright part (above half) is the hole; it is cropped and resized as images are.
-        count: how many images.
+def mask_from_image(pretrained: Pretrained, path: Path, count: int) -> Mask:
+    """The bright part (above half) of an image as a mask for `count` images; it is cropped and resized as they are.
 
     Raises:
-        ConfigError: a model without patches or not of images, or a hole that covers no patch or all of them.
+        ConfigError: a model without patches or not of images, or a mask that covers no patch or all of them.
     """
-    require_patches(pretrained.model, "to put a hole in")
+    require_patches(pretrained.model, "to mask")
     size = pretrained.description.input_size
     if len(size) != 2:
         raise ConfigError(
-            f"this model takes {len(size)} axes and mask_file is an image", "hide patches with --mask.ratio"
+            f"this model takes {len(size)} axes and mask_file is an image", "mask patches with --mask.ratio"
         )
     array = torch.from_numpy(read_image(path, Context(channels=1, spatial_dims=2))[..., 0])
     values = (array.float() / FULL_SCALE[str(array.numpy().dtype)])[None, None]

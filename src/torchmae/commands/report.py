@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torchmae.config.report import ReportOptions
+from torchmae.config.visualize import ReportOptions
 from torchmae.report.comparison import write_comparison
 from torchmae.report.html import write_report
 

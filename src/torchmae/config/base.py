@@ -62,8 +62,6 @@ Momentum = Annotated[float, Range(0, 1, open_high=True)]
 Threads = Annotated[int, Range(1, 1024)]
 Device = Literal["auto", "cpu", "cuda", "mps"] | str  # cuda:1
 Precision = Literal["auto", "bf16", "fp32"]
-Progress = Literal["auto", "plain", "none"]
-Target = Literal["pixels", "normalised"]
 
 
 class WrongType(Exception):
@@ -78,7 +76,6 @@ class Settings:
     """
 
     group: ClassVar[str] = ""
-    _types: ClassVar[dict[str, Any]]
 
     def __init_subclass__(cls, group: str | None = None) -> None:
         if group is not None:
@@ -92,26 +89,19 @@ class Settings:
                 object.__setattr__(self, item.name, convert(self.group + item.name, types[item.name], value))
 
     @classmethod
+    @cache
     def types(cls) -> dict[str, Any]:
         """The type of every field by its name."""
-        if "_types" not in vars(cls):
-            hints = get_type_hints(cls, include_extras=True)
-            cls._types = {item.name: hints[item.name] for item in fields(cls)}
-        return cls._types
+        hints = get_type_hints(cls, include_extras=True)
+        return {item.name: hints[item.name] for item in fields(cls)}
 
 
 class Setting(NamedTuple):
-    """One setting.
+    """One setting."""
 
-    Attributes:
-        kind: its type.
-        default: MISSING where the setting has to be given.
-        about: its description.
-    """
-
-    kind: Any
-    default: Any
-    about: str
+    kind: Any  # its type
+    default: Any  # MISSING where the setting has to be given
+    about: str  # its description
 
     @property
     def positional(self) -> bool:
@@ -178,12 +168,7 @@ def make(kind: type[T], given: Mapping[str, Any], prefix: str = "") -> T:
 
 
 def convert(name: str, kind: Any, value: Any) -> Any:
-    """Converts a value to the type of a setting.
-
-    Args:
-        name: of the setting, for messages.
-        kind: its type.
-        value: text, a value from YAML, or a Python object.
+    """Converts text, a value from YAML or a Python object to the type `kind` of the setting `name`.
 
     Raises:
         ConfigError: the value has another type, is none of the choices, or lies outside its range.
@@ -309,6 +294,39 @@ class JsonOption(Settings):
             raise ConfigError(f"the folder of {self.json} does not exist", "make it first")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DeviceOption(Settings):
+    """Where to compute.
+
+    Attributes:
+        device: auto, cpu, cuda, cuda:1, mps.
+    """
+
+    device: Device = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgressOption(Settings):
+    """How progress is shown.
+
+    Attributes:
+        progress: "auto" (a live line on a terminal, else plain lines), "plain" or "none".
+    """
+
+    progress: Literal["auto", "plain", "none"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetOption(Settings):
+    """How weights of others are read.
+
+    Attributes:
+        target: what weights of others were trained to predict, where they do not say: pixels or normalised (patches).
+    """
+
+    target: Literal["pixels", "normalised"] | None = None
+
+
 @dataclass(frozen=True)
 class RunArgument(Settings):
     """The model that a command takes.
@@ -321,13 +339,5 @@ class RunArgument(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(RunArgument):
-    """The model that a command runs, and where.
-
-    Attributes:
-        device: auto, cpu, cuda, cuda:1, mps.
-        target: what weights of others were trained to predict, where they do not say: pixels or normalised (patches).
-    """
-
-    device: Device = "auto"
-    target: Target | None = None
+class ModelOptions(TargetOption, DeviceOption, RunArgument):
+    """The model that a command runs, and where."""

@@ -12,7 +12,7 @@ from torchmae.config.base import (
     NotNegative,
     Place,
     Positive,
-    Progress,
+    ProgressOption,
     Range,
     Settings,
     Share,
@@ -50,17 +50,19 @@ class ReadOptions(Settings, group="data."):
     member: str | None = None
     scale: dict[str, Positive] | None = None
 
+    def changed(self) -> dict[str, Any]:
+        """The options of reading that differ from their defaults."""
+        values = {item.name: (getattr(self, item.name), item.default) for item in fields(ReadOptions)}
+        return {name: value for name, (value, default) in values.items() if value != default}
+
     def filled_from(self, other: ReadOptions) -> dict[str, Any]:
         """The options that are left at their defaults here, as `other` has them."""
-        default = ReadOptions()
-        names = [item.name for item in fields(ReadOptions) if getattr(self, item.name) == getattr(default, item.name)]
-        return {name: getattr(other, name) for name in names}
+        return {item.name: getattr(other, item.name) for item in fields(ReadOptions) if item.name not in self.changed()}
 
     def of_one_file(self) -> dict[str, Any]:
         """The options that decide how one file is read, where they are not the defaults."""
-        default = ReadOptions()
         names = ("axes", "pages", "truncated", "max_megapixels", "nodata")
-        return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(default, name)}
+        return {name: value for name, value in self.changed().items() if name in names}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,10 +86,9 @@ class DataOptions(ReadOptions):
         source: what `torchmae pretrain --data` takes: a folder, a file or a name; null: what the run was trained on.
         val_size: number of training images that are held out where the data has no such split; at most a fifth of
             them, and the same ones in every command.
-        memory_limit: GiB that decoded images may fill; larger ones are read anew each time.
+        memory_limit: GiB that decoded images may fill; a larger data set is read again in every pass.
         num_workers: reader processes when images are not in memory; null: one per core, at most 8.
-        max_bad: share of the images that may be unreadable: each is skipped, counted and named, and one more ends the
-            command; 0: none may.
+        max_bad: largest share of unreadable images: each is skipped, counted and named; more of them end the command.
     """
 
     source: Place | None = None
@@ -98,36 +99,33 @@ class DataOptions(ReadOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectOptions(JsonOption, ReadOptions, group=""):
+class InspectOptions(ProgressOption, JsonOption, ReadOptions, group=""):
     """Reads every image of a data set and says what is there, and what is wrong.
 
     Attributes:
         data: anything that `torchmae pretrain --data` takes.
         sheet: where to save a contact sheet, a PNG picture of 64 images; null: nowhere.
         limit: how many images of each split to read, evenly spaced; null: all.
-        progress: "auto" (a bar on a terminal, else lines), "plain" or "none".
     """
 
     data: Annotated[Place, POSITIONAL]
     sheet: Annotated[Place, ".png"] | None = None
     limit: Count | None = None
-    progress: Progress = "auto"
 
 
 @dataclass(frozen=True)
-class PackOptions(ReadOptions, group=""):
+class PackOptions(ProgressOption, ReadOptions, group=""):
     """How images are packed.
 
     Attributes:
         format: "parquet" (the Hugging Face schema), "wds" (WebDataset tar shards) or "npy" (one array, for images
             of one size).
-        max_size: longest side in pixels; larger images are reduced to it, others kept byte for byte; null: all are.
+        max_size: longest side in pixels; larger images are reduced to it, others kept byte for byte; null: all
+            are kept.
         quality: JPEG quality, 1 to 100, of images that were reduced and had been compressed with loss; others stay
             lossless.
         shard_mib: MiB after which the next file begins.
-        max_bad: share of the images that may be unreadable: each is left out and named, and one more ends the packing;
-            0: none may.
-        progress: "auto" (a bar on a terminal, else lines), "plain" or "none".
+        max_bad: largest share of unreadable images: each is left out and named; more of them end the command.
     """
 
     format: Literal["parquet", "wds", "npy"] = "parquet"
@@ -135,7 +133,6 @@ class PackOptions(ReadOptions, group=""):
     quality: Annotated[int, Range(1, 100)] = 95
     shard_mib: Annotated[int, Range(1, 65536)] = 256
     max_bad: Share = 0.01
-    progress: Progress = "auto"
 
 
 @dataclass(frozen=True)

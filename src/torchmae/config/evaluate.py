@@ -1,4 +1,4 @@
-"""Every setting of an evaluation and its default. Light: nothing here imports torch, so that --help answers at once."""
+"""The settings of `torchmae evaluate` and `torchmae embed`. Light: nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from torchmae.config.base import (
-    POSITIONAL,
     Count,
-    Device,
+    DeviceOption,
     Fraction,
     JsonOption,
     NotNegative,
     Place,
     Precision,
-    Progress,
+    ProgressOption,
     Range,
     Rate,
+    RunArgument,
     Settings,
     Size,
-    Target,
+    TargetOption,
     Threads,
 )
 from torchmae.config.data import DataOptions
@@ -41,22 +41,18 @@ APPLIES_TO = {
 
 
 @dataclass(frozen=True)
-class ComputeOptions(Settings):
+class ComputeOptions(ProgressOption, DeviceOption):
     """Where and how fast to compute.
 
     Attributes:
         batch_size: images that are encoded at a time.
-        device: auto, cpu, cuda, cuda:1, mps.
         precision: auto (bf16 where it is faster, else fp32), bf16 or fp32, of the encoder.
         threads: processor threads; null: every core.
-        progress: "auto" (a live line on a terminal, else plain lines), "plain" or "none".
     """
 
     batch_size: Size = 250
-    device: Device = "auto"
     precision: Precision = "auto"
     threads: Threads | None = None
-    progress: Progress = "auto"
 
 
 @dataclass(frozen=True)
@@ -100,16 +96,15 @@ class ReconstructionOptions(Settings, group="reconstruction."):
 
 
 @dataclass(frozen=True)
-class EvaluateOptions(Settings):
+class EvaluateOptions(TargetOption):
     """Measures what a model learned: nearest neighbours, probes, fine-tuning, anomaly detection.
 
-    Method "all", the default, is nearest neighbours, linear and attentive probes. The others have to be asked for:
-    reconstruction, finetune (a classifier trained end to end, for minutes to hours), and anomaly (with --normal DIR
-    --test DIR). torchrun starts it on several GPUs.
+    torchrun starts it on several GPUs.
 
     Attributes:
-        method: knn, linear, attentive, reconstruction, finetune or anomaly; or all: knn, linear and attentive, beside
-            an untrained network and raw pixels (the others have to be asked for).
+        method: knn, linear, attentive, reconstruction, finetune (a classifier trained end to end, for minutes to hours)
+            or anomaly (with --normal DIR --test DIR); or all: knn, linear and attentive, beside an untrained network
+            and raw pixels.
         data: the labelled images that probes learn from.
         test_data: the labelled images that are classified: "test" or "val" (that split of the data), "held-out" (some
             of the training images), or what --data takes; null: the test split, else val, else held-out.
@@ -134,7 +129,7 @@ class EvaluateOptions(Settings):
         test: of anomaly: images to test, in one folder for each class: "good", or a class of the normal ones, is normal
             and any other anomalous.
         normal_classes: of anomaly: take only these classes of the normal images, with commas between them.
-        seed: of the untrained network, of draws, masks, and whatever starts at random.
+        seed: of the untrained network, draws, masks and initial weights.
     """
 
     method: Method = "all"
@@ -147,7 +142,6 @@ class EvaluateOptions(Settings):
     pool: Literal["mean", "cls", "both"] | None = None
     protocol: Literal["sweep", "paper"] = "sweep"
     preset: Preset | None = None
-    target: Target | None = None
     attentive: AttentiveOptions = field(default_factory=AttentiveOptions)
     reconstruction: ReconstructionOptions = field(default_factory=ReconstructionOptions)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
@@ -175,11 +169,30 @@ class EvaluateOptions(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOrBaseline(JsonOption):
-    """What `torchmae evaluate` measures, and how it says the result.
+class RunOrBaseline(JsonOption, RunArgument):
+    """What `torchmae evaluate` measures, and where the figures go.
 
     Attributes:
         run: run folder, exported model, weights of others (also as --init-from); or random or pixels, with --preset.
     """
 
-    run: Annotated[Place, POSITIONAL]
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedOptions(RunArgument):
+    """Writes the features of all images of a data set to a file.
+
+    Nothing is masked. A command that was stopped goes on where it was when it is given again. torchrun starts it on
+    several GPUs.
+
+    Attributes:
+        data: the images.
+        out: the file to write, .npz or .parquet.
+        pool: features of an image: mean (of its patch tokens), cls (the class token), both (one after the other), or
+            tokens (every patch token).
+        split: train, val, test, or all: whatever the data has.
+    """
+
+    data: DataOptions = field(default_factory=DataOptions)
+    out: Annotated[Place, ".npz", ".parquet"] = "features.npz"
+    pool: Literal["mean", "cls", "both", "tokens"] = "mean"
+    split: Literal["train", "val", "test", "all"] = "all"

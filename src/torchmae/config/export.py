@@ -5,25 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from torchmae.config.base import POSITIONAL, Place, RunArgument, Settings, Target
+from torchmae.config.base import POSITIONAL, Place, RunArgument, TargetOption
 from torchmae.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class ExportOptions(Settings):
+class ExportOptions(TargetOption):
     """What is written.
 
     Attributes:
         to: timm (a folder for create_model), hf-mae (transformers' ViTMAEForPreTraining), hf-vit (its ViTModel),
             official (the released checkpoints' layout), onnx, or safetensors (torchmae's own).
         part: of onnx: encoder, or reconstruction.
-        target: what weights of others were trained to predict, where they do not say: pixels or normalised (patches).
         data_licence: of the training images, for the model card.
     """
 
     to: Literal["timm", "hf-mae", "hf-vit", "official", "onnx", "safetensors"] = "safetensors"
     part: Literal["encoder", "reconstruction"] = "encoder"
-    target: Target | None = None
     data_licence: str | None = None
 
     def __post_init__(self) -> None:

@@ -49,12 +49,12 @@ class FinetuneConfig(Settings, group="finetune."):
         min_lr: rate at the end, as a share of the peak.
         drop_path: stochastic depth rate of the last block, rising linearly from 0.
         label_smoothing: share of the target that is spread over all classes.
-        mixup: of the Beta distribution that images are blended by; 0: none (0.8).
-        cutmix: of the Beta distribution of the area that is taken from another image; 0: none (1). A batch gets
-            either mixup or cutmix.
+        mixup: parameter of the Beta distribution that images are blended by; 0: none (0.8).
+        cutmix: parameter of the Beta distribution of the area that is taken from another image; 0: none (1). A batch
+            gets either mixup or cutmix.
         randaugment: strength of RandAugment's two operations, 0 (none) to 10 (9; small images 3).
         crop_scale: area of the random crop as a share of the image, from and to ([0.08, 1]; small images [0.6, 1]).
-        ema: decay of a moving average of the weights, which is then what is measured and saved; null: none.
+        ema: decay of a moving average of the weights; the average is measured and saved; null: no average.
         evaluations: number of times that the test images are classified, evenly spaced, the last at the end.
         compile: train the classifier through torch.compile.
         checkpoint_minutes: minutes between two checkpoints.
@@ -91,10 +91,6 @@ class FinetuneConfig(Settings, group="finetune."):
 
         What torchvision has for pictures only is left out for other input: RandAugment unless it has 1 or 3 channels,
         and mixup and cutmix too unless it has 2 spatial dimensions.
-
-        Args:
-            input_size: pixels along each axis.
-            in_chans: channels.
         """
         values = (SMALL if max(input_size) <= SMALL_SIDE else PAPER)._asdict()
         if len(input_size) != 2:

@@ -1,4 +1,4 @@
-"""The settings of `torchmae visualize`. Light: nothing here imports torch."""
+"""The settings of `torchmae reconstruct`, `visualize`, `app` and `report`. Light: nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from torchmae.config.base import POSITIONAL, ModelOptions, Place, Range, Settings
+from torchmae.config.base import (
+    POSITIONAL,
+    DeviceOption,
+    Fraction,
+    ModelOptions,
+    Place,
+    Range,
+    Settings,
+    TargetOption,
+)
+from torchmae.config.pretrain import Strategy
 from torchmae.errors import ConfigError
 
 
@@ -54,3 +64,74 @@ class VisualizeOptions(ModelOptions):
             )
         if len(self.images) > 64:
             raise ConfigError(f"{len(self.images)} images are too many for one picture", "give 64 or fewer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppOptions(TargetOption, DeviceOption):
+    """Serves a page to try a model in the browser: paint a hole, see it filled in, compare two runs.
+
+    The page is for this computer alone. Choose an image, paint a hole into it, see what the model makes of it, what it
+    sees, and which images look similar to it.
+
+    Attributes:
+        runs: run folders, exported models, or weights of others.
+        features: file written by `torchmae embed RUN`, in which neighbours are looked up.
+        data: where example images come from.
+        lang: en or zh; null: the browser's language.
+        host: the address to listen on; 0.0.0.0 opens the page to the network, without a password.
+        port: to listen on; null: 7860, or the first after it that is free.
+        open: open the page in a browser.
+    """
+
+    runs: Annotated[tuple[Path, ...], POSITIONAL]
+    features: Path | None = None
+    data: ExampleImages = field(default_factory=ExampleImages)
+    lang: Literal["en", "zh"] | None = None
+    host: str = "127.0.0.1"
+    port: Annotated[int, Range(0, 65535)] | None = None
+    open: bool = False
+
+
+@dataclass(frozen=True)
+class MaskOptions(Settings, group="mask."):
+    """What is masked; null: as the model was trained.
+
+    Attributes:
+        strategy: name of a mask strategy, as in `torchmae pretrain`.
+        ratio: share of the patches that is masked, in (0, 1).
+    """
+
+    strategy: Strategy | None = None
+    ratio: Fraction | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructOptions(ModelOptions):
+    """Masks part of some images and lets a trained model fill it in: masked | reconstructed | original.
+
+    Attributes:
+        images: image files.
+        mask: what is masked.
+        mask_file: an image whose white (bright) part is masked, in place of a drawn mask: in-painting.
+        out: the picture to write, a PNG file.
+        seed: of the drawn masks.
+    """
+
+    images: Annotated[tuple[Path, ...], POSITIONAL]
+    mask: MaskOptions = field(default_factory=MaskOptions)
+    mask_file: Path | None = None
+    out: Annotated[Path, ".png"] = Path("reconstruction.png")
+    seed: Annotated[int, Range(0, 2**64 - 1)] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(Settings):
+    """Writes one self-contained HTML page of a run, or of several runs side by side.
+
+    Attributes:
+        runs: run folders of `torchmae pretrain`.
+        out: the page to write; null: RUN/report.html, or comparison.html for several runs.
+    """
+
+    runs: Annotated[tuple[Path, ...], POSITIONAL]
+    out: Annotated[Path, ".html", ".htm"] | None = None

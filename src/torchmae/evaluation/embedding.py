@@ -21,8 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from torchmae.config.embed import EmbedOptions
-from torchmae.config.evaluate import ComputeOptions
+from torchmae.config.evaluate import ComputeOptions, EmbedOptions
 from torchmae.data.formats import Progress
 from torchmae.data.loader import one_line_when_a_worker_ends
 from torchmae.data.sources import Source

@@ -1,15 +1,14 @@
-"""What a pre-training run will cost: operations, memory, traffic and time, from sizes alone. docs/scaling.md explains.
+"""Predicts the operations, memory, traffic and time of a pre-training run from its sizes. docs/scaling.md explains.
 
-The model is a roofline: each of computing, exchanging gradients and reading images takes a time, and the longest
-decides. Operations and weights are exact; memory counts the tensors that the backward pass needs; the share of a
-GPU's peak that is reached was measured on one H100, and a measurement on the GPU itself should replace it (`mfu`).
+A roofline model: computing, exchanging gradients and reading images each take a time, and the longest one decides.
+Operations and weights are exact; memory counts the tensors that the backward pass needs; the share of the peak (`mfu`)
+was measured on one H100: measure it on your own GPU.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,23 +25,14 @@ NODE_SIZE = 8
 USABLE = 0.9  # of a GPU's memory: the rest goes to its context, buffers of the exchange and fragmentation
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU, by its data sheet.
-
-    Attributes:
-        name: what people call it.
-        tflops: peak of dense bf16 matrix products, 10^12 operations a second.
-        memory: GiB.
-        link: GB a second that it sends to others of its machine, one way.
-        network: GB a second that a machine of 8 sends to others, one way, in a cluster usual for the GPU.
-    """
+class Gpu(NamedTuple):
+    """A GPU, by its data sheet."""
 
     name: str
-    tflops: float
-    memory: float
-    link: float
-    network: float
+    tflops: float  # peak of dense bf16 matrix products, 10^12 operations a second
+    memory: float  # GiB
+    link: float  # GB a second to other GPUs of the machine, one way
+    network: float  # GB a second from a machine of 8 to others, one way, in a cluster usual for the GPU
 
 
 GPUS = {
@@ -54,57 +44,33 @@ GPUS = {
     "rtx4090": Gpu("RTX 4090", 165, 24, 25, 1.25),
 }
 
-
 MEASURED_MFU = {1.29: 0.110, 58.0: 0.299, 123.6: 0.333}
 """GFLOP an image to the share of the data sheet's peak that a compiled training step reached on one H100 (ViT-Tiny/4 at
 32 px, ViT-B/16, ViT-L/16; docs/performance.md)."""
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a run costs.
+class Cost(NamedTuple):
+    """What a run costs; bytes are those of one GPU, seconds those of one step."""
 
-    Attributes:
-        parameters: trained values.
-        flops_per_image: operations of a step for one image, forward and backward.
-        micro_batch: images that a GPU computes at once.
-        accumulate: parts that its share of a batch is computed in.
-        state_bytes: weights, gradients and moments on each GPU.
-        activation_bytes: what the backward pass keeps on each GPU, for one part.
-        exchange_bytes: what each GPU sends in a step.
-        compute_s: of a step.
-        exchange_s: of a step; most of it goes on beside the backward pass.
-        data_s: of a step; all of it goes on beside the rest.
-        step_s: seconds of a step.
-        images_per_s: of the whole run.
-        read_bytes_per_s: of stored images, over all machines.
-        cores_per_gpu: processor cores that this speed keeps busy for each GPU.
-        gpu_hours: of the run.
-        hours: of the run.
-        bound: "compute", "network" or "data".
-        fits: whether one image fits on a GPU.
-        mfu: share of the GPU's peak that computing is taken to reach.
-    """
-
-    parameters: int
-    flops_per_image: int
-    micro_batch: int
-    accumulate: int
-    state_bytes: float
-    activation_bytes: float
-    exchange_bytes: float
+    parameters: int  # trained values
+    flops_per_image: int  # operations of a step for one image, forward and backward
+    micro_batch: int  # images that a GPU computes at once
+    accumulate: int  # micro-batches of a GPU's share of a batch
+    state_bytes: float  # weights, gradients and moments
+    activation_bytes: float  # kept for the backward pass of one micro-batch
+    exchange_bytes: float  # sent in a step
     compute_s: float
-    exchange_s: float
-    data_s: float
+    exchange_s: float  # overlaps with the backward pass
+    data_s: float  # overlaps with everything else
     step_s: float
-    images_per_s: float
-    read_bytes_per_s: float
-    cores_per_gpu: float
+    images_per_s: float  # of the whole run
+    read_bytes_per_s: float  # stored images, over all machines
+    cores_per_gpu: float  # processor cores that are busy reading
     gpu_hours: float
     hours: float
-    bound: str
-    fits: bool
-    mfu: float
+    bound: str  # "compute", "network" or "data"
+    fits: bool  # whether one image fits on a GPU
+    mfu: float  # assumed share of the GPU's peak
 
 
 def plan(options: PlanOptions) -> Cost:
@@ -130,8 +96,9 @@ def plan(options: PlanOptions) -> Cost:
     operations = flops.recomputed if options.checkpoint_activations else flops.training
     mfu = assumed_mfu(flops.training) if options.mfu is None else options.mfu
     compute = share * operations / (gpu.tflops * 1e12 * mfu)
-    passes = accumulate if options.parallel == "fsdp" else 1
-    exchange_bytes = traffic_bytes(parameters, world, options.parallel, passes, compressed=options.compress_gradients)
+    exchange_bytes = traffic_bytes(
+        parameters, world, options.parallel, accumulate, compressed=options.compress_gradients
+    )
     # A ring crosses to the next machine once, and the rings of 8 GPUs share its network cards.
     exchange = exchange_bytes / 1e9 / (gpu.link if world <= NODE_SIZE else min(gpu.link, gpu.network))
     # The exchange goes on while the backward pass, two thirds of the work, makes further gradients.
@@ -206,15 +173,17 @@ def activation_bytes(values: dict[str, Any], mask_ratio: float, *, bf16: bool = 
     return ends + sum(depth * kept for depth, (_, kept) in stacks)
 
 
-def traffic_bytes(parameters: int, world: int, parallel: str, passes: int = 1, *, compressed: bool = False) -> float:
-    """What each GPU sends in a step.
+def traffic_bytes(
+    parameters: int, world: int, parallel: str, accumulate: int = 1, *, compressed: bool = False
+) -> float:
+    """Bytes that each GPU sends in a step.
 
-    DDP's all-reduce of gradients passes each number on twice. FSDP2 gathers bf16 weights twice for every part of a
-    batch, for the forward and for the backward pass, and scatters fp32 sums of gradients once.
+    DDP's all-reduce of gradients passes each number on twice. FSDP2 gathers bf16 weights twice for every micro-batch,
+    for the forward and for the backward pass, and scatters fp32 sums of gradients once.
     """
     if parallel == "ddp":
         return 2 * (world - 1) / world * parameters * (2 if compressed else 4)
-    return (world - 1) / world * parameters * (2 * 2 * passes + 4)
+    return (world - 1) / world * parameters * (2 * 2 * accumulate + 4)
 
 
 def describe(options: PlanOptions, cost: Cost) -> str:

@@ -18,11 +18,8 @@ def push(run: str | Path, repo: str, options: ExportOptions, *, private: bool = 
 
     The hub's address and the token are huggingface_hub's: HF_ENDPOINT, HF_TOKEN, or what `hf auth login` stored.
 
-    Args:
-        run: as for `export`.
-        repo: user/name; made if it does not exist.
-        options: the format.
-        private: make a new repository private.
+    The repository `repo` (user/name) is made if it does not exist, as a private one with `private`. The others are
+    arguments of `export`.
 
     Returns:
         The address of the commit.
