@@ -3,7 +3,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from torchmae.errors import ConfigError
 from torchmae.evaluation import few_shot, knn
@@ -30,32 +29,21 @@ def test_every_image_is_drawn_about_equally_often() -> None:
     assert (np.abs(counts - expected) < 5 * np.sqrt(expected)).all()
 
 
-def test_the_figures_are_mean_and_deviation_over_draws() -> None:
-    asked: list[Labelled] = []
-
-    def classify(train: Labelled, test: Labelled, num_classes: int) -> dict[str, Tensor]:
-        asked.append(train)
-        wrong = torch.arange(len(test.labels)) < len(asked)  # one mistake more each time
-        return {"probe": torch.where(wrong, (test.labels + 1) % num_classes, test.labels)[:, None]}
-
+def test_each_draw_is_of_features_and_their_labels() -> None:
     train = Labelled(torch.arange(40.0)[:, None], torch.from_numpy(LABELS))
-    test = Labelled(torch.zeros(10, 1), torch.arange(10) % 3)
-    result = few_shot.measure(train, test, classify, classes=CLASSES, labels_per_class=4, draws=3)
-    assert result.figures == pytest.approx({"probe": 80.0, "probe_std": 10.0})
-    assert result.details["probe"]["draws"] == pytest.approx([90, 80, 70])
-    assert [len(item.labels) for item in asked] == [12, 12, 12]
-    assert few_shot.run(train, test, classify, classes=CLASSES, labels_per_class=4, draws=1)["probe_std"] == 0
+    draws = list(few_shot.draws_of(train, 4, draws=3, seed=0))
+    assert [np.bincount(draw.labels).tolist() for draw in draws] == [[4, 4, 4]] * 3
+    for draw in draws:
+        assert torch.equal(train.labels[draw.features[:, 0].long()], draw.labels)
 
 
 def test_knn_with_fewer_images_than_neighbours() -> None:
     labels = torch.from_numpy(LABELS)
     train = Labelled(torch.eye(3)[labels] + 0.01 * torch.randn(40, 3), labels)
-    result = few_shot.measure(train, train, knn.classify, classes=CLASSES, labels_per_class=1, draws=2)
-    assert {name: result.figures[name] for name in ("knn10", "knn20", "knn100")} == {
-        "knn10": 100.0,
-        "knn20": 100.0,
-        "knn100": 100.0,
-    }
+    for few in few_shot.draws_of(train, 1, draws=2, seed=0):
+        rankings = knn.classify(few, train, 3)
+        assert [*rankings] == ["knn10", "knn20", "knn100"]
+        assert all(torch.equal(ranking[:, 0], labels) for ranking in rankings.values())
 
 
 def test_more_labels_than_there_are() -> None:

@@ -9,9 +9,8 @@ from torchmae.config.embed import EmbedOptions
 from torchmae.config.evaluate import ComputeOptions
 from torchmae.data.loader import one_line_when_a_worker_ends
 from torchmae.evaluation.embedding import embed
-from torchmae.evaluation.images import ImageSet, ModelInput, open_parts
+from torchmae.evaluation.images import ImageSet, ModelInput, open_parts, own_data
 from torchmae.evaluation.subject import Subject
-from torchmae.evaluation.suite import own_data
 from torchmae.training.pretrained import load
 from torchmae.training.progress import Display
 from torchmae.training.ranks import one_line_when_lost, open_ranks, share_of_cores

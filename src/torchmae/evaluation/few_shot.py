@@ -1,79 +1,24 @@
-"""Few-shot: a probe that learns from a few images of each class, and how much depends on which."""
+"""Few-shot: a few training images of each class, drawn several times."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from torchmae.errors import ConfigError
-from torchmae.evaluation.scores import Labelled, Result, score
+from torchmae.evaluation.scores import Labelled
 from torchmae.random import Purpose, permutation
 
-Classify = Callable[[Labelled, Labelled, int], dict[str, Tensor]]
-"""From training and test features and the number of classes to ranked guesses by name."""
 
-
-def run(
-    train: Labelled,
-    test: Labelled,
-    classify: Classify,
-    *,
-    classes: Sequence[str],
-    labels_per_class: int,
-    draws: int = 5,
-    seed: int = 0,
-) -> dict[str, float]:
-    """The figures of `measure` alone; arguments as there."""
-    return measure(
-        train, test, classify, classes=classes, labels_per_class=labels_per_class, draws=draws, seed=seed
-    ).figures
-
-
-def measure(
-    train: Labelled,
-    test: Labelled,
-    classify: Classify,
-    *,
-    classes: Sequence[str],
-    labels_per_class: int,
-    draws: int = 5,
-    seed: int = 0,
-) -> Result:
-    """Mean and deviation of a probe's accuracy over several draws of its training images.
-
-    Args:
-        train: what is drawn from.
-        test: what is classified, all of it each time.
-        classify: the probe.
-        classes: the name of each label.
-        labels_per_class: images drawn of each class that `train` has.
-        draws: at least 1.
-        seed: of the draws.
-
-    Returns:
-        figures: for each of the probe's, the mean of its top-1 in percent, and with _std the deviation (of a sample;
-        0 for one draw). details: the top-1 of each draw.
-
-    Raises:
-        ConfigError: a class has fewer images.
-    """
+def draws_of(train: Labelled, labels_per_class: int, draws: int, seed: int) -> Iterator[Labelled]:
+    """`labels_per_class` images of each class, `draws` times."""
     labels = train.labels.cpu().numpy()
-    check_counts(labels, classes, labels_per_class)
-    shares: dict[str, list[float]] = {}
     for draw in range(draws):
         chosen = torch.from_numpy(draw_images(labels, labels_per_class, seed, draw)).to(train.labels.device)
-        few = Labelled(train.features[chosen], train.labels[chosen])
-        for name, ranking in classify(few, test, len(classes)).items():
-            shares.setdefault(name, []).append(score(ranking, test.labels, len(classes)).top1)
-    figures: dict[str, float] = {}
-    for name, values in shares.items():
-        figures[name] = float(np.mean(values))
-        figures[f"{name}_std"] = float(np.std(values, ddof=1)) if draws > 1 else 0.0
-    return Result(figures, {name: {"draws": values} for name, values in shares.items()})
+        yield Labelled(train.features[chosen], train.labels[chosen])
 
 
 def check_counts(labels: npt.NDArray[np.int64], classes: Sequence[str], labels_per_class: int) -> None:

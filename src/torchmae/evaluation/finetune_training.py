@@ -173,7 +173,7 @@ class FinetuneTask(Task):
             self.model.average.update_parameters(self.model.classifier)
 
 
-MAY_CHANGE = frozenset({"settings", "checkpoint_minutes", "compile", "accumulate", "base_lr"})
+MAY_CHANGE = frozenset({"settings", "labels", "checkpoint_minutes", "compile", "accumulate", "base_lr"})
 
 
 def check_same(checkpoint: Checkpoint | None, job: dict[str, Any], out: Path) -> None:
@@ -187,8 +187,9 @@ def check_same(checkpoint: Checkpoint | None, job: dict[str, Any], out: Path) ->
     if checkpoint is None or not checkpoint.state.get("job"):
         raise CheckpointError(f"{out} holds no fine-tuning to go on with", "start one in a new folder")
     before = checkpoint.state["job"]
-    if job["data"] != before["data"]:
-        raise DataError("the training images have changed since the checkpoint", "bring the same images back")
+    for name, what in (("data", "images"), ("labels", "labels")):
+        if job[name] != before.get(name, job[name]):
+            raise DataError(f"the training {what} have changed since the checkpoint", f"bring the same {what} back")
     old, new = ({**item, **item["settings"]} for item in (before, job))
     for name, value in new.items():
         if old.get(name) != value and name not in MAY_CHANGE:
