@@ -75,10 +75,9 @@ def write_pictures(folder: Path, pretrained: Pretrained, data: Data, runtime: Ru
 
 
 def draw_pca(pretrained: Pretrained, images: Tensor) -> Image.Image:
-    """Images, (B, C, *input_size) as `Pretrained.preprocess` gives them, beside their patches' features as colours.
+    """Images, (B, C, *input_size) as of `Pretrained.preprocess`, beside their patches' features as colours.
 
-    Raises:
-        ConfigError: a model without patches.
+    Raises ConfigError for a model without patches.
     """
     colours = patch_colours(content_tokens(pretrained.model, images))
     grid = pretrained.model.encoder.grid
@@ -86,11 +85,7 @@ def draw_pca(pretrained: Pretrained, images: Tensor) -> Image.Image:
 
 
 def draw_attention(pretrained: Pretrained, images: Tensor) -> Image.Image:
-    """Images, as for `draw_pca`, beside the class token's attention.
-
-    Raises:
-        ConfigError: a model without patches or without a class token.
-    """
+    """Images, as for `draw_pca`, beside the class token's attention; ConfigError where the model has none."""
     attention = class_attention(pretrained.model, images)
     grid = pretrained.model.encoder.grid
     return attention_picture(_to_show(pretrained, images), attention.reshape(*attention.shape[:2], *grid))

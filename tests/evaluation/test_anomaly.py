@@ -24,7 +24,7 @@ from torchmae.data.transforms import Normalisation
 from torchmae.errors import CheckpointError, ConfigError, DataError
 from torchmae.evaluation import anomaly
 from torchmae.evaluation.bench import Bench
-from torchmae.evaluation.images import EvaluationData, ImageSet
+from torchmae.evaluation.images import EvaluationData, ImageSet, ModelInput
 from torchmae.evaluation.subject import Subject
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.training.progress import Display
@@ -47,10 +47,8 @@ def image_set(source: Source) -> ImageSet:
     return ImageSet(
         source,
         data=DataOptions(num_workers=0),
-        batch_size=16,
-        input_size=(8, 8),
+        model=ModelInput((8, 8), 1, NORMALISATION, CPU, 16),
         normalisation=NORMALISATION,
-        device=CPU,
         bad=BadFiles(len(source), 0.0),
     )
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torchmae.config.evaluate import AttentiveOptions
 from torchmae.data.formats import Progress
 from torchmae.evaluation import attentive
-from torchmae.evaluation.attentive import AttentiveProbe, EncodedTokens, HeldTokens, open_tokens
+from torchmae.evaluation.attentive import AttentiveProbe, held_tokens, open_tokens
 from torchmae.evaluation.images import ImageSet
 from torchmae.evaluation.subject import Subject
 
@@ -47,7 +47,7 @@ def test_the_probe_finds_what_the_mean_hides() -> None:
     place = torch.randint(16, (400,))
     tokens[torch.arange(400), place, 0] = 8.0  # says "here"
     tokens[torch.arange(400), place, 1] = 3.0 * (2 * labels - 1)
-    held = HeldTokens(tokens[:300].half(), labels[:300], tiny.CPU)
+    held = held_tokens(tokens[:300].half(), labels[:300], tiny.CPU)
     probe = AttentiveProbe(torch.zeros(8), torch.ones(8), 1, 2)
     for _ in attentive._train(probe, held, 60, AttentiveOptions(lr=1e-2, batch_size=100), 0):
         pass
@@ -57,8 +57,6 @@ def test_the_probe_finds_what_the_mean_hides() -> None:
 
 def test_held_and_encoded_tokens_give_the_same_figures() -> None:
     subject, train, test = tiny.subject(), tiny.digits("train", 120), tiny.digits("val", 60)
-    assert isinstance(open_tokens(subject, train, tiny.RUNTIME, 1.0), HeldTokens)
-    assert isinstance(open_tokens(subject, train, tiny.RUNTIME, 1e-6), EncodedTokens)
     found = [classify(subject, train, test, AttentiveOptions(epochs=3, memory_limit=limit)) for limit in (1.0, 1e-6)]
     assert torch.equal(found[0], found[1])
     assert found[0].shape == (60, 5)
@@ -73,11 +71,17 @@ def test_it_repeats_and_depends_on_its_seed() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_memory_is_half_precision() -> None:
-    subject = tiny.subject()
-    held = open_tokens(subject, tiny.digits("train", 64), tiny.RUNTIME, 1.0)
-    assert isinstance(held, HeldTokens)
-    assert held._tokens.nbytes == attentive.token_gib(subject, 64) * 2**30 == 64 * 16 * 16 * 2
+def test_tokens_in_memory_are_half_precision_and_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, train, order = tiny.subject(), tiny.digits("train", 64), np.arange(64)
+    encode, seen = Subject.encode, []
+    monkeypatch.setattr(Subject, "encode", lambda *args: (seen.append(len(args[1])), encode(*args))[1])
+    held, encoded = (open_tokens(subject, train, tiny.RUNTIME, limit) for limit in (1.0, 1e-6))
+    assert attentive.token_gib(subject, 64) * 2**30 == 64 * 16 * 16 * 2
+    for tokens, times in ((held, 1), (encoded, 4)):  # the held ones when they were opened
+        for _ in range(3):
+            (pair,) = tokens.batches(order, 64)
+        assert torch.equal(pair[0].half().float(), pair[0])
+        assert sum(seen) == 64 * times
 
 
 @pytest.mark.parametrize(("epochs", "expected"), [(4, 4), (None, 1000)])
@@ -97,7 +101,7 @@ def test_heads_are_of_about_64_values(dim: int, heads: int) -> None:
 def test_statistics_are_those_of_the_tokens() -> None:
     tokens = torch.randn(40, 6, 5) * 3 + torch.arange(5.0)
     tokens[..., 4] = 2.0
-    held = HeldTokens(tokens.half(), torch.zeros(40, dtype=torch.int64), tiny.CPU)
+    held = held_tokens(tokens.half(), torch.zeros(40, dtype=torch.int64), tiny.CPU)
     mean, std = attentive._statistics(held, size=16)
     flat = tokens.half().float().flatten(0, 1)
     torch.testing.assert_close(mean, flat.mean(0))

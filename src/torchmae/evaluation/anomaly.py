@@ -65,25 +65,15 @@ class Detection(NamedTuple):
 
 
 def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
-    """How well a model tells anomalous test images from normal ones; what it writes, `write_files` says.
+    """How well a model tells anomalous test images from normal ones, and the files of `write_files`.
 
     Returns:
         anomaly_NAME, the area under the ROC curve in [0, 1], for each name in `SCORES`: how likely an anomalous image
         gets a higher score than a normal one; 0.5 is chance.
-
-    Raises:
-        ConfigError: a model without patches.
-        DataError: test images of one kind only.
-        CheckpointError: the folder cannot be written.
     """
     assert subject.model is not None
     data, model, out = bench.data, subject.model, output_folder(bench.run, options)
-    detection = detect(
-        *(model, data.train, data.test),
-        runtime=bench.runtime,
-        ratio=bench.mask_ratio,
-        seed=options.seed,
-    )
+    detection = detect(model, data.train, data.test, runtime=bench.runtime, ratio=bench.mask_ratio, seed=options.seed)
     figures = {f"anomaly_{name}": auroc(values, detection.anomalous) for name, values in detection.scores.items()}
     grid = model.encoder.grid
     written = bench.runtime.ranks.on_main(lambda: write_files(out, detection, data.test, grid))
@@ -101,19 +91,16 @@ def detect(
     rounds: int = 2,
     seed: int = 0,
 ) -> Detection:
-    """Scores of all test images.
+    """Scores of all test images, labelled 0 for normal and 1 for anomalous; ConfigError for a model without patches.
 
     Args:
         model: the pre-trained model.
         normal: normal images, which need no labels.
-        test: images labelled 0 for normal and 1 for anomalous, as `anomaly_data.open_anomaly_data` gives them.
+        test: images as `anomaly_data.open_anomaly_data` gives them.
         runtime: where to compute.
         ratio: share of the patches that is hidden at a time, in (0, 1); that of training is the one to take.
         rounds: how many times every image is cut into groups of patches anew; more are steadier.
         seed: of the masks, and of the normal patches that are kept.
-
-    Raises:
-        ConfigError: a model without patches.
     """
     require_patches(model, "to find anomalies by")
     model.eval()
@@ -144,14 +131,10 @@ def detect(
 
 
 def mask_groups(length: int, ratio: float) -> tuple[int, int]:
-    """Into how many equal groups patches are cut, and how many of these are hidden at a time.
+    """Into how many equal groups `length` patches, 2 or more, are cut, and how many of these are hidden at a time.
 
     Of the divisors of `length` up to `MAX_MASKS`, the one whose share comes nearest to `ratio`, the smallest of
     equals; a length without any (a prime, say) is cut by its smallest.
-
-    Args:
-        length: patches, at least 2.
-        ratio: share to hide, in (0, 1).
     """
     divisors = [d for d in range(2, length + 1) if length % d == 0]
     choices = [(d, min(max(round(d * ratio), 1), d - 1)) for d in divisors if d <= MAX_MASKS or d == divisors[0]]
@@ -178,14 +161,7 @@ def patch_errors(model: MaskedAutoencoder, images: Tensor, noise: Tensor, ratio:
     """How badly each patch is predicted: (B, L) mean squared error over all masks that hide it.
 
     Errors are in the space of the model's target; where that is patches normalised by their own statistics, a patch
-    of the wrong brightness is no anomaly.
-
-    Args:
-        model: in eval mode.
-        images: (B, C, *size).
-        noise: (B, L) uniform random numbers.
-        ratio: as for `covering_masks`.
-        runtime: where to compute.
+    of the wrong brightness is no anomaly. `noise`, (B, L), and `ratio` are as for `covering_masks`.
     """
     masks = covering_masks(noise, ratio)
     total = torch.zeros(noise.shape, device=images.device)

@@ -6,10 +6,10 @@ Patch tokens of masked autoencoders hold more than their mean shows; this reads 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torchmae.config import OptimConfig
 from torchmae.config.evaluate import AttentiveOptions, EvaluateOptions
 from torchmae.data.formats import Progress
 from torchmae.data.loader import Batch, mixed_subset
+from torchmae.data.worker import Indices
 from torchmae.evaluation.bench import Bench
 from torchmae.evaluation.images import ImageSet
 from torchmae.evaluation.scores import Result, rank, score
@@ -72,52 +73,27 @@ class AttentiveProbe(nn.Module):
         return self.head(self.norm(pooled))
 
 
-class HeldTokens:
-    """Tokens in memory, in half precision.
+@dataclass(frozen=True)
+class Tokens:
+    """Patch tokens of labelled images.
 
-    Args:
-        tokens: (N, L, D) float16.
-        labels: (N,).
-        device: where batches go.
+    Attributes:
+        count: N, the number of images.
+        batches: (B, L, D) tokens and (B,) labels of the images named, so many at a time.
     """
 
-    def __init__(self, tokens: Tensor, labels: Tensor, device: torch.device) -> None:
-        self._tokens = tokens
-        self._labels = labels
-        self._device = device
+    count: int
+    batches: Callable[[Indices, int], Iterator[tuple[Tensor, Tensor]]]
 
-    def __len__(self) -> int:
-        return len(self._labels)
 
-    def batches(self, indices: npt.NDArray[np.int64], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(B, L, D) tokens and (B,) labels of the images named, `size` at a time."""
+def held_tokens(tokens: Tensor, labels: Tensor, device: torch.device) -> Tokens:
+    """Tokens in memory, (N, L, D) float16; batches go to the device."""
+
+    def batches(indices: Indices, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         for rows in torch.split(torch.from_numpy(indices), size):
-            yield self._tokens[rows].to(self._device).float(), self._labels[rows].to(self._device)
+            yield tokens[rows].to(device).float(), labels[rows].to(device)
 
-
-class EncodedTokens:
-    """Tokens that are computed each time they are asked for.
-
-    Args:
-        subject: what encodes.
-        images: the images.
-        runtime: where to compute.
-    """
-
-    def __init__(self, subject: Subject, images: ImageSet, runtime: Runtime) -> None:
-        self._subject = subject
-        self._images = images
-        self._runtime = runtime
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def batches(self, indices: npt.NDArray[np.int64], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """As `HeldTokens.batches`."""
-        return _encoded(self._subject, self._images.batches(indices, size), self._runtime)
-
-
-Tokens = HeldTokens | EncodedTokens
+    return Tokens(len(labels), batches)
 
 
 def token_gib(subject: Subject, count: int) -> float:
@@ -128,13 +104,13 @@ def token_gib(subject: Subject, count: int) -> float:
 
 
 def open_tokens(subject: Subject, images: ImageSet, runtime: Runtime, memory_limit: float) -> Tokens:
-    """The tokens of all images, in memory where they take no more than `memory_limit` GiB."""
+    """The tokens of all images, in memory where they take no more than `memory_limit` GiB, else encoded each time."""
     if token_gib(subject, len(images)) > memory_limit:
-        return EncodedTokens(subject, images, runtime)
+        return Tokens(len(images), lambda rows, size: _encoded(subject, images.batches(rows, size), runtime))
     share, batches = images.shared(runtime.ranks, f"encoding training images, {subject.name}")
     parts = [(tokens.half().cpu(), labels.cpu()) for tokens, labels in _encoded(subject, batches, runtime)]
     tokens, labels = share.of_all_images(*zip(*parts, strict=True))
-    return HeldTokens(tokens, labels, runtime.device)
+    return held_tokens(tokens, labels, runtime.device)
 
 
 def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
@@ -171,28 +147,18 @@ def classify(
     seed: int,
     progress: Progress,
 ) -> tuple[Tensor, Tensor]:
-    """Guesses and labels of the test images. Of several ranks, each encodes a share of the images; all train the probe.
+    """Guesses, as `scores.rank` gives them, and labels of the test images, by a probe of the training images' tokens.
 
-    Args:
-        subject: a model with patch tokens.
-        train: labelled images to learn from.
-        test: labelled images to classify.
-        num_classes: how many classes there are.
-        runtime: where to compute.
-        options: how to train.
-        seed: of the weights and the order.
-        progress: told how far training is.
-
-    Returns:
-        (M, at most 5) classes, the likeliest first, and (M,) labels.
+    Of several ranks, each encodes a share of the images; all train the probe. `seed` is of its weights and the order,
+    `progress` is told how far training is.
     """
     tokens = open_tokens(subject, train, runtime, options.memory_limit)
-    mean, std = _statistics(tokens, train.batch_size)
+    mean, std = _statistics(tokens, train.model.batch_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         probe = AttentiveProbe(mean.cpu(), std.cpu(), _num_heads(len(mean)), num_classes)
     probe.to(runtime.device)
-    epochs = options.epochs or max(_EPOCHS, -(-_STEPS // -(-len(tokens) // options.batch_size)))
+    epochs = options.epochs or max(_EPOCHS, -(-_STEPS // -(-tokens.count // options.batch_size)))
     for epoch in _train(probe, tokens, epochs, options, seed):
         progress(f"attentive probe, {subject.name}, epochs", epoch, epochs)
     share, batches = test.shared(runtime.ranks, f"encoding test images, {subject.name}")
@@ -220,7 +186,7 @@ def _num_heads(dim: int) -> int:
 
 def _statistics(tokens: Tokens, size: int) -> tuple[Tensor, Tensor]:
     """Mean and deviation of each of the D values, over the tokens of a sample of images."""
-    sample = np.sort(mixed_subset(len(tokens), _STATISTICS_IMAGES))
+    sample = np.sort(mixed_subset(tokens.count, _STATISTICS_IMAGES))
     blocks = [block.flatten(0, 1) for block, _ in tokens.batches(sample, size)]
     total = sum(len(block) for block in blocks)
     mean = torch.stack([block.mean(0) * (len(block) / total) for block in blocks]).sum(0)
@@ -234,10 +200,10 @@ def _train(probe: AttentiveProbe, tokens: Tokens, epochs: int, options: Attentiv
     plain = [parameter for parameter in probe.parameters() if parameter.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=options.lr)
-    steps_per_epoch = -(-len(tokens) // options.batch_size)
+    steps_per_epoch = -(-tokens.count // options.batch_size)
     steps = epochs * steps_per_epoch
     for epoch in range(epochs):
-        order = permutation(seed, epoch, len(tokens), Purpose.ORDER)
+        order = permutation(seed, epoch, tokens.count, Purpose.ORDER)
         for step, (block, labels) in enumerate(tokens.batches(order, options.batch_size)):
             if not len(labels):  # none of a last batch can be read
                 continue

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from torchmae.config.evaluate import EvaluateOptions
+from torchmae.data.worker import Indices
 from torchmae.errors import ConfigError
-from torchmae.evaluation import few_shot
 from torchmae.evaluation.images import EvaluationData, ImageSet, ModelInput
 from torchmae.evaluation.scores import Labelled, Result, join, over_draws, score
 from torchmae.evaluation.subject import RANDOM, Subject, extract
 from torchmae.paths import user_path
+from torchmae.random import Purpose, permutation
 from torchmae.training.progress import Display
 from torchmae.training.runtime import Runtime
 
@@ -23,12 +26,13 @@ Classify = Callable[[Labelled, Labelled, int], dict[str, Tensor]]
 """From training and test features and the number of classes to guesses by name, as `scores.rank` gives them."""
 
 
+@dataclass
 class Bench:
     """Data, a place to compute, and the features computed so far: each image is encoded once a subject.
 
     Of several ranks, each encodes a share of the images.
 
-    Args:
+    Attributes:
         data: the images.
         runtime: where to compute.
         display: shows progress.
@@ -36,15 +40,12 @@ class Bench:
         mask_ratio: share of the patches that was hidden when the model was trained.
     """
 
-    def __init__(
-        self, data: EvaluationData, runtime: Runtime, display: Display, run: str, mask_ratio: float = 0.75
-    ) -> None:
-        self.data = data
-        self.runtime = runtime
-        self.display = display
-        self.run = run
-        self.mask_ratio = mask_ratio
-        self._cache: dict[tuple[str, str], Labelled] = {}
+    data: EvaluationData
+    runtime: Runtime
+    display: Display
+    run: str
+    mask_ratio: float = 0.75
+    _cache: dict[tuple[str, str], Labelled] = field(default_factory=dict)
 
     def probe(self, subject: Subject, pool: str, classify: Classify, options: EvaluateOptions) -> Result:
         """What a classifier of features makes of the test images.
@@ -59,8 +60,8 @@ class Bench:
             guesses = classify(train, test, len(classes))
             return join(score(name, ranking, test.labels, classes) for name, ranking in guesses.items())
         draws = []
-        few_shot.check_counts(train.labels.cpu().numpy(), classes, options.labels_per_class)
-        for few in few_shot.draws_of(train, options.labels_per_class, options.draws, options.seed):
+        check_counts(train.labels.cpu().numpy(), classes, options.labels_per_class)
+        for few in draws_of(train, options.labels_per_class, options.draws, options.seed):
             guesses = classify(few, test, len(classes))
             draws.append({n: score(n, ranking, test.labels, classes).figures[n] for n, ranking in guesses.items()})
         return over_draws(draws, [*draws[0]])
@@ -140,3 +141,30 @@ def output_folder(run: str, options: EvaluateOptions) -> Path:
     if options.out is None and (run == RANDOM or not user_path(run).is_dir()):
         raise ConfigError(f"out is not given, and {run} is no folder", "add --out DIR")
     return user_path(run if options.out is None else options.out)
+
+
+def draws_of(train: Labelled, labels_per_class: int, draws: int, seed: int) -> Iterator[Labelled]:
+    """`labels_per_class` images of each class, `draws` times."""
+    labels = train.labels.cpu().numpy()
+    for draw in range(draws):
+        chosen = torch.from_numpy(draw_images(labels, labels_per_class, seed, draw)).to(train.labels.device)
+        yield Labelled(train.features[chosen], train.labels[chosen])
+
+
+def check_counts(labels: Indices, classes: Sequence[str], labels_per_class: int) -> None:
+    """ConfigError unless every class among `labels` has `labels_per_class` images."""
+    present, counts = np.unique(labels, return_counts=True)
+    fewest = int(counts.argmin())
+    if counts[fewest] < labels_per_class:
+        raise ConfigError(
+            f"labels_per_class is {labels_per_class} and class {classes[present[fewest]]!r} has {counts[fewest]} "
+            "labelled training images",
+            f"use at most {counts[fewest]}",
+        )
+
+
+def draw_images(labels: Indices, labels_per_class: int, seed: int, draw: int) -> Indices:
+    """Indices of `labels_per_class` images of each class, sorted: a function of (seed, draw)."""
+    order = permutation(seed, draw + 1, len(labels), Purpose.SUBSET)
+    chosen = [order[labels[order] == label][:labels_per_class] for label in np.unique(labels)]
+    return np.sort(np.concatenate(chosen))

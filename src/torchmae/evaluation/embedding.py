@@ -55,32 +55,17 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class Written:
-    """What `embed` wrote.
-
-    Attributes:
-        path: the file.
-        count: images in it.
-        shape: of one image's features.
-        left_out: images that could not be read and are not in it.
-        resumed: images that an earlier call had done.
-    """
+    """What `embed` wrote."""
 
     path: Path
-    count: int
-    shape: tuple[int, ...]
-    left_out: int
-    resumed: int
+    count: int  # images in the file
+    shape: tuple[int, ...]  # of one image's features
+    left_out: int  # images that could not be read and are not in it
+    resumed: int  # images that an earlier call had done
 
 
 class Block(NamedTuple):
-    """A piece of the work.
-
-    Attributes:
-        number: of the block, from 0.
-        part: which set of images.
-        start: first image in it.
-        stop: after the last one.
-    """
+    """A piece of the work: images `start` to `stop - 1` of a set of images."""
 
     number: int
     part: int
@@ -114,8 +99,8 @@ def embed(
         block_images: images in a block, at most.
 
     Raises:
-        ConfigError: `out` exists, cannot be written, or another embedding to it was begun; features that the subject
-            does not have; parquet without pyarrow.
+        ConfigError: `out` exists or cannot be written; another embedding, or another process, writes it; features that
+            the subject does not have; parquet without pyarrow.
         DataError: too many unreadable images.
         CheckpointError: the disk is full; what is done stays.
     """
@@ -124,7 +109,7 @@ def embed(
     first = next(iter(parts[0].batches(np.arange(1), 1)))
     with runtime.autocast():
         shape = tuple(subject.encode(first.images, pool).shape[1:])
-    size = parts[0].batch_size
+    size = parts[0].model.batch_size
     in_bytes = BLOCK_BYTES // (4 * int(np.prod(shape)))
     step = size * max(1, min(block_images, in_bytes) // size)
     blocks = plan_blocks([len(part) for part in parts], step)
@@ -170,11 +155,7 @@ def count_images(blocks: Sequence[Block]) -> int:
 
 
 def open_partial(out: Path, identity: dict[str, Any]) -> Path:
-    """OUT.partial, new or of the same embedding.
-
-    Raises:
-        ConfigError: `out` exists or cannot be written, or OUT.partial is of another embedding.
-    """
+    """OUT.partial, new or of the same embedding; ConfigError as of `embed`."""
     partial = out.with_name(f"{out.name}.partial")
     if out.exists():
         raise ConfigError(f"{out} exists already", "remove it, or choose another --out")
@@ -206,14 +187,16 @@ def compute(
         rest = part.only(chosen)  # one pass over all that is left, so that workers start once
         batches = rest.batches()
         for block in mine:
-            found: dict[str, list[Array]] = {"features": [], "labels": [], "paths": []}
-            for batch in islice(batches, -(-(block.stop - block.start) // part.batch_size)):
+            features: list[Array] = []
+            labels: list[Array] = []
+            names: list[str] = []
+            for batch in islice(batches, -(-(block.stop - block.start) // part.model.batch_size)):
                 with runtime.autocast():
-                    found["features"].append(subject.encode(batch.images, pool).float().cpu().numpy())
-                found["labels"].append(batch.labels.cpu().numpy())
-                found["paths"].append(np.array([rest.source.name(int(row)) for row in batch.indices], dtype=np.str_))
-            content = BytesIO()
-            np.savez(content, **{name: np.concatenate(values) for name, values in found.items()})
+                    features.append(subject.encode(batch.images, pool).float().cpu().numpy())
+                labels.append(batch.labels.cpu().numpy())
+                names += [rest.source.name(int(row)) for row in batch.indices]
+            content, paths = BytesIO(), np.array(names, dtype=np.str_)
+            np.savez(content, features=np.concatenate(features), labels=np.concatenate(labels), paths=paths)
             replace_file(_block_path(partial, block), content.getvalue())
             yield block
 
@@ -221,11 +204,7 @@ def compute(
 def assemble(
     out: Path, partial: Path, blocks: Sequence[Block], shape: tuple[int, ...], about: Mapping[str, str]
 ) -> int:
-    """Makes OUT of the blocks, removes OUT.partial, and says how many images OUT holds.
-
-    Raises:
-        CheckpointError: the disk is full; the blocks stay.
-    """
+    """Makes OUT of the blocks, removes OUT.partial, returns how many images it holds; CheckpointError as of `embed`."""
     writing = partial / f"whole{out.suffix}"
     write = _write_parquet if out.suffix == ".parquet" else _write_npz
     try:

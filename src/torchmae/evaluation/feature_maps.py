@@ -95,11 +95,7 @@ def content_tokens(model: MaskedAutoencoder, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def class_attention(model: MaskedAutoencoder, images: Tensor) -> FloatArray:
-    """How much the class token attends to each patch in the encoder's last block.
-
-    Args:
-        model: in eval mode, on the images' device.
-        images: (B, C, *size) float, normalised as in training.
+    """How much the class token attends to each patch in the encoder's last block; arguments as for `content_tokens`.
 
     Returns:
         (B, heads, L): the softmax weights of each head, which sum to 1 less what goes to itself and to registers.
@@ -144,7 +140,7 @@ def embed_2d(features: Tensor, method: str = "tsne", seed: int = 0) -> FloatArra
 
     Args:
         features: (N, D) with N 3 or more.
-        method: "tsne", "pca" or "umap".
+        method: one of `EMBEDDINGS`.
         seed: of UMAP; t-SNE starts from the principal components.
 
     Returns:

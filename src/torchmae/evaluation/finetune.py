@@ -26,8 +26,7 @@ from torchmae.data.transforms import Normalisation
 from torchmae.data.worker import Indices
 from torchmae.errors import CheckpointError, ConfigError, DataError
 from torchmae.evaluation.augment import build_augment
-from torchmae.evaluation.bench import Bench, output_folder
-from torchmae.evaluation.few_shot import check_counts, draw_images
+from torchmae.evaluation.bench import Bench, check_counts, draw_images, output_folder
 from torchmae.evaluation.finetune_training import FinetuneTask, SubsetPlan, check_same
 from torchmae.evaluation.images import (
     EVAL_BATCH,
@@ -145,7 +144,7 @@ def finetune(
         model: the pre-trained model; of its weights, the encoder's are used, and with `init="random"` none.
         normalisation: that `model` was trained with.
         train: labelled images, cropped as `config` says and normalised as for `model`.
-        test: images to classify; those without a label, or of a class that `train` does not know, are left out.
+        test: images to classify; those without a label are left out.
         config: how to train.
         runtime: where to compute.
         out: the folder to write; a new one, unless `resume`.
@@ -156,18 +155,14 @@ def finetune(
         display: shows progress; None: nothing.
 
     Returns:
-        figures: finetune, finetune_top5, finetune_low and finetune_high in percent of the test images (see `scores`),
-        finetune_loss (mean of the last epoch, on augmented images), finetune_images and finetune_seconds (of training
-        alone). They are the last epoch's, never the best one's. details: of each class.
+        what `scores.score` says of finetune; finetune_loss (mean of the last epoch, on augmented images),
+        finetune_images and finetune_seconds (of training alone). They are the last epoch's, never the best one's.
 
     Raises:
-        ConfigError: a model without an encoder of patches, settings that its input cannot have, or fewer labelled
-            images than asked for.
+        ConfigError: a model without patches, settings that its input cannot have, or too few labelled images.
         DataError: no labels, or one class only.
-        TrainingError: losses or gradients that are not finite, also after the training was rolled back; memory that ran
-            out; another rank that is gone.
-        Interrupted: by SIGINT or SIGTERM, after the state was saved.
-        CheckpointError: nothing to resume, or a disk that is full.
+        TrainingError, Interrupted: as of `trainer.train`.
+        CheckpointError: nothing to resume, another process in the folder, or a disk that is full.
     """
     display = display or Display("none")
     ranks = runtime.ranks
@@ -232,11 +227,9 @@ def begin(folder: RunFolder, job: dict[str, Any], checkpoint: Checkpoint | None)
     if checkpoint is None:
         RunFolder.create(folder.path)
     folder.lock()
-    if checkpoint is None:
-        folder.write_json("finetune.json", job)
-        return
-    folder.rewind_metrics(checkpoint.state["step"])
-    if checkpoint.state["job"] != job:
+    if checkpoint is not None:
+        folder.rewind_metrics(checkpoint.state["step"])
+    if checkpoint is None or checkpoint.state["job"] != job:
         folder.write_json("finetune.json", job)
 
 
@@ -249,7 +242,7 @@ def labelled_rows(loader: ImageLoader, what: str) -> Indices:
 
 
 def require_encoder(model: MaskedAutoencoder) -> ViTEncoder:
-    """The model's encoder of patches; ConfigError for one that has none."""
+    """The model's encoder of patches; ConfigError where it has none."""
     require_patches(model, "to fine-tune on")
     return cast(ViTEncoder, model.encoder)
 
@@ -257,12 +250,9 @@ def require_encoder(model: MaskedAutoencoder) -> ViTEncoder:
 def build_classifier(
     model: MaskedAutoencoder, num_classes: int, config: FinetuneConfig
 ) -> tuple[Classifier, dict[str, Any]]:
-    """The classifier that training starts from, and the arguments that rebuild it.
+    """The classifier that training starts from, and the arguments that rebuild it; ConfigError for no patches.
 
     Random weights are drawn from torch's generator.
-
-    Raises:
-        ConfigError: a model without an encoder of patches.
     """
     encoder = require_encoder(model)
     arguments = {**encoder_arguments(encoder), "drop_path": config.drop_path, "num_classes": num_classes}

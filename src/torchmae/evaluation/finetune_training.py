@@ -50,16 +50,10 @@ def layer_index(name: str, depth: int) -> int:
 
 
 def parameter_groups(model: Classifier, *, lr: float, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters of every layer with a learning rate of its own (Clark et al. 2020, ELECTRA).
+    """The parameters of every layer with a learning rate of its own (Clark et al. 2020, ELECTRA), from the bottom up.
 
-    Args:
-        model: the classifier.
-        lr: of the head; that of each layer below is `layer_decay` times the one above it.
-        layer_decay: above 0, at most 1.
-        weight_decay: not applied to biases, norms and the class token.
-
-    Returns:
-        Groups for an optimiser, each with its "lr" also as "peak_lr", from the bottom up.
+    `lr` is the head's; that of each layer below is `layer_decay`, in (0, 1], times the one above it. Each group has its
+    "lr" also as "peak_lr". Biases, norms and the class token do not decay.
     """
     depth = len(model.blocks)
     groups: dict[tuple[int, bool], dict[str, Any]] = {}

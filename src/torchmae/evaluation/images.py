@@ -63,22 +63,16 @@ class ImageSet:
     Attributes:
         source: the images.
         data: how they are read.
-        batch_size: images in a batch.
-        input_size: pixels along each axis of the model's input.
-        normalisation: what the model was trained with.
-        device: where batches go.
+        model: what they are for.
+        normalisation: what the model was trained with, or what was measured.
         bad: takes the images that cannot be read.
-        progress: told how far reading is.
     """
 
     source: Source
     data: DataOptions
-    batch_size: int
-    input_size: tuple[int, ...]
+    model: ModelInput
     normalisation: Normalisation
-    device: torch.device
     bad: BadFiles
-    progress: Progress | None = None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -93,10 +87,10 @@ class ImageSet:
         limit = self.data.memory_limit * GIB
         return ImageLoader(
             self.source,
-            hold_if_it_fits(self.source, probe(self.source), limit, self.bad, self.progress),
-            view=View(self.input_size, augmentation.crop_scale, augmentation.crop_ratio, augmentation.flip),
+            hold_if_it_fits(self.source, probe(self.source), limit, self.bad, self.model.progress),
+            view=View(self.model.input_size, augmentation.crop_scale, augmentation.crop_ratio, augmentation.flip),
             normalisation=self.normalisation,
-            device=self.device,
+            device=self.model.device,
             num_workers=reader_processes(self.data.num_workers),
             bad=self.bad,
         )
@@ -109,20 +103,21 @@ class ImageSet:
 
     def shared(self, ranks: Ranks, what: str) -> tuple[Share, Iterator[Batch]]:
         """This rank's share of the images, and its batches; `what` is said when `progress` is told how far they are."""
-        mine = share(np.arange(len(self)), self.batch_size, ranks)
+        size = self.model.batch_size
+        mine = share(np.arange(len(self)), size, ranks)
 
         def batches() -> Iterator[Batch]:
             for number, batch in enumerate(self.only(mine.rows).batches(), 1):
                 yield replace(batch, indices=mine.rows[batch.indices])
-                if self.progress is not None:
-                    self.progress(what, min(number * self.batch_size, len(mine.rows)), len(mine.rows))
+                if self.model.progress is not None:
+                    self.model.progress(what, min(number * size, len(mine.rows)), len(mine.rows))
 
         return mine, batches()
 
     def batches(self, indices: Indices | None = None, batch_size: int | None = None) -> Iterator[Batch]:
         """`read_batches` of all images in order, or of those named."""
         chosen = np.arange(len(self)) if indices is None else indices
-        return read_batches(self.loader, chosen, self.batch_size if batch_size is None else batch_size)
+        return read_batches(self.loader, chosen, self.model.batch_size if batch_size is None else batch_size)
 
 
 @dataclass(frozen=True)
@@ -154,10 +149,7 @@ class EvaluationData:
 
 
 def read_batches(loader: ImageLoader, indices: Indices, batch_size: int = EVAL_BATCH) -> Iterator[Batch]:
-    """`ImageLoader.eval_batches` without the images that cannot be read: a neighbour in their place counts once.
-
-    Whoever gathers what ranks found goes by batches, of which one may be empty.
-    """
+    """`ImageLoader.eval_batches` without the neighbours that stand in for images that cannot be read."""
     for batch in loader.eval_batches(indices, batch_size):
         unread = {name for name, _ in loader.bad.items}
         kept = np.flatnonzero([loader.source.name(int(row)) not in unread for row in batch.indices] if unread else [])
@@ -248,10 +240,7 @@ def image_sets(
         normalisation, types = rescaled(normalisation, data, seen)
         said += [*seen.notes, *types]
     bad = BadFiles(sum(map(len, sources)), data.max_bad)
-    sets = [
-        ImageSet(source, data, model.batch_size, model.input_size, normalisation, model.device, bad, model.progress)
-        for source in fitted.sources
-    ]
+    sets = [ImageSet(source, data, model, normalisation, bad) for source in fitted.sources]
     resampled = next(filter(None, (_resampled(seen, model.input_size) for seen in fitted.probes)), "")
     return sets, tuple(filter(None, [resampled, data_line(said)]))
 

@@ -46,7 +46,7 @@ def classify(
         temperature: above 0.
 
     Returns:
-        "knn<k>" to (M, at most 5) classes, the likeliest first.
+        "knn<k>" to guesses as `scores.rank` gives them.
     """
     guesses: dict[str, list[Tensor]] = {f"knn{k}": [] for k in ks}
     for index, cosine in nearest_directions(*_centred(train.features, test.features), max(ks), num_classes):

@@ -81,12 +81,7 @@ def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
 def classify(train: Labelled, test: Labelled, num_classes: int, *, c: float | None = None, seed: int = 0) -> Tensor:
     """Guesses of a logistic regression on standardised features: (M, at most 5) classes, the likeliest first.
 
-    Args:
-        train: what is learned from.
-        test: what is classified; it has no part in any choice.
-        num_classes: how many classes there are.
-        c: strength of the fit, scikit-learn's C; None: chosen by `choose_c`.
-        seed: of that choice.
+    `c` is the strength of the fit, scikit-learn's C; None: chosen by `choose_c` with `seed`, on training images alone.
     """
     c = choose_c(train, num_classes, seed=seed) if c is None else c
     scaled, others = standardise(train.features, test.features)
@@ -188,11 +183,7 @@ def classify_paper(train: Labelled, test: Labelled, num_classes: int, *, seed: i
     and a cosine. The paper's batch of 16,384 means 78 steps an epoch on ImageNet; smaller data takes the smaller batch
     that gives as many, down to 32. The rate stays: the length of a LARS step does not depend on the gradient's.
 
-    Args:
-        train: what is learned from.
-        test: what is classified.
-        num_classes: how many classes there are.
-        seed: of the weights and the order.
+    `seed` is of the weights and the order.
     """
     count, device = len(train.labels), train.features.device
     batch = min(count, max(_MIN_BATCH, min(_BATCH, count // _STEPS_PER_EPOCH)))

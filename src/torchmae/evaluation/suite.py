@@ -14,8 +14,7 @@ from torchmae import presets
 from torchmae.config.evaluate import APPLIES_TO, ComputeOptions, EvaluateOptions
 from torchmae.data.loader import one_line_when_a_worker_ends
 from torchmae.errors import CheckpointError, ConfigError, one_of
-from torchmae.evaluation import few_shot
-from torchmae.evaluation.bench import Bench, Method, output_folder
+from torchmae.evaluation.bench import Bench, Method, check_counts, output_folder
 from torchmae.evaluation.images import EvaluationData, ModelInput, open_evaluation_data, own_data
 from torchmae.evaluation.methods import METHODS
 from torchmae.evaluation.scores import Result, chance_note
@@ -120,13 +119,9 @@ def record_evaluation(run: str | Path, evaluation: Evaluation) -> Path | None:
 
 
 def append_record(folder: Path, record: Mapping[str, Any]) -> Path:
-    """Adds a line to `RECORDS`, by a single write; a line that an earlier write left unfinished is closed off first.
+    """Adds a line to `RECORDS`, by a single write, and returns the file; CheckpointError where it cannot be written.
 
-    Returns:
-        The file.
-
-    Raises:
-        CheckpointError: the file cannot be written.
+    A line that an earlier write left unfinished is closed off first.
     """
     path = folder / RECORDS
     try:
@@ -189,7 +184,7 @@ def open_bench(
         data = open_evaluation_data(options, model, labelled=any(method.labelled for method in methods.values()))
         if options.labels_per_class is not None and data.train.source.labels is not None:
             # Before hours of encoding, not after.
-            few_shot.check_counts(data.train.source.labels, data.classes, options.labels_per_class)
+            check_counts(data.train.source.labels, data.classes, options.labels_per_class)
     arguments = {**arguments, "in_chans": len(data.normalisation.mean)}
     baselines = {RANDOM: lambda: untrained(arguments, options.seed, runtime.device), PIXELS: pixels}
     beside = {name for method in methods.values() if options.method == ALL for name in method.beside}
