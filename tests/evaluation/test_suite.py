@@ -21,7 +21,9 @@ from torchmae.config.evaluate import (
 from torchmae.config.finetune import FinetuneConfig
 from torchmae.errors import CheckpointError, ConfigError
 from torchmae.evaluation import suite
-from torchmae.evaluation.subject import Subject
+from torchmae.evaluation.bench import Bench, Method
+from torchmae.evaluation.scores import Result
+from torchmae.evaluation.subject import PIXELS, RANDOM, Subject
 from torchmae.report.evaluations import figures_of_run
 from torchmae.report.run import load_run
 from torchmae.training.ranks import Ranks
@@ -185,7 +187,7 @@ def test_an_unreadable_test_image_counts_in_no_method(run: Path, tmp_path: Path)
         *evaluate(run, method="finetune", finetune=FinetuneConfig(epochs=1), **data, **few).results.values(),
     ]
     tables = [table["per_class"] for result in tested for table in result["model"].details.values()]
-    assert [[row["images"] for row in table] for table in tables] == [[5, 4]] * 8
+    assert [[row["images"] for row in table] for table in tables] == [[5, 4]] * 9
     options = ReconstructionOptions(ratios=(0.5,), strategies=("random",))
     filled = evaluate(run, method="reconstruction", reconstruction=options, **data).results["reconstruction"]
     assert filled["model"].details["images"] == 9
@@ -215,6 +217,24 @@ def test_no_rank_ends_the_process_that_calls(run: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(suite, "open_ranks", second_rank)
     with pytest.raises(ConfigError, match="labels_per_class is 5000"):
         evaluate(run, labels_per_class=5000, train_images=None)
+
+
+def test_a_method_is_a_row(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
+        return Result({"size": float(len(bench.data.test))}, {})
+
+    rows = {
+        "size": Method(measure, beside=(PIXELS,)),
+        "tokens": Method(measure, "tokens", beside=(RANDOM, PIXELS)),
+        "slow": Method(measure, beside=(RANDOM,), left_out=lambda *_: "slow is left out"),
+        "alone": Method(measure),
+    }
+    monkeypatch.setattr(suite, "METHODS", rows)
+    evaluation = evaluate(run)
+    found = {name: [*by_subject] for name, by_subject in evaluation.results.items()}
+    assert found == {"size": ["model", "pixels"], "tokens": ["model", "random"]}
+    assert evaluation.notes == ("slow is left out",)
+    assert evaluation.figures()["pixels"] == {"size": 80.0}
 
 
 def test_methods_that_do_not_apply(run: Path, tmp_path: Path) -> None:
