@@ -19,12 +19,8 @@ from typing import Any
 
 import torch
 
-from torchmae.config import DataConfig
+import torchmae
 from torchmae.config.finetune import FinetuneConfig
-from torchmae.data.opening import open_data
-from torchmae.data.transforms import Normalisation
-from torchmae.evaluation import finetune
-from torchmae.training.runtime import open_runtime
 from torchmae.training.saved_model import load_model
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -44,18 +40,10 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings such as epochs=50")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
-    runtime = open_runtime("auto", "auto", args.threads)
-    model, description = load_model(args.run)
     given = {name: json.loads(value) for name, value in (item.split("=") for item in args.set)}
+    _, description = load_model(args.run)
     size, channels = description.input_size, description.arguments["in_chans"]
-    normalisation = Normalisation(description.mean, description.std)
-    settings = finetune.data_settings(
-        DataConfig(source=args.data, val="test"), FinetuneConfig(**given), model, normalisation
-    )
-    data = open_data(settings, input_size=size, channels=channels, device=runtime.device)
-    if data.val is None:
-        raise SystemExit(f"{args.data} has no test split")
-    print(f"torch {torch.__version__}, {runtime.device}, {runtime.precision}, {runtime.threads} threads")
+    print(f"torch {torch.__version__}, {args.threads or 'all'} threads")
     print(f"{platform.platform()}")
     print(f"{FinetuneConfig(**given)}\n{FinetuneConfig(**given).for_input(size, channels)}\n")
     print(f"{'weights':18} {'seed':>4} {'top-1':>6} {'loss':>6} {'train s':>8}", flush=True)
@@ -63,17 +51,19 @@ def main() -> None:
     for row in args.rows:
         for seed in range(args.seeds):
             with tempfile.TemporaryDirectory() as out:
-                figures = finetune.run(
-                    model,
-                    normalisation,
-                    data.train,
-                    data.val,
-                    config=FinetuneConfig(**{**given, **ROWS[row]}),
-                    runtime=runtime,
-                    out=Path(out),
+                figures = torchmae.evaluate(
+                    args.run,
+                    args.data,
+                    method="finetune",
+                    test_data="test",
                     labels_per_class=args.labels_per_class,
+                    draws=1,
+                    finetune={**given, **ROWS[row]},
+                    out=str(Path(out, "classifier")),
                     seed=seed,
+                    threads=args.threads,
                 )
+            figures = {name.replace("_random", ""): value for name, value in figures.items()}
             scores.setdefault(row, []).append(figures["finetune"])
             print(
                 f"{row:18} {seed:4} {figures['finetune']:6.2f} {figures['finetune_loss']:6.3f} "

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import torch
-from torch import Tensor
 
-from torchmae.config import PretrainConfig
+from torchmae.config import EvalConfig
 from torchmae.data.loader import mixed_subset
 from torchmae.data.opening import Data
 from torchmae.evaluation.diagnostics import FeatureProbe
+from torchmae.evaluation.images import EVAL_BATCH, read_batches
 from torchmae.evaluation.reconstruction import HoldOut
 from torchmae.evaluation.sharing import share
+from torchmae.evaluation.subject import Subject, pixels
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Masker
 from torchmae.report.pictures import reconstruction_grid
@@ -22,14 +20,14 @@ from torchmae.training.runtime import Runtime
 from torchmae.training.tracking import Trackers
 from torchmae.training.trainer import Evaluator
 
-EVAL_BATCH = 250
 PICTURE_COUNT = 4
 # Validation masks are drawn from this seed, whatever the run's, so that runs can be compared.
 VALIDATION_SEED = 0
 
 
 def build_evaluators(
-    config: PretrainConfig,
+    settings: EvalConfig,
+    masker: Masker,
     model: MaskedAutoencoder,
     data: Data,
     runtime: Runtime,
@@ -40,51 +38,46 @@ def build_evaluators(
 ) -> list[Evaluator]:
     """What is measured on the way: reconstruction figures, pictures, and where labels exist kNN and a linear probe.
 
-    Each rank measures a share of the images. With `fresh` the model is untrained: its accuracies, and those of raw
-    pixels, are logged as baselines.
+    Each rank measures a share of the images, under the masks of `masker`. With `fresh` the model is untrained: its
+    accuracies, and those of raw pixels, are logged as baselines.
     """
     if data.val is None:
         return []
-    chosen = mixed_subset(len(data.val), config.eval.images)
+    chosen = mixed_subset(len(data.val), settings.images)
     mine = share(chosen, EVAL_BATCH, runtime.ranks)
-    masker = Masker(model.encoder, config.mask.strategy, config.mask.ratio)  # the same masks, whatever the schedule
     batches = [
         (batch.images, masker(VALIDATION_SEED, 0, batch.indices, runtime.device))
-        for batch in data.val.eval_batches(mine.rows, EVAL_BATCH)
+        for batch in read_batches(data.val, mine.rows)
     ]
     hold_out = HoldOut(model, batches, runtime, mine)
-    pictured = chosen[: config.eval.pictures]
+    pictured = chosen[: settings.pictures]
     (picture_batch,) = data.val.eval_batches(pictured, len(pictured))
-    images, picture_mask = picture_batch.images, masker(VALIDATION_SEED, 0, pictured, runtime.device)
+    picture_mask = masker(VALIDATION_SEED, 0, pictured, runtime.device)
 
+    @torch.no_grad()
     def pictures(step: int) -> dict[str, float]:
+        """Saves masked | reconstructed | original; ranks that hold parts of one model compute it together."""
+        model.eval()
+        result = model.reconstruct(picture_batch.images, picture_mask)
         path = folder.reconstructions / f"step-{step:08d}.png"
-        draw_pictures(model, data, images, picture_mask, path if runtime.ranks.is_main else None)
+        if runtime.ranks.is_main:
+            original = data.normalisation.shown(picture_batch.images)
+            masked = original.masked_fill(result.removed.cpu(), torch.nan)
+            filled = data.normalisation.shown(result.images)
+            reconstruction_grid(masked, filled, original, path, note=result.note)
         tracker.log_picture("reconstruction", step, path)
         return {}
 
     evaluators = [
-        Evaluator(config.eval.count, lambda _: hold_out.run()),
-        Evaluator(min(PICTURE_COUNT, config.eval.count), pictures),
+        Evaluator(settings.count, lambda _: hold_out.run()),
+        Evaluator(min(PICTURE_COUNT, settings.count), pictures),
     ]
-    probe = FeatureProbe(data.train, data.val, config.eval)
-    if probe.is_possible and config.eval.knn_count:
+    probe = FeatureProbe(data.train, data.val, settings)
+    if probe.is_possible and settings.knn_count:
+        subject = Subject("model", model)
         if fresh:
-            untrained = {f"{name}_untrained": value for name, value in probe.run(model, runtime).items()}
-            by_pixels = {f"{name}_pixels": value for name, value in probe.run_on_pixels(runtime.ranks).items()}
+            by_pixels = {f"{name}_pixels": value for name, value in probe.run(pixels(), runtime).items()}
+            untrained = {f"{name}_untrained": value for name, value in probe.run(subject, runtime).items()}
             tracker.log("baseline", 0, {**by_pixels, **untrained, **probe.majority()})
-        evaluators.append(Evaluator(min(config.eval.knn_count, config.eval.count), lambda _: probe.run(model, runtime)))
+        evaluators.append(Evaluator(min(settings.knn_count, settings.count), lambda _: probe.run(subject, runtime)))
     return evaluators
-
-
-@torch.no_grad()
-def draw_pictures(model: MaskedAutoencoder, data: Data, images: Tensor, mask: Any, path: Path | None) -> None:
-    """Saves masked | reconstructed | original; without a path, only takes part in what ranks compute together."""
-    model.eval()
-    result = model.reconstruct(images, mask)
-    if path is None:
-        return
-    original = data.normalisation.shown(images)
-    masked = original.masked_fill(result.removed.cpu(), torch.nan)
-    filled = data.normalisation.shown(result.images)
-    reconstruction_grid(masked, filled, original, path, note=result.note)

@@ -352,7 +352,10 @@ def _train(
     )
     interruption: Interrupted | None = None
     with open_trackers(config, folder, display, start) if ranks.is_main else Trackers() as tracker:
-        evaluators = build_evaluators(config, model, data, runtime, folder, tracker, fresh=checkpoint is None)
+        masker = Masker(model.encoder, config.mask.strategy, config.mask.ratio)  # the same masks, whatever the schedule
+        evaluators = build_evaluators(
+            config.eval, masker, model, data, runtime, folder, tracker, fresh=checkpoint is None
+        )
         if config.init_from is not None and checkpoint is None:  # after the baselines, which are of random weights
             for line in initialise(model, read_initial(config.init_from, config.model)):
                 display.say(line)

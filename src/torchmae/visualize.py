@@ -10,14 +10,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from torchmae import settings
 from torchmae.config import DataConfig
-from torchmae.data.loader import ImageLoader, mixed_subset
+from torchmae.data.loader import ImageLoader, Indices, mixed_subset
 from torchmae.data.opening import Data, open_data
 from torchmae.errors import ConfigError
-from torchmae.evaluation.feature_maps import class_attention, content_tokens, embed_2d, nearest, patch_colours
-from torchmae.evaluation.features import extract
+from torchmae.evaluation.feature_maps import class_attention, content_tokens, embed_2d, patch_colours
+from torchmae.evaluation.images import EVAL_BATCH, run_data
+from torchmae.evaluation.knn import nearest
 from torchmae.evaluation.quality import strategies_of
+from torchmae.evaluation.scores import Labelled
+from torchmae.evaluation.subject import Subject, extract
 from torchmae.report.feature_pictures import (
     attention_picture,
     class_name,
@@ -32,7 +34,6 @@ from torchmae.training.runtime import Runtime
 
 RATIOS = (0.25, 0.5, 0.75, 0.9)
 NEIGHBOURS = 7
-EVAL_BATCH = 250
 METHOD_NAMES = {"tsne": "t-SNE", "pca": "the first two principal components", "umap": "UMAP"}
 # Images of the run's own data that its report shows, and those that neighbours are looked for among and that a map
 # is made of: enough to say something, few enough to take seconds on a processor.
@@ -73,10 +74,9 @@ def write_pictures(folder: Path, pretrained: Pretrained, data: Data, runtime: Ru
 
 
 def draw_pca(pretrained: Pretrained, images: Tensor) -> Image.Image:
-    """Images, (B, C, *input_size) as `Pretrained.preprocess` gives them, beside their patches' features as colours.
+    """Images, (B, C, *input_size) as of `Pretrained.preprocess`, beside their patches' features as colours.
 
-    Raises:
-        ConfigError: a model without patches.
+    Raises ConfigError for a model without patches.
     """
     colours = patch_colours(content_tokens(pretrained.model, images))
     grid = pretrained.model.encoder.grid
@@ -84,11 +84,7 @@ def draw_pca(pretrained: Pretrained, images: Tensor) -> Image.Image:
 
 
 def draw_attention(pretrained: Pretrained, images: Tensor) -> Image.Image:
-    """Images, as for `draw_pca`, beside the class token's attention.
-
-    Raises:
-        ConfigError: a model without patches or without a class token.
-    """
+    """Images, as for `draw_pca`, beside the class token's attention; ConfigError where the model has none."""
     attention = class_attention(pretrained.model, images)
     grid = pretrained.model.encoder.grid
     return attention_picture(_to_show(pretrained, images), attention.reshape(*attention.shape[:2], *grid))
@@ -120,7 +116,7 @@ def draw_neighbours(
     The model is on the runtime's device; `captions` are lines below the images.
     """
     bank = mixed_subset(len(data.train), num_images)
-    features, labels = extract(pretrained.model, data.train.eval_batches(bank, EVAL_BATCH), runtime)
+    features, labels = _features(pretrained, data.train, bank, runtime)
     found, cosines = (item.cpu() for item in nearest(features, pretrained.encode(images), NEIGHBOURS))
     shape = (*found.shape, *images.shape[1:])
     batches = data.train.eval_batches(bank[found.flatten().numpy()], EVAL_BATCH)
@@ -143,9 +139,7 @@ def draw_map(
         ConfigError: UMAP is not installed, or there are too few images.
     """
     loader = held_out(data)
-    features, labels = extract(
-        pretrained.model, loader.eval_batches(mixed_subset(len(loader), num_images), EVAL_BATCH), runtime
-    )
+    features, labels = _features(pretrained, loader, mixed_subset(len(loader), num_images), runtime)
     points = embed_2d(features, method, seed)
     return map_picture(points, labels.cpu().numpy(), data.classes, METHOD_NAMES[method])
 
@@ -157,8 +151,7 @@ def open_run_data(run: Path, pretrained: Pretrained, runtime: Runtime, source: s
         ConfigError: no source given, and the folder does not say what the model was trained on.
         DataError: data that is missing or cannot be used.
     """
-    file = run / "config.yaml"
-    own = settings.read_config(file).data if file.is_file() else DataConfig(source="")
+    own = run_data(str(run)) or DataConfig(source="")
     if source is None and not own.source:
         raise ConfigError(f"{run} does not say what the model was trained on", "name the images: --data PATH_OR_NAME")
     # A split or path that the run held out need not exist beside other data.
@@ -189,6 +182,10 @@ def sample(loader: ImageLoader, count: int) -> tuple[Tensor, Tensor]:
 def name_of(label: int, classes: Sequence[str] | None) -> str:
     """A label in words; empty where it is unknown."""
     return "" if label < 0 else class_name(label, classes)
+
+
+def _features(pretrained: Pretrained, loader: ImageLoader, rows: Indices, runtime: Runtime) -> Labelled:
+    return extract(Subject("model", pretrained.model), loader.eval_batches(rows, EVAL_BATCH), runtime)
 
 
 def _to_show(pretrained: Pretrained, images: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from torchmae.cli import main
 from torchmae.commands.evaluate import cell
 from torchmae.config.base import make
 from torchmae.config.evaluate import ComputeOptions, EvaluateOptions, RunOrBaseline
-from torchmae.evaluation.records import read_records
 from torchmae.report.metrics import Figure
+from torchmae.report.run import load_run
 
 QUICK = ["--train-images", "120", "--test-images", "60", "--threads", "1", "--precision", "fp32", "--progress", "none"]
 
@@ -28,7 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_one_table_beside_the_baselines(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = len(read_records(run))
+    before = len(load_run(run).evaluations)
     assert main(["evaluate", str(run), *QUICK, "--attentive.epochs", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "120 training and 60 test images of 10 classes" in lines
@@ -41,7 +41,7 @@ def test_one_table_beside_the_baselines(run: Path, capsys: pytest.CaptureFixture
         "attentive probe",
     ]
     assert lines[-1] == f"recorded with settings, top-5, classes and confusions: {run / 'evaluations.jsonl'}"
-    assert len(read_records(run)) == before + 1
+    assert len(load_run(run).evaluations) == before + 1
 
 
 def test_the_same_command_twice_prints_the_same(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,7 +56,7 @@ def test_json_is_the_last_line(run: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["evaluate", str(run), "--method", "knn", "--json", "--pool", "cls", *QUICK]) == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed["method"] == "knn"
-    assert printed["figures"]["model"] == read_records(run)[-1]["results"][0]["figures"]
+    assert printed["figures"]["model"] == load_run(run).evaluations[-1]["results"][0]["figures"]
 
 
 def test_few_shot_shows_mean_and_deviation(capsys: pytest.CaptureFixture[str]) -> None:

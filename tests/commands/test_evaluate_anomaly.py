@@ -14,8 +14,8 @@ from tiny_run import write_run
 
 from torchmae.cli import main
 from torchmae.evaluation import anomaly
-from torchmae.evaluation.records import read_records
 from torchmae.report.metrics import measure_of
+from torchmae.report.run import load_run
 
 ANOMALY = ["--method", "anomaly", "--threads", "1", "--precision", "fp32", "--progress", "none"]
 
@@ -44,7 +44,7 @@ def test_figures_files_and_their_record(run: Path, capsys: pytest.CaptureFixture
     printed = capsys.readouterr().out.splitlines()
     assert "16 normal images, 24 to test, 8 of them anomalous" in printed
     assert f"note: anomaly.png and anomaly_scores.csv are in {run}" in printed
-    record = read_records(run)[-1]
+    record = load_run(run).evaluations[-1]
     figures = record["results"][0]["figures"]
     assert json.loads(printed[-1])["figures"]["model"] == figures
     for name, value in figures.items():
@@ -70,7 +70,7 @@ def test_normal_images_need_no_labels_and_may_be_chosen(run: Path) -> None:
     # Now good and dog are not normal either.
     for names, normal, anomalous in (("cat", 8, 16), ("cat, dog", 16, 16)):
         assert main([*command, "--normal", "normal", "--normal-classes", names]) == 0
-        assert read_records(run)[-1]["data"]["train_images"] == normal
+        assert load_run(run).evaluations[-1]["data"]["train_images"] == normal
         with (run / "anomaly_scores.csv").open(encoding="utf-8", newline="") as file:
             assert sum(int(row["anomalous"]) for row in csv.DictReader(file)) == anomalous
 
@@ -117,11 +117,14 @@ def test_mistakes_end_in_one_line(
     assert error.startswith("torchmae: ")
     assert message in error
     assert error.count("\n") == 1
-    assert read_records(run) == []
+    assert load_run(run).evaluations == ()
 
 
 def test_pixels_and_random_are_no_models(capsys: pytest.CaptureFixture[str]) -> None:
     given = [*ANOMALY, "--preset", "vit_digits", "--normal", "normal", "--test", "test"]
     for name in ("pixels", "random"):
         assert main(["evaluate", name, *given]) == 2
-        assert f"'{name}' is no trained model; give anomaly a run folder" in capsys.readouterr().err
+        assert (
+            f"'{name}' has no trained weights, which method 'anomaly' needs; give a run folder"
+            in capsys.readouterr().err
+        )

@@ -15,7 +15,7 @@ from tiny_run import write_run
 from torchmae.cli import main
 from torchmae.errors import CheckpointError
 from torchmae.evaluation import finetune
-from torchmae.evaluation.records import read_records
+from torchmae.report.run import load_run
 from torchmae.training import trainer
 from torchmae.training.saved_classifier import load_classifier
 from torchmae.training.saved_model import load_model
@@ -40,7 +40,7 @@ def test_a_classifier_its_figures_and_their_record(run: Path, capsys: pytest.Cap
     assert "120 training and 60 test images of 10 classes" in printed
     assert [line.split()[0] for line in printed if " to " in line and "{" not in line] == ["fine-tuned"]
     assert f"note: fine-tuned on 120 labelled images; the classifier is in {out}" in printed
-    record = read_records(run)[-1]
+    record = load_run(run).evaluations[-1]
     figures = record["results"][0]["figures"]
     assert json.loads(printed[-1])["figures"]["model"] == figures
     assert {"finetune", "finetune_top5", "finetune_low", "finetune_high", "finetune_loss"} <= figures.keys()
@@ -76,7 +76,7 @@ def test_random_weights_have_a_name_of_their_own(run: Path, capsys: pytest.Captu
     assert main(["evaluate", str(run), *FINETUNE, "--init", "random"]) == 0
     output = capsys.readouterr().out
     assert "note: trained from random weights" in output
-    record = read_records(run)[-1]
+    record = load_run(run).evaluations[-1]
     assert record["options"]["finetune"]["init"] == "random"
     assert {"finetune_random", "finetune_random_low"} <= record["results"][0]["figures"].keys()
     assert "finetune" not in record["results"][0]["figures"]
@@ -88,7 +88,7 @@ def test_few_labels_in_several_draws(run: Path, capsys: pytest.CaptureFixture[st
     assert main(["evaluate", str(run), *FINETUNE, *few]) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["fine-tuned"])
     assert "±" in row
-    result = read_records(run)[-1]["results"][0]
+    result = load_run(run).evaluations[-1]["results"][0]
     draws = result["details"]["finetune"]["draws"]
     assert result["figures"]["finetune"] == pytest.approx(sum(draws) / 2)
     assert result["figures"]["finetune_std"] == pytest.approx(abs(draws[0] - draws[1]) / 2**0.5)
@@ -100,13 +100,13 @@ def test_few_labels_in_several_draws(run: Path, capsys: pytest.CaptureFixture[st
     shutil.rmtree(out / "draw-1")
     before = (out / "draw-0" / "finetune.json").stat().st_mtime_ns
     assert main(["evaluate", str(run), *FINETUNE, *few, "--resume"]) == 0
-    assert read_records(run)[-1]["results"][0]["details"]["finetune"]["draws"] == draws
+    assert load_run(run).evaluations[-1]["results"][0]["details"]["finetune"]["draws"] == draws
     assert (out / "draw-0" / "finetune.json").stat().st_mtime_ns == before
 
 
 def test_one_that_was_stopped_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["evaluate", str(run), *FINETUNE, "--out", str(run / "whole")]) == 0
-    whole = read_records(run)[-1]["results"][0]
+    whole = load_run(run).evaluations[-1]["results"][0]
     original, calls = trainer.train_step, count(1)
 
     def step(*args: Any) -> Any:
@@ -121,7 +121,7 @@ def test_one_that_was_stopped_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch
             main(command)
     for _ in range(2):  # the second time it has ended
         assert main([*command, "--resume"]) == 0
-        record = read_records(run)[-1]
+        record = load_run(run).evaluations[-1]
         again = record["results"][0]
         assert {**again["figures"], "finetune_seconds": 0} == {**whole["figures"], "finetune_seconds": 0}
         assert record["options"]["resume"] is False
@@ -184,9 +184,9 @@ def test_mistakes_end_in_one_line(
     assert message in error
     assert error.count("\n") == 1
     assert not Path("nowhere").exists()
-    assert read_records(run) == []
+    assert load_run(run).evaluations == ()
 
 
 def test_pixels_cannot(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "pixels", "--preset", "vit_digits", "--data", "digits", *FINETUNE]) == 2
-    assert "pixels cannot be fine-tuned; evaluate a run" in capsys.readouterr().err
+    assert "'pixels' has no network, which method 'finetune' needs; evaluate a run" in capsys.readouterr().err

@@ -128,7 +128,7 @@ def look(counts: list[int], size: int) -> list[Any]:
         for count in counts:
             mine = share(np.arange(count) + 100, size, ranks)
             batches = [mine.rows[i : i + size].tolist() for i in range(0, len(mine.rows), size)]
-            (rows,) = mine.of_all_images(torch.from_numpy(mine.rows))
+            (rows,) = mine.of_all_images([torch.tensor(batch) for batch in batches])
             found.append([batches, rows.tolist(), mine.of_all_batches([len(batch) for batch in batches])])
     return found
 

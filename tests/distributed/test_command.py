@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from torchmae.errors import CheckpointError
 from torchmae.evaluation.embedding import read_features
-from torchmae.evaluation.records import read_records
+from torchmae.report.run import load_run
 from torchmae.training.checkpoint import load_checkpoint, load_step
 from torchmae.training.saved_model import load_model
 
@@ -209,7 +209,7 @@ def test_ranks_evaluate_together(alone: Path, tmp_path: Path, world_size: int, w
         logs = tmp_path / f"logs-{count}"
         more = [] if "--method=reconstruction" not in words else ["--test-images=300"]
         assert run(count, command, "evaluate", str(folder), *EVALUATE, *words, *more, logs=logs) == [0] * count
-        (record,) = read_records(folder)
+        (record,) = load_run(folder).evaluations
         records.append(record)
     assert len(records[0]["results"]) > 0
     for ours, theirs in zip(records[1]["results"], records[0]["results"], strict=True):

@@ -9,20 +9,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from torchmae import presets
 from torchmae.config.data import DataOptions
+from torchmae.config.evaluate import EvaluateOptions
 from torchmae.data.arrays import ArraySource
 from torchmae.data.reading import BadFiles
 from torchmae.data.sources import Source
 from torchmae.data.transforms import Normalisation
 from torchmae.errors import CheckpointError, ConfigError, DataError
 from torchmae.evaluation import anomaly
-from torchmae.evaluation.images import ImageSet
+from torchmae.evaluation.bench import Bench
+from torchmae.evaluation.images import EvaluationData, ImageSet, ModelInput
+from torchmae.evaluation.subject import Subject
 from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.training.progress import Display
 from torchmae.training.runtime import Runtime
 
 CPU = torch.device("cpu")
@@ -42,10 +47,8 @@ def image_set(source: Source) -> ImageSet:
     return ImageSet(
         source,
         data=DataOptions(num_workers=0),
-        batch_size=16,
-        input_size=(8, 8),
+        model=ModelInput((8, 8), 1, NORMALISATION, CPU, 16),
         normalisation=NORMALISATION,
-        device=CPU,
         bad=BadFiles(len(source), 0.0),
     )
 
@@ -73,6 +76,10 @@ def greys(count: int, odd: int) -> tuple[Any, Any]:
 def sets() -> tuple[ImageSet, ImageSet]:
     normal, test = greys(40, 0), greys(30, 10)
     return image_set(ArraySource(normal[0])), image_set(ArraySource(*test, ("normal", "anomalous")))
+
+
+def detect(*args: Any, **options: Any) -> anomaly.Detection:
+    return anomaly.detect(*args, runtime=RUNTIME, **options)
 
 
 # Masks.
@@ -138,26 +145,19 @@ def test_an_error_stands_where_the_patch_is() -> None:
 
 
 def test_distance_by_hand() -> None:
-    memory = anomaly.Memory(torch.tensor([[1.0, 0.0], [0.0, 3.0], [-1.0, 0.0], [0.0, -1.0]]))
+    memory = F.normalize(torch.tensor([[1.0, 0.0], [0.0, 3.0], [-1.0, 0.0], [0.0, -1.0]]), dim=1)
     queries = torch.tensor([[5.0, 0.0], [2.0, 2.0]])
     half = 1 - 0.5**0.5
-    torch.testing.assert_close(memory.distance(queries, 1), torch.tensor([0.0, half]))
-    torch.testing.assert_close(memory.distance(queries, 2), torch.tensor([0.5, half]))
-    torch.testing.assert_close(memory.distance(queries, 9), torch.tensor([1.0, 1.0]))
+    torch.testing.assert_close(anomaly.distance(memory, queries, 1), torch.tensor([0.0, half]))
+    torch.testing.assert_close(anomaly.distance(memory, queries, 2), torch.tensor([0.5, half]))
+    torch.testing.assert_close(anomaly.distance(memory, queries, 9), torch.tensor([1.0, 1.0]))
 
 
 def test_what_lies_far_outside_is_far_although_normal_images_lie_on_its_side() -> None:
     normal = torch.tensor([10.0, 0.0]) + torch.randn(200, 2)
     inside, outside = torch.tensor([[10.0, 0.5]]), torch.tensor([[10.0, 9.0]])
-    memory = anomaly.Memory(normal)
-    assert memory.distance(outside, 5) > 10 * memory.distance(inside, 5)
-
-
-def test_distance_is_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory, queries = anomaly.Memory(torch.randn(20, 6)), torch.randn(11, 6)
-    whole = memory.distance(queries, 3)
-    monkeypatch.setattr(anomaly, "_MAX_VALUES", 60)
-    torch.testing.assert_close(memory.distance(queries, 3), whole)
+    memory = F.normalize(normal, dim=1)
+    assert anomaly.distance(memory, outside, 5) > 10 * anomaly.distance(memory, inside, 5)
 
 
 def test_auroc_by_hand() -> None:
@@ -174,7 +174,10 @@ def test_auroc_by_hand() -> None:
 
 
 def test_an_odd_patch_is_found_and_located(tmp_path: Path) -> None:
-    figures = anomaly.run(predicts_grey(), *sets(), runtime=RUNTIME, normalisation=NORMALISATION, out=tmp_path / "new")
+    data = EvaluationData(*sets(), ("normal", "anomalous"), ())
+    options = EvaluateOptions(method="anomaly", normal="a", test="b", out=str(tmp_path / "new"))
+    bench = Bench(data, RUNTIME, Display("none"), "run")
+    figures = anomaly.measure(bench, Subject("model", predicts_grey()), options).figures
     assert set(figures) == {f"anomaly_{name}" for name in anomaly.SCORES}
     assert figures["anomaly_reconstruction_max"] == 1.0
     assert figures["anomaly_patch_knn_max"] == 1.0
@@ -192,12 +195,13 @@ def test_an_odd_patch_is_found_and_located(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match=r"cannot write to .*file.*; choose another folder"):
-        anomaly.run(model(), *sets(), runtime=RUNTIME, normalisation=NORMALISATION, out=tmp_path / "file" / "new")
+    detection = detect(model(), *sets())
+    with pytest.raises(CheckpointError, match=r"cannot write .*file.*; .*another folder"):
+        anomaly.write_files(tmp_path / "file" / "new", detection, sets()[1], (4, 4))
 
 
 def test_maps_point_at_the_patch() -> None:
-    detection = anomaly.detect(predicts_grey(), *sets(), runtime=RUNTIME)
+    detection = detect(predicts_grey(), *sets())
     assert detection.anomalous.tolist() == [False] * 20 + [True] * 10
     for name in ("reconstruction", "patch_knn"):
         assert detection.maps[name].shape == (30, 16)
@@ -208,10 +212,7 @@ def test_maps_point_at_the_patch() -> None:
 
 def test_the_seed_decides() -> None:
     normal, test = sets()
-    scores = [
-        anomaly.detect(model(), normal, test, runtime=RUNTIME, rounds=1, seed=seed).scores["reconstruction"]
-        for seed in (1, 1, 2)
-    ]
+    scores = [detect(model(), normal, test, rounds=1, seed=seed).scores["reconstruction"] for seed in (1, 1, 2)]
     assert torch.equal(scores[0], scores[1])
     assert not torch.equal(scores[0], scores[2])
 
@@ -219,7 +220,7 @@ def test_the_seed_decides() -> None:
 def test_a_test_image_that_is_normal_in_every_pixel_has_no_distance() -> None:
     images, _ = greys(20, 0)
     same = image_set(ArraySource(images, np.arange(20) % 2))
-    detection = anomaly.detect(model(), image_set(ArraySource(images)), same, runtime=RUNTIME)
+    detection = detect(model(), image_set(ArraySource(images)), same)
     assert detection.maps["patch_knn"].abs().max() < 1e-5
     assert detection.scores["knn"].min() > -1e-5
 
@@ -227,33 +228,21 @@ def test_a_test_image_that_is_normal_in_every_pixel_has_no_distance() -> None:
 def test_normal_patches_are_kept_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(anomaly, "MAX_TOKENS", 50)
     normal, _ = sets()
-    means, tokens = anomaly.normal_features(model(), normal, RUNTIME, 0, anomaly.Display("none"))
+    means, tokens = anomaly.normal_features(model(), normal, RUNTIME, 0)
     assert (len(means), len(tokens)) == (40, 50)
 
 
 def test_the_mlp_model_cannot() -> None:
     with pytest.raises(ConfigError, match="this model has no patches to find anomalies by; use a vit model"):
-        anomaly.detect(presets.build("mlp", in_chans=1, input_size=(8, 8)), *sets(), runtime=RUNTIME)
+        detect(presets.build("mlp", in_chans=1, input_size=(8, 8)), *sets())
 
 
 # Pictures.
 
 
-@pytest.mark.parametrize(("grid", "size"), [((4,), (8,)), ((2, 3), (8, 12)), ((2, 2, 2), (4, 4, 4))])
-def test_upsampling_keeps_the_mean_and_the_place(grid: tuple[int, ...], size: tuple[int, ...]) -> None:
-    maps = torch.rand(2, int(np.prod(grid)))
-    pixels = anomaly.upsample(maps, grid, size)
-    assert pixels.shape == (2, *size)
-    torch.testing.assert_close(pixels.flatten(1).mean(1), maps.mean(1))
-    highest = maps[0].argmax().item()
-    corner = [int(i * s // g) for i, s, g in zip(np.unravel_index(highest, grid), size, grid, strict=True)]
-    patch = pixels[0][tuple(slice(c, c + s // g) for c, s, g in zip(corner, size, grid, strict=True))]
-    assert patch.max() == pixels[0].max()
-
-
 def test_maps_are_on_the_scale_of_all_test_images() -> None:
     maps = {"reconstruction": torch.rand(5, 6), "patch_knn": torch.rand(5, 6) + 3}
-    detection = anomaly.Detection({}, maps, torch.tensor([True, False, True, False, True]))
+    detection = anomaly.Detection({}, maps, torch.tensor([True, False, True, False, True]), torch.arange(5))
     shown = anomaly.heat_maps(detection, torch.tensor([4, 0, 1]), (2, 3), (8, 12))
     assert {name: values.shape for name, values in shown.items()} == dict.fromkeys(maps, (3, 8, 12))
     everything = anomaly.heat_maps(detection, torch.arange(5), (2, 3), (2, 3))

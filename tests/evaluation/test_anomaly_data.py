@@ -11,6 +11,7 @@ import tiny
 from PIL import Image
 
 from torchmae.config.data import DataOptions
+from torchmae.config.evaluate import EvaluateOptions
 from torchmae.errors import ConfigError, DataError
 from torchmae.evaluation.anomaly_data import open_anomaly_data
 from torchmae.evaluation.images import ImageSet, ModelInput
@@ -25,7 +26,14 @@ def write(folder: Path, *names: str) -> None:
 
 def opened(normal: Path, test: Path, normal_classes: list[str] | None = None) -> tuple[ImageSet, ImageSet]:
     model = ModelInput((8, 8), 1, tiny.NORMALISATION, tiny.CPU)
-    data = open_anomaly_data(str(normal), str(test), normal_classes, DataOptions(num_workers=0), model)
+    options = EvaluateOptions(
+        method="anomaly",
+        normal=str(normal),
+        test=str(test),
+        normal_classes=None if normal_classes is None else ",".join(normal_classes),
+        data=DataOptions(num_workers=0),
+    )
+    data = open_anomaly_data(options, model)
     return data.train, data.test
 
 

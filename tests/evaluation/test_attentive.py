@@ -7,8 +7,24 @@ import torch
 import torch.nn.functional as F
 
 from torchmae.config.evaluate import AttentiveOptions
+from torchmae.data.formats import Progress
 from torchmae.evaluation import attentive
-from torchmae.evaluation.attentive import AttentiveProbe, EncodedTokens, HeldTokens, open_tokens
+from torchmae.evaluation.attentive import AttentiveProbe, held_tokens, open_tokens
+from torchmae.evaluation.images import ImageSet
+from torchmae.evaluation.subject import Subject
+
+
+def classify(
+    subject: Subject,
+    train: ImageSet,
+    test: ImageSet,
+    options: AttentiveOptions,
+    seed: int = 0,
+    progress: Progress = lambda *_: None,
+) -> torch.Tensor:
+    ranking, labels = attentive.classify(subject, train, test, 10, tiny.RUNTIME, options, seed, progress)
+    assert len(labels) == len(ranking)
+    return ranking
 
 
 def test_the_order_of_products_does_not_change_attention() -> None:
@@ -31,9 +47,9 @@ def test_the_probe_finds_what_the_mean_hides() -> None:
     place = torch.randint(16, (400,))
     tokens[torch.arange(400), place, 0] = 8.0  # says "here"
     tokens[torch.arange(400), place, 1] = 3.0 * (2 * labels - 1)
-    held = HeldTokens(tokens[:300].half(), labels[:300], tiny.CPU)
+    held = held_tokens(tokens[:300].half(), labels[:300], tiny.CPU)
     probe = AttentiveProbe(torch.zeros(8), torch.ones(8), 1, 2)
-    for _ in attentive._train(probe, held, 300, 60, AttentiveOptions(lr=1e-2, batch_size=100), 0):
+    for _ in attentive._train(probe, held, 60, AttentiveOptions(lr=1e-2, batch_size=100), 0):
         pass
     with torch.no_grad():
         assert (probe(tokens[300:]).argmax(1) == labels[300:]).float().mean() > 0.9
@@ -41,57 +57,39 @@ def test_the_probe_finds_what_the_mean_hides() -> None:
 
 def test_held_and_encoded_tokens_give_the_same_figures() -> None:
     subject, train, test = tiny.subject(), tiny.digits("train", 120), tiny.digits("val", 60)
-    assert isinstance(open_tokens(subject, train, tiny.RUNTIME, 1.0), HeldTokens)
-    assert isinstance(open_tokens(subject, train, tiny.RUNTIME, 1e-6), EncodedTokens)
-    figures = [
-        attentive.run(
-            subject,
-            train,
-            test,
-            num_classes=10,
-            runtime=tiny.RUNTIME,
-            options=AttentiveOptions(epochs=3, memory_limit=limit),
-        )
-        for limit in (1.0, 1e-6)
-    ]
-    assert figures[0] == figures[1]
-    assert set(figures[0]) == {"attentive", "attentive_top5", "attentive_low", "attentive_high"}
+    found = [classify(subject, train, test, AttentiveOptions(epochs=3, memory_limit=limit)) for limit in (1.0, 1e-6)]
+    assert torch.equal(found[0], found[1])
+    assert found[0].shape == (60, 5)
 
 
 def test_it_repeats_and_depends_on_its_seed() -> None:
     subject, train, test = tiny.subject(), tiny.digits("train", 100), tiny.digits("val", 50)
     before = torch.random.get_rng_state()
-    rankings = [
-        attentive.classify(
-            subject, train, test, 10, runtime=tiny.RUNTIME, options=AttentiveOptions(epochs=2), seed=seed
-        )[0]
-        for seed in (0, 0, 1)
-    ]
+    rankings = [classify(subject, train, test, AttentiveOptions(epochs=2), seed) for seed in (0, 0, 1)]
     assert torch.equal(rankings[0], rankings[1])
     assert not torch.equal(rankings[0], rankings[2])
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_memory_is_half_precision() -> None:
-    subject = tiny.subject()
-    held = open_tokens(subject, tiny.digits("train", 64), tiny.RUNTIME, 1.0)
-    assert isinstance(held, HeldTokens)
-    assert held._tokens.nbytes == attentive.token_gib(subject, 64) * 2**30 == 64 * 16 * 16 * 2
+def test_tokens_in_memory_are_half_precision_and_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, train, order = tiny.subject(), tiny.digits("train", 64), np.arange(64)
+    encode, seen = Subject.encode, []
+    monkeypatch.setattr(Subject, "encode", lambda *args: (seen.append(len(args[1])), encode(*args))[1])
+    held, encoded = (open_tokens(subject, train, tiny.RUNTIME, limit) for limit in (1.0, 1e-6))
+    assert attentive.token_gib(subject, 64) * 2**30 == 64 * 16 * 16 * 2
+    for tokens, times in ((held, 1), (encoded, 4)):  # the held ones when they were opened
+        for _ in range(3):
+            (pair,) = tokens.batches(order, 64)
+        assert torch.equal(pair[0].half().float(), pair[0])
+        assert sum(seen) == 64 * times
 
 
 @pytest.mark.parametrize(("epochs", "expected"), [(4, 4), (None, 1000)])
 def test_the_number_of_epochs(epochs: int | None, expected: int) -> None:
     told: list[tuple[int, int]] = []
     subject, train = tiny.subject(), tiny.digits("train", 30)
-    attentive.classify(
-        subject,
-        train,
-        train,
-        10,
-        runtime=tiny.RUNTIME,
-        options=AttentiveOptions(epochs=epochs, batch_size=15),  # by default 2,000 steps at least, of 2 an epoch
-        progress=lambda what, done, total: told.append((done, total)),
-    )
+    options = AttentiveOptions(epochs=epochs, batch_size=15)  # by default 2,000 steps at least, of 2 an epoch
+    classify(subject, train, train, options, progress=lambda what, done, total: told.append((done, total)))
     assert told == [(done, expected) for done in range(1, expected + 1)]
 
 
@@ -103,8 +101,8 @@ def test_heads_are_of_about_64_values(dim: int, heads: int) -> None:
 def test_statistics_are_those_of_the_tokens() -> None:
     tokens = torch.randn(40, 6, 5) * 3 + torch.arange(5.0)
     tokens[..., 4] = 2.0
-    held = HeldTokens(tokens.half(), torch.zeros(40, dtype=torch.int64), tiny.CPU)
-    mean, std = attentive._statistics(held, 40, size=16)
+    held = held_tokens(tokens.half(), torch.zeros(40, dtype=torch.int64), tiny.CPU)
+    mean, std = attentive._statistics(held, size=16)
     flat = tokens.half().float().flatten(0, 1)
     torch.testing.assert_close(mean, flat.mean(0))
     torch.testing.assert_close(std[:4], flat.std(0, correction=0)[:4])

@@ -5,11 +5,15 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from torchmae.config import EvalConfig
+from torchmae.data.arrays import ArraySource
 from torchmae.data.loader import Batch
+from torchmae.data.reading import BadFiles
 from torchmae.evaluation.diagnostics import FeatureProbe, effective_rank
+from torchmae.evaluation.subject import pixels
 
 
 def test_equal_directions_count_in_full() -> None:
@@ -51,15 +55,19 @@ class WithStandIns:
 
     def __init__(self, count: int, unreadable: list[int]) -> None:
         self.labels = np.arange(count) % 2
+        self.source = ArraySource(np.zeros((count, 4, 4, 1), dtype=np.uint8))
+        self.bad = BadFiles(count, 1.0)
         self._unreadable = unreadable
 
     def eval_batches(self, indices: np.ndarray, batch_size: int) -> Iterator[Batch]:
         labels = torch.from_numpy(self.labels[indices])
         images = labels.float()[:, None, None, None].expand(-1, 1, 4, 4) + torch.rand(len(indices), 1, 4, 4) / 10
         labels = labels.masked_fill(torch.isin(torch.from_numpy(indices), torch.tensor(self._unreadable)), -1)
+        for index in self._unreadable:
+            self.bad.add(self.source.name(index), "broken")
         yield Batch(images, labels, indices, 0)
 
 
-def test_a_stand_in_without_a_label_does_not_count() -> None:
+def test_a_stand_in_does_not_count() -> None:
     probe = FeatureProbe(WithStandIns(40, [3, 8]), WithStandIns(20, [0]), EvalConfig())  # type: ignore[arg-type]
-    assert probe.run_on_pixels() == {"knn": 100.0, "linear": 100.0}
+    assert probe.run(pixels(), tiny.RUNTIME) == {"knn": 100.0, "linear": 100.0}

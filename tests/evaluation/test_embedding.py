@@ -16,7 +16,7 @@ from torchmae.errors import CheckpointError, ConfigError, DataError
 from torchmae.evaluation import embedding
 from torchmae.evaluation.embedding import Block, embed, plan_blocks, read_features
 from torchmae.evaluation.images import ImageSet
-from torchmae.evaluation.subject import extract_features
+from torchmae.evaluation.subject import extract
 from torchmae.training.runtime import Runtime
 
 
@@ -37,7 +37,7 @@ def test_the_file_holds_what_the_model_gives(tmp_path: Path, suffix: str, pool: 
     content = read_features(out)
     assert content.features.dtype == np.float32
     assert content.labels.dtype == np.int64
-    pairs = [extract_features(tiny.subject(), part.batches(), tiny.RUNTIME, pool) for part in parts()]
+    pairs = [extract(tiny.subject(), part.batches(), tiny.RUNTIME, pool) for part in parts()]
     np.testing.assert_array_equal(content.features, np.concatenate([item.features.numpy() for item in pairs]))
     np.testing.assert_array_equal(content.labels, np.concatenate([item.labels.numpy() for item in pairs]))
     assert content.paths.tolist() == [part.source.name(i) for part in parts() for i in range(70)]
@@ -136,6 +136,19 @@ def test_another_embedding_is_not_mixed_in(tmp_path: Path) -> None:
     assert same != bf16
     assert same != embedding._identity(tiny.subject(class_token=False), parts(), "mean", tiny.RUNTIME, 140)
     assert same != embedding._identity(tiny.subject(), parts()[:1], "mean", tiny.RUNTIME, 140)
+
+
+def test_two_commands_do_not_write_into_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(path: Path) -> None:
+        assert path.parent == tmp_path / "features.npz.partial"
+        raise BlockingIOError
+
+    monkeypatch.setattr("torchmae.files.lock_file", taken)
+    with pytest.raises(ConfigError, match=r"another process is writing .*features.npz; wait for it, or choose another"):
+        write(tmp_path / "features.npz")
+    monkeypatch.undo()
+    assert write(tmp_path / "features.npz").count == 140
+    assert [path.name for path in tmp_path.iterdir()] == ["features.npz"]
 
 
 def test_an_unreadable_image_is_left_out(tmp_path: Path) -> None:

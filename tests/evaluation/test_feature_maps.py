@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import sys
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from torchmae.evaluation.feature_maps import (
     class_attention,
     content_tokens,
     embed_2d,
-    nearest,
     patch_colours,
 )
 from torchmae.nn.layers import Attention
@@ -136,23 +134,6 @@ def test_attention_needs_a_class_token_and_patches() -> None:
             look(mlp, torch.zeros(1, 3, 32, 32))
 
 
-def test_neighbours_are_the_nearest_by_centred_cosine() -> None:
-    features = torch.randn(40, 5) + 3
-    queries = torch.cat([features[[7, 31]], torch.randn(1100, 5)])  # more than one block
-    index, cosine = nearest(features, queries, 4)
-    assert index.shape == cosine.shape == (1102, 4)
-    assert index[:2, 0].tolist() == [7, 31]
-    torch.testing.assert_close(cosine[:2, 0], torch.ones(2))
-    mean = features.mean(0)
-    for row in (0, 1101):
-        truth = F.cosine_similarity(queries[row] - mean, features - mean)
-        assert index[row].tolist() == truth.argsort(descending=True)[:4].tolist()
-
-
-def test_no_more_neighbours_than_there_are() -> None:
-    assert nearest(torch.randn(3, 5), torch.randn(2, 5), 9)[0].shape == (2, 3)
-
-
 def clusters() -> tuple[torch.Tensor, torch.Tensor]:
     centres = 5 * torch.randn(3, 20)
     labels = torch.arange(60) % 3
@@ -193,8 +174,3 @@ def test_maps_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "umap", None)
     with pytest.raises(ConfigError, match="pip install umap-learn"):
         embed_2d(torch.randn(9, 4), "umap")
-
-
-def test_neighbours_come_nearest_first() -> None:
-    _, cosine = nearest(torch.randn(50, 3), torch.randn(4, 3), 10)
-    assert all(left >= right for row in cosine.tolist() for left, right in pairwise(row))

@@ -48,8 +48,13 @@ def data_of(folder: Path, images: Any, labels: Any, config: FinetuneConfig = CON
     path = folder / f"{len(list(folder.glob('*.npz')))}.npz"
     tests = {"test_images": images, "test_labels": labels, **tests}
     np.savez(path, train_images=images, train_labels=labels, **tests)
-    settings = finetune.data_settings(
-        DataConfig(source=str(path), val="test", flip=False), config, model(), NORMALISATION
+    settings = DataConfig(
+        source=str(path),
+        val="test",
+        flip=False,
+        crop_scale=config.for_input((8, 8), 1).crop_scale,
+        mean=NORMALISATION.mean,
+        std=NORMALISATION.std,
     )
     return open_data(settings, input_size=(8, 8), channels=1, device=RUNTIME.device)
 
@@ -189,8 +194,8 @@ def test_it_learns_and_leaves_a_classifier_that_gives_the_same_figures(tmp_path:
     loaded, description = load_classifier(tmp_path / "out")
     assert (description.mean, description.std) == (NORMALISATION.mean, NORMALISATION.std)
     assert data.val is not None
-    logits, labels = finetune.predict(loaded, data.val.eval_batches(np.arange(45), 10), RUNTIME)
-    assert 100 * (logits.argmax(1) == labels).sum().item() / 45 == figures["finetune"]
+    rankings, labels = map(torch.cat, finetune.predict(loaded, data.val.eval_batches(np.arange(45), 10), RUNTIME))
+    assert 100 * (rankings[:, 0] == labels).sum().item() / 45 == figures["finetune"]
     lines = metrics(tmp_path / "out")
     assert [line["epoch"] for line in lines if line["kind"] == "epoch"] == list(range(1, 21))
     assert lines[-1]["finetune"] == figures["finetune"]
@@ -439,6 +444,23 @@ def test_wrong_folders_and_settings_when_resuming(tmp_path: Path) -> None:
     other = data_of(tmp_path, images + np.uint8(1), labels)
     with pytest.raises(DataError, match="the training images have changed"):
         run(other, tmp_path / "a", replace(CONFIG, epochs=1), resume=True)
+
+
+def test_mended_labels_and_another_process_stop_a_resumed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = bars()
+    config = replace(CONFIG, epochs=1)
+    run(data_of(tmp_path, images, labels), tmp_path / "a", config)
+    mended = data_of(tmp_path, images, np.where(np.arange(45) < 1, 1, labels))
+    data = data_of(tmp_path, images, labels)
+    with pytest.raises(DataError, match="the training labels have changed"):
+        run(mended, tmp_path / "a", config, resume=True)
+
+    def taken(_: Path) -> None:
+        raise BlockingIOError
+
+    monkeypatch.setattr("torchmae.training.run_folder.lock_file", taken)
+    with pytest.raises(CheckpointError, match="another process is training in .*; wait for it"):
+        run(data, tmp_path / "a", config, resume=True)
 
 
 def test_the_mlp_model_cannot(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from PIL import Image
 
 from torchmae.config.data import DataOptions
 from torchmae.config.evaluate import EvaluateOptions
+from torchmae.data.layouts import open_splits
 from torchmae.errors import ConfigError, DataError
 from torchmae.evaluation.images import EvaluationData, ModelInput, open_evaluation_data, open_parts
+from torchmae.training.ranks import ALONE
 
 Save = Callable[..., str]
 
@@ -158,6 +161,23 @@ def test_some_of_the_images() -> None:
     whole, some = (torch.cat([batch.images for batch in item.batches()]) for item in (images, images.only(chosen)))
     assert torch.equal(whole[chosen], some)
     assert images.only(np.arange(30)) is images
+
+
+@pytest.mark.parametrize("memory_limit", [1.0, 0.0])
+def test_an_image_that_cannot_be_read_is_left_out_of_its_batch(tmp_path: Path, memory_limit: float) -> None:
+    for i in range(9):
+        Image.fromarray(np.full((8, 8), 20 * i, dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    for i in (2, 8):
+        (tmp_path / f"{i}.png").write_bytes(b"nothing")
+    source = open_splits(str(tmp_path))["train"].with_channels(1)
+    images = replace(tiny.image_set(source, batch_size=4), data=DataOptions(num_workers=0, memory_limit=memory_limit))
+    batches = list(images.batches())
+    assert images.loader.in_memory == bool(memory_limit)
+    assert [batch.indices.tolist() for batch in batches] == [[0, 1, 3], [4, 5, 6, 7], []]
+    assert [len(batch.images) for batch in batches] == [len(batch.labels) for batch in batches] == [3, 4, 0]
+    share, shared = images.shared(ALONE, "reading")
+    (features,) = share.of_all_images([batch.images for batch in shared])
+    assert len(torch.unique(features, dim=0)) == 7
 
 
 def test_parts_are_the_splits(save: Save) -> None:

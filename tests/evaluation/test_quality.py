@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,10 +10,15 @@ import tiny
 import torch
 
 from torchmae import presets
+from torchmae.config.evaluate import ReconstructionOptions
+from torchmae.data.loader import Batch
 from torchmae.data.transforms import Normalisation
 from torchmae.errors import ConfigError
 from torchmae.evaluation import quality
+from torchmae.evaluation.sharing import share
 from torchmae.evaluation.subject import untrained
+from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.training.ranks import ALONE
 
 
 @pytest.fixture
@@ -23,12 +29,27 @@ def metrics() -> object:
 PLAIN = Normalisation((0.0,), (1.0,))
 
 
-def run(**options: object) -> dict[str, float]:
+def measure(
+    model: MaskedAutoencoder, images: torch.Tensor, normalisation: Normalisation = PLAIN, seed: int = 0, **options: Any
+) -> dict[str, float]:
+    count = len(images)
+    batches = [Batch(images, torch.zeros(count), np.arange(count), 0)]
+    return quality.measure_model(
+        model,
+        batches,
+        share(np.arange(count), 250, ALONE),
+        normalisation=normalisation,
+        runtime=tiny.RUNTIME,
+        options=ReconstructionOptions(**options),
+        seed=seed,
+    ).figures
+
+
+def run(**options: Any) -> dict[str, float]:
     model = tiny.subject(norm_pix=False).model
     assert model is not None
     images = next(iter(tiny.digits("val", 12).batches())).images
-    normalisation = tiny.NORMALISATION
-    return quality.run(model, images, normalisation=normalisation, runtime=tiny.RUNTIME, **options)
+    return measure(model, images, tiny.NORMALISATION, **options)
 
 
 @pytest.mark.usefixtures("metrics")
@@ -73,10 +94,10 @@ def test_the_mlp_model_hides_elements() -> None:
     model = untrained(presets.arguments("mlp", input_size=8, in_chans=1, hidden_dim=4), 0, tiny.CPU).model
     assert model is not None
     images = torch.randn(5, 1, 8, 8)
-    figures = quality.run(model, images, normalisation=PLAIN, runtime=tiny.RUNTIME, ratios=(0.5,))
+    figures = measure(model, images, ratios=(0.5,))
     assert "elements_0.5_psnr" in figures
     with pytest.raises(ConfigError, match="strategies is 'grid'"):
-        quality.run(model, images, normalisation=PLAIN, runtime=tiny.RUNTIME, strategies=("grid",))
+        measure(model, images, strategies=("grid",))
 
 
 def test_without_scikit_image(monkeypatch: pytest.MonkeyPatch) -> None:

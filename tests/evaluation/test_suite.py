@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 
 from torchmae.config.data import DataOptions
 from torchmae.config.evaluate import (
@@ -14,10 +18,15 @@ from torchmae.config.evaluate import (
     EvaluateOptions,
     ReconstructionOptions,
 )
+from torchmae.config.finetune import FinetuneConfig
 from torchmae.errors import CheckpointError, ConfigError
 from torchmae.evaluation import suite
-from torchmae.evaluation.records import read_records
-from torchmae.evaluation.subject import Subject
+from torchmae.evaluation.bench import Bench, Method
+from torchmae.evaluation.scores import Result
+from torchmae.evaluation.subject import PIXELS, RANDOM, Subject
+from torchmae.report.evaluations import figures_of_run
+from torchmae.report.run import load_run
+from torchmae.training.ranks import Ranks
 
 COMPUTE = ComputeOptions(device="cpu", precision="fp32", threads=1, progress="none")
 FEW = {"train_images": 150, "test_images": 80}
@@ -140,7 +149,7 @@ def test_the_paper_protocol(run: Path) -> None:
 
 def test_what_is_recorded(run: Path) -> None:
     figures = suite.run(run, EvaluateOptions(method="knn", **FEW), COMPUTE)
-    record = read_records(run)[-1]
+    record = load_run(run).evaluations[-1]
     assert record["results"][0]["figures"] == figures
     assert record["method"] == "knn"
     assert record["options"]["data"]["source"] == "digits"
@@ -160,13 +169,81 @@ def test_figures_of_several_subjects_in_one_record(run: Path) -> None:
     assert {"knn20", "random.knn20", "pixels.knn20", "linear_cls"} <= set(figures)
 
 
+def test_an_unreadable_test_image_counts_in_no_method(run: Path, tmp_path: Path) -> None:
+    """Its neighbour, which is read in its place, is not scored twice."""
+    pytest.importorskip("skimage.metrics", reason="pip install 'torchmae[eval]'")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 6), ("test", 5)):
+        for name in ("good", "bad"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 100 if name == "good" else 255, (8, 8), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
+    (tmp_path / "test" / "good" / "2.png").write_bytes(b"nothing")
+    data = {"data": DataOptions(source=str(tmp_path), num_workers=0, max_bad=0.5)}
+    few = {"attentive": AttentiveOptions(epochs=1), "train_images": None, "test_images": None}
+    tested = [
+        *evaluate(run, **data, **few).results.values(),
+        *evaluate(run, method="finetune", finetune=FinetuneConfig(epochs=1), **data, **few).results.values(),
+    ]
+    tables = [table["per_class"] for result in tested for table in result["model"].details.values()]
+    assert [[row["images"] for row in table] for table in tables] == [[5, 4]] * 9
+    options = ReconstructionOptions(ratios=(0.5,), strategies=("random",))
+    filled = evaluate(run, method="reconstruction", reconstruction=options, **data).results["reconstruction"]
+    assert filled["model"].details["images"] == 9
+    evaluate(run, method="anomaly", normal=str(tmp_path / "train" / "good"), test=str(tmp_path / "test"), **data)
+    assert len((run / "anomaly_scores.csv").read_text(encoding="utf-8").splitlines()) == 10
+
+
+def test_mended_labels_are_other_labels(run: Path, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (30, 8, 8, 1), dtype=np.uint8)
+    bases = []
+    for mended in (0, 0, 1):
+        labels = np.arange(30) % 2
+        labels[0] = mended
+        np.savez(
+            tmp_path / "a.npz", train_images=images, train_labels=labels, test_images=255 - images, test_labels=labels
+        )
+        record = evaluate(run, method="knn", data=DataOptions(source=str(tmp_path / "a.npz"))).record
+        bases.append({measured.basis for measured in figures_of_run([record]).values()})
+    assert bases[0] == bases[1] != bases[2]
+
+
+def test_no_rank_ends_the_process_that_calls(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def second_rank(_: str) -> Iterator[Ranks]:
+        yield Ranks(rank=1)
+
+    monkeypatch.setattr(suite, "open_ranks", second_rank)
+    with pytest.raises(ConfigError, match="labels_per_class is 5000"):
+        evaluate(run, labels_per_class=5000, train_images=None)
+
+
+def test_a_method_is_a_row(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
+        return Result({"size": float(len(bench.data.test))}, {})
+
+    rows = {
+        "size": Method(measure, beside=(PIXELS,)),
+        "tokens": Method(measure, "tokens", beside=(RANDOM, PIXELS)),
+        "slow": Method(measure, beside=(RANDOM,), left_out=lambda *_: "slow is left out"),
+        "alone": Method(measure),
+    }
+    monkeypatch.setattr(suite, "METHODS", rows)
+    evaluation = evaluate(run)
+    found = {name: [*by_subject] for name, by_subject in evaluation.results.items()}
+    assert found == {"size": ["model", "pixels"], "tokens": ["model", "random"]}
+    assert evaluation.notes == ("slow is left out",)
+    assert evaluation.figures()["pixels"] == {"size": 80.0}
+
+
 def test_methods_that_do_not_apply(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="method is 'knnn'; did you mean 'knn'"):
         evaluate(run, method="knnn")
     named = {"preset": "vit_digits", "data": DataOptions(source="digits")}
-    with pytest.raises(ConfigError, match="attentive probing needs patch tokens"):
+    with pytest.raises(ConfigError, match="'pixels' has no patch tokens, which method 'attentive' needs"):
         evaluate("pixels", method="attentive", **named)
-    with pytest.raises(ConfigError, match="pixels reconstruct nothing"):
+    with pytest.raises(ConfigError, match="'pixels' has no network, .* 'reconstruction' needs; evaluate a run"):
         evaluate("pixels", method="reconstruction", **named)
 
 

@@ -14,7 +14,7 @@ from torchmae.data.layouts import open_splits
 from torchmae.data.reading import BadFiles
 from torchmae.data.sources import Source, Subset
 from torchmae.data.transforms import Normalisation
-from torchmae.evaluation.images import ImageSet
+from torchmae.evaluation.images import ImageSet, ModelInput
 from torchmae.evaluation.subject import Subject, untrained
 from torchmae.random import Purpose, permutation
 from torchmae.settings import to_yaml
@@ -52,10 +52,8 @@ def image_set(source: Source, *, batch_size: int = 50, max_bad: float = 0.5) -> 
     return ImageSet(
         source,
         data=DataOptions(num_workers=0),
-        batch_size=batch_size,
-        input_size=(8, 8),
+        model=ModelInput((8, 8), 1, NORMALISATION, CPU, batch_size),
         normalisation=NORMALISATION,
-        device=CPU,
         bad=BadFiles(len(source), max_bad),
     )
 

@@ -24,8 +24,9 @@ from torchmae.data.loader import ImageLoader
 from torchmae.data.opening import Data
 from torchmae.errors import ConfigError, DataError, TorchmaeError
 from torchmae.evaluation.embedding import Features, read_features
-from torchmae.evaluation.feature_maps import class_attention, content_tokens, nearest, patch_colours
+from torchmae.evaluation.feature_maps import class_attention, content_tokens, patch_colours
 from torchmae.evaluation.inpainting import interpolate
+from torchmae.evaluation.knn import nearest
 from torchmae.evaluation.subject import Subject
 from torchmae.nn.mae import require_patches
 from torchmae.nn.masking import Mask, mask_from_pixels, mask_from_tokens

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from torchmae.commands import print_json
 from torchmae.config.evaluate import ComputeOptions, EvaluateOptions, RunOrBaseline
+from torchmae.errors import ConfigError, Interrupted
 from torchmae.evaluation.suite import Evaluation, evaluate, record_evaluation
 from torchmae.report.metrics import AUROC, TRAINING, Figure, figures_as_text, measure_of
 
@@ -21,8 +22,14 @@ HEADINGS = {"model": "this model", "random": "untrained", "pixels": "raw pixels"
 
 def run(options: EvaluateOptions, compute: ComputeOptions, model: RunOrBaseline) -> int:
     """Runs the command; returns the exit status."""
-    evaluation = evaluate(model.run, options, compute)
-    if os.environ.get("RANK", "0") != "0":  # only rank 0 prints
+    is_main = os.environ.get("RANK", "0") == "0"  # of ranks that torchrun started, the first one speaks
+    try:
+        evaluation = evaluate(model.run, options, compute)
+    except (ConfigError, Interrupted) as error:  # the same on all ranks
+        if is_main:
+            raise
+        return error.exit_status
+    if not is_main:
         return 0
     print(report(evaluation), flush=True)
     try:

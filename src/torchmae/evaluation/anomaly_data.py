@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from torchmae.config.data import DataOptions
+from torchmae.config.evaluate import EvaluateOptions
 from torchmae.data.layouts import open_splits
 from torchmae.data.opening import check_apart
 from torchmae.data.sources import Source, Subset, relabelled
@@ -18,30 +18,31 @@ GOOD = "good"
 """The folder of normal images among others to test, as in MVTec AD (Bergmann et al. 2019)."""
 
 
-def open_anomaly_data(
-    normal: str, test: str, normal_classes: Sequence[str] | None, options: DataOptions, model: ModelInput
-) -> EvaluationData:
+def open_anomaly_data(options: EvaluateOptions, model: ModelInput) -> EvaluationData:
     """The normal images as training images, and those to test, labelled 0 for normal and 1 for anomalous.
 
     Args:
-        normal: what `torchmae pretrain --data` takes; its training split.
-        test: likewise; its test split, else val, else all of it. A class (sub-folder) is normal when it is named
-            "good", or as a class of `normal`, or as a folder that images of `normal` lie in; any other is anomalous.
-        normal_classes: take only these classes of `normal`; then these alone are the normal ones of `test`.
-        options: how images are read.
+        options: `normal` and `test` are what `torchmae pretrain --data` takes. Of `normal` its training split counts;
+            of `test` its test split, else val, else all of it. A class (sub-folder) is normal when it is named "good",
+            or as a class of `normal`, or as a folder that images of `normal` lie in; any other is anomalous. With
+            `normal_classes`, only these classes of `normal` are taken, and these alone are the normal ones of `test`.
         model: what the images are for.
 
     Raises:
         ConfigError: images that do not fit the model, a class that does not exist, or the same images twice.
         DataError: data that is missing, without classes, or without normal or without anomalous images.
     """
-    context = model.context(options)
-    source, tests = open_splits(normal, context)["train"], open_splits(test, context)
+    assert options.normal is not None and options.test is not None
+    context = model.context(options.data)
+    source, tests = open_splits(options.normal, context)["train"], open_splits(options.test, context)
     tested = next(tests[split] for split in ("test", "val", "train") if split in tests)
-    check_apart(tested, source, f"test {test!r} has no test split, and", "other images to test")
-    known = source if normal_classes is None else only_classes(source, normal_classes)
-    names = {GOOD} | folder_names(known) if normal_classes is None else set(normal_classes)
-    sets, notes = image_sets([known, mark_anomalous(tested, names)], options, model)
+    check_apart(tested, source, f"test {options.test!r} has no test split, and", "other images to test")
+    if options.normal_classes is None:
+        known, names = source, {GOOD} | folder_names(source)
+    else:
+        names = {name.strip() for name in options.normal_classes.split(",")}
+        known = only_classes(source, sorted(names))
+    sets, notes = image_sets([known, mark_anomalous(tested, names)], options.data, model)
     return EvaluationData(sets[0], sets[1], ("normal", "anomalous"), notes)
 
 

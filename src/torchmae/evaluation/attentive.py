@@ -6,27 +6,29 @@ Patch tokens of masked autoencoders hold more than their mean shows; this reads 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchmae.config.evaluate import AttentiveOptions
+from torchmae.config import OptimConfig
+from torchmae.config.evaluate import AttentiveOptions, EvaluateOptions
 from torchmae.data.formats import Progress
+from torchmae.data.loader import Batch, Indices, mixed_subset
+from torchmae.evaluation.bench import Bench
 from torchmae.evaluation.images import ImageSet
-from torchmae.evaluation.scores import rank, score
+from torchmae.evaluation.scores import Result, rank, score
 from torchmae.evaluation.subject import Subject
 from torchmae.random import Purpose, permutation
+from torchmae.training.optim import lr_factor
 from torchmae.training.runtime import Runtime
 
 _GIB = 2**30
 _STATISTICS_IMAGES = 500
-_WARMUP = 0.1
+_SCHEDULE = OptimConfig(warmup=0.1)
 _EPOCHS = 30
 _STEPS = 2000
 
@@ -70,53 +72,27 @@ class AttentiveProbe(nn.Module):
         return self.head(self.norm(pooled))
 
 
-class Tokens(Protocol):
-    """Patch tokens of labelled images."""
+@dataclass(frozen=True)
+class Tokens:
+    """Patch tokens of labelled images.
 
-    def batches(self, indices: npt.NDArray[np.int64], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(B, L, D) tokens and (B,) labels of the images named, `size` at a time."""
-
-
-class HeldTokens:
-    """Tokens in memory, in half precision.
-
-    Args:
-        tokens: (N, L, D) float16.
-        labels: (N,).
-        device: where batches go.
+    Attributes:
+        count: N, the number of images.
+        batches: (B, L, D) tokens and (B,) labels of the images named, so many at a time.
     """
 
-    def __init__(self, tokens: Tensor, labels: Tensor, device: torch.device) -> None:
-        self._tokens = tokens
-        self._labels = labels
-        self._device = device
+    count: int
+    batches: Callable[[Indices, int], Iterator[tuple[Tensor, Tensor]]]
 
-    def batches(self, indices: npt.NDArray[np.int64], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """As `Tokens.batches`."""
+
+def held_tokens(tokens: Tensor, labels: Tensor, device: torch.device) -> Tokens:
+    """Tokens in memory, (N, L, D) float16; batches go to the device."""
+
+    def batches(indices: Indices, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         for rows in torch.split(torch.from_numpy(indices), size):
-            yield self._tokens[rows].to(self._device).float(), self._labels[rows].to(self._device)
+            yield tokens[rows].to(device).float(), labels[rows].to(device)
 
-
-class EncodedTokens:
-    """Tokens that are computed each time they are asked for.
-
-    Args:
-        subject: what encodes.
-        images: the images.
-        runtime: where to compute.
-    """
-
-    def __init__(self, subject: Subject, images: ImageSet, runtime: Runtime) -> None:
-        self._subject = subject
-        self._images = images
-        self._runtime = runtime
-
-    def batches(self, indices: npt.NDArray[np.int64], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """As `Tokens.batches`, rounded to half precision too, so that both ways give the same figures."""
-        for batch in self._images.batches(indices, size):
-            with self._runtime.autocast():
-                tokens = self._subject.encode(batch.images, "tokens")
-            yield tokens.half().float(), batch.labels
+    return Tokens(len(labels), batches)
 
 
 def token_gib(subject: Subject, count: int) -> float:
@@ -127,42 +103,37 @@ def token_gib(subject: Subject, count: int) -> float:
 
 
 def open_tokens(subject: Subject, images: ImageSet, runtime: Runtime, memory_limit: float) -> Tokens:
-    """The tokens of all images, in memory where they take no more than `memory_limit` GiB."""
+    """The tokens of all images, in memory where they take no more than `memory_limit` GiB, else encoded each time."""
     if token_gib(subject, len(images)) > memory_limit:
-        return EncodedTokens(subject, images, runtime)
-    mine = images.share(runtime.ranks)
-    some = images.only(mine.rows)
-    parts = [
-        (tokens.half().cpu(), labels.cpu())
-        for tokens, labels in EncodedTokens(subject, some, runtime).batches(np.arange(len(some)), some.batch_size)
-    ]
-    tokens, labels = mine.of_all_images(*(torch.cat([part[i] for part in parts]) for i in (0, 1)))
-    return HeldTokens(tokens, labels, runtime.device)
+        return Tokens(len(images), lambda rows, size: _encoded(subject, images.batches(rows, size), runtime))
+    share, batches = images.shared(runtime.ranks, f"encoding training images, {subject.name}")
+    parts = [(tokens.half().cpu(), labels.cpu()) for tokens, labels in _encoded(subject, batches, runtime)]
+    tokens, labels = share.of_all_images(*zip(*parts, strict=True))
+    return held_tokens(tokens, labels, runtime.device)
 
 
-def run(
-    subject: Subject,
-    train: ImageSet,
-    test: ImageSet,
-    *,
-    num_classes: int,
-    runtime: Runtime,
-    options: AttentiveOptions | None = None,
-    seed: int = 0,
-) -> dict[str, float]:
-    """Accuracy in percent: attentive, attentive_top5, attentive_low, attentive_high.
+def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
+    """The accuracy of the attentive probe."""
+    classes, data = bench.data.classes, bench.data
+    ranking, labels = classify(
+        subject,
+        data.train,
+        data.test,
+        len(classes),
+        bench.runtime,
+        options.attentive,
+        options.seed,
+        bench.display.preparing,
+    )
+    return score("attentive", ranking, labels, classes)
 
-    Args:
-        subject: a model with patch tokens.
-        train: labelled images to learn from.
-        test: labelled images to classify.
-        num_classes: how many classes there are.
-        runtime: where to compute.
-        options: how to train; None: the defaults.
-        seed: of the weights and the order.
-    """
-    ranking, labels = classify(subject, train, test, num_classes, runtime=runtime, options=options, seed=seed)
-    return score(ranking, labels, num_classes).figures("attentive")
+
+def left_out(bench: Bench, subject: Subject, options: EvaluateOptions) -> str:
+    """A sentence where the tokens of all training images do not fit the memory that they may fill, else ""."""
+    need = token_gib(subject, len(bench.data.train))
+    if need <= options.attentive.memory_limit:
+        return ""
+    return f"attentive is left out: its tokens take {need:.1f} GiB; run it alone with --method attentive"
 
 
 def classify(
@@ -170,39 +141,41 @@ def classify(
     train: ImageSet,
     test: ImageSet,
     num_classes: int,
-    *,
     runtime: Runtime,
-    options: AttentiveOptions | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
+    options: AttentiveOptions,
+    seed: int,
+    progress: Progress,
 ) -> tuple[Tensor, Tensor]:
-    """Guesses and labels of the test images. Of several ranks, each encodes a share of the images; all train the probe.
+    """Guesses, as `scores.rank` gives them, and labels of the test images, by a probe of the training images' tokens.
 
-    Arguments as for `run`, and `progress`, which is told how far training is.
-
-    Returns:
-        (M, at most 5) classes, the likeliest first, and (M,) labels.
+    Of several ranks, each encodes a share of the images; all train the probe. `seed` is of its weights and the order,
+    `progress` is told how far training is.
     """
-    options = options or AttentiveOptions()
     tokens = open_tokens(subject, train, runtime, options.memory_limit)
-    mean, std = _statistics(tokens, len(train), train.batch_size)
+    mean, std = _statistics(tokens, train.model.batch_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         probe = AttentiveProbe(mean.cpu(), std.cpu(), _num_heads(len(mean)), num_classes)
     probe.to(runtime.device)
-    epochs = options.epochs or max(_EPOCHS, -(-_STEPS // -(-len(train) // options.batch_size)))
-    for epoch in _train(probe, tokens, len(train), epochs, options, seed):
-        if progress is not None:
-            progress(f"attentive probe, {subject.name}, epochs", epoch, epochs)
-    mine = test.share(runtime.ranks)
-    some = test.only(mine.rows)
+    epochs = options.epochs or max(_EPOCHS, -(-_STEPS // -(-tokens.count // options.batch_size)))
+    for epoch in _train(probe, tokens, epochs, options, seed):
+        progress(f"attentive probe, {subject.name}, epochs", epoch, epochs)
+    share, batches = test.shared(runtime.ranks, f"encoding test images, {subject.name}")
     rankings, labels = [], []
     with torch.no_grad():
-        for block, wanted in EncodedTokens(subject, some, runtime).batches(np.arange(len(some)), some.batch_size):
+        for block, wanted in _encoded(subject, batches, runtime):
             rankings.append(rank(probe(block)))
             labels.append(wanted)
-    ranking, label = mine.of_all_images(torch.cat(rankings), torch.cat(labels))
+    ranking, label = share.of_all_images(rankings, labels)
     return ranking, label
+
+
+def _encoded(subject: Subject, batches: Iterable[Batch], runtime: Runtime) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens and labels, rounded to half precision as held ones are, so that both ways give the same figures."""
+    for batch in batches:
+        with runtime.autocast():
+            tokens = subject.encode(batch.images, "tokens")
+        yield tokens.half().float(), batch.labels
 
 
 def _num_heads(dim: int) -> int:
@@ -210,9 +183,9 @@ def _num_heads(dim: int) -> int:
     return next(heads for heads in range(max(1, dim // 64), 0, -1) if dim % heads == 0)
 
 
-def _statistics(tokens: Tokens, count: int, size: int) -> tuple[Tensor, Tensor]:
+def _statistics(tokens: Tokens, size: int) -> tuple[Tensor, Tensor]:
     """Mean and deviation of each of the D values, over the tokens of a sample of images."""
-    sample = np.sort(permutation(0, 0, count, Purpose.SUBSET)[:_STATISTICS_IMAGES])
+    sample = np.sort(mixed_subset(tokens.count, _STATISTICS_IMAGES))
     blocks = [block.flatten(0, 1) for block, _ in tokens.batches(sample, size)]
     total = sum(len(block) for block in blocks)
     mean = torch.stack([block.mean(0) * (len(block) / total) for block in blocks]).sum(0)
@@ -220,31 +193,23 @@ def _statistics(tokens: Tokens, count: int, size: int) -> tuple[Tensor, Tensor]:
     return mean, torch.where(variance > 1e-12, variance, torch.ones_like(variance)).sqrt()
 
 
-def _train(
-    probe: AttentiveProbe, tokens: Tokens, count: int, epochs: int, options: AttentiveOptions, seed: int
-) -> Iterator[int]:
+def _train(probe: AttentiveProbe, tokens: Tokens, epochs: int, options: AttentiveOptions, seed: int) -> Iterator[int]:
     """Trains, and says after each epoch how many are done."""
     decayed = [parameter for parameter in probe.parameters() if parameter.ndim > 1]
     plain = [parameter for parameter in probe.parameters() if parameter.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=options.lr)
-    steps = epochs * -(-count // options.batch_size)
-    step = 0
+    steps_per_epoch = -(-tokens.count // options.batch_size)
+    steps = epochs * steps_per_epoch
     for epoch in range(epochs):
-        order = permutation(seed, epoch, count, Purpose.ORDER)
-        for block, labels in tokens.batches(order, options.batch_size):
+        order = permutation(seed, epoch, tokens.count, Purpose.ORDER)
+        for step, (block, labels) in enumerate(tokens.batches(order, options.batch_size)):
+            if not len(labels):  # none of a last batch can be read
+                continue
             for group in optimizer.param_groups:
-                group["lr"] = options.lr * _schedule(step / steps)
+                group["lr"] = options.lr * lr_factor(epoch * steps_per_epoch + step, steps, _SCHEDULE)
             loss = F.cross_entropy(probe(block), labels)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            step += 1
         yield epoch + 1
-
-
-def _schedule(progress: float) -> float:
-    """The share of the peak rate after this share of the steps."""
-    if progress < _WARMUP:
-        return progress / _WARMUP
-    return 0.5 * (1 + math.cos(math.pi * (progress - _WARMUP) / (1 - _WARMUP)))

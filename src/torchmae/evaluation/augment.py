@@ -33,16 +33,9 @@ def build_augment(
     often, if there are any.
     Random numbers are drawn from torch's generator, which a training loop that can be resumed seeds at every step.
 
-    Args:
-        settings: randaugment, mixup and cutmix.
-        input_size: pixels along each axis.
-        mean: that the images were reduced by, one for each channel.
-        std: that they were divided by.
-        num_classes: how many classes there are.
-
     Returns:
-        A function of images and labels to images and targets: (B, num_classes) float32 that sum to 1 when mixup or
-        cutmix is on, the labels themselves otherwise.
+        A function of images, normalised by `mean` and `std`, and labels to images and targets: (B, num_classes) float32
+        that sum to 1 when mixup or cutmix is on, the labels themselves otherwise.
 
     Raises:
         ConfigError: an augmentation that this input cannot have.
@@ -56,11 +49,8 @@ def build_augment(
     if randaugment and len(mean) not in (1, 3):
         raise ConfigError(f"randaugment takes 1 or 3 channels, the input has {len(mean)}", "set randaugment to 0")
     distort = _rand_augment(mean, std, randaugment) if randaugment else None
-    mixers: list[v2.Transform] = []
-    if mixup:
-        mixers.append(v2.MixUp(alpha=mixup, num_classes=num_classes))
-    if cutmix:
-        mixers.append(v2.CutMix(alpha=cutmix, num_classes=num_classes))
+    given = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
+    mixers = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in given if alpha]
     mix = v2.RandomChoice(mixers) if mixers else None
 
     def augment(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

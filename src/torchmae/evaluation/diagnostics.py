@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from torchmae.config import EvalConfig
-from torchmae.data.loader import Batch, ImageLoader, Indices
+from torchmae.data.loader import ImageLoader, Indices
 from torchmae.evaluation import linear
-from torchmae.evaluation.features import extract, pixels
-from torchmae.evaluation.images import fixed_rows, rows_with_label
+from torchmae.evaluation.images import EVAL_BATCH, fixed_rows, read_batches, rows_with_label
 from torchmae.evaluation.knn import knn_accuracy
-from torchmae.evaluation.scores import Labelled, majority, num_classes_of
+from torchmae.evaluation.scores import Labelled, majority
 from torchmae.evaluation.sharing import share
-from torchmae.nn.mae import MaskedAutoencoder
-from torchmae.training.ranks import ALONE, Ranks
+from torchmae.evaluation.subject import Subject, extract
 from torchmae.training.runtime import Runtime
-
-BATCH = 250
 
 
 class FeatureProbe:
@@ -45,22 +39,31 @@ class FeatureProbe:
             return False
         return len(np.unique(self._train.labels[self._train_rows])) > 1
 
-    def run(self, model: MaskedAutoencoder, runtime: Runtime) -> dict[str, float]:
-        """knn and linear, as `class_figures` has them, and the effective_rank of the held-out images' features.
+    def run(self, subject: Subject, runtime: Runtime) -> dict[str, float]:
+        """Two quick measures of how well features tell classes apart, in percent of the held-out images.
 
         Of several ranks, all call this, each encodes a share of the images, and all get the figures.
+
+        Returns:
+            knn: 20 neighbours vote (see `knn.classify`). linear: a logistic regression with C = 0.1 on standardised
+            features, the "linear_c0.1" of `torchmae evaluate`, fitted to its optimum; of 2,000 images with 192 values
+            it takes 0.2 s on two cores. Of a model also the `effective_rank` of the held-out images' features.
         """
-
-        def encode(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-            return extract(model, batches, runtime)
-
-        train, val = self._features(encode, runtime.ranks)
-        rank = {"effective_rank": effective_rank(val.features)} if len(val.features) > 1 else {}
-        return {**class_figures(train, val, self._linear_train), **rank}
-
-    def run_on_pixels(self, ranks: Ranks = ALONE) -> dict[str, float]:
-        """knn and linear of the images themselves, the baseline that a model has to beat."""
-        return class_figures(*self._features(pixels, ranks), self._linear_train)
+        found = []
+        for loader, rows in ((self._train, self._train_rows), (self._val, self._val_rows)):
+            mine = share(rows, EVAL_BATCH, runtime.ranks)
+            found.append(extract(subject, read_batches(loader, mine.rows), runtime, share=mine))
+        train, val = found
+        figures = {"knn": knn_accuracy(*train, *val)}
+        if self._linear_train:
+            few = torch.from_numpy(fixed_rows(len(train.labels), self._linear_train)).to(train.labels.device)
+            some = Labelled(train.features[few], train.labels[few])
+            num_classes = 1 + int(max(train.labels.max(), val.labels.max()))
+            guesses = linear.classify(some, val, num_classes, c=linear.FIXED_C)[:, 0]
+            figures["linear"] = 100.0 * (guesses == val.labels).sum().item() / len(val.labels)
+        if subject.model is not None and len(val.features) > 1:
+            figures["effective_rank"] = effective_rank(val.features)
+        return figures
 
     def majority(self) -> dict[str, float]:
         """majority: percent of the held-out images that are of the commonest class; majority_images: of how many."""
@@ -68,41 +71,6 @@ class FeatureProbe:
         val = self._val.labels[self._val_rows]
         share = majority(self._train.labels[self._train_rows], val)[1]
         return {"majority": share, "majority_images": float(len(val))}
-
-    def _features(
-        self, encode: Callable[[Iterable[Batch]], tuple[Tensor, Tensor]], ranks: Ranks
-    ) -> tuple[Labelled, Labelled]:
-        """Of the training and of the held-out images; each rank encodes a share of them."""
-        found = []
-        for loader, rows in ((self._train, self._train_rows), (self._val, self._val_rows)):
-            mine = share(rows, BATCH, ranks)
-            features, labels = mine.of_all_images(*encode(loader.eval_batches(mine.rows, BATCH)))
-            known = labels >= 0  # but for an unreadable image whose stand-in has no label
-            found.append(Labelled(features[known], labels[known]))
-        train, val = found
-        return train, val
-
-
-def class_figures(train: Labelled, val: Labelled, linear_train: int) -> dict[str, float]:
-    """Two quick measures of how well features tell classes apart, in percent of `val`.
-
-    Args:
-        train: what is learned from.
-        val: what is classified.
-        linear_train: images of `train` that the linear probe learns from, at most; 0: there is no linear probe.
-
-    Returns:
-        knn: 20 neighbours vote (see `knn.knn_predict`). linear: a logistic regression with C = 0.1 on standardised
-        features, the "linear_c0.1" of `torchmae evaluate`, fitted to its optimum; of 2,000 images with 192 values it
-        takes 0.2 s on two cores.
-    """
-    figures = {"knn": knn_accuracy(*train, *val)}
-    if linear_train:
-        rows = torch.from_numpy(fixed_rows(len(train.labels), linear_train)).to(train.labels.device)
-        some = Labelled(train.features[rows], train.labels[rows])
-        guesses = linear.classify(some, val, num_classes_of(train, val), c=linear.FIXED_C)[:, 0]
-        figures["linear"] = 100.0 * (guesses == val.labels).sum().item() / len(val.labels)
-    return figures
 
 
 def effective_rank(features: Tensor) -> float:

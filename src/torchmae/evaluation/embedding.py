@@ -11,10 +11,11 @@ import os
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +27,9 @@ from torchmae.data.formats import Progress
 from torchmae.data.loader import one_line_when_a_worker_ends
 from torchmae.data.sources import Source
 from torchmae.errors import CheckpointError, ConfigError, DataError, reason_of
-from torchmae.evaluation.images import ImageSet, ModelInput, open_parts
+from torchmae.evaluation.images import ImageSet, ModelInput, open_parts, own_data
 from torchmae.evaluation.subject import Subject
-from torchmae.evaluation.suite import own_data
-from torchmae.files import replace_file
+from torchmae.files import locked, replace_file
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.training.pretrained import load
 from torchmae.training.progress import Display
@@ -62,32 +62,17 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class Written:
-    """What `embed` wrote.
-
-    Attributes:
-        path: the file.
-        count: images in it.
-        shape: of one image's features.
-        left_out: images that could not be read and are not in it.
-        resumed: images that an earlier call had done.
-    """
+    """What `embed` wrote."""
 
     path: Path
-    count: int
-    shape: tuple[int, ...]
-    left_out: int
-    resumed: int
+    count: int  # images in the file
+    shape: tuple[int, ...]  # of one image's features
+    left_out: int  # images that could not be read and are not in it
+    resumed: int  # images that an earlier call had done
 
 
 class Block(NamedTuple):
-    """A piece of the work.
-
-    Attributes:
-        number: of the block, from 0.
-        part: which set of images.
-        start: first image in it.
-        stop: after the last one.
-    """
+    """A piece of the work: images `start` to `stop - 1` of a set of images."""
 
     number: int
     part: int
@@ -171,44 +156,44 @@ def embed(
         block_images: images in a block, at most.
 
     Raises:
-        ConfigError: `out` exists, cannot be written, or another embedding to it was begun; features that the subject
-            does not have; parquet without pyarrow.
+        ConfigError: `out` exists or cannot be written; another embedding, or another process, writes it; features that
+            the subject does not have; parquet without pyarrow.
         DataError: too many unreadable images.
         CheckpointError: the disk is full; what is done stays.
     """
     if out.suffix == ".parquet":
         _import_pyarrow()
-    shape = feature_shape(subject, parts[0], pool, runtime)
-    size = parts[0].batch_size
+    first = next(iter(parts[0].batches(np.arange(1), 1)))
+    with runtime.autocast():
+        shape = tuple(subject.encode(first.images, pool).shape[1:])
+    size = parts[0].model.batch_size
     in_bytes = BLOCK_BYTES // (4 * int(np.prod(shape)))
     step = size * max(1, min(block_images, in_bytes) // size)
     blocks = plan_blocks([len(part) for part in parts], step)
+    ranks, lock = runtime.ranks, ExitStack()
 
     def begin() -> tuple[Path, dict[str, Any], list[Block]]:
         identity = _identity(subject, parts, pool, runtime, step)
         partial = open_partial(out, identity)
+        try:
+            lock.enter_context(locked(partial / ".lock"))
+        except BlockingIOError as error:
+            raise ConfigError(f"another process is writing {out}", "wait for it, or choose another --out") from error
         return partial, identity, [block for block in blocks if not _is_whole(_block_path(partial, block))]
 
-    ranks = runtime.ranks
     partial, identity, missing = ranks.on_main(begin)
-    total, resumed = count_images(blocks), count_images(blocks) - count_images(missing)
-    mine = [missing[i] for i in ranks.share(len(missing))]
-    done = resumed
-    for block in compute(subject, parts, mine, partial, pool, runtime):
-        done += count_images([block])
-        if progress is not None:
-            progress("embedding", done, resumed + count_images(mine))
-    ranks.gather(None)  # all have come here: the last block is on the disk
-    about = {name: identity[name] for name in ("weights", "pool")}
-    count = ranks.on_main(lambda: assemble(out, partial, parts, blocks, shape, about))
+    with lock:
+        total, resumed = count_images(blocks), count_images(blocks) - count_images(missing)
+        mine = [missing[i] for i in ranks.share(len(missing))]
+        done = resumed
+        for block in compute(subject, parts, mine, partial, pool, runtime):
+            done += count_images([block])
+            if progress is not None:
+                progress("embedding", done, resumed + count_images(mine))
+        ranks.gather(None)  # all have come here: the last block is on the disk
+        about = {name: identity[name] for name in ("weights", "pool")}
+        count = ranks.on_main(lambda: assemble(out, partial, blocks, shape, about))
     return Written(out, count, shape, total - count, resumed)
-
-
-def feature_shape(subject: Subject, images: ImageSet, pool: str, runtime: Runtime) -> tuple[int, ...]:
-    """The shape of one image's features; ConfigError for features that the subject does not have."""
-    batch = next(iter(images.batches(np.arange(1), 1)))
-    with runtime.autocast():
-        return tuple(subject.encode(batch.images, pool).shape[1:])
 
 
 def plan_blocks(lengths: Sequence[int], step: int) -> list[Block]:
@@ -227,11 +212,7 @@ def count_images(blocks: Sequence[Block]) -> int:
 
 
 def open_partial(out: Path, identity: dict[str, Any]) -> Path:
-    """OUT.partial, new or of the same embedding.
-
-    Raises:
-        ConfigError: `out` exists or cannot be written, or OUT.partial is of another embedding.
-    """
+    """OUT.partial, new or of the same embedding; ConfigError as of `embed`."""
     partial = out.with_name(f"{out.name}.partial")
     if out.exists():
         raise ConfigError(f"{out} exists already", "remove it, or choose another --out")
@@ -265,40 +246,26 @@ def compute(
         for block in mine:
             features: list[Array] = []
             labels: list[Array] = []
-            while sum(map(len, labels)) < block.stop - block.start:
-                batch = next(batches)
+            names: list[str] = []
+            for batch in islice(batches, -(-(block.stop - block.start) // part.model.batch_size)):
                 with runtime.autocast():
                     features.append(subject.encode(batch.images, pool).float().cpu().numpy())
                 labels.append(batch.labels.cpu().numpy())
-            # A stand-in takes the place of an image that cannot be read; here it must not pass for that image.
-            unread = {name for name, _ in rest.bad.items}
-            rows = np.arange(block.start, block.stop)
-            kept = np.array([part.source.name(int(row)) not in unread for row in rows]) if unread else rows >= 0
-            content = BytesIO()
-            np.savez(
-                content, features=np.concatenate(features)[kept], labels=np.concatenate(labels)[kept], rows=rows[kept]
-            )
+                names += [rest.source.name(int(row)) for row in batch.indices]
+            content, paths = BytesIO(), np.array(names, dtype=np.str_)
+            np.savez(content, features=np.concatenate(features), labels=np.concatenate(labels), paths=paths)
             replace_file(_block_path(partial, block), content.getvalue())
             yield block
 
 
 def assemble(
-    out: Path,
-    partial: Path,
-    parts: Sequence[ImageSet],
-    blocks: Sequence[Block],
-    shape: tuple[int, ...],
-    about: Mapping[str, str],
+    out: Path, partial: Path, blocks: Sequence[Block], shape: tuple[int, ...], about: Mapping[str, str]
 ) -> int:
-    """Makes OUT of the blocks, removes OUT.partial, and says how many images OUT holds.
-
-    Raises:
-        CheckpointError: the disk is full; the blocks stay.
-    """
+    """Makes OUT of the blocks, removes OUT.partial, returns how many images it holds; CheckpointError as of `embed`."""
     writing = partial / f"whole{out.suffix}"
     write = _write_parquet if out.suffix == ".parquet" else _write_npz
     try:
-        count = write(writing, partial, parts, blocks, shape, json.dumps(about))
+        count = write(writing, [_block_path(partial, block) for block in blocks], shape, json.dumps(about))
         with writing.open("rb") as file:
             os.fsync(file.fileno())
         writing.replace(out)
@@ -334,6 +301,7 @@ def _identity(subject: Subject, parts: Sequence[ImageSet], pool: str, runtime: R
     return {
         "weights": subject.fingerprint(),
         "data": [part.source.fingerprint() for part in parts],
+        "labels": [part.source.label_fingerprint() for part in parts],
         "images": [len(part) for part in parts],
         "pool": pool,
         "precision": runtime.precision,
@@ -349,32 +317,25 @@ def _is_whole(path: Path) -> bool:
     """Whether a block is there and can be read to its end."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name].shape for name in arrays.files}.keys() == {"features", "labels", "rows"}
+            return {name: arrays[name].shape for name in arrays.files}.keys() == {"features", "labels", "paths"}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return False
 
 
-def _load(partial: Path, block: Block) -> dict[str, Array]:
-    with _block_path(partial, block).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}
+def _pieces(blocks: Sequence[Path], name: str) -> Iterator[Array]:
+    """One array of every block, in order: only one is in memory at a time."""
+    for path in blocks:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            yield arrays[name]
 
 
-def _names(parts: Sequence[ImageSet], block: Block, rows: Array) -> list[str]:
-    return [parts[block.part].source.name(int(row)) for row in rows]
-
-
-def _write_npz(
-    path: Path, partial: Path, parts: Sequence[ImageSet], blocks: Sequence[Block], shape: tuple[int, ...], about: str
-) -> int:
-    """Streams the blocks into an .npz: only one is in memory at a time."""
-    rows = [_load(partial, block)["rows"] for block in blocks]
-    count = sum(map(len, rows))
-    names = (name for block, mine in zip(blocks, rows, strict=True) for name in _names(parts, block, mine))
-    width = max((len(name) for name in names), default=1)
+def _write_npz(path: Path, blocks: Sequence[Path], shape: tuple[int, ...], about: str) -> int:
+    count = sum(map(len, _pieces(blocks, "labels")))
+    text = max((names.dtype for names in _pieces(blocks, "paths")), key=lambda dtype: dtype.itemsize)
     arrays: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
         "features": (np.dtype(np.float32), (count, *shape)),
         "labels": (np.dtype(np.int64), (count,)),
-        "paths": (np.dtype(f"<U{width}"), (count,)),
+        "paths": (text, (count,)),
     }
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         archive.comment = about.encode()
@@ -382,15 +343,12 @@ def _write_npz(
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 header = {"descr": dtype.str, "fortran_order": False, "shape": full}
                 np.lib.format.write_array_header_2_0(file, header)
-                for block, mine in zip(blocks, rows, strict=True):
-                    piece = _names(parts, block, mine) if name == "paths" else _load(partial, block)[name]
+                for piece in _pieces(blocks, name):
                     file.write(np.ascontiguousarray(piece, dtype=dtype).tobytes())
     return count
 
 
-def _write_parquet(
-    path: Path, partial: Path, parts: Sequence[ImageSet], blocks: Sequence[Block], shape: tuple[int, ...], about: str
-) -> int:
+def _write_parquet(path: Path, blocks: Sequence[Path], shape: tuple[int, ...], about: str) -> int:
     """A row group for each block."""
     arrow, parquet = _import_pyarrow()
     kind = arrow.float32()
@@ -399,14 +357,13 @@ def _write_parquet(
     schema = arrow.schema([("path", arrow.string()), ("label", arrow.int64()), ("features", kind)], {"torchmae": about})
     count = 0
     with parquet.ParquetWriter(path, schema) as writer:
-        for block in blocks:
-            held = _load(partial, block)
-            features = arrow.array(held["features"].reshape(-1))
+        for names, labels, values in zip(*(_pieces(blocks, n) for n in ("paths", "labels", "features")), strict=True):
+            features = arrow.array(values.reshape(-1))
             for length in reversed(shape):
                 features = arrow.FixedSizeListArray.from_arrays(features, length)
-            columns = [arrow.array(_names(parts, block, held["rows"])), arrow.array(held["labels"]), features]
+            columns = [arrow.array(names.tolist()), arrow.array(labels), features]
             writer.write_table(arrow.table(columns, schema=schema))
-            count += len(held["rows"])
+            count += len(labels)
     return count
 
 

@@ -22,8 +22,6 @@ from torchmae.random import Purpose, permutation
 
 FloatArray = npt.NDArray[np.float32]
 
-# Queries compared at once.
-_BLOCK = 1024
 EMBEDDINGS = ("tsne", "pca", "umap")
 # Shares of the patches outside the range of colours, on either side, so that one odd patch does not grey the rest.
 _CLIPPED = 1.0
@@ -97,11 +95,7 @@ def content_tokens(model: MaskedAutoencoder, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def class_attention(model: MaskedAutoencoder, images: Tensor) -> FloatArray:
-    """How much the class token attends to each patch in the encoder's last block.
-
-    Args:
-        model: in eval mode, on the images' device.
-        images: (B, C, *size) float, normalised as in training.
+    """How much the class token attends to each patch in the encoder's last block; arguments as for `content_tokens`.
 
     Returns:
         (B, heads, L): the softmax weights of each head, which sum to 1 less what goes to itself and to registers.
@@ -137,28 +131,6 @@ def attention_weights(attention: Attention, x: Tensor) -> Tensor:
     return weights
 
 
-def nearest(features: Tensor, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The nearest neighbours of queries, as kNN classification sees them: by cosine, centred on the features' mean.
-
-    Queries are taken in blocks of 1024, so memory is bounded by 1024 * N.
-
-    Args:
-        features: (N, D).
-        queries: (M, D).
-        count: neighbours; all N when there are fewer.
-
-    Returns:
-        (M, count) int64 indices into `features`, nearest first, and their cosines.
-    """
-    mean = features.mean(0)
-    bank = F.normalize(features - mean, dim=1)
-    found = [
-        (F.normalize(block - mean, dim=1) @ bank.T).topk(min(count, len(bank)), dim=1)
-        for block in torch.split(queries, _BLOCK)
-    ]
-    return torch.cat([item.indices for item in found]), torch.cat([item.values for item in found])
-
-
 def embed_2d(features: Tensor, method: str = "tsne", seed: int = 0) -> FloatArray:
     """Places images on a plane so that similar features lie close together.
 
@@ -168,7 +140,7 @@ def embed_2d(features: Tensor, method: str = "tsne", seed: int = 0) -> FloatArra
 
     Args:
         features: (N, D) with N 3 or more.
-        method: "tsne", "pca" or "umap".
+        method: one of `EMBEDDINGS`.
         seed: of UMAP; t-SNE starts from the principal components.
 
     Returns:
@@ -178,6 +150,7 @@ def embed_2d(features: Tensor, method: str = "tsne", seed: int = 0) -> FloatArra
         ConfigError: UMAP is not installed, or there are too few images.
     """
     from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
 
     one_of("method", method, EMBEDDINGS)
     count = len(features)
@@ -185,27 +158,14 @@ def embed_2d(features: Tensor, method: str = "tsne", seed: int = 0) -> FloatArra
         raise ConfigError(f"a map of {count} images says nothing", "give 3 or more")
     rows = F.normalize((features - features.mean(0)).cpu().double(), dim=1).numpy()
     reduced = PCA(min(_MAP_DIMS, count - 1, rows.shape[1]), svd_solver="full").fit_transform(rows)
+    reduced = np.pad(reduced, ((0, 0), (0, max(0, 2 - reduced.shape[1]))))  # one feature alone is a line
     if method == "pca":
-        place = np.zeros((count, 2))
-        place[:, : reduced.shape[1]] = reduced[:, :2]
+        place = reduced[:, :2]
     elif method == "umap":
         place = _umap(reduced, seed)
     else:
-        place = _tsne(reduced)
+        place = TSNE(perplexity=min(30.0, (count - 1) / 3), init="pca", random_state=0, n_jobs=1).fit_transform(reduced)
     return place.astype(np.float32)
-
-
-def _tsne(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    from sklearn.manifold import TSNE
-
-    count, dims = rows.shape
-    # The first two components as a start, small, as Kobak and Berens 2019 advise; one feature alone is its own map.
-    start = np.zeros((count, 2))
-    start[:, : min(dims, 2)] = rows[:, :2]
-    start *= 1e-4 / max(float(start[:, 0].std()), 1e-12)
-    perplexity = min(30.0, (count - 1) / 3)
-    placed: npt.NDArray[np.float64] = TSNE(perplexity=perplexity, init=start, n_jobs=1).fit_transform(rows)
-    return placed
 
 
 def _umap(rows: npt.NDArray[np.float64], seed: int) -> npt.NDArray[np.float64]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,17 +18,26 @@ from torch import Tensor
 
 import torchmae
 from torchmae.config import DataConfig
+from torchmae.config.evaluate import EvaluateOptions
 from torchmae.config.finetune import FinetuneConfig
 from torchmae.data.loader import Batch, ImageLoader, Indices
 from torchmae.data.sources import Subset
 from torchmae.data.transforms import Normalisation
-from torchmae.errors import DataError
+from torchmae.errors import CheckpointError, ConfigError, DataError
 from torchmae.evaluation.augment import build_augment
-from torchmae.evaluation.few_shot import check_counts, draw_images
+from torchmae.evaluation.bench import Bench, check_counts, draw_images, output_folder
 from torchmae.evaluation.finetune_training import FinetuneTask, SubsetPlan, check_same
-from torchmae.evaluation.images import check_classes, class_names, rows_with_label
-from torchmae.evaluation.scores import Result, Scores, rank, score
+from torchmae.evaluation.images import (
+    EVAL_BATCH,
+    check_classes,
+    class_names,
+    read_batches,
+    rows_with_label,
+    run_data,
+)
+from torchmae.evaluation.scores import Result, over_draws, rank, score
 from torchmae.evaluation.sharing import share
+from torchmae.evaluation.subject import Subject
 from torchmae.nn.classifier import Classifier, encoder_arguments
 from torchmae.nn.encoder import ViTEncoder
 from torchmae.nn.mae import MaskedAutoencoder, require_patches
@@ -43,7 +53,69 @@ from torchmae.training.trainer import Evaluator
 from torchmae.training.trainer import train as train_task
 
 NAME = "finetune"
-EVAL_BATCH = 250
+
+
+def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
+    """The figures of `finetune`; few-shot, their means over several trainings, as `over_draws` has them."""
+    assert subject.model is not None
+    model, data, config, few = subject.model, bench.data, options.finetune, options.labels_per_class
+    out = finetune_folder(bench.run, options)
+    arguments = encoder_arguments(require_encoder(model))
+    bench.runtime.ranks.on_main(lambda: check_folder(out, bool(options.resume)))
+    crop_scale = config.for_input(arguments["input_size"], arguments["in_chans"]).crop_scale
+    train = data.train.augmented(replace(run_data(bench.run) or DataConfig(), crop_scale=crop_scale))
+    folders = [out] if few is None else [out / f"draw-{draw}" for draw in range(options.draws)]
+    begun = bench.runtime.ranks.on_main(lambda: [(folder / "finetune.json").exists() for folder in folders])
+    results = [
+        finetune(
+            model,
+            data.normalisation,
+            train,
+            data.test.loader,
+            config=config,
+            runtime=bench.runtime,
+            out=folder,
+            labels_per_class=few,
+            draw=draw,
+            seed=options.seed,
+            resume=bool(options.resume) and (few is None or begun[draw]),
+            display=bench.display,
+        )
+        for draw, folder in enumerate(folders)
+    ]
+    figures, details, _ = results[0]
+    if few is not None:
+        kept = [name for name in figures if not name.endswith(("_low", "_high"))]
+        figures, details, _ = over_draws([{name: item.figures[name] for name in kept} for item in results], [NAME])
+    left = "the classifier is" if few is None else "the classifier of each draw is"
+    notes = [f"fine-tuned on {figures[f'{NAME}_images']:,.0f} labelled images; {left} in {out}"]
+    if config.init == "random":
+        # Under a name of its own: in a report it must not be taken for what the pre-trained weights gave.
+        figures, details = (
+            {name.replace(NAME, f"{NAME}_random", 1): value for name, value in item.items()}
+            for item in (figures, details)
+        )
+        notes.append("trained from random weights: of the model only its architecture is used")
+    return Result(figures, details, tuple(notes))
+
+
+def finetune_folder(run: str, options: EvaluateOptions) -> Path:
+    """The folder of a fine-tuning: the one asked for, or one in the run that is named after the main settings."""
+    folder = output_folder(run, options)
+    if options.out is not None:
+        return folder
+    count = options.labels_per_class
+    parts = [options.finetune.init, *([f"{count}-per-class"] if count else [])]
+    return folder / "-".join([NAME, *parts, *([f"seed{options.seed}"] if options.seed else [])])
+
+
+def check_folder(out: Path, resume: bool) -> None:
+    """Raises unless `out` holds a fine-tuning when one is resumed, and nothing when one is begun."""
+    begun = out.is_dir() and any(not item.name.startswith(".") for item in out.iterdir())
+    if begun and not resume:
+        raise ConfigError(f"{out} exists already", "go on with --resume, or choose another --out")
+    if resume and not begun:
+        raise CheckpointError(f"{out} holds no fine-tuning to go on with", "leave --resume out to begin one")
 
 
 def finetune(
@@ -70,8 +142,8 @@ def finetune(
     Args:
         model: the pre-trained model; of its weights, the encoder's are used, and with `init="random"` none.
         normalisation: that `model` was trained with.
-        train: labelled images, opened with `data_settings`.
-        test: images to classify; those without a label, or of a class that `train` does not know, are left out.
+        train: labelled images, cropped as `config` says and normalised as for `model`.
+        test: images to classify; those without a label are left out.
         config: how to train.
         runtime: where to compute.
         out: the folder to write; a new one, unless `resume`.
@@ -82,18 +154,14 @@ def finetune(
         display: shows progress; None: nothing.
 
     Returns:
-        figures: finetune, finetune_top5, finetune_low and finetune_high in percent of the test images (see `scores`),
-        finetune_loss (mean of the last epoch, on augmented images), finetune_images and finetune_seconds (of training
-        alone). They are the last epoch's, never the best one's. details: of each class.
+        what `scores.score` says of finetune; finetune_loss (mean of the last epoch, on augmented images),
+        finetune_images and finetune_seconds (of training alone). They are the last epoch's, never the best one's.
 
     Raises:
-        ConfigError: a model without an encoder of patches, settings that its input cannot have, or fewer labelled
-            images than asked for.
+        ConfigError: a model without patches, settings that its input cannot have, or too few labelled images.
         DataError: no labels, or one class only.
-        TrainingError: losses or gradients that are not finite, also after the training was rolled back; memory that ran
-            out; another rank that is gone.
-        Interrupted: by SIGINT or SIGTERM, after the state was saved.
-        CheckpointError: nothing to resume, or a disk that is full.
+        TrainingError, Interrupted: as of `trainer.train`.
+        CheckpointError: nothing to resume, another process in the folder, or a disk that is full.
     """
     display = display or Display("none")
     ranks = runtime.ranks
@@ -105,6 +173,7 @@ def finetune(
         check_counts(train.labels[rows], classes, labels_per_class)
         rows = rows[draw_images(train.labels[rows], labels_per_class, seed, draw)]
     about = {"labels_per_class": labels_per_class, "draw": draw, "seed": seed, "data": train.source.fingerprint()}
+    about["labels"] = train.source.label_fingerprint()
     job = json.loads(json.dumps({"settings": asdict(config), **about}))  # with lists for tuples, as files have it
     torch.manual_seed(step_seed(seed, 0))
     classifier, arguments = build_classifier(model, len(classes), config)
@@ -117,19 +186,19 @@ def finetune(
     if resume:
         check_same(checkpoint, job, out)
     ranks.on_main(lambda: begin(folder, job, checkpoint))
-    measured: list[Scores] = []
+    measured: list[Result] = []
 
-    def measure() -> Scores:
+    def scores_now() -> Result:
         mine = share(test_rows, EVAL_BATCH, ranks)
-        found = predict(task.model.result, test.eval_batches(mine.rows, EVAL_BATCH), runtime)
-        logits, labels = mine.of_all_images(*found)
-        return score(rank(logits), labels, len(classes))
+        found = predict(task.model.result, read_batches(test, mine.rows), runtime)
+        rankings, labels = mine.of_all_images(*found)
+        return score(NAME, rankings, labels, classes)
 
     def figures_now(_: int) -> dict[str, float]:
-        measured.append(measure())
-        return measured[-1].figures(NAME)
+        measured.append(scores_now())
+        return measured[-1].figures
 
-    with Trackers(JsonLines(folder.metrics)) if ranks.is_main else Trackers() as tracker:
+    with closing(folder), Trackers(JsonLines(folder.metrics)) if ranks.is_main else Trackers() as tracker:
         state = train_task(
             task,
             State(0, config.epochs * plan.steps_per_epoch, precision=runtime.precision, data=job["data"], job=job),
@@ -141,35 +210,26 @@ def finetune(
             evaluators=[Evaluator(config.evaluations, figures_now, at_epoch_ends=True)],
             checkpoint=checkpoint,
         )
-        scores = measured[-1] if measured else measure()  # of a training that had ended
+        scores = measured[-1] if measured else scores_now()  # of a training that had ended
         done = (line["step"] for line in folder.read_metrics() if line["kind"] == "val") if ranks.is_main else ()
         if state.step not in done:
-            tracker.log("val", state.step, scores.figures(NAME))
+            tracker.log("val", state.step, scores.figures)
     mean, std = normalisation.mean, normalisation.std
     described = ClassifierDescription(arguments, mean, std, train.source.classes, torchmae.__version__)
     ranks.on_main(lambda: save_classifier(out, task.model.result, described))
     training = {"loss": state.loss, "images": float(len(rows)), "seconds": state.seconds}
-    figures = scores.figures(NAME) | {f"{NAME}_{name}": value for name, value in training.items()}
-    return Result(figures, {NAME: scores.details(classes)})
+    return Result(scores.figures | {f"{NAME}_{name}": value for name, value in training.items()}, scores.details)
 
 
 def begin(folder: RunFolder, job: dict[str, Any], checkpoint: Checkpoint | None) -> None:
-    """Makes the folder of a new training; of a resumed one, leaves out what came after the checkpoint."""
+    """Makes the folder of a new training, of a resumed one leaves out what came after the checkpoint, and locks it."""
     if checkpoint is None:
-        RunFolder.create(folder.path).write_json("finetune.json", job)
-        return
-    folder.rewind_metrics(checkpoint.state["step"])
-    if checkpoint.state["job"] != job:
+        RunFolder.create(folder.path)
+    folder.lock()
+    if checkpoint is not None:
+        folder.rewind_metrics(checkpoint.state["step"])
+    if checkpoint is None or checkpoint.state["job"] != job:
         folder.write_json("finetune.json", job)
-
-
-def data_settings(
-    data: DataConfig, config: FinetuneConfig, model: MaskedAutoencoder, normalisation: Normalisation
-) -> DataConfig:
-    """The same data, cropped as `config` says and normalised as the model was trained with."""
-    arguments = encoder_arguments(require_encoder(model))
-    crop_scale = config.for_input(arguments["input_size"], arguments["in_chans"]).crop_scale
-    return replace(data, crop_scale=crop_scale, mean=normalisation.mean, std=normalisation.std)
 
 
 def labelled_rows(loader: ImageLoader, what: str) -> Indices:
@@ -181,7 +241,7 @@ def labelled_rows(loader: ImageLoader, what: str) -> Indices:
 
 
 def require_encoder(model: MaskedAutoencoder) -> ViTEncoder:
-    """The model's encoder of patches; ConfigError for one that has none."""
+    """The model's encoder of patches; ConfigError where it has none."""
     require_patches(model, "to fine-tune on")
     return cast(ViTEncoder, model.encoder)
 
@@ -189,12 +249,9 @@ def require_encoder(model: MaskedAutoencoder) -> ViTEncoder:
 def build_classifier(
     model: MaskedAutoencoder, num_classes: int, config: FinetuneConfig
 ) -> tuple[Classifier, dict[str, Any]]:
-    """The classifier that training starts from, and the arguments that rebuild it.
+    """The classifier that training starts from, and the arguments that rebuild it; ConfigError for no patches.
 
     Random weights are drawn from torch's generator.
-
-    Raises:
-        ConfigError: a model without an encoder of patches.
     """
     encoder = require_encoder(model)
     arguments = {**encoder_arguments(encoder), "drop_path": config.drop_path, "num_classes": num_classes}
@@ -205,22 +262,15 @@ def build_classifier(
 
 
 @torch.no_grad()
-def predict(model: Classifier, batches: Iterable[Batch], runtime: Runtime) -> tuple[Tensor, Tensor]:
-    """Logits and labels of all images that have a label.
+def predict(model: Classifier, batches: Iterable[Batch], runtime: Runtime) -> tuple[list[Tensor], list[Tensor]]:
+    """Of each batch of images without augmentation, guesses as `scores.rank` gives them, and labels.
 
-    Args:
-        model: put into eval mode.
-        batches: images without augmentation.
-        runtime: where to compute.
-
-    Returns:
-        (N, num_classes) float32 and (N,) int64, on the model's device.
+    The model is put into eval mode.
     """
     model.eval()
-    logits, labels = [], []
+    rankings, labels = [], []
     for batch in batches:
         with runtime.autocast():
-            logits.append(model(batch.images).float())
+            rankings.append(rank(model(batch.images).float()))
         labels.append(batch.labels)
-    known = torch.cat(labels) >= 0
-    return torch.cat(logits)[known], torch.cat(labels)[known]
+    return rankings, labels

@@ -49,16 +49,10 @@ def layer_index(name: str, depth: int) -> int:
 
 
 def parameter_groups(model: Classifier, *, lr: float, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters of every layer with a learning rate of its own (Clark et al. 2020, ELECTRA).
+    """The parameters of every layer with a learning rate of its own (Clark et al. 2020, ELECTRA), from the bottom up.
 
-    Args:
-        model: the classifier.
-        lr: of the head; that of each layer below is `layer_decay` times the one above it.
-        layer_decay: above 0, at most 1.
-        weight_decay: not applied to biases, norms and the class token.
-
-    Returns:
-        Groups for an optimiser, each with its "lr" also as "peak_lr", from the bottom up.
+    `lr` is the head's; that of each layer below is `layer_decay`, in (0, 1], times the one above it. Each group has its
+    "lr" also as "peak_lr". Biases, norms and the class token do not decay.
     """
     depth = len(model.blocks)
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
@@ -172,7 +166,7 @@ class FinetuneTask(Task):
             self.model.average.update_parameters(self.model.classifier)
 
 
-MAY_CHANGE = frozenset({"settings", "checkpoint_minutes", "compile", "accumulate", "base_lr"})
+MAY_CHANGE = frozenset({"settings", "labels", "checkpoint_minutes", "compile", "accumulate", "base_lr"})
 
 
 def check_same(checkpoint: Checkpoint | None, job: dict[str, Any], out: Path) -> None:
@@ -186,8 +180,9 @@ def check_same(checkpoint: Checkpoint | None, job: dict[str, Any], out: Path) ->
     if checkpoint is None or not checkpoint.state.get("job"):
         raise CheckpointError(f"{out} holds no fine-tuning to go on with", "start one in a new folder")
     before = checkpoint.state["job"]
-    if job["data"] != before["data"]:
-        raise DataError("the training images have changed since the checkpoint", "bring the same images back")
+    for name, what in (("data", "images"), ("labels", "labels")):
+        if job[name] != before.get(name, job[name]):
+            raise DataError(f"the training {what} have changed since the checkpoint", f"bring the same {what} back")
     old, new = ({**item, **item["settings"]} for item in (before, job))
     for name, value in new.items():
         if old.get(name) != value and name not in MAY_CHANGE:

@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from torchmae import settings
 from torchmae.config import DataConfig
 from torchmae.config.data import DataOptions
 from torchmae.config.evaluate import EvaluateOptions
@@ -20,9 +21,13 @@ from torchmae.data.opening import HELD_OUT, fit_to_model, held_out_images, hold_
 from torchmae.data.reading import BadFiles, Probe, measure, probe, reader_processes
 from torchmae.data.sources import Source, Subset, all_notes, data_line, in_training_classes
 from torchmae.data.transforms import Normalisation
-from torchmae.errors import DataError, one_of
+from torchmae.errors import ConfigError, DataError, one_of
 from torchmae.evaluation.sharing import Share, share
+from torchmae.paths import user_path
 from torchmae.training.ranks import Ranks
+
+EVAL_BATCH = 250
+"""Images that are encoded at a time where nothing else is said."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class ModelInput:
     channels: int | None
     normalisation: Normalisation | None
     device: torch.device
-    batch_size: int = 250
+    batch_size: int = EVAL_BATCH
     progress: Progress | None = None
     own: Mapping[str, Source] | None = None
 
@@ -64,22 +69,16 @@ class ImageSet:
     Attributes:
         source: the images.
         data: how they are read.
-        batch_size: images in a batch.
-        input_size: pixels along each axis of the model's input.
-        normalisation: what the model was trained with.
-        device: where batches go.
+        model: what they are for.
+        normalisation: what the model was trained with, or what was measured.
         bad: takes the images that cannot be read.
-        progress: told how far reading is.
     """
 
     source: Source
     data: DataOptions
-    batch_size: int
-    input_size: tuple[int, ...]
+    model: ModelInput
     normalisation: Normalisation
-    device: torch.device
     bad: BadFiles
-    progress: Progress | None = None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -94,10 +93,10 @@ class ImageSet:
         limit = self.data.memory_limit * GIB
         return ImageLoader(
             self.source,
-            hold_if_it_fits(self.source, probe(self.source), limit, self.bad, self.progress),
-            view=View(self.input_size, augmentation.crop_scale, augmentation.crop_ratio, augmentation.flip),
+            hold_if_it_fits(self.source, probe(self.source), limit, self.bad, self.model.progress),
+            view=View(self.model.input_size, augmentation.crop_scale, augmentation.crop_ratio, augmentation.flip),
             normalisation=self.normalisation,
-            device=self.device,
+            device=self.model.device,
             num_workers=reader_processes(self.data.num_workers),
             bad=self.bad,
         )
@@ -108,14 +107,23 @@ class ImageSet:
             return self
         return replace(self, source=Subset(self.source, indices))
 
-    def share(self, ranks: Ranks) -> Share:
-        """This rank's share of the images, in the batches of `batches`."""
-        return share(np.arange(len(self)), self.batch_size, ranks)
+    def shared(self, ranks: Ranks, what: str) -> tuple[Share, Iterator[Batch]]:
+        """This rank's share of the images, and its batches; `what` is said when `progress` is told how far they are."""
+        size = self.model.batch_size
+        mine = share(np.arange(len(self)), size, ranks)
+
+        def batches() -> Iterator[Batch]:
+            for number, batch in enumerate(self.only(mine.rows).batches(), 1):
+                yield replace(batch, indices=mine.rows[batch.indices])
+                if self.model.progress is not None:
+                    self.model.progress(what, min(number * size, len(mine.rows)), len(mine.rows))
+
+        return mine, batches()
 
     def batches(self, indices: Indices | None = None, batch_size: int | None = None) -> Iterator[Batch]:
-        """All images in order, or those named."""
+        """`read_batches` of all images in order, or of those named."""
         chosen = np.arange(len(self)) if indices is None else indices
-        return self.loader.eval_batches(chosen, self.batch_size if batch_size is None else batch_size)
+        return read_batches(self.loader, chosen, self.model.batch_size if batch_size is None else batch_size)
 
 
 @dataclass(frozen=True)
@@ -139,16 +147,23 @@ class EvaluationData:
         """How stored values become the model's input."""
         return self.train.normalisation
 
-    @property
-    def bad(self) -> BadFiles:
-        """The images that could not be read so far."""
-        return self.test.bad
-
     def fingerprints(self) -> dict[str, str]:
         """Digests that change when the images do, and others that change when the labels do."""
         sources = {"train": self.train.source, "test": self.test.source}
         images = {split: source.fingerprint() for split, source in sources.items()}
         return images | {f"{split}_labels": source.label_fingerprint() for split, source in sources.items()}
+
+
+def read_batches(loader: ImageLoader, indices: Indices, batch_size: int = EVAL_BATCH) -> Iterator[Batch]:
+    """`ImageLoader.eval_batches` without the neighbours that stand in for images that cannot be read."""
+    for batch in loader.eval_batches(indices, batch_size):
+        unread = {name for name, _ in loader.bad.items}
+        kept = np.flatnonzero([loader.source.name(int(row)) not in unread for row in batch.indices] if unread else [])
+        if not unread or len(kept) == len(batch.indices):
+            yield batch
+        else:
+            rows = torch.from_numpy(kept).to(batch.images.device)
+            yield replace(batch, images=batch.images[rows], labels=batch.labels[rows], indices=batch.indices[kept])
 
 
 def open_evaluation_data(options: EvaluateOptions, model: ModelInput, *, labelled: bool = True) -> EvaluationData:
@@ -176,12 +191,35 @@ def open_evaluation_data(options: EvaluateOptions, model: ModelInput, *, labelle
         test, lost = in_training_classes(test, train, "test")
         notes += lost
         train, test = only_labelled(train, "training"), only_labelled(test, "test")
-    train, test = first_of_fixed_order(train, options.train_images), first_of_fixed_order(test, options.test_images)
+    train, test = fixed_part(train, options.train_images), fixed_part(test, options.test_images)
     classes = class_names(train)
     if labelled:
         check_classes(train, classes)
     sets, said = image_sets([train, test], options.data, model)
     return EvaluationData(sets[0], sets[1], classes, (*notes, *said))
+
+
+def run_data(run: str) -> DataConfig | None:
+    """The data that a run was trained on; None where that is not known."""
+    config = user_path(run) / "config.yaml"
+    return settings.read_config(config).data if config.is_file() else None
+
+
+def own_data(run: str, data: DataOptions) -> DataOptions:
+    """The options with the run's own data in place of none, read as the run did where nothing else is said.
+
+    Raises:
+        ConfigError: there is no data, and the run does not say which.
+    """
+    own = run_data(run)
+    if own is None and data.source is None:
+        raise ConfigError(f"data is not given and {run} does not say which", "add --data PATH_OR_NAME")
+    if own is None:
+        return data
+    same = data.filled_from(own)  # a model sees other data as it saw its own
+    if data.source is None:
+        return replace(data, **same, source=own.source, val_size=own.val_size)
+    return replace(data, **{**same, "root": data.root})
 
 
 def image_sets(
@@ -207,10 +245,7 @@ def image_sets(
         normalisation, types = rescaled(normalisation, data, seen)
         said += [*seen.notes, *types]
     bad = BadFiles(sum(map(len, sources)), data.max_bad)
-    sets = [
-        ImageSet(source, data, model.batch_size, model.input_size, normalisation, model.device, bad, model.progress)
-        for source in fitted.sources
-    ]
+    sets = [ImageSet(source, data, model, normalisation, bad) for source in fitted.sources]
     resampled = next(filter(None, (_resampled(seen, model.input_size) for seen in fitted.probes)), "")
     return sets, tuple(filter(None, [resampled, data_line(said)]))
 
@@ -258,7 +293,7 @@ def only_labelled(source: Source, what: str) -> Source:
     return source if len(known) == len(source) else Subset(source, known)
 
 
-def first_of_fixed_order(source: Source, count: int | None) -> Source:
+def fixed_part(source: Source, count: int | None) -> Source:
     """The images of `fixed_rows`."""
     rows = fixed_rows(len(source), count)
     return source if len(rows) == len(source) else Subset(source, rows)

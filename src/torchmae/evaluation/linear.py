@@ -7,7 +7,6 @@ penalty on a part of the training images: nothing to tune, the same figure each 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -17,8 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchmae.evaluation.scores import Labelled, num_classes_of, rank, score
+from torchmae.config import OptimConfig
+from torchmae.config.evaluate import EvaluateOptions
+from torchmae.evaluation.bench import Bench, chosen_pools
+from torchmae.evaluation.scores import Labelled, Result, join, rank
+from torchmae.evaluation.subject import Subject
 from torchmae.random import Purpose, permutation
+from torchmae.training.optim import lr_factor
 
 SWEEP = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 FIXED_C = 0.1
@@ -32,7 +36,7 @@ _GRADIENT_TOLERANCE = 1e-6
 
 # The paper's table 10.
 _EPOCHS = 90
-_WARMUP_EPOCHS = 10
+_SCHEDULE = OptimConfig(warmup=10 / _EPOCHS)
 _BATCH = 16384
 _LR = 0.1 * _BATCH / 256
 _STEPS_PER_EPOCH = 78  # of that batch, on ImageNet
@@ -57,29 +61,27 @@ class Linear(NamedTuple):
         return F.linear(features, self.weight, self.bias)
 
 
-def run(train: Labelled, test: Labelled, *, protocol: str = "sweep", seed: int = 0) -> dict[str, float]:
-    """Accuracy in percent: linear, linear_top5, linear_low, linear_high.
+def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
+    """Accuracies for each kind of features (see `chosen_pools`), and of the patch mean with C = `FIXED_C` too."""
+    results = []
+    for pool in chosen_pools(subject, options, subject.pools):
 
-    Args:
-        train: what is learned from.
-        test: what is classified.
-        protocol: "sweep" or "paper".
-        seed: of the part of `train` that chooses, or of the weights and the order.
-    """
-    num_classes = num_classes_of(train, test)
-    method = classify_paper if protocol == "paper" else classify
-    return score(method(train, test, num_classes, seed=seed), test.labels, num_classes).figures("linear")
+        def guesses(train: Labelled, test: Labelled, num_classes: int, pool: str = pool) -> dict[str, Tensor]:
+            if options.protocol == "paper":
+                return {f"linear_paper_{pool}": classify_paper(train, test, num_classes, seed=options.seed)}
+            found = {f"linear_{pool}": classify(train, test, num_classes, seed=options.seed)}
+            if pool == "mean":
+                found[f"linear_c{FIXED_C}"] = classify(train, test, num_classes, c=FIXED_C)
+            return found
+
+        results.append(bench.probe(subject, pool, guesses, options))
+    return join(results)
 
 
 def classify(train: Labelled, test: Labelled, num_classes: int, *, c: float | None = None, seed: int = 0) -> Tensor:
     """Guesses of a logistic regression on standardised features: (M, at most 5) classes, the likeliest first.
 
-    Args:
-        train: what is learned from.
-        test: what is classified; it has no part in any choice.
-        num_classes: how many classes there are.
-        c: strength of the fit, scikit-learn's C; None: chosen by `choose_c`.
-        seed: of that choice.
+    `c` is the strength of the fit, scikit-learn's C; None: chosen by `choose_c` with `seed`, on training images alone.
     """
     c = choose_c(train, num_classes, seed=seed) if c is None else c
     scaled, others = standardise(train.features, test.features)
@@ -181,11 +183,7 @@ def classify_paper(train: Labelled, test: Labelled, num_classes: int, *, seed: i
     and a cosine. The paper's batch of 16,384 means 78 steps an epoch on ImageNet; smaller data takes the smaller batch
     that gives as many, down to 32. The rate stays: the length of a LARS step does not depend on the gradient's.
 
-    Args:
-        train: what is learned from.
-        test: what is classified.
-        num_classes: how many classes there are.
-        seed: of the weights and the order.
+    `seed` is of the weights and the order.
     """
     count, device = len(train.labels), train.features.device
     batch = min(count, max(_MIN_BATCH, min(_BATCH, count // _STEPS_PER_EPOCH)))
@@ -202,17 +200,10 @@ def classify_paper(train: Labelled, test: Labelled, num_classes: int, *, seed: i
                 continue
             x = norm(train.features[rows])
             error = classifier.logits(x).softmax(1) - F.one_hot(train.labels[rows], num_classes)
-            lr = _LR * _schedule(epoch + step / steps_per_epoch)
+            lr = _LR * lr_factor(epoch * steps_per_epoch + step, _EPOCHS * steps_per_epoch, _SCHEDULE)
             _lars_step(classifier, (error.T @ x / len(rows), error.mean(0)), momenta, lr)
     norm.eval()
     return rank(torch.cat([classifier.logits(norm(block)) for block in torch.split(test.features, _BATCH)]))
-
-
-def _schedule(epoch: float) -> float:
-    """The share of the peak rate at a fractional epoch."""
-    if epoch < _WARMUP_EPOCHS:
-        return epoch / _WARMUP_EPOCHS
-    return 0.5 * (1 + math.cos(math.pi * (epoch - _WARMUP_EPOCHS) / (_EPOCHS - _WARMUP_EPOCHS)))
 
 
 def _lars_step(classifier: Linear, gradients: tuple[Tensor, Tensor], momenta: list[Tensor], lr: float) -> None:

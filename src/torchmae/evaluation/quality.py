@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
 
+from torchmae.config.evaluate import EvaluateOptions, ReconstructionOptions
+from torchmae.data.loader import Batch
 from torchmae.data.transforms import Normalisation
 from torchmae.errors import ConfigError, one_of
+from torchmae.evaluation.bench import Bench
+from torchmae.evaluation.images import EVAL_BATCH, fixed_rows
 from torchmae.evaluation.inpainting import interpolate
 from torchmae.evaluation.reconstruction import HoldOut
 from torchmae.evaluation.scores import Result
-from torchmae.evaluation.sharing import Share
+from torchmae.evaluation.sharing import Share, share
+from torchmae.evaluation.subject import Subject
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Masker
 from torchmae.training.runtime import Runtime
 
-BATCH = 250
-
+Pixels: TypeAlias = npt.NDArray[np.float32]
 _WINDOW = 7  # scikit-image's default side of SSIM's window
 _PSNR_LIMIT = 100.0  # dB, an error of 1e-5: stands for infinity, which would spoil a mean
 
@@ -31,45 +36,44 @@ def strategies_of(model: MaskedAutoencoder) -> tuple[str, ...]:
     return tuple(name for name, strategy in model.encoder.strategies.items() if strategy.evaluated)
 
 
-def run(
+def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
+    """`measure_model` on some of the test images."""
+    assert subject.model is not None
+    chosen = fixed_rows(len(bench.data.test), options.reconstruction.images)
+    mine = share(np.arange(len(chosen)), EVAL_BATCH, bench.runtime.ranks)
+    images = bench.data.test.only(chosen[mine.rows])
+    return measure_model(
+        subject.model,
+        [replace(batch, indices=mine.rows[batch.indices]) for batch in images.batches(None, EVAL_BATCH)],
+        mine,
+        normalisation=bench.data.normalisation,
+        runtime=bench.runtime,
+        options=options.reconstruction,
+        seed=options.seed,
+    )
+
+
+@torch.no_grad()
+def measure_model(
     model: MaskedAutoencoder,
-    images: Tensor,
+    batches: Sequence[Batch],
+    share: Share,
     *,
     normalisation: Normalisation,
     runtime: Runtime,
-    ratios: Sequence[float] = (0.5, 0.75, 0.9),
-    strategies: Sequence[str] | None = None,
+    options: ReconstructionOptions,
     seed: int = 0,
-) -> dict[str, float]:
-    """Figures for every strategy and ratio, each beside the same of interpolation. Arguments as for `measure`."""
-    return measure(
-        model, images, normalisation=normalisation, runtime=runtime, ratios=ratios, strategies=strategies, seed=seed
-    ).figures
-
-
-def measure(
-    model: MaskedAutoencoder,
-    images: Tensor,
-    *,
-    normalisation: Normalisation,
-    runtime: Runtime,
-    ratios: Sequence[float] = (0.5, 0.75, 0.9),
-    strategies: Sequence[str] | None = None,
-    seed: int = 0,
-    share: Share | None = None,
 ) -> Result:
     """PSNR and SSIM (scikit-image's) of whole pictures with the visible part pasted, and explained variance.
 
     Args:
         model: the model.
-        images: (B, C, *size) float32, normalised, on the device.
-        normalisation: how they became so; PSNR and SSIM are of the range that it shows.
+        batches: images; an image's index decides its mask.
+        share: of several ranks, the share of the images that `batches` are; the figures are of all images.
+        normalisation: of the images; PSNR and SSIM are of the range that it shows.
         runtime: where to compute.
-        ratios: shares that are hidden, each in (0, 1).
-        strategies: how; None: all that the model has.
+        options: which masks.
         seed: another one gives other masks.
-        share: of several ranks, the share of the images that `images` are, in batches of `BATCH`; all ranks call this,
-            and the figures are of all images. None: `images` are all there are.
 
     Returns:
         figures `<strategy>_<ratio>_psnr` (dB, mean over images), `_ssim`, `_explained_variance` (of the hidden values,
@@ -80,57 +84,39 @@ def measure(
     """
     metrics = _import_metrics()
     known = strategies_of(model)
-    share = share or Share(np.arange(len(images)), len(images), -(-len(images) // BATCH))
     figures: dict[str, float] = {}
-    notes: list[str] = []
+    notes: dict[str, None] = {}
     rows: list[dict[str, Any]] = []
-    for strategy in strategies or known:
+    for strategy in options.strategies or known:
         one_of("reconstruction.strategies", strategy, known)
-        for ratio in ratios:
+        for ratio in options.ratios:
             masker = Masker(model.encoder, strategy, ratio)
-            batches = [
-                (part, masker(seed, 0, share.rows[start : start + BATCH], runtime.device))
-                for start, part in zip(range(0, len(images), BATCH), torch.split(images, BATCH), strict=True)
-            ]
-            values, note = _measure_one(model, batches, normalisation, runtime, metrics, share)
-            figures |= {f"{strategy}_{ratio:g}_{name}": value for name, value in values.items()}
+            masked = [(batch.images, masker(seed, 0, batch.indices, runtime.device)) for batch in batches]
+            found, note = [], ""
+            for images, mask in masked:
+                with runtime.autocast():
+                    filled = model.reconstruct(images, mask)
+                note = filled.note
+                shown = [normalisation.shown(item).numpy() for item in (images, filled.images)]
+                shown.append(normalisation.shown(interpolate(images, filled.removed)).numpy())
+                found.append([_compare_both(metrics, *three) for three in zip(*shown, strict=True)])
+            of_all = [item for batch in share.of_all_batches(found) for item in batch]
+            values = {name: float(np.mean([item[name] for item in of_all])) for name in of_all[0]}
+            hold_out = HoldOut(model, masked, runtime, share).run()
+            values |= {name: hold_out[name] for name in ("explained_variance", "explained_variance_interpolation")}
             rows.append({"strategy": strategy, "ratio": ratio, **values})
-            notes.append(f"PSNR and SSIM: {note}")
-    count = sum(share.ranks.gather(share.num_images))
-    return Result(figures, {"images": count, "rows": rows}, tuple(dict.fromkeys(notes)))
+            figures |= {f"{strategy}_{ratio:g}_{name}": value for name, value in values.items()}
+            notes[f"PSNR and SSIM: {note}"] = None
+    count = sum(share.of_all_batches([len(batch.labels) for batch in batches]))
+    return Result(figures, {"images": count, "rows": rows}, tuple(notes))
 
 
-@torch.no_grad()
-def _measure_one(
-    model: MaskedAutoencoder,
-    batches: Sequence[tuple[Tensor, Any]],
-    normalisation: Normalisation,
-    runtime: Runtime,
-    metrics: Any,
-    share: Share,
-) -> tuple[dict[str, float], str]:
-    by_batch: list[dict[str, list[float]]] = []
-    note = ""
-    for images, mask in batches:
-        with runtime.autocast():
-            result = model.reconstruct(images, mask)
-        note = result.note
-        original = normalisation.shown(images).numpy()
-        by_name: dict[str, list[float]] = {}
-        guesses = {"": result.images, "_interpolation": interpolate(images, result.removed)}
-        for suffix, guess in guesses.items():
-            for true, filled in zip(original, normalisation.shown(guess).numpy(), strict=True):
-                for name, value in _compare(metrics, true, filled).items():
-                    by_name.setdefault(f"{name}{suffix}", []).append(value)
-        by_batch.append(by_name)
-    of_all = share.of_all_batches(by_batch)
-    means = {name: float(np.mean([value for found in of_all for value in found[name]])) for name in of_all[0]}
-    hold_out = HoldOut(model, batches, runtime, share).run()
-    variance = {name: hold_out[name] for name in ("explained_variance", "explained_variance_interpolation")}
-    return {**means, **variance}, note
+def _compare_both(metrics: Any, true: Pixels, filled: Pixels, interpolated: Pixels) -> dict[str, float]:
+    beside = _compare(metrics, true, interpolated)
+    return {**_compare(metrics, true, filled), **{f"{name}_interpolation": beside[name] for name in beside}}
 
 
-def _compare(metrics: Any, true: np.ndarray[Any, Any], filled: np.ndarray[Any, Any]) -> dict[str, float]:
+def _compare(metrics: Any, true: Pixels, filled: Pixels) -> dict[str, float]:
     """PSNR and SSIM of one image (C, *size) whose range is 1; SSIM from 3 pixels a side."""
     smallest = min(true.shape[1:])
     window = min(_WINDOW, smallest - 1 + smallest % 2)  # an odd number of pixels

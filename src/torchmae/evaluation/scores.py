@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import NormalDist, mean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,41 +46,12 @@ class Result(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Scores:
-    """How well a classifier did.
-
-    Attributes:
-        top1: share of images whose first guess is right, in percent.
-        top5: share with the right class among the first five; None with five classes or fewer.
-        low: lower end of the 95% confidence interval of top1.
-        high: upper end.
-        per_class: (C,) share right among the images of each class, NaN for a class without any.
-        counts: (C,) images of each class.
-        confusion: (C, C) images of the row's class that were taken for the column's.
-    """
-
-    top1: float
-    top5: float | None
-    low: float
-    high: float
-    per_class: Tensor
-    counts: Tensor
-    confusion: Tensor
-
-    def figures(self, name: str) -> dict[str, float]:
-        """`name`, `name`_top5, `name`_low and `name`_high."""
-        top5 = {} if self.top5 is None else {f"{name}_top5": self.top5}
-        return {name: self.top1, **top5, f"{name}_low": self.low, f"{name}_high": self.high}
-
-    def details(self, classes: Sequence[str]) -> dict[str, Any]:
-        """The table of classes and, up to `MAX_CONFUSION_CLASSES` of them, the confusion matrix, as JSON values."""
-        per_class = [
-            {"class": name, "images": count, "top1": None if math.isnan(share) else share}
-            for name, count, share in zip(classes, self.counts.tolist(), self.per_class.tolist(), strict=True)
-        ]
-        small = len(classes) <= MAX_CONFUSION_CLASSES
-        return {"per_class": per_class, "confusion": self.confusion.tolist() if small else None}
+def join(results: Iterable[Result]) -> Result:
+    """Several results as one."""
+    joined = Result({}, {})
+    for item in results:
+        joined = Result(joined.figures | item.figures, joined.details | item.details, joined.notes + item.notes)
+    return joined
 
 
 def rank(votes: Tensor) -> Tensor:
@@ -88,30 +59,40 @@ def rank(votes: Tensor) -> Tensor:
     return votes.topk(min(votes.shape[1], TOP), dim=1).indices
 
 
-def score(ranking: Tensor, labels: Tensor, num_classes: int) -> Scores:
-    """Scores of ranked guesses.
+def score(name: str, ranking: Tensor, labels: Tensor, classes: Sequence[str]) -> Result:
+    """How well a classifier did.
 
     Args:
+        name: of the figure.
         ranking: (M, at most 5) classes, the likeliest first, as `rank` gives them.
         labels: (M,) int64, the right ones.
-        num_classes: C, above every label and every guess.
+        classes: the name of each class.
+
+    Returns:
+        figures, in percent: NAME, the share of images whose first guess is right; with more than five classes
+        NAME_top5, that with the right class among the first five; NAME_low and NAME_high, the ends of the 95% interval
+        of NAME. details, under NAME: the images and the share right of each class, and up to `MAX_CONFUSION_CLASSES` of
+        them the confusion matrix (rows are the right classes).
     """
-    ranking, labels = ranking.cpu(), labels.cpu()
+    ranking, labels, num_classes = ranking.cpu(), labels.cpu(), len(classes)
     right = ranking == labels[:, None]
-    confusion = torch.bincount(labels * num_classes + ranking[:, 0], minlength=num_classes**2)
-    confusion = confusion.view(num_classes, num_classes)
-    counts = confusion.sum(1)
-    correct = int(right[:, 0].sum())
-    low, high = bootstrap_interval(correct, len(labels))
-    return Scores(
-        top1=100 * correct / len(labels),
-        top5=100 * right.any(1).double().mean().item() if num_classes > TOP else None,
-        low=100 * low,
-        high=100 * high,
-        per_class=100 * confusion.diagonal().double() / counts,
-        counts=counts,
-        confusion=confusion,
+    counts = torch.bincount(labels, minlength=num_classes).tolist()
+    right_counts = torch.bincount(labels[right[:, 0]], minlength=num_classes).tolist()
+    confusion = None
+    if num_classes <= MAX_CONFUSION_CLASSES:
+        pairs = torch.bincount(labels * num_classes + ranking[:, 0], minlength=num_classes**2)
+        confusion = pairs.view(num_classes, num_classes).tolist()
+    figures = {name: 100 * sum(right_counts) / len(labels)}
+    if num_classes > TOP:
+        figures[f"{name}_top5"] = 100 * right.any(1).double().mean().item()
+    figures[f"{name}_low"], figures[f"{name}_high"] = (
+        100 * end for end in wilson_interval(sum(right_counts), len(labels))
     )
+    per_class = [
+        {"class": word, "images": count, "top1": 100 * correct / count if count else None}
+        for word, count, correct in zip(classes, counts, right_counts, strict=True)
+    ]
+    return Result(figures, {name: {"per_class": per_class, "confusion": confusion}})
 
 
 def majority(train: Indices, test: Indices) -> tuple[int, float]:
@@ -124,14 +105,16 @@ def chance_note(figures: Mapping[str, float], train: Indices, test: Indices, cla
     """A note where no accuracy is surely above that of always answering the commonest class.
 
     Args:
-        figures: as `Scores.figures` gives them; others are passed over.
+        figures: as `score` gives them; others are passed over.
         train: labels of the training images.
         test: labels of the test images.
         classes: the name of each.
     """
     lowest = [figures[f"{name}_low"] for name in figures if f"{name}_low" in figures]
+    if not lowest:
+        return ()
     commonest, share = majority(train, test)
-    if not lowest or max(lowest) > share:
+    if max(lowest) > share:
         return ()
     doubt = ""
     if all(map(_SHARD.fullmatch, classes)):
@@ -144,37 +127,27 @@ def exact(tensor: Tensor) -> Tensor:
     return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 
 
-def bootstrap_interval(correct: int, count: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Percentile bootstrap interval of a share (Efron 1979), without the resampling.
-
-    Drawing `count` of `count` right or wrong answers with replacement gives a binomial number of right ones, so the
-    interval that ever more resamples would tend to is known, and there is nothing to seed.
+def wilson_interval(correct: int, count: int) -> tuple[float, float]:
+    """The 95% score interval of a share (Wilson 1927), in [0, 1]; never a single point, also where all answers agree.
 
     Args:
         correct: right answers.
         count: all answers, at least 1.
-        confidence: in (0, 1).
-
-    Returns:
-        lower and upper end, in [0, 1].
     """
-    share = torch.tensor(correct / count, dtype=torch.float64)
-    k = torch.arange(count + 1, dtype=torch.float64)
-    total = torch.tensor(float(count), dtype=torch.float64)
-    choices = torch.lgamma(total + 1) - torch.lgamma(k + 1) - torch.lgamma(total - k + 1)
-    probability = torch.exp(choices + torch.special.xlogy(k, share) + torch.special.xlogy(total - k, 1 - share))
-    tail = (1 - confidence) / 2
-    ends = torch.searchsorted(probability.cumsum(0), torch.tensor([tail, 1 - tail], dtype=torch.float64))
-    low, high = (min(end, count) / count for end in ends.tolist())
-    return low, high
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    share = correct / count
+    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2) / (1 + z**2 / count)
+    return max(min(centre - half, share), 0.0), min(max(centre + half, share), 1.0)
 
 
-def combine(scores: Mapping[str, Scores], classes: Sequence[str]) -> Result:
-    """One result of several classifiers' scores."""
-    figures = {key: value for name, item in scores.items() for key, value in item.figures(name).items()}
-    return Result(figures, {name: item.details(classes) for name, item in scores.items()})
+def over_draws(draws: Sequence[Mapping[str, float]], accuracies: Sequence[str]) -> Result:
+    """Figures of several draws of training images as their means.
 
-
-def num_classes_of(*sets: Labelled) -> int:
-    """One more than the largest label."""
-    return 1 + max(int(item.labels.max()) for item in sets)
+    Of `accuracies` also the deviation of a sample (0 for one draw), as NAME_std, and as details the value of each draw.
+    """
+    figures = {name: mean(figures[name] for figures in draws) for name in draws[0]}
+    values = {name: [figures[name] for figures in draws] for name in accuracies}
+    for name, found in values.items():
+        figures[f"{name}_std"] = stdev(found) if len(found) > 1 else 0.0
+    return Result(figures, {name: {"draws": found} for name, found in values.items()})

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from torchmae.data.loader import Indices
@@ -21,19 +22,21 @@ class Share:
 
     Attributes:
         rows: the images that it looks at, in order; the last one may be a stand-in.
-        num_images: how many of them count.
-        num_batches: how many batches they make.
+        num_batches: how many batches count: all but that of a stand-in.
         ranks: among whom the images are divided.
     """
 
     rows: Indices
-    num_images: int
     num_batches: int
     ranks: Ranks = ALONE
 
-    def of_all_images(self, *values: Tensor) -> tuple[Tensor, ...]:
-        """What all ranks have found for their images, (N, ...) each, in the order of all; from this rank's (M, ...)."""
-        return tuple(self.ranks.gather_rows(value[: self.num_images]) for value in values)
+    def of_all_images(self, *values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What all ranks have found for their images, (N, ...) each, in the order of all.
+
+        Each of `values` is what this rank has found, (B, ...) for each of its batches.
+        """
+        count = sum(map(len, values[0][: self.num_batches]))
+        return tuple(self.ranks.gather_rows(torch.cat(list(value))[:count]) for value in values)
 
     def of_all_batches(self, values: Sequence[T]) -> list[T]:
         """What all ranks have found for their batches, in the order of all; from one small value for each of ours."""
@@ -55,4 +58,4 @@ def share(rows: Indices, size: int, ranks: Ranks) -> Share:
     mine = ranks.share(batches)
     own = rows[mine.start * size : mine.stop * size]
     even = len(mine) == -(-batches // ranks.world_size)
-    return Share(own if even else np.concatenate([own, rows[:1]]), len(own), len(mine), ranks)
+    return Share(own if even else np.concatenate([own, rows[:1]]), len(mine), ranks)

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from torchmae import presets
 from torchmae.data.loader import Batch
 from torchmae.data.sources import digest
 from torchmae.errors import ConfigError
-from torchmae.evaluation.features import shrink
 from torchmae.evaluation.scores import Labelled
+from torchmae.evaluation.sharing import Share
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.training.runtime import Runtime
 
 RANDOM = "random"
 PIXELS = "pixels"
+
+# The side, by the number of axes, that images are averaged down to as features: full ones of ten thousand photographs
+# would take gigabytes.
+_PIXEL_SIDE = {1: 1024, 2: 32, 3: 10}
+_POOL: dict[int, Callable[..., Tensor]] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
 
 @dataclass(frozen=True)
@@ -54,16 +60,19 @@ class Subject:
             pool: one of `pools`, or "tokens" where there are any. "both" is "mean" and then "cls".
 
         Returns:
-            (B, D), or (B, L, D) with "tokens".
+            (B, D), or (B, L, D) with "tokens". Of pixels, all values of an image; one of more than 32 x 32 pixels (1024
+            on one axis, 10 x 10 x 10 on three) is averaged down to that.
 
         Raises:
             ConfigError: features that it does not have.
         """
-        if self.model is None:
-            if pool != "mean":
-                raise ConfigError(f"pool is {pool!r} but pixels have no tokens", "leave --pool out")
-            return shrink(images).flatten(1)
-        return self.model.encode(images, pool)
+        if self.model is not None:
+            return self.model.encode(images, pool)
+        if pool != "mean":
+            raise ConfigError(f"pool is {pool!r} but pixels have no tokens", "leave --pool out")
+        axes = images.ndim - 2
+        size = [min(side, _PIXEL_SIDE[axes]) for side in images.shape[2:]]
+        return (images if list(images.shape[2:]) == size else _POOL[axes](images, size)).flatten(1)
 
     def fingerprint(self) -> str:
         """A digest of the weights; empty for pixels."""
@@ -73,14 +82,28 @@ class Subject:
         return digest(part for name in sorted(weights) for part in (name, weights[name].cpu().numpy().tobytes()))
 
 
-def extract_features(subject: Subject, batches: Iterable[Batch], runtime: Runtime, pool: str) -> Labelled:
-    """Features and labels of all batches, on the device; arguments as for `Subject.encode`."""
+def extract(
+    subject: Subject, batches: Iterable[Batch], runtime: Runtime, pool: str = "mean", share: Share | None = None
+) -> Labelled:
+    """Features and labels (-1 where unknown) of all batches, on the device.
+
+    Args:
+        subject: what encodes; its model is put into eval mode.
+        batches: images without augmentation.
+        runtime: where to compute.
+        pool: as for `Subject.encode`.
+        share: of several ranks, the share of the images that `batches` are; all ranks get the features of all images.
+    """
+    if subject.model is not None:
+        subject.model.eval()
     features, labels = [], []
     for batch in batches:
         with runtime.autocast():
             features.append(subject.encode(batch.images, pool).float())
         labels.append(batch.labels)
-    return Labelled(torch.cat(features), torch.cat(labels))
+    if share is None:
+        return Labelled(torch.cat(features), torch.cat(labels))
+    return Labelled(*share.of_all_images(features, labels))
 
 
 def untrained(
@@ -99,5 +122,5 @@ def untrained(
 
 
 def pixels() -> Subject:
-    """Raw pixels, averaged down to 32 x 32 where there are more."""
+    """Raw pixels, the baseline that a model has to beat."""
     return Subject(PIXELS, None)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torchmae import presets
-from torchmae.config.data import DataOptions
 from torchmae.config.evaluate import APPLIES_TO, ComputeOptions, EvaluateOptions
 from torchmae.data.loader import one_line_when_a_worker_ends
 from torchmae.data.sources import Source
-from torchmae.errors import ConfigError, Interrupted, one_of
-from torchmae.evaluation import attentive, few_shot
-from torchmae.evaluation.anomaly_data import open_anomaly_data
-from torchmae.evaluation.images import EvaluationData, ModelInput, open_evaluation_data
-from torchmae.evaluation.methods import ANOMALY, METHODS, WITHOUT_LABELS, Bench, output_folder, run_data
-from torchmae.evaluation.records import append_record
+from torchmae.errors import CheckpointError, ConfigError, one_of
+from torchmae.evaluation.bench import Bench, Method, check_counts, output_folder
+from torchmae.evaluation.images import EvaluationData, ModelInput, open_evaluation_data, own_data
+from torchmae.evaluation.methods import METHODS
 from torchmae.evaluation.scores import Result, chance_note
 from torchmae.evaluation.subject import PIXELS, RANDOM, Subject, pixels, untrained
 from torchmae.nn.mae import MaskedAutoencoder
@@ -26,9 +26,10 @@ from torchmae.training.pretrained import load
 from torchmae.training.progress import Display
 from torchmae.training.ranks import concatenate, one_line_when_lost, open_ranks, ranks_from_environment, share_of_cores
 from torchmae.training.runtime import Runtime, environment, open_runtime
-from torchmae.training.saved_model import Description
 
 ALL = "all"
+RECORDS = "evaluations.jsonl"
+"""A file of a run folder: every evaluation of the run, one JSON object a line, with all that made its figures."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +91,13 @@ def evaluate(
         splits: images of the caller's own, by split, for data "own".
 
     Raises:
-        TorchmaeError: a run, options or data that do not fit.
+        TorchmaeError: a run, options or data that do not fit; a ConfigError on all ranks.
     """
     one_of("method", options.method, (*METHODS, ALL))
     with open_ranks(compute.device) as ranks, one_line_when_lost(ranks, "give the same command again"):
         runtime = open_runtime(compute.device, compute.precision, compute.threads, ranks)
-        options = replace(
-            options, data=replace(options.data, num_workers=share_of_cores(options.data.num_workers, ranks))
-        )
+        workers = share_of_cores(options.data.num_workers, ranks)
+        options = replace(options, data=replace(options.data, num_workers=workers))
         display = Display(compute.progress if ranks.is_main else "none")
         try:
             with one_line_when_a_worker_ends():
@@ -105,20 +105,14 @@ def evaluate(
                     lambda: open_bench(str(run), options, compute.batch_size, runtime, display, model, splits)
                 )
                 results, left_out = measure(bench, subjects, options)
-                bad = concatenate(ranks.gather([*bench.data.train.bad.items, *bench.data.test.bad.items]))
-        except (ConfigError, Interrupted) as error:  # the same on all ranks: one says it
-            if ranks.is_main:
-                raise
-            raise SystemExit(error.exit_status) from None
+                bad = concatenate(ranks.gather(bench.data.test.bad.items))
         finally:
             display.close()
     unread = (f"{len(bad)} images could not be read, the first: {': '.join(bad[0])}",) if bad else ()
     of_methods = (note for by_subject in results.values() for result in by_subject.values() for note in result.notes)
     own = {name: value for by in results.values() for name, value in by[subjects[0].name].figures.items()}
     train, test = bench.data.train.source.labels, bench.data.test.source.labels
-    chance: tuple[str, ...] = ()
-    if options.method not in (*WITHOUT_LABELS, ANOMALY) and train is not None and test is not None:
-        chance = chance_note(own, train, test, bench.data.classes)
+    chance = () if train is None or test is None else chance_note(own, train, test, bench.data.classes)
     notes = tuple(dict.fromkeys([*bench.data.notes, *unread, *left_out, *of_methods, *chance]))
     return Evaluation(results, bench.data, notes, make_record(str(run), bench, subjects, options, results, notes))
 
@@ -135,6 +129,36 @@ def record_evaluation(run: str | Path, evaluation: Evaluation) -> Path | None:
     return append_record(user_path(run), evaluation.record)
 
 
+def append_record(folder: Path, record: Mapping[str, Any]) -> Path:
+    """Adds a line to `RECORDS`, by a single write, and returns the file; CheckpointError where it cannot be written.
+
+    A line that an earlier write left unfinished is closed off first.
+    """
+    path = folder / RECORDS
+    try:
+        with path.open("a+b", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - 1, 0))
+            start = b"\n" if file.read(1) not in (b"", b"\n") else b""
+            line = start + json.dumps(record).encode("utf-8") + b"\n"
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {path}: {error.strerror}", "the figures stand above; free space or mend the folder"
+        ) from error
+    return path
+
+
+def chosen_methods(options: EvaluateOptions) -> dict[str, Method]:
+    """The method asked for; with "all", those that have something beside them and take the options that are given."""
+    if options.method != ALL:
+        return {options.method: METHODS[options.method]}
+    given = [takers for name, takers in APPLIES_TO.items() if getattr(options, name) not in (None, False)]
+    return {name: row for name, row in METHODS.items() if row.beside and all(name in takers for takers in given)}
+
+
 def open_bench(
     run: str,
     options: EvaluateOptions,
@@ -148,106 +172,67 @@ def open_bench(
 
     The first subject is the one asked for; with the method "all" an untrained network and pixels stand beside a run.
     """
-    arguments: dict[str, Any]
-    description: Description | None = None
-    notes: tuple[str, ...] = ()
-    if run in (RANDOM, PIXELS):
-        if options.method == ANOMALY:
-            raise ConfigError(f"{run!r} is no trained model", "give anomaly a run folder")
+    methods = chosen_methods(options)
+    pretrained = None if run in (RANDOM, PIXELS) else load(run, target=options.target, model=own)
+    if pretrained is None:
         if options.preset is None:
             raise ConfigError(f"{run!r} needs a preset", "add --preset vit_tiny_32_p4, or another name")
         if options.target is not None:
             raise ConfigError(f"target is given and {run!r} was trained for none", "leave --target out")
-        arguments, trained = presets.arguments(options.preset), None
+        arguments = presets.arguments(options.preset)
     else:
-        pretrained = load(run, target=options.target, model=own)
+        arguments = pretrained.description.arguments
         if options.method in APPLIES_TO["out"]:
             output_folder(run, options)  # one that is missing is said before the images are opened
-        description, arguments = pretrained.description, pretrained.description.arguments
-        trained = Subject("model", pretrained.model.to(runtime.device))
-        notes = pretrained.notes
+    description = None if pretrained is None else pretrained.description
     model = ModelInput(
         tuple(arguments["input_size"]),
-        None if trained is None else arguments["in_chans"],
+        None if description is None else arguments["in_chans"],
         None if description is None else description.normalisation,
         runtime.device,
         batch_size,
         display.preparing,
         splits,
     )
-    if options.method == ANOMALY:
-        assert description is not None
-        assert trained is not None
-        assert options.normal is not None
-        assert options.test is not None
-        names = None if options.normal_classes is None else [name.strip() for name in options.normal_classes.split(",")]
-        pair = open_anomaly_data(options.normal, options.test, names, options.data, model)
-        pair = replace(pair, notes=(*notes, *pair.notes))
-        return Bench(pair, runtime, display, run, mask_ratio(description)), [trained], options
-    options = replace(options, data=own_data(run, options.data))
-    data = open_evaluation_data(options, model, labelled=options.method not in WITHOUT_LABELS)
-    data = replace(data, notes=(*notes, *data.notes))
-    labels = data.train.source.labels
-    if options.labels_per_class is not None and labels is not None:
-        few_shot.check_counts(labels, data.classes, options.labels_per_class)  # before hours of encoding, not after
-    arguments = {**arguments, "in_chans": len(data.normalisation.mean)}
-    if run == PIXELS:
-        subjects = [pixels()]
-    elif run == RANDOM:
-        subjects = [untrained(arguments, options.seed, runtime.device)]
+    opened = next((method.open for method in methods.values() if method.open is not None), None)
+    if opened is not None:
+        data = opened(options, model)
     else:
-        assert trained is not None
-        baselines = [untrained(arguments, options.seed, runtime.device, own), pixels()] if options.method == ALL else []
-        subjects = [trained, *baselines]
-    return Bench(data, runtime, display, run), subjects, options
-
-
-def mask_ratio(description: Description) -> float:
-    """The share of the patches that was hidden in training; 0.75 where that is not known."""
-    return float(description.mask.get("ratio", 0.75))
-
-
-def own_data(run: str, data: DataOptions) -> DataOptions:
-    """The options with the run's own data in place of none, read as the run did where nothing else is said.
-
-    Raises:
-        ConfigError: there is no data, and the run does not say which.
-    """
-    own = run_data(run)
-    if own is None and data.source is None:
-        raise ConfigError(f"data is not given and {run} does not say which", "add --data PATH_OR_NAME")
-    if own is None:
-        return data
-    same = data.filled_from(own)  # a model sees other data as it saw its own
-    if data.source is None:
-        return replace(data, **same, source=own.source, val_size=own.val_size)
-    return replace(data, **{**same, "root": data.root})
+        options = replace(options, data=own_data(run, options.data))
+        data = open_evaluation_data(options, model, labelled=any(method.labelled for method in methods.values()))
+        if options.labels_per_class is not None and data.train.source.labels is not None:
+            # Before hours of encoding, not after.
+            check_counts(data.train.source.labels, data.classes, options.labels_per_class)
+    arguments = {**arguments, "in_chans": len(data.normalisation.mean)}
+    baselines = {RANDOM: lambda: untrained(arguments, options.seed, runtime.device, own), PIXELS: pixels}
+    beside = {name for method in methods.values() if options.method == ALL for name in method.beside}
+    if pretrained is None:
+        subjects = [baselines[run]()]
+    else:
+        trained = Subject("model", pretrained.model.to(runtime.device))
+        subjects = [trained, *(make() for name, make in baselines.items() if name in beside)]
+        data = replace(data, notes=(*pretrained.notes, *data.notes))
+    ratio = 0.75 if description is None else float(description.mask.get("ratio", 0.75))  # where it is not known
+    return Bench(data, runtime, display, run, ratio), subjects, options
 
 
 def measure(
     bench: Bench, subjects: Sequence[Subject], options: EvaluateOptions
 ) -> tuple[dict[str, dict[str, Result]], tuple[str, ...]]:
     """Results by method and subject; with the method "all" also what was left out and why, a sentence each."""
-    if options.method != ALL:
-        method = METHODS[options.method]
-        return {options.method: {item.name: method(bench, item, options) for item in subjects}}, ()
-    left_out: tuple[str, ...] = ()
-    methods = ["knn", "linear"]
-    if options.labels_per_class is None and subjects[0].has_tokens:
-        need = attentive.token_gib(subjects[0], len(bench.data.train))
-        if need <= options.attentive.memory_limit:
-            methods.append("attentive")
-        else:
-            left_out = (f"attentive is left out: its tokens take {need:.1f} GiB; run it alone with --method attentive",)
-    results = {
-        name: {
-            item.name: METHODS[name](bench, item, options)
-            for item in subjects
-            if name != "attentive" or item.has_tokens
-        }
-        for name in methods
-    }
-    return results, left_out
+    results: dict[str, dict[str, Result]] = {}
+    left_out = []
+    for name, method in chosen_methods(options).items():
+        if options.method != ALL:
+            method.check(name, subjects[0], bench.run)
+        elif not method.suits(subjects[0]):
+            continue
+        elif why := method.left_out(bench, subjects[0], options):
+            left_out.append(why)
+            continue
+        shown = [item for item in subjects[1:] if item.name in method.beside and method.suits(item)]
+        results[name] = {item.name: method.measure(bench, item, options) for item in (subjects[0], *shown)}
+    return results, tuple(left_out)
 
 
 def make_record(
