@@ -188,6 +188,12 @@ def to_yaml(config: PretrainConfig) -> str:
     return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
 
 
+def default_values() -> dict[str, Any]:
+    """Every setting of a run at its default, nested, as YAML has them."""
+    values: dict[str, Any] = _plain(asdict(PretrainConfig()))
+    return values
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from torchmae.config.base import POSITIONAL, Place, RunArgument, Settings, Target
-from torchmae.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -25,11 +24,6 @@ class ExportOptions(Settings):
     part: Literal["encoder", "reconstruction"] = "encoder"
     target: Target | None = None
     data_licence: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.part != "encoder" and self.to != "onnx":
-            raise ConfigError(f"part is {self.part!r} and {self.to} is always whole", "leave --part out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,28 +55,26 @@ def convert(weights: Weights, facts: dict[str, Any], size: Sequence[int] | None)
 
 
 def join_attention(weights: Weights) -> tuple[Weights, list[str]]:
-    """`attn.qkv` of what stands apart: q, k and v, or q_bias, k_bias and v_bias; zeros for biases not there."""
+    """`attn.qkv` of what stands apart: q, k and v, or q_bias, k_bias and v_bias; zeros for biases that no block has."""
     notes: dict[str, None] = {}
-    blocks = [match[1] for name in weights if (match := _ATTENTION.match(name))]
-    any_bias = any(f"{block}qkv.bias" in weights for block in blocks)
-    for block in blocks:
+    biases: dict[str, list[str | None]] = {}
+    for block in [match[1] for name in weights if (match := _ATTENTION.match(name))]:
         for form in ("", "_proj"):
             parts = [f"{block}{part}{form}.weight" for part in "qkv"]
             if all(part in weights for part in parts):
                 weights[f"{block}qkv.weight"] = torch.cat([weights.pop(part) for part in parts])
                 notes["queries, keys and values joined"] = None
-        if f"{block}qkv.weight" not in weights or f"{block}qkv.bias" in weights:
+        if f"{block}qkv.weight" in weights:
+            spellings = [[f"{block}{part}{form}" for form in ("_bias", ".bias", "_proj.bias")] for part in "qkv"]
+            biases[block] = [next((name for name in names if name in weights), None) for names in spellings]
+    absent = [0 if f"{block}qkv.bias" in weights else found.count(None) for block, found in biases.items()]
+    for block, found in biases.items():
+        if f"{block}qkv.bias" in weights or found.count(None) > min(absent):  # the latter is damaged, as is said later
             continue
-        spellings = [[f"{block}{part}{form}" for form in ("_bias", ".bias", "_proj.bias")] for part in "qkv"]
-        found = [next((weights.pop(name) for name in names if name in weights), None) for names in spellings]
-        if any_bias and all(part is None for part in found):  # this block's alone: damaged, as is said later
-            continue
-        width = len(weights[f"{block}qkv.weight"]) // 3
-        weights[f"{block}qkv.bias"] = torch.cat([torch.zeros(width) if part is None else part for part in found])
-        absent = [part for part, bias in zip("qkv", found, strict=True) if bias is None]
-        notes["biases of queries, keys and values joined" + (f"; zero for {', '.join(absent)}" if absent else "")] = (
-            None
-        )
+        zero = torch.zeros(len(weights[f"{block}qkv.weight"]) // 3)
+        weights[f"{block}qkv.bias"] = torch.cat([zero if name is None else weights.pop(name) for name in found])
+        zeros = ", ".join(part for part, name in zip("qkv", found, strict=True) if name is None)
+        notes["biases of queries, keys and values joined" + (f"; zero for {zeros}" if zeros else "")] = None
     return weights, list(notes)
 
 
@@ -94,7 +92,7 @@ def _add_up_positions(weights: Weights, facts: dict[str, Any], size: Sequence[in
     frames, *patch = weights[_PATCHES].shape[2:]
     if len(patch) == 2:
         wanted = None if size is None else tuple(size)[-2:]
-        grid = _plane(space.shape[1], patch, wanted) or _unknown(facts["origin"], space.shape[1], patch, 2)
+        grid = _grid(space.shape[1], patch, wanted) or _unknown(facts["origin"], space.shape[1], patch, 2)
         facts["input_size"] = (time.shape[1] * frames, *(n * p for n, p in zip(grid, patch, strict=True)))
     return {**weights, "pos_embed": positions}, ["separable positions added up: in space, in time"]
 
@@ -111,28 +109,21 @@ def _input_size(weights: Weights, patch: Sequence[int], size: Sequence[int] | No
 
 
 def _grid(count: int, patch: Sequence[int], size: Sequence[int] | None) -> tuple[int, ...] | None:
+    """The grid of so many patches: a square where they make one, else that of `size`, with as many frames as fit."""
+    side = math.isqrt(count)
     if len(patch) == 1:
         return (count,)
-    if len(patch) == 2:
-        return _plane(count, patch, size)
-    if size is None or len(size) not in (2, 3):
+    if len(patch) == 2 and side * side == count:
+        return (side, side)
+    if size is None or not 2 <= len(size) <= len(patch):
         return None
     grid = tuple(length // p for length, p in zip(size, patch[-len(size) :], strict=True))
-    if len(grid) == 3:
-        return grid if math.prod(grid) == count else None
     frames, rest = divmod(count, max(1, math.prod(grid)))
-    return None if rest or not frames else (frames, *grid)
-
-
-def _plane(count: int, patch: Sequence[int], size: Sequence[int] | None) -> tuple[int, ...] | None:
-    """Rows and columns of so many patches: a square where they make one, else those of `size`."""
-    side = math.isqrt(count)
-    if side * side == count:
-        return (side, side)
-    if size is None or len(size) != 2:
+    if rest or not frames:
         return None
-    grid = tuple(length // p for length, p in zip(size, patch, strict=True))
-    return grid if math.prod(grid) == count else None
+    if len(grid) < len(patch):
+        return (frames, *grid)
+    return grid if frames == 1 else None
 
 
 def _unknown(origin: str, count: int, patch: Sequence[int], axes: int) -> Any:

@@ -94,7 +94,7 @@ def chart(title: str, *panels: Panel, along: str = "steps") -> Chart | None:
 
     Args:
         title: what it shows.
-        *panels: the first takes more height than the others.
+        *panels: the first of two takes more height than the other.
         along: what the horizontal axis counts.
     """
     panels = tuple(panel._replace(lines=[line for line in panel.lines if len(line.x)]) for panel in panels)
@@ -102,7 +102,7 @@ def chart(title: str, *panels: Panel, along: str = "steps") -> Chart | None:
         return None
     lines = [line for panel in panels for line in panel.lines]
     far = max(float(line.x[-1]) for line in lines if not line.level) * 1.015 or 1.0
-    shares = (1.0,) if len(panels) == 1 else (0.6, 0.4)
+    shares = (0.6, 0.4) if len(panels) == 2 else (1 / len(panels),) * len(panels)
     scales = [_limits(panel) for panel in panels]
     labels = [
         _labels(panel.unit, *scale, 5 if len(panels) == 1 else 3) for panel, scale in zip(panels, scales, strict=True)

@@ -15,7 +15,17 @@ from torchmae.errors import ConfigError
 from torchmae.files import replace_file
 from torchmae.report.charts import RUN_COLOURS, Chart, Line, Panel, chart, level, series_of
 from torchmae.report.evaluations import figures_of_run
-from torchmae.report.metrics import ACCURACY, BASELINES, METRICS, Figure, final_figures, finite
+from torchmae.report.metrics import (
+    ACCURACY,
+    BASELINES,
+    GOALS,
+    METRICS,
+    Figure,
+    charts_of_training,
+    final_figures,
+    finite,
+    metrics_of,
+)
 from torchmae.report.page import Embedded, Titled, embed, load_titled, open_picture, render_page
 from torchmae.report.pictures import read_layout, split_columns, strip_grid
 from torchmae.report.run import (
@@ -37,23 +47,6 @@ MAX_RUNS = 16
 # Which of several values is the best; None: they cannot be ranked.
 Best: TypeAlias = Callable[[Sequence[float]], float] | None
 
-# Where these differ, losses are of different tasks and cannot be ranked; the others are what accuracies depend on.
-_TASK = ("data.source", "data.val", "data.val_size", "eval.images", "mask.strategy", "mask.ratio")
-_KNN = ("data.source", "data.val", "data.val_size", "eval.knn_train", "eval.knn_val")
-_LINEAR = (*_KNN, "eval.linear_train")
-_BASES = {"explained_variance": _TASK, "loss": _TASK, "knn": _KNN, "linear": _LINEAR}
-# Curves: of which records, of which figure, and a title where the figure's label is not enough.
-_CURVES = (
-    ("val", "explained_variance", ""),
-    ("val", "knn", ""),
-    ("val", "linear", ""),
-    ("val", "loss", "Loss on held-out images"),
-    ("train", "loss", "Training loss"),
-    ("val", "effective_rank", ""),
-    ("train", "update_to_weight", ""),
-    ("train", "lr", ""),
-    ("train", "images_per_s", ""),
-)
 # Differs always, and says nothing.
 _IDLE = ("out",)
 _ENVIRONMENT = ("torchmae", "torch", "processor", "device", "threads", "precision")
@@ -113,7 +106,7 @@ def render_comparison(runs: Sequence[Run]) -> str:
     """The page of several runs, as HTML."""
     columns = _columns(runs)
     configs = [flat(run.config) for run in runs]
-    differing = _differing(columns, _TASK, configs)
+    differing = {goal: _differing(columns, goal, configs) for goal in GOALS}
     evaluations, evaluations_differ = evaluation_rows(columns)
     reconstructions, own_reconstructions = _reconstructions(columns)
     return render_page(
@@ -122,10 +115,11 @@ def render_comparison(runs: Sequence[Run]) -> str:
         columns=columns,
         rows=[
             row
-            for name, basis in _BASES.items()
-            for row in _metric_rows(columns, name, not _differing(columns, basis, configs))
+            for goal, differences in differing.items()
+            for name in metrics_of(goal)
+            for row in _metric_rows(columns, name, not differences)
         ],
-        task_differences=differing,
+        task_differences=differing["reconstruction"],
         knn_images=columns[0].figures.get("knn_images"),
         accuracy_noise=_accuracy_noise(columns),
         costs=list(_cost_rows(columns)),
@@ -261,13 +255,12 @@ def _accuracy_noise(columns: Sequence[Column]) -> float:
     return 2 * 100 * math.sqrt(2 * 0.25 / images) if images else 0.0
 
 
-def _differing(columns: Sequence[Column], names: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Which of some settings differ, the target and the patch, which a preset may set, among them."""
-    found = [name for name in names if len({repr(config.get(name)) for config in configs}) > 1]
-    if names is _TASK:
-        for key, label in (("target", "target"), ("patch_size", "patch size"), ("input_size", "input size")):
-            if len({repr(column.run.summary.get(key)) for column in columns if column.run.summary}) > 1:
-                found.append(label)
+def _differing(columns: Sequence[Column], goal: str, configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which settings differ that figures of a goal depend on; of a reconstruction, what a preset may set too."""
+    found = [name for name in GOALS[goal].settings if len({repr(config.get(name)) for config in configs}) > 1]
+    for key in ("target", "patch_size", "input_size") if goal == "reconstruction" else ():
+        if len({repr(column.run.summary.get(key)) for column in columns if column.run.summary}) > 1:
+            found.append(key.replace("_", " "))
     return found
 
 
@@ -275,7 +268,8 @@ def _charts(columns: Sequence[Column]) -> Iterator[Chart | None]:
     """Curves over the images seen, or over steps where a run does not say its batch size."""
     sizes = [finite(column.run.config, "batch_size") for column in columns]
     along = "steps" if None in sizes else "images seen"
-    for kind, name, heading in _CURVES:
+    training = ["loss", *(names[0] for names in charts_of_training().values())]
+    for kind, name in (*(("val", name) for name in METRICS), *(("train", name) for name in training)):
         metric = METRICS[name]
         lines = []
         for column, size in zip(columns, sizes, strict=True):
@@ -287,7 +281,10 @@ def _charts(columns: Sequence[Column]) -> Iterator[Chart | None]:
             beside = [column.figures.get(f"{name}_{key}") for column in columns]
             if len({None if value is None else f"{value:.4g}" for value in beside}) == 1:
                 lines.append(level(BASELINES[key], beside[0], "mean"))
-        yield chart(heading or metric.label, Panel(lines, metric.unit, from_zero=metric.best is None), along=along)
+        heading = metric.label
+        if name == "loss":
+            heading = "Training loss" if kind == "train" else "Loss on held-out images"
+        yield chart(heading, Panel(lines, metric.unit, from_zero=metric.best is None), along=along)
 
 
 def _reconstructions(columns: Sequence[Column]) -> tuple[SideBySide | None, list[Titled]]:
