@@ -23,6 +23,7 @@ from torchmae.nn.masking import random_mask
 from torchmae.publish import timm as timm_format
 from torchmae.publish.export import export
 from torchmae.publish.exports import Check, compare
+from torchmae.report.metrics import METRICS, Metric, Unit
 from torchmae.training.saved_classifier import load_classifier
 from torchmae.training.saved_model import Description, write_description, write_weights
 
@@ -249,6 +250,13 @@ def test_the_card_says_what_is_known(run: Path, tmp_path: Path) -> None:
     assert "kNN" not in card
     again = export(tmp_path / "out", tmp_path / "second", ExportOptions())
     assert "Nothing is recorded of the training." in (again.path / "README.md").read_text()
+
+
+def test_a_figure_from_outside_is_on_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METRICS, "iou", Metric("Mean IoU", Unit("IoU, %", "{:.2f}".format), goal="features"))
+    run = run_folder(tmp_path / "run")
+    (run / "summary.json").write_text('{"iou": 41.5}')
+    assert "| Mean IoU | 41.50 |" in (export(run, tmp_path / "out", ExportOptions()).path / "README.md").read_text()
 
 
 def test_the_python_of_the_card_runs(run: Path, tmp_path: Path) -> None:

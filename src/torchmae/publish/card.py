@@ -10,7 +10,7 @@ from torchmae.errors import CheckpointError
 from torchmae.nn.classifier import Classifier
 from torchmae.nn.mae import parameter_counts
 from torchmae.publish.exports import Check, Exported, Format
-from torchmae.report.metrics import BASELINES, METRICS, final_figures
+from torchmae.report.metrics import BASELINES, METRICS
 from torchmae.report.run import Run, duration, load_run, short_count
 
 
@@ -103,7 +103,7 @@ def _training(known: Run | None, exported: Exported, data_licence: str | None) -
 
 def _figures(known: Run | None) -> str:
     """A table of what was measured on held-out images, each figure beside its baselines."""
-    measured = final_figures(known.summary, known.val, known.baseline) if known else {}
+    measured = known.figures if known else {}
     rows = []
     for name, metric in METRICS.items():
         if not metric.goal:

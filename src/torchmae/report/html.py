@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,26 +19,16 @@ from torchmae.report.metrics import (
     GOALS,
     LOSS,
     METRICS,
+    Figure,
+    Row,
+    Table,
     Unit,
     charts_of_training,
-    final_figures,
     metrics_of,
 )
 from torchmae.report.page import Embedded, embed, load_titled, open_picture, render_page
 from torchmae.report.pictures import HEADERS, read_layout, split_columns, strip_grid
-from torchmae.report.run import (
-    Record,
-    Run,
-    describe,
-    facts,
-    hidden_unit,
-    is_finished,
-    load_run,
-    setting,
-    state,
-    title,
-    yaml_text,
-)
+from torchmae.report.run import Record, Run, load_run, yaml_text
 from torchmae.report.verdict import judge, training_hints, trend
 from torchmae.settings import default_values
 
@@ -56,14 +46,12 @@ _PREDICTORS = {
 _ENVIRONMENT_LABELS = {"torch": "PyTorch", "torchmae": "torchmae", "torchvision": "torchvision"}
 
 
-@dataclass(frozen=True)
-class Reconstructions:
-    """What the model made of held-out images.
+class Reconstructions(NamedTuple):
+    """What the model made of held-out images at `step`, the last picture, and how it got there.
 
     Attributes:
-        step: the optimiser step of the last picture.
-        columns: the last picture, cut in columns: side by side, or on a phone one below the other.
-        headers: what stands above each third of a column; empty where the picture carries its own.
+        columns: the picture, cut: side by side, or on a phone one below the other.
+        headers: above each third of a column; empty where the picture carries its own.
         pixelated: whether pixels are to be seen as squares.
         note: how the reconstruction came about.
         progress: masked, the reconstruction at each of `progress_steps`, original; None of only one picture.
@@ -78,21 +66,7 @@ class Reconstructions:
     progress_steps: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class ScoreTable:
-    """Figures of the model beside those of what takes no learning.
-
-    A column is (figure, whether it has bars); a row (label, (text, length of the bar in percent) for each column).
-    """
-
-    caption: str
-    head: str
-    columns: list[tuple[str, bool]]
-    rows: list[tuple[str, list[tuple[str, float | None]]]]
-
-
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """A line of the configuration as YAML, and whether it differs from torchmae's default."""
 
     name: str
@@ -115,24 +89,20 @@ def write_report(run: Path, page: Path | None = None) -> Path:
 
 def render(run: Run) -> str:
     """The page of a run, as HTML."""
-    unit = hidden_unit(run)
-    figures = final_figures(run.summary, run.val, run.baseline, setting(run, "eval", "knn_val"))
-    folder = run.path.as_posix()
+    figures, folder = run.figures, run.path.as_posix()
     evaluations, evaluations_left = latest_evaluations(run.evaluations)
     return render_page(
         "run.html",
-        title=title(run),
-        state=state(run),
-        sentence=describe(run),
-        facts=facts(run),
-        verdict=judge(figures, unit),
+        run=run,
+        title=run.title,
+        verdict=judge(figures, run.unit),
         trend=trend(run.val),
         hints=training_hints(run.records),  # the verdict has weighed the loss
-        scores=score_tables(figures, unit) if "loss" in figures else [],
+        scores=score_tables(figures, run.unit) if "loss" in figures else [],
         figures=figures,
-        linear_train=setting(run, "eval", "linear_train"),
+        linear_train=run.settings.get("eval.linear_train"),
         normalised=run.summary.get("target") == "normalised patches",
-        unit=unit,
+        unit=run.unit,
         pictures=load_reconstructions(run),
         evaluations=evaluations,
         evaluations_left=evaluations_left,
@@ -144,9 +114,7 @@ def render(run: Run) -> str:
             for key, value in run.environment.items()
             if value is not None
         ],
-        bad_files=run.bad_files[:_MAX_BAD_FILES],
-        bad_files_left=max(0, len(run.bad_files) - _MAX_BAD_FILES),
-        finished=is_finished(run),
+        max_bad_files=_MAX_BAD_FILES,
         folder=shlex.quote(folder),
         folder_literal=repr(folder),
         again=shlex.quote(f"{folder}-again"),
@@ -154,7 +122,7 @@ def render(run: Run) -> str:
     )
 
 
-def score_tables(figures: Mapping[str, float], unit: str) -> list[ScoreTable]:
+def score_tables(figures: Mapping[str, float], unit: str) -> list[Table]:
     """The figures of each goal that were measured, beside those of what takes no learning."""
     tables = []
     for name, goal in GOALS.items():
@@ -163,13 +131,17 @@ def score_tables(figures: Mapping[str, float], unit: str) -> list[ScoreTable]:
         for key in (key for metric in shown.values() for key in metric.baselines):
             labels[f"_{key}"] = _PREDICTORS.get(key, BASELINES[key].capitalize()).format(unit=unit)
         rows = [
-            (label, [_cell(metric.unit, figures.get(f"{key}{ending}")) for key, metric in shown.items()])
+            Row(
+                label,
+                tuple(_cell(metric.unit, figures.get(f"{key}{ending}")) for key, metric in shown.items()),
+                "" if ending else "ours",
+            )
             for ending, label in labels.items()
             if any(f"{key}{ending}" in figures for key in shown)
         ]
         if rows:
-            heads = [(metric.label.removesuffix(" accuracy"), metric.unit.is_share) for metric in shown.values()]
-            tables.append(ScoreTable(goal.caption, goal.head, heads, rows))
+            heads = tuple(metric.label.removesuffix(" accuracy") for metric in shown.values())
+            tables.append(Table(goal.head, heads, tuple(rows), goal.caption))
     return tables
 
 
@@ -207,10 +179,11 @@ def settings(config: Record) -> list[tuple[str, list[Setting]]]:
     return [(str(section), lines) for section, lines in sections.items() if lines]
 
 
-def _cell(unit: Unit, value: float | None) -> tuple[str, float | None]:
+def _cell(unit: Unit, value: float | None) -> Figure:
     """A figure as text, and where it is a share, the length of its bar in percent."""
     text = "" if value is None else unit.text(value).replace("-", "\N{MINUS SIGN}")
-    return text, round(min(max((value or 0.0) * unit.scale, 0.0), 100.0), 1) if unit.is_share else None
+    bar = round(min(max((value or 0.0) * unit.scale, 0.0), 100.0), 1)
+    return Figure(text, bar=bar if unit.is_share else None)
 
 
 def _charts(run: Run, figures: Mapping[str, float]) -> list[Chart]:
@@ -221,7 +194,7 @@ def _charts(run: Run, figures: Mapping[str, float]) -> list[Chart]:
 
     others = sorted({name for record in run.train for name in record if name.startswith("loss_")})
     # Runs of older versions logged the weighted sum of all targets' losses, which no loss on held-out images is like.
-    summed = bool(setting(run, "model", "hog_weight")) and not others
+    summed = bool(run.settings.get("model.hog_weight")) and not others
     held_out = {}
     for name, metric in METRICS.items():
         lines = [trained("loss")] if name == "loss" and not summed else []

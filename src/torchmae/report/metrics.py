@@ -174,11 +174,38 @@ class Measure(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """A figure as text, how sure it is (interval or deviation), and of an accuracy that of five guesses; or empty."""
+    """A cell of a table; what is unknown is empty.
+
+    Attributes:
+        value: a figure as text.
+        spread: how sure it is: an interval or a deviation.
+        top5: of an accuracy, that of five guesses.
+        bar: of a share, the length of its bar in percent.
+        best: whether it is the best of its row.
+    """
 
     value: str = ""
     spread: str = ""
     top5: str = ""
+    bar: float | None = None
+    best: bool = False
+
+
+class Row(NamedTuple):
+    """A row of a table; `kind` is a class of the style sheet: ours or beside."""
+
+    label: str
+    cells: tuple[Figure, ...]
+    kind: str = ""
+
+
+class Table(NamedTuple):
+    """A table: what stands above its rows' labels and above each column."""
+
+    head: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    caption: str = ""
 
 
 def measure_of(name: str) -> Measure:
