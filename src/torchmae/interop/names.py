@@ -86,11 +86,9 @@ def split_official(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
 
 
 def to_huggingface(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The released checkpoints' layout under transformers' classic names.
+    """The released checkpoints' layout, an encoder alone too, under transformers' classic names.
 
-    Args:
-        weights: under the released checkpoints' names; an encoder alone, too.
-        prefix: before the encoder's names: "vit." in ViTMAEForPreTraining, "" in ViTModel.
+    `prefix` stands before the encoder's names: "vit." in ViTMAEForPreTraining, "" in ViTModel.
     """
     named = {}
     for name, tensor in weights.items():

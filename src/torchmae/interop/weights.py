@@ -59,12 +59,7 @@ class Weights:
 
 
 class AbsentDecoder(Decoder):
-    """In the place of a decoder that was not loaded: whoever reconstructs with it learns why that cannot be.
-
-    Args:
-        reason: a sentence without full stop.
-        fix: what to do about it.
-    """
+    """In the place of a decoder that was not loaded: whoever reconstructs with it learns why that cannot be."""
 
     def __init__(self, reason: str, fix: str) -> None:
         super().__init__()
@@ -164,14 +159,8 @@ def adapt_channels(weight: Tensor, in_chans: int) -> Tensor:
     """A patch embedding for another number of channels, which answers alike to an image whose channels are equal.
 
     timm's rule: one channel takes the sum of all; more take the old ones in turn, scaled by old / new. (With a
-    number of channels that the old one does not divide, the answer is alike only nearly.)
-
-    Args:
-        weight: (D, C, *patch_size).
-        in_chans: channels wanted.
-
-    Returns:
-        (D, in_chans, *patch_size).
+    number of channels that the old one does not divide, the answer is alike only nearly.) `weight` is (D, C,
+    *patch_size), the result (D, in_chans, *patch_size).
     """
     if in_chans == 1:
         return weight.sum(1, keepdim=True)

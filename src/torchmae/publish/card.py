@@ -72,7 +72,7 @@ def _summary(exported: Exported, written: Format) -> str:
     if isinstance(model, Classifier):
         return f"A vision transformer that was fine-tuned to tell {model.head.out_features} classes apart: {block}."
     count, rest = parameter_counts(model)
-    whole = written.decoder or exported.part != "encoder"
+    whole = written.holds.decoder or exported.part != "encoder"
     decoder = f", and a decoder of {short_count(rest)}" if whole else "; its decoder is not in these files"
     return (
         "A masked autoencoder ([He et al. 2021](https://arxiv.org/abs/2111.06377)): a vision transformer of "

@@ -6,8 +6,8 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import SafetensorError
 
@@ -18,59 +18,28 @@ from torchmae.nn.encoder import ENCODERS
 from torchmae.paths import user_path
 from torchmae.publish import huggingface, official, onnx, own, timm
 from torchmae.publish.card import model_card
-from torchmae.publish.exports import TOLERANCE, Check, Exported, Format
+from torchmae.publish.exports import TOLERANCE, Check, Exported, Format, Holds
 from torchmae.training.pretrained import load
 from torchmae.training.saved_classifier import is_classifier, load_classifier
 
+_MAE = Holds(("vit",), as_published=True, decoder="published", classifiers=False)
+_VIT = Holds(("vit",), as_published=True, classifiers=False)
+_GRAPH = Holds(tuple(ENCODERS), images=False, parts=("encoder", "reconstruction"))
+
 EXPORTS = {
-    "timm": Format(timm.write, timm.check, timm.usage, "timm", encoders=("vit",)),
-    "hf-mae": Format(
-        huggingface.write_mae,
-        huggingface.check_mae,
-        huggingface.mae_usage,
-        "transformers",
-        encoders=("vit",),
-        as_published=True,
-        decoder="published",
-        classifiers=False,
-    ),
-    "hf-vit": Format(
-        huggingface.write_vit,
-        huggingface.check_vit,
-        huggingface.vit_usage,
-        "transformers",
-        encoders=("vit",),
-        as_published=True,
-        classifiers=False,
-    ),
-    "official": Format(
-        official.write,
-        official.check,
-        official.usage,
-        "torchmae",
-        encoders=("vit",),
-        as_published=True,
-        decoder="published",
-        classifiers=False,
-    ),
-    "onnx": Format(
-        onnx.write,
-        onnx.check,
-        onnx.usage,
-        "onnx",
-        encoders=tuple(ENCODERS),
-        images=False,
-        parts=("encoder", "reconstruction"),
-    ),
-    "safetensors": Format(own.write, own.check, own.usage, "torchmae", encoders=None, images=False, decoder="any"),
+    "timm": Format(timm.write, timm.check, timm.usage, "timm", Holds(("vit",))),
+    "hf-mae": Format(huggingface.write_mae, huggingface.check_mae, huggingface.mae_usage, "transformers", _MAE),
+    "hf-vit": Format(huggingface.write_vit, huggingface.check_vit, huggingface.vit_usage, "transformers", _VIT),
+    "official": Format(official.write, official.check, official.usage, "torchmae", _MAE),
+    "onnx": Format(onnx.write, onnx.check, onnx.usage, "onnx", _GRAPH),
+    "safetensors": Format(own.write, own.check, own.usage, "torchmae", Holds(None, images=False, decoder="any")),
 }
 """The formats by name, as --to takes them: each is a file of this package and a row here."""
 
 _FILES = (".onnx", ".pth", ".pt", ".bin", ".safetensors")
 
 
-@dataclass(frozen=True)
-class Export:
+class Export(NamedTuple):
     """A finished export.
 
     Attributes:
@@ -103,13 +72,12 @@ def export(run: str | Path, out: str | Path, options: ExportOptions) -> Export:
     """
     path, target = user_path(out), EXPORTS[options.to]
     check_out(path)
-    if options.part not in target.parts:
+    if options.part not in target.holds.parts:
         raise ConfigError(f"part is {options.part!r} and {options.to} is always whole", "leave --part out")
     exported = open_model(run, options)
-    if problem := target.refusal(exported):
-        others = [
-            name for name, other in EXPORTS.items() if options.part in other.parts and not other.refusal(exported)
-        ]
+    if problem := target.holds.refusal(exported):
+        holding = {name: other.holds for name, other in EXPORTS.items() if options.part in other.holds.parts}
+        others = [name for name, holds in holding.items() if not holds.refusal(exported)]
         fix = f"use --to {', '.join(others)}" if others else "leave --part out"
         raise ConfigError(f"{options.to} cannot hold this model: it has {problem}", fix)
     with whole_or_nothing(path) as writing:
@@ -137,9 +105,11 @@ def open_model(run: str | Path, options: ExportOptions) -> Exported:
     """Opens a run, a classifier, or weights of others."""
     path = user_path(run)
     if is_classifier(path):
-        return Exported(*load_classifier(path), options.part)
-    pretrained = load(path, target=options.target)
-    return Exported(pretrained.model, pretrained.description, options.part, pretrained.notes)
+        classifier, about = load_classifier(path)
+        return Exported(classifier, about, options.part, classes=about.classes)
+    opened = load(path, target=options.target)
+    ratio = float(opened.description.mask.get("ratio", 0.75))
+    return Exported(opened.model, opened.description, options.part, opened.notes, ratio, scale=opened.description.scale)
 
 
 def read_back(folder: Path, to: str, exported: Exported) -> Check:

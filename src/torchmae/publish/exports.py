@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from safetensors.torch import save_file
@@ -32,12 +32,18 @@ class Exported:
         description: as torchmae's own folders have it.
         part: what is written: the "encoder" (of some formats, the whole model), or the "reconstruction".
         notes: what was left out or taken for something else when the model was read, a sentence each.
+        mask_ratio: share of the patches that was hidden in training.
+        classes: the name of each logit of a classifier, where known.
+        scale: for each type of stored values, the one that stood for 1 in training; None: as FULL_SCALE says.
     """
 
     model: MaskedAutoencoder | Classifier
     description: Description | ClassifierDescription
     part: str = "encoder"
     notes: tuple[str, ...] = ()
+    mask_ratio: float = 0.75
+    classes: tuple[str, ...] | None = None
+    scale: Mapping[str, float] | None = None
 
     @property
     def encoder(self) -> ViTEncoder:
@@ -56,21 +62,6 @@ class Exported:
         return self.model
 
     @property
-    def mask_ratio(self) -> float:
-        """Share of the patches that was hidden in training."""
-        return float(self.description.mask.get("ratio", 0.75)) if isinstance(self.description, Description) else 0.75
-
-    @property
-    def classes(self) -> tuple[str, ...] | None:
-        """The name of each logit of a classifier, where known."""
-        return self.description.classes if isinstance(self.description, ClassifierDescription) else None
-
-    @property
-    def scale(self) -> Mapping[str, float] | None:
-        """For each type of stored values, the one that stood for 1 in training; None: as FULL_SCALE says."""
-        return self.description.scale if isinstance(self.description, Description) else None
-
-    @property
     def shape(self) -> str:
         """The shape of a batch of images, for people."""
         return f"(batch, {', '.join(map(str, (self.encoder.in_chans, *self.encoder.input_size)))})"
@@ -85,16 +76,8 @@ class Exported:
         return torch.rand(PROBE_IMAGES, self.encoder.num_patches, generator=torch.Generator().manual_seed(1))
 
 
-@dataclass(frozen=True)
-class Check:
-    """What became of comparing what was written with the model.
-
-    Attributes:
-        by: what read the file.
-        what: was compared.
-        difference: the largest, in absolute value.
-        largest: value compared, in absolute value.
-    """
+class Check(NamedTuple):
+    """The largest difference of what was written, as `by` reads it, from the model, and the largest value compared."""
 
     by: str
     what: str
@@ -111,26 +94,18 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Format:
-    """A format of exports: how it is written, read back and loaded, and what it can hold.
+class Holds:
+    """What a format can hold.
 
     Attributes:
-        write: puts a model's files into a folder.
-        check: reads them back, with the library that they are for, and compares.
-        usage: Python that loads them from "FOLDER" and applies them to `images`, for the model card.
-        library: that loads them.
-        encoders: names in `ENCODERS` that it can hold; None: any encoder.
-        images: takes two spatial axes only.
-        as_published: takes only what the released checkpoints have: square images and patches, a class token alone.
-        decoder: that it holds: none, "any", or the "published" one alone.
-        classifiers: takes fine-tuned classifiers too.
-        parts: that can be written; the first one unless said.
+        encoders: names in `ENCODERS`; None: any encoder.
+        images: two spatial axes only.
+        as_published: only what the released checkpoints have: square images and patches, a class token alone.
+        decoder: none, "any", or the "published" one alone.
+        classifiers: fine-tuned classifiers too.
+        parts: of the model that can be written; the first one unless said.
     """
 
-    write: Callable[[Path, Exported], None]
-    check: Callable[[Path, Exported], Check]
-    usage: Callable[[Exported], str]
-    library: str
     encoders: tuple[str, ...] | None
     images: bool = True
     as_published: bool = False
@@ -141,13 +116,12 @@ class Format:
     def refusal(self, exported: Exported) -> str:
         """What a model has that the format cannot hold; empty where it can hold it."""
         model, encoder = exported.model, exported.encoder
-        axes, sizes = len(encoder.patch_size), {"images": encoder.input_size, "patches": encoder.patch_size}
         if self.encoders is not None and exported.kind not in self.encoders:
             return "an encoder of another kind"
-        if self.images and axes != 2:
-            return f"inputs of {axes} axes"
+        if self.images and len(encoder.patch_size) != 2:
+            return f"inputs of {len(encoder.patch_size)} axes"
         if self.as_published:
-            for what, size in sizes.items():
+            for what, size in {"images": encoder.input_size, "patches": encoder.patch_size}.items():
                 if size[0] != size[1]:
                     return f"{what} of {size[0]}x{size[1]}, which are not square"
             if encoder.num_prefix_tokens != 1 or not encoder.has_class_token:
@@ -161,6 +135,24 @@ class Format:
             if self.decoder == "published" and not model.decoder.as_published:
                 return "a decoder that is not the paper's (model.decoder self)"
         return ""
+
+
+class Format(NamedTuple):
+    """A format of exports.
+
+    Attributes:
+        write: puts a model's files into a folder.
+        check: reads them back, with the library that they are for, and compares.
+        usage: Python that loads them from "FOLDER" and applies them to `images`, for the model card.
+        library: that loads them.
+        holds: what it can hold.
+    """
+
+    write: Callable[[Path, Exported], None]
+    check: Callable[[Path, Exported], Check]
+    usage: Callable[[Exported], str]
+    library: str
+    holds: Holds
 
 
 def compare(by: str, what: str, got: Tensor, wanted: Tensor) -> Check:

@@ -36,18 +36,7 @@ _MIN_SIDE = 112
 # Images beside each other, each with its map.
 _PAIRS_PER_ROW = 4
 # Of a map: ten colours of middle lightness, told apart on white and on near-black; a second ten wear another marker.
-_COLOURS = (
-    "#3b7dd8",
-    "#e0702c",
-    "#2e9b57",
-    "#d9485f",
-    "#8a63d2",
-    "#a9752b",
-    "#d265b3",
-    "#7a8a99",
-    "#9aa41c",
-    "#1fa3b5",
-)
+_HUES = ["#3b7dd8", "#e0702c", "#2e9b57", "#d9485f", "#8a63d2", "#a9752b", "#d265b3", "#7a8a99", "#9aa41c", "#1fa3b5"]
 _MARKERS = ("o", "^")
 _LONGEST_NAME = 15
 
@@ -90,13 +79,9 @@ def attention_picture(images: Images, attention: FloatArray) -> Image.Image:
 def neighbours_picture(
     queries: Images, neighbours: Images, captions: Sequence[Sequence[str]], query_captions: Sequence[str]
 ) -> Image.Image:
-    """Images beside those whose features are nearest.
+    """Images, (N, C, *size) in [0, 1], beside those whose features are nearest, (N, K, C, *size), nearest first.
 
-    Args:
-        queries: (N, C, *size) in [0, 1].
-        neighbours: (N, K, C, *size) in [0, 1], nearest first.
-        captions: N lists of K lines, one below each neighbour.
-        query_captions: N lines.
+    `captions` are N times K lines below the neighbours, `query_captions` N lines below the images.
     """
     pairs = zip(as_numpy(queries), as_numpy(neighbours), strict=True)
     rows = [[_panel(image) for image in (query, *found)] for query, found in pairs]
@@ -117,12 +102,8 @@ def ratios_picture(
 ) -> Image.Image:
     """Images, what the model sees of them at several mask ratios, and what it makes of that.
 
-    Args:
-        originals: (N, C, *size) in [0, 1].
-        masked: one (N, C, *size) for each ratio, NaN where hidden.
-        reconstructed: likewise, without NaN.
-        ratios: share that is hidden, in (0, 1).
-        note: how the reconstruction came about (`Reconstruction.note`).
+    All are (N, C, *size) in [0, 1], the last two one for each ratio, a share in (0, 1); `masked` is NaN where hidden.
+    `note` says how the reconstruction came about (`Reconstruction.note`).
     """
     versions = [as_numpy(images) for images in (*masked, *reconstructed, originals)]
     rows: list[list[Image.Image | None]] = []
@@ -163,18 +144,17 @@ def anomaly_picture(images: Images, maps: Mapping[str, FloatArray], truth: Seque
 def map_picture(points: FloatArray, labels: Labels | None, classes: Sequence[str] | None, method: str) -> Image.Image:
     """Draws a map of embeddings.
 
+    At most 20 classes, the commonest, are in colour; the rest are grey.
+
     Args:
         points: (N, 2).
         labels: (N,), -1 where unknown; None: nothing has a label.
         classes: the name of each label; None: its number.
-        method: how the points came about, as the description names it, such as "t-SNE".
-
-    Returns:
-        RGBA with a transparent background. At most 20 classes, the commonest, are in colour; the rest are grey.
+        method: how the points came about, such as "t-SNE".
     """
     known = np.full(len(points), -1) if labels is None else labels
     values, counts = np.unique(known[known >= 0], return_counts=True)
-    shown = sorted(values[np.argsort(-counts, kind="stable")][: len(_COLOURS) * len(_MARKERS)].tolist())
+    shown = sorted(values[np.argsort(-counts, kind="stable")][: len(_HUES) * len(_MARKERS)].tolist())
     size = float(np.clip(12000 / len(points), 6, 40))
     look = {"font.size": 12, "text.color": [value / 255 for value in TEXT[:3]], "scatter.edgecolors": "none"}
     with style.context(["default", look]):
@@ -187,12 +167,12 @@ def map_picture(points: FloatArray, labels: Labels | None, classes: Sequence[str
                 points[rest, 0], points[rest, 1], s=size, c="#8a929c", alpha=0.6, label="other" if shown else None
             )
         for order, label in enumerate(shown):
-            marker, colour = divmod(order, len(_COLOURS))
+            marker, colour = divmod(order, len(_HUES))
             name = class_name(label, classes)
             if len(name) > _LONGEST_NAME:
                 name = f"{name[: _LONGEST_NAME - 1].rstrip()}…"
             x, y = points[known == label].T
-            axes.scatter(x, y, s=size, c=_COLOURS[colour], marker=_MARKERS[marker], alpha=0.8, label=name)
+            axes.scatter(x, y, s=size, c=_HUES[colour], marker=_MARKERS[marker], alpha=0.8, label=name)
         if shown:
             figure.legend(
                 loc="outside lower center",

@@ -253,17 +253,16 @@ def final_figures(
     baseline: Sequence[Mapping[str, Any]] = (),
     knn_limit: int | None = None,
 ) -> dict[str, float]:
-    """The figures a run ended with, by name: its summary's, else those of its last validation that has them.
+    """The figures a run ended with, by name: its summary's, else those of the last record by rising step that has them.
 
     Args:
         summary: summary.json; may be empty.
-        val: validation records by rising step; may be empty.
+        val: validation records; may be empty.
         baseline: records of what needs no training, likewise.
         knn_limit: the setting eval.knn_val, at most which many held-out images are classified.
 
     Returns:
-        What was measured of `METRICS` and their baselines, `step` (when the loss was last measured) and `knn_images`
-        (held-out images that were classified).
+        What was measured of `METRICS` and their baselines, `step` of the last loss, and `knn_images` classified.
     """
     figures = {}
     for name, metric in METRICS.items():

@@ -40,12 +40,7 @@ def as_numpy(images: Images) -> FloatArray:
 
 
 def panel_scale(size: Sequence[int], min_side: int) -> int:
-    """The whole factor by which an image grows until its longer side has `min_side` pixels.
-
-    Args:
-        size: along each spatial axis; a signal is drawn, not enlarged, and of a volume only two axes are seen.
-        min_side: pixels.
-    """
+    """The whole factor by which an image grows until its longer side has `min_side` pixels; a signal is drawn."""
     return 1 if len(size) == 1 else -(-min_side // max(size[-2:]))
 
 

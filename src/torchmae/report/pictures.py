@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from torchmae.errors import CheckpointError
 from torchmae.files import replace_file
 from torchmae.report.panels import as_numpy, draw_table, panel_scale, sample_panels
 
@@ -163,10 +162,6 @@ def save_png(image: Image.Image, path: Path) -> None:
             notes.add_text(str(key), value)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True, pnginfo=notes)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot make folder {path.parent}: {error.strerror}", "mend its permissions") from error
     replace_file(path, buffer.getvalue())
 
 

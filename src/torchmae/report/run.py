@@ -175,7 +175,7 @@ def load_run(run: Path) -> Run:
         missing = "holds neither config.yaml nor metrics.jsonl" if run.is_dir() else "does not exist"
         raise CheckpointError(f"run folder {str(run)!r} {missing}", "give a folder that torchmae pretrain wrote")
     try:
-        records = _read_records(run / "metrics.jsonl")
+        records = [record for record in _read_lines(run / "metrics.jsonl") if isinstance(record.get("step"), int)]
         return Run(
             path=run,
             config=_read_mapping(run / "config.yaml"),
@@ -206,11 +206,6 @@ def _read_mapping(path: Path) -> Record:
     except (ValueError, yaml.YAMLError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _read_records(path: Path) -> list[Record]:
-    """The records of metrics.jsonl that have a step."""
-    return [record for record in _read_lines(path) if isinstance(record.get("step"), int)]
 
 
 def _read_lines(path: Path) -> list[Record]:
