@@ -108,7 +108,7 @@ def from_huggingface(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     named = {}
     for name, tensor in weights.items():
         named[_renamed(name.removeprefix("vit.").removeprefix("decoder."), ours)] = tensor
-    return join_attention(named)[0]
+    return join_attention(named, [])
 
 
 def _renamed(name: str, pairs: Sequence[tuple[str, str]]) -> str:

@@ -23,7 +23,7 @@ from torchmae.interop import names
 from torchmae.interop.candidates import find_encoder, split_choice
 from torchmae.interop.conversions import convert
 from torchmae.interop.files import plain, read_file
-from torchmae.interop.weights import Weights, difference, full_arguments, listed
+from torchmae.interop.weights import Weights, difference, full_arguments, listed, no_vit
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
@@ -79,13 +79,11 @@ def read_weights(
         state, facts, notes = _read_folder(path) if path.is_dir() else _read_file(path, choice)
         facts = {"origin": str(path), "num_heads_if_unknown": num_heads, **facts}
         state = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
-        state, converted = convert(state, facts, input_size)
-        weights = _assemble(state, facts, [*notes, *converted])
+        weights = _assemble(convert(state, facts, input_size, notes), facts, notes)
     except CheckpointError:
         raise
     except Exception as error:  # shapes and facts that fit no model fail in as many ways as there are layers
-        reason = error.problem if isinstance(error, ConfigError) else f"{error!r:.200}"
-        raise CheckpointError(f"{path} is no vision transformer that torchmae has: {reason}") from error
+        raise no_vit(str(path), error.problem if isinstance(error, ConfigError) else f"{error!r:.200}") from error
     if norm_pix is None:
         return weights
     if weights.norm_pix not in (None, norm_pix):
@@ -225,7 +223,7 @@ def _assemble(state: State, facts: Facts, notes: list[str]) -> Weights:
         encoder["pos_embed"] = nn.functional.pad(encoder["pos_embed"], (0, 0, prefix, 0))
     problem = difference(encoder, presets.weightless(full_arguments(weights)).encoder)
     if problem:
-        raise CheckpointError(f"{origin} is no vision transformer that torchmae has: {problem}", "see docs/weights.md")
+        raise no_vit(origin, problem)
     _check_values(encoder, origin)
     if decoder:
         weights = _with_decoder(weights, decoder, facts)
@@ -239,10 +237,7 @@ def _encoder_arguments(encoder: State, facts: Facts) -> dict[str, Any]:
         if name not in encoder:
             like = sorted(other for other in encoder if re.search(r"pos|rope" if name == "pos_embed" else "mlp", other))
             instead = f" (but {listed(like)})" if like else ""
-            raise CheckpointError(
-                f"{facts['origin']} holds no vision transformer that torchmae has: it has no {name}{instead}",
-                "see docs/weights.md",
-            )
+            raise no_vit(facts["origin"], f"it has no {name}{instead}")
     embed_dim, in_chans, *patch = encoder["patch_embed.proj.weight"].shape
     hidden = len(encoder["blocks.0.mlp.fc1.weight"])
     ratio = hidden / embed_dim

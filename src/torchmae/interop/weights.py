@@ -197,6 +197,11 @@ def difference(given: Mapping[str, Tensor], module: nn.Module) -> str:
     return ""
 
 
+def no_vit(origin: str, why: str) -> CheckpointError:
+    """The error of weights that torchmae has no network for."""
+    return CheckpointError(f"{origin} is no vision transformer that torchmae has: {why}", "see docs/weights.md")
+
+
 def listed(items: Sequence[str], most: int = 4) -> str:
     """The first few of several names, and how many more there are."""
     more = len(items) - most

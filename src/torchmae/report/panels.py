@@ -156,29 +156,23 @@ def _signal_panels(signals: Sequence[FloatArray], min_side: int) -> list[Image.I
     """Signals (C, L) as lines, one for each channel, on the scale of the last; grey where they are NaN."""
     low, high = float(signals[-1].min()), float(signals[-1].max())
     margin = 0.06 * (high - low) or 0.5
-    size = (_SIGNAL_ASPECT * min_side, min_side)
-    return [_signal_panel(signal, size, low - margin, high + margin) for signal in signals]
-
-
-def _signal_panel(signal: FloatArray, size: tuple[int, int], low: float, high: float) -> Image.Image:
-    """One signal as lines, one for each channel, with grey where it is hidden; `size` is width and height."""
-    width, height = size
-    hidden = _is_hidden(signal)
-    # One column of pixels shows the samples around it.
-    samples = (np.arange(width) * len(hidden)) // width
-    pixels = np.full((height, width, 3), _SIGNAL_BACKGROUND, dtype=np.uint8)
-    pixels[:, hidden[samples]] = HIDDEN
-    panel = Image.fromarray(pixels)
-    pen = ImageDraw.Draw(panel)
-    x = (np.arange(len(hidden)) + 0.5) * width / len(hidden)
-    for channel in signal:
-        y = ((high - channel.clip(low, high)) / (high - low)) * (height - 1)
-        for start, stop in _visible_spans(channel):
-            points = [(float(x[i]), float(y[i])) for i in range(start, stop)]
-            if len(points) == 1:
-                points.append(points[0])
-            pen.line(points, fill=_SIGNAL_COLOUR, width=2)
-    return panel
+    low, high = low - margin, high + margin
+    width, height = _SIGNAL_ASPECT * min_side, min_side
+    panels = []
+    for signal in signals:
+        hidden = _is_hidden(signal)
+        pixels = np.full((height, width, 3), _SIGNAL_BACKGROUND, dtype=np.uint8)
+        # One column of pixels shows the samples around it.
+        pixels[:, hidden[(np.arange(width) * len(hidden)) // width]] = HIDDEN
+        panels.append(Image.fromarray(pixels))
+        pen = ImageDraw.Draw(panels[-1])
+        x = (np.arange(len(hidden)) + 0.5) * width / len(hidden)
+        for channel in signal:
+            y = ((high - channel.clip(low, high)) / (high - low)) * (height - 1)
+            for start, stop in _visible_spans(channel):
+                points = [(float(x[i]), float(y[i])) for i in range(start, stop)]
+                pen.line(points * 2 if len(points) == 1 else points, fill=_SIGNAL_COLOUR, width=2)
+    return panels
 
 
 def _visible_spans(channel: FloatArray) -> list[tuple[int, int]]:

@@ -97,7 +97,28 @@ def reconstruction_grid(
     scale = panel_scale(shape[2:], min_side)
     panels = [sample_panels(sample, min_side) for sample in zip(*triplet, strict=True)]
     columns = min(triplets_per_row or (2 if shape[0] > 4 else 1), shape[0])
-    grid = _lay_out(panels, columns, scale, note)
+    width, height = panels[0][0].size
+    longest = max(HEADERS, key=len)
+    # The longest header fills nine tenths of a panel, at 10 to 32 pixels.
+    fitting = int(90 * width / ImageFont.load_default(100).getlength(longest))
+    font = ImageFont.load_default(min(max(fitting, 10), 32))
+    _, _, header_width, header_height = (math.ceil(edge) for edge in font.getbbox(longest))
+    width = max(width, header_width)
+    gutter = max(4, width // 24)
+    layout = GridLayout(
+        count=len(panels),
+        columns=columns,
+        panel=(width, height),
+        gutter=gutter,
+        column_step=3 * width + 5 * gutter,
+        top=header_height + gutter,
+        scale=scale,
+        note=note,
+    )
+    rows = [[panel for one in panels[i : i + columns] for panel in one] for i in range(0, len(panels), columns)]
+    gaps = range(3, 3 * columns, 3)
+    grid = draw_table(rows, HEADERS * columns, font=font, size=layout.panel, column_gaps=gaps)
+    grid.info[_LAYOUT_KEY] = json.dumps(asdict(layout))
     if path is not None:
         save_png(grid, path)
     return grid
@@ -163,30 +184,3 @@ def save_png(image: Image.Image, path: Path) -> None:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True, pnginfo=notes)
     replace_file(path, buffer.getvalue())
-
-
-def _lay_out(triplets: Sequence[Sequence[Image.Image]], columns: int, scale: int, note: str) -> Image.Image:
-    """Places triplets row by row under headers."""
-    width, height = triplets[0][0].size
-    longest = max(HEADERS, key=len)
-    # The longest header fills nine tenths of a panel, at 10 to 32 pixels.
-    fitting = int(90 * width / ImageFont.load_default(100).getlength(longest))
-    font = ImageFont.load_default(min(max(fitting, 10), 32))
-    _, _, header_width, header_height = (math.ceil(edge) for edge in font.getbbox(longest))
-    width = max(width, header_width)
-    gutter = max(4, width // 24)
-    layout = GridLayout(
-        count=len(triplets),
-        columns=columns,
-        panel=(width, height),
-        gutter=gutter,
-        column_step=3 * width + 5 * gutter,
-        top=header_height + gutter,
-        scale=scale,
-        note=note,
-    )
-    rows = [[panel for one in triplets[i : i + columns] for panel in one] for i in range(0, len(triplets), columns)]
-    gaps = range(3, 3 * columns, 3)
-    grid = draw_table(rows, HEADERS * columns, font=font, size=layout.panel, column_gaps=gaps)
-    grid.info[_LAYOUT_KEY] = json.dumps(asdict(layout))
-    return grid
