@@ -88,7 +88,7 @@ def vit_usage(exported: Exported) -> str:
     return (
         "from transformers import ViTModel\n\n"
         'model = ViTModel.from_pretrained("FOLDER", add_pooling_layer=False).eval()\n'
-        f"tokens = model(images).last_hidden_state  # images: {exported.shape}\n"
+        f"tokens = model(images).last_hidden_state  # images: {exported.shape}; the first token is the class token\n"
     )
 
 

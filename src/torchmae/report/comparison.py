@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, NamedTuple
@@ -83,7 +83,7 @@ def render_comparison(runs: Sequence[Run]) -> str:
         row
         for goal, differences in differing.items()
         for name in metrics_of(goal)
-        for row in _metric_rows(columns, name, not differences)
+        for row in _metric_rows(columns, name, not differences + _differ(METRICS[name].settings, configs))
     ]
     return render_page(
         "comparison.html",
@@ -151,13 +151,11 @@ def evaluation_tables(columns: Sequence[Column]) -> tuple[dict[str, list[Row]], 
 
 def setting_rows(settings: Sequence[Mapping[str, Any]]) -> list[Row]:
     """The settings in which runs differ, as YAML; `settings` are flat, name to value, of each run."""
-    names = dict.fromkeys(name for values in settings for name in values)
-    rows = []
-    for name in names:
-        if name not in _IDLE and len({repr(values.get(name)) for values in settings}) > 1:
-            texts = (yaml_text(values[name]) if name in values else "" for values in settings)
-            rows.append(Row(name, tuple(map(Figure, texts))))
-    return rows
+    names = dict.fromkeys(name for values in settings for name in values if name not in _IDLE)
+    return [
+        Row(name, tuple(Figure(yaml_text(values[name]) if name in values else "") for values in settings))
+        for name in _differ(names, settings)
+    ]
 
 
 def _columns(runs: Sequence[Run]) -> list[Column]:
@@ -205,12 +203,17 @@ def _accuracy_noise(columns: Sequence[Column]) -> float:
     return 2 * 100 * math.sqrt(2 * 0.25 / images) if images else 0.0
 
 
+def _differ(names: Iterable[str], mappings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names whose values are not the same in all of several mappings."""
+    return [name for name in names if len({repr(values.get(name)) for values in mappings}) > 1]
+
+
 def _differing(columns: Sequence[Column], goal: str, configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Which settings differ that figures of a goal depend on; of a reconstruction, what a preset may set too."""
-    found = [name for name in GOALS[goal].settings if len({repr(config.get(name)) for config in configs}) > 1]
-    for key in ("target", "patch_size", "input_size") if goal == "reconstruction" else ():
-        if len({repr(column.run.summary.get(key)) for column in columns if column.run.summary}) > 1:
-            found.append(key.replace("_", " "))
+    found = _differ(GOALS[goal].settings, configs)
+    if goal == "reconstruction":
+        summaries = [column.run.summary for column in columns if column.run.summary]
+        found += [key.replace("_", " ") for key in _differ(("target", "patch_size", "input_size"), summaries)]
     return found
 
 

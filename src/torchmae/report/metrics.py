@@ -65,6 +65,7 @@ class Metric:
         baselines: what is measured in the model's place, as `NAME_BASELINE`; keys of `BASELINES`.
         goal: what it says of a run, a key of `GOALS`; the tables of a run's figures show it. Empty: only its curve.
         chart: of a figure of training, the chart that it is drawn in.
+        settings: that it depends on, beside those of its goal.
     """
 
     label: str
@@ -73,6 +74,7 @@ class Metric:
     baselines: tuple[str, ...] = ()
     goal: str = ""
     chart: str = ""
+    settings: tuple[str, ...] = ()
 
     @property
     def heading(self) -> str:
@@ -104,7 +106,7 @@ GOALS = {
     "features": Goal(
         "Telling classes apart",
         "Features of",
-        (*_HELD_OUT, "eval.knn_train", "eval.knn_val", "eval.linear_train"),
+        (*_HELD_OUT, "eval.knn_train", "eval.knn_val"),
     ),
 }
 _TRIVIAL, _UNLEARNED = ("interpolation", "mean_patch"), ("pixels", "untrained")
@@ -115,7 +117,7 @@ METRICS: dict[str, Metric] = {
     "loss": Metric("Loss", LOSS, min, _TRIVIAL, "reconstruction"),
     "explained_variance": Metric("Explained variance", SHARE, max, _TRIVIAL, "reconstruction"),
     "knn": Metric("kNN accuracy", ACCURACY, max, _UNLEARNED, "features"),
-    "linear": Metric("Linear probe accuracy", ACCURACY, max, _UNLEARNED, "features"),
+    "linear": Metric("Linear probe accuracy", ACCURACY, max, _UNLEARNED, "features", settings=("eval.linear_train",)),
     "effective_rank": Metric("Effective rank of the features", OTHER, None, ("untrained",)),
     "lr": Metric("Learning rate", OTHER, chart="Learning rate"),
     "update_to_weight": Metric(
