@@ -40,14 +40,7 @@ _FILES = (".onnx", ".pth", ".pt", ".bin", ".safetensors")
 
 
 class Export(NamedTuple):
-    """A finished export.
-
-    Attributes:
-        path: the folder.
-        files: in it.
-        check: how what was written compares with the model.
-        notes: what was left out or adapted, a sentence each.
-    """
+    """A finished export: its folder, the files there, how they compare with the model, and what was left out of it."""
 
     path: Path
     files: tuple[str, ...]

@@ -53,9 +53,6 @@ def write(folder: Path, exported: Exported) -> None:
     Inputs: images (batch, C, *size), normalised as in training; for the reconstruction also noise (batch, L): the
     patches with the smallest numbers stay, as many as in training. Outputs: features and tokens; logits of a
     classifier; or reconstruction and removed.
-
-    Raises:
-        ConfigError: a library that is missing.
     """
     graph, inputs, input_names, output_names = _graph(exported)
     for module in ("onnx", "onnxscript", "onnxruntime"):

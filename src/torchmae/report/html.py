@@ -47,14 +47,10 @@ _ENVIRONMENT_LABELS = {"torch": "PyTorch", "torchmae": "torchmae", "torchvision"
 
 
 class Reconstructions(NamedTuple):
-    """What the model made of held-out images at `step`, the last picture, and how it got there.
+    """What the model made of held-out images: the picture of `step`, cut in columns, and how it got there.
 
-    Attributes:
-        columns: the picture, cut: side by side, or on a phone one below the other.
-        headers: above each third of a column; empty where the picture carries its own.
-        pixelated: whether pixels are to be seen as squares.
-        note: how the reconstruction came about.
-        progress: masked, the reconstruction at each of `progress_steps`, original; None of only one picture.
+    `headers` stand above each third of a column, unless the picture carries its own; `note` says how the reconstruction
+    came about; `progress` is masked, the reconstruction at each of `progress_steps`, original.
     """
 
     step: int
