@@ -164,7 +164,7 @@ def complaint(words: str, capsys: pytest.CaptureFixture[str]) -> str:
             "reconstruct RUN images/0.png --out a.jpg",
             "out is 'a.jpg'; give a name that ends in .png",
         ),
-        ("reconstruct RUN images/0.png --out file/a.png", "cannot make folder file: "),
+        ("reconstruct RUN images/0.png --out file/a.png", "cannot write file/a.png: Not a directory"),
         ("reconstruct RUN images/0.png --seed x", "seed is x; it takes a whole number"),
         ("reconstruct RUN images/0.png --seed -1", "seed is -1; it must lie in [0, 18446744073709551615]"),
     ],

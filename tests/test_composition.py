@@ -24,7 +24,7 @@ HOMES = {
 TUTORIALS = {"mlp", "hidden_dim", "elements", "elements_inverted", "loss_on"}
 KNOW_TUTORIAL = {"config.py"}
 # Not below a building place of their own yet: they read settings that are theirs alone (batches, precision, ranks).
-TAKE_SETTINGS = ("training/", "report/html.py", "runs.py", "api.py", "settings.py")
+TAKE_SETTINGS = ("training/", "runs.py", "api.py", "settings.py")
 TAKE_SETTINGS += ("commands/", "bench/", "__init__.py", "cli.py")
 
 

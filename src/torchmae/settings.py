@@ -184,5 +184,14 @@ def values_of(config: PretrainConfig) -> Given:
 
 def to_yaml(config: PretrainConfig) -> str:
     """All settings as YAML, in their order; `--config` reads it back."""
-    plain = json.loads(json.dumps(asdict(config)))  # tuples as lists
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+
+
+def default_values() -> dict[str, Any]:
+    """Every setting of a run at its default, nested, as YAML has them."""
+    return _plain(PretrainConfig())
+
+
+def _plain(config: PretrainConfig) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(json.dumps(asdict(config)))  # tuples as lists
+    return values

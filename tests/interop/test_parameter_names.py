@@ -60,6 +60,17 @@ def test_the_spelling_that_transformers_uses_itself() -> None:
         assert ours(images, random_mask(noise, (4, 4), 0.75)).loss.item() == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_block_that_lacks_a_bias_that_others_have_is_not_joined() -> None:
+    theirs = names.to_huggingface(names.to_official(mae().state_dict()), "vit.")
+    del theirs["vit.encoder.layer.1.attention.attention.key.bias"]
+    assert "blocks.1.attn.qkv.bias" not in names.from_huggingface(theirs)
+    without = {
+        name: value for name, value in theirs.items() if not name.endswith(("query.bias", "key.bias", "value.bias"))
+    }
+    back = names.from_huggingface(without)
+    assert not any(back[f"{stack}blocks.{i}.attn.qkv.bias"].any() for stack in ("", "decoder_") for i in range(2))
+
+
 def test_parameters_that_no_model_has_keep_their_names() -> None:
     odd = {"vit.encoder.layer.0.lambda_1.weight": torch.ones(1), "pooler.dense.weight": torch.ones(1)}
     assert set(names.from_huggingface(odd)) == {"blocks.0.lambda_1.weight", "pooler.dense.weight"}

@@ -12,11 +12,11 @@ from tiny_models import exported, mae
 
 from torchmae.errors import CheckpointError, ConfigError
 from torchmae.interop import names
-from torchmae.interop import timm as timm_format
 from torchmae.interop.reading import IMAGENET_MEAN, is_foreign, read_weights
 from torchmae.interop.weights import build
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import random_mask
+from torchmae.publish import timm as timm_format
 
 # Heads of a width that the released checkpoints have are known, so these sizes need no config.json.
 RELEASED: dict[str, Any] = {

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
-from torchmae.interop.exports import Exported
 from torchmae.nn.classifier import Classifier
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.presets import construct
+from torchmae.publish.exports import Exported
+from torchmae.training.saved_model import Description
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 ENCODER: dict[str, Any] = {
@@ -40,6 +41,6 @@ def classifier(num_classes: int = 5, **overrides: Any) -> Classifier:
     return shaken(Classifier(num_classes, **{**ENCODER, **overrides}))
 
 
-def exported(model: Any, **others: Any) -> Exported:
-    channels = model.encoder.in_chans if hasattr(model, "encoder") else model.in_chans
-    return Exported(model, (MEAN * 2)[:channels], (STD * 2)[:channels], **others)
+def exported(model: MaskedAutoencoder) -> Exported:
+    channels = model.encoder.in_chans
+    return Exported(model, Description({}, MEAN[:channels], STD[:channels], {}, None, "0.1.0"))

@@ -15,12 +15,15 @@ from tiny_models import MEAN
 
 import torchmae
 from torchmae import presets
+from torchmae.cli import main
 from torchmae.config.export import ExportOptions
 from torchmae.errors import CheckpointError, ConfigError
-from torchmae.interop import timm as timm_format
-from torchmae.interop.exports import Check, compare
+from torchmae.nn.encoder import ENCODERS
 from torchmae.nn.masking import random_mask
+from torchmae.publish import timm as timm_format
 from torchmae.publish.export import export
+from torchmae.publish.exports import Check, compare
+from torchmae.report.metrics import METRICS, Metric, Unit
 from torchmae.training.saved_classifier import load_classifier
 from torchmae.training.saved_model import Description, write_description, write_weights
 
@@ -186,13 +189,13 @@ def test_what_a_classifier_cannot_become(fine_tuned: Path, tmp_path: Path, to: s
 @pytest.mark.parametrize(
     ("arguments", "to", "message"),
     [
-        ({"decoder": "cross"}, "hf-mae", "decoder is not the paper's .* export its encoder with --to timm or hf-vit"),
-        ({"decoder": "cross"}, "official", "decoder is not the paper's .* export its encoder with --to timm or hf-vit"),
-        ({"class_token": False}, "hf-mae", "the model has no class token, unlike those of hf-mae; use --to timm"),
-        ({"class_token": False}, "hf-vit", "the model has no class token, unlike those of hf-vit; use --to timm"),
-        ({"input_size": (16, 24)}, "official", "images of 16x24 and official square ones only; use --to timm"),
-        ({"patch_size": (4, 8)}, "hf-vit", "patches of 4x8 and hf-vit square ones only; use --to timm"),
-        ({"input_size": (16,), "patch_size": (4,)}, "timm", "takes 1 axes and timm has images only; use --to safe"),
+        ({"decoder": "cross"}, "hf-mae", r"a decoder that is not the paper's .*; use --to timm, hf-vit, onnx, safe"),
+        ({"decoder": "cross"}, "official", "a decoder that is not the paper's .*; use --to timm, hf-vit, onnx, safe"),
+        ({"class_token": False}, "hf-mae", "no class token; use --to timm, onnx, safetensors"),
+        ({"registers": 2}, "hf-vit", "registers; use --to timm, onnx, safetensors"),
+        ({"input_size": (16, 24)}, "official", "images of 16x24, which are not square; use --to timm"),
+        ({"patch_size": (4, 8)}, "hf-vit", "patches of 4x8, which are not square; use --to timm"),
+        ({"input_size": (16,), "patch_size": (4,)}, "timm", "inputs of 1 axes; use --to onnx, safetensors"),
     ],
 )
 def test_what_a_format_cannot_hold_is_refused(tmp_path: Path, arguments: Any, to: str, message: str) -> None:
@@ -249,6 +252,13 @@ def test_the_card_says_what_is_known(run: Path, tmp_path: Path) -> None:
     assert "Nothing is recorded of the training." in (again.path / "README.md").read_text()
 
 
+def test_a_figure_from_outside_is_on_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METRICS, "iou", Metric("Mean IoU", Unit("IoU, %", "{:.2f}".format), goal="features"))
+    run = run_folder(tmp_path / "run")
+    (run / "summary.json").write_text('{"iou": 41.5}')
+    assert "| Mean IoU | 41.50 |" in (export(run, tmp_path / "out", ExportOptions()).path / "README.md").read_text()
+
+
 def test_the_python_of_the_card_runs(run: Path, tmp_path: Path) -> None:
     pytest.importorskip("timm")
     made = export(run, tmp_path / "out", ExportOptions(to="timm"))
@@ -262,7 +272,7 @@ def test_an_encoder_of_others_is_exported_without_its_decoder(run: Path, tmp_pat
     pytest.importorskip("timm")
     made = export(run, tmp_path / "a", ExportOptions(to="timm"))
     for to in ("safetensors", "hf-mae"):
-        with pytest.raises(ConfigError, match="holds an encoder only; export the encoder with --to timm"):
+        with pytest.raises(ConfigError, match="holds an encoder only; use --to timm, hf-vit, onnx$"):
             export(made.path, tmp_path / "b", ExportOptions(to=to))
     export(made.path, tmp_path / "c", ExportOptions(to="timm"))
     assert (tmp_path / "c" / "model.safetensors").read_bytes() == (made.path / "model.safetensors").read_bytes()
@@ -273,9 +283,40 @@ def test_the_mlp_model_has_one_format(tmp_path: Path) -> None:
     arguments = presets.arguments("mlp", input_size=(8, 8), in_chans=1, hidden_dim=12)
     write_description(tmp_path / "run" / "model.json", Description(arguments, (0.5,), (0.5,), {}, None, "0.1.0"))
     write_weights(tmp_path / "run" / "model.safetensors", presets.construct(arguments).state_dict())
-    with pytest.raises(ConfigError, match="no vision transformer; export it with --to safetensors"):
+    with pytest.raises(ConfigError, match="an encoder of another kind; use --to safetensors"):
         export(tmp_path / "run", tmp_path / "out", ExportOptions(to="onnx"))
     assert export(tmp_path / "run", tmp_path / "out", ExportOptions()).check.difference == 0
+
+
+def test_an_encoder_that_a_format_does_not_name_is_refused(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = next(iter(ENCODERS.values()))
+    monkeypatch.delitem(ENCODERS, "vit")
+    monkeypatch.setitem(ENCODERS, "other", other)
+    with pytest.raises(ConfigError, match="an encoder of another kind; use --to safetensors$"):
+        export(run, tmp_path / "out", ExportOptions(to="hf-vit"))
+
+
+def test_a_reconstruction_needs_a_decoder_and_a_format_for_it(fine_tuned: Path, run: Path, tmp_path: Path) -> None:
+    for path, to in ((fine_tuned, "onnx"), (run, "timm")):
+        with pytest.raises(ConfigError, match="leave --part out"):
+            export(path, tmp_path / "out", ExportOptions(to=to, part="reconstruction"))
+
+
+def test_two_exports_do_not_write_into_each_other(run: Path, tmp_path: Path) -> None:
+    code = "import sys; from torchmae.files import lock_file; from pathlib import Path\n"
+    code += "held = lock_file(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    other = [sys.executable, "-c", code, str(tmp_path / ".writing-out.lock")]
+    with subprocess.Popen(other, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 2
+        with pytest.raises(ConfigError, match=r"another command is writing .*out; wait for it, or choose another"):
+            export(run, tmp_path / "out", ExportOptions())
+        assert [path.name for path in tmp_path.iterdir()] == [".writing-out.lock"]
+        process.communicate()
+    assert export(run, tmp_path / "out", ExportOptions()).check.difference == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_check_is_passed_by_what_is_equal_up_to_rounding() -> None:

@@ -14,9 +14,10 @@ from parsed_page import HOSTILE, Page
 from PIL import Image
 
 from torchmae.errors import CheckpointError, ConfigError
-from torchmae.report.comparison import flat, setting_rows, write_comparison
+from torchmae.report.comparison import setting_rows, write_comparison
 from torchmae.report.feature_pictures import pca_picture
 from torchmae.report.pictures import read_layout, reconstruction_grid, save_png, strip_grid
+from torchmae.report.run import flat
 
 
 def change(run: Path, changes: dict[str, Any], **figures: Any) -> Path:
@@ -117,7 +118,10 @@ def test_runs_with_the_same_settings_say_so(runs: list[Path], tmp_path: Path) ->
 def test_settings_rows() -> None:
     assert flat({"a": 1, "b": {"c": [2, 3], "d": {"e": None}}}) == {"a": 1, "b.c": [2, 3], "b.d.e": None}
     rows = setting_rows([{"x": [1, 2], "same": 1, "out": "a"}, {"x": [1, 3], "same": 1, "out": "b", "new": True}])
-    assert [(row.label, row.values) for row in rows] == [("x", ("[1, 2]", "[1, 3]")), ("new", ("", "true"))]
+    assert [(row.label, tuple(cell.value for cell in row.cells)) for row in rows] == [
+        ("x", ("[1, 2]", "[1, 3]")),
+        ("new", ("", "true")),
+    ]
 
 
 def test_the_same_images_are_shown_once(runs: list[Path], tmp_path: Path) -> None:

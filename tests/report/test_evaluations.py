@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from torchmae.report.evaluations import figures_of, figures_of_run, latest_evaluations
-from torchmae.report.metrics import Figure
+from torchmae.report.metrics import Figure, Row
 
 ACCURACY = "Accuracy, %"
 
@@ -31,8 +31,8 @@ def test_a_table_has_the_model_first_and_intervals_beside_figures() -> None:
     assert (evaluation.title, evaluation.command) == ("knn", "torchmae evaluate a")
     assert evaluation.remark == "10,000 training images, 5,000 test images, 2026-01-02"
     (table,) = evaluation.tables
-    assert (table.unit, table.columns) == (ACCURACY, ("This model", "Raw pixels"))
-    assert table.rows == (("kNN, k = 20", (Figure("42.0", "41.0 to 43.2", "80.0"), Figure("38.1"))),)
+    assert (table.head, table.columns) == (ACCURACY, ("This model", "Raw pixels"))
+    assert table.rows == (Row("kNN, k = 20", (Figure("42.0", "41.0 to 43.2", "80.0"), Figure("38.1"))),)
 
 
 def test_units_do_not_share_a_table() -> None:
@@ -40,15 +40,15 @@ def test_units_do_not_share_a_table() -> None:
                "finetune_images": 1000.0, "finetune_seconds": 125.0}  # fmt: skip
     (evaluation,), _ = latest_evaluations([record(0.0, results=[{"method": "finetune", "figures": figures}])])
     (table,) = evaluation.tables
-    assert table.rows == (("fine-tuned", (Figure("70.0", "69.0 to 71.0"),)),)
+    assert table.rows == (Row("fine-tuned", (Figure("70.0", "69.0 to 71.0"),)),)
     assert "5,000 test images, 1,000 labels, 2 min 5 s of training, training loss 1.500, 2026" in evaluation.remark
     figures = {"random_0.5_psnr": 20.0, "random_0.5_psnr_interpolation": 18.0, "random_0.5_ssim": 0.5}
     (evaluation,), _ = latest_evaluations([{"method": "reconstruction", "figures": figures}])
-    assert [(table.unit, table.columns) for table in evaluation.tables] == [
+    assert [(table.head, table.columns) for table in evaluation.tables] == [
         ("PSNR, dB", ("This model", "Interpolation")),
         ("SSIM", ("This model",)),
     ]
-    assert evaluation.tables[0].rows == (("random, 50% hidden", (Figure("20.00"), Figure("18.00"))),)
+    assert evaluation.tables[0].rows == (Row("random, 50% hidden", (Figure("20.00"), Figure("18.00"))),)
 
 
 def test_the_same_evaluation_again_replaces_the_first() -> None:
@@ -67,7 +67,7 @@ def test_a_record_may_be_its_own_result() -> None:
     line = {"method": "finetune", "figures": {"top1": 89.77, "epochs": True, "name": "x"}}
     (evaluation,), _ = latest_evaluations([line])
     assert (evaluation.title, evaluation.remark, evaluation.command) == ("finetune", "", "")
-    assert evaluation.tables[0].rows == (("top1", (Figure("89.8"),)),)
+    assert evaluation.tables[0].rows == (Row("top1", (Figure("89.8"),)),)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,17 @@
 from __future__ import annotations
 
-import pytest
+import json
+from pathlib import Path
 
+import pytest
+from fake_run import summary, train_records, val_records, write_metrics, write_run
+from parsed_page import Page
+
+from torchmae.commands.evaluate import figure_table
+from torchmae.report.comparison import write_comparison
+from torchmae.report.html import write_report
 from torchmae.report.metrics import METRICS, Figure, Metric, Unit, figures_as_text, measure_of
+from torchmae.report.table import final_table
 
 
 @pytest.mark.parametrize(
@@ -52,8 +61,37 @@ def test_each_unit_has_its_digits() -> None:
     }  # fmt: skip
 
 
-def test_a_metric_from_outside_has_its_words_and_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    unit = Unit("mIoU, %", "{:.2f}".format)
+@pytest.fixture
+def iou(monkeypatch: pytest.MonkeyPatch) -> Unit:
+    """A figure from outside, as a row of METRICS."""
+    unit = Unit("IoU, %", "{:.2f}".format, "{:.2f}%".format)
     monkeypatch.setitem(METRICS, r"iou_(?P<name>\w+)", Metric("IoU of {name}", unit, max))
-    assert measure_of("iou_road") == (unit, "IoU of road", "")
+    monkeypatch.setitem(METRICS, "iou", Metric("Mean IoU", unit, max, ("untrained",), "features"))
+    return unit
+
+
+def test_a_metric_from_outside_has_its_words_and_digits(iou: Unit) -> None:
+    assert measure_of("iou_road") == (iou, "IoU of road", "")
     assert figures_as_text({"iou_road": 12.3456, "iou_road_std": 1.0}) == {"iou_road": Figure("12.35", "± 1.00")}
+
+
+def test_a_metric_from_outside_is_in_every_table(tmp_path: Path, iou: Unit) -> None:
+    for name, value in (("a", 41.5), ("b", 52.25)):
+        write_run(tmp_path / name)
+        val = [{**record, "iou": value} for record in val_records()]
+        write_metrics(tmp_path / name, [*train_records(), *val, {"kind": "baseline", "step": 0, "iou_untrained": 12.0}])
+        line = {"method": "segmentation", "results": [{"figures": {"iou": value, "iou_road": value + 1}}]}
+        (tmp_path / name / "evaluations.jsonl").write_text(json.dumps(line) + "\n")
+    table = final_table({**summary(), "iou": 41.5, "iou_untrained": 12.0})
+    assert "Mean IoU 41.50 12.00" in [" ".join(line.split()) for line in table.splitlines()]
+    rows = figure_table({"model": {"iou": 41.5, "iou_road": 42.5}}).columns
+    assert [list(column.cells) for column in rows] == [["Mean IoU", "IoU of road"], ["41.50", "42.50"]]
+
+    page = Page(write_report(tmp_path / "a").read_text(encoding="utf-8"))
+    words = page.words()
+    assert "Features of kNN Linear probe Mean IoU" in words and "Mean IoU 41.50 IoU of road 42.50" in words
+    assert "Mean IoU over steps: this model from 41.50% to 41.50%; the untrained network 12.00%." in page.html
+
+    words = Page(write_comparison([tmp_path / "a", tmp_path / "b"], tmp_path / "ab.html").read_text("utf-8")).words()
+    assert "Mean IoU 41.50% 52.25% of the untrained network 12.00% 12.00%" in words
+    assert "By torchmae evaluate: IoU, %" in words and "IoU of road 42.50 53.25" in words

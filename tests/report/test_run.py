@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from fake_run import summary, train_records
 
-from torchmae.report.run import Run, describe, duration, facts, short_count, state, title
+from torchmae.report.run import Run, duration, short_count
 
 FINISHED = Run(
     path=Path("runs/a"),
@@ -24,7 +24,7 @@ FINISHED = Run(
 
 
 def test_one_sentence_says_what_was_trained() -> None:
-    assert describe(FINISHED) == (
+    assert FINISHED.sentence == (
         "A masked autoencoder (vit_digits) was pre-trained on 1,500 images from digits (8×8 pixels), "
         "with 75% of their 2×2-pixel patches hidden, for 2 epochs in 1 min 15 s on the CPU."
     )
@@ -43,13 +43,13 @@ def test_one_sentence_says_what_was_trained() -> None:
     ],
 )
 def test_other_dimensions_have_other_names(size: list[int], patch: list[int], words: str) -> None:
-    assert words in describe(replace(FINISHED, summary=summary(input_size=size, patch_size=patch)))
+    assert words in replace(FINISHED, summary=summary(input_size=size, patch_size=patch)).sentence
 
 
 @pytest.mark.parametrize(("strategy", "share"), [("elements", 75), ("elements_inverted", 25)])
 def test_element_wise_masks_hide_values(strategy: str, share: int) -> None:
     run = replace(FINISHED, config={"mask": {"strategy": strategy, "ratio": 0.75}}, summary=summary(patch_size=[]))
-    assert f"with {share}% of their values hidden" in describe(run)
+    assert f"with {share}% of their values hidden" in run.sentence
 
 
 def test_an_unfinished_run_is_described_from_its_configuration_and_progress() -> None:
@@ -59,22 +59,22 @@ def test_an_unfinished_run_is_described_from_its_configuration_and_progress() ->
         "mask": {"ratio": 0.6},
     }
     run = replace(FINISHED, config=config, summary={})
-    assert describe(run) == (
+    assert run.sentence == (
         "A masked autoencoder (vit_tiny) was pre-trained on the images from /photos/cats (64×64 pixels), "
         "with 60% of their 8×8-pixel patches hidden, for 2 epochs in 50 s on the CPU."
     )
-    assert title(run) == "vit_tiny on cats"
-    assert facts(run) == [("Steps", "100", ""), ("Training time", "50 s", "400 images per second")]
+    assert run.title == "vit_tiny on cats"
+    assert run.facts == [("Steps", "100", ""), ("Training time", "50 s", "400 images per second")]
 
 
 def test_nothing_known_is_still_a_sentence() -> None:
     run = replace(FINISHED, config={}, train=(), summary={}, environment={})
-    assert describe(run) == "A masked autoencoder was pre-trained on the images from unknown data."
-    assert facts(run) == []
+    assert run.sentence == "A masked autoencoder was pre-trained on the images from unknown data."
+    assert run.facts == []
 
 
 def test_facts_of_a_finished_run() -> None:
-    assert facts(FINISHED) == [
+    assert FINISHED.facts == [
         ("Training set", "1,500", "1,000 held out"),
         ("Encoder parameters", "1.23M", "decoder 45.6k"),
         ("Steps", "100", "3k images seen"),
@@ -83,10 +83,10 @@ def test_facts_of_a_finished_run() -> None:
 
 
 def test_the_state_is_said_unless_finished() -> None:
-    assert state(FINISHED) == ""
-    assert "was interrupted at step 40" in state(replace(FINISHED, summary=summary(state="interrupted", steps=40)))
-    assert "has not finished: it stands at step 100" in state(replace(FINISHED, summary={}))
-    assert "before its first figures" in state(replace(FINISHED, summary={}, train=()))
+    assert FINISHED.state == ""
+    assert "was interrupted at step 40" in replace(FINISHED, summary=summary(state="interrupted", steps=40)).state
+    assert "has not finished: it stands at step 100" in replace(FINISHED, summary={}).state
+    assert "before its first figures" in replace(FINISHED, summary={}, train=()).state
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from torchmae.config.base import POSITIONAL, Place, RunArgument, TargetOption
-from torchmae.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -23,11 +22,6 @@ class ExportOptions(TargetOption):
     to: Literal["timm", "hf-mae", "hf-vit", "official", "onnx", "safetensors"] = "safetensors"
     part: Literal["encoder", "reconstruction"] = "encoder"
     data_licence: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.part != "encoder" and self.to != "onnx":
-            raise ConfigError(f"part is {self.part!r} and {self.to} is always whole", "leave --part out")
 
 
 @dataclass(frozen=True, kw_only=True)

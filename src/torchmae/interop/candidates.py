@@ -29,15 +29,12 @@ def split_choice(source: Path) -> tuple[Path, str | None]:
 
 
 def find_encoder(content: Mapping[str, Any], choice: str | None, origin: str) -> tuple[dict[str, Tensor], list[str]]:
-    """The parameters of the one encoder in a checkpoint, without their prefix.
+    """The parameters of the one encoder in a checkpoint, without their prefix, and a sentence on each part left out.
 
     Args:
-        content: what a file holds: a state_dict, or dictionaries in which there are some.
+        content: a state_dict, or dictionaries in which there are some.
         choice: the part to take ("teacher", "model_ema", "student.backbone"); None: the only one.
         origin: the file, for messages.
-
-    Returns:
-        parameters by name, and what was taken and left out, a sentence each.
 
     Raises:
         CheckpointError: no encoder, several without a choice, or a choice that is none of them.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchmae.errors import CheckpointError
+from torchmae.interop.weights import no_vit
 
 _ATTENTION = re.compile(r"((?:decoder_)?blocks\.\d+\.attn\.)(?:qkv|q|q_proj)\.weight$")
 _SEPARABLE = ("pos_embed_spatial", "pos_embed_temporal", "pos_embed_class")
@@ -19,8 +20,8 @@ _PATCHES = "patch_embed.proj.weight"
 Weights = dict[str, Tensor]
 
 
-def convert(weights: Weights, facts: dict[str, Any], size: Sequence[int] | None) -> tuple[Weights, list[str]]:
-    """An encoder's parameters under timm's names and in its shapes, and what was done to them, a sentence each.
+def convert(weights: Weights, facts: dict[str, Any], size: Sequence[int] | None, notes: list[str]) -> Weights:
+    """An encoder's parameters under timm's names and in its shapes.
 
     Queries, keys and values that stand apart are joined (an absent bias is zero); separable positions are added up;
     patches of several frames become those of one picture where `size` is that of pictures.
@@ -30,60 +31,54 @@ def convert(weights: Weights, facts: dict[str, Any], size: Sequence[int] | None)
         facts: what is known of the source; "input_size" is added where the weights and `size` tell it.
         size: pixels along each axis of the images that the weights were trained on, where they do not show that
             themselves; two numbers for weights of clips: one frame is wanted.
+        notes: takes what was done to them, a sentence each.
 
     Raises:
         CheckpointError: positions of a grid that is not known.
     """
-    weights, notes = join_attention(dict(weights))
-    weights, said = _add_up_positions(weights, facts, size)
-    notes += said
+    weights = _add_up_positions(join_attention(dict(weights), notes), facts, size, notes)
     for name, dimensions in ((_PATCHES, (3, 4, 5)), ("pos_embed", (3,))):
         if name not in weights:
-            return weights, notes  # as whoever makes an encoder of them says
+            return weights  # as whoever makes an encoder of them says
         if weights[name].ndim not in dimensions:
-            raise CheckpointError(
-                f"{facts['origin']} is no vision transformer that torchmae has: {name} is {tuple(weights[name].shape)}",
-                "see docs/weights.md",
-            )
+            raise no_vit(facts["origin"], f"{name} is {tuple(weights[name].shape)}")
     patch = weights[_PATCHES].shape[2:]
     if facts.get("input_size") is None:
         facts["input_size"] = _input_size(weights, patch, size, facts["origin"])
     if len(patch) == 3 and size is not None and len(size) == 2:
-        weights, said = _one_frame(weights, facts)
-        notes += said
-    return weights, notes
+        return _one_frame(weights, facts, notes)
+    return weights
 
 
-def join_attention(weights: Weights) -> tuple[Weights, list[str]]:
-    """`attn.qkv` of what stands apart: q, k and v, or q_bias, k_bias and v_bias; zeros for biases not there."""
-    notes: dict[str, None] = {}
-    blocks = [match[1] for name in weights if (match := _ATTENTION.match(name))]
-    any_bias = any(f"{block}qkv.bias" in weights for block in blocks)
-    for block in blocks:
+def join_attention(weights: Weights, notes: list[str]) -> Weights:
+    """`attn.qkv` of what stands apart: q, k and v, or q_bias, k_bias and v_bias; zeros for biases that no block has."""
+    said: dict[str, None] = {}
+    biases: dict[str, list[str | None]] = {}
+    for block in [match[1] for name in weights if (match := _ATTENTION.match(name))]:
         for form in ("", "_proj"):
             parts = [f"{block}{part}{form}.weight" for part in "qkv"]
             if all(part in weights for part in parts):
                 weights[f"{block}qkv.weight"] = torch.cat([weights.pop(part) for part in parts])
-                notes["queries, keys and values joined"] = None
-        if f"{block}qkv.weight" not in weights or f"{block}qkv.bias" in weights:
+                said["queries, keys and values joined"] = None
+        if f"{block}qkv.weight" in weights:
+            spellings = [[f"{block}{part}{form}" for form in ("_bias", ".bias", "_proj.bias")] for part in "qkv"]
+            biases[block] = [next((name for name in names if name in weights), None) for names in spellings]
+    absent = [0 if f"{block}qkv.bias" in weights else found.count(None) for block, found in biases.items()]
+    for block, found in biases.items():
+        if f"{block}qkv.bias" in weights or found.count(None) > min(absent):  # the latter is damaged, as is said later
             continue
-        spellings = [[f"{block}{part}{form}" for form in ("_bias", ".bias", "_proj.bias")] for part in "qkv"]
-        found = [next((weights.pop(name) for name in names if name in weights), None) for names in spellings]
-        if any_bias and all(part is None for part in found):  # this block's alone: damaged, as is said later
-            continue
-        width = len(weights[f"{block}qkv.weight"]) // 3
-        weights[f"{block}qkv.bias"] = torch.cat([torch.zeros(width) if part is None else part for part in found])
-        absent = [part for part, bias in zip("qkv", found, strict=True) if bias is None]
-        notes["biases of queries, keys and values joined" + (f"; zero for {', '.join(absent)}" if absent else "")] = (
-            None
-        )
-    return weights, list(notes)
+        zero = torch.zeros(len(weights[f"{block}qkv.weight"]) // 3)
+        weights[f"{block}qkv.bias"] = torch.cat([zero if name is None else weights.pop(name) for name in found])
+        zeros = ", ".join(part for part, name in zip("qkv", found, strict=True) if name is None)
+        said["biases of queries, keys and values joined" + (f"; zero for {zeros}" if zeros else "")] = None
+    notes += said
+    return weights
 
 
-def _add_up_positions(weights: Weights, facts: dict[str, Any], size: Sequence[int] | None) -> tuple[Weights, list[str]]:
+def _add_up_positions(weights: Weights, facts: dict[str, Any], size: Sequence[int] | None, notes: list[str]) -> Weights:
     """`pos_embed` of positions in space and in time, which are added for each patch; frames come first in the order."""
     if "pos_embed" in weights or not {"pos_embed_spatial", "pos_embed_temporal"} <= set(weights):
-        return weights, []
+        return weights
     space, time, prefix = (weights.pop(name, None) for name in _SEPARABLE)
     assert space is not None and time is not None
     positions = (time[0][:, None] + space[0][None]).flatten(0, 1)[None]
@@ -94,9 +89,10 @@ def _add_up_positions(weights: Weights, facts: dict[str, Any], size: Sequence[in
     frames, *patch = weights[_PATCHES].shape[2:]
     if len(patch) == 2:
         wanted = None if size is None else tuple(size)[-2:]
-        grid = _plane(space.shape[1], patch, wanted) or _unknown(facts["origin"], space.shape[1], patch, 2)
+        grid = _grid(space.shape[1], patch, wanted) or _unknown(facts["origin"], space.shape[1], patch, 2)
         facts["input_size"] = (time.shape[1] * frames, *(n * p for n, p in zip(grid, patch, strict=True)))
-    return {**weights, "pos_embed": positions}, ["separable positions added up: in space, in time"]
+    notes.append("separable positions added up: in space, in time")
+    return {**weights, "pos_embed": positions}
 
 
 def _input_size(weights: Weights, patch: Sequence[int], size: Sequence[int] | None, origin: str) -> tuple[int, ...]:
@@ -111,28 +107,21 @@ def _input_size(weights: Weights, patch: Sequence[int], size: Sequence[int] | No
 
 
 def _grid(count: int, patch: Sequence[int], size: Sequence[int] | None) -> tuple[int, ...] | None:
+    """The grid of so many patches: a square where they make one, else that of `size`, with as many frames as fit."""
+    side = math.isqrt(count)
     if len(patch) == 1:
         return (count,)
-    if len(patch) == 2:
-        return _plane(count, patch, size)
-    if size is None or len(size) not in (2, 3):
+    if len(patch) == 2 and side * side == count:
+        return (side, side)
+    if size is None or not 2 <= len(size) <= len(patch):
         return None
     grid = tuple(length // p for length, p in zip(size, patch[-len(size) :], strict=True))
-    if len(grid) == 3:
-        return grid if math.prod(grid) == count else None
     frames, rest = divmod(count, max(1, math.prod(grid)))
-    return None if rest or not frames else (frames, *grid)
-
-
-def _plane(count: int, patch: Sequence[int], size: Sequence[int] | None) -> tuple[int, ...] | None:
-    """Rows and columns of so many patches: a square where they make one, else those of `size`."""
-    side = math.isqrt(count)
-    if side * side == count:
-        return (side, side)
-    if size is None or len(size) != 2:
+    if rest or not frames:
         return None
-    grid = tuple(length // p for length, p in zip(size, patch, strict=True))
-    return grid if math.prod(grid) == count else None
+    if len(grid) < len(patch):
+        return (frames, *grid)
+    return grid if frames == 1 else None
 
 
 def _unknown(origin: str, count: int, patch: Sequence[int], axes: int) -> Any:
@@ -153,22 +142,16 @@ def _unknown(origin: str, count: int, patch: Sequence[int], axes: int) -> Any:
     )
 
 
-def _one_frame(weights: Weights, facts: dict[str, Any]) -> tuple[Weights, list[str]]:
+def _one_frame(weights: Weights, facts: dict[str, Any], notes: list[str]) -> Weights:
     """Weights of clips as weights of pictures: what they compute of a clip that is one picture, at its first place."""
-    length = weights[_PATCHES].shape[2]
+    length, *patch = weights[_PATCHES].shape[2:]
     frames, *size = facts["input_size"]
-    patches = math.prod(n // p for n, p in zip(size, weights[_PATCHES].shape[3:], strict=True))
+    patches = math.prod(n // p for n, p in zip(size, patch, strict=True))
     facts["input_size"] = tuple(size)
-    positions = weights["pos_embed"]
-    prefix = positions.shape[1] % patches  # the class token's row, where it has one
-    weights = {
-        **weights,
-        _PATCHES: weights[_PATCHES].sum(2),
-        "pos_embed": positions[:, : prefix + patches],
-    }
-    notes = []
     if length > 1:
         notes.append(f"patches of {length} frames summed: exact for a picture that is shown {length} times")
     if frames > length:
         notes.append(f"positions of the first of {frames // length} frames")
-    return weights, notes
+    prefix = weights["pos_embed"].shape[1] % patches  # the class token's row, where it has one
+    positions = weights["pos_embed"][:, : prefix + patches]
+    return {**weights, _PATCHES: weights[_PATCHES].sum(2), "pos_embed": positions}

@@ -9,12 +9,12 @@ its versions load and which is written here, and the one that its newer versions
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from torchmae.interop.conversions import join_attention
 
 _DECODER = {
     "mask_token": "mask_token",
@@ -24,34 +24,31 @@ _DECODER = {
     "norm": "decoder_norm",
     "pred": "decoder_pred",
 }
-_HF_ENCODER = {
-    "cls_token": "embeddings.cls_token",
-    "pos_embed": "embeddings.position_embeddings",
-    "patch_embed.proj": "embeddings.patch_embeddings.projection",
-    "norm": "layernorm",
-}
-_HF_BLOCK = {
-    "norm1": "layernorm_before",
-    "attn.proj": "attention.output.dense",
-    "norm2": "layernorm_after",
-    "mlp.fc1": "intermediate.dense",
-    "mlp.fc2": "output.dense",
-}
-_HF_QKV = tuple(f"attention.attention.{part}" for part in ("query", "key", "value"))
-_NEW_TO_CLASSIC = (
-    (re.compile(r"^(vit\.)?layers\."), r"\1encoder.layer."),
-    # transformers 5.23 writes its decoder's layers so, meaning to turn "layers" back into "encoder.layer".
-    (re.compile(r"^decoder\.decoder_encoder\.layer\."), "decoder.decoder_layers."),
-    (re.compile(r"\.attention\.q_proj\."), ".attention.attention.query."),
-    (re.compile(r"\.attention\.k_proj\."), ".attention.attention.key."),
-    (re.compile(r"\.attention\.v_proj\."), ".attention.attention.value."),
-    (re.compile(r"\.attention\.o_proj\."), ".attention.output.dense."),
-    (re.compile(r"\.mlp\.fc1\."), ".intermediate.dense."),
-    (re.compile(r"\.mlp\.fc2\."), ".output.dense."),
+# The released layout's names and transformers' classic ones, each between dots; the first that fits is replaced.
+_HF = (
+    ("decoder_blocks", "decoder_layers"),
+    ("blocks", "encoder.layer"),
+    ("cls_token", "embeddings.cls_token"),
+    ("pos_embed", "embeddings.position_embeddings"),
+    ("patch_embed.proj", "embeddings.patch_embeddings.projection"),
+    ("norm", "layernorm"),
+    ("norm1", "layernorm_before"),
+    ("norm2", "layernorm_after"),
+    ("attn.q", "attention.attention.query"),
+    ("attn.k", "attention.attention.key"),
+    ("attn.v", "attention.attention.value"),
+    ("attn.proj", "attention.output.dense"),
+    ("mlp.fc1", "intermediate.dense"),
+    ("mlp.fc2", "output.dense"),
 )
-_BLOCK = re.compile(r"^(?P<part>blocks|decoder_blocks)\.(?P<number>\d+)\.(?P<name>.+)\.(?P<kind>weight|bias)$")
-_HF_LAYER = re.compile(
-    r"^(?P<part>encoder\.layer|decoder\.decoder_layers)\.(?P<number>\d+)\.(?P<name>.+)\.(?P<kind>weight|bias)$"
+_HF_NEW = (
+    # transformers 5.23 writes its decoder's layers so, meaning to turn "layers" back into "encoder.layer".
+    ("decoder_blocks", "decoder_encoder.layer"),
+    ("blocks", "layers"),
+    ("attn.q", "attention.q_proj"),
+    ("attn.k", "attention.k_proj"),
+    ("attn.v", "attention.v_proj"),
+    ("attn.proj", "attention.o_proj"),
 )
 
 
@@ -89,28 +86,16 @@ def split_official(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
 
 
 def to_huggingface(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The released checkpoints' layout under transformers' classic names.
+    """The released checkpoints' layout, an encoder alone too, under transformers' classic names.
 
-    Args:
-        weights: under the released checkpoints' names; an encoder alone, too.
-        prefix: before the encoder's names: "vit." in ViTMAEForPreTraining, "" in ViTModel.
+    `prefix` stands before the encoder's names: "vit." in ViTMAEForPreTraining, "" in ViTModel.
     """
     named = {}
     for name, tensor in weights.items():
-        block = _BLOCK.match(name)
-        if block is None:
-            head, kind = _split_kind(name)
-            in_decoder = head == "mask_token" or head.startswith("decoder_")
-            named[f"decoder.{name}" if in_decoder else f"{prefix}{_HF_ENCODER[head]}{kind}"] = tensor
-            continue
-        of_encoder = block["part"] == "blocks"
-        layer = f"{prefix}encoder.layer" if of_encoder else "decoder.decoder_layers"
-        layer = f"{layer}.{block['number']}"
-        if block["name"] == "attn.qkv":
-            for part, value in zip(_HF_QKV, tensor.chunk(3), strict=True):
-                named[f"{layer}.{part}.{block['kind']}"] = value
-        else:
-            named[f"{layer}.{_HF_BLOCK[block['name']]}.{block['kind']}"] = tensor
+        of_decoder = name.startswith(("decoder_", "mask_token"))
+        parts = [name.replace(".qkv.", f".{part}.") for part in "qkv"] if ".qkv." in name else [name]
+        for part, value in zip(parts, tensor.chunk(3) if len(parts) == 3 else [tensor], strict=True):
+            named[("decoder." if of_decoder else prefix) + _renamed(part, _HF)] = value
     return named
 
 
@@ -119,37 +104,15 @@ def from_huggingface(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Names that neither model has are kept as they are.
     """
-    encoder = {theirs: name for name, theirs in _HF_ENCODER.items()}
-    inside = {theirs: name for name, theirs in _HF_BLOCK.items()}
-    named: dict[str, Tensor] = {}
-    qkv: dict[str, dict[str, Tensor]] = {}
-    for given, tensor in weights.items():
-        name = _classic(given).removeprefix("vit.")
-        layer = _HF_LAYER.match(name)
-        head, kind = _split_kind(name)
-        if layer is None:
-            decoder = head.startswith("decoder.")
-            named[name.removeprefix("decoder.") if decoder else f"{encoder.get(head, head)}{kind}"] = tensor
-            continue
-        part = "blocks" if layer["part"] == "encoder.layer" else "decoder_blocks"
-        block = f"{part}.{layer['number']}"
-        if layer["name"] in _HF_QKV:
-            qkv.setdefault(f"{block}.attn.qkv.{layer['kind']}", {})[layer["name"]] = tensor
-        else:
-            named[f"{block}.{inside.get(layer['name'], layer['name'])}.{layer['kind']}"] = tensor
-    for name, parts in qkv.items():
-        if set(parts) == set(_HF_QKV):
-            named[name] = torch.cat([parts[part] for part in _HF_QKV])
-    return named
+    ours = [(theirs, name) for name, theirs in (*_HF_NEW, *_HF)]
+    named = {}
+    for name, tensor in weights.items():
+        named[_renamed(name.removeprefix("vit.").removeprefix("decoder."), ours)] = tensor
+    return join_attention(named, [])
 
 
-def _classic(name: str) -> str:
-    for pattern, replacement in _NEW_TO_CLASSIC:
-        name = pattern.sub(replacement, name)
+def _renamed(name: str, pairs: Sequence[tuple[str, str]]) -> str:
+    """A parameter's name with whole parts of it replaced, in the order of `pairs`."""
+    for old, new in pairs:
+        name = f".{name}.".replace(f".{old}.", f".{new}.", 1)[1:-1]
     return name
-
-
-def _split_kind(name: str) -> tuple[str, str]:
-    """("norm", ".weight") of "norm.weight"; ("cls_token", "") of "cls_token"."""
-    head, _, kind = name.rpartition(".")
-    return (head, f".{kind}") if kind in ("weight", "bias") else (name, "")

@@ -1,4 +1,8 @@
-"""Reads weights that others wrote: files and folders, told apart by what is in them. Nothing in them is ever run."""
+"""Reads weights that others wrote: files and folders, told apart by what is in them. Nothing in them is ever run.
+
+Detect the kind (`IMPORTS`, or the encoder in a single file), rename to the released checkpoints' layout, convert other
+layouts, then take the encoder and the decoder whole.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +10,20 @@ import json
 import math
 import re
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from torchmae import presets
 from torchmae.errors import CheckpointError, ConfigError
 from torchmae.interop import names
 from torchmae.interop.candidates import find_encoder, split_choice
 from torchmae.interop.conversions import convert
 from torchmae.interop.files import plain, read_file
-from torchmae.interop.weights import Weights
-from torchmae.nn.decoder import SelfDecoder
-from torchmae.nn.encoder import ViTEncoder
+from torchmae.interop.weights import Weights, difference, full_arguments, listed, no_vit
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
@@ -36,7 +38,8 @@ _TIMM_ARGUMENTS = frozenset({
 })  # fmt: skip
 # What may stand on top of an encoder and is not part of it.
 _HEAD = re.compile(r"(head|fc_norm|attn_pool|pooler|classifier|pre_logits|embeddings\.mask_token)(\.|$)")
-_MAX_LISTED = 4
+State = Mapping[str, Tensor]
+Facts = dict[str, Any]
 
 
 def is_foreign(path: Path) -> bool:
@@ -75,14 +78,12 @@ def read_weights(
     try:
         state, facts, notes = _read_folder(path) if path.is_dir() else _read_file(path, choice)
         facts = {"origin": str(path), "num_heads_if_unknown": num_heads, **facts}
-        state, converted = convert(_floats(state), facts, input_size)
-        weights = _assemble(state, facts, [*notes, *converted])
-    except ConfigError as error:  # sizes that do not fit together
-        raise CheckpointError(f"{path} is no vision transformer that torchmae has: {error.problem}") from error
+        state = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+        weights = _assemble(convert(state, facts, input_size, notes), facts, notes)
     except CheckpointError:
         raise
     except Exception as error:  # shapes and facts that fit no model fail in as many ways as there are layers
-        raise CheckpointError(f"{path} is no vision transformer that torchmae has: {error!r:.200}") from error
+        raise no_vit(str(path), error.problem if isinstance(error, ConfigError) else f"{error!r:.200}") from error
     if norm_pix is None:
         return weights
     if weights.norm_pix not in (None, norm_pix):
@@ -91,24 +92,23 @@ def read_weights(
     return replace(weights, arguments={**weights.arguments, "norm_pix": norm_pix})
 
 
-def _read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+def _read_folder(path: Path) -> tuple[State, Facts, list[str]]:
     """Parameters under the released checkpoints' names, what config.json says, and notes."""
     config = _read_json(path / "config.json")
-    try:
-        if "architecture" in config:
-            return _tensors_of(path), _timm_facts(path, config), []
-        if config.get("model_type") in ("vit_mae", "vit"):
-            facts = _huggingface_facts(path, config)
-            return names.from_huggingface(_tensors_of(path)), facts, []
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path / 'config.json'} is damaged: {error!r}", "copy the folder again") from error
-    kind = config.get("model_type", "of an unknown kind")
+    for kind in IMPORTS.values():
+        if kind.wrote(config):
+            try:
+                return kind.rename(_tensors_of(path)), kind.facts(path, config), []
+            except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+                problem = f"{path / 'config.json'} is damaged: {error!r}"
+                raise CheckpointError(problem, "copy the folder again") from error
+    kind_of_model = config.get("model_type", "of an unknown kind")
     raise CheckpointError(
-        f"{path} holds a model {kind}", "give a transformers vit or vit_mae folder, or one of timm's vit_*"
+        f"{path} holds a model {kind_of_model}", "give a transformers vit or vit_mae folder, or one of timm's vit_*"
     )
 
 
-def _timm_facts(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+def _timm_facts(path: Path, config: Mapping[str, Any]) -> Facts:
     name, given = config["architecture"].partition(".")[0], dict(config.get("model_args") or {})
     match = _TIMM_NAME.match(name)
     odd = sorted(set(given) - _TIMM_ARGUMENTS)
@@ -127,15 +127,15 @@ def _timm_facts(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _huggingface_facts(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+def _transformers_facts(path: Path, config: Mapping[str, Any]) -> Facts:
     if config.get("hidden_act", "gelu") != "gelu":
         raise CheckpointError(f"{path} uses {config['hidden_act']!r} between layers", "torchmae has gelu only")
-    size = config.get("image_size", 224)
+    size, half = config.get("image_size", 224), (0.5,) * config.get("num_channels", 3)
     facts = {
         "num_heads": config.get("num_attention_heads", 12),
         "input_size": (size, size) if isinstance(size, int) else tuple(size),
-        "mean": (0.5,) * config.get("num_channels", 3),
-        "std": (0.5,) * config.get("num_channels", 3),
+        "mean": half,
+        "std": half,
     }
     if config["model_type"] == "vit_mae":
         facts |= {
@@ -148,18 +148,34 @@ def _huggingface_facts(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     processor = path / "preprocessor_config.json"
     if processor.is_file():
         values = _read_json(processor)
-        facts |= {to: tuple(values[name]) for name, to in (("image_mean", "mean"), ("image_std", "std"))}
+        facts |= {"mean": tuple(values["image_mean"]), "std": tuple(values["image_std"])}
     return facts
 
 
-def _read_file(path: Path, choice: str | None) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+class Import(NamedTuple):
+    """A library's folders: whether it wrote a config.json, what that says, and its names in the released layout."""
+
+    wrote: Callable[[Mapping[str, Any]], bool]
+    facts: Callable[[Path, Mapping[str, Any]], Facts]
+    rename: Callable[[State], State]
+
+
+IMPORTS = {
+    "timm": Import(lambda config: "architecture" in config, _timm_facts, dict),
+    "transformers": Import(
+        lambda config: config.get("model_type") in ("vit", "vit_mae"), _transformers_facts, names.from_huggingface
+    ),
+}
+
+
+def _read_file(path: Path, choice: str | None) -> tuple[State, Facts, list[str]]:
     """Parameters of the encoder in a single file, what the arguments stored beside it say, and notes."""
     content = read_file(path)
     state, notes = find_encoder(content, choice, str(path))
     stored = content.get("args")
     stored = vars(stored) if isinstance(stored, Namespace) else stored if isinstance(stored, dict) else {}
     stored = {name: plain(value) for name, value in stored.items()}
-    facts: dict[str, Any] = {}
+    facts: Facts = {}
     if isinstance(stored.get("norm_pix_loss"), bool):
         facts["norm_pix"] = stored["norm_pix_loss"]
     for name in ("num_heads", "decoder_num_heads", "mean", "std", "mask_ratio"):
@@ -173,21 +189,17 @@ def _tensors_of(folder: Path) -> dict[str, Tensor]:
     """All parameters of a folder: one file, or several that an index names."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        listed = sorted(set(_read_json(index)["weight_map"].values()))
-        if any(Path(name).name != name for name in listed):
+        files = sorted(set(_read_json(index)["weight_map"].values()))
+        if any(Path(name).name != name for name in files):
             raise CheckpointError(f"{index} names files outside its folder", "do not use it")
-        return {name: tensor for file in listed for name, tensor in read_file(folder / file).items()}
+        return {name: tensor for file in files for name, tensor in read_file(folder / file).items()}
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return read_file(folder / name)
     raise CheckpointError(f"{folder} has no weights", "there must be a model.safetensors beside its config.json")
 
 
-def _floats(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
-
-
-def _assemble(state: Mapping[str, Tensor], facts: Mapping[str, Any], notes: list[str]) -> Weights:
+def _assemble(state: State, facts: Facts, notes: list[str]) -> Weights:
     """From parameters in the released checkpoints' layout to encoder and decoder, each whole or refused."""
     origin = facts["origin"]
     encoder, decoder = names.split_official(state)
@@ -197,122 +209,79 @@ def _assemble(state: Mapping[str, Tensor], facts: Mapping[str, Any], notes: list
     unused = sorted(name for name in encoder if _HEAD.match(name))
     encoder = {name: value for name, value in encoder.items() if name not in unused}
     if unused:
-        notes.append(f"not used, as it is not part of the encoder: {_listed(unused)}")
+        notes.append(f"not used, as it is not part of the encoder: {listed(unused)}")
     arguments = _encoder_arguments(encoder, facts)
-    encoder["pos_embed"] = _whole_positions(encoder["pos_embed"], arguments)
-    with torch.device("meta"):
-        _insist(encoder, ViTEncoder(**arguments), origin)
-    _insist_on_values(encoder, origin)
-    usable, decoder_arguments, no_decoder = _take_decoder(decoder, arguments, facts)
-    arguments |= decoder_arguments
-    if decoder and usable is None:
-        notes.append(no_decoder)
     in_chans = arguments["in_chans"]
     mean, std = facts.get("mean", IMAGENET_MEAN), facts.get("std", IMAGENET_STD)
     if len(mean) != in_chans or len(std) != in_chans:
         mean, std = (sum(mean) / len(mean),) * in_chans, (sum(std) / len(std),) * in_chans
         notes.append(f"mean and deviation of its {in_chans} channels are not known: {mean[0]:.3g} and {std[0]:.3g}")
-    return Weights(
-        origin=origin,
-        arguments=arguments,
-        encoder=encoder,
-        decoder=usable,
-        no_decoder=no_decoder,
-        mean=mean,
-        std=std,
-        mask_ratio=facts.get("mask_ratio", 0.75),
-        notes=tuple(notes),
-    )
+    ratio = facts.get("mask_ratio", 0.75)
+    weights = Weights(origin, arguments, encoder, None, f"{origin} holds an encoder only", mean, std, ratio)
+    if encoder["pos_embed"].shape[1] == math.prod(weights.grid):  # timm's models may give other tokens no position
+        prefix = arguments["class_token"] + arguments["registers"]
+        encoder["pos_embed"] = nn.functional.pad(encoder["pos_embed"], (0, 0, prefix, 0))
+    problem = difference(encoder, presets.weightless(full_arguments(weights)).encoder)
+    if problem:
+        raise no_vit(origin, problem)
+    _check_values(encoder, origin)
+    if decoder:
+        weights = _with_decoder(weights, decoder, facts)
+        notes += [weights.no_decoder] * (weights.decoder is None)
+    return replace(weights, notes=tuple(notes))
 
 
-def _encoder_arguments(encoder: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[str, Any]:
+def _encoder_arguments(encoder: State, facts: Facts) -> dict[str, Any]:
     """Arguments of `ViTEncoder`, read off shapes where they show and off `facts` where they do not."""
-    origin = facts["origin"]
     for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"):
         if name not in encoder:
             like = sorted(other for other in encoder if re.search(r"pos|rope" if name == "pos_embed" else "mlp", other))
-            instead = f" (but {_listed(like)})" if like else ""
-            raise CheckpointError(
-                f"{origin} holds no vision transformer that torchmae has: it has no {name}{instead}",
-                "see docs/weights.md",
-            )
+            instead = f" (but {listed(like)})" if like else ""
+            raise no_vit(facts["origin"], f"it has no {name}{instead}")
     embed_dim, in_chans, *patch = encoder["patch_embed.proj.weight"].shape
+    hidden = len(encoder["blocks.0.mlp.fc1.weight"])
+    ratio = hidden / embed_dim
+    heads = facts.get("num_heads"), _HEADS.get(embed_dim), facts.get("num_heads_if_unknown")
     return {
         "input_size": tuple(facts["input_size"]),
         "patch_size": tuple(patch),
         "in_chans": in_chans,
         "embed_dim": embed_dim,
         "depth": _depth(encoder),
-        "num_heads": _heads(
-            embed_dim, facts.get("num_heads"), _HEADS, origin, if_unknown=facts.get("num_heads_if_unknown")
-        ),
-        "mlp_ratio": _ratio(len(encoder["blocks.0.mlp.fc1.weight"]), embed_dim),
+        "num_heads": _first(heads, embed_dim, facts["origin"]),
+        # The ratio that gives `hidden` again when `embed_dim` times it is rounded down.
+        "mlp_ratio": ratio if int(embed_dim * ratio) == hidden else math.nextafter(ratio, math.inf),
         "class_token": "cls_token" in encoder,
         "registers": encoder["reg_token"].shape[1] if "reg_token" in encoder else 0,
     }
 
 
-def _take_decoder(
-    decoder: dict[str, Tensor], arguments: Mapping[str, Any], facts: Mapping[str, Any]
-) -> tuple[dict[str, Tensor] | None, dict[str, Any], str]:
-    """The decoder and its arguments of `MaskedAutoencoder`; None and the reason where it cannot be used as a whole."""
-    origin = facts["origin"]
-    if not decoder:
-        return None, {}, f"{origin} holds an encoder only"
+def _with_decoder(weights: Weights, decoder: State, facts: Facts) -> Weights:
+    """The weights with their decoder, or with the reason why it cannot be used as a whole."""
+    cannot = f"the decoder of {weights.origin} cannot be used"
     if "pred.weight" not in decoder:
-        return None, {}, f"the decoder of {origin} cannot be used: it lacks pred.weight"
-    embed_dim = decoder["pred.weight"].shape[1]
-    taken: dict[str, Any] = {
+        return replace(weights, no_decoder=f"{cannot}: it lacks pred.weight")
+    width = decoder["pred.weight"].shape[1]
+    heads = facts.get("decoder_num_heads"), _DECODER_HEADS.get(width)
+    arguments = {
+        **weights.arguments,
         "decoder": "self",
-        "decoder_embed_dim": embed_dim,
+        "decoder_embed_dim": width,
         "decoder_depth": _depth(decoder),
-        "decoder_num_heads": _heads(embed_dim, facts.get("decoder_num_heads"), _DECODER_HEADS, origin),
+        "decoder_num_heads": _first(heads, width, weights.origin),
+        **({} if facts.get("norm_pix") is None else {"norm_pix": facts["norm_pix"]}),
     }
-    problem = _decoder_problem(decoder, arguments, taken)
-    if problem is not None:
-        return None, {}, f"the decoder of {origin} cannot be used: {problem}"
-    if facts.get("norm_pix") is not None:
-        taken["norm_pix"] = facts["norm_pix"]
-    return {**decoder, "pos_embed": decoder["pos_embed"][:, 1:]}, taken, ""
-
-
-def _decoder_problem(
-    decoder: Mapping[str, Tensor], arguments: Mapping[str, Any], decoder_arguments: Mapping[str, Any]
-) -> str | None:
-    """Why a decoder cannot be used, or None."""
     positions = decoder.get("pos_embed")
     if positions is None or bool(positions[:, 0].any()):
-        return "its positions are missing, or give the class token one, which torchmae's has not"
-    grid = tuple(size // patch for size, patch in zip(arguments["input_size"], arguments["patch_size"], strict=True))
-    with torch.device("meta"):
-        own = SelfDecoder(
-            arguments["embed_dim"],
-            grid,
-            embed_dim=decoder_arguments["decoder_embed_dim"],
-            depth=decoder_arguments["decoder_depth"],
-            num_heads=decoder_arguments["decoder_num_heads"],
-            out_dim=math.prod(arguments["patch_size"]) * arguments["in_chans"],
-            mlp_ratio=arguments["mlp_ratio"],
-        )
-    return _difference({**decoder, "pos_embed": positions[:, 1:]}, own)
+        what = "its positions are missing, or give the class token one, which torchmae's has not"
+        return replace(weights, no_decoder=f"{cannot}: {what}")
+    decoder = {**decoder, "pos_embed": positions[:, 1:]}
+    whole = replace(weights, arguments=arguments, decoder=decoder, no_decoder="")
+    problem = difference(decoder, presets.weightless(full_arguments(whole)).decoder)
+    return replace(weights, no_decoder=f"{cannot}: {problem}") if problem else whole
 
 
-def _whole_positions(positions: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-    """Positions with rows of the class token and registers, of zeros where timm's model gives them none."""
-    patches = math.prod(
-        size // patch for size, patch in zip(arguments["input_size"], arguments["patch_size"], strict=True)
-    )
-    prefix = arguments["class_token"] + arguments["registers"]
-    return nn.functional.pad(positions, (0, 0, prefix, 0)) if positions.shape[1] == patches else positions
-
-
-def _insist(given: Mapping[str, Tensor], module: nn.Module, origin: str) -> None:
-    problem = _difference(given, module)
-    if problem:
-        raise CheckpointError(f"{origin} is no vision transformer that torchmae has: {problem}", "see docs/weights.md")
-
-
-def _insist_on_values(given: Mapping[str, Tensor], origin: str) -> None:
+def _check_values(given: State, origin: str) -> None:
     """Refuses matrices of zeros, as a download that stopped leaves them, and values that are no finite floats."""
     for name, tensor in given.items():
         if not tensor.is_floating_point():
@@ -323,46 +292,20 @@ def _insist_on_values(given: Mapping[str, Tensor], origin: str) -> None:
             raise CheckpointError(f"{origin} holds nothing but zeros in {name}", "download it again")
 
 
-def _difference(given: Mapping[str, Tensor], module: nn.Module) -> str | None:
-    """What parameters lack, have too much, or have in another shape, or None."""
-    wanted = module.state_dict()
-    missing, odd = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
-    if missing:
-        return f"it lacks {_listed(missing)}"
-    if odd:
-        return f"it has {_listed(odd)} besides"
-    for name, tensor in given.items():
-        if tensor.shape != wanted[name].shape:
-            return f"{name} is {tuple(tensor.shape)} where {tuple(wanted[name].shape)} is wanted"
-    return None
-
-
-def _depth(weights: Mapping[str, Tensor]) -> int:
+def _depth(weights: State) -> int:
     # Not one more than the largest: a name alone would then ask for any number of blocks.
     return len({name.split(".")[1] for name in weights if re.match(r"blocks\.\d+\.", name)})
 
 
-def _ratio(hidden: int, dim: int) -> float:
-    """The ratio that gives `hidden` again when `dim` times it is rounded down."""
-    ratio = hidden / dim
-    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
-
-
-def _heads(
-    width: int, given: int | None, known: Mapping[int, int], origin: str, *, if_unknown: int | None = None
-) -> int:
-    heads = known.get(width, if_unknown) if given is None else given
-    if heads is None:
+def _first(heads: Sequence[int | None], width: int, origin: str) -> int:
+    """The first number of heads that is known."""
+    known = [number for number in heads if number is not None]
+    if not known:
         raise CheckpointError(
             f"{origin} does not say how many attention heads a width of {width} is divided among",
             "give a folder with its config.json, or say --model.num_heads to pretrain",
         )
-    return heads
-
-
-def _listed(items: list[str]) -> str:
-    more = len(items) - _MAX_LISTED
-    return ", ".join(items[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
+    return known[0]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Never, cast
+from typing import Any, Never
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchmae import presets
 from torchmae.errors import CheckpointError
 from torchmae.nn.decoder import Decoder
-from torchmae.nn.encoder import ViTEncoder
+from torchmae.nn.encoder import Encoder
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.positions import resample
 
@@ -59,12 +59,7 @@ class Weights:
 
 
 class AbsentDecoder(Decoder):
-    """In the place of a decoder that was not loaded: whoever reconstructs with it learns why that cannot be.
-
-    Args:
-        reason: a sentence without full stop.
-        fix: what to do about it.
-    """
+    """In the place of a decoder that was not loaded: whoever reconstructs with it learns why that cannot be."""
 
     def __init__(self, reason: str, fix: str) -> None:
         super().__init__()
@@ -125,24 +120,25 @@ def initialise(model: MaskedAutoencoder, weights: Weights) -> tuple[str, ...]:
     Raises:
         CheckpointError: an encoder of another shape.
     """
-    encoder, notes = fit_encoder(weights, cast(ViTEncoder, model.encoder))
-    _compare(encoder, model.encoder.state_dict(), weights.origin)
+    encoder, notes = fit_encoder(weights, model.encoder)
+    unfit = difference(encoder, model.encoder)
+    if unfit:
+        fix = "leave out the model settings, which then come from the weights"
+        raise CheckpointError(f"{weights.origin} does not fit the model: {unfit}", fix)
     model.encoder.load_state_dict(encoder)
     said = [f"encoder: {len(encoder)} tensors from {weights.origin}", *notes, *weights.notes]
     said += [f"head of {target.label}: starts fresh" for target in model.targets[1:]]
-    problem = _decoder_problem(model, weights)
+    decoder, problem = _fit_decoder(weights, model)
     if problem:
         return (*said, f"decoder: starts fresh ({problem})")
-    assert weights.decoder is not None
-    positions = resample(weights.decoder["pos_embed"][0], weights.grid, model.encoder.grid)[None]
-    model.decoder.load_state_dict({**weights.decoder, "pos_embed": positions})
+    model.decoder.load_state_dict(decoder)
     unsure = ""
     if weights.norm_pix is None:
         unsure = f", whose target is not known and taken for this run's, {model.target.label}"
-    return (*said, f"decoder: {len(weights.decoder)} tensors from {weights.origin}{unsure}")
+    return (*said, f"decoder: {len(decoder)} tensors from {weights.origin}{unsure}")
 
 
-def fit_encoder(weights: Weights, encoder: ViTEncoder) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def fit_encoder(weights: Weights, encoder: Encoder) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The encoder's weights for the grid and the channels of `encoder`, and what was done to them."""
     fitted, notes = dict(weights.encoder), []
     if weights.grid != encoder.grid:
@@ -163,14 +159,8 @@ def adapt_channels(weight: Tensor, in_chans: int) -> Tensor:
     """A patch embedding for another number of channels, which answers alike to an image whose channels are equal.
 
     timm's rule: one channel takes the sum of all; more take the old ones in turn, scaled by old / new. (With a
-    number of channels that the old one does not divide, the answer is alike only nearly.)
-
-    Args:
-        weight: (D, C, *patch_size).
-        in_chans: channels wanted.
-
-    Returns:
-        (D, in_chans, *patch_size).
+    number of channels that the old one does not divide, the answer is alike only nearly.) `weight` is (D, C,
+    *patch_size), the result (D, in_chans, *patch_size).
     """
     if in_chans == 1:
         return weight.sum(1, keepdim=True)
@@ -178,30 +168,41 @@ def adapt_channels(weight: Tensor, in_chans: int) -> Tensor:
     return weight[:, torch.arange(in_chans) % old] * (old / in_chans)
 
 
-def _decoder_problem(model: MaskedAutoencoder, weights: Weights) -> str | None:
-    """Why the decoder cannot be copied, or None."""
+def _fit_decoder(weights: Weights, model: MaskedAutoencoder) -> tuple[dict[str, Tensor], str]:
+    """The decoder's weights for the grid of `model`, and why they cannot be copied; empty where they can."""
+    theirs, ours = weights.arguments["in_chans"], model.encoder.in_chans
     if weights.decoder is None:
-        return weights.no_decoder
+        return {}, weights.no_decoder
     if weights.norm_pix not in (None, model.target.norm_pix):
-        theirs = "normalised patches" if weights.norm_pix else "pixels"
-        return f"the source's target was {theirs}, this run's is {model.target.label}"
-    if weights.arguments["in_chans"] != model.encoder.in_chans:
-        return f"the source predicts {weights.arguments['in_chans']} channels and the data has {model.encoder.in_chans}"
-    own = model.decoder.state_dict()
-    if _shapes(own) != _shapes(weights.decoder):
-        return "the source's has another shape"
-    return None
+        target = "normalised patches" if weights.norm_pix else "pixels"
+        return {}, f"the source's target was {target}, this run's is {model.target.label}"
+    if theirs != ours:
+        return {}, f"the source predicts {theirs} channels and the data has {ours}"
+    positions = resample(weights.decoder["pos_embed"][0], weights.grid, model.encoder.grid)[None]
+    fitted = {**weights.decoder, "pos_embed": positions}
+    return fitted, "the source's has another shape" if difference(fitted, model.decoder) else ""
 
 
-def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in weights.items() if name != "pos_embed"}
+def difference(given: Mapping[str, Tensor], module: nn.Module) -> str:
+    """What parameters lack, have too much, or have in another shape for a module; empty where they fit."""
+    wanted = module.state_dict()
+    missing, odd = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
+    if missing:
+        return f"it lacks {listed(missing)}"
+    if odd:
+        return f"it has {listed(odd)} besides"
+    for name, tensor in given.items():
+        if tensor.shape != wanted[name].shape:
+            return f"{name} is {tuple(tensor.shape)} where {tuple(wanted[name].shape)} is wanted"
+    return ""
 
 
-def _compare(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], origin: str) -> None:
-    for name in wanted:
-        if name not in given or given[name].shape != wanted[name].shape:
-            found = tuple(given[name].shape) if name in given else "missing"
-            raise CheckpointError(
-                f"{origin} does not fit the model: {name} is {found}, wanted {tuple(wanted[name].shape)}",
-                "leave out the model settings, which then come from the weights",
-            )
+def no_vit(origin: str, why: str) -> CheckpointError:
+    """The error of weights that torchmae has no network for."""
+    return CheckpointError(f"{origin} is no vision transformer that torchmae has: {why}", "see docs/weights.md")
+
+
+def listed(items: Sequence[str], most: int = 4) -> str:
+    """The first few of several names, and how many more there are."""
+    more = len(items) - most
+    return ", ".join(items[:most]) + (f" and {more} more" if more > 0 else "")

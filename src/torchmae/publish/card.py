@@ -6,21 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torchmae
-from torchmae.config.export import ExportOptions
 from torchmae.errors import CheckpointError
-from torchmae.interop import official, onnx, timm
-from torchmae.interop.exports import Check, Exported
 from torchmae.nn.classifier import Classifier
 from torchmae.nn.mae import parameter_counts
-from torchmae.report.metrics import BASELINES, CLASSIFIERS, METRICS, RECONSTRUCTION, final_figures
+from torchmae.publish.exports import Check, Exported, Format
+from torchmae.report.metrics import BASELINES, METRICS
 from torchmae.report.run import Run, duration, load_run, short_count
 
-_FIGURES = (*RECONSTRUCTION, *CLASSIFIERS, "finetune")
-_LIBRARY = {"timm": "timm", "hf-mae": "transformers", "hf-vit": "transformers", "onnx": "onnx"}
 
-
-def model_card(run: Path, exported: Exported, options: ExportOptions, check: Check, notes: tuple[str, ...]) -> str:
-    """The card's Markdown: what `run` says of the training, how to use the files, `notes` on what was left out."""
+def model_card(run: Path, exported: Exported, written: Format, check: Check, data_licence: str | None) -> str:
+    """The card's Markdown: what `run` says of the training, how to use the files, what the model is not."""
     try:
         known = load_run(run)
     except CheckpointError:  # weights of others, or an export: nothing is known of the training
@@ -29,16 +24,17 @@ def model_card(run: Path, exported: Exported, options: ExportOptions, check: Che
     if isinstance(exported.model, Classifier):
         what, task = "Image classifier", "image-classification"
     data = _data_name(known)
-    code = snippet(options.to, options.part, exported)
+    description = exported.description
     sections = [
-        f"---\nlibrary_name: {_LIBRARY.get(options.to, 'torchmae')}\npipeline_tag: {task}\n"
+        f"---\nlibrary_name: {written.library}\npipeline_tag: {task}\n"
         "tags:\n- masked-autoencoder\n- self-supervised-learning\n- torchmae\n---\n",
         f"# {what}, trained on {_plain(data)}\n" if data else f"# {what}\n",
-        f"{_summary(exported, options)}\n",
+        f"{_summary(exported, written)}\n",
         f"## Use\n\n`FOLDER` is where this file lies. Images are {_scaled(exported)}, less the mean "
-        f"({', '.join(f'{value:.4g}' for value in exported.mean)}), divided by "
-        f"({', '.join(f'{value:.4g}' for value in exported.std)}) (for each channel).\n\n```python\n{code}```\n",
-        f"## Training\n\n{_training(known, exported, options.data_licence)}\n",
+        f"({', '.join(f'{value:.4g}' for value in description.mean)}), divided by "
+        f"({', '.join(f'{value:.4g}' for value in description.std)}) (for each channel).\n\n"
+        f"```python\n{written.usage(exported)}```\n",
+        f"## Training\n\n{_training(known, exported, data_licence)}\n",
     ]
     figures = _figures(known)
     if figures:
@@ -46,7 +42,7 @@ def model_card(run: Path, exported: Exported, options: ExportOptions, check: Che
     if exported.classes:
         listed = "\n".join(f"{i}. {_plain(name)}" for i, name in enumerate(exported.classes))
         sections.append(f"## Classes\n\n{listed}\n")
-    remarks = "".join(f"- {_plain(note)}\n" for note in notes)
+    remarks = "".join(f"- {_plain(note)}\n" for note in exported.notes)
     if remarks:
         sections.append(f"## Notes\n\n{remarks}")
     sections.append(
@@ -56,60 +52,6 @@ def model_card(run: Path, exported: Exported, options: ExportOptions, check: Che
     return "\n".join(sections)
 
 
-def snippet(to: str, part: str, exported: Exported) -> str:
-    """Python that loads the files of a format and applies them to `images`."""
-    size = (exported.encoder.in_chans, *exported.input_size) if exported.model.patch_size else ()
-    shape = f"(batch, {', '.join(map(str, size))})"
-    if to == "timm":
-        name, arguments = timm.architecture(exported)
-        given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-        what = "logits" if isinstance(exported.model, Classifier) else "features"
-        return (
-            "import timm\n\n"
-            'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()\n'
-            f"{what} = model(images)  # images: {shape}\n\n"
-            "# from the weight file alone:\n"
-            f'model = timm.create_model("{name}", checkpoint_path="FOLDER/model.safetensors", {given})\n'
-        )
-    if to == "hf-mae":
-        return (
-            "from transformers import ViTMAEForPreTraining\n\n"
-            'model = ViTMAEForPreTraining.from_pretrained("FOLDER").eval()\n'
-            f"loss = model(images).loss  # images: {shape}\n"
-        )
-    if to == "hf-vit":
-        return (
-            "from transformers import ViTModel\n\n"
-            'model = ViTModel.from_pretrained("FOLDER", add_pooling_layer=False).eval()\n'
-            f"tokens = model(images).last_hidden_state  # images: {shape}; the first token is the class token\n"
-        )
-    if to == "official":
-        return f'import torch\n\nweights = torch.load("FOLDER/{official.FILE}", weights_only=True)["model"]\n'
-    if to == "onnx":
-        return _onnx_snippet(part, exported, shape)
-    if isinstance(exported.model, Classifier):
-        return (
-            "from pathlib import Path\n\nfrom torchmae.training.saved_classifier import load_classifier\n\n"
-            f'model, description = load_classifier(Path("FOLDER"))\nlogits = model(images)  # images: {shape}\n'
-        )
-    return (
-        'import torchmae\n\nmodel = torchmae.load("FOLDER")\nfeatures = model.encode(model.preprocess("photo.jpg"))\n'
-    )
-
-
-def _onnx_snippet(part: str, exported: Exported, shape: str) -> str:
-    session = f'import onnxruntime\n\nsession = onnxruntime.InferenceSession("FOLDER/{onnx.FILE}")\n'
-    if isinstance(exported.model, Classifier):
-        return f'{session}(logits,) = session.run(None, {{"images": images}})  # images: {shape} float32\n'
-    if part == "encoder":
-        return f'{session}features, tokens = session.run(None, {{"images": images}})  # images: {shape} float32\n'
-    count = exported.encoder.num_patches
-    return (
-        f"{session}# noise: (batch, {count}) float32; the patches with the smallest numbers stay visible\n"
-        'filled, hidden = session.run(None, {"images": images, "noise": noise})\n'
-    )
-
-
 def _scaled(exported: Exported) -> str:
     """How stored values are scaled."""
     if exported.scale is None or set(exported.scale) == {"uint8"}:
@@ -117,12 +59,12 @@ def _scaled(exported: Exported) -> str:
     return " or ".join(f"{kind} divided by {one:g}" for kind, one in exported.scale.items())
 
 
-def _summary(exported: Exported, options: ExportOptions) -> str:
+def _summary(exported: Exported, written: Format) -> str:
     model = exported.model
-    if not exported.model.patch_size:
-        return "A masked autoencoder without patches, fully connected."
     encoder = exported.encoder
-    patch, size = (" x ".join(map(str, sizes)) for sizes in (encoder.patch_size, exported.input_size))
+    if not encoder.patch_size:
+        return "A masked autoencoder without patches, fully connected."
+    patch, size = (" x ".join(map(str, sizes)) for sizes in (encoder.patch_size, encoder.input_size))
     block = (
         f"{len(encoder.blocks)} blocks of width {encoder.embed_dim}, patches of {patch} on inputs of {size} with "
         f"{encoder.in_chans} channels"
@@ -130,8 +72,8 @@ def _summary(exported: Exported, options: ExportOptions) -> str:
     if isinstance(model, Classifier):
         return f"A vision transformer that was fine-tuned to tell {model.head.out_features} classes apart: {block}."
     count, rest = parameter_counts(model)
-    alone = options.to in ("timm", "hf-vit") or (options.to, options.part) == ("onnx", "encoder")
-    decoder = "; its decoder is not in these files" if alone else f", and a decoder of {short_count(rest)}"
+    whole = written.holds.decoder or exported.part != "encoder"
+    decoder = f", and a decoder of {short_count(rest)}" if whole else "; its decoder is not in these files"
     return (
         "A masked autoencoder ([He et al. 2021](https://arxiv.org/abs/2111.06377)): a vision transformer of "
         f"{short_count(count)} parameters ({block}){decoder}."
@@ -161,13 +103,16 @@ def _training(known: Run | None, exported: Exported, data_licence: str | None) -
 
 def _figures(known: Run | None) -> str:
     """A table of what was measured on held-out images, each figure beside its baselines."""
-    measured = final_figures(known.summary, known.val, known.baseline) if known else {}
+    measured = known.figures if known else {}
     rows = []
-    for name in _FIGURES:
-        metric = METRICS[name]
+    for name, metric in METRICS.items():
+        if not metric.goal:
+            continue
         words = {name: metric.heading}
         words |= {f"{name}_{key}": f"the same of {BASELINES[key]}" for key in metric.baselines}
-        rows += [f"| {words[key]} | {metric.unit.cell(measured[key])} |" for key in words if key in measured]
+        rows += [
+            f"| {words[key]} | {metric.unit.cell(measured[key])} |" for key in words if metric.goal and key in measured
+        ]
     return "\n".join(["| on held-out images | |", "|---|---:|", *rows]) if rows else ""
 
 

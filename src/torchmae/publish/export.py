@@ -1,4 +1,4 @@
-"""Writes a model in another library's format, reads it back with that library, and compares."""
+"""EXPORTS, the formats; a model is written in one of them, read back with the library it is for, and compared."""
 
 from __future__ import annotations
 
@@ -6,48 +6,45 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import SafetensorError
 
 from torchmae.config.export import ExportOptions
 from torchmae.errors import CheckpointError, ConfigError, TorchmaeError, reason_of
-from torchmae.interop import huggingface, official, onnx, timm
-from torchmae.interop.exports import TOLERANCE, Check, Exported
-from torchmae.nn.classifier import Classifier
+from torchmae.files import locked
+from torchmae.nn.encoder import ENCODERS
 from torchmae.paths import user_path
+from torchmae.publish import huggingface, official, onnx, own, timm
 from torchmae.publish.card import model_card
+from torchmae.publish.exports import TOLERANCE, Check, Exported, Format, Holds
 from torchmae.training.pretrained import load
-from torchmae.training.saved_classifier import ClassifierDescription, is_classifier, load_classifier, save_classifier
-from torchmae.training.saved_model import Description, load_model, write_description, write_weights
+from torchmae.training.saved_classifier import is_classifier, load_classifier
+
+_MAE = Holds(("vit",), as_published=True, decoder="published", classifiers=False)
+_VIT = Holds(("vit",), as_published=True, classifiers=False)
+_GRAPH = Holds(tuple(ENCODERS), images=False, parts=("encoder", "reconstruction"))
+
+EXPORTS = {
+    "timm": Format(timm.write, timm.check, timm.usage, "timm", Holds(("vit",))),
+    "hf-mae": Format(huggingface.write_mae, huggingface.check_mae, huggingface.mae_usage, "transformers", _MAE),
+    "hf-vit": Format(huggingface.write_vit, huggingface.check_vit, huggingface.vit_usage, "transformers", _VIT),
+    "official": Format(official.write, official.check, official.usage, "torchmae", _MAE),
+    "onnx": Format(onnx.write, onnx.check, onnx.usage, "onnx", _GRAPH),
+    "safetensors": Format(own.write, own.check, own.usage, "torchmae", Holds(None, images=False, decoder="any")),
+}
+"""The formats by name, as --to takes them: each is a file of this package and a row here."""
 
 _FILES = (".onnx", ".pth", ".pt", ".bin", ".safetensors")
 
 
-@dataclass(frozen=True)
-class Export:
-    """A finished export.
-
-    Attributes:
-        path: the folder.
-        files: in it.
-        check: how what was written compares with the model.
-        notes: what was left out or adapted, a sentence each.
-    """
+class Export(NamedTuple):
+    """A finished export: its folder, the files there, how they compare with the model, and what was left out of it."""
 
     path: Path
     files: tuple[str, ...]
     check: Check
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A model to export, and its description as torchmae's own folders have it."""
-
-    exported: Exported
-    description: Description | ClassifierDescription
     notes: tuple[str, ...]
 
 
@@ -66,20 +63,27 @@ def export(run: str | Path, out: str | Path, options: ExportOptions) -> Export:
         CheckpointError: a model that cannot be read, a folder that cannot be written, or a check that did not pass;
             nothing is left then.
     """
-    path = user_path(out)
+    path, target = user_path(out), EXPORTS[options.to]
     check_out(path)
-    opened = open_model(run, options.target)
+    if options.part not in target.holds.parts:
+        raise ConfigError(f"part is {options.part!r} and {options.to} is always whole", "leave --part out")
+    exported = open_model(run, options)
+    if problem := target.holds.refusal(exported):
+        holding = {name: other.holds for name, other in EXPORTS.items() if options.part in other.holds.parts}
+        others = [name for name, holds in holding.items() if not holds.refusal(exported)]
+        fix = f"use --to {', '.join(others)}" if others else "leave --part out"
+        raise ConfigError(f"{options.to} cannot hold this model: it has {problem}", fix)
     with whole_or_nothing(path) as writing:
-        write(writing, options, opened)
-        check = read_back(writing, options, opened.exported)
+        target.write(writing, exported)
+        check = read_back(writing, options.to, exported)
         if not check.passed:
             raise CheckpointError(
                 f"the export was deleted, since it is not the model: {check}, more than {TOLERANCE}",
                 "please report this with the output of torchmae --version",
             )
-        card = model_card(user_path(run), opened.exported, options, check, opened.notes)
+        card = model_card(user_path(run), exported, target, check, options.data_licence)
         (writing / "README.md").write_text(card, encoding="utf-8")
-    return Export(path, tuple(sorted(item.name for item in path.iterdir())), check, opened.notes)
+    return Export(path, tuple(sorted(item.name for item in path.iterdir())), check, exported.notes)
 
 
 def check_out(path: Path) -> None:
@@ -90,78 +94,28 @@ def check_out(path: Path) -> None:
         raise ConfigError(f"{path} exists already", "remove it, or choose another --out")
 
 
-def open_model(run: str | Path, target: str | None) -> Opened:
+def open_model(run: str | Path, options: ExportOptions) -> Exported:
     """Opens a run, a classifier, or weights of others."""
     path = user_path(run)
     if is_classifier(path):
         classifier, about = load_classifier(path)
-        return Opened(Exported(classifier, about.mean, about.std, classes=about.classes), about, ())
-    pretrained = load(path, target=target)
-    description = pretrained.description
-    ratio = float(description.mask.get("ratio", 0.75))
-    return Opened(
-        Exported(pretrained.model, description.mean, description.std, ratio, scale=description.scale),
-        description,
-        pretrained.notes,
-    )
+        return Exported(classifier, about, options.part, classes=about.classes)
+    opened = load(path, target=options.target)
+    ratio = float(opened.description.mask.get("ratio", 0.75))
+    return Exported(opened.model, opened.description, options.part, opened.notes, ratio, scale=opened.description.scale)
 
 
-def write(folder: Path, options: ExportOptions, opened: Opened) -> None:
-    """Writes the files of a format."""
-    exported, to = opened.exported, options.to
-    if to == "timm":
-        timm.write(folder, exported)
-    elif to == "hf-mae":
-        huggingface.write_mae(folder, exported)
-    elif to == "hf-vit":
-        huggingface.write_vit(folder, exported)
-    elif to == "official":
-        official.write(folder, exported)
-    elif to == "onnx":
-        onnx.write(folder, exported, options.part)
-    elif isinstance(exported.model, Classifier):
-        assert isinstance(opened.description, ClassifierDescription)
-        save_classifier(folder, exported.model, opened.description)
-    else:
-        assert isinstance(opened.description, Description)
-        if exported.model.decoder.absent:
-            reason, _ = exported.model.decoder.absent
-            raise ConfigError(f"{to} is a whole model: {reason}", "export the encoder with --to timm")
-        write_description(folder / "model.json", opened.description)
-        write_weights(folder / "model.safetensors", exported.model.state_dict())
-
-
-def read_back(folder: Path, options: ExportOptions, exported: Exported) -> Check:
-    """As `compare_written`; CheckpointError for files that the library they are for does not load."""
+def read_back(folder: Path, to: str, exported: Exported) -> Check:
+    """Compares what was written with the model; CheckpointError for files that their library does not load."""
     try:
-        return compare_written(folder, options, exported)
+        return EXPORTS[to].check(folder, exported)
     except TorchmaeError:
         raise
     except Exception as error:  # whatever another library raises
         raise CheckpointError(
-            f"the export was deleted, since {options.to} cannot be read back: {reason_of(error)}",
+            f"the export was deleted, since {to} cannot be read back: {reason_of(error)}",
             "please report this with the output of torchmae --version",
         ) from error
-
-
-def compare_written(folder: Path, options: ExportOptions, exported: Exported) -> Check:
-    """Reads what was written and compares it with the model."""
-    to = options.to
-    if to == "timm":
-        return timm.check(folder, exported)
-    if to == "hf-mae":
-        return huggingface.check_mae(folder, exported)
-    if to == "hf-vit":
-        return huggingface.check_vit(folder, exported)
-    if to == "official":
-        return official.check(folder, exported)
-    if to == "onnx":
-        return onnx.check(folder, exported, options.part)
-    again = load_classifier(folder)[0] if isinstance(exported.model, Classifier) else load_model(folder)[0]
-    ours, theirs = exported.model.state_dict(), again.state_dict()
-    differences = [(ours[name].double() - theirs[name].double()).abs().max().item() for name in ours]
-    largest = max(tensor.abs().max().item() for tensor in ours.values())
-    return Check("read back", "weights", max(differences), largest)
 
 
 @contextmanager
@@ -169,25 +123,30 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
     """A folder to write to, which takes the name `path` at the end; it is removed when something goes wrong.
 
     Raises:
+        ConfigError: another process writes there.
         CheckpointError: the disk is full or cannot be written.
     """
     writing = path.with_name(f".writing-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir()
-        yield writing
-        for item in writing.iterdir():
-            _flush(item)
-        _flush(writing)
-        if path.exists():
-            path.rmdir()  # empty, or this fails
-        writing.rename(path)
-        _flush(path.parent)
+        with locked(path.with_name(f"{writing.name}.lock")):
+            check_out(path)  # another command may have written it by now
+            shutil.rmtree(writing, ignore_errors=True)
+            writing.mkdir()
+            try:
+                yield writing
+                for item in (*writing.iterdir(), writing):
+                    _flush(item)
+                if path.exists():
+                    path.rmdir()  # empty
+                writing.rename(path)
+                _flush(path.parent)
+            finally:
+                shutil.rmtree(writing, ignore_errors=True)
+    except BlockingIOError as error:
+        raise ConfigError(f"another command is writing {path}", "wait for it, or choose another --out") from error
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {path}: {reason_of(error)}", "free space or mend the folder") from error
-    finally:
-        shutil.rmtree(writing, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

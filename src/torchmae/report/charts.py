@@ -69,15 +69,11 @@ class Area(NamedTuple):
     strokes: Sequence[Stroke]
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A chart as it is drawn, in units of `WIDTH` times `HEIGHT`.
+class Chart(NamedTuple):
+    """A chart as it is drawn, in units of `WIDTH` times `HEIGHT`; `alt` states its numbers for those who cannot see it.
 
-    Attributes:
-        alt: a sentence that states its numbers, for those who cannot see it.
-        along: what the horizontal axis counts.
-        left: where that axis begins; `ticks` are (x, text) along it.
-        legend: what the lines are; empty where the title says it.
+    The horizontal axis counts `along` and begins at `left`; `ticks` are (x, text). `legend` is empty where the title
+    says what the line is.
     """
 
     title: str
@@ -90,19 +86,16 @@ class Chart:
 
 
 def chart(title: str, *panels: Panel, along: str = "steps") -> Chart | None:
-    """Lays out a chart; None where no panel has a line that is no level, or one of several panels has none.
+    """Lays out panels below each other, the first of two the higher one; `along` is what their common axis counts.
 
-    Args:
-        title: what it shows.
-        *panels: the first takes more height than the others.
-        along: what the horizontal axis counts.
+    None where a panel has no line that is no level.
     """
     panels = tuple(panel._replace(lines=[line for line in panel.lines if len(line.x)]) for panel in panels)
     if not all(any(not line.level for line in panel.lines) for panel in panels):
         return None
     lines = [line for panel in panels for line in panel.lines]
     far = max(float(line.x[-1]) for line in lines if not line.level) * 1.015 or 1.0
-    shares = (1.0,) if len(panels) == 1 else (0.6, 0.4)
+    shares = (0.6, 0.4) if len(panels) == 2 else (1 / len(panels),) * len(panels)
     scales = [_limits(panel) for panel in panels]
     labels = [
         _labels(panel.unit, *scale, 5 if len(panels) == 1 else 3) for panel, scale in zip(panels, scales, strict=True)
@@ -187,19 +180,10 @@ def _stroke(line: Line, across: Scale, down: Scale) -> Stroke:
 
 
 def _spread_letters(heights: Sequence[float]) -> list[float]:
-    """Heights as near as can be to those given, in their order, but so far apart that letters do not overlap.
-
-    Args:
-        heights: shares of the drawing's height, in any order.
-    """
+    """Shares of the height as near as can be to those given, in their order, without letters that overlap."""
     order = np.argsort(heights, kind="stable")
-    placed = np.array(heights, dtype=np.float64)[order].clip(0, 1)
-    for i in range(1, len(placed)):
-        placed[i] = max(placed[i], placed[i - 1] + _LETTER_HEIGHT)
-    # What was pushed out at the end comes back, and pushes those before it.
-    limit = max(1.0, _LETTER_HEIGHT * (len(placed) - 1))
-    for i in reversed(range(len(placed))):
-        placed[i] = min(placed[i], limit - _LETTER_HEIGHT * (len(placed) - 1 - i))
-    spread = np.empty(len(placed))
-    spread[order] = placed
+    room = _LETTER_HEIGHT * np.arange(len(heights))
+    lowest = np.maximum.accumulate(np.array(heights, dtype=np.float64)[order].clip(0, 1) - room) + room
+    spread = np.empty(len(heights))
+    spread[order] = np.minimum(lowest, max(1.0, room[-1]) - room[::-1])
     return [float(height) for height in spread]

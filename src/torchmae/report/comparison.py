@@ -4,88 +4,51 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 from torchmae.errors import ConfigError
 from torchmae.files import replace_file
 from torchmae.report.charts import RUN_COLOURS, Chart, Line, Panel, chart, level, series_of
 from torchmae.report.evaluations import figures_of_run
-from torchmae.report.metrics import ACCURACY, BASELINES, METRICS, Figure, final_figures, finite
+from torchmae.report.metrics import (
+    ACCURACY,
+    BASELINES,
+    GOALS,
+    METRICS,
+    Figure,
+    Row,
+    charts_of_training,
+    finite,
+    metrics_of,
+)
 from torchmae.report.page import Embedded, Titled, embed, load_titled, open_picture, render_page
 from torchmae.report.pictures import read_layout, split_columns, strip_grid
-from torchmae.report.run import (
-    Run,
-    duration,
-    hidden_unit,
-    latest,
-    load_run,
-    setting,
-    short_count,
-    state,
-    title,
-    yaml_text,
-)
+from torchmae.report.run import Run, duration, load_run, short_count, yaml_text
 from torchmae.report.verdict import Verdict, judge, training_hints
 
 MAX_RUNS = 16
 
-# Which of several values is the best; None: they cannot be ranked.
-Best: TypeAlias = Callable[[Sequence[float]], float] | None
-
-# Where these differ, losses are of different tasks and cannot be ranked; the others are what accuracies depend on.
-_TASK = ("data.source", "data.val", "data.val_size", "eval.images", "mask.strategy", "mask.ratio")
-_KNN = ("data.source", "data.val", "data.val_size", "eval.knn_train", "eval.knn_val")
-_LINEAR = (*_KNN, "eval.linear_train")
-_BASES = {"explained_variance": _TASK, "loss": _TASK, "knn": _KNN, "linear": _LINEAR}
-# Curves: of which records, of which figure, and a title where the figure's label is not enough.
-_CURVES = (
-    ("val", "explained_variance", ""),
-    ("val", "knn", ""),
-    ("val", "linear", ""),
-    ("val", "loss", "Loss on held-out images"),
-    ("train", "loss", "Training loss"),
-    ("val", "effective_rank", ""),
-    ("train", "update_to_weight", ""),
-    ("train", "lr", ""),
-    ("train", "images_per_s", ""),
-)
 # Differs always, and says nothing.
 _IDLE = ("out",)
 _ENVIRONMENT = ("torchmae", "torch", "processor", "device", "threads", "precision")
 
 
-@dataclass(frozen=True)
-class Column:
+class Column(NamedTuple):
     """A run as it stands on the page: `letter` is its short name, `colour` a number in the style sheet."""
 
     letter: str
     order: int
     colour: int
     name: str
-    title: str
-    state: str
     verdict: Verdict
     hints: tuple[str, ...]
     run: Run
-    figures: Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class Row:
-    """A line of a table: a text for each run, empty where unknown, and which are the best of the comparable ones."""
-
-    label: str
-    values: tuple[str, ...]
-    best: tuple[bool, ...]
-
-
-@dataclass(frozen=True)
-class SideBySide:
+class SideBySide(NamedTuple):
     """The same held-out images as every run filled them in; `notes`: the runs, and how theirs came about."""
 
     picture: Embedded
@@ -112,24 +75,27 @@ def write_comparison(runs: Sequence[Path], page: Path) -> Path:
 def render_comparison(runs: Sequence[Run]) -> str:
     """The page of several runs, as HTML."""
     columns = _columns(runs)
-    configs = [flat(run.config) for run in runs]
-    differing = _differing(columns, _TASK, configs)
-    evaluations, evaluations_differ = evaluation_rows(columns)
+    configs = [run.settings for run in runs]
+    differing = {goal: _differing(columns, goal, configs) for goal in GOALS}
+    evaluations, evaluations_differ = evaluation_tables(columns)
     reconstructions, own_reconstructions = _reconstructions(columns)
+    rows = [
+        row
+        for goal, differences in differing.items()
+        for name in metrics_of(goal)
+        for row in _metric_rows(columns, name, not differences + _differ(METRICS[name].settings, configs))
+    ]
     return render_page(
         "comparison.html",
         title=f"{len(runs)} runs compared",
         columns=columns,
-        rows=[
-            row
-            for name, basis in _BASES.items()
-            for row in _metric_rows(columns, name, not _differing(columns, basis, configs))
-        ],
-        task_differences=differing,
-        knn_images=columns[0].figures.get("knn_images"),
+        rows=rows,
+        any_best=any(cell.best for row in rows for cell in row.cells),
+        task_differences=differing["reconstruction"],
+        knn_images=columns[0].run.figures.get("knn_images"),
         accuracy_noise=_accuracy_noise(columns),
         costs=list(_cost_rows(columns)),
-        evaluations=evaluations,
+        evaluations=evaluations.items(),
         evaluations_differ=evaluations_differ,
         charts=[item for item in _charts(columns) if item is not None],
         reconstructions=reconstructions,
@@ -145,19 +111,12 @@ def render_comparison(runs: Sequence[Run]) -> str:
 def _metric_rows(columns: Sequence[Column], name: str, comparable: bool) -> Iterator[Row]:
     """What the runs reached in one figure, the best marked where they are comparable, and below that its baselines."""
     metric = METRICS[name]
-    labels = {name: metric.label} | {f"{name}_{key}": f"of {BASELINES[key]}" for key in metric.baselines}
-    for key, label in labels.items():
-        ranked = comparable and key == name
-        noise = _accuracy_noise(columns) if metric.unit is ACCURACY else 0.0
-        row = _row(
-            label,
-            [column.figures.get(key) for column in columns],
-            metric.unit.text,
-            metric.best if ranked else None,
-            noise,
-        )
-        if any(row.values):
-            yield row
+    noise = _accuracy_noise(columns) if metric.unit is ACCURACY else 0.0
+    values = [column.run.figures.get(name) for column in columns]
+    yield from _row(metric.label, values, metric.unit.text, metric.best if comparable else None, noise)
+    for key in metric.baselines:
+        values = [column.run.figures.get(f"{name}_{key}") for column in columns]
+        yield from _row(f"of {BASELINES[key]}", values, metric.unit.text, kind="beside")
 
 
 def _cost_rows(columns: Sequence[Column]) -> Iterator[Row]:
@@ -170,104 +129,91 @@ def _cost_rows(columns: Sequence[Column]) -> Iterator[Row]:
         ("Training time", duration, "seconds"),
         ("Images per second", "{:,.0f}".format, "images_per_s"),
     ):
-        row = _row(label, [latest(column.run, *keys) for column in columns], show)
-        if any(row.values):
-            yield row
+        yield from _row(label, [column.run.latest(*keys) for column in columns], show)
 
 
-def evaluation_rows(columns: Sequence[Column]) -> tuple[list[tuple[str, list[tuple[str, tuple[Figure, ...]]]]], bool]:
-    """Of the figures of `torchmae evaluate` that any run has, the lines of a table (name, figures) for each unit.
+def evaluation_tables(columns: Sequence[Column]) -> tuple[dict[str, list[Row]], bool]:
+    """The rows of a table for each unit, of the figures of `torchmae evaluate` that any run has.
 
     Those of other images or options in one run than in another have a star; the last value says whether any has.
     """
     of_runs = [figures_of_run(column.run.evaluations) for column in columns]
-    by_unit: dict[str, list[tuple[str, tuple[Figure, ...]]]] = {}
+    by_unit: dict[str, list[Row]] = {}
     any_differs = False
     for unit, label in dict.fromkeys(key for figures in of_runs for key in figures):
         found = [figures.get((unit, label)) for figures in of_runs]
         differs = len({item.basis for item in found if item is not None}) > 1
         any_differs |= differs
-        texts = tuple(Figure() if item is None else item.figure for item in found)
-        by_unit.setdefault(unit, []).append((f"{label} *" if differs else label, texts))
-    return list(by_unit.items()), any_differs
+        cells = tuple(Figure() if item is None else item.figure for item in found)
+        by_unit.setdefault(unit, []).append(Row(f"{label} *" if differs else label, cells))
+    return by_unit, any_differs
 
 
 def setting_rows(settings: Sequence[Mapping[str, Any]]) -> list[Row]:
     """The settings in which runs differ, as YAML; `settings` are flat, name to value, of each run."""
-    names = dict.fromkeys(name for values in settings for name in values)
-    rows = []
-    for name in names:
-        if name not in _IDLE and len({repr(values.get(name)) for values in settings}) > 1:
-            texts = tuple(yaml_text(values[name]) if name in values else "" for values in settings)
-            rows.append(Row(name, texts, (False,) * len(settings)))
-    return rows
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted names."""
-    values: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            values |= flat(value, f"{prefix}{name}.")
-        else:
-            values[f"{prefix}{name}"] = value
-    return values
+    names = dict.fromkeys(name for values in settings for name in values if name not in _IDLE)
+    return [
+        Row(name, tuple(Figure(yaml_text(values[name]) if name in values else "") for values in settings))
+        for name in _differ(names, settings)
+    ]
 
 
 def _columns(runs: Sequence[Run]) -> list[Column]:
     # The folder's own name, also where it is given as "." or with a slash behind it.
     names = [run.path.resolve().name for run in runs]
-    clear = Counter(names)
-    columns = []
-    for order, (run, name) in enumerate(zip(runs, names, strict=True)):
-        figures = final_figures(run.summary, run.val, run.baseline, setting(run, "eval", "knn_val"))
-        columns.append(
-            Column(
-                letter=ascii_uppercase[order],
-                order=order,
-                colour=order % len(RUN_COLOURS),
-                name=name if clear[name] == 1 else run.path.as_posix(),
-                title=title(run),
-                state=state(run).partition(". ")[0],
-                verdict=judge(figures, hidden_unit(run)),
-                hints=tuple(training_hints(run.records)),
-                run=run,
-                figures=figures,
-            )
+    return [
+        Column(
+            letter=ascii_uppercase[order],
+            order=order,
+            colour=order % len(RUN_COLOURS),
+            name=name if names.count(name) == 1 else run.path.as_posix(),
+            verdict=judge(run.figures, run.unit),
+            hints=tuple(training_hints(run.records)),
+            run=run,
         )
-    return columns
+        for order, (run, name) in enumerate(zip(runs, names, strict=True))
+    ]
 
 
 def _row(
     label: str,
     values: Sequence[float | None],
     show: Callable[[float], str],
-    best_of: Best = None,
+    best_of: Callable[[Sequence[float]], float] | None = None,
     noise: float = 0.0,
-) -> Row:
-    """A row; the best are those that read like the best or are within noise of it, where that is not everyone."""
-    texts = tuple("" if value is None else show(value).replace("-", "\N{MINUS SIGN}") for value in values)
+    kind: str = "",
+) -> Iterator[Row]:
+    """A row, where anything is known; the best read like the best or are within noise of it, unless all do."""
     known = [value for value in values if value is not None]
-    marked = (False,) * len(values)
-    if best_of is not None and known:
-        best = best_of(known)
-        marked = tuple(v is not None and (show(v) == show(best) or abs(v - best) < noise) for v in values)
-    return Row(label, texts, marked if sum(marked) < len(known) else (False,) * len(values))
+    if not known:
+        return
+    best = None if best_of is None else best_of(known)
+    marked = [
+        best is not None and value is not None and (show(value) == show(best) or abs(value - best) < noise)
+        for value in values
+    ]
+    texts = ("" if value is None else show(value).replace("-", "\N{MINUS SIGN}") for value in values)
+    some = sum(marked) < len(known)
+    yield Row(label, tuple(Figure(text, best=some and one) for text, one in zip(texts, marked, strict=True)), kind)
 
 
 def _accuracy_noise(columns: Sequence[Column]) -> float:
     """Two standard errors, at most, of the difference of two accuracies, in points; 0 where that is unknown."""
-    images = columns[0].figures.get("knn_images")
+    images = columns[0].run.figures.get("knn_images")
     return 2 * 100 * math.sqrt(2 * 0.25 / images) if images else 0.0
 
 
-def _differing(columns: Sequence[Column], names: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Which of some settings differ, the target and the patch, which a preset may set, among them."""
-    found = [name for name in names if len({repr(config.get(name)) for config in configs}) > 1]
-    if names is _TASK:
-        for key, label in (("target", "target"), ("patch_size", "patch size"), ("input_size", "input size")):
-            if len({repr(column.run.summary.get(key)) for column in columns if column.run.summary}) > 1:
-                found.append(label)
+def _differ(names: Iterable[str], mappings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names whose values are not the same in all of several mappings."""
+    return [name for name in names if len({repr(values.get(name)) for values in mappings}) > 1]
+
+
+def _differing(columns: Sequence[Column], goal: str, configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which settings differ that figures of a goal depend on; of a reconstruction, what a preset may set too."""
+    found = _differ(GOALS[goal].settings, configs)
+    if goal == "reconstruction":
+        summaries = [column.run.summary for column in columns if column.run.summary]
+        found += [key.replace("_", " ") for key in _differ(("target", "patch_size", "input_size"), summaries)]
     return found
 
 
@@ -275,7 +221,8 @@ def _charts(columns: Sequence[Column]) -> Iterator[Chart | None]:
     """Curves over the images seen, or over steps where a run does not say its batch size."""
     sizes = [finite(column.run.config, "batch_size") for column in columns]
     along = "steps" if None in sizes else "images seen"
-    for kind, name, heading in _CURVES:
+    training = ["loss", *(names[0] for names in charts_of_training().values())]
+    for kind, name in (*(("val", name) for name in METRICS), *(("train", name) for name in training)):
         metric = METRICS[name]
         lines = []
         for column, size in zip(columns, sizes, strict=True):
@@ -284,10 +231,13 @@ def _charts(columns: Sequence[Column]) -> Iterator[Chart | None]:
             dashed = column.order >= len(RUN_COLOURS)
             lines.append(Line(column.name, f"run-{column.colour}", x, values, dashed=dashed, letter=column.letter))
         for key in metric.baselines[:1] if kind == "val" else ():  # what is one value for all runs
-            beside = [column.figures.get(f"{name}_{key}") for column in columns]
+            beside = [column.run.figures.get(f"{name}_{key}") for column in columns]
             if len({None if value is None else f"{value:.4g}" for value in beside}) == 1:
                 lines.append(level(BASELINES[key], beside[0], "mean"))
-        yield chart(heading or metric.label, Panel(lines, metric.unit, from_zero=metric.best is None), along=along)
+        heading = metric.label
+        if name == "loss":
+            heading = "Training loss" if kind == "train" else "Loss on held-out images"
+        yield chart(heading, Panel(lines, metric.unit, from_zero=metric.best is None), along=along)
 
 
 def _reconstructions(columns: Sequence[Column]) -> tuple[SideBySide | None, list[Titled]]:

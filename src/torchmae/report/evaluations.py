@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from torchmae.report.metrics import TRAINING, Figure, figures_as_text, finite, measure_of, number
+from torchmae.report.metrics import TRAINING, Figure, Measure, Row, Table, figures_as_text, finite, measure_of, number
 from torchmae.report.run import Record, duration
 
 _MAX_RECORDS = 6
@@ -17,21 +16,11 @@ _SUBJECTS = {"model": "This model", "random": "Untrained", "pixels": "Raw pixels
 _INCIDENTAL = ("method", "data", "test_data", "train_images", "test_images", "preset", "out", "resume")
 
 
-@dataclass(frozen=True)
-class FigureTable:
-    """Figures of one unit, of one evaluation: a row has the name of a figure, and one for each column."""
-
-    unit: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[Figure, ...]], ...]
-
-
-@dataclass(frozen=True)
-class Evaluation:
+class Evaluation(NamedTuple):
     """One call of `torchmae evaluate`: its methods, a table for each unit, on how many images and when, its command."""
 
     title: str
-    tables: tuple[FigureTable, ...]
+    tables: tuple[Table, ...]
     remark: str
     command: str
 
@@ -62,11 +51,9 @@ def figures_of_run(records: Sequence[Record]) -> dict[tuple[str, str], Measured]
     for record in records:
         by_subject = figures_of(record)
         own = by_subject.get("model") or next(iter(by_subject.values()), {})
-        for name, figure in figures_as_text(own).items():
-            unit, label, beside = measure_of(name)
-            if unit != TRAINING:
-                words = (f"{beside} for {label}" if beside else label, _shots(record))
-                merged[unit.name, ", ".join(filter(None, words))] = Measured(figure, _basis(record))
+        for (unit, label, beside), figure in _in_words(own):
+            words = (f"{beside} for {label}" if beside else label, _shots(record))
+            merged[unit.name, ", ".join(filter(None, words))] = Measured(figure, _basis(record))
     return merged
 
 
@@ -83,21 +70,25 @@ def figures_of(record: Record) -> dict[str, dict[str, float]]:
     return {subject: numbers for subject, numbers in found.items() if numbers}
 
 
+def _in_words(figures: Mapping[str, float]) -> Iterator[tuple[Measure, Figure]]:
+    """Figures, but for those that belong to a training, and what their names stand for."""
+    for name, figure in figures_as_text(figures).items():
+        measure = measure_of(name)
+        if measure.unit != TRAINING:
+            yield measure, figure
+
+
 def _evaluation(record: Record, by_subject: Mapping[str, Mapping[str, float]]) -> Evaluation:
-    subjects = sorted(by_subject, key=lambda name: list(_SUBJECTS).index(name) if name in _SUBJECTS else -1)
     cells: dict[str, dict[str, dict[str, Figure]]] = {}  # unit, row, column
-    for subject in subjects:
-        for name, figure in figures_as_text(by_subject[subject]).items():
-            unit, label, beside = measure_of(name)
-            if unit == TRAINING:
-                continue
+    for subject in sorted(by_subject, key=lambda name: list(_SUBJECTS).index(name) if name in _SUBJECTS else -1):
+        for (unit, label, beside), figure in _in_words(by_subject[subject]):
             column = beside.capitalize() or _SUBJECTS.get(subject, subject)
             cells.setdefault(unit.name, {}).setdefault(label, {})[column] = figure
     tables = []
     for unit_name, by_label in cells.items():
         columns = tuple(dict.fromkeys(column for row in by_label.values() for column in row))
-        filled = ((label, tuple(row.get(column, Figure()) for column in columns)) for label, row in by_label.items())
-        tables.append(FigureTable(unit_name, columns, tuple(filled)))
+        filled = (Row(label, tuple(row.get(column, Figure()) for column in columns)) for label, row in by_label.items())
+        tables.append(Table(unit_name, columns, tuple(filled)))
     command = str(_mapping(record, "environment").get("command") or "")
     return Evaluation(
         title=_title(record),

@@ -8,57 +8,51 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from matplotlib import style
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from torchmae.report.panels import BACKGROUND, TEXT, FloatArray, as_numpy, heat, map_panel, sample_panels
+from torchmae.report.panels import (
+    TEXT,
+    FloatArray,
+    as_numpy,
+    draw_table,
+    heat,
+    map_panel,
+    sample_panels,
+)
 
 if TYPE_CHECKING:
     from torchmae.report.panels import Images
 
-# A panel, and a line below it, cut where it is too long; None: an empty place.
-Cell: TypeAlias = tuple[Image.Image, str] | None
 Labels: TypeAlias = npt.NDArray[np.int64]
 
 _MIN_SIDE = 112
 # Images beside each other, each with its map.
 _PAIRS_PER_ROW = 4
 # Of a map: ten colours of middle lightness, told apart on white and on near-black; a second ten wear another marker.
-_COLOURS = (
-    "#3b7dd8",
-    "#e0702c",
-    "#2e9b57",
-    "#d9485f",
-    "#8a63d2",
-    "#a9752b",
-    "#d265b3",
-    "#7a8a99",
-    "#9aa41c",
-    "#1fa3b5",
-)
+_HUES = ["#3b7dd8", "#e0702c", "#2e9b57", "#d9485f", "#8a63d2", "#a9752b", "#d265b3", "#7a8a99", "#9aa41c", "#1fa3b5"]
 _MARKERS = ("o", "^")
 _LONGEST_NAME = 15
 
 
 def pca_picture(images: Images, colours: FloatArray) -> Image.Image:
     """Images, (N, C, *size) in [0, 1], beside the colours of their patches, (N, *grid, 3) in [0, 1]."""
-    panels = [_panel(image) for image in as_numpy(images)]
-    pairs = [((panel, ""), (map_panel(colour, panel.size), "")) for panel, colour in zip(panels, colours, strict=True)]
+    pairs = [_beside(image, [colour]) for image, colour in zip(as_numpy(images), colours, strict=True)]
     headers = ("image", "features") * len(pairs[:_PAIRS_PER_ROW])
-    return _table(
+    return draw_table(
         _in_rows(pairs, _PAIRS_PER_ROW),
         headers,
-        column_gaps=range(2, len(headers), 2),
-        title="Patch features as colours",
-        description="Beside each image, one colour for each patch: the first three principal components of the "
+        Title="Patch features as colours",
+        Description="Beside each image, one colour for each patch: the first three principal components of the "
         "features of all patches shown, as red, green and blue; what depends on a patch's place alone is left out. "
         "Patches of the same colour look alike to the model.",
+        column_gaps=range(2, len(headers), 2),
     )
 
 
@@ -68,47 +62,38 @@ def attention_picture(images: Images, attention: FloatArray) -> Image.Image:
     `attention` is (N, heads, *grid), 0 or more; each map is drawn from 0 to its own largest value.
     """
     count = attention.shape[1]
-    rows: list[list[Cell]] = []
+    rows = []
     for image, heads in zip(as_numpy(images), attention, strict=True):
-        panel = _panel(image)
         maps = [heads.mean(0), *heads] if count > 1 else list(heads)
-        scaled = [heat(values / max(float(values.max()), 1e-12)) for values in maps]
-        rows.append([(panel, ""), *((map_panel(colours, panel.size), "") for colours in scaled)])
-    return _table(
+        rows.append(_beside(image, [heat(values / max(float(values.max()), 1e-12)) for values in maps]))
+    return draw_table(
         rows,
         ("image", *(["mean"] if count > 1 else []), *(f"head {i + 1}" for i in range(count))),
-        column_gaps=(1,),
-        title="Attention of the class token",
-        description="Beside each image, how much the class token attends to each patch in the last block, for the "
+        Title="Attention of the class token",
+        Description="Beside each image, how much the class token attends to each patch in the last block, for the "
         "mean of its heads and for each head: bright is much, dark little, each map on its own scale.",
+        column_gaps=(1,),
     )
 
 
 def neighbours_picture(
     queries: Images, neighbours: Images, captions: Sequence[Sequence[str]], query_captions: Sequence[str]
 ) -> Image.Image:
-    """Images beside those whose features are nearest.
+    """Images, (N, C, *size) in [0, 1], beside those whose features are nearest, (N, K, C, *size), nearest first.
 
-    Args:
-        queries: (N, C, *size) in [0, 1].
-        neighbours: (N, K, C, *size) in [0, 1], nearest first.
-        captions: N lists of K lines, one below each neighbour.
-        query_captions: N lines.
+    `captions` are N times K lines below the neighbours, `query_captions` N lines below the images.
     """
-    rows: list[list[Cell]] = [
-        [(_panel(image), line) for image, line in zip((query, *found), (caption, *lines), strict=True)]
-        for query, caption, found, lines in zip(
-            as_numpy(queries), query_captions, as_numpy(neighbours), captions, strict=True
-        )
-    ]
+    pairs = zip(as_numpy(queries), as_numpy(neighbours), strict=True)
+    rows = [[_panel(image) for image in (query, *found)] for query, found in pairs]
     count = len(rows[0]) - 1
-    return _table(
+    return draw_table(
         rows,
         ("image", "nearest", *[""] * (count - 1)),
-        column_gaps=(1,),
-        title="Nearest neighbours",
-        description=f"Beside each image, the {count} images of the data set whose features are most like its own, the "
+        Title="Nearest neighbours",
+        Description=f"Beside each image, the {count} images of the data set whose features are most like its own, the "
         "nearest first, with their cosine similarity.",
+        captions=[[one, *others] for one, others in zip(query_captions, captions, strict=True)],
+        column_gaps=(1,),
     )
 
 
@@ -117,26 +102,22 @@ def ratios_picture(
 ) -> Image.Image:
     """Images, what the model sees of them at several mask ratios, and what it makes of that.
 
-    Args:
-        originals: (N, C, *size) in [0, 1].
-        masked: one (N, C, *size) for each ratio, NaN where hidden.
-        reconstructed: likewise, without NaN.
-        ratios: share that is hidden, in (0, 1).
-        note: how the reconstruction came about (`Reconstruction.note`).
+    All are (N, C, *size) in [0, 1], the last two one for each ratio, a share in (0, 1); `masked` is NaN where hidden.
+    `note` says how the reconstruction came about (`Reconstruction.note`).
     """
     versions = [as_numpy(images) for images in (*masked, *reconstructed, originals)]
-    rows: list[list[Cell]] = []
+    rows: list[list[Image.Image | None]] = []
     for sample in zip(*versions, strict=True):
-        *cells, original = [(panel, "") for panel in sample_panels(sample, _MIN_SIDE)]
-        rows += [[original, *cells[: len(ratios)]], [None, *cells[len(ratios) :]]]
-    return _table(
+        *panels, original = sample_panels(sample, _MIN_SIDE)
+        rows += [[original, *panels[: len(ratios)]], [None, *panels[len(ratios) :]]]
+    return draw_table(
         rows,
         ("original", *(f"{100 * ratio:.4g}% hidden" for ratio in ratios)),
+        Title="Reconstruction as more is hidden",
+        Description="For each image, what the model sees when more and more is hidden (blue-grey), and below that "
+        f"what it makes of it: what is visible as it was, {note}.",
         column_gaps=(1,),
         row_gaps=range(2, len(rows), 2),
-        title="Reconstruction as more is hidden",
-        description="For each image, what the model sees when more and more is hidden (blue-grey), and below that what "
-        f"it makes of it: what is visible as it was, {note}.",
     )
 
 
@@ -145,36 +126,35 @@ def anomaly_picture(images: Images, maps: Mapping[str, FloatArray], truth: Seque
 
     `truth` is a word below each image.
     """
-    groups: list[list[Cell]] = []
-    for number, (image, word) in enumerate(zip(as_numpy(images), truth, strict=True)):
-        panel = _panel(image)
-        heats = [heat(values[number], "inferno") for values in maps.values()]
-        groups.append([(panel, word), *((map_panel(colours, panel.size), "") for colours in heats)])
-    return _table(
+    groups = [
+        _beside(image, [heat(values[number], "inferno") for values in maps.values()])
+        for number, image in enumerate(as_numpy(images))
+    ]
+    return draw_table(
         _in_rows(groups, 2),
         ("image", *maps) * len(groups[:2]),
-        column_gaps=(len(maps) + 1,),
-        title="The most unusual images",
-        description="Beside each image, maps of what is unusual in it: bright is unusual. A colour means the same in "
+        Title="The most unusual images",
+        Description="Beside each image, maps of what is unusual in it: bright is unusual. A colour means the same in "
         "all maps of one kind.",
+        captions=_in_rows([[word] + [""] * len(maps) for word in truth], 2),
+        column_gaps=(len(maps) + 1,),
     )
 
 
 def map_picture(points: FloatArray, labels: Labels | None, classes: Sequence[str] | None, method: str) -> Image.Image:
     """Draws a map of embeddings.
 
+    At most 20 classes, the commonest, are in colour; the rest are grey.
+
     Args:
         points: (N, 2).
         labels: (N,), -1 where unknown; None: nothing has a label.
         classes: the name of each label; None: its number.
-        method: how the points came about, as the description names it, such as "t-SNE".
-
-    Returns:
-        RGBA with a transparent background. At most 20 classes, the commonest, are in colour; the rest are grey.
+        method: how the points came about, such as "t-SNE".
     """
     known = np.full(len(points), -1) if labels is None else labels
     values, counts = np.unique(known[known >= 0], return_counts=True)
-    shown = sorted(values[np.argsort(-counts, kind="stable")][: len(_COLOURS) * len(_MARKERS)].tolist())
+    shown = sorted(values[np.argsort(-counts, kind="stable")][: len(_HUES) * len(_MARKERS)].tolist())
     size = float(np.clip(12000 / len(points), 6, 40))
     look = {"font.size": 12, "text.color": [value / 255 for value in TEXT[:3]], "scatter.edgecolors": "none"}
     with style.context(["default", look]):
@@ -187,12 +167,12 @@ def map_picture(points: FloatArray, labels: Labels | None, classes: Sequence[str
                 points[rest, 0], points[rest, 1], s=size, c="#8a929c", alpha=0.6, label="other" if shown else None
             )
         for order, label in enumerate(shown):
-            marker, colour = divmod(order, len(_COLOURS))
+            marker, colour = divmod(order, len(_HUES))
             name = class_name(label, classes)
             if len(name) > _LONGEST_NAME:
                 name = f"{name[: _LONGEST_NAME - 1].rstrip()}…"
             x, y = points[known == label].T
-            axes.scatter(x, y, s=size, c=_COLOURS[colour], marker=_MARKERS[marker], alpha=0.8, label=name)
+            axes.scatter(x, y, s=size, c=_HUES[colour], marker=_MARKERS[marker], alpha=0.8, label=name)
         if shown:
             figure.legend(
                 loc="outside lower center",
@@ -228,50 +208,12 @@ def _panel(image: FloatArray) -> Image.Image:
     return sample_panels([image], _MIN_SIDE)[0]
 
 
-def _in_rows(groups: Sequence[Sequence[Cell]], count: int) -> list[list[Cell]]:
-    """Rows of `count` groups of cells each."""
-    return [[c for group in groups[i : i + count] for c in group] for i in range(0, len(groups), count)]
+def _beside(image: FloatArray, maps: Iterable[FloatArray]) -> list[Image.Image]:
+    """An image, and maps of colours as large as it."""
+    panel = _panel(image)
+    return [panel, *(map_panel(colours, panel.size) for colours in maps)]
 
 
-def _table(
-    rows: Sequence[Sequence[Cell]],
-    headers: Sequence[str],
-    *,
-    title: str,
-    description: str,
-    column_gaps: Collection[int] = (),
-    row_gaps: Collection[int] = (),
-) -> Image.Image:
-    """Places panels of one size under headers, RGBA; there is more room before the columns and rows of the gaps."""
-    width, height = next(cell for row in rows for cell in row if cell is not None)[0].size
-    gutter = max(4, width // 24)
-    font = ImageFont.load_default(max(10, min(round(width / 7.5), 20)))
-    line = math.ceil(font.getbbox("Ag")[3]) + 3
-    below = line if any(cell is not None and cell[1] for row in rows for cell in row) else 0
-    left = _places(max(map(len, rows)), width, gutter, column_gaps)
-    top = [line + y for y in _places(len(rows), height + below, gutter, row_gaps)]
-    picture = Image.new("RGBA", (left[-1] + width, top[-1] + height + below), BACKGROUND)
-    pen = ImageDraw.Draw(picture)
-    for x, header in zip(left, headers, strict=True):
-        pen.text((x, 0), _fit(header, font, width), fill=TEXT, font=font)
-    for y, row in zip(top, rows, strict=True):
-        for x, cell in zip(left, row, strict=False):
-            if cell is not None:
-                picture.paste(cell[0], (x, y))
-                pen.text((x, y + height + 1), _fit(cell[1], font, width), fill=TEXT, font=font)
-    picture.info.update(Title=title, Description=description)
-    return picture
-
-
-def _places(count: int, size: int, gutter: int, gaps: Collection[int]) -> list[int]:
-    """Where each of `count` things of `size` begins, `gutter` apart, three times that before those in `gaps`."""
-    return [i * (size + gutter) + 2 * gutter * sum(gap <= i for gap in gaps) for i in range(count)]
-
-
-def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """As much of a text as `width` pixels hold."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(f"{text}...") > width:
-        text = text[:-1]
-    return f"{text.rstrip()}..."
+def _in_rows(groups: Sequence[list[Any]], count: int) -> list[list[Any]]:
+    """Rows of `count` groups each."""
+    return [[one for group in groups[i : i + count] for one in group] for i in range(0, len(groups), count)]

@@ -4,52 +4,53 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from torchmae.config import PretrainConfig
 from torchmae.files import replace_file
 from torchmae.report.charts import Chart, Line, Panel, chart, level, series_of
 from torchmae.report.evaluations import latest_evaluations
-from torchmae.report.metrics import ACCURACY, BASELINES, CLASSIFIERS, LOSS, METRICS, RECONSTRUCTION, Unit, final_figures
+from torchmae.report.metrics import (
+    ACCURACY,
+    BASELINES,
+    GOALS,
+    LOSS,
+    METRICS,
+    Figure,
+    Row,
+    Table,
+    Unit,
+    charts_of_training,
+    metrics_of,
+)
 from torchmae.report.page import Embedded, embed, load_titled, open_picture, render_page
 from torchmae.report.pictures import HEADERS, read_layout, split_columns, strip_grid
-from torchmae.report.run import (
-    Record,
-    Run,
-    describe,
-    facts,
-    hidden_unit,
-    is_finished,
-    load_run,
-    setting,
-    state,
-    title,
-    yaml_text,
-)
+from torchmae.report.run import Record, Run, load_run, yaml_text
 from torchmae.report.verdict import judge, training_hints, trend
+from torchmae.settings import default_values
 
 # Reconstructions shown side by side, from the first to the last.
 _MAX_MOMENTS = 4
 _MAX_BAD_FILES = 20
-_COLOURS = {"interpolation": "interpolation", "pixels": "interpolation", "mean_patch": "mean", "untrained": "mean"}
+# Of what takes no learning: those whose line has the first colour, and the words in a table where they are longer.
+_FIRST = ("interpolation", "pixels")
+_PREDICTORS = {
+    "interpolation": "Interpolation from visible {unit}",
+    "mean_patch": "Mean of visible {unit}",
+    "untrained": "The same network, untrained",
+}
 
 _ENVIRONMENT_LABELS = {"torch": "PyTorch", "torchmae": "torchmae", "torchvision": "torchvision"}
 
 
-@dataclass(frozen=True)
-class Reconstructions:
-    """What the model made of held-out images.
+class Reconstructions(NamedTuple):
+    """What the model made of held-out images: the picture of `step`, cut in columns, and how it got there.
 
-    Attributes:
-        step: the optimiser step of the last picture.
-        columns: the last picture, cut in columns: side by side, or on a phone one below the other.
-        headers: what stands above each third of a column; empty where the picture carries its own.
-        pixelated: whether pixels are to be seen as squares.
-        note: how the reconstruction came about.
-        progress: masked, the reconstruction at each of `progress_steps`, original; None of only one picture.
+    `headers` stand above each third of a column, unless the picture carries its own; `note` says how the reconstruction
+    came about; `progress` is masked, the reconstruction at each of `progress_steps`, original.
     """
 
     step: int
@@ -61,21 +62,7 @@ class Reconstructions:
     progress_steps: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class ScoreTable:
-    """Figures of the model beside those of what takes no learning.
-
-    A column is (figure, whether it has bars); a row (label, (text, length of the bar in percent) for each column).
-    """
-
-    caption: str
-    head: str
-    columns: list[tuple[str, bool]]
-    rows: list[tuple[str, list[tuple[str, float | None]]]]
-
-
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """A line of the configuration as YAML, and whether it differs from torchmae's default."""
 
     name: str
@@ -98,24 +85,20 @@ def write_report(run: Path, page: Path | None = None) -> Path:
 
 def render(run: Run) -> str:
     """The page of a run, as HTML."""
-    unit = hidden_unit(run)
-    figures = final_figures(run.summary, run.val, run.baseline, setting(run, "eval", "knn_val"))
-    folder = run.path.as_posix()
+    figures, folder = run.figures, run.path.as_posix()
     evaluations, evaluations_left = latest_evaluations(run.evaluations)
     return render_page(
         "run.html",
-        title=title(run),
-        state=state(run),
-        sentence=describe(run),
-        facts=facts(run),
-        verdict=judge(figures, unit),
+        run=run,
+        title=run.title,
+        verdict=judge(figures, run.unit),
         trend=trend(run.val),
         hints=training_hints(run.records),  # the verdict has weighed the loss
-        scores=score_tables(figures, unit) if "loss" in figures else [],
+        scores=score_tables(figures, run.unit) if "loss" in figures else [],
         figures=figures,
-        linear_train=setting(run, "eval", "linear_train"),
+        linear_train=run.settings.get("eval.linear_train"),
         normalised=run.summary.get("target") == "normalised patches",
-        unit=unit,
+        unit=run.unit,
         pictures=load_reconstructions(run),
         evaluations=evaluations,
         evaluations_left=evaluations_left,
@@ -127,9 +110,7 @@ def render(run: Run) -> str:
             for key, value in run.environment.items()
             if value is not None
         ],
-        bad_files=run.bad_files[:_MAX_BAD_FILES],
-        bad_files_left=max(0, len(run.bad_files) - _MAX_BAD_FILES),
-        finished=is_finished(run),
+        max_bad_files=_MAX_BAD_FILES,
         folder=shlex.quote(folder),
         folder_literal=repr(folder),
         again=shlex.quote(f"{folder}-again"),
@@ -137,24 +118,26 @@ def render(run: Run) -> str:
     )
 
 
-def score_tables(figures: Mapping[str, float], unit: str) -> list[ScoreTable]:
-    """Reconstruction and, where there are labels, classification, each beside its baselines."""
-    trivial = {"interpolation": f"Interpolation from visible {unit}", "mean_patch": f"Mean of visible {unit}"}
-    unlearned = {"pixels": "Raw pixels", "untrained": "The same network, untrained"}
+def score_tables(figures: Mapping[str, float], unit: str) -> list[Table]:
+    """The figures of each goal that were measured, beside those of what takes no learning."""
     tables = []
-    for caption, head, names, baselines in (
-        ("Filling in what is hidden", "Predictor", RECONSTRUCTION, trivial),
-        ("Telling classes apart", "Features of", CLASSIFIERS, unlearned),
-    ):
-        shown = {name: METRICS[name] for name in names if name in figures}
+    for name, goal in GOALS.items():
+        shown = {key: metric for key, metric in metrics_of(name).items() if key in figures}
+        labels = {"": "This model"}
+        for key in (key for metric in shown.values() for key in metric.baselines):
+            labels[f"_{key}"] = _PREDICTORS.get(key, BASELINES[key].capitalize()).format(unit=unit)
         rows = [
-            (label, [_cell(metric.unit, figures.get(f"{name}{ending}")) for name, metric in shown.items()])
-            for ending, label in {"": "This model", **{f"_{key}": label for key, label in baselines.items()}}.items()
-            if any(f"{name}{ending}" in figures for name in shown)
+            Row(
+                label,
+                tuple(_cell(metric.unit, figures.get(f"{key}{ending}")) for key, metric in shown.items()),
+                "" if ending else "ours",
+            )
+            for ending, label in labels.items()
+            if any(f"{key}{ending}" in figures for key in shown)
         ]
         if rows:
-            heads = [(metric.label.removesuffix(" accuracy"), metric.unit.is_share) for metric in shown.values()]
-            tables.append(ScoreTable(caption, head, heads, rows))
+            heads = tuple(metric.label.removesuffix(" accuracy") for metric in shown.values())
+            tables.append(Table(goal.head, heads, tuple(rows), goal.caption))
     return tables
 
 
@@ -181,54 +164,50 @@ def load_reconstructions(run: Run) -> Reconstructions | None:
 
 def settings(config: Record) -> list[tuple[str, list[Setting]]]:
     """The configuration as (section, lines of YAML); values at the top level have the empty section."""
-    defaults = asdict(PretrainConfig())
+    defaults = default_values()
     sections: dict[str, list[Setting]] = {"": []}
     for section, values in config.items():
         nested = isinstance(values, dict)
         known = defaults.get(section, {}) if nested else defaults
         for name, value in values.items() if nested else ((section, values),):
-            default = known.get(name, ...)
-            # A default that is a tuple comes back from YAML as a list.
-            same = value == (list(default) if isinstance(default, tuple) else default)
-            sections.setdefault(section if nested else "", []).append(Setting(str(name), yaml_text(value), not same))
+            line = Setting(str(name), yaml_text(value), value != known.get(name, ...))
+            sections.setdefault(section if nested else "", []).append(line)
     return [(str(section), lines) for section, lines in sections.items() if lines]
 
 
-def _cell(unit: Unit, value: float | None) -> tuple[str, float | None]:
+def _cell(unit: Unit, value: float | None) -> Figure:
     """A figure as text, and where it is a share, the length of its bar in percent."""
     text = "" if value is None else unit.text(value).replace("-", "\N{MINUS SIGN}")
-    return text, round(min(max((value or 0.0) * unit.scale, 0.0), 100.0), 1) if unit.is_share else None
+    bar = round(min(max((value or 0.0) * unit.scale, 0.0), 100.0), 1)
+    return Figure(text, bar=bar if unit.is_share else None)
 
 
 def _charts(run: Run, figures: Mapping[str, float]) -> list[Chart]:
-    def trained(key: str, label: str = "training", colour: str = "train") -> Line:
-        return Line(label, colour, *series_of(run.train, key))
+    """What was measured on held-out images, the losses of other targets, and how training went."""
 
-    def measured(name: str, *others: Line, label: str = "this model") -> Chart | None:
-        metric = METRICS[name]
-        lines = [*others, Line(label, "model", *series_of(run.val, name))]
-        lines += [level(BASELINES[key], figures.get(f"{name}_{key}"), _COLOURS[key]) for key in metric.baselines]
-        return chart(metric.label, Panel(lines, metric.unit, from_zero=metric.unit is not ACCURACY))
-
-    def of_training(title: str, *names: str) -> Chart | None:
-        panels = zip(names, ("model", "interpolation"), strict=False)
-        return chart(
-            title,
-            *(
-                Panel([trained(name, METRICS[name].label.lower(), colour)], METRICS[name].unit)
-                for name, colour in panels
-            ),
-        )
+    def trained(name: str, label: str = "training", colour: str = "train") -> Line:
+        return Line(label, colour, *series_of(run.train, name))
 
     others = sorted({name for record in run.train for name in record if name.startswith("loss_")})
     # Runs of older versions logged the weighted sum of all targets' losses, which no loss on held-out images is like.
-    summed = bool(setting(run, "model", "hog_weight")) and not others
-    drawn = (
-        measured("loss", *([] if summed else [trained("loss")]), label="held-out images"),
+    summed = bool(run.settings.get("model.hog_weight")) and not others
+    held_out = {}
+    for name, metric in METRICS.items():
+        lines = [trained("loss")] if name == "loss" and not summed else []
+        lines.append(Line("held-out images" if name == "loss" else "this model", "model", *series_of(run.val, name)))
+        for key in metric.baselines:
+            colour = "interpolation" if key in _FIRST else "mean"
+            lines.append(level(BASELINES[key], figures.get(f"{name}_{key}"), colour))
+        held_out[name] = chart(metric.label, Panel(lines, metric.unit, from_zero=metric.unit is not ACCURACY))
+    drawn = [
+        held_out.pop("loss"),
         *(chart(f"Training loss of the target {name[5:]}", Panel([trained(name)], LOSS)) for name in others),
-        *(measured(name) for name in ("explained_variance", *CLASSIFIERS, "effective_rank")),
-        of_training("Learning rate", "lr"),
-        of_training("Size of the steps", "update_to_weight", "grad_norm"),
-        of_training("Throughput", "images_per_s", "data_wait"),
-    )
+        *held_out.values(),
+    ]
+    for heading, names in charts_of_training().items():
+        panels = [
+            Panel([trained(name, METRICS[name].label.lower(), colour)], METRICS[name].unit)
+            for name, colour in zip(names, cycle(("model", "interpolation")), strict=False)
+        ]
+        drawn.append(chart(heading, *panels))
     return [item for item in drawn if item is not None]

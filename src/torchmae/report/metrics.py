@@ -63,12 +63,18 @@ class Metric:
         unit: what it is measured in.
         best: min or max; None: it cannot be ranked.
         baselines: what is measured in the model's place, as `NAME_BASELINE`; keys of `BASELINES`.
+        goal: what it says of a run, a key of `GOALS`; the tables of a run's figures show it. Empty: only its curve.
+        chart: of a figure of training, the chart that it is drawn in.
+        settings: that it depends on, beside those of its goal.
     """
 
     label: str
     unit: Unit
     best: Callable[[Sequence[float]], float] | None = None
     baselines: tuple[str, ...] = ()
+    goal: str = ""
+    chart: str = ""
+    settings: tuple[str, ...] = ()
 
     @property
     def heading(self) -> str:
@@ -83,32 +89,52 @@ BASELINES = {
     "pixels": "raw pixels",
 }
 
-RECONSTRUCTION = ("loss", "explained_variance")
-CLASSIFIERS = ("knn", "linear")
+
+class Goal(NamedTuple):
+    """What figures of a run say of it: a table's caption and first head, and the settings that they depend on."""
+
+    caption: str
+    head: str
+    settings: tuple[str, ...]
+
+
+_HELD_OUT = ("data.source", "data.val", "data.val_size")
+GOALS = {
+    "reconstruction": Goal(
+        "Filling in what is hidden", "Predictor", (*_HELD_OUT, "eval.images", "mask.strategy", "mask.ratio")
+    ),
+    "features": Goal(
+        "Telling classes apart",
+        "Features of",
+        (*_HELD_OUT, "eval.knn_train", "eval.knn_val"),
+    ),
+}
 _TRIVIAL, _UNLEARNED = ("interpolation", "mean_patch"), ("pixels", "untrained")
 _MASK = r"(?P<strategy>\w+)_(?P<share>[\d.]+)"
 
 METRICS: dict[str, Metric] = {
     # Measured while a run trains.
-    "loss": Metric("Loss", LOSS, min, _TRIVIAL),
-    "explained_variance": Metric("Explained variance", SHARE, max, _TRIVIAL),
-    "knn": Metric("kNN accuracy", ACCURACY, max, _UNLEARNED),
-    "linear": Metric("Linear probe accuracy", ACCURACY, max, _UNLEARNED),
+    "loss": Metric("Loss", LOSS, min, _TRIVIAL, "reconstruction"),
+    "explained_variance": Metric("Explained variance", SHARE, max, _TRIVIAL, "reconstruction"),
+    "knn": Metric("kNN accuracy", ACCURACY, max, _UNLEARNED, "features"),
+    "linear": Metric("Linear probe accuracy", ACCURACY, max, _UNLEARNED, "features", settings=("eval.linear_train",)),
     "effective_rank": Metric("Effective rank of the features", OTHER, None, ("untrained",)),
-    "lr": Metric("Learning rate", OTHER),
+    "lr": Metric("Learning rate", OTHER, chart="Learning rate"),
     "update_to_weight": Metric(
-        "Change of the weights in a step", Unit("Share", text="{:.2%}".format, sign="%", scale=100)
+        "Change of the weights in a step",
+        Unit("Share", text="{:.2%}".format, sign="%", scale=100),
+        chart="Size of the steps",
     ),
-    "grad_norm": Metric("Gradient norm", LOSS),
-    "images_per_s": Metric("Images per second", COUNT),
-    "data_wait": Metric("Share of time waiting for data", SHARE),
+    "grad_norm": Metric("Gradient norm", LOSS, chart="Size of the steps"),
+    "images_per_s": Metric("Images per second", COUNT, chart="Throughput"),
+    "data_wait": Metric("Share of time waiting for data", SHARE, chart="Throughput"),
     # By `torchmae evaluate`.
     r"knn(?P<k>\d+)": Metric("kNN, k = {k}", ACCURACY, max),
     r"linear_(?P<pool>mean|cls|both)": Metric("linear probe, {pool}", ACCURACY, max),
     r"linear_c(?P<c>[\d.]+)": Metric("linear probe, patch mean, C = {c}", ACCURACY, max),
     r"linear_paper_(?P<pool>mean|cls|both)": Metric("linear probe, as in the paper, {pool}", ACCURACY, max),
     "attentive": Metric("attentive probe", ACCURACY, max),
-    "finetune": Metric("fine-tuned", ACCURACY, max),
+    "finetune": Metric("fine-tuned", ACCURACY, max, goal="features"),
     "finetune_random": Metric("trained from random weights", ACCURACY, max),
     r"finetune_(?:random_)?(?P<took>images|seconds|loss)": Metric("{took}", TRAINING),
     "anomaly_reconstruction": Metric("reconstruction error", AUROC, max),
@@ -122,9 +148,23 @@ METRICS: dict[str, Metric] = {
         "{strategy}, {share}% hidden", Unit("Explained variance", "{:.3f}".format), max, ("interpolation",)
     ),
 }
-"""Every figure by name; a name with parts that vary is a regular expression for the whole of it."""
+"""The only list of figures, by name; a name with parts that vary is a regular expression for the whole of it."""
 
 _POOLS = {"mean": "patch mean", "cls": "class token"}
+
+
+def metrics_of(goal: str) -> dict[str, Metric]:
+    """The figures that say something of a run, by name."""
+    return {name: metric for name, metric in METRICS.items() if metric.goal == goal}
+
+
+def charts_of_training() -> dict[str, list[str]]:
+    """The figures of training that are drawn together, by the title of their chart."""
+    charts: dict[str, list[str]] = {}
+    for name, metric in METRICS.items():
+        if metric.chart:
+            charts.setdefault(metric.chart, []).append(name)
+    return charts
 
 
 class Measure(NamedTuple):
@@ -136,11 +176,38 @@ class Measure(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """A figure as text, how sure it is (interval or deviation), and of an accuracy that of five guesses; or empty."""
+    """A cell of a table; what is unknown is empty.
+
+    Attributes:
+        value: a figure as text.
+        spread: how sure it is: an interval or a deviation.
+        top5: of an accuracy, that of five guesses.
+        bar: of a share, the length of its bar in percent.
+        best: whether it is the best of its row.
+    """
 
     value: str = ""
     spread: str = ""
     top5: str = ""
+    bar: float | None = None
+    best: bool = False
+
+
+class Row(NamedTuple):
+    """A row of a table; `kind` is a class of the style sheet: ours or beside."""
+
+    label: str
+    cells: tuple[Figure, ...]
+    kind: str = ""
+
+
+class Table(NamedTuple):
+    """A table: what stands above its rows' labels and above each column."""
+
+    head: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    caption: str = ""
 
 
 def measure_of(name: str) -> Measure:
@@ -188,17 +255,16 @@ def final_figures(
     baseline: Sequence[Mapping[str, Any]] = (),
     knn_limit: int | None = None,
 ) -> dict[str, float]:
-    """The figures a run ended with, by name: its summary's, else those of its last validation that has them.
+    """The figures a run ended with, by name: its summary's, else those of the last record by rising step that has them.
 
     Args:
         summary: summary.json; may be empty.
-        val: validation records by rising step; may be empty.
+        val: validation records; may be empty.
         baseline: records of what needs no training, likewise.
         knn_limit: the setting eval.knn_val, at most which many held-out images are classified.
 
     Returns:
-        What was measured of `METRICS` and their baselines, `step` (when the loss was last measured) and `knn_images`
-        (held-out images that were classified).
+        What was measured of `METRICS` and their baselines, `step` of the last loss, and `knn_images` classified.
     """
     figures = {}
     for name, metric in METRICS.items():

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
@@ -15,8 +14,7 @@ from PIL import Image
 _MAX_PNG_BYTES = 300_000
 
 
-@dataclass(frozen=True)
-class Embedded:
+class Embedded(NamedTuple):
     """A picture inside the page: a data URI, and its own width and height in pixels."""
 
     uri: str
@@ -24,8 +22,7 @@ class Embedded:
     height: int
 
 
-@dataclass(frozen=True)
-class Titled:
+class Titled(NamedTuple):
     """A picture, what it shows in a few words, how to read it, and whose it is where a page shows several."""
 
     embedded: Embedded

@@ -1,13 +1,14 @@
-"""One image, signal or map as a small picture: what larger pictures are put together from."""
+"""Panels, an image, signal or map each, and the table of panels that every larger picture is."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
+Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 # What is hidden: a mid-grey with a touch of blue, so that neither black nor a grey of the picture passes for it.
 HIDDEN = (116, 124, 138)
@@ -38,28 +40,8 @@ def as_numpy(images: Images) -> FloatArray:
 
 
 def panel_scale(size: Sequence[int], min_side: int) -> int:
-    """The whole factor by which an image grows until its longer side has `min_side` pixels.
-
-    Args:
-        size: along each spatial axis; a signal is drawn, not enlarged, and of a volume only two axes are seen.
-        min_side: pixels.
-    """
+    """The whole factor by which an image grows until its longer side has `min_side` pixels; a signal is drawn."""
     return 1 if len(size) == 1 else -(-min_side // max(size[-2:]))
-
-
-def image_panel(image: FloatArray, scale: int = 1) -> Image.Image:
-    """An image, or the middle slice of a volume, as RGB.
-
-    One channel is drawn grey, two as the grey of their mean, three as RGB, more as the RGB of the first three.
-
-    Args:
-        image: (C, H, W) or (C, D, H, W) in [0, 1]; NaN where hidden.
-        scale: by how much it is enlarged, without smoothing.
-    """
-    flat = image[:, image.shape[1] // 2] if image.ndim == 4 else image
-    pixels = _enlarge(_to_rgb(flat), scale)
-    pixels[_enlarge(_is_hidden(flat), scale)] = HIDDEN
-    return Image.fromarray(pixels)
 
 
 def sample_panels(versions: Sequence[FloatArray], min_side: int) -> list[Image.Image]:
@@ -73,7 +55,17 @@ def sample_panels(versions: Sequence[FloatArray], min_side: int) -> list[Image.I
     size = versions[0].shape[1:]
     if len(size) == 1:
         return _signal_panels(versions, min_side)
-    return [image_panel(image, panel_scale(size, min_side)) for image in versions]
+    return [_image_panel(image, panel_scale(size, min_side)) for image in versions]
+
+
+def _image_panel(image: FloatArray, scale: int) -> Image.Image:
+    """An image, or the middle slice of a volume: one or two channels grey, the first three of more as RGB."""
+    flat = image[:, image.shape[1] // 2] if image.ndim == 4 else image
+    known = np.nan_to_num(flat, nan=0.5)  # a value hidden in one channel alone
+    channels = known[:3] if len(known) >= 3 else known.mean(axis=0, keepdims=True).repeat(3, axis=0)
+    pixels = np.round(channels.clip(0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
+    pixels[_is_hidden(flat)] = HIDDEN
+    return Image.fromarray(pixels.repeat(scale, axis=0).repeat(scale, axis=1))
 
 
 def map_panel(colours: FloatArray, size: tuple[int, int]) -> Image.Image:
@@ -95,50 +87,92 @@ def heat(values: FloatArray, palette: str = "viridis") -> FloatArray:
     return np.asarray(colormaps[palette](values)[..., :3], dtype=np.float32)
 
 
+def draw_table(
+    rows: Sequence[Sequence[Image.Image | None]],
+    headers: Sequence[str] = (),
+    *,
+    font: Font | None = None,
+    size: tuple[int, int] | None = None,
+    captions: Sequence[Sequence[str]] = (),
+    column_gaps: Collection[int] = (),
+    row_gaps: Collection[int] = (),
+    **info: str,
+) -> Image.Image:
+    """Places panels of one size (None: an empty place) under headers, RGBA on a transparent ground.
+
+    Args:
+        rows: of panels.
+        headers: above the columns; none, and no room for them.
+        font: None: one that suits the panels.
+        size: width and height of a place; None: those of a panel.
+        captions: a line below each panel; no room for it where all are empty.
+        column_gaps: columns with more room before them.
+        row_gaps: rows, likewise.
+        **info: text that the picture carries, such as its Title and Description.
+    """
+    width, height = size or next(panel for row in rows for panel in row if panel is not None).size
+    gutter = max(4, width // 24)
+    font = font or ImageFont.load_default(max(10, min(round(width / 7.5), 20)))
+    line = math.ceil(font.getbbox("Ag")[3]) + 3
+    below = line if any(map(any, captions)) else 0
+    top = 0 if not headers else line if size is None else gutter + math.ceil(font.getbbox(max(headers, key=len))[3])
+    lefts = _places(max(map(len, rows)), width, gutter, column_gaps)
+    tops = [top + y for y in _places(len(rows), height + below, gutter, row_gaps)]
+    picture = Image.new("RGBA", (lefts[-1] + width, tops[-1] + height + below), BACKGROUND)
+    pen = ImageDraw.Draw(picture)
+    for x, header in zip(lefts, headers, strict=False):
+        pen.text((x, 0), _fit(header, font, width), fill=TEXT, font=font)
+    for number, (y, row) in enumerate(zip(tops, rows, strict=True)):
+        for column, (x, panel) in enumerate(zip(lefts, row, strict=False)):
+            if panel is not None:
+                picture.paste(panel, (x, y))
+            if below:
+                pen.text((x, y + height + 1), _fit(captions[number][column], font, width), fill=TEXT, font=font)
+    picture.info.update(info)
+    return picture
+
+
+def _places(count: int, size: int, gutter: int, gaps: Collection[int]) -> list[int]:
+    """Where each of `count` things of `size` begins, `gutter` apart, three times that before those in `gaps`."""
+    return [i * (size + gutter) + 2 * gutter * sum(gap <= i for gap in gaps) for i in range(count)]
+
+
+def _fit(text: str, font: Font, width: int) -> str:
+    """As much of a text as `width` pixels hold."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}...") > width:
+        text = text[:-1]
+    return f"{text.rstrip()}..."
+
+
 def _is_hidden(masked: FloatArray) -> BoolArray:
     """(C, *size) to (*size): where no channel is seen."""
     hidden: BoolArray = np.asarray(np.isnan(masked).all(axis=0))
     return hidden
 
 
-def _enlarge(pixels: npt.NDArray[np.generic], factor: int) -> npt.NDArray[np.generic]:
-    return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
-
-
-def _to_rgb(image: FloatArray) -> npt.NDArray[np.uint8]:
-    """(C, H, W) in [0, 1] to (H, W, 3) bytes; a hidden value becomes one half."""
-    known = np.nan_to_num(image, nan=0.5)
-    channels = known[:3] if len(known) >= 3 else known.mean(axis=0, keepdims=True).repeat(3, axis=0)
-    return np.round(channels.clip(0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
-
-
 def _signal_panels(signals: Sequence[FloatArray], min_side: int) -> list[Image.Image]:
     """Signals (C, L) as lines, one for each channel, on the scale of the last; grey where they are NaN."""
     low, high = float(signals[-1].min()), float(signals[-1].max())
     margin = 0.06 * (high - low) or 0.5
-    size = (_SIGNAL_ASPECT * min_side, min_side)
-    return [_signal_panel(signal, size, low - margin, high + margin) for signal in signals]
-
-
-def _signal_panel(signal: FloatArray, size: tuple[int, int], low: float, high: float) -> Image.Image:
-    """One signal as lines, one for each channel, with grey where it is hidden; `size` is width and height."""
-    width, height = size
-    hidden = _is_hidden(signal)
-    # One column of pixels shows the samples around it.
-    samples = (np.arange(width) * len(hidden)) // width
-    pixels = np.full((height, width, 3), _SIGNAL_BACKGROUND, dtype=np.uint8)
-    pixels[:, hidden[samples]] = HIDDEN
-    panel = Image.fromarray(pixels)
-    pen = ImageDraw.Draw(panel)
-    x = (np.arange(len(hidden)) + 0.5) * width / len(hidden)
-    for channel in signal:
-        y = ((high - channel.clip(low, high)) / (high - low)) * (height - 1)
-        for start, stop in _visible_spans(channel):
-            points = [(float(x[i]), float(y[i])) for i in range(start, stop)]
-            if len(points) == 1:
-                points.append(points[0])
-            pen.line(points, fill=_SIGNAL_COLOUR, width=2)
-    return panel
+    low, high = low - margin, high + margin
+    width, height = _SIGNAL_ASPECT * min_side, min_side
+    panels = []
+    for signal in signals:
+        hidden = _is_hidden(signal)
+        pixels = np.full((height, width, 3), _SIGNAL_BACKGROUND, dtype=np.uint8)
+        # One column of pixels shows the samples around it.
+        pixels[:, hidden[(np.arange(width) * len(hidden)) // width]] = HIDDEN
+        panels.append(Image.fromarray(pixels))
+        pen = ImageDraw.Draw(panels[-1])
+        x = (np.arange(len(hidden)) + 0.5) * width / len(hidden)
+        for channel in signal:
+            y = ((high - channel.clip(low, high)) / (high - low)) * (height - 1)
+            for start, stop in _visible_spans(channel):
+                points = [(float(x[i]), float(y[i])) for i in range(start, stop)]
+                pen.line(points * 2 if len(points) == 1 else points, fill=_SIGNAL_COLOUR, width=2)
+    return panels
 
 
 def _visible_spans(channel: FloatArray) -> list[tuple[int, int]]:

@@ -10,12 +10,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from torchmae.errors import CheckpointError
 from torchmae.files import replace_file
-from torchmae.report.panels import BACKGROUND, TEXT, as_numpy, panel_scale, sample_panels
+from torchmae.report.panels import as_numpy, draw_table, panel_scale, sample_panels
 
 if TYPE_CHECKING:
     from torchmae.report.panels import Images
@@ -52,13 +51,6 @@ class GridLayout:
     def column_width(self) -> int:
         """Pixels of one triplet, its inner gutters included."""
         return 3 * self.panel[0] + 2 * self.gutter
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height of the whole picture."""
-        rows = -(-self.count // self.columns)
-        width = (self.columns - 1) * self.column_step + self.column_width
-        return width, self.top + rows * (self.panel[1] + self.gutter) - self.gutter
 
     def corner(self, triplet: int, place: int) -> tuple[int, int]:
         """The upper left corner of a panel: 0, 1 and 2 are masked, reconstructed and original."""
@@ -105,7 +97,28 @@ def reconstruction_grid(
     scale = panel_scale(shape[2:], min_side)
     panels = [sample_panels(sample, min_side) for sample in zip(*triplet, strict=True)]
     columns = min(triplets_per_row or (2 if shape[0] > 4 else 1), shape[0])
-    grid = _lay_out(panels, columns, scale, note)
+    width, height = panels[0][0].size
+    longest = max(HEADERS, key=len)
+    # The longest header fills nine tenths of a panel, at 10 to 32 pixels.
+    fitting = int(90 * width / ImageFont.load_default(100).getlength(longest))
+    font = ImageFont.load_default(min(max(fitting, 10), 32))
+    _, _, header_width, header_height = (math.ceil(edge) for edge in font.getbbox(longest))
+    width = max(width, header_width)
+    gutter = max(4, width // 24)
+    layout = GridLayout(
+        count=len(panels),
+        columns=columns,
+        panel=(width, height),
+        gutter=gutter,
+        column_step=3 * width + 5 * gutter,
+        top=header_height + gutter,
+        scale=scale,
+        note=note,
+    )
+    rows = [[panel for one in panels[i : i + columns] for panel in one] for i in range(0, len(panels), columns)]
+    gaps = range(3, 3 * columns, 3)
+    grid = draw_table(rows, HEADERS * columns, font=font, size=layout.panel, column_gaps=gaps)
+    grid.info[_LAYOUT_KEY] = json.dumps(asdict(layout))
     if path is not None:
         save_png(grid, path)
     return grid
@@ -135,17 +148,13 @@ def strip_grid(grids: Sequence[Image.Image], num_rows: int = 4) -> Image.Image |
     layout = layouts[0]
     if layout is None or any(other is None or replace(other, note=layout.note) != layout for other in layouts):
         return None
-    rows = min(num_rows, layout.count)
-    cells = [(grids[0], 0), *((grid, 1) for grid in grids), (grids[-1], 2)]
-    step = (layout.panel[0] + layout.gutter, layout.panel[1] + layout.gutter)
-    picture = Image.new("RGBA", (len(cells) * step[0] - layout.gutter, rows * step[1] - layout.gutter), BACKGROUND)
-    for row in range(rows):
+    count = min(num_rows, layout.count)
+    sources = [(grids[0], 0), *((grid, 1) for grid in grids), (grids[-1], 2)]
+    for row in range(count):
         for place in (0, 2):  # what reconstructions are of
             if len({_panel(grid, layout, row, place).tobytes() for grid in grids}) > 1:
                 return None
-        for column, (grid, place) in enumerate(cells):
-            picture.paste(_panel(grid, layout, row, place), (column * step[0], row * step[1]))
-    return picture
+    return draw_table([[_panel(grid, layout, row, place) for grid, place in sources] for row in range(count)])
 
 
 def _panel(grid: Image.Image, layout: GridLayout, triplet: int, place: int) -> Image.Image:
@@ -174,40 +183,4 @@ def save_png(image: Image.Image, path: Path) -> None:
             notes.add_text(str(key), value)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True, pnginfo=notes)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot make folder {path.parent}: {error.strerror}", "mend its permissions") from error
     replace_file(path, buffer.getvalue())
-
-
-def _lay_out(triplets: Sequence[Sequence[Image.Image]], columns: int, scale: int, note: str) -> Image.Image:
-    """Places triplets row by row under headers."""
-    width, height = triplets[0][0].size
-    longest = max(HEADERS, key=len)
-    # The longest header fills nine tenths of a panel, at 10 to 32 pixels.
-    fitting = int(90 * width / ImageFont.load_default(100).getlength(longest))
-    font = ImageFont.load_default(min(max(fitting, 10), 32))
-    _, _, header_width, header_height = (math.ceil(edge) for edge in font.getbbox(longest))
-    width = max(width, header_width)
-    gutter = max(4, width // 24)
-    layout = GridLayout(
-        count=len(triplets),
-        columns=columns,
-        panel=(width, height),
-        gutter=gutter,
-        column_step=3 * width + 5 * gutter,
-        top=header_height + gutter,
-        scale=scale,
-        note=note,
-    )
-    grid = Image.new("RGBA", layout.size, BACKGROUND)
-    pen = ImageDraw.Draw(grid)
-    for number, triplet in enumerate(triplets):
-        for place, panel in enumerate(triplet):
-            left, top = layout.corner(number, place)
-            grid.paste(panel, (left, top))
-            if number < columns:
-                pen.text((left, 0), HEADERS[place], fill=TEXT, font=font)
-    grid.info[_LAYOUT_KEY] = json.dumps(asdict(layout))
-    return grid

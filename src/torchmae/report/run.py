@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from torchmae.errors import CheckpointError
-from torchmae.report.metrics import finite
+from torchmae.report.metrics import final_figures, finite
 
 Record = Mapping[str, Any]
 
@@ -55,6 +56,114 @@ class Run:
         """All records of metrics.jsonl, those of a kind by rising step."""
         return (*self.baseline, *self.train, *self.val)
 
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The configuration under dotted names."""
+        return flat(self.config)
+
+    @cached_property
+    def figures(self) -> dict[str, float]:
+        """The figures that it ended with, as `final_figures` gives them."""
+        return final_figures(self.summary, self.val, self.baseline, self.settings.get("eval.knn_val"))
+
+    def latest(self, *keys: str) -> float | None:
+        """A figure of the summary, else of the last line of progress; of several keys, the first that has one."""
+        value = None
+        for key in keys:
+            value = finite(self.summary, key)
+            value = finite(self.train[-1], key) if value is None and self.train else value
+            if value:
+                break
+        return value
+
+    @property
+    def finished(self) -> bool:
+        """Whether it came to its planned end."""
+        return self.summary.get("state") == "finished"
+
+    @property
+    def state(self) -> str:
+        """A sentence on a run that has not finished; empty for one that has."""
+        if self.finished:
+            return ""
+        steps = self.latest("steps", "step")
+        reached = f"at step {steps:,.0f}" if steps else "before its first figures"
+        if self.summary.get("state") == "interrupted":
+            return f"This run was interrupted {reached}. What follows is what it had by then."
+        return (
+            f"This run has not finished: it stands {reached}, or was stopped there. What follows is what it has so far."
+        )
+
+    @property
+    def unit(self) -> str:
+        """What is hidden: patches, or single values by a model without patches."""
+        return "values" if self.summary.get("patch_size") == [] else "patches"
+
+    @property
+    def title(self) -> str:
+        """A short name: the network and the last part of the data's name."""
+        return " on ".join(part for part in (self._preset, Path(self._data).name) if part)
+
+    @property
+    def sentence(self) -> str:
+        """What was trained."""
+        shape = self._size("input_size")
+        patch = self._size("patch_size") if self.unit == "patches" else ()
+        items, points = _KINDS.get(len(shape), _KINDS[2])
+        preset = f" ({self._preset})" if self._preset else ""
+        num_train = finite(self.summary, "num_train")
+        count = f"{num_train:,.0f} {items}" if num_train else f"the {items}"
+        size = f" ({_product(shape)} {points})" if shape else ""
+        hidden = f"{_product(patch)}-{points.removesuffix('s')} patches" if patch else self.unit
+        share = self.summary.get("mask_ratio", self.settings.get("mask.ratio"))
+        hiding = ""
+        if isinstance(share, (int, float)):
+            inverted = str(self.settings.get("mask.strategy")).endswith("_inverted")
+            hiding = f", with {100 * (1 - share if inverted else share):.0f}% of their {hidden} hidden"
+        return f"A masked autoencoder{preset} was pre-trained on {count} from {self._data}{size}{hiding}{self._extent}."
+
+    @property
+    def facts(self) -> list[tuple[str, str, str]]:
+        """The run in figures: (name, figure, remark); what is unknown is left out."""
+        whole = "{:,.0f}".format
+        rows = []
+        for name, show, keys, remark, show_beside, beside in (
+            ("Training set", whole, ("num_train",), "{} held out", whole, "num_val"),
+            ("Encoder parameters", short_count, ("params_encoder",), "decoder {}", short_count, "params_decoder"),
+            ("Steps", whole, ("steps", "step"), "{} images seen", short_count, "images_seen"),
+            ("Training time", duration, ("seconds",), "{} images per second", whole, "images_per_s"),
+        ):
+            value, other = self.latest(*keys), self.latest(beside)
+            if value is not None:
+                rows.append((name, show(value), remark.format(show_beside(other)) if other else ""))
+        return rows
+
+    @property
+    def _extent(self) -> str:
+        """How long, on what: ", for 100 epochs in 47 s on the CPU"."""
+        epochs, seconds = self.latest("epochs", "epoch"), self.latest("seconds")
+        if epochs is None or seconds is None:
+            return ""
+        device = self.environment.get("device")
+        where = f" on {_DEVICES.get(str(device), device)}" if device else ""
+        rounded = f"{epochs:.3g}"
+        return f", for {rounded} {'epoch' if rounded == '1' else 'epochs'} in {duration(seconds)}{where}"
+
+    @property
+    def _preset(self) -> str:
+        return str(self.summary.get("preset") or self.settings.get("model.preset") or "")
+
+    @property
+    def _data(self) -> str:
+        return str(self.summary.get("data") or self.settings.get("data.source") or "unknown data")
+
+    def _size(self, name: str) -> tuple[int, ...]:
+        """Of the input or a patch, along each spatial axis; empty where unknown."""
+        value = self.summary.get(name) or self.settings.get(f"model.{name}")
+        if isinstance(value, int):
+            return (value, value)
+        return tuple(value) if isinstance(value, (list, tuple)) else ()
+
 
 def load_run(run: Path) -> Run:
     """Reads a folder that `torchmae pretrain` wrote.
@@ -66,7 +175,7 @@ def load_run(run: Path) -> Run:
         missing = "holds neither config.yaml nor metrics.jsonl" if run.is_dir() else "does not exist"
         raise CheckpointError(f"run folder {str(run)!r} {missing}", "give a folder that torchmae pretrain wrote")
     try:
-        records = _read_records(run / "metrics.jsonl")
+        records = [record for record in _read_lines(run / "metrics.jsonl") if isinstance(record.get("step"), int)]
         return Run(
             path=run,
             config=_read_mapping(run / "config.yaml"),
@@ -99,11 +208,6 @@ def _read_mapping(path: Path) -> Record:
     return value if isinstance(value, dict) else {}
 
 
-def _read_records(path: Path) -> list[Record]:
-    """The records of metrics.jsonl that have a step."""
-    return [record for record in _read_lines(path) if isinstance(record.get("step"), int)]
-
-
 def _read_lines(path: Path) -> list[Record]:
     """The objects of a JSON-lines file. A line that a killed process left half-written is passed over."""
     records: list[Record] = []
@@ -131,83 +235,18 @@ def _find_pictures(folder: Path) -> tuple[tuple[int, Path], ...]:
     return tuple(sorted((int(step), path) for step, path in steps if step.isdecimal()))
 
 
-def title(run: Run) -> str:
-    """A short name of the run: the network and the last part of the data's name."""
-    return " on ".join(part for part in (_preset(run), Path(_data(run)).name) if part)
-
-
-def describe(run: Run) -> str:
-    """What was trained, in one sentence."""
-    shape = _size(run, "input_size")
-    patch = _size(run, "patch_size") if hidden_unit(run) == "patches" else ()
-    items, points = _KINDS.get(len(shape), _KINDS[2])
-    preset = f" ({_preset(run)})" if _preset(run) else ""
-    num_train = finite(run.summary, "num_train")
-    count = f"{num_train:,.0f} {items}" if num_train else f"the {items}"
-    size = f" ({_product(shape)} {points})" if shape else ""
-    hidden = f"{_product(patch)}-{points.removesuffix('s')} patches" if patch else hidden_unit(run)
-    share = _hidden_share(run)
-    hiding = "" if share is None else f", with {100 * share:.0f}% of their {hidden} hidden"
-    return f"A masked autoencoder{preset} was pre-trained on {count} from {_data(run)}{size}{hiding}{_extent(run)}."
-
-
-def facts(run: Run) -> list[tuple[str, str, str]]:
-    """The run in figures: (name, figure, remark); what is unknown is left out."""
-    whole = "{:,.0f}".format
-    rows = []
-    for name, show, keys, remark, show_beside, beside in (
-        ("Training set", whole, ("num_train",), "{} held out", whole, "num_val"),
-        ("Encoder parameters", short_count, ("params_encoder",), "decoder {}", short_count, "params_decoder"),
-        ("Steps", whole, ("steps", "step"), "{} images seen", short_count, "images_seen"),
-        ("Training time", duration, ("seconds",), "{} images per second", whole, "images_per_s"),
-    ):
-        value, other = latest(run, *keys), latest(run, beside)
-        if value is not None:
-            rows.append((name, show(value), remark.format(show_beside(other)) if other else ""))
-    return rows
-
-
-def state(run: Run) -> str:
-    """A sentence for a run that has not finished; empty for one that has."""
-    if is_finished(run):
-        return ""
-    steps = latest(run, "steps", "step")
-    reached = f"at step {steps:,.0f}" if steps else "before its first figures"
-    if run.summary.get("state") == "interrupted":
-        return f"This run was interrupted {reached}. What follows is what it had by then."
-    return f"This run has not finished: it stands {reached}, or was stopped there. What follows is what it has so far."
-
-
-def is_finished(run: Run) -> bool:
-    """Whether the run came to its planned end."""
-    return run.summary.get("state") == "finished"
-
-
-def hidden_unit(run: Run) -> str:
-    """What is hidden: patches, or single values by a model without patches."""
-    return "values" if run.summary.get("patch_size") == [] else "patches"
-
-
-def setting(run: Run, section: str, name: str) -> Any:
-    """A value of the configuration; None where it is missing or null."""
-    values = run.config.get(section)
-    return values.get(name) if isinstance(values, dict) else None
+def flat(config: Record, prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names."""
+    values: dict[str, Any] = {}
+    for name, value in config.items():
+        values |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return values
 
 
 def yaml_text(value: object) -> str:
     """A value of the configuration as YAML in one line."""
     text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
     return text.strip().removesuffix("...").strip()
-
-
-def latest(run: Run, *keys: str) -> float | None:
-    """A figure of the summary, or while there is none, of the last line of progress; the first key that has one."""
-    for key in keys:
-        value = finite(run.summary, key)
-        value = finite(run.train[-1], key) if value is None and run.train else value
-        if value:
-            return value
-    return value
 
 
 def duration(seconds: float) -> str:
@@ -226,41 +265,6 @@ def short_count(count: float) -> str:
         if count >= limit:
             return f"{count / limit:.3g}{letter}"
     return f"{count:.0f}"
-
-
-def _extent(run: Run) -> str:
-    """How long, on what: ", for 100 epochs in 47 s on the CPU"."""
-    epochs = latest(run, "epochs", "epoch")
-    seconds = latest(run, "seconds")
-    if epochs is None or seconds is None:
-        return ""
-    device = run.environment.get("device")
-    where = f" on {_DEVICES.get(str(device), device)}" if device else ""
-    rounded = f"{epochs:.3g}"
-    return f", for {rounded} {'epoch' if rounded == '1' else 'epochs'} in {duration(seconds)}{where}"
-
-
-def _preset(run: Run) -> str:
-    return str(run.summary.get("preset") or setting(run, "model", "preset") or "")
-
-
-def _data(run: Run) -> str:
-    return str(run.summary.get("data") or setting(run, "data", "source") or "unknown data")
-
-
-def _hidden_share(run: Run) -> float | None:
-    ratio = run.summary.get("mask_ratio", setting(run, "mask", "ratio"))
-    if not isinstance(ratio, (int, float)):
-        return None
-    return 1 - ratio if str(setting(run, "mask", "strategy")).endswith("_inverted") else ratio
-
-
-def _size(run: Run, name: str) -> tuple[int, ...]:
-    """Of the input or a patch, along each spatial axis; empty where unknown."""
-    value = run.summary.get(name) or setting(run, "model", name)
-    if isinstance(value, int):
-        return (value, value)
-    return tuple(value) if isinstance(value, (list, tuple)) else ()
 
 
 def _product(sizes: Sequence[int]) -> str:

@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from torchmae.report.metrics import BASELINES, CLASSIFIERS, METRICS, RECONSTRUCTION, finite
+from torchmae.report.metrics import BASELINES, METRICS, finite
 
 
 def final_table(figures: Mapping[str, Any]) -> str:
@@ -22,9 +22,8 @@ def final_table(figures: Mapping[str, Any]) -> str:
     table = Table("held-out images" if figures["num_val"] else "figure", box=SIMPLE_HEAD, pad_edge=False)
     for name in ("this model", *BASELINES.values()):
         table.add_column(name.removeprefix("the ").removesuffix(" network"), justify="right")
-    for name in (*RECONSTRUCTION, *CLASSIFIERS):
-        metric = METRICS[name]
-        if figures[name] is not None:
+    for name, metric in METRICS.items():
+        if metric.goal and figures.get(name) is not None:
             of = f" on hidden {figures['target']}" if name == "loss" else ""
             values = (finite(figures, key) for key in (name, *(f"{name}_{beside}" for beside in BASELINES)))
             cells = ("" if value is None else metric.unit.cell(value) for value in values)

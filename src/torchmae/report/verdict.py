@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torchmae.report.metrics import BASELINES, METRICS, finite, number, percent
 
@@ -33,8 +32,7 @@ _LARGE_UPDATE = 2e-2
 _SMALL_UPDATE = 5e-5
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """An answer to a question about a run: how good, in a few words, and why, with the numbers and what to do."""
 
     level: Level

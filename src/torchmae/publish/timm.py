@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from torchmae.errors import require
-from torchmae.interop.exports import Check, Exported, compare, require_images, save_tensors, worst
 from torchmae.nn.classifier import Classifier, encoder_arguments
+from torchmae.publish.exports import Check, Exported, compare, save_tensors, worst
 
 _NAMES = {192: "vit_tiny", 384: "vit_small", 768: "vit_base", 1024: "vit_large", 1280: "vit_huge"}
 _WEIGHTS = "model.safetensors"
@@ -37,11 +37,9 @@ def architecture(exported: Exported) -> tuple[str, dict[str, Any]]:
 
 
 def write(folder: Path, exported: Exported) -> None:
-    """Writes model.safetensors and config.json; ConfigError for a model that is not of images."""
-    require_images(exported, "timm")
+    """Writes model.safetensors and config.json."""
     name, arguments = architecture(exported)
     num_classes = arguments.pop("num_classes")
-    input_size = [exported.encoder.in_chans, *exported.input_size]
     config = {
         "architecture": name,
         "num_classes": num_classes,
@@ -50,14 +48,14 @@ def write(folder: Path, exported: Exported) -> None:
         **({"label_names": list(exported.classes)} if exported.classes else {}),
         "model_args": arguments,
         "pretrained_cfg": {
-            "input_size": input_size,
+            "input_size": [exported.encoder.in_chans, *exported.encoder.input_size],
             "fixed_input_size": True,
             "pool_size": None,
             "crop_pct": 1.0,
             "crop_mode": "center",
             "interpolation": "bicubic",
-            "mean": list(exported.mean),
-            "std": list(exported.std),
+            "mean": list(exported.description.mean),
+            "std": list(exported.description.std),
             "num_classes": num_classes,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
@@ -82,3 +80,17 @@ def check(folder: Path, exported: Exported) -> Check:
         timm.create_model(name, checkpoint_path=str(folder / _WEIGHTS), **arguments),
     )
     return worst([compare(by, what, model.eval()(images), wanted) for model in models])
+
+
+def usage(exported: Exported) -> str:
+    """Python that loads the folder, or the weight file alone."""
+    name, arguments = architecture(exported)
+    given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    what = "logits" if isinstance(exported.model, Classifier) else "features"
+    return (
+        "import timm\n\n"
+        'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()\n'
+        f"{what} = model(images)  # images: {exported.shape}\n\n"
+        "# from the weight file alone:\n"
+        f'model = timm.create_model("{name}", checkpoint_path="FOLDER/{_WEIGHTS}", {given})\n'
+    )

@@ -4,36 +4,26 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from torchmae.errors import CheckpointError, ConfigError, require
+from torchmae.errors import CheckpointError, require
 from torchmae.interop import names
-from torchmae.interop.exports import (
-    Check,
-    Exported,
-    compare,
-    require_paper_decoder,
-    require_square,
-    save_tensors,
-    worst,
-)
-from torchmae.nn.classifier import Classifier, encoder_arguments
+from torchmae.nn.classifier import encoder_arguments
 from torchmae.nn.layers import LAYER_NORM_EPS, Block
 from torchmae.nn.masking import num_keep, random_mask
 from torchmae.nn.patches import gather
+from torchmae.publish.exports import Check, Exported, compare, save_tensors, worst
 
 _BICUBIC = 3  # PIL's number
 
 
 def write_mae(folder: Path, exported: Exported) -> None:
-    """Writes a ViTMAEForPreTraining; ConfigError for a model that it cannot be."""
-    model = require_paper_decoder(exported, "hf-mae")
-    block = model.decoder.blocks[0]
-    assert isinstance(block, Block)
+    """Writes a ViTMAEForPreTraining."""
+    model = exported.autoencoder
+    block = cast(Block, model.decoder.blocks[0])
     config = {
-        **_encoder_config(exported),
         "architectures": ["ViTMAEForPreTraining"],
         "model_type": "vit_mae",
         "decoder_hidden_size": model.decoder.embed_dim,
@@ -43,23 +33,14 @@ def write_mae(folder: Path, exported: Exported) -> None:
         "mask_ratio": _their_ratio(exported),
         "norm_pix_loss": model.target.norm_pix,
     }
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "preprocessor_config.json", _processor(exported))
+    _write(folder, exported, config)
     weights = names.to_huggingface(names.to_official(model.state_dict()), "vit.")
     save_tensors(folder / "model.safetensors", weights)
 
 
 def write_vit(folder: Path, exported: Exported) -> None:
-    """Writes a ViTModel; ConfigError for a model that it cannot be."""
-    require_square(exported, "hf-vit")
-    if isinstance(exported.model, Classifier):
-        raise ConfigError(
-            "ViTForImageClassification reads the class token and this classifier the mean of the patches",
-            "use --to timm, which transformers' AutoModelForImageClassification loads too",
-        )
-    config = {**_encoder_config(exported), "architectures": ["ViTModel"], "model_type": "vit"}
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "preprocessor_config.json", _processor(exported))
+    """Writes a ViTModel."""
+    _write(folder, exported, {"architectures": ["ViTModel"], "model_type": "vit"})
     save_tensors(folder / "model.safetensors", names.to_huggingface(exported.encoder.state_dict(), ""))
 
 
@@ -67,7 +48,7 @@ def write_vit(folder: Path, exported: Exported) -> None:
 def check_mae(folder: Path, exported: Exported) -> Check:
     """Loads the folder in transformers, nothing missing or left over, and compares loss and predictions."""
     transformers = require("transformers", "hf")
-    model = require_paper_decoder(exported, "hf-mae")
+    model = exported.autoencoder
     theirs = _load(transformers.ViTMAEForPreTraining, folder)
     images, noise = exported.probe(), exported.noise()
     output = theirs(images, noise=noise)  # they hide the patches with the largest numbers, as ours does
@@ -93,6 +74,24 @@ def check_vit(folder: Path, exported: Exported) -> Check:
     return compare(f"transformers {transformers.__version__}", "tokens", theirs(images).last_hidden_state, wanted)
 
 
+def mae_usage(exported: Exported) -> str:
+    """Python that loads a ViTMAEForPreTraining."""
+    return (
+        "from transformers import ViTMAEForPreTraining\n\n"
+        'model = ViTMAEForPreTraining.from_pretrained("FOLDER").eval()\n'
+        f"loss = model(images).loss  # images: {exported.shape}\n"
+    )
+
+
+def vit_usage(exported: Exported) -> str:
+    """Python that loads a ViTModel."""
+    return (
+        "from transformers import ViTModel\n\n"
+        'model = ViTModel.from_pretrained("FOLDER", add_pooling_layer=False).eval()\n'
+        f"tokens = model(images).last_hidden_state  # images: {exported.shape}; the first token is the class token\n"
+    )
+
+
 def _load(kind: Any, folder: Path, **options: Any) -> Any:
     logging = require("transformers.utils.logging", "hf")
     shown = logging.is_progress_bar_enabled()
@@ -116,38 +115,33 @@ def _their_ratio(exported: Exported) -> float:
     return exported.mask_ratio if same else 1 - (keep + 0.5) / length
 
 
-def _encoder_config(exported: Exported) -> dict[str, Any]:
-    arguments = encoder_arguments(exported.encoder)
-    block = exported.encoder.blocks[0]
-    assert isinstance(block, Block)
-    return {
-        "image_size": arguments["input_size"][0],
+def _write(folder: Path, exported: Exported, config: dict[str, Any]) -> None:
+    """Writes config.json, of `config` and the encoder's sizes, and preprocessor_config.json."""
+    arguments, description = encoder_arguments(exported.encoder), exported.description
+    height, width = exported.encoder.input_size
+    encoder = {
+        "image_size": height,
         "patch_size": arguments["patch_size"][0],
         "num_channels": arguments["in_chans"],
         "hidden_size": arguments["embed_dim"],
         "num_hidden_layers": arguments["depth"],
         "num_attention_heads": arguments["num_heads"],
-        "intermediate_size": block.mlp.fc1.out_features,
+        "intermediate_size": cast(Block, exported.encoder.blocks[0]).mlp.fc1.out_features,
         "hidden_act": "gelu",
         "qkv_bias": True,
         "layer_norm_eps": LAYER_NORM_EPS,
         "torch_dtype": "float32",
     }
-
-
-def _processor(exported: Exported) -> dict[str, Any]:
-    return {
+    processor = {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
-        "size": {"height": exported.input_size[0], "width": exported.input_size[1]},
+        "size": {"height": height, "width": width},
         "resample": _BICUBIC,
         "do_rescale": True,
         "rescale_factor": 1 / next(iter((exported.scale or {"uint8": 255.0}).values())),
         "do_normalize": True,
-        "image_mean": list(exported.mean),
-        "image_std": list(exported.std),
+        "image_mean": list(description.mean),
+        "image_std": list(description.std),
     }
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    for name, values in (("config.json", {**encoder, **config}), ("preprocessor_config.json", processor)):
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -12,19 +12,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from torchmae.errors import CheckpointError, ConfigError, require
-from torchmae.interop.exports import Check, Exported, compare, worst
+from torchmae.errors import require
 from torchmae.nn.classifier import Classifier
-from torchmae.nn.encoder import ViTEncoder
+from torchmae.nn.encoder import Encoder
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Mask, num_keep
+from torchmae.publish.exports import Check, Exported, compare, worst
 
 FILE = "model.onnx"
 _LARGEST = 2**31 - 2**24  # a protobuf ends at 2 GiB; what is larger keeps its weights in a second file
 
 
 class _Encoder(nn.Module):
-    def __init__(self, encoder: ViTEncoder) -> None:
+    def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
 
@@ -32,16 +32,6 @@ class _Encoder(nn.Module):
         """Features (B, D), the mean of the patch tokens, and all tokens (B, prefix + L, D)."""
         encoded = self.encoder(images)
         return encoded.patches.mean(1), torch.cat([encoded.prefix, encoded.patches], dim=1)
-
-
-class _Classes(nn.Module):
-    def __init__(self, classifier: Classifier) -> None:
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Logits (B, classes)."""
-        return (self.classifier(images),)
 
 
 class _Reconstruction(nn.Module):
@@ -57,17 +47,14 @@ class _Reconstruction(nn.Module):
         return result.images, result.removed
 
 
-def write(folder: Path, exported: Exported, part: str) -> None:
+def write(folder: Path, exported: Exported) -> None:
     """Writes model.onnx.
 
     Inputs: images (batch, C, *size), normalised as in training; for the reconstruction also noise (batch, L): the
     patches with the smallest numbers stay, as many as in training. Outputs: features and tokens; logits of a
     classifier; or reconstruction and removed.
-
-    Raises:
-        ConfigError: a reconstruction by a model without decoder, or a library that is missing.
     """
-    graph, inputs, input_names, output_names = _graph(exported, part)
+    graph, inputs, input_names, output_names = _graph(exported)
     for module in ("onnx", "onnxscript", "onnxruntime"):
         require(module, "onnx")
     size = sum(tensor.numel() * tensor.element_size() for tensor in graph.state_dict().values())
@@ -83,36 +70,44 @@ def write(folder: Path, exported: Exported, part: str) -> None:
 
 
 @torch.no_grad()
-def check(folder: Path, exported: Exported, part: str) -> Check:
+def check(folder: Path, exported: Exported) -> Check:
     """Runs the file under onnxruntime with two batch sizes and compares every output."""
     onnxruntime = require("onnxruntime", "onnx")
-    graph, inputs, input_names, output_names = _graph(exported, part)
+    graph, inputs, input_names, output_names = _graph(exported)
     session = onnxruntime.InferenceSession(str(folder / FILE), providers=["CPUExecutionProvider"])
-    checks = []
+    checks, by = [], f"onnxruntime {onnxruntime.__version__}"
     for count in (1, len(inputs[0])):
         some = tuple(value[:count] for value in inputs)
         fed = {name: value.numpy() for name, value in zip(input_names, some, strict=True)}
-        for name, got, wanted in zip(output_names, session.run(output_names, fed), graph(*some), strict=True):
-            checks.append(
-                compare(f"onnxruntime {onnxruntime.__version__}", name, torch.from_numpy(got).float(), wanted.float())
-            )
+        ours = graph(*some)
+        ours = ours if isinstance(ours, tuple) else (ours,)
+        for name, got, wanted in zip(output_names, session.run(output_names, fed), ours, strict=True):
+            checks.append(compare(by, name, torch.from_numpy(got).float(), wanted.float()))
     return worst(checks)
 
 
-def _graph(exported: Exported, part: str) -> tuple[nn.Module, tuple[Tensor, ...], list[str], list[str]]:
+def usage(exported: Exported) -> str:
+    """Python that runs the file."""
+    session = f'import onnxruntime\n\nsession = onnxruntime.InferenceSession("FOLDER/{FILE}")\n'
+    if exported.part == "encoder":
+        outputs = "(logits,)" if isinstance(exported.model, Classifier) else "features, tokens"
+        return f'{session}{outputs} = session.run(None, {{"images": images}})  # images: {exported.shape} float32\n'
+    count = exported.encoder.num_patches
+    return (
+        f"{session}# noise: (batch, {count}) float32; the patches with the smallest numbers stay visible\n"
+        'filled, hidden = session.run(None, {"images": images, "noise": noise})\n'
+    )
+
+
+def _graph(exported: Exported) -> tuple[nn.Module, tuple[Tensor, ...], list[str], list[str]]:
     """The module to trace, example inputs, and the names of inputs and outputs."""
-    model, images = exported.model, exported.probe()
-    if part == "encoder":
-        if isinstance(model, Classifier):
-            return _Classes(model), (images,), ["images"], ["logits"]
-        return _Encoder(exported.encoder), (images,), ["images"], ["features", "tokens"]
-    if isinstance(model, Classifier):
-        raise ConfigError("a classifier reconstructs nothing", "leave --part out")
-    if model.decoder.absent:
-        reason, fix = model.decoder.absent
-        raise CheckpointError(f"this model cannot reconstruct: {reason}", fix)
-    graph = _Reconstruction(model, exported.mask_ratio)
-    return graph, (images, exported.noise()), ["images", "noise"], ["reconstruction", "removed"]
+    images = exported.probe()
+    if exported.part != "encoder":
+        graph = _Reconstruction(exported.autoencoder, exported.mask_ratio)
+        return graph, (images, exported.noise()), ["images", "noise"], ["reconstruction", "removed"]
+    if isinstance(exported.model, Classifier):
+        return exported.model, (images,), ["images"], ["logits"]
+    return _Encoder(exported.encoder), (images,), ["images"], ["features", "tokens"]
 
 
 @contextlib.contextmanager
