@@ -188,9 +188,7 @@ def test_the_loops_clock_counts_what_lies_between_evaluations() -> None:
     window(18.0, 160.0, 0.25)
     with pytest.raises(measure._Enough):
         turns.evaluate(3)
-    assert turns.loop == [75.0, 160.0]
-    assert turns.bare == [200.0, 200.0]
-    assert turns.data_wait == pytest.approx((1 + 1) / 8)
+    assert turns.rounds == [(75.0, 200.0, 0.25), (160.0, 200.0, 0.25)]
 
 
 def test_a_stopped_loop_does_not_offer_to_resume(monkeypatch: pytest.MonkeyPatch) -> None:

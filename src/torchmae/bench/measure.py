@@ -230,13 +230,15 @@ def measure_train(config: PretrainConfig, options: BenchTrain, progress: Progres
         _run_loop(config, data, turns, options)
     finally:
         data.train.close()
-    speed, waited = median(turns.loop) / median(turns.bare), turns.data_wait
+    loop_rates, bare_rates, waits = zip(*turns.rounds, strict=True)
+    speed, waited = median(loop_rates) / median(bare_rates), median(waits)
     step = min(speed, 1 - waited)
-    shares = {name: share * step for name, share in bare.shares().items()}
+    bare_shares = bare.shares()
+    shares = {name: share * step for name, share in bare_shares.items()}
     shares |= {"data": waited, "loop": max(0.0, 1 - step - waited)}
     return Report(
         title=title(config, bare.images.shape),
-        results=[Result(OURS, tuple(turns.loop), shares), Result(BARE, tuple(turns.bare), bare.shares())],
+        results=[Result(OURS, loop_rates, shares), Result(BARE, bare_rates, bare_shares)],
         notes=[
             f"The loop runs at {speed:.1%} of the speed of the bare step; {waited:.1%} of its time it waits for data, "
             f"from {'memory' if data.train.in_memory else 'files'}."
@@ -281,47 +283,35 @@ class _Turns:
     The loop's clock stands still while an evaluator runs. What comes before the first of them warms the loop up.
 
     Attributes:
-        loop: images a second of the loop, one figure a round.
-        bare: likewise of the bare step.
+        rounds: of each, images a second of the loop and of the bare step, and the share of time spent on waiting.
     """
 
     def __init__(self, contender: Contender, options: BenchTrain, progress: Progress) -> None:
         self.contender, self._options, self._progress = contender, options, progress
-        self.loop: list[float] = []
-        self.bare: list[float] = []
+        self.rounds: list[tuple[float, float, float]] = []
+        self._warm = False
         self._clock = 0.0  # the loop's, seconds
         self._parts: list[tuple[float, float, float]] = []  # of this round: seconds, images, seconds waited
-        self._rounds: list[tuple[float, ...]] = []  # the same sums, of the warm-up and each round
-
-    @property
-    def data_wait(self) -> float:
-        """The share of its time that the loop waited for data."""
-        return sum(waited for _, _, waited in self._rounds[1:]) / sum(seconds for seconds, _, _ in self._rounds[1:])
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """As `Tracker.log`."""
         del step
         if kind == "train":
             seconds, self._clock = values["seconds"] - self._clock, values["seconds"]
             self._parts.append((seconds, seconds * values["images_per_s"], seconds * values["data_wait"]))
 
-    def log_picture(self, name: str, step: int, path: Path) -> None:
-        """As `Tracker.log_picture`."""
+    def log_picture(self, name: str, step: int, path: Path) -> None: ...
 
-    def close(self) -> None:
-        """As `Tracker.close`."""
+    def close(self) -> None: ...
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """As `Evaluator.run`: ends a round."""
         del step
-        self._rounds.append(tuple(map(sum, zip(*self._parts, strict=True))))
+        seconds, images, waited = (sum(column) for column in zip(*self._parts, strict=True))
         self._parts.clear()
-        if len(self._rounds) > 1:
-            seconds, images, _ = self._rounds[-1]
-            self.loop.append(images / seconds)
-            self.bare.append(self.contender.turn(self._options.steps))
-            self._progress("timing the loop", len(self.loop), self._options.rounds)
-        if len(self.loop) == self._options.rounds:
+        if self._warm:
+            self.rounds.append((images / seconds, self.contender.turn(self._options.steps), waited / seconds))
+            self._progress("timing the loop", len(self.rounds), self._options.rounds)
+        self._warm = True
+        if len(self.rounds) == self._options.rounds:
             raise _Enough
         return {}
 
