@@ -40,40 +40,29 @@ class Heard:
         self.lines.append((what, done, total))
 
 
-def test_a_step_beside_a_peer() -> None:
+def test_a_step_beside_others_whose_settings_may_differ() -> None:
     pytest.importorskip("transformers")
+    pytest.importorskip("timm")
     heard = Heard()
-    options = BenchStep(rounds=2, steps=1)
-    report = measure_step({OURS: CONFIG, "transformers": CONFIG}, options, heard)
-    ours, theirs = report.results
-    assert (ours.name, theirs.name) == ("torchmae, fp32", "transformers, fp32")
-    flops = count_flops(build("vit_digits", **SIZES), 0.75).training
+    deep = replace(CONFIG, model=replace(CONFIG.model, depth=2), precision="bf16")
+    configs = {OURS: CONFIG, "transformers": CONFIG, "timm-blocks": deep}
+    report = measure_step(configs, BenchStep(rounds=2, steps=1), heard)
+    names = ["torchmae, fp32", "transformers, fp32", "timm-blocks, bf16"]
+    assert [result.name for result in report.results] == names
+    flops = [count_flops(build("vit_digits", **SIZES | {"depth": depth}), 0.75).training for depth in (1, 1, 2)]
     peaks = report.environment["peak_flops_per_s"]
-    assert isinstance(peaks, dict) and peaks.keys() == {"fp32"}
-    for result in (ours, theirs):
+    assert peaks.keys() == {"fp32", "bf16"}
+    for result, expected, precision in zip(report.results, flops, ("fp32", "fp32", "bf16"), strict=True):
         assert len(result.images_per_s) == 2 and min(result.images_per_s) > 0
         assert tuple(result.shares) == PHASES and sum(result.shares.values()) == pytest.approx(1)
-        assert result.figures["flops_per_image"] == flops
-        assert result.figures["share_of_peak"] == pytest.approx(result.median * flops / peaks["fp32"])
+        assert result.figures["flops_per_image"] == expected
+        assert result.figures["share_of_peak"] == pytest.approx(result.median * expected / peaks[precision])
         assert (result.figures["first_step_s"] or 0) > 0
-    assert heard.lines == [("first steps", i, 2) for i in (1, 2)] + [("timing steps", i, 2) for i in (1, 2)]
+    assert heard.lines == [("first steps", i, 3) for i in (1, 2, 3)] + [("timing steps", i, 2) for i in (1, 2)]
     assert report.title == "vit_digits, 1 x 8 x 8, batch 64, mask 0.75"
-    assert any(
-        note.startswith(f"GFLOP an image, forward and backward, by formula: {flops / 1e9:.3g}.")
-        for note in report.notes
-    )
-
-
-def test_contenders_may_differ_in_their_settings() -> None:
-    pytest.importorskip("timm")
-    deep = replace(CONFIG, model=replace(CONFIG.model, depth=2), precision="bf16")
-    report = measure_step({OURS: CONFIG, "timm-blocks": deep}, BenchStep(rounds=1, steps=1), Heard())
-    assert [result.name for result in report.results] == ["torchmae, fp32", "timm-blocks, bf16"]
-    flat, other = (result.figures["flops_per_image"] for result in report.results)
-    assert flat is not None and other is not None and other > flat
-    assert set(report.environment["peak_flops_per_s"]) == {"bf16", "fp32"}
-    assert set(report.settings) == {"torchmae", "timm-blocks"}
-    assert any("torchmae, fp32 0.00" in note and "timm-blocks, bf16 0.00" in note for note in report.notes)
+    assert report.settings.keys() == configs.keys()
+    counts = ", ".join(f"{name} {count / 1e9:.3g}" for name, count in zip(names, flops, strict=True))
+    assert report.notes[0].endswith(f": {counts}.")
 
 
 def test_what_a_peer_cannot_do_is_said_before_anything_is_measured() -> None:
