@@ -43,17 +43,16 @@ def measure(case: str, way: str, steps: int, rest: list[str]) -> None:
 
     wait_briefly(os.environ)
     from torchmae import settings
-    from torchmae.bench.contenders import OURS
-    from torchmae.bench.processes import Stage
+    from torchmae.bench.contenders import OURS, build
     from torchmae.training import compilation
     from torchmae.training.parallel import blocks
 
     in_blocks, options = WAYS[way]
     compilation.parts = lambda model, _: blocks(model) if in_blocks else [model]
-    stage = Stage(OURS, settings.parse([*CASES[case], *options, *rest]), steps)
-    rate = statistics.median(stage.turn() for _ in range(3))
-    introduced = stage.introduce()
-    print(json.dumps([introduced.first_step_s, rate, introduced.peak_memory]))
+    contender = build(OURS, settings.parse([*CASES[case], *options, *rest]))
+    first_step_s = contender.first_steps()["first_step_s"]
+    rate = statistics.median(contender.turn(steps) for _ in range(3))
+    print(json.dumps([first_step_s, rate, contender.peak_memory()]))
 
 
 def main() -> None:

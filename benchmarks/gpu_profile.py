@@ -22,7 +22,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from torchmae import presets, settings
 from torchmae.bench.contenders import OURS, build
-from torchmae.bench.processes import warm_up
 from torchmae.nn.flops import count_flops
 
 # The first pattern that a kernel's name matches is its kind.
@@ -80,7 +79,7 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     words = [f"--model.preset={args.case}", f"--batch_size={BATCHES[args.case]}", f"--compile={str(cuda).lower()}"]
     contender = build(OURS, settings.parse([*words, *(TRY if args.tried else []), *rest]))
-    warm_up(contender)
+    contender.first_steps()
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
         for _ in range(args.steps):
             contender.run()

@@ -104,9 +104,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=100)
     parser.add_argument("--keep", type=Path, help="a folder for the arrays, the run and the export")
-    parser.add_argument("--try", action="store_true", dest="tried", help="a tiny network for a few seconds")
+    parser.add_argument("--try", action="store_true", dest="tried", help="a tiny network for a few steps")
     args = parser.parse_args()
-    seconds = 2 if args.tried else args.seconds
+    seconds = 0 if args.tried else args.seconds
     note = Stages(args.out)
     with tempfile.TemporaryDirectory() as place:
         folder = args.keep or Path(place)
@@ -117,7 +117,8 @@ def main() -> None:
         batch = 32 if args.tried else 1024
         train = [
             *("pretrain", "--data", data, *NETWORK, "--compile", "true", "--batch_size", batch, "--out", run),
-            *("--max-minutes", seconds / 60, "--data.crop_scale", "[0.4,1.0]", "--optim.base_lr", 1e-3),
+            *(("--epochs", 5, "--log_every", 1) if args.tried else ("--max-minutes", seconds / 60)),
+            *("--data.crop_scale", "[0.4,1.0]", "--optim.base_lr", 1e-3),
             *("--checkpoint_minutes", seconds / 600, "--progress", "none", "--trackers", "none", "--eval.count", 2),
             *(TRY if args.tried else []),
         ]

@@ -25,11 +25,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchmae import presets, settings
-from torchmae.bench.contenders import OURS, Contender, build
-from torchmae.bench.timing import matrix_product_rate, seconds_of, synchronise, take_turns
+from torchmae.bench.contenders import OURS, Contender, build, seconds_of
+from torchmae.bench.measure import take_turns
 from torchmae.nn.flops import count_flops
 from torchmae.training.parallel import blocks
-from torchmae.training.runtime import environment
+from torchmae.training.runtime import environment, open_runtime
 
 BATCHES = {"vit_large": 256, "vit_base": 512, "vit_tiny_32_p4": 4096}
 PEER = "transformers"
@@ -63,8 +63,7 @@ class Entrant:
 
     def turn(self) -> float:
         """Images a second."""
-        self.contender.run()
-        return len(self.contender.images) / seconds_of(self.contender.run, self.steps, self.contender.runtime.device)
+        return self.contender.turn(self.steps)
 
 
 def enter(code: str, words: list[str], turn_s: float) -> Entrant:
@@ -88,10 +87,8 @@ def measure(preset: str, args: argparse.Namespace, rest: list[str]) -> dict[str,
         words.append("--compile=false")
     entrants = {name: enter(code, [*more, *words], args.turn) for name, (code, more) in CONTENDERS.items()}
     ours = entrants["compiled"].contender
-    device, precision = ours.runtime.device, ours.runtime.precision
-    size = 512 if args.tried else None
     turns = {name: entrant.turn for name, entrant in entrants.items()}
-    turns["peak"] = lambda: matrix_product_rate(device, precision, size)
+    turns["peak"] = lambda: ours.matrix_product_rate(512 if args.tried else None)
     rates = take_turns(turns, args.rounds, lambda _: None)
     peak, flops = max(rates.pop("peak")), count_flops(presets.weightless(ours.arguments), 0.75).training
     rows = {
@@ -149,17 +146,17 @@ def compared(
 
 def with_adamw(entrant: Entrant, options: dict[str, Any]) -> Callable[[], float]:
     """A turn of steps whose AdamW is another implementation."""
-    (fused,) = entrant.contender.optimizers
+    task = entrant.contender.task
+    (fused,) = task.optimizers
     groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in fused.param_groups]
     other = torch.optim.AdamW(groups, lr=0.0, **options)
-    contender, steps = entrant.contender, entrant.steps
 
     def turn() -> float:
-        def step() -> Any:
-            return contender.step(contender.model, [other])
-
-        step()
-        return len(contender.images) / seconds_of(step, steps, contender.runtime.device)
+        task.optimizers = [other]
+        try:
+            return entrant.turn()
+        finally:
+            task.optimizers = [fused]
 
     return turn
 
@@ -216,7 +213,7 @@ def graphed(entrant: Entrant) -> float:
 
     def step() -> None:
         graph.replay()
-        for optimizer in contender.optimizers:
+        for optimizer in contender.task.optimizers:
             optimizer.step()
 
     step()
@@ -268,7 +265,7 @@ def main() -> None:
         except Exception as error:  # the other cases go on
             found["cases"][preset] = {"failed": " ".join(str(error).split())[:300]}
             print(f"{preset} failed: {found['cases'][preset]['failed']}", flush=True)
-        found["environment"] = environment(build_runtime())
+        found["environment"] = environment(open_runtime("auto", "auto", None, keep_memory=False))
         found["seconds"] = time.perf_counter() - start
         args.out.write_text(json.dumps(found, indent=2) + "\n")
         gc.collect()
@@ -277,15 +274,6 @@ def main() -> None:
             torch.cuda.empty_cache()
     if any("failed" in case for case in found["cases"].values()):
         raise SystemExit(1)
-
-
-def build_runtime() -> Any:
-    """The place that everything was computed in."""
-    from torchmae.training.runtime import open_runtime
-
-    runtime = open_runtime("auto", "auto", None, keep_memory=False)
-    synchronise(runtime.device)
-    return runtime
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from torchmae import settings
 from torchmae.bench.contenders import OURS, build
-from torchmae.bench.processes import warm_up
 from torchmae.config import PretrainConfig
 from torchmae.errors import ConfigError
 
@@ -54,7 +53,7 @@ def profiled(way: str, config: PretrainConfig, args: argparse.Namespace) -> dict
 
         inductor.cpp.enable_kernel_profile = True
     contender = build(way if way == "transformers" else OURS, replace(config, compile=compiled))
-    warm_up(contender)
+    contender.first_steps()
     named = args.flame and not compiled  # hooks would break the compiled graph
     with (
         flame.modules_named(contender.model) if named else nullcontext(),

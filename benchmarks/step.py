@@ -1,6 +1,6 @@
 """The training step beside other people's code: images a second, memory, share of the peak.
 
-    python benchmarks/step.py [--quick] [--cases tiny base] [--against transformers timm lightly] [--rounds 7] [OPTIONS]
+    python benchmarks/step.py [--quick] [--cases tiny base] [--against transformers lightly timm-blocks] [OPTIONS]
 
 Contenders take turns, each in a process of its own with the threads and the allocator that its users have; a ratio is
 one of medians. Figures are added to benchmarks/results/step.json
@@ -10,11 +10,13 @@ after each case, with date, hardware and versions. Further options go to the set
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from torchmae import settings
+from torchmae.bench.contenders import OURS
+from torchmae.bench.measure import measure_step
 from torchmae.bench.results import Report
-from torchmae.bench.step import Entry, measure_step
 from torchmae.config.bench import STEP_PEERS, BenchStep
 from torchmae.training.progress import Display
 
@@ -47,10 +49,11 @@ def main() -> None:
         ours, theirs = CASES[case]
         config = settings.parse([*ours, *rest], args.fast_recipe if case == "fast" else None)
         peer = settings.parse([*theirs, *rest])
-        rivals = [Entry("torchmae", "torchmae", config), *(Entry(name, name, peer) for name in args.against)]
-        reports[case] = measure_step(rivals, options, display.preparing)
+        configs = {OURS: config, **dict.fromkeys(args.against, peer)}
+        reports[case] = measure_step(configs, options, display.preparing)
         display.close()
-        reports[case].add_to_json(args.out, case)
+        records = json.loads(args.out.read_text()) if args.out.exists() else {}
+        args.out.write_text(json.dumps({**records, case: reports[case].record()}, indent=2) + "\n")
         print(f"\n{case}: {reports[case].text()}\n", flush=True)
     for case, report in reports.items():
         print(f"{case:10} {summary(report)}")

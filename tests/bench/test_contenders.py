@@ -1,17 +1,35 @@
 from __future__ import annotations
 
+import multiprocessing
+import os
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from torchmae import presets
-from torchmae.bench.contenders import OURS, build, model_arguments, peer_sizes
-from torchmae.bench.peers import PEERS
+from torchmae.bench import contenders
+from torchmae.bench.contenders import (
+    OURS,
+    PHASES,
+    TIMM_BLOCKS,
+    Contender,
+    build,
+    model_arguments,
+    peer_sizes,
+    process_of,
+    seconds_of,
+)
 from torchmae.config import MaskConfig, ModelConfig, OptimConfig, PretrainConfig
 from torchmae.errors import ConfigError
+from torchmae.nn.layers import Block
 from torchmae.nn.masking import num_keep, random_mask
+from torchmae.threads import SPIN_COUNT
+from torchmae.training.runtime import Runtime
 
 MODEL = ModelConfig(
     preset="vit_tiny_32_p4",
@@ -26,7 +44,8 @@ MODEL = ModelConfig(
     decoder_num_heads=4,
 )
 CONFIG = PretrainConfig(model=MODEL, batch_size=4, threads=1, precision="fp32", optim=OptimConfig(lr=1e-3))
-PACKAGES = {"transformers": "transformers", "timm": "timm", "lightly": "lightly.models"}
+PACKAGES = {"transformers": "transformers", TIMM_BLOCKS: "timm", "lightly": "lightly.models"}
+CPU = torch.device("cpu")
 
 
 def require(code: str) -> None:
@@ -38,7 +57,7 @@ def trained(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("code", [OURS, *PEERS])
+@pytest.mark.parametrize("code", [OURS, *PACKAGES])
 def test_a_step_trains_every_weight(code: str) -> None:
     require(code)
     contender = build(code, CONFIG)
@@ -51,7 +70,7 @@ def test_a_step_trains_every_weight(code: str) -> None:
     assert (contender.runtime.precision, contender.runtime.threads) == ("fp32", 1)
 
 
-@pytest.mark.parametrize("code", PEERS)
+@pytest.mark.parametrize("code", PACKAGES)
 def test_peers_have_as_many_weights_and_the_same_images(code: str) -> None:
     require(code)
     ours, theirs = build(OURS, CONFIG), build(code, CONFIG)
@@ -80,21 +99,17 @@ def test_lightlys_loss_is_ours_with_our_weights_and_mask(norm_pix: bool, monkeyp
     torch.testing.assert_close(theirs.model(theirs.images), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("norm_pix", [True, False])
-def test_timms_loss_is_ours_with_our_weights_and_mask(norm_pix: bool) -> None:
-    require("timm")
-    config = replace(CONFIG, model=replace(MODEL, norm_pix=norm_pix))
-    ours, theirs = build(OURS, config), build("timm", config)
-    names = {"encoder.": "vit.", "decoder.blocks.": "decoder.", "decoder.pos_embed": "decoder_pos", "decoder.": ""}
-    weights = {}
-    for name, value in ours.model.state_dict().items():
-        prefix = next(prefix for prefix in names if name.startswith(prefix))
-        weights[names[prefix] + name.removeprefix(prefix)] = value
-    weights["decoder_pos"] = torch.nn.functional.pad(weights["decoder_pos"], (0, 0, 1, 0))  # a row for the class token
-    theirs.model.load_state_dict(weights)
-    noise = torch.rand(4, 16)
-    expected = ours.model(ours.images, random_mask(noise, (4, 4), 0.75)).loss
-    torch.testing.assert_close(theirs.model(theirs.images, noise), expected, rtol=1e-5, atol=1e-5)
+def test_with_timms_blocks_the_loss_is_ours() -> None:
+    require(TIMM_BLOCKS)
+    config = replace(CONFIG, model=replace(MODEL, drop_path=0.5))
+    ours, theirs = build(OURS, config), build(TIMM_BLOCKS, config)
+    kinds = {type(module).__module__ for module in theirs.model.modules()}
+    assert "timm.models.vision_transformer" in kinds and not any(isinstance(m, Block) for m in theirs.model.modules())
+    assert [m.drop_prob for m in theirs.model.modules() if hasattr(m, "drop_prob")] == [0.5, 0.5]  # the last block's
+    theirs.model.load_state_dict(ours.model.state_dict())
+    mask = random_mask(torch.rand(4, 16), (4, 4), 0.75)
+    losses = [item.model.eval()(ours.images, mask).loss for item in (ours, theirs)]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-5)
 
 
 def test_our_masks_differ_from_step_to_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +138,7 @@ def test_lightly_hides_as_many_patches_and_counts_hidden_ones_only(monkeypatch: 
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.6, 0.75, 0.9])
 def test_a_peer_keeps_as_many_patches(ratio: float) -> None:
     config = replace(CONFIG, mask=MaskConfig(ratio=ratio))
-    sizes = peer_sizes(config, model_arguments(config), "transformers")
+    sizes = peer_sizes(config, model_arguments(config))
     assert int(16 * (1 - sizes.mask_ratio)) == num_keep(16, ratio)
 
 
@@ -146,8 +161,9 @@ def test_what_a_peer_cannot_do_is_named(change: dict[str, Any], name: str) -> No
 def test_other_masks_and_networks_have_no_peer() -> None:
     with pytest.raises(ConfigError, match="no equal of this mask.strategy"):
         build("transformers", replace(CONFIG, mask=MaskConfig(strategy="block")))
-    with pytest.raises(ConfigError, match="no equal of this model.preset"):
-        build("transformers", replace(CONFIG, model=ModelConfig(preset="mlp")))
+    for code in ("transformers", TIMM_BLOCKS):
+        with pytest.raises(ConfigError, match="no equal of this model.preset"):
+            build(code, replace(CONFIG, model=ModelConfig(preset="mlp")))
 
 
 def test_a_peer_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,3 +175,154 @@ def test_a_peer_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_arguments_are_the_presets_and_the_settings() -> None:
     assert model_arguments(PretrainConfig(model=ModelConfig(preset="vit_base"))) == presets.arguments("vit_base")
     assert model_arguments(CONFIG)["embed_dim"] == 24
+
+
+class FakeTime:
+    """A clock that moves only when told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(contenders.time, "perf_counter", lambda: self.now)
+
+    def takes(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
+    return FakeTime(monkeypatch)
+
+
+def contender(run: Any, task: Any = None, precision: str = "fp32") -> Contender:
+    return Contender(nn.Linear(1, 1), task, run, Runtime(CPU, precision, 1), {}, torch.zeros(64, 1))
+
+
+def test_seconds_are_those_of_one_of_many(clock: FakeTime) -> None:
+    assert seconds_of(lambda: clock.takes(2), 5, CPU) == 2
+
+
+def test_without_a_number_of_steps_a_turn_takes_about_a_second(clock: FakeTime) -> None:
+    taken: list[float] = []
+    item = contender(lambda: (clock.takes(0.01), taken.append(clock.now)))
+    assert item.turn(None) == pytest.approx(6400)
+    assert len(taken) == 101  # one that is not counted
+    assert item.turn(3) == pytest.approx(6400)
+    assert len(taken) == 105
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_rate_of_a_matrix_product_is_its_operations_over_its_time(
+    precision: str, dtype: torch.dtype, clock: FakeTime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+
+    def product(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> None:
+        assert {a.dtype, b.dtype, out.dtype} == {dtype}
+        rows.append(len(a))
+        clock.takes(2 * len(a) ** 3 / 1e9)
+
+    monkeypatch.setattr(contenders.torch, "mm", product)
+    item = contender(None, precision=precision)
+    assert item.matrix_product_rate(10) == pytest.approx(1e9)
+    assert item.matrix_product_rate() == pytest.approx(1e9)
+    assert rows[-1] == 512  # the largest power of two of at most a second
+
+
+def test_a_step_is_split_where_model_and_optimisers_are_called(clock: FakeTime) -> None:
+    class Slow(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            clock.takes(2)
+
+    def forward(images: torch.Tensor) -> None:
+        clock.takes(3)
+
+    task = SimpleNamespace(forward=forward, optimizers=[Slow([torch.ones(1)]) for _ in range(2)])
+
+    def run() -> None:
+        clock.takes(1)  # mask
+        for _ in range(2):  # accumulation
+            task.forward(None)
+            clock.takes(5)  # backward
+        for optimizer in task.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    shares = contender(run, task).shares()
+    assert shares == pytest.approx({"mask": 1 / 21, "forward": 6 / 21, "backward": 10 / 21, "optimiser": 4 / 21})
+    assert tuple(shares) == PHASES
+    before = clock.now
+    run()  # nothing is left of the clock
+    assert task.forward is forward and clock.now == before + 21
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+def test_the_peak_is_what_weights_moments_and_a_batch_take_and_not_much_more() -> None:
+    # 12288 x 512 weights twice: 48 MiB in fp32, their gradients and two moments each as much again; activations and
+    # batch are small beside it.
+    values = 2 * 12288 * 512 + 12288 + 512
+    model = ModelConfig(preset="mlp", input_size=64, hidden_dim=512, output_relu=False, loss_on="all")
+    config = PretrainConfig(model=model, batch_size=4, precision="fp32", threads=1)
+    config = replace(config, mask=replace(config.mask, strategy="elements"))
+    with process_of(OURS, config) as call:
+        peak = call("first_steps")["peak_memory"]
+    assert 4 * 4 * values <= peak < 4 * 4 * values + 100 * 2**20
+
+
+def test_a_mistake_in_the_other_process_and_its_end_are_said_here() -> None:
+    config = PretrainConfig(model=ModelConfig(preset="vit_tiny_32_p4", num_heads=5), threads=1, batch_size=4)
+    with process_of(OURS, config) as call:
+        for name in ("first_steps", "shares"):
+            with pytest.raises(ConfigError, match="192 cannot be divided among 5 heads"):
+                call(name)
+        for process in multiprocessing.active_children():
+            process.kill()
+        with pytest.raises(ConfigError, match="^batches of 4 do not fit into memory; "):
+            call("shares")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()], ids=["GPU", "CPU"])
+def test_memory_that_does_not_suffice_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*_: object) -> None:
+        raise error
+
+    calls, answers = [("first_steps", ())], []
+
+    def receive() -> Any:
+        if calls:
+            return calls.pop()
+        raise EOFError
+
+    monkeypatch.setattr(contenders, "build", build)
+    monkeypatch.setattr(contenders.signal, "signal", lambda *_: None)
+    contenders._serve(SimpleNamespace(recv=receive, send=answers.append), OURS, CONFIG)  # type: ignore[arg-type]
+    assert [str(answer) for answer in answers] == ["batches of 4 do not fit into memory; lower batch_size"]
+
+
+@pytest.mark.parametrize(
+    ("code", "given", "seen"),
+    [(OURS, None, SPIN_COUNT), (OURS, "7", "7"), ("transformers", SPIN_COUNT, None), ("transformers", "7", "7")],
+)
+def test_threads_wait_as_those_of_the_code_do(
+    code: str, given: str | None, seen: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    if given is not None:
+        monkeypatch.setenv("GOMP_SPINCOUNT", given)
+    found: list[str | None] = []
+
+    class Process:
+        def __init__(self, **_: object) -> None: ...
+
+        def start(self) -> None:
+            found.append(os.environ.get("GOMP_SPINCOUNT"))
+
+        def terminate(self) -> None: ...
+
+        def join(self) -> None: ...
+
+    context = SimpleNamespace(Process=Process, Pipe=contenders.get_context("spawn").Pipe)
+    monkeypatch.setattr(contenders, "get_context", lambda _: context)
+    with process_of(code, CONFIG):
+        assert os.environ.get("GOMP_SPINCOUNT") == given
+    assert found == [seen]

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from torchmae.bench import data as data_module
-from torchmae.bench import train as train_module
-from torchmae.bench.data import measure_data
-from torchmae.bench.step import Entry, entries, measure_step
-from torchmae.bench.timing import PHASES
-from torchmae.bench.train import BARE, measure_train
+from torchmae.bench import measure
+from torchmae.bench.contenders import OURS, PHASES
+from torchmae.bench.measure import BARE, measure_data, measure_step, measure_train, take_turns
 from torchmae.config import DataConfig, ModelConfig, PretrainConfig
 from torchmae.config.bench import BenchData, BenchStep, BenchTrain
 from torchmae.errors import ConfigError, Interrupted
@@ -42,48 +40,52 @@ class Heard:
         self.lines.append((what, done, total))
 
 
-def test_a_step_beside_a_peer() -> None:
+def test_a_step_beside_others_whose_settings_may_differ() -> None:
     pytest.importorskip("transformers")
+    pytest.importorskip("timm")
     heard = Heard()
-    options = BenchStep(rounds=2, steps=1, against="transformers")
-    report = measure_step(entries(CONFIG, options.against), options, heard)
-    ours, theirs = report.results
-    assert (ours.name, theirs.name) == ("torchmae, fp32", "transformers, fp32")
-    flops = count_flops(build("vit_digits", **SIZES), 0.75).training
+    deep = replace(CONFIG, model=replace(CONFIG.model, depth=2), precision="bf16")
+    configs = {OURS: CONFIG, "transformers": CONFIG, "timm-blocks": deep}
+    report = measure_step(configs, BenchStep(rounds=2, steps=1), heard)
+    names = ["torchmae, fp32", "transformers, fp32", "timm-blocks, bf16"]
+    assert [result.name for result in report.results] == names
+    flops = [count_flops(build("vit_digits", **SIZES | {"depth": depth}), 0.75).training for depth in (1, 1, 2)]
     peaks = report.environment["peak_flops_per_s"]
-    assert isinstance(peaks, dict) and peaks.keys() == {"fp32"}
-    for result in (ours, theirs):
+    assert peaks.keys() == {"fp32", "bf16"}
+    for result, expected, precision in zip(report.results, flops, ("fp32", "fp32", "bf16"), strict=True):
         assert len(result.images_per_s) == 2 and min(result.images_per_s) > 0
         assert tuple(result.shares) == PHASES and sum(result.shares.values()) == pytest.approx(1)
-        assert result.figures["flops_per_image"] == flops
-        assert result.figures["share_of_peak"] == pytest.approx(result.median * flops / peaks["fp32"])
+        assert result.figures["flops_per_image"] == expected
+        assert result.figures["share_of_peak"] == pytest.approx(result.median * expected / peaks[precision])
         assert (result.figures["first_step_s"] or 0) > 0
-    assert heard.lines == [("first steps", i, 2) for i in (1, 2)] + [("timing steps", i, 2) for i in (1, 2)]
+    assert heard.lines == [("first steps", i, 3) for i in (1, 2, 3)] + [("timing steps", i, 2) for i in (1, 2)]
     assert report.title == "vit_digits, 1 x 8 x 8, batch 64, mask 0.75"
-    assert any(
-        note.startswith(f"GFLOP an image, forward and backward, by formula: {flops / 1e9:.3g}.")
-        for note in report.notes
-    )
+    assert report.settings.keys() == configs.keys()
+    counts = ", ".join(f"{name} {count / 1e9:.3g}" for name, count in zip(names, flops, strict=True))
+    assert report.notes[0].endswith(f": {counts}.")
 
 
-def test_contenders_may_differ_in_their_settings() -> None:
-    deep = replace(CONFIG, model=replace(CONFIG.model, depth=2), precision="bf16")
-    rivals = [Entry("flat", "torchmae", CONFIG), Entry("deep", "torchmae", deep)]
-    report = measure_step(rivals, BenchStep(rounds=1, steps=1), Heard())
-    assert [result.name for result in report.results] == ["flat, fp32", "deep, bf16"]
-    flat, other = (result.figures["flops_per_image"] for result in report.results)
-    assert flat is not None and other is not None and other > flat
-    assert set(report.environment["peak_flops_per_s"]) == {"bf16", "fp32"}  # type: ignore[arg-type]
-    assert set(report.settings) == {"flat", "deep"}
-    assert any("flat, fp32 0.00" in note and "deep, bf16 0.00" in note for note in report.notes)
-
-
-def test_what_a_peer_cannot_do_is_said_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_peer_cannot_do_is_said_before_anything_is_measured() -> None:
     heard = Heard()
     config = replace(CONFIG, model=replace(CONFIG.model, decoder="cross"))
-    with pytest.raises(ConfigError, match="no equal of this model.decoder"):
-        measure_step(entries(config, "lightly"), BenchStep(), heard)
+    for code in ("lightly", "timm-blocks"):
+        with pytest.raises(ConfigError, match=f"{code} has no equal of this model.decoder"):
+            measure_step({OURS: config, code: config}, BenchStep(), heard)
     assert heard.lines == []
+
+
+def test_turns_alternate_and_every_round_gives_each_a_figure() -> None:
+    order: list[str] = []
+    rounds: list[int] = []
+
+    def turn(name: str) -> float:
+        order.append(name)
+        return float(len(order))
+
+    figures = take_turns({"a": lambda: turn("a"), "b": lambda: turn("b")}, 3, rounds.append)
+    assert "".join(order) == "abbaab"
+    assert figures == {"a": [1, 4, 5], "b": [2, 3, 6]}
+    assert rounds == [1, 2, 3]
 
 
 @pytest.fixture
@@ -124,14 +126,14 @@ def test_torchvisions_batches_are_like_ours(photographs: Path) -> None:
         batch_size=16,
     )
 
-    def first(stream: object, skip: int, batches: int, device: torch.device) -> object:
+    def first(stream: object, skip: int, batches: int, device: torch.device) -> float:
         batch = next(stream())  # type: ignore[operator]
         seen[str(len(seen))] = batch
-        return lambda: 1.0
+        return 1.0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_module, "turn", first)
-        measure_data(config, BenchData(against="torchvision"), Heard())
+        patch.setattr(measure, "turn", first)
+        measure_data(config, BenchData(rounds=1, against="torchvision"), Heard())
     ours, theirs = seen.values()
     assert ours.shape == theirs.shape == (16, 3, 8, 8)
     assert ours.dtype == theirs.dtype == torch.float32
@@ -159,9 +161,9 @@ def test_the_loop_beside_the_bare_step() -> None:
     assert report.settings["model"]["in_chans"] == 1
 
 
-def test_the_loops_clock_counts_what_lies_between_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_module, "images_per_second", lambda contender, steps: 200.0)
-    turns = train_module._Turns(None, BenchTrain(rounds=2), Heard())  # type: ignore[arg-type]
+def test_the_loops_clock_counts_what_lies_between_evaluations() -> None:
+    bare = SimpleNamespace(turn=lambda steps: 200.0)
+    turns = measure._Turns(bare, BenchTrain(rounds=2), Heard())  # type: ignore[arg-type]
 
     def window(seconds: float, images_per_s: float, wait: float) -> None:
         turns.log("train", 0, {"seconds": seconds, "images_per_s": images_per_s, "data_wait": wait})
@@ -173,18 +175,16 @@ def test_the_loops_clock_counts_what_lies_between_evaluations(monkeypatch: pytes
     window(14.0, 50.0, 0.0)
     assert turns.evaluate(2) == {}
     window(18.0, 160.0, 0.25)
-    with pytest.raises(train_module._Enough):
+    with pytest.raises(measure._Enough):
         turns.evaluate(3)
-    assert turns.loop == [75.0, 160.0]
-    assert turns.bare == [200.0, 200.0]
-    assert turns.data_wait == pytest.approx((1 + 1) / 8)
+    assert turns.rounds == [(75.0, 200.0, 0.25), (160.0, 200.0, 0.25)]
 
 
 def test_a_stopped_loop_does_not_offer_to_resume(monkeypatch: pytest.MonkeyPatch) -> None:
     def pretrain(*args: object, **kwargs: object) -> None:
         raise Interrupted("stopped", "go on with: torchmae pretrain --resume nowhere", 15)
 
-    monkeypatch.setattr(train_module, "pretrain", pretrain)
+    monkeypatch.setattr(measure, "pretrain", pretrain)
     with pytest.raises(Interrupted, match="^the benchmark was stopped; run it again$") as caught:
         measure_train(CONFIG, BenchTrain(rounds=1, steps=1), Heard())
     assert caught.value.exit_status == 128 + 15

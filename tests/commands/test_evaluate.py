@@ -44,14 +44,6 @@ def test_one_table_beside_the_baselines(run: Path, capsys: pytest.CaptureFixture
     assert len(load_run(run).evaluations) == before + 1
 
 
-def test_the_same_command_twice_prints_the_same(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["evaluate", str(run), "--method", "linear", "--data", "digits", "--test-data", "held-out", *QUICK]
-    assert main(command) == 0
-    first = capsys.readouterr().out
-    assert main(command) == 0
-    assert capsys.readouterr().out == first
-
-
 def test_json_is_the_last_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(run), "--method", "knn", "--json", "--pool", "cls", *QUICK]) == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])

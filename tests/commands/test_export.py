@@ -131,9 +131,10 @@ def test_others_weights_embed_and_are_evaluated(tmp_path: Path, capsys: pytest.C
 def test_pre_training_starts_from_others_weights(
     released: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "run"
+    out, data = tmp_path / "run", tmp_path / "grey.npy"
+    np.save(data, np.random.default_rng(0).integers(0, 256, (60, 8, 8, 1), dtype=np.uint8))
     still = ["--optim.lr", "1e-12", "--optim.muon_lr", "1e-12"]
-    options = [*still, "--epochs", "1", "--batch", "1000", "--data.val", "none"]
+    options = [*still, "--data", str(data), "--epochs", "1", "--batch", "30", "--data.val", "none"]
     command = ["pretrain", "--init-from", str(released), "--out", str(out), *options, "--threads", "1"]
     assert main([*command, "--precision", "fp32", "--progress", "plain"]) == 0
     said = "".join(capsys.readouterr())

@@ -32,7 +32,7 @@ def sklearn_probabilities(train: Labelled, test: Labelled, c: float) -> np.ndarr
     return model.predict_proba(scaler.transform(test.features))
 
 
-@pytest.mark.parametrize("c", [1e-2, 0.1, 1.0])
+@pytest.mark.parametrize("c", [1e-2, 1.0])
 def test_the_fit_is_scikit_learns(digits: tuple[Labelled, Labelled], c: float) -> None:
     ours, theirs = probabilities(*digits, 10, c), sklearn_probabilities(*digits, c)
     np.testing.assert_allclose(ours, theirs, atol=3e-3)

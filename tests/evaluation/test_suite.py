@@ -41,8 +41,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_run(tmp_path_factory.mktemp("runs") / "a")
 
 
-def test_all_stands_beside_an_untrained_network_and_pixels(run: Path) -> None:
-    evaluation = evaluate(run, attentive=AttentiveOptions(epochs=2))
+def test_all_stands_beside_an_untrained_network_and_pixels_and_twice_is_the_same(run: Path) -> None:
+    evaluation, again = (evaluate(run, attentive=AttentiveOptions(epochs=2)) for _ in range(2))
+    assert evaluation.figures() == again.figures()
+    assert {**evaluation.record, "environment": {}} == {**again.record, "environment": {}}  # which has the time
     figures = evaluation.figures()
     assert list(figures) == ["model", "random", "pixels"]
     tables = {name: {key for key in values if "_top5" not in key} for name, values in figures.items()}
@@ -56,12 +58,6 @@ def test_all_stands_beside_an_untrained_network_and_pixels(run: Path) -> None:
     assert evaluation.record["weights"]["model"] == evaluation.record["weights"]["random"]
     assert evaluation.record["weights"]["pixels"] == ""
     assert figures["pixels"]["knn20"] > 80
-
-
-def test_the_same_command_twice(run: Path) -> None:
-    one, other = (evaluate(run, attentive=AttentiveOptions(epochs=2)) for _ in range(2))
-    assert one.figures() == other.figures()
-    assert {**one.record, "environment": {}} == {**other.record, "environment": {}}  # which has the time
 
 
 def test_random_alone_is_the_baseline_of_the_same_preset() -> None:
@@ -97,7 +93,9 @@ def test_an_exported_model_needs_data(tmp_path: Path) -> None:
         evaluate(tmp_path)
 
 
-def test_images_are_encoded_once_a_subject(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_encoded_once_a_subject_and_attentive_is_left_out_where_its_tokens_do_not_fit(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[tuple[str, str]] = []
     encode = Subject.encode
 
@@ -106,17 +104,13 @@ def test_images_are_encoded_once_a_subject(run: Path, monkeypatch: pytest.Monkey
         return encode(self, images, pool)
 
     monkeypatch.setattr(Subject, "encode", counted)
-    evaluate(run, attentive=AttentiveOptions(memory_limit=1e-9))
+    options = {"attentive": AttentiveOptions(epochs=1, memory_limit=1e-9)}
+    evaluation = evaluate(run, **options)
     assert {item: asked.count(item) for item in set(asked)} == {
         ("model", "both"): 230,
         ("random", "both"): 230,
         ("pixels", "mean"): 230,
     }
-
-
-def test_attentive_is_left_out_of_all_where_its_tokens_do_not_fit(run: Path) -> None:
-    options = {"attentive": AttentiveOptions(epochs=1, memory_limit=1e-9)}
-    evaluation = evaluate(run, **options)
     assert "attentive" not in evaluation.results
     assert any(note.startswith("attentive is left out: its tokens take 0.0 GiB") for note in evaluation.notes)
     assert "attentive" in evaluate(run, method="attentive", **options).figures()["model"]

@@ -1,53 +1,166 @@
-"""What is timed: the training step of torchmae, and that of others' code on the same images."""
+"""A contender: the training step of torchmae, or of others' code, on the same images; here or in its own process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+import gc
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import count
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from torchmae import presets
-from torchmae.bench.peers import PEERS, PeerSizes
+from torchmae.bench.peers import PEERS, use_timm_blocks
 from torchmae.config import PretrainConfig
 from torchmae.errors import ConfigError
 from torchmae.nn.masking import Masker, num_keep
+from torchmae.threads import wait_as_usual, wait_briefly
+from torchmae.training.allocation import ran_out_of_memory
 from torchmae.training.pretrain import PretrainTask
-from torchmae.training.runtime import Runtime, open_runtime
+from torchmae.training.runtime import Runtime, environment, open_runtime
 from torchmae.training.trainer import train_step
 
 OURS = "torchmae"
+TIMM_BLOCKS = "timm-blocks"
+PHASES = ("mask", "forward", "backward", "optimiser")
+
+_WARM_UP_STEPS = 3
+_TURN_S = 1.0
+_STATUS = Path("/proc/self/status")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Contender:
-    """A network with its optimisers and what a training step does with them.
+    """A network, and a training step on one batch that stays on the device.
 
     Attributes:
         model: on the device, training.
-        optimizers: of its parameters.
-        step: one training step with a model and optimisers (these, or stand-ins for them); the loss, a scalar on the
-            device that was not waited for.
+        task: the `forward` and the `optimizers` that a step calls.
+        run: one training step; its loss, a scalar on the device that was not waited for.
         runtime: where it computes, and in which precision.
         arguments: torchmae's, of the network.
         images: (B, C, *size), the batch.
     """
 
     model: nn.Module
-    optimizers: Sequence[Optimizer]
-    step: Callable[[Any, Any], Tensor]
+    task: Any
+    run: Callable[[], Tensor]
     runtime: Runtime
     arguments: dict[str, Any]
     images: Tensor
+    _memory_before: int = field(init=False)
 
-    def run(self) -> Tensor:
-        """One training step."""
-        return self.step(self.model, self.optimizers)
+    def __post_init__(self) -> None:
+        gc.collect()
+        held = [self.images, *self.model.parameters(), *self.model.buffers()]
+        self._memory_before = _status().get("RssAnon", 0) - sum(tensor.nbytes for tensor in held)
+
+    def first_steps(self) -> dict[str, Any]:
+        """Runs the first steps, which compile and allocate, and says what they took and what the contender is.
+
+        Returns:
+            "first_step_s", seconds of the very first; "peak_memory", bytes; "precision"; "arguments"; "shape" of the
+            images; "environment", versions and machine.
+        """
+        first = seconds_of(self.run, 1, self.runtime.device)
+        seconds_of(self.run, _WARM_UP_STEPS - 1, self.runtime.device)
+        return {
+            "first_step_s": first,
+            "peak_memory": self.peak_memory(),
+            "precision": self.runtime.precision,
+            "arguments": self.arguments,
+            "shape": tuple(self.images.shape),
+            "environment": environment(self.runtime),
+        }
+
+    def peak_memory(self) -> int | None:
+        """Bytes that training takes at its peak: weights, gradients, the optimiser's state, a batch, activations.
+
+        On CUDA, what PyTorch's allocator has given out at most. On a processor, the largest resident size of this
+        process, which does nothing else, less what interpreter and libraries held before the first step; files mapped
+        into memory do not count. None where that cannot be measured (another system than Linux).
+        """
+        if self.runtime.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.runtime.device)
+        now = _status()
+        return now["VmHWM"] - now["RssFile"] - now["RssShmem"] - self._memory_before if now else None
+
+    def turn(self, steps: int | None) -> float:
+        """Images a second over some steps (None: about a second), after one that is not counted.
+
+        The others' turns have cooled everything.
+        """
+        device = self.runtime.device
+        step_s = seconds_of(self.run, 1, device)
+        steps = steps or max(1, round(_TURN_S / step_s))
+        return len(self.images) / seconds_of(self.run, steps, device)
+
+    def matrix_product_rate(self, rows: int | None = None) -> float:
+        """Floating-point operations a second of one large square matrix product, where the contender computes.
+
+        Args:
+            rows: None: enough to fill the device, but no more than a processor multiplies in about a second, which are
+                few where it has no instructions for the precision.
+        """
+        device, small = self.runtime.device, 256
+        if rows is None:
+            rows = 8192 if device.type == "cuda" else 2048
+            while device.type == "cpu" and rows > small and 2 * rows**3 > self.matrix_product_rate(small):
+                rows //= 2
+        dtype = torch.bfloat16 if self.runtime.precision == "bf16" else torch.float32
+        a, b = (torch.randn(rows, rows, device=device).to(dtype) for _ in range(2))
+        product = partial(torch.mm, a, b, out=torch.empty_like(a))
+        product()
+        return 2 * rows**3 / seconds_of(product, 10 if device.type == "cuda" else 2, device)
+
+    def shares(self) -> dict[str, float]:
+        """The share of each of `PHASES` in the time of a few steps, whose parts are waited for; they add up to 1.
+
+        What lies before the first forward pass counts as "mask"; what lies between forward passes and the optimisers'
+        steps, as "backward" (gradient norm and clipping included).
+        """
+        seconds, forward = dict.fromkeys(PHASES, 0.0), self.task.forward
+        phase, since = "", 0.0
+
+        def enter(next_phase: str) -> None:
+            nonlocal phase, since
+            synchronise(self.runtime.device)
+            now = time.perf_counter()
+            if phase:
+                seconds[phase] += now - since
+            phase, since = next_phase, now
+
+        def timed(*inputs: Any) -> Any:
+            enter("forward")
+            output = forward(*inputs)
+            enter("backward")
+            return output
+
+        self.task.forward = timed
+        hooks = [item.register_step_pre_hook(lambda *_: enter("optimiser")) for item in self.task.optimizers]
+        try:
+            for _ in range(_WARM_UP_STEPS):
+                enter("mask")
+                self.run()
+            enter("")
+        finally:
+            self.task.forward = forward
+            for hook in hooks:
+                hook.remove()
+        total = sum(seconds.values())
+        return {name: value / total for name, value in seconds.items()}
 
 
 def model_arguments(config: PretrainConfig) -> dict[str, Any]:
@@ -60,33 +173,58 @@ def build(code: str, config: PretrainConfig) -> Contender:
     """A contender.
 
     Args:
-        code: whose step: "torchmae", or a key of `PEERS`.
+        code: whose step: "torchmae", "timm-blocks" (torchmae's with timm's blocks in its network) or a key of `PEERS`.
         config: the sizes of network and batch, and for torchmae every setting.
 
     Raises:
         ConfigError: sizes that do not fit together or that the peer does not have, or a peer that is not installed.
     """
-    runtime = open_runtime(config.device, config.precision, config.threads, keep_memory=code == OURS)
+    runtime = open_runtime(config.device, config.precision, config.threads, keep_memory=code not in PEERS)
     arguments = model_arguments(config)
     generator = torch.Generator().manual_seed(config.seed)
     shape = (config.batch_size, arguments["in_chans"], *arguments["input_size"])
     images = torch.randn(shape, generator=generator).to(runtime.device)
     torch.manual_seed(config.seed)
-    if code == OURS:
-        return _ours(config, arguments, runtime, images)
-    sizes = peer_sizes(config, arguments, code)
+    check_equal(config, arguments, code)
+    if code not in PEERS:
+        ours = presets.construct(arguments)
+        if code == TIMM_BLOCKS:
+            use_timm_blocks(ours, arguments["mlp_ratio"])
+        ours = ours.to(runtime.device).train()
+        task = PretrainTask(config, ours, runtime, config.batch_size)
+        masker, epochs = Masker(ours.encoder, config.mask.strategy, config.mask.ratio), count()
+
+        def run() -> Tensor:
+            mask = masker(config.seed, next(epochs), np.arange(len(images)), runtime.device)  # other masks each time
+            return train_step(task, (images, mask)).loss
+
+        return Contender(ours, task, run, runtime, arguments, images)
     # As their users run them.
     runtime = replace(runtime, precision="bf16" if runtime.device.type == "cuda" else "fp32")
-    model = PEERS[code](sizes).to(runtime.device).train()
-    return _peer(config, arguments, runtime, images, model)
+    model = PEERS[code](peer_sizes(config, arguments)).to(runtime.device).train()
+    optim = config.optim
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=optim.base_lr,
+        betas=optim.betas,
+        weight_decay=optim.weight_decay,
+        fused=True,
+    )
+    theirs = SimpleNamespace(forward=model, optimizers=[optimizer])
+
+    def run_peer() -> Tensor:
+        with runtime.autocast():
+            loss: Tensor = theirs.forward(images)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return Contender(model, theirs, run_peer, runtime, arguments, images)
 
 
-def peer_sizes(config: PretrainConfig, arguments: dict[str, Any], code: str) -> PeerSizes:
-    """The sizes of a run's network, for other people's code.
-
-    Raises:
-        ConfigError: what that code cannot do.
-    """
+def check_equal(config: PretrainConfig, arguments: dict[str, Any], code: str) -> None:
+    """ConfigError where a contender's code cannot do the same as torchmae's."""
     unlike = {
         "model.preset": "patch_size" not in arguments,
         "model.decoder": arguments.get("decoder", "self") != "self",
@@ -97,48 +235,99 @@ def peer_sizes(config: PretrainConfig, arguments: dict[str, Any], code: str) -> 
         "model.patch_size": len(set(arguments.get("patch_size", (1,)))) != 1,
         "mask.strategy": config.mask.strategy != "random",
     }
-    for name in (name for name, different in unlike.items() if different):
+    needed = {OURS: (), TIMM_BLOCKS: ("model.preset", "model.decoder")}.get(code, tuple(unlike))
+    for name in (name for name in needed if unlike[name]):
         raise ConfigError(f"{code} has no equal of this {name}", f"leave out --against {code}, or change {name}")
-    names = PeerSizes.__dataclass_fields__.keys() & arguments.keys()
-    values = {name: arguments[name] for name in names}
+
+
+def peer_sizes(config: PretrainConfig, arguments: dict[str, Any]) -> SimpleNamespace:
+    """torchmae's arguments, with the pixels of one side as `input_size` and `patch_size`, and `mask_ratio`."""
     size, patch = arguments["input_size"][0], arguments["patch_size"][0]
     length = (size // patch) ** 2
     # They keep int(L (1 - r)) patches; a ratio half a patch lower makes that our number for any r.
     ratio = 1 - (num_keep(length, config.mask.ratio) + 0.5) / length
-    return PeerSizes(**(values | {"input_size": size, "patch_size": patch, "mask_ratio": ratio}))
+    return SimpleNamespace(**(arguments | {"input_size": size, "patch_size": patch, "mask_ratio": ratio}))
 
 
-def _ours(config: PretrainConfig, arguments: dict[str, Any], runtime: Runtime, images: Tensor) -> Contender:
-    model = presets.construct(arguments).to(runtime.device).train()
-    task = PretrainTask(config, model, runtime, config.batch_size)
-    indices = np.arange(len(images))
-    epochs = count()
-    masker = Masker(model.encoder, config.mask.strategy, config.mask.ratio)
-
-    def step(model: Any, optimizers: Any) -> Tensor:
-        mask = masker(config.seed, next(epochs), indices, runtime.device)  # another epoch, other masks
-        task.forward, task.optimizers = model, optimizers
-        return train_step(task, (images, mask)).loss
-
-    return Contender(model, task.optimizers, step, runtime, arguments, images)
+def _status() -> dict[str, int]:
+    """The bytes in the kernel's account of this process; none where it keeps no such account."""
+    lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines() if _STATUS.exists() else []
+    fields = [line.split() for line in lines]
+    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in fields if words[-1:] == ["kB"]}
 
 
-def _peer(
-    config: PretrainConfig, arguments: dict[str, Any], runtime: Runtime, images: Tensor, model: nn.Module
-) -> Contender:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optim = config.optim
-    optimizer = torch.optim.AdamW(
-        trained, lr=optim.base_lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
-    )
+@contextmanager
+def process_of(code: str, config: PretrainConfig) -> Iterator[Callable[..., Any]]:
+    """Yields what calls the methods of a `Contender` in another process, which ends with the context.
 
-    def step(model: Any, optimizers: Any) -> Tensor:
-        with runtime.autocast():
-            loss = model(images)
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        return loss.detach()
+    It takes a method's name and its arguments. torchmae's process has the threads that `torchmae` gives itself, a
+    peer's those that torch gives its users.
 
-    return Contender(model, [optimizer], step, runtime, arguments, images)
+    Args:
+        code: as for `contenders.build`, whose errors the first call raises.
+        config: likewise. A batch that does not fit into memory is a ConfigError too.
+    """
+    spawn = get_context("spawn")
+    pipe, theirs = spawn.Pipe()
+    process = spawn.Process(target=_serve, args=(theirs, code, config), daemon=True)
+    environment = dict(os.environ)
+    (wait_as_usual if code in PEERS else wait_briefly)(os.environ)
+    try:
+        process.start()
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+    theirs.close()
+
+    def call(name: str, *arguments: Any) -> Any:
+        try:
+            pipe.send((name, arguments))
+            answer = pipe.recv()
+        except (EOFError, OSError):  # the kernel has killed it
+            raise _too_large(config) from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    try:
+        yield call
+    finally:
+        pipe.close()
+        process.terminate()
+        process.join()
+
+
+def _serve(pipe: Connection, code: str, config: PretrainConfig) -> None:
+    """Answers one call after another, by the error where there is one, until nobody calls any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's
+    contender = None
+    while True:
+        try:
+            name, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            contender = contender or build(code, config)
+            pipe.send(getattr(contender, name)(*arguments))
+        except Exception as error:
+            pipe.send(_too_large(config) if ran_out_of_memory(error) else error)
+
+
+def _too_large(config: PretrainConfig) -> ConfigError:
+    return ConfigError(f"batches of {config.batch_size} do not fit into memory", "lower batch_size")
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits until the device has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def seconds_of(work: Callable[[], object], times: int, device: torch.device) -> float:
+    """Mean wall-clock seconds of `work`, done `times` times, waiting for the device before and after all of them."""
+    synchronise(device)
+    start = time.perf_counter()
+    for _ in range(times):
+        work()
+    synchronise(device)
+    return (time.perf_counter() - start) / times

@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torchmae.api import configure
-from torchmae.bench.data import measure_data
+from torchmae.bench.contenders import OURS
+from torchmae.bench.measure import measure_data, measure_step, measure_train
 from torchmae.bench.results import Report
-from torchmae.bench.step import entries, measure_step
-from torchmae.bench.train import measure_train
 from torchmae.commands import print_json
 from torchmae.config import PretrainConfig
 from torchmae.config.bench import BenchData, BenchStep, BenchTrain, OutputOptions
@@ -23,7 +22,8 @@ STEP_PRESET = "vit_tiny_32_p4"
 def step(options: BenchStep, output: OutputOptions, given: Mapping[str, Any]) -> int:
     """Times a training step; returns the exit status."""
     config = step_config(given)
-    return _report(config, output, lambda progress: measure_step(entries(config, options.against), options, progress))
+    configs = {code: config for code in (OURS, options.against) if code is not None}
+    return _report(config, output, lambda progress: measure_step(configs, options, progress))
 
 
 def data(options: BenchData, output: OutputOptions, given: Mapping[str, Any]) -> int:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, get_args
 from torchmae.config.base import JsonOption, Range, Settings, Size
 
 Rounds = Annotated[int, Range(1, 10_000)]
-StepPeer = Literal["transformers", "timm", "lightly"]
+StepPeer = Literal["transformers", "timm-blocks", "lightly"]
 STEP_PEERS: tuple[str, ...] = get_args(StepPeer)
 
 
@@ -33,14 +33,19 @@ class BenchStep(Settings):
     Attributes:
         rounds: each gives one figure; the median of all is reported. In a round every contender has its turn.
         steps: training steps of a turn; null: as many as take about a second.
-        against: "transformers" (ViTMAEForPreTraining), "timm" (its blocks, put together as the paper says) or "lightly"
-            (its MAE, made of timm's blocks too), of the same sizes on the same images, as their users run them: fp32 on
-            a processor, bf16 autocast on CUDA.
+        against: "transformers" (ViTMAEForPreTraining) or "lightly" (its MAE, made of timm's blocks), of the same sizes
+            on the same images, as their users run them: fp32 on a processor, bf16 autocast on CUDA; or "timm-blocks":
+            torchmae itself, with timm's blocks in place of its own (timm has no MAE).
     """
 
     rounds: Rounds = 7
     steps: Size | None = None
     against: StepPeer | None = None
+
+    def __post_init__(self) -> None:
+        if str(self.against) == "timm":  # an earlier name
+            object.__setattr__(self, "against", "timm-blocks")
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
