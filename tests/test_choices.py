@@ -12,7 +12,7 @@ from torchmae.config.app import AppOptions
 from torchmae.config.base import settings_of
 from torchmae.config.evaluate import EvaluateOptions
 from torchmae.config.plan import PlanOptions
-from torchmae.config.pretrain import TRACKERS, Preset, Strategy
+from torchmae.config.pretrain import OWN, TRACKERS, Preset, Strategy
 from torchmae.evaluation.methods import METHODS
 from torchmae.nn.decoder import DECODERS
 from torchmae.nn.masking import STRATEGIES
@@ -24,9 +24,9 @@ from torchmae.tutorial import mlp
 @pytest.mark.parametrize(
     ("offered", "table"),
     [
-        (get_args(Preset), PRESETS),
+        (get_args(Preset), [*PRESETS, OWN]),
         (settings_of(ModelConfig)["decoder"].choices, DECODERS),
-        (get_args(Strategy), [*STRATEGIES, *mlp.STRATEGIES]),
+        (get_args(Strategy), [*STRATEGIES, *mlp.STRATEGIES, OWN]),
         (settings_of(EvaluateOptions)["method"].choices, ["all", *METHODS]),
         (settings_of(PlanOptions)["gpu"].choices, GPUS),
         (settings_of(AppOptions)["lang"].choices, LANGUAGES),

@@ -16,17 +16,12 @@ from torchmae.nn import DECODERS, ENCODERS, HogTarget, MaskedAutoencoder, PixelT
 _PAPER_DECODER = {"decoder": "self", "decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
 
 
-def _vit(input_size: int, patch_size: int, embed_dim: int, depth: int, num_heads: int, **others: Any) -> dict[str, Any]:
+def _patches(input_size: int, patch_size: int, **others: Any) -> dict[str, Any]:
     return {
         "input_size": (input_size, input_size),
         "patch_size": (patch_size, patch_size),
         "in_chans": 3,
-        "embed_dim": embed_dim,
-        "depth": depth,
-        "num_heads": num_heads,
         "mlp_ratio": 4.0,
-        "class_token": True,
-        "registers": 0,
         "drop_path": 0.0,
         "norm_pix": True,
         "predict_ratio": 1.0,
@@ -37,6 +32,11 @@ def _vit(input_size: int, patch_size: int, embed_dim: int, depth: int, num_heads
         **_PAPER_DECODER,
         **others,
     }
+
+
+def _vit(input_size: int, patch_size: int, embed_dim: int, depth: int, num_heads: int, **others: Any) -> dict[str, Any]:
+    sizes = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+    return _patches(input_size, patch_size, **sizes, **{"class_token": True, "registers": 0, **others})
 
 
 _SMALL_DECODER = {"decoder_embed_dim": 192, "decoder_depth": 4, "decoder_num_heads": 3}

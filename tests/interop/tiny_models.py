@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from torchmae.interop.exports import Exported
-from torchmae.nn.classifier import Classifier
+from torchmae.nn.classifier import ViTClassifier
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.presets import construct
 
@@ -36,8 +36,8 @@ def mae(**overrides: Any) -> MaskedAutoencoder:
     return shaken(construct({**ENCODER, **DECODER, **overrides}))
 
 
-def classifier(num_classes: int = 5, **overrides: Any) -> Classifier:
-    return shaken(Classifier(num_classes, **{**ENCODER, **overrides}))
+def classifier(num_classes: int = 5, **overrides: Any) -> ViTClassifier:
+    return shaken(ViTClassifier(num_classes, **{**ENCODER, **overrides}))
 
 
 def exported(model: Any, **others: Any) -> Exported:

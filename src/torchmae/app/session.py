@@ -466,7 +466,7 @@ def check_bank(bank: Bank, pretrained: Pretrained) -> None:
         raise ConfigError(f"pool is {bank.pool!r} but the model has no class token", "embed the images with this run")
     if bank.weights not in (None, subject.fingerprint()):
         raise ConfigError("the features are those of another model", "embed the images with this run")
-    expected = int(pretrained.description.arguments["embed_dim"]) * (2 if bank.pool == "both" else 1)
+    expected = pretrained.model.encoder.embed_dim * (2 if bank.pool == "both" else 1)
     if bank.features.shape[1] != expected:
         raise ConfigError(
             f"the features have {bank.features.shape[1]} values an image and this model gives {expected}",

@@ -88,7 +88,7 @@ def peer_sizes(config: PretrainConfig, arguments: dict[str, Any], code: str) -> 
         ConfigError: what that code cannot do.
     """
     unlike = {
-        "model.preset": "patch_size" not in arguments,
+        "model.preset": "num_heads" not in arguments,
         "model.decoder": arguments.get("decoder", "self") != "self",
         "model.registers": bool(arguments.get("registers")),
         "model.class_token": not arguments.get("class_token", True),

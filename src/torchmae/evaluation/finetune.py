@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,21 +22,21 @@ from torchmae.data.loader import Batch, ImageLoader
 from torchmae.data.sources import Subset
 from torchmae.data.transforms import Normalisation
 from torchmae.data.worker import Indices
-from torchmae.errors import DataError
+from torchmae.errors import ConfigError, DataError
 from torchmae.evaluation.augment import build_augment
 from torchmae.evaluation.few_shot import check_counts, draw_images
 from torchmae.evaluation.finetune_training import FinetuneTask, SubsetPlan, check_same
 from torchmae.evaluation.images import check_classes, class_names, rows_with_label
 from torchmae.evaluation.scores import Result, Scores, rank, score
 from torchmae.evaluation.sharing import share
-from torchmae.nn.classifier import Classifier, encoder_arguments
-from torchmae.nn.encoder import ViTEncoder
+from torchmae.nn.classifier import Classifier
+from torchmae.nn.encoder import Encoder
 from torchmae.nn.mae import MaskedAutoencoder, require_patches
 from torchmae.training.checkpoint import Checkpoint, load_checkpoint
 from torchmae.training.progress import Display
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime
-from torchmae.training.saved_classifier import ClassifierDescription, save_classifier
+from torchmae.training.saved_classifier import ClassifierDescription, build_classifier, save_classifier
 from torchmae.training.state import State
 from torchmae.training.task import step_seed
 from torchmae.training.tracking import JsonLines, Trackers
@@ -108,7 +108,7 @@ def finetune(
     about = {"labels_per_class": labels_per_class, "draw": draw, "seed": seed, "data": train.source.fingerprint()}
     job = json.loads(json.dumps({"settings": asdict(config), **about}))  # with lists for tuples, as files have it
     torch.manual_seed(step_seed(seed, 0))
-    classifier, arguments = build_classifier(model, len(classes), config)
+    classifier, arguments = start_classifier(model, len(classes), config)
     fitting = config.for_input(arguments["input_size"], arguments["in_chans"])
     plan = SubsetPlan(len(rows), min(fitting.batch_size, len(rows)), seed, rows=rows)
     augment = build_augment(fitting, arguments["input_size"], normalisation.mean, normalisation.std, len(classes))
@@ -168,7 +168,7 @@ def data_settings(
     data: DataConfig, config: FinetuneConfig, model: MaskedAutoencoder, normalisation: Normalisation
 ) -> DataConfig:
     """The same data, cropped as `config` says and normalised as the model was trained with."""
-    arguments = encoder_arguments(require_encoder(model))
+    arguments = require_encoder(model).arguments
     crop_scale = config.for_input(arguments["input_size"], arguments["in_chans"]).crop_scale
     return replace(data, crop_scale=crop_scale, mean=normalisation.mean, std=normalisation.std)
 
@@ -181,13 +181,15 @@ def labelled_rows(loader: ImageLoader, what: str) -> Indices:
     return rows
 
 
-def require_encoder(model: MaskedAutoencoder) -> ViTEncoder:
-    """The model's encoder of patches; ConfigError for one that has none."""
+def require_encoder(model: MaskedAutoencoder) -> Encoder:
+    """The model's encoder of patches; ConfigError for one that has none, or that no classifier can be made of."""
     require_patches(model, "to fine-tune on")
-    return cast(ViTEncoder, model.encoder)
+    if not model.encoder.arguments:
+        raise ConfigError("the encoder does not say how to make one like it", "use another --method, such as linear")
+    return model.encoder
 
 
-def build_classifier(
+def start_classifier(
     model: MaskedAutoencoder, num_classes: int, config: FinetuneConfig
 ) -> tuple[Classifier, dict[str, Any]]:
     """The classifier that training starts from, and the arguments that rebuild it.
@@ -198,8 +200,8 @@ def build_classifier(
         ConfigError: a model without an encoder of patches.
     """
     encoder = require_encoder(model)
-    arguments = {**encoder_arguments(encoder), "drop_path": config.drop_path, "num_classes": num_classes}
-    classifier = Classifier(**arguments)
+    arguments = {**encoder.arguments, "drop_path": config.drop_path, "num_classes": num_classes}
+    classifier = build_classifier(arguments)
     if config.init == "pretrained":
         classifier.copy_encoder(encoder)
     return classifier, arguments

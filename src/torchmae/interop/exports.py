@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import cast
 
 import torch
 from safetensors.torch import save_file
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from torchmae.errors import ConfigError
 from torchmae.nn.classifier import Classifier
-from torchmae.nn.encoder import ViTEncoder
+from torchmae.nn.encoder import Encoder
 from torchmae.nn.mae import MaskedAutoencoder
 
 PROBE_IMAGES = 3
@@ -43,12 +42,12 @@ class Exported:
     scale: dict[str, float] | None = None
 
     @property
-    def encoder(self) -> ViTEncoder:
-        """The vision transformer; ConfigError for a model that has none."""
+    def encoder(self) -> Encoder:
+        """The encoder; ConfigError for a model without patches."""
         encoder = self.model if isinstance(self.model, Classifier) else self.model.encoder
         if not encoder.patch_size:
             raise ConfigError("this model is no vision transformer", "export it with --to safetensors")
-        return cast(ViTEncoder, encoder)
+        return encoder
 
     @property
     def input_size(self) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from torchmae.interop.exports import (
     save_tensors,
     worst,
 )
-from torchmae.nn.classifier import Classifier, encoder_arguments
+from torchmae.nn.classifier import Classifier
 from torchmae.nn.layers import LAYER_NORM_EPS, Block
 from torchmae.nn.masking import num_keep, random_mask
 from torchmae.nn.patches import gather
@@ -117,7 +117,7 @@ def _their_ratio(exported: Exported) -> float:
 
 
 def _encoder_config(exported: Exported) -> dict[str, Any]:
-    arguments = encoder_arguments(exported.encoder)
+    arguments = exported.encoder.arguments
     block = exported.encoder.blocks[0]
     assert isinstance(block, Block)
     return {

@@ -10,7 +10,6 @@ from torchmae.interop import names
 from torchmae.interop.exports import Check, Exported, compare, require_paper_decoder
 from torchmae.interop.reading import read_weights
 from torchmae.interop.weights import build
-from torchmae.nn.classifier import encoder_arguments
 from torchmae.nn.layers import Block
 from torchmae.nn.masking import random_mask
 
@@ -27,7 +26,7 @@ def write(folder: Path, exported: Exported) -> None:
     assert isinstance(block, Block)
     arguments = {
         "norm_pix_loss": model.target.norm_pix,
-        "num_heads": encoder_arguments(exported.encoder)["num_heads"],
+        "num_heads": exported.encoder.arguments["num_heads"],
         "decoder_num_heads": block.attn.num_heads,
         "mask_ratio": exported.mask_ratio,
         "mean": list(exported.mean),

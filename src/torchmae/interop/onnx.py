@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchmae.errors import CheckpointError, ConfigError, require
 from torchmae.interop.exports import Check, Exported, compare, worst
 from torchmae.nn.classifier import Classifier
-from torchmae.nn.encoder import ViTEncoder
+from torchmae.nn.encoder import Encoder
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Mask, num_keep
 
@@ -24,7 +24,7 @@ _LARGEST = 2**31 - 2**24  # a protobuf ends at 2 GiB; what is larger keeps its w
 
 
 class _Encoder(nn.Module):
-    def __init__(self, encoder: ViTEncoder) -> None:
+    def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
 

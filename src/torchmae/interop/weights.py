@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Never, cast
+from typing import Any, Never
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmae import presets
 from torchmae.errors import CheckpointError
 from torchmae.nn.decoder import Decoder
-from torchmae.nn.encoder import ViTEncoder
+from torchmae.nn.encoder import Encoder
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.positions import resample
 
@@ -22,12 +22,12 @@ DECODER_SHAPE = ("decoder", "decoder_embed_dim", "decoder_depth", "decoder_num_h
 
 @dataclass(frozen=True)
 class Weights:
-    """A vision transformer's weights, and its decoder's if it came with one, under torchmae's names.
+    """An encoder's weights, and its decoder's if it came with one, under torchmae's names.
 
     Attributes:
         origin: where they are from, for messages.
         arguments: of `presets.construct`; those of the decoder, and norm_pix, only where they are known.
-        encoder: as `ViTEncoder.state_dict()`, every parameter.
+        encoder: as the encoder's `state_dict()`, every parameter.
         decoder: as the decoder's `state_dict()`, every parameter; None: without one.
         no_decoder: why there is none, when there is none.
         mean: per-channel mean of the images, in [0, 1].
@@ -125,7 +125,7 @@ def initialise(model: MaskedAutoencoder, weights: Weights) -> tuple[str, ...]:
     Raises:
         CheckpointError: an encoder of another shape.
     """
-    encoder, notes = fit_encoder(weights, cast(ViTEncoder, model.encoder))
+    encoder, notes = fit_encoder(weights, model.encoder)
     _compare(encoder, model.encoder.state_dict(), weights.origin)
     model.encoder.load_state_dict(encoder)
     said = [f"encoder: {len(encoder)} tensors from {weights.origin}", *notes, *weights.notes]
@@ -142,16 +142,17 @@ def initialise(model: MaskedAutoencoder, weights: Weights) -> tuple[str, ...]:
     return (*said, f"decoder: {len(weights.decoder)} tensors from {weights.origin}{unsure}")
 
 
-def fit_encoder(weights: Weights, encoder: ViTEncoder) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def fit_encoder(weights: Weights, encoder: Encoder) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The encoder's weights for the grid and the channels of `encoder`, and what was done to them."""
     fitted, notes = dict(weights.encoder), []
-    if weights.grid != encoder.grid:
+    if weights.grid != encoder.grid and "pos_embed" in fitted:
         fitted["pos_embed"] = resample(fitted["pos_embed"][0], weights.grid, encoder.grid)[None]
         old, new = ("x".join(map(str, grid)) for grid in (weights.grid, encoder.grid))
         notes.append(f"positions: resampled from {old} to {new} patches")
     old_chans = weights.arguments["in_chans"]
     if old_chans != encoder.in_chans:
-        fitted["patch_embed.proj.weight"] = adapt_channels(fitted["patch_embed.proj.weight"], encoder.in_chans)
+        name = f"{encoder.embedding}.weight"
+        fitted[name] = adapt_channels(fitted[name], encoder.in_chans)
         how = (
             "the sum of theirs" if encoder.in_chans == 1 else f"theirs in turn, times {old_chans} / {encoder.in_chans}"
         )

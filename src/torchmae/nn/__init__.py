@@ -1,5 +1,6 @@
 """Patches, masks and the networks. Nothing here knows of configuration or data."""
 
+from torchmae.nn.classifier import Classifier, ViTClassifier
 from torchmae.nn.decoder import DECODERS, CrossDecoder, Decoder, SelfDecoder
 from torchmae.nn.encoder import Encoder, EncoderOutput, ViTEncoder
 from torchmae.nn.mae import MaskedAutoencoder
@@ -8,13 +9,16 @@ from torchmae.nn.targets import HogTarget, PixelTarget, Target
 from torchmae.nn.teacher import TeacherTarget
 
 ENCODERS: dict[str, type[Encoder]] = {"vit": ViTEncoder}
+CLASSIFIERS: dict[str, type[Classifier]] = {"vit": ViTClassifier}
 TARGETS: dict[str, type[Target]] = {"pixels": PixelTarget, "hog": HogTarget, "teacher": TeacherTarget}
 
 __all__ = [
+    "CLASSIFIERS",
     "DECODERS",
     "ENCODERS",
     "STRATEGIES",
     "TARGETS",
+    "Classifier",
     "CrossDecoder",
     "Decoder",
     "Encoder",

@@ -128,13 +128,13 @@ def _summary(exported: Exported, options: ExportOptions) -> str:
         f"{encoder.in_chans} channels"
     )
     if isinstance(model, Classifier):
-        return f"A vision transformer that was fine-tuned to tell {model.head.out_features} classes apart: {block}."
+        return f"A {encoder.label} that was fine-tuned to tell {model.num_classes} classes apart: {block}."
     count, rest = parameter_counts(model)
     alone = options.to in ("timm", "hf-vit") or (options.to, options.part) == ("onnx", "encoder")
     decoder = "; its decoder is not in these files" if alone else f", and a decoder of {short_count(rest)}"
     return (
-        "A masked autoencoder ([He et al. 2021](https://arxiv.org/abs/2111.06377)): a vision transformer of "
-        f"{short_count(count)} parameters ({block}){decoder}."
+        "A masked autoencoder ([He et al. 2021](https://arxiv.org/abs/2111.06377)): "
+        f"a {encoder.label} of {short_count(count)} parameters ({block}){decoder}."
     )
 
 
