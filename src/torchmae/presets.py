@@ -39,6 +39,13 @@ def _vit(input_size: int, patch_size: int, embed_dim: int, depth: int, num_heads
     return _patches(input_size, patch_size, **sizes, **{"class_token": True, "registers": 0, **others})
 
 
+def _convnext(
+    input_size: int, patch_size: int, depths: tuple[int, ...], dims: tuple[int, ...], **decoder: Any
+) -> dict[str, Any]:
+    sizes = {"depths": depths, "dims": dims}
+    return _patches(input_size, patch_size, encoder="convnext", **sizes, decoder_depth=1, **decoder)
+
+
 _SMALL_DECODER = {"decoder_embed_dim": 192, "decoder_depth": 4, "decoder_num_heads": 3}
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -52,6 +59,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "vit_digits": _vit(
         8, 2, 64, 4, 4, in_chans=1, decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=4, norm_pix=False
     ),
+    "convnext_atto": _convnext(224, 32, (2, 2, 6, 2), (40, 80, 160, 320)),
+    "convnext_32": _convnext(32, 8, (1, 1, 3, 1), (24, 48, 96, 192), decoder_embed_dim=192, decoder_num_heads=3),
     **tutorial.PRESETS,
 }
 

@@ -22,6 +22,7 @@ DECODER = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
 SIZES = {"input_size": (16, 24), "patch_size": (4, 4), "in_chans": 2}
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("vit_digits", {"embed_dim": 16, "depth": 3, "num_heads": 2}),
+    "convnext": ("convnext_32", {"depths": (1, 2, 1), "dims": (4, 6, 8)}),
 }
 LAYERS = {
     "vit": {
@@ -30,6 +31,17 @@ LAYERS = {
         "blocks.2.norm1.bias": 3,
         "fc_norm.weight": 4,
         "head.bias": 4,
+    },
+    "convnext": {
+        "stem.0.weight": 0,
+        "stem.1.bias": 0,
+        "stages.0.blocks.0.conv_dw.weight": 1,
+        "stages.1.downsample.1.weight": 2,
+        "stages.1.blocks.1.mlp.grn.bias": 3,
+        "stages.2.downsample.0.bias": 4,
+        "stages.2.blocks.0.norm.weight": 4,
+        "head.norm.weight": 5,
+        "head.fc.bias": 5,
     },
 }
 

@@ -16,7 +16,17 @@ from torchmae.nn.encoder import Encoder
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.positions import resample
 
-ENCODER_SHAPE = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token", "registers")
+ENCODER_SHAPE = (
+    "patch_size",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "mlp_ratio",
+    "class_token",
+    "registers",
+    "depths",
+    "dims",
+)
 DECODER_SHAPE = ("decoder", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "feature_weights")
 
 

@@ -78,7 +78,7 @@ def adopt_shape(model: ModelConfig, weights: Weights) -> ModelConfig:
     full = presets.arguments(preset, **{**given, **taken, "norm_pix": norm_pix})
     full["in_chans"] = model.in_chans  # what the data has, unless said
     full.pop("encoder", None)  # the preset says it
-    sizes = ("embed_dim", "depth", "num_heads", "patch_size")
+    sizes = ("embed_dim", "depth", "num_heads", "patch_size", "depths", "dims")
     return ModelConfig(**{"preset": _nearest_preset(full, sizes) or preset, **full})
 
 
