@@ -14,7 +14,7 @@ from torchmae.config.base import settings_of
 from torchmae.config.evaluate import EvaluateOptions
 from torchmae.config.export import ExportOptions
 from torchmae.config.plan import PlanOptions
-from torchmae.config.pretrain import TRACKERS, Preset, Strategy
+from torchmae.config.pretrain import OWN, TRACKERS, Preset, Strategy
 from torchmae.config.visualize import AppOptions
 from torchmae.evaluation.methods import METHODS
 from torchmae.nn.decoder import DECODERS
@@ -28,9 +28,9 @@ from torchmae.tutorial import mlp
 @pytest.mark.parametrize(
     ("offered", "table"),
     [
-        (get_args(Preset), PRESETS),
+        (get_args(Preset), [*PRESETS, OWN]),
         (settings_of(ModelConfig)["decoder"].choices, DECODERS),
-        (get_args(Strategy), [*STRATEGIES, *mlp.STRATEGIES]),
+        (get_args(Strategy), [*STRATEGIES, *mlp.STRATEGIES, OWN]),
         (settings_of(EvaluateOptions)["method"].choices, ["all", *METHODS]),
         (settings_of(ExportOptions)["to"].choices, EXPORTS),
         (settings_of(PlanOptions)["gpu"].choices, GPUS),

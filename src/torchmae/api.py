@@ -200,7 +200,11 @@ def configure(given: Mapping[str, Any], splits: Mapping[str, Source] | None = No
         recipe, shape = recommend(ranks.on_main(look))  # what has to be downloaded is so once
     sizes = {} if config.init_from is not None else proposed(config.model, shape)
     shape = {f"model.{name}": size for name, size in sizes.items()}
-    return settings.from_recipe({**shape, **given, "recipe": recipe})
+    of_others = {}
+    if "model.preset" in given:  # the recipe's sizes are those of its own preset
+        names = overrides(config).keys() - presets.arguments(config.model.preset).keys()
+        of_others = {f"model.{name}": None for name in names}
+    return settings.from_recipe({**of_others, **shape, **given, "recipe": recipe})
 
 
 def proposed(model: ModelConfig, shape: dict[str, Any]) -> dict[str, Any]:

@@ -16,17 +16,12 @@ from torchmae.nn import DECODERS, ENCODERS, HogTarget, MaskedAutoencoder, PixelT
 _PAPER_DECODER = {"decoder": "self", "decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
 
 
-def _vit(input_size: int, patch_size: int, embed_dim: int, depth: int, num_heads: int, **others: Any) -> dict[str, Any]:
+def _patches(input_size: int, patch_size: int, **others: Any) -> dict[str, Any]:
     return {
         "input_size": (input_size, input_size),
         "patch_size": (patch_size, patch_size),
         "in_chans": 3,
-        "embed_dim": embed_dim,
-        "depth": depth,
-        "num_heads": num_heads,
         "mlp_ratio": 4.0,
-        "class_token": True,
-        "registers": 0,
         "drop_path": 0.0,
         "norm_pix": True,
         "predict_ratio": 1.0,
@@ -37,6 +32,18 @@ def _vit(input_size: int, patch_size: int, embed_dim: int, depth: int, num_heads
         **_PAPER_DECODER,
         **others,
     }
+
+
+def _vit(input_size: int, patch_size: int, embed_dim: int, depth: int, num_heads: int, **others: Any) -> dict[str, Any]:
+    sizes = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+    return _patches(input_size, patch_size, **sizes, **{"class_token": True, "registers": 0, **others})
+
+
+def _convnext(
+    input_size: int, patch_size: int, depths: tuple[int, ...], dims: tuple[int, ...], **decoder: Any
+) -> dict[str, Any]:
+    sizes = {"depths": depths, "dims": dims}
+    return _patches(input_size, patch_size, encoder="convnext", **sizes, decoder_depth=1, **decoder)
 
 
 _SMALL_DECODER = {"decoder_embed_dim": 192, "decoder_depth": 4, "decoder_num_heads": 3}
@@ -52,6 +59,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "vit_digits": _vit(
         8, 2, 64, 4, 4, in_chans=1, decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=4, norm_pix=False
     ),
+    "convnext_atto": _convnext(224, 32, (2, 2, 6, 2), (40, 80, 160, 320)),
+    "convnext_32": _convnext(32, 8, (1, 1, 3, 1), (24, 48, 96, 192), decoder_embed_dim=192, decoder_num_heads=3),
     **tutorial.PRESETS,
 }
 

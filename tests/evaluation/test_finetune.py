@@ -20,7 +20,7 @@ from torchmae.data.opening import Data, open_data
 from torchmae.data.transforms import Normalisation
 from torchmae.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError
 from torchmae.evaluation import finetune, finetune_training
-from torchmae.nn.classifier import Classifier, encoder_arguments
+from torchmae.nn.classifier import ViTClassifier
 from torchmae.training import state as state_module
 from torchmae.training import trainer
 from torchmae.training.checkpoint import load_checkpoint
@@ -103,11 +103,12 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 def test_layers_from_the_bottom_up() -> None:
     names = {"cls_token": 0, "patch_embed.proj.weight": 0, "blocks.0.attn.qkv.bias": 1, "blocks.11.norm1.weight": 12}
     names |= {"fc_norm.weight": 13, "head.bias": 13}
-    assert {name: finetune_training.layer_index(name, 12) for name in names} == names
+    classifier = ViTClassifier(3, **{**model().encoder.arguments, "depth": 12})
+    assert {name: classifier.layer_of(name) for name in names} == names
 
 
 def test_layerwise_rates_by_hand() -> None:
-    classifier = Classifier(3, **encoder_arguments(model().encoder))
+    classifier = ViTClassifier(3, **model().encoder.arguments)
     groups = finetune_training.parameter_groups(classifier, lr=0.8, layer_decay=0.5, weight_decay=0.05)
     rate = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     found = {name: rate[id(p)] for name, p in classifier.named_parameters()}
@@ -173,7 +174,7 @@ def test_accumulation_takes_the_same_step() -> None:
     for parts in (1, 3):
         torch.manual_seed(0)
         config = replace(CONFIG, accumulate=parts, drop_path=0.0)
-        classifier, _ = finetune.build_classifier(model(), 3, config)
+        classifier, _ = finetune.start_classifier(model(), 3, config)
         task = finetune_training.FinetuneTask(config, classifier, lambda *pair: pair, RUNTIME, 10, 0)
         losses = [trainer.train_step(task, (images, targets)).loss for _ in range(3)]
         results.append((torch.stack(losses), classifier.blocks[0].attn.qkv.weight))
@@ -236,7 +237,7 @@ def test_scratch_and_pretrained_differ_where_they_begin(tmp_path: Path) -> None:
     pretrained = model()
     for init in ("pretrained", "random"):
         torch.manual_seed(3)
-        classifier, arguments = finetune.build_classifier(pretrained, 3, replace(CONFIG, init=init))
+        classifier, arguments = finetune.start_classifier(pretrained, 3, replace(CONFIG, init=init))
         own = classifier.blocks[0].attn.qkv.weight
         assert torch.equal(own, pretrained.encoder.blocks[0].attn.qkv.weight) == (init == "pretrained")
         assert arguments["drop_path"] == 0.2
@@ -466,7 +467,7 @@ def test_mended_labels_and_another_process_stop_a_resumed_one(tmp_path: Path, mo
 def test_the_mlp_model_cannot(tmp_path: Path) -> None:
     mlp = presets.build("mlp", in_chans=1, input_size=(8, 8))
     with pytest.raises(ConfigError, match="no patches to fine-tune on; use a vit model"):
-        finetune.build_classifier(mlp, 3, CONFIG)
+        finetune.start_classifier(mlp, 3, CONFIG)
 
 
 def test_a_pretrained_model_is_no_classifier(tmp_path: Path) -> None:

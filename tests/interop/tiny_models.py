@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from torchmae.nn.classifier import Classifier
+from torchmae.nn.classifier import ViTClassifier
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.presets import construct
 from torchmae.publish.exports import Exported
@@ -37,8 +37,8 @@ def mae(**overrides: Any) -> MaskedAutoencoder:
     return shaken(construct({**ENCODER, **DECODER, **overrides}))
 
 
-def classifier(num_classes: int = 5, **overrides: Any) -> Classifier:
-    return shaken(Classifier(num_classes, **{**ENCODER, **overrides}))
+def classifier(num_classes: int = 5, **overrides: Any) -> ViTClassifier:
+    return shaken(ViTClassifier(num_classes, **{**ENCODER, **overrides}))
 
 
 def exported(model: MaskedAutoencoder) -> Exported:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from torchmae.nn.classifier import Classifier, encoder_arguments
+from torchmae.nn.classifier import ViTClassifier
 from torchmae.nn.encoder import ViTEncoder
 
 ENCODER = {
@@ -18,8 +18,8 @@ ENCODER = {
 }
 
 
-def classifier(**changes: object) -> Classifier:
-    model = Classifier(5, **{**ENCODER, **changes})
+def classifier(**changes: object) -> ViTClassifier:
+    model = ViTClassifier(5, **{**ENCODER, **changes})
     with torch.no_grad():
         for parameter in model.parameters():  # norms and head too, which begin as ones and zeros
             parameter.normal_(std=0.3)
@@ -47,7 +47,7 @@ def test_timm_loads_it_strictly_and_agrees(class_token: bool) -> None:
 
 
 def test_logits_begin_at_zero_and_the_head_alone_learns_from_them() -> None:
-    model = Classifier(5, **ENCODER)
+    model = ViTClassifier(5, **ENCODER)
     logits = model(torch.randn(3, 2, 8, 12))
     assert logits.shape == (3, 5)
     assert torch.equal(logits, torch.zeros(3, 5))
@@ -61,7 +61,7 @@ def test_copy_encoder_takes_all_but_the_last_norm() -> None:
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.normal_()
-    model = Classifier(5, **ENCODER)
+    model = ViTClassifier(5, **ENCODER)
     model.copy_encoder(encoder)
     for name, value in encoder.state_dict().items():
         if not name.startswith("norm."):
@@ -70,18 +70,18 @@ def test_copy_encoder_takes_all_but_the_last_norm() -> None:
 
 
 def test_any_number_of_axes() -> None:
-    signal = Classifier(3, **{**ENCODER, "input_size": (12,), "patch_size": (4,)})
+    signal = ViTClassifier(3, **{**ENCODER, "input_size": (12,), "patch_size": (4,)})
     assert signal(torch.randn(2, 2, 12)).shape == (2, 3)
 
 
 @pytest.mark.parametrize("changes", [{}, {"class_token": False}, {"input_size": (12,), "patch_size": (4,)}])
 def test_arguments_of_an_encoder(changes: dict[str, object]) -> None:
     given = {"class_token": True, "mlp_ratio": 2.5, **ENCODER, **changes}
-    assert encoder_arguments(ViTEncoder(**given, drop_path=0.3)) == given
+    assert ViTEncoder(**given, drop_path=0.3).arguments == given
 
 
 def test_hidden_widths_survive_rounding() -> None:
     for hidden in range(1, 120):  # 49 * (1 / 49) is below 1
         encoder = ViTEncoder(**{**ENCODER, "embed_dim": 98, "num_heads": 2, "depth": 1}, mlp_ratio=(hidden + 0.5) / 98)
-        again = ViTEncoder(**encoder_arguments(encoder))
+        again = ViTEncoder(**encoder.arguments)
         assert again.blocks[0].mlp.fc1.out_features == encoder.blocks[0].mlp.fc1.out_features == hidden

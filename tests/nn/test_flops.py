@@ -20,6 +20,10 @@ MODELS = [
     ("vit_tiny_32_p4", {"depth": 2, "embed_dim": 96}, 0.6),
     ("mlp", {"hidden_dim": 7}, 0.5),
 ]
+GROUPED = [
+    ("convnext_32", {"depths": (1, 2, 1, 1), "dims": (4, 8, 8, 12)}, 0.6),
+    ("convnext_32", {"depths": (1, 1), "dims": (4, 8), "input_size": (8, 8, 4), "patch_size": (4, 4, 2)}, 0.75),
+]
 
 
 def whole_image(values: dict[str, Any]) -> int:
@@ -51,6 +55,13 @@ def test_formulas_give_what_pytorch_counts(preset: str, overrides: dict[str, Any
     values = presets.arguments(preset, **overrides)
     flops = count_flops(presets.weightless(values), ratio)
     assert (2 * flops.forward, 2 * flops.training, 2 * whole_image(values)) == counted(values, ratio)
+
+
+@pytest.mark.parametrize(("preset", "overrides", "ratio"), GROUPED)
+def test_formulas_of_depthwise_convolutions(preset: str, overrides: dict[str, Any], ratio: float) -> None:
+    values = presets.arguments(preset, **overrides)
+    forward, _, encoding = counted(values, ratio)  # backward, PyTorch counts all groups of a convolution as one
+    assert (2 * count_flops(presets.weightless(values), ratio).forward, 2 * whole_image(values)) == (forward, encoding)
 
 
 def test_a_model_that_everybody_knows() -> None:

@@ -18,7 +18,7 @@ from torchmae import presets
 from torchmae.cli import main
 from torchmae.config.export import ExportOptions
 from torchmae.errors import CheckpointError, ConfigError
-from torchmae.nn.encoder import ENCODERS
+from torchmae.nn import ENCODERS
 from torchmae.nn.masking import random_mask
 from torchmae.publish import timm as timm_format
 from torchmae.publish.export import export

@@ -9,7 +9,7 @@ from small import mlp, vit
 
 from torchmae import presets
 from torchmae.errors import CheckpointError
-from torchmae.nn.classifier import Classifier
+from torchmae.nn.classifier import ViTClassifier
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.training.checkpoint import save_checkpoint
 from torchmae.training.saved_classifier import ClassifierDescription, load_classifier, save_classifier
@@ -87,7 +87,7 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
 def test_a_classifier_no_larger_than_its_weights(tmp_path: Path) -> None:
     sizes = {"input_size": (8, 8), "patch_size": (2, 2), "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 2}
     arguments = {**sizes, "num_classes": 3}
-    save_classifier(tmp_path, Classifier(**arguments), ClassifierDescription(arguments, (0.5,), (0.2,), None, "0"))
+    save_classifier(tmp_path, ViTClassifier(**arguments), ClassifierDescription(arguments, (0.5,), (0.2,), None, "0"))
     assert load_classifier(tmp_path)[1].arguments["embed_dim"] == 16
     text = (tmp_path / "model.json").read_text()
     (tmp_path / "model.json").write_text(text.replace('"depth": 1', '"depth": 1000000000'))

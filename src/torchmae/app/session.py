@@ -303,7 +303,7 @@ def check_bank(bank: Features, pretrained: Pretrained) -> None:
         raise ConfigError(f"pool is {pool!r} but the model has no class token", fix)
     if bank.about.get("weights") not in (None, Subject("model", model).fingerprint()):
         raise ConfigError("the features are those of another model", fix)
-    expected = int(pretrained.description.arguments["embed_dim"]) * (2 if pool == "both" else 1)
+    expected = model.encoder.embed_dim * (2 if pool == "both" else 1)
     if features.shape[1] != expected:
         raise ConfigError(f"the features have {features.shape[1]} values an image and this model gives {expected}", fix)
 

@@ -226,7 +226,7 @@ def build(code: str, config: PretrainConfig) -> Contender:
 def check_equal(config: PretrainConfig, arguments: dict[str, Any], code: str) -> None:
     """ConfigError where a contender's code cannot do the same as torchmae's."""
     unlike = {
-        "model.preset": "patch_size" not in arguments,
+        "model.preset": "num_heads" not in arguments,
         "model.decoder": arguments.get("decoder", "self") != "self",
         "model.registers": bool(arguments.get("registers")),
         "model.class_token": not arguments.get("class_token", True),

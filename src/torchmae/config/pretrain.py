@@ -38,6 +38,8 @@ Preset = Literal[
     "vit_tiny_32_p4",
     "vit_tiny_32_p2",
     "vit_digits",
+    "convnext_atto",
+    "convnext_32",
     "mlp",
     "own",
 ]
@@ -98,14 +100,16 @@ class ModelConfig(Settings, group="model."):
 
     Attributes:
         preset: a named model: vit_tiny, vit_small, vit_base, vit_large, vit_huge (224 px), vit_tiny_32_p4,
-            vit_tiny_32_p2 (32 px), vit_digits (8 px, patch 2), or mlp (the tutorial's fully connected one); own: a
-            model handed over in Python.
+            vit_tiny_32_p2 (32 px), vit_digits (8 px, patch 2), convnext_atto (ConvNeXt V2, 224 px), convnext_32
+            (32 px), or mlp (the tutorial's fully connected one); own: a model handed over in Python.
         input_size: image size in pixels, height and width ([224, 224]); 1 to 3 numbers, or one number for all axes.
         patch_size: patch size in pixels, in the same form.
         in_chans: number of channels; null: as the data has.
         embed_dim: encoder width.
         depth: number of encoder blocks.
         num_heads: number of encoder attention heads.
+        depths: of the convnext presets: number of blocks of each stage ([2, 2, 6, 2]).
+        dims: of the convnext presets: number of channels of each stage.
         mlp_ratio: hidden width of a block's MLP over its width.
         class_token: prepend a class token.
         registers: number of further learned tokens that stand for no patch.
@@ -133,6 +137,8 @@ class ModelConfig(Settings, group="model."):
     embed_dim: int | None = None
     depth: int | None = None
     num_heads: int | None = None
+    depths: tuple[int, ...] | None = None
+    dims: tuple[int, ...] | None = None
     mlp_ratio: float | None = None
     class_token: bool | None = None
     registers: int | None = None

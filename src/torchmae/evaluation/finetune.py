@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,14 +38,14 @@ from torchmae.evaluation.images import (
 from torchmae.evaluation.scores import Result, over_draws, rank, score
 from torchmae.evaluation.sharing import share
 from torchmae.evaluation.subject import Subject
-from torchmae.nn.classifier import Classifier, encoder_arguments
-from torchmae.nn.encoder import ViTEncoder
+from torchmae.nn.classifier import Classifier
+from torchmae.nn.encoder import Encoder
 from torchmae.nn.mae import MaskedAutoencoder, require_patches
 from torchmae.training.checkpoint import Checkpoint, load_checkpoint
 from torchmae.training.progress import Display
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime
-from torchmae.training.saved_classifier import ClassifierDescription, save_classifier
+from torchmae.training.saved_classifier import ClassifierDescription, build_classifier, save_classifier
 from torchmae.training.state import State
 from torchmae.training.task import step_seed
 from torchmae.training.tracking import JsonLines, Trackers
@@ -60,7 +60,7 @@ def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
     assert subject.model is not None
     model, data, config, few = subject.model, bench.data, options.finetune, options.labels_per_class
     out = finetune_folder(bench.run, options)
-    arguments = encoder_arguments(require_encoder(model))
+    arguments = require_encoder(model).arguments
     bench.runtime.ranks.on_main(lambda: check_folder(out, bool(options.resume)))
     crop_scale = config.for_input(arguments["input_size"], arguments["in_chans"]).crop_scale
     train = data.train.augmented(replace(run_data(bench.run) or DataConfig(), crop_scale=crop_scale))
@@ -176,7 +176,7 @@ def finetune(
     about["labels"] = train.source.label_fingerprint()
     job = json.loads(json.dumps({"settings": asdict(config), **about}))  # with lists for tuples, as files have it
     torch.manual_seed(step_seed(seed, 0))
-    classifier, arguments = build_classifier(model, len(classes), config)
+    classifier, arguments = start_classifier(model, len(classes), config)
     fitting = config.for_input(arguments["input_size"], arguments["in_chans"])
     plan = SubsetPlan(len(rows), min(fitting.batch_size, len(rows)), seed, rows=rows)
     augment = build_augment(fitting, arguments["input_size"], normalisation.mean, normalisation.std, len(classes))
@@ -240,13 +240,15 @@ def labelled_rows(loader: ImageLoader, what: str) -> Indices:
     return rows
 
 
-def require_encoder(model: MaskedAutoencoder) -> ViTEncoder:
-    """The model's encoder of patches; ConfigError where it has none."""
+def require_encoder(model: MaskedAutoencoder) -> Encoder:
+    """The model's encoder of patches; ConfigError for one that has none, or that no classifier can be made of."""
     require_patches(model, "to fine-tune on")
-    return cast(ViTEncoder, model.encoder)
+    if not model.encoder.arguments:
+        raise ConfigError("the encoder does not say how to make one like it", "use another --method, such as linear")
+    return model.encoder
 
 
-def build_classifier(
+def start_classifier(
     model: MaskedAutoencoder, num_classes: int, config: FinetuneConfig
 ) -> tuple[Classifier, dict[str, Any]]:
     """The classifier that training starts from, and the arguments that rebuild it; ConfigError for no patches.
@@ -254,8 +256,8 @@ def build_classifier(
     Random weights are drawn from torch's generator.
     """
     encoder = require_encoder(model)
-    arguments = {**encoder_arguments(encoder), "drop_path": config.drop_path, "num_classes": num_classes}
-    classifier = Classifier(**arguments)
+    arguments = {**encoder.arguments, "drop_path": config.drop_path, "num_classes": num_classes}
+    classifier = build_classifier(arguments)
     if config.init == "pretrained":
         classifier.copy_encoder(encoder)
     return classifier, arguments

@@ -41,13 +41,6 @@ class SubsetPlan(Plan):
         return epoch, self.rows[chosen]
 
 
-def layer_index(name: str, depth: int) -> int:
-    """The layer a parameter belongs to: 0 for the embedding, 1 to `depth` for the blocks, depth + 1 for the rest."""
-    if name.startswith(("cls_token", "patch_embed.")):
-        return 0
-    return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
-
-
 def parameter_groups(model: Classifier, *, lr: float, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
     """The parameters of every layer with a learning rate of its own (Clark et al. 2020, ELECTRA), from the bottom up.
 
@@ -57,7 +50,7 @@ def parameter_groups(model: Classifier, *, lr: float, layer_decay: float, weight
     depth = len(model.blocks)
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
-        layer, plain = layer_index(name, depth), no_weight_decay(name, parameter)
+        layer, plain = model.layer_of(name), no_weight_decay(name, parameter)
         rate = lr * layer_decay ** (depth + 1 - layer)
         decay = 0.0 if plain else weight_decay
         group = {"params": [], "lr": rate, "peak_lr": rate, "weight_decay": decay}

@@ -16,18 +16,28 @@ from torchmae.nn.encoder import Encoder
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.positions import resample
 
-ENCODER_SHAPE = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token", "registers")
+ENCODER_SHAPE = (
+    "patch_size",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "mlp_ratio",
+    "class_token",
+    "registers",
+    "depths",
+    "dims",
+)
 DECODER_SHAPE = ("decoder", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "feature_weights")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A vision transformer's weights, and its decoder's if it came with one, under torchmae's names.
+    """An encoder's weights, and its decoder's if it came with one, under torchmae's names.
 
     Attributes:
         origin: where they are from, for messages.
         arguments: of `presets.construct`; those of the decoder, and norm_pix, only where they are known.
-        encoder: as `ViTEncoder.state_dict()`, every parameter.
+        encoder: as the encoder's `state_dict()`, every parameter.
         decoder: as the decoder's `state_dict()`, every parameter; None: without one.
         no_decoder: why there is none, when there is none.
         mean: per-channel mean of the images, in [0, 1].
@@ -141,13 +151,14 @@ def initialise(model: MaskedAutoencoder, weights: Weights) -> tuple[str, ...]:
 def fit_encoder(weights: Weights, encoder: Encoder) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The encoder's weights for the grid and the channels of `encoder`, and what was done to them."""
     fitted, notes = dict(weights.encoder), []
-    if weights.grid != encoder.grid:
+    if weights.grid != encoder.grid and "pos_embed" in fitted:
         fitted["pos_embed"] = resample(fitted["pos_embed"][0], weights.grid, encoder.grid)[None]
         old, new = ("x".join(map(str, grid)) for grid in (weights.grid, encoder.grid))
         notes.append(f"positions: resampled from {old} to {new} patches")
     old_chans = weights.arguments["in_chans"]
     if old_chans != encoder.in_chans:
-        fitted["patch_embed.proj.weight"] = adapt_channels(fitted["patch_embed.proj.weight"], encoder.in_chans)
+        name = f"{encoder.embedding}.weight"
+        fitted[name] = adapt_channels(fitted[name], encoder.in_chans)
         how = (
             "the sum of theirs" if encoder.in_chans == 1 else f"theirs in turn, times {old_chans} / {encoder.in_chans}"
         )

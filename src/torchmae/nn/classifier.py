@@ -1,25 +1,25 @@
-"""A vision transformer that names what an image shows. Its state_dict is a timm VisionTransformer's."""
+"""An encoder that names what an image shows. Its state_dict is that of timm's model."""
 
 from __future__ import annotations
 
-import math
+from abc import abstractmethod
 from typing import Any
 
 from torch import Tensor, nn
 
-from torchmae.nn.encoder import ViTEncoder
-from torchmae.nn.layers import LAYER_NORM_EPS, Block
+from torchmae.nn.encoder import Encoder, ViTEncoder
+from torchmae.nn.layers import LAYER_NORM_EPS
 
 
-class Classifier(ViTEncoder):
+class Classifier(Encoder):
     """The encoder, the mean of its patch tokens, a norm, and one linear layer (paper section A.1).
 
-    The parameter names are those of timm's VisionTransformer with `global_pool="avg"`: the norm stands after the
-    pooling (`fc_norm`), and the encoder's own `norm` is gone.
+    A subclass names the last two as timm does, and is a subclass of its encoder too. The norm stands after the pooling;
+    the encoder's own last norm is gone.
 
     Args:
         num_classes: values that it gives for each image.
-        **encoder: arguments of `ViTEncoder`.
+        **encoder: arguments of the encoder.
 
     Raises:
         ConfigError: sizes that do not fit together.
@@ -27,49 +27,38 @@ class Classifier(ViTEncoder):
 
     def __init__(self, num_classes: int, **encoder: Any) -> None:
         super().__init__(**encoder)
-        self.norm = nn.Identity()  # type: ignore[assignment]  # in the place of a norm of single tokens
-        self.fc_norm = nn.LayerNorm(self.embed_dim, eps=LAYER_NORM_EPS)
-        self.head = nn.Linear(self.embed_dim, num_classes)
-        # From zero, the first steps teach the head alone and leave what was learned before as it is.
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.num_classes = num_classes
 
-    def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]  # logits, in place of tokens
-        """Logits.
+    def build_head(self) -> tuple[nn.Module, nn.Module]:
+        """The norm, and a linear layer from zero: the first steps teach it alone and leave what was learned before."""
+        linear = nn.Linear(self.embed_dim, self.num_classes)
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        return nn.LayerNorm(self.embed_dim, eps=LAYER_NORM_EPS), linear
 
-        Args:
-            images: (B, C, *size) float; a size other than the one trained on has its positions resampled.
+    @abstractmethod
+    def classify(self, features: Tensor) -> Tensor:
+        """(B, D), the mean of the tokens, to logits (B, num_classes)."""
 
-        Returns:
-            (B, num_classes).
-        """
-        return self.head(self.fc_norm(super().forward(images).patches.mean(1)))
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes) of images (B, C, *size), which the encoder may take in other sizes too."""
+        return self.classify(super().forward(images).patches.mean(1))
 
-    def copy_encoder(self, encoder: ViTEncoder) -> None:
-        """Takes a pre-trained encoder's weights, all but its last norm; `fc_norm` and `head` stay as they are."""
-        weights = {name: value for name, value in encoder.state_dict().items() if not name.startswith("norm.")}
-        missing, unexpected = self.load_state_dict(weights, strict=False)
-        assert not unexpected
-        assert {name.partition(".")[0] for name in missing} == {"fc_norm", "head"}
+    def copy_encoder(self, encoder: Encoder) -> None:
+        """Takes a pre-trained encoder's weights, all but its last norm; the head stays as it is."""
+        own = self.state_dict()
+        self.load_state_dict(own | {name: value for name, value in encoder.state_dict().items() if name in own})
 
 
-def encoder_arguments(encoder: ViTEncoder) -> dict[str, Any]:
-    """Arguments that construct an encoder of the same shape; without its `drop_path`."""
-    block = encoder.blocks[0]
-    assert isinstance(block, Block)
-    registers = encoder.num_prefix_tokens - encoder.has_class_token
-    hidden, dim = block.mlp.fc1.out_features, encoder.embed_dim
-    mlp_ratio = hidden / dim
-    if int(dim * mlp_ratio) < hidden:  # the quotient came out a hair too low
-        mlp_ratio = math.nextafter(mlp_ratio, math.inf)
-    return {
-        "input_size": tuple(g * p for g, p in zip(encoder.grid, encoder.patch_size, strict=True)),
-        "patch_size": encoder.patch_size,
-        "in_chans": encoder.in_chans,
-        "embed_dim": dim,
-        "depth": len(encoder.blocks),
-        "num_heads": block.attn.num_heads,
-        "mlp_ratio": mlp_ratio,
-        "class_token": encoder.has_class_token,
-        **({"registers": registers} if registers else {}),
-    }
+class ViTClassifier(Classifier, ViTEncoder):  # type: ignore[misc]  # logits, in place of tokens
+    """A vision transformer that classifies: timm's VisionTransformer with `global_pool="avg"`."""
+
+    def __init__(self, num_classes: int, **encoder: Any) -> None:
+        super().__init__(num_classes, **encoder)
+        self.norm = nn.Identity()  # type: ignore[assignment]
+        self.fc_norm, self.head = self.build_head()
+
+    def classify(self, features: Tensor) -> Tensor:
+        """(B, D) to logits (B, num_classes)."""
+        logits: Tensor = self.head(self.fc_norm(features))
+        return logits

@@ -17,7 +17,8 @@ from torchmae.nn.masking import STRATEGIES, Strategy
 from torchmae.nn.patches import gather, grid_size, patchify
 from torchmae.nn.positions import resample, sincos
 
-_CONVOLUTION: dict[int, type[Any]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+CONVOLUTIONS: dict[int, type[Any]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_TIMM = {192: "vit_tiny", 384: "vit_small", 768: "vit_base", 1024: "vit_large", 1280: "vit_huge"}
 
 
 class EncoderOutput(NamedTuple):
@@ -53,6 +54,11 @@ class Encoder(nn.Module, ABC):
         has_class_token: the first of them is a class token.
         gives_blocks: `EncoderOutput.blocks` can be asked for.
         strategies: how its input can be masked, by name.
+        arguments: that make an encoder of the same shape, without its drop_path; "encoder" names a kind other than vit.
+            Empty: fine-tuning cannot make one.
+        embedding: the name of the layer that reads pixels.
+        head_name: the name of a classifier's linear layer.
+        label: what it is, in words.
         blocks: whose activations can be saved and which are compiled and sharded one by one; none in some encoders.
     """
 
@@ -65,6 +71,10 @@ class Encoder(nn.Module, ABC):
     has_class_token: bool = False
     gives_blocks: bool = False
     strategies: Mapping[str, Strategy] = STRATEGIES
+    arguments: Mapping[str, Any] = {}
+    embedding: str = ""
+    head_name: str = "head"
+    label: str = "network"
     blocks: nn.ModuleList
 
     def grid_of(self, images: Tensor) -> tuple[int, ...]:
@@ -84,6 +94,21 @@ class Encoder(nn.Module, ABC):
     def flops(self, kept: int) -> tuple[int, int]:
         """Operations of embedding `kept` patches of an image, and of all that follows."""
 
+    def layer_of(self, name: str) -> int:
+        """The layer of a parameter, for learning rates: 0 for the embedding, then the blocks, then the rest."""
+        raise ConfigError(f"this model is a {self.label} without layers of {name}", "fine-tune another")
+
+    def timm_model(self) -> tuple[str, dict[str, Any]]:
+        """A name that timm has, and the arguments that make that model this one, whose state_dict it loads.
+
+        Its features are the mean of the normalised patch tokens, as `encode` gives them; a classifier's norm stands
+        behind the pooling.
+
+        Raises:
+            ConfigError: timm has no such model.
+        """
+        raise ConfigError(f"this model is a {self.label}, which timm does not have", "use --to safetensors or onnx")
+
     @property
     def num_patches(self) -> int:
         """L, the patches of an image of the size trained on."""
@@ -102,7 +127,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, patch_size: Sequence[int], in_chans: int, embed_dim: int) -> None:
         super().__init__()
         size = tuple(patch_size)
-        self.proj = _CONVOLUTION[len(size)](in_chans, embed_dim, size, size)
+        self.proj = CONVOLUTIONS[len(size)](in_chans, embed_dim, size, size)
         nn.init.xavier_uniform_(self.proj.weight.data.view(embed_dim, -1))
         nn.init.zeros_(self.proj.bias)
 
@@ -134,6 +159,8 @@ class ViTEncoder(Encoder):
 
     pos_embed: Tensor
     gives_blocks = True
+    embedding = "patch_embed.proj"
+    label = "vision transformer"
 
     def __init__(
         self,
@@ -157,6 +184,17 @@ class ViTEncoder(Encoder):
         self.in_chans = in_chans
         self.embed_dim = embed_dim
         self.has_class_token = class_token
+        self.arguments = {
+            "input_size": self.input_size,
+            "patch_size": self.patch_size,
+            "in_chans": in_chans,
+            "embed_dim": embed_dim,
+            "depth": depth,
+            "num_heads": num_heads,
+            "mlp_ratio": mlp_ratio,
+            "class_token": class_token,
+            **({"registers": registers} if registers else {}),
+        }
         self.num_prefix_tokens = class_token + registers
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim).normal_(std=0.02)) if class_token else None
         self.reg_token = nn.Parameter(torch.empty(1, registers, embed_dim).normal_(std=0.02)) if registers else None
@@ -201,6 +239,21 @@ class ViTEncoder(Encoder):
     def positions(self, grid: tuple[int, ...]) -> Tensor:
         """(num_prefix + L, D), resampled where `grid` is not the one trained on."""
         return resample(self.pos_embed[0], self.grid, grid)
+
+    def layer_of(self, name: str) -> int:
+        """As `Encoder.layer_of`."""
+        if name.startswith(("cls_token", "patch_embed.")):
+            return 0
+        return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else len(self.blocks) + 1
+
+    def timm_model(self) -> tuple[str, dict[str, Any]]:
+        """As `Encoder.timm_model`."""
+        base = _TIMM.get(self.embed_dim, "vit_base")
+        arguments = {"img_size" if name == "input_size" else name: value for name, value in self.arguments.items()}
+        if registers := arguments.pop("registers", 0):
+            arguments["reg_tokens"] = registers
+        arguments["fc_norm"] = isinstance(self.norm, nn.Identity)
+        return f"{base}_patch{14 if base == 'vit_huge' else 16}_224", arguments
 
     def flops(self, kept: int) -> tuple[int, int]:
         """Operations of embedding `kept` patches of an image, and of the blocks."""

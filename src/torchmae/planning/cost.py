@@ -80,7 +80,7 @@ def plan(options: PlanOptions) -> Cost:
         ConfigError: a preset or sizes that do not exist.
     """
     values = presets.arguments(options.model, input_size=options.input_size)
-    if "patch_size" not in values:
+    if "num_heads" not in values:
         raise ConfigError(f"model is {options.model!r}", "plan a transformer: vit_small, vit_base, vit_large, ...")
     gpu, world = GPUS[options.gpu], options.gpus
     model = presets.weightless(values)

@@ -70,13 +70,13 @@ def _summary(exported: Exported, written: Format) -> str:
         f"{encoder.in_chans} channels"
     )
     if isinstance(model, Classifier):
-        return f"A vision transformer that was fine-tuned to tell {model.head.out_features} classes apart: {block}."
+        return f"A {encoder.label} that was fine-tuned to tell {model.num_classes} classes apart: {block}."
     count, rest = parameter_counts(model)
     whole = written.holds.decoder or exported.part != "encoder"
     decoder = f", and a decoder of {short_count(rest)}" if whole else "; its decoder is not in these files"
     return (
-        "A masked autoencoder ([He et al. 2021](https://arxiv.org/abs/2111.06377)): a vision transformer of "
-        f"{short_count(count)} parameters ({block}){decoder}."
+        "A masked autoencoder ([He et al. 2021](https://arxiv.org/abs/2111.06377)): "
+        f"a {encoder.label} of {short_count(count)} parameters ({block}){decoder}."
     )
 
 

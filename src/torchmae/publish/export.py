@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torchmae.config.export import ExportOptions
 from torchmae.errors import CheckpointError, ConfigError, TorchmaeError, reason_of
 from torchmae.files import locked
-from torchmae.nn.encoder import ENCODERS
+from torchmae.nn import ENCODERS
 from torchmae.paths import user_path
 from torchmae.publish import huggingface, official, onnx, own, timm
 from torchmae.publish.card import model_card
@@ -27,7 +27,7 @@ _VIT = Holds(("vit",), as_published=True, classifiers=False)
 _GRAPH = Holds(tuple(ENCODERS), images=False, parts=("encoder", "reconstruction"))
 
 EXPORTS = {
-    "timm": Format(timm.write, timm.check, timm.usage, "timm", Holds(("vit",))),
+    "timm": Format(timm.write, timm.check, timm.usage, "timm", Holds(("vit", "convnext"))),
     "hf-mae": Format(huggingface.write_mae, huggingface.check_mae, huggingface.mae_usage, "transformers", _MAE),
     "hf-vit": Format(huggingface.write_vit, huggingface.check_vit, huggingface.vit_usage, "transformers", _VIT),
     "official": Format(official.write, official.check, official.usage, "torchmae", _MAE),

@@ -6,14 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from torchmae.nn import ENCODERS
 from torchmae.nn.classifier import Classifier
-from torchmae.nn.encoder import ENCODERS, ViTEncoder
+from torchmae.nn.encoder import Encoder
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.training.saved_classifier import ClassifierDescription
 from torchmae.training.saved_model import Description
@@ -46,9 +47,9 @@ class Exported:
     scale: Mapping[str, float] | None = None
 
     @property
-    def encoder(self) -> ViTEncoder:
-        """The network that makes features; a format that holds no vision transformers casts it."""
-        return cast(ViTEncoder, self.model if isinstance(self.model, Classifier) else self.model.encoder)
+    def encoder(self) -> Encoder:
+        """The network that makes features."""
+        return self.model if isinstance(self.model, Classifier) else self.model.encoder
 
     @property
     def kind(self) -> str:

@@ -10,7 +10,6 @@ import torch
 
 from torchmae.errors import CheckpointError, require
 from torchmae.interop import names
-from torchmae.nn.classifier import encoder_arguments
 from torchmae.nn.layers import LAYER_NORM_EPS, Block
 from torchmae.nn.masking import num_keep, random_mask
 from torchmae.nn.patches import gather
@@ -117,7 +116,7 @@ def _their_ratio(exported: Exported) -> float:
 
 def _write(folder: Path, exported: Exported, config: dict[str, Any]) -> None:
     """Writes config.json, of `config` and the encoder's sizes, and preprocessor_config.json."""
-    arguments, description = encoder_arguments(exported.encoder), exported.description
+    arguments, description = exported.encoder.arguments, exported.description
     height, width = exported.encoder.input_size
     encoder = {
         "image_size": height,

@@ -10,7 +10,6 @@ import torch
 from torchmae.interop import names
 from torchmae.interop.reading import read_weights
 from torchmae.interop.weights import build
-from torchmae.nn.classifier import encoder_arguments
 from torchmae.nn.layers import Block
 from torchmae.nn.masking import random_mask
 from torchmae.publish.exports import Check, Exported, compare
@@ -26,7 +25,7 @@ def write(folder: Path, exported: Exported) -> None:
     model, description = exported.autoencoder, exported.description
     arguments = {
         "norm_pix_loss": model.target.norm_pix,
-        "num_heads": encoder_arguments(exported.encoder)["num_heads"],
+        "num_heads": exported.encoder.arguments["num_heads"],
         "decoder_num_heads": cast(Block, model.decoder.blocks[0]).attn.num_heads,
         "mask_ratio": exported.mask_ratio,
         "mean": list(description.mean),

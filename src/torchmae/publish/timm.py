@@ -9,30 +9,20 @@ from typing import Any
 import torch
 
 from torchmae.errors import require
-from torchmae.nn.classifier import Classifier, encoder_arguments
+from torchmae.nn.classifier import Classifier
 from torchmae.publish.exports import Check, Exported, compare, save_tensors, worst
 
-_NAMES = {192: "vit_tiny", 384: "vit_small", 768: "vit_base", 1024: "vit_large", 1280: "vit_huge"}
 _WEIGHTS = "model.safetensors"
 
 
 def architecture(exported: Exported) -> tuple[str, dict[str, Any]]:
-    """A name that timm has, and the arguments that make that model this one.
-
-    Features are the mean of the normalised patch tokens, as `encode` gives them; a classifier's norm stands behind
-    the pooling.
-    """
+    """A name that timm has, and the arguments that make that model this one; ConfigError where there is none."""
     model = exported.model
-    base = _NAMES.get(exported.encoder.embed_dim, "vit_base")
-    arguments = encoder_arguments(exported.encoder)
-    if registers := arguments.pop("registers", 0):
-        arguments["reg_tokens"] = registers
-    return f"{base}_patch{14 if base == 'vit_huge' else 16}_224", {
-        "img_size": list(arguments.pop("input_size")),
+    name, arguments = exported.encoder.timm_model()
+    return name, {
         **{name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()},
-        "num_classes": model.head.out_features if isinstance(model, Classifier) else 0,
+        "num_classes": model.num_classes if isinstance(model, Classifier) else 0,
         "global_pool": "avg",
-        "fc_norm": isinstance(model, Classifier),
     }
 
 
@@ -49,7 +39,7 @@ def write(folder: Path, exported: Exported) -> None:
         "model_args": arguments,
         "pretrained_cfg": {
             "input_size": [exported.encoder.in_chans, *exported.encoder.input_size],
-            "fixed_input_size": True,
+            "fixed_input_size": "img_size" in arguments,
             "pool_size": None,
             "crop_pct": 1.0,
             "crop_mode": "center",
@@ -57,8 +47,8 @@ def write(folder: Path, exported: Exported) -> None:
             "mean": list(exported.description.mean),
             "std": list(exported.description.std),
             "num_classes": num_classes,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
+            "first_conv": exported.encoder.embedding,
+            "classifier": exported.encoder.head_name,
         },
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -61,24 +61,30 @@ def adopt_shape(model: ModelConfig, weights: Weights) -> ModelConfig:
         raise ConfigError(
             f"preset {model.preset!r} cannot start from a vision transformer's weights", "leave --init-from out"
         )
-    given = {field.name: getattr(model, field.name) for field in fields(model) if field.name != "preset"}
+    preset: str = model.preset
+    if presets.PRESETS[preset].get("encoder") != weights.arguments.get("encoder"):  # of another kind: any of theirs
+        preset = _nearest_preset(weights.arguments, ("encoder",)) or preset
+    base = presets.arguments(preset)
+    names = {field.name for field in fields(model)} - {"preset"} - (set(ENCODER_SHAPE) - base.keys())
+    given = {name: getattr(model, name) for name in names}
     norm_pix = weights.norm_pix if model.norm_pix is None else model.norm_pix
-    taken = {name: weights.arguments.get(name, 0) for name in ENCODER_SHAPE}
+    taken = {name: weights.arguments.get(name, 0) for name in ENCODER_SHAPE if name in base}
     taken["input_size"] = weights.arguments["input_size"] if model.input_size is None else model.input_size
     same_target = weights.norm_pix is None or norm_pix == weights.norm_pix
     if weights.decoder is not None and same_target:
         taken |= {name: weights.arguments.get(name, False) for name in DECODER_SHAPE}
         if taken["decoder"] == "self":  # whose predictions depend on each other, so that it predicts all
             taken["predict_ratio"] = 1.0
-    full = presets.arguments(model.preset, **{**given, **taken, "norm_pix": norm_pix})
+    full = presets.arguments(preset, **{**given, **taken, "norm_pix": norm_pix})
     full["in_chans"] = model.in_chans  # what the data has, unless said
-    return replace(model, **{"preset": _nearest_preset(full) or model.preset, **full})
+    full.pop("encoder", None)  # the preset says it
+    sizes = ("embed_dim", "depth", "num_heads", "patch_size", "depths", "dims")
+    return ModelConfig(**{"preset": _nearest_preset(full, sizes) or preset, **full})
 
 
-def _nearest_preset(arguments: dict[str, object]) -> str | None:
-    """The name of an encoder of these sizes, for people; every size is in the settings itself."""
-    names = ("embed_dim", "depth", "num_heads", "patch_size")
+def _nearest_preset(arguments: dict[str, Any], names: tuple[str, ...]) -> str | None:
+    """The name of a preset that is like these arguments in the named ones; every size is in the settings itself."""
     for name, preset in presets.PRESETS.items():
-        if "embed_dim" in preset and all(preset[key] == arguments[key] for key in names):
+        if "patch_size" in preset and all(preset.get(key) == arguments.get(key) for key in names):
             return name
     return None

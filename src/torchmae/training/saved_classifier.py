@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torchmae.errors import CheckpointError, reason_of
 from torchmae.files import replace_file
 from torchmae.interop.files import check_content
+from torchmae.nn import CLASSIFIERS
 from torchmae.nn.classifier import Classifier
 from torchmae.training.saved_model import check_size, write_weights
 
@@ -24,7 +25,7 @@ class ClassifierDescription:
     """Everything needed to rebuild a classifier and to feed it.
 
     Attributes:
-        arguments: of `nn.classifier.Classifier`.
+        arguments: of `build_classifier`.
         mean: per-channel mean that images, scaled to [0, 1], are reduced by.
         std: per-channel deviation that they are divided by.
         classes: the name of each logit, where known.
@@ -40,6 +41,16 @@ class ClassifierDescription:
     torchmae: str
     kind: str = KIND
     format: int = FORMAT
+
+
+def build_classifier(arguments: dict[str, Any]) -> Classifier:
+    """The classifier of full arguments, of which "encoder" names the kind, with fresh weights from torch's generator.
+
+    Raises:
+        ConfigError: sizes that do not fit together.
+    """
+    kind = arguments.get("encoder", "vit")
+    return CLASSIFIERS[kind](**{name: value for name, value in arguments.items() if name != "encoder"})
 
 
 def save_classifier(folder: Path, model: Classifier, description: ClassifierDescription) -> None:
@@ -72,8 +83,8 @@ def load_classifier(folder: Path) -> tuple[Classifier, ClassifierDescription]:
         description = ClassifierDescription(**values)
         check_content(folder / "model.safetensors")
         weights = load_file(folder / "model.safetensors")
-        check_size(description.arguments, weights, lambda arguments: Classifier(**arguments))
-        model = Classifier(**description.arguments)
+        check_size(description.arguments, weights, build_classifier)
+        model = build_classifier(description.arguments)
         model.load_state_dict(weights)
     except CheckpointError:
         raise

@@ -121,7 +121,7 @@ def check_size(
     arguments: dict[str, Any], weights: dict[str, Tensor], build: Callable[[dict[str, Any]], nn.Module]
 ) -> None:
     """ValueError where a model is larger than its weights: building it could take any memory and time."""
-    depth = max(arguments.get("depth", 0), arguments.get("decoder_depth", 0))
+    depth = max(arguments.get("depth", 0), arguments.get("decoder_depth", 0), sum(arguments.get("depths", ())))
     if depth <= len(weights):
         with torch.device("meta"):
             wanted = sum(tensor.numel() for tensor in build(arguments).state_dict().values())
@@ -144,7 +144,7 @@ def _read_description(path: Path) -> Description:
             raise CheckpointError(
                 f"{path} has format {values.get('format')!r}; this torchmae reads {FORMAT}", "update torchmae"
             )
-        for name in ("input_size", "patch_size"):
+        for name in ("input_size", "patch_size", "depths", "dims"):
             if name in values["arguments"]:
                 values["arguments"][name] = tuple(values["arguments"][name])
         for name in ("mean", "std", "classes", "low", "high"):

@@ -1,0 +1,282 @@
+"""ConvNeXt V2 (Woo et al. 2023, arXiv 2301.00808) whose convolutions see visible patches alone; timm's names."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from math import prod
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchmae.errors import ConfigError, within
+from torchmae.nn.classifier import Classifier
+from torchmae.nn.encoder import CONVOLUTIONS, Encoder, EncoderOutput
+from torchmae.nn.layers import LAYER_NORM_EPS, DropPath, Mlp
+from torchmae.nn.patches import gather, grid_size, patchify, unpatchify
+
+KERNEL = 7
+_GRN_EPS = 1e-6
+
+
+class Cells(NamedTuple):
+    """The places of features (B, K * prod(size), C): cell after cell, the pixels of each in row-major order.
+
+    Attributes:
+        ids_keep: (B, K) which cells of the grid these are; None: all of them, in order.
+        grid: cells along each axis; without a mask, the whole image is one cell.
+        size: pixels of a cell along each axis, at the present resolution.
+    """
+
+    ids_keep: Tensor | None
+    grid: tuple[int, ...]
+    size: tuple[int, ...]
+
+    def collect(self, images: Tensor) -> Tensor:
+        """The features at these places of images (B, C, *size)."""
+        cells = patchify(images, self.size)
+        if self.ids_keep is not None:
+            cells = gather(cells, self.ids_keep)
+        return cells.reshape(len(images), -1, images.shape[1])
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Images (B, C, *size) with these features, and zeros everywhere else."""
+        cells = x.reshape(len(x), -1, prod(self.size) * x.shape[2])
+        if self.ids_keep is not None:
+            zeros = cells.new_zeros(len(x), prod(self.grid), cells.shape[2])
+            cells = zeros.scatter(1, self.ids_keep.unsqueeze(-1).expand_as(cells), cells)
+        return unpatchify(cells, self.size, self.grid)
+
+    def reduce(self, x: Tensor, convolution: nn.Module) -> tuple[Tensor, Cells]:
+        """Applies a convolution whose stride is its kernel: no pixel of one cell reaches another."""
+        y = convolution(x.reshape(-1, *self.size, x.shape[2]).movedim(-1, 1))  # (B * K, C, *size)
+        return y.movedim(1, -1).reshape(len(x), -1, y.shape[1]), self._replace(size=tuple(y.shape[2:]))
+
+
+class _GlobalResponseNorm(nn.Module):
+    """Scales each channel by its norm over an image's visible pixels, relative to other channels' (section 4)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        norms = x.norm(dim=1, keepdim=True)
+        scale = norms / (norms.mean(-1, keepdim=True) + _GRN_EPS)
+        return x + (self.bias + self.weight * (x * scale))
+
+
+class _ResponseMlp(Mlp):
+    """The MLP with a response norm behind its GELU."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__(dim, hidden_dim)
+        self.grn = _GlobalResponseNorm(hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.grn(F.gelu(self.fc1(x))))
+
+
+class ConvNeXtBlock(nn.Module):
+    """A depthwise convolution, a norm and an MLP with a response norm, beside a shortcut.
+
+    Args:
+        dim: channels.
+        axes: of the images.
+        mlp_ratio: hidden channels of the MLP over `dim`, rounded down as timm does.
+        drop_path: stochastic depth rate.
+    """
+
+    def __init__(self, dim: int, axes: int, mlp_ratio: float, drop_path: float) -> None:
+        super().__init__()
+        self.conv_dw = CONVOLUTIONS[axes](dim, dim, KERNEL, padding=KERNEL // 2, groups=dim)
+        self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.mlp = _ResponseMlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, cells: Cells) -> Tensor:
+        """Features (B, N, C) of these cells to (B, N, C); the convolution finds zeros in all other cells."""
+        return x + self.drop_path(self.mlp(self.norm(cells.collect(self.conv_dw(cells.spread(x))))))
+
+    def flops(self, pixels: int, visible: int) -> int:
+        """Operations for an image of so many pixels, of which so many are visible."""
+        return 2 * pixels * self.conv_dw.weight.numel() + self.mlp.flops(visible)
+
+
+class _Stage(nn.Module):
+    """Blocks of one resolution, behind a downsampling from `in_dim` channels in all stages but the first."""
+
+    def __init__(self, in_dim: int | None, dim: int, blocks: Sequence[ConvNeXtBlock]) -> None:
+        super().__init__()
+        self.downsample = nn.ModuleList()
+        if in_dim is not None:
+            convolution = type(blocks[0].conv_dw)(in_dim, dim, 2, 2)
+            self.downsample.extend([nn.LayerNorm(in_dim, eps=LAYER_NORM_EPS), convolution])
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, cells: Cells) -> tuple[Tensor, Cells]:
+        """Features (B, N, C) of these cells, and what they become."""
+        if len(self.downsample):
+            x, cells = cells.reduce(self.downsample[0](x), self.downsample[1])
+        for block in self.blocks:
+            x = block(x, cells)
+        return x, cells
+
+    def flops(self, pixels: int, visible: int) -> int:
+        convolutions = [cast(nn.Conv2d, module) for module in self.downsample[1:]]
+        total = sum(2 * visible * convolution.weight.numel() for convolution in convolutions)
+        return total + sum(cast(ConvNeXtBlock, block).flops(pixels, visible) for block in self.blocks)
+
+
+class ConvNeXtEncoder(Encoder):
+    """A ConvNeXt V2 that sees any subset of an image's patches, which are the pixels of its last stage.
+
+    As in FCMAE (section 3), no layer sees a masked patch: what a depthwise convolution reads there is zero, and the
+    response norm counts visible pixels. Everything else is computed on the visible ones alone. Departure: the tokens
+    are normalised before they are decoded.
+
+    Args:
+        input_size: pixels along each of 1, 2 or 3 axes.
+        patch_size: likewise, the stride of the whole network; divides `input_size`. The stem's stride is this over 2
+            for every stage but the first.
+        in_chans: channels.
+        depths: blocks of each stage.
+        dims: channels of each stage; those of the last are the width of a token.
+        mlp_ratio: hidden channels of a block's MLP over its channels.
+        drop_path: stochastic depth rate of the last block, rising linearly from 0.
+
+    Raises:
+        ConfigError: sizes that do not fit together.
+    """
+
+    embedding = "stem.0"
+    head_name = "head.fc"
+    label = "ConvNeXt V2"
+
+    def __init__(
+        self,
+        *,
+        input_size: Sequence[int],
+        patch_size: Sequence[int],
+        in_chans: int,
+        depths: Sequence[int],
+        dims: Sequence[int],
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        within("drop_path", drop_path, 0, 1, open_high=True)
+        if len(depths) != len(dims) or not depths or min(*depths, *dims) < 1:
+            raise ConfigError(f"depths are {list(depths)} and dims {list(dims)}", "give both one number for each stage")
+        shrink = 2 ** (len(depths) - 1)
+        if any(size % shrink for size in patch_size):
+            shown = "x".join(map(str, patch_size))
+            raise ConfigError(
+                f"patch size is {shown}, and {len(depths)} stages halve an image {len(depths) - 1} times",
+                f"use multiples of {shrink}, or fewer stages",
+            )
+        self.grid = grid_size(input_size, patch_size)
+        self.input_size = tuple(input_size)
+        self.patch_size = tuple(patch_size)
+        self.in_chans = in_chans
+        self.embed_dim = dims[-1]
+        self.arguments = {
+            "encoder": "convnext",
+            "input_size": self.input_size,
+            "patch_size": self.patch_size,
+            "in_chans": in_chans,
+            "depths": tuple(depths),
+            "dims": tuple(dims),
+            "mlp_ratio": mlp_ratio,
+        }
+        axes, stem = len(self.patch_size), tuple(size // shrink for size in patch_size)
+        self.stem = nn.ModuleList(
+            [CONVOLUTIONS[axes](in_chans, dims[0], stem, stem), nn.LayerNorm(dims[0], eps=LAYER_NORM_EPS)]
+        )
+        rates = [drop_path * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
+        blocks = [
+            [ConvNeXtBlock(dim, axes, mlp_ratio, rates.pop(0)) for _ in range(depth)]
+            for depth, dim in zip(depths, dims, strict=True)
+        ]
+        self.stages = nn.ModuleList(map(_Stage, (None, *dims), dims, blocks))
+        self.norm_pre = nn.LayerNorm(self.embed_dim, eps=LAYER_NORM_EPS)
+        self.apply(_initialise)
+
+    def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> EncoderOutput:
+        """Encodes all patches of the images, or those named.
+
+        Args:
+            images: (B, C, *size) float; a multiple of the patch along each axis.
+            ids_keep: (B, K) int64 patch indices; None: all.
+        """
+        grid = self.grid_of(images)
+        whole = Cells(None, (1,) * len(grid), tuple(images.shape[2:]))
+        cells = whole if ids_keep is None else Cells(ids_keep, grid, self.patch_size)
+        x, cells = cells.reduce(cells.collect(images), self.stem[0])
+        x = self.stem[1](x)
+        for stage in self.stages:
+            x, cells = stage(x, cells)
+        patches = self.norm_pre(x)
+        return EncoderOutput(patches[:, :0], patches, grid)
+
+    @property
+    def blocks(self) -> nn.ModuleList:  # type: ignore[override]  # timm's names have them in their stages
+        """The blocks of all stages."""
+        return nn.ModuleList(block for stage in self.stages for block in cast(_Stage, stage).blocks)
+
+    def layer_of(self, name: str) -> int:
+        """As `Encoder.layer_of`; a downsampling belongs to the block behind it."""
+        depths = self.arguments["depths"]
+        part, *rest = name.split(".")
+        if part != "stages":
+            return 0 if part == "stem" else sum(depths) + 1
+        return sum(depths[: int(rest[0])]) + (int(rest[2]) if rest[1] == "blocks" else 0) + 1
+
+    def timm_model(self) -> tuple[str, dict[str, Any]]:
+        """As `Encoder.timm_model`; timm has four stages, and not every stem."""
+        stem = tuple(cast(nn.Conv2d, self.stem[0]).stride)
+        ratio = self.arguments["mlp_ratio"]
+        if len(self.stages) != 4 or stem not in ((1, 1), (4, 4)) or ratio != 4:
+            raise ConfigError(
+                f"the model has {len(self.stages)} stages, a stem of stride {stem} and mlp_ratio {ratio:g}",
+                "use --to safetensors or onnx: timm takes 4 stages, a stride of 1 or 4 (patches of 8 or 32) and 4",
+            )
+        sizes = {name: self.arguments[name] for name in ("in_chans", "depths", "dims")}
+        fixed = {"use_grn": True, "ls_init_value": None, "conv_mlp": False}
+        normed = isinstance(self.norm_pre, nn.LayerNorm)
+        return "convnextv2_atto", {**sizes, "patch_size": stem[0], **fixed, "head_norm_first": normed}
+
+    def flops(self, kept: int) -> tuple[int, int]:
+        """Operations of the stem on `kept` patches of an image, and of the stages."""
+        stem = cast(nn.Conv2d, self.stem[0])
+        sizes = [prod(self.patch_size) // prod(stem.stride)]  # pixels of a patch in each stage
+        sizes += [sizes[0] // 2 ** (len(self.patch_size) * i) for i in range(1, len(self.stages))]
+        stages = zip(sizes, self.stages, strict=True)
+        total = sum(cast(_Stage, stage).flops(self.num_patches * size, kept * size) for size, stage in stages)
+        return 2 * kept * sizes[0] * stem.weight.numel(), total
+
+
+class ConvNeXtClassifier(Classifier, ConvNeXtEncoder):  # type: ignore[misc]  # logits, in place of tokens
+    """A ConvNeXt V2 that names what an image shows; its state_dict is that of timm's."""
+
+    def __init__(self, num_classes: int, **encoder: Any) -> None:
+        super().__init__(num_classes, **encoder)
+        self.norm_pre = nn.Identity()  # type: ignore[assignment]
+        norm, linear = self.build_head()
+        self.head = nn.Sequential(OrderedDict(norm=norm, fc=linear))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """(B, D) to logits (B, num_classes)."""
+        logits: Tensor = self.head(features)
+        return logits
+
+
+def _initialise(module: nn.Module) -> None:
+    """Truncated normal weights of deviation 0.02 and zero biases, as in the paper."""
+    if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
