@@ -13,10 +13,9 @@ from torchmae.config import PretrainConfig
 from torchmae.errors import ConfigError, TrainingError
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.settings import parse
-from torchmae.training import fit
-from torchmae.training.fit import fit_batch, largest_share
+from torchmae.training import pretrain
 from torchmae.training.parallel import blocks
-from torchmae.training.pretrain import PretrainTask
+from torchmae.training.pretrain import PretrainTask, fit_batch, largest_share
 from torchmae.training.ranks import Ranks
 from torchmae.training.runtime import Runtime
 
@@ -42,8 +41,8 @@ def test_a_processor_is_not_measured() -> None:
 
 
 def test_every_rank_gets_the_same_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit, "step_fits", lambda config, model, shape, runtime: shape[0] <= 20)
-    monkeypatch.setattr(Ranks, "largest", lambda self, *values: list(values))
+    monkeypatch.setattr(pretrain, "step_fits", lambda config, model, shape, runtime: shape[0] <= 20)
+    monkeypatch.setattr(Ranks, "all_reduce_max", lambda self, *values: list(values))
     runtime = Runtime(torch.device("cuda"), "fp32", 1, Ranks(0, 4, 0, 4))
     assert fit_batch(PretrainConfig(), vit(), (1, 8, 8), 10_000, runtime) == 4 * 16
 
@@ -56,12 +55,12 @@ def test_a_tried_step_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> 
         copies.append(weakref.ref(blocks(model)[0]))
         return PretrainTask(config, model, runtime, batch_size)
 
-    monkeypatch.setattr(fit, "PretrainTask", task)
+    monkeypatch.setattr(pretrain, "PretrainTask", task)
     runtime = replace(RUNTIME, ranks=Ranks(0, 2, 0, 2))
-    fit.try_step(PretrainConfig(), vit(), (3, 1, 8, 8), runtime)  # torch keeps frames of its first optimiser
+    pretrain.try_step(PretrainConfig(), vit(), (3, 1, 8, 8), runtime)  # torch keeps frames of its first optimiser
     gc.disable()
     try:
-        fit.try_step(PretrainConfig(checkpoint_activations=True), vit(), (3, 1, 8, 8), runtime)
+        pretrain.try_step(PretrainConfig(checkpoint_activations=True), vit(), (3, 1, 8, 8), runtime)
         assert copies[1]() is None
     finally:
         gc.enable()

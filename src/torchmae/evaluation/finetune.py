@@ -32,13 +32,13 @@ from torchmae.evaluation.sharing import share
 from torchmae.nn.classifier import Classifier, encoder_arguments
 from torchmae.nn.encoder import ViTEncoder
 from torchmae.nn.mae import MaskedAutoencoder, require_patches
-from torchmae.training.checkpoint import Checkpoint, load_checkpoint
+from torchmae.training.checkpoint import Checkpoint, load_together
 from torchmae.training.progress import Display
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime
 from torchmae.training.saved_classifier import ClassifierDescription, save_classifier
 from torchmae.training.state import State
-from torchmae.training.task import step_seed
+from torchmae.training.task import seeded, step_seed
 from torchmae.training.tracking import JsonLines, Trackers
 from torchmae.training.trainer import Evaluator
 from torchmae.training.trainer import train as train_task
@@ -107,14 +107,14 @@ def finetune(
         rows = rows[draw_images(train.labels[rows], labels_per_class, seed, draw)]
     about = {"labels_per_class": labels_per_class, "draw": draw, "seed": seed, "data": train.source.fingerprint()}
     job = json.loads(json.dumps({"settings": asdict(config), **about}))  # with lists for tuples, as files have it
-    torch.manual_seed(step_seed(seed, 0))
-    classifier, arguments = build_classifier(model, len(classes), config)
+    with seeded(step_seed(seed, 0)):
+        classifier, arguments = build_classifier(model, len(classes), config)
     fitting = config.for_input(arguments["input_size"], arguments["in_chans"])
     plan = SubsetPlan(len(rows), min(fitting.batch_size, len(rows)), seed, rows=rows)
     augment = build_augment(fitting, arguments["input_size"], normalisation.mean, normalisation.std, len(classes))
     task = FinetuneTask(config, classifier.to(runtime.device), augment, runtime, plan.batch_size, seed)
     folder = RunFolder(out)
-    checkpoint = load_checkpoint(folder.checkpoints, display.warn) if resume else None
+    checkpoint = load_together(folder.checkpoints, ranks, display.warn) if resume else None
     if resume:
         check_same(checkpoint, job, out)
     ranks.on_main(lambda: begin(folder, job, checkpoint))

@@ -171,6 +171,22 @@ def load_checkpoint(folder: Path, notice: Callable[[str], None] | None = None) -
     return None
 
 
+def load_together(folder: Path, ranks: Ranks, notice: Callable[[str], None] | None = None) -> Checkpoint | None:
+    """The newest whole checkpoint that rank 0 sees, on all ranks, as `load_checkpoint` reads it.
+
+    Raises:
+        CheckpointError: as of `load_checkpoint`, or another rank does not see the same one.
+    """
+    found: list[Checkpoint | None] = []
+
+    def look() -> int | None:
+        found.append(load_checkpoint(folder, notice))
+        return None if found[0] is None else int(found[0].state["step"])
+
+    step = ranks.on_main(look)
+    return ranks.together(lambda: found[0] if ranks.is_main else None if step is None else load_step(folder, step))
+
+
 def load_step(folder: Path, step: int) -> Checkpoint:
     """Reads the checkpoint of a step; CheckpointError where it is not there, or not whole."""
     path = folder / f"step-{step:08d}"

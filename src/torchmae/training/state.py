@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from torchmae.errors import CheckpointError, Interrupted, TrainingError, reason_of
 from torchmae.training.checkpoint import Checkpoint, save_checkpoint
-from torchmae.training.parallel import load_optimizer, load_weights, local
+from torchmae.training.parallel import load_optimizer, local
 from torchmae.training.ranks import Ranks
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.task import Task
@@ -79,7 +79,7 @@ def all_finite(model: nn.Module, optimizers: Sequence[Optimizer], ranks: Ranks) 
     ]
     numbers = [local(value.detach()) for value in (*model.parameters(), *moments)]
     largest = torch.nn.utils.get_total_norm([value for value in numbers if value.numel()], math.inf).item()
-    return not ranks.largest(float(not math.isfinite(largest)))[0]
+    return not ranks.all_reduce_max(float(not math.isfinite(largest)))[0]
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizers: Sequence[Optimizer], precision: str) -> State:
@@ -103,7 +103,7 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizers: Sequence[Optim
             f"{checkpoint.path} does not fit the model: {difference}", "resume with the run's own settings"
         )
     try:
-        load_weights(model, checkpoint.model)
+        model.load_state_dict(checkpoint.model)
         for optimizer, saved in zip(optimizers, checkpoint.optimizers, strict=True):
             load_optimizer(optimizer, saved)
         state = State(**{**checkpoint.state, "precision": precision})
@@ -150,8 +150,4 @@ def interrupted(signal_number: int, state: State, task: Task, folder: RunFolder)
     """The error of a run that was stopped and saved."""
     name = signal.Signals(signal_number).name
     problem = f"stopped by {name} after step {state.step} of {state.total_steps}, all saved"
-    return Interrupted(problem, _fix(task.fixes.interrupted, folder), signal_number)
-
-
-def _fix(template: str, folder: RunFolder) -> str:
-    return template.format(folder=shlex.quote(str(folder.path)))
+    return Interrupted(problem, task.fixes.interrupted.format(folder=shlex.quote(str(folder.path))), signal_number)
