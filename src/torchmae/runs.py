@@ -26,7 +26,7 @@ from torchmae.nn.masking import Masker
 from torchmae.paths import user_path
 from torchmae.report.html import write_report
 from torchmae.report.verdict import hints
-from torchmae.training.checkpoint import Checkpoint, load_together
+from torchmae.training.checkpoint import Checkpoint, load_checkpoint
 from torchmae.training.initial import adopt_shape, read_initial
 from torchmae.training.parallel import blocks, is_sharded, place, whole_state
 from torchmae.training.pretrain import check_parallel, check_progression, fit_batch
@@ -142,7 +142,7 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, *, resume: bool) -
     claimed = ranks.on_main(claim)
     folder = folder if ranks.is_main else RunFolder(claimed)  # rank 0's clock has named it
     try:
-        checkpoint = load_together(folder.checkpoints, ranks, display.warn) if resume else None
+        checkpoint = load_checkpoint(folder.checkpoints, display.warn, ranks) if resume else None
         # A resumed run keeps what "auto" meant when it began.
         saved_precision = checkpoint.state["precision"] if checkpoint is not None else "auto"
         precision = saved_precision if config.precision == "auto" else config.precision

@@ -39,7 +39,7 @@ def skip_without_compiler() -> None:
 def known(run: dict[str, Any]) -> dict[str, float]:
     """The weights that a gradient moves: softmax does not see the bias of keys, whose gradient is rounding alone, and
     Adam makes steps of it all the same."""
-    return {name: value for name, value in run["weights"].items() if not name.endswith("qkv.bias")}
+    return {name: value for name, value in run["weights"].items() if not name.endswith("kv.bias")}
 
 
 def test_what_ranks_tell_each_other(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from torchmae.evaluation.sharing import share
 from torchmae.nn.classifier import Classifier, encoder_arguments
 from torchmae.nn.encoder import ViTEncoder
 from torchmae.nn.mae import MaskedAutoencoder, require_patches
-from torchmae.training.checkpoint import Checkpoint, load_together
+from torchmae.training.checkpoint import Checkpoint, load_checkpoint
 from torchmae.training.progress import Display
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime
@@ -114,7 +114,7 @@ def finetune(
     augment = build_augment(fitting, arguments["input_size"], normalisation.mean, normalisation.std, len(classes))
     task = FinetuneTask(config, classifier.to(runtime.device), augment, runtime, plan.batch_size, seed)
     folder = RunFolder(out)
-    checkpoint = load_together(folder.checkpoints, ranks, display.warn) if resume else None
+    checkpoint = load_checkpoint(folder.checkpoints, display.warn, ranks) if resume else None
     if resume:
         check_same(checkpoint, job, out)
     ranks.on_main(lambda: begin(folder, job, checkpoint))

@@ -24,12 +24,7 @@ def lr_factor(step: int, total: int, config: OptimConfig) -> float:
     """The learning rate of a step as a share of the peak.
 
     Linear warm-up over the first `warmup * total` steps (the last of them at the peak), then cosine to `min_lr`, or
-    constant.
-
-    Args:
-        step: 0 to total - 1.
-        total: steps of the whole run.
-        config: the schedule.
+    constant. `step` is 0 to total - 1.
     """
     warmup = round(config.warmup * total)
     if step < warmup:

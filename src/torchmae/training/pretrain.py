@@ -90,13 +90,8 @@ def start_size(config: PretrainConfig, model: MaskedAutoencoder) -> tuple[int, .
 class PretrainTask(Task):
     """A masked autoencoder that learns to predict what was masked.
 
-    The model is changed in place, in this order: activations saved, compiled, spread over ranks.
-
-    Args:
-        config: how to train.
-        model: as `place` put it on the runtime's device.
-        runtime: where to compute.
-        batch_size: images of a step on all ranks, which scales the learning rate.
+    The model, which `place` has put on the runtime's device, is changed in place: activation checkpointing,
+    compilation, DDP. `batch_size`, of all ranks together, scales the learning rate.
     """
 
     fixes = Fixes(
@@ -167,20 +162,10 @@ def pretrain(
     checkpoint: Checkpoint | None = None,
     **others: Any,
 ) -> State:
-    """Trains `model` to the end of its schedule: `epochs`, or `max_minutes` at the speed of the first steps.
+    """Trains `model`, placed on the runtime's device, for `epochs`, or for `max_minutes` at the speed of the first steps.
 
-    Args:
-        config: what the run is, with settings that its ranks and model can follow.
-        model: as `place` put it on the runtime's device.
-        loader: the training images.
-        fingerprint: of the training data.
-        runtime: where to compute.
-        display: shows progress.
-        checkpoint: where to go on from; None: from the start.
-        **others: folder, tracker and evaluators, as for `trainer.train`.
-
-    Raises:
-        TrainingError, Interrupted, CheckpointError: as `trainer.train`.
+    `fingerprint` is that of the training data; `others` are folder, tracker and evaluators. Arguments and errors are
+    those of `trainer.train`.
     """
     plan = Plan(len(loader), min(config.batch_size, len(loader)), config.seed)
     total = 0 if checkpoint else config.epochs * plan.steps_per_epoch
@@ -241,14 +226,10 @@ def measure_speed(
 def fit_batch(
     config: PretrainConfig, model: MaskedAutoencoder, image_size: tuple[int, ...], limit: int, runtime: Runtime
 ) -> int:
-    """Images in a step over all ranks such that each rank's share, in `config.accumulate` parts, fits on its GPU.
+    """The largest batch, over all ranks, of which each rank's share fits on its GPU in `config.accumulate` parts.
 
-    Args:
-        config: of the run.
-        model: not placed yet; steps are tried on copies.
-        image_size: channels, then pixels along each axis.
-        limit: the largest batch worth trying.
-        runtime: where to compute.
+    The share is a power of two, and the batch at most `limit`. Steps are tried on copies of `model`, which is not
+    placed yet; `image_size` is channels, then pixels along each axis.
 
     Raises:
         ConfigError: no GPU.
@@ -265,21 +246,12 @@ def fit_batch(
         short = not step_fits(config, model, (share, *image_size), runtime)
         return not ranks.all_reduce_max(float(short))[0]
 
-    return largest_share(fits, limit // ranks.world_size) * ranks.world_size
-
-
-def largest_share(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest power of two, up to `limit`, that fits, where whatever is smaller than one that fits does too.
-
-    Raises:
-        TrainingError: 1 does not.
-    """
     if not fits(1):
         raise TrainingError("not one image fits in the GPU's memory", "choose a smaller model or --parallel fsdp")
     share = 1
-    while 2 * share <= limit and fits(2 * share):
+    while 2 * share * ranks.world_size <= limit and fits(2 * share):
         share *= 2
-    return share
+    return share * ranks.world_size
 
 
 def step_fits(config: PretrainConfig, model: MaskedAutoencoder, shape: tuple[int, ...], runtime: Runtime) -> bool:

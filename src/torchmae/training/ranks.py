@@ -74,14 +74,16 @@ class Ranks:
         if self.world_size == 1:
             return action()
         answer: list[Any] = [None, None]
-        try:
-            if self.is_main:
+        error: Exception | None = None
+        if self.is_main:
+            try:
                 answer[0] = action()
-        except Exception as error:
-            answer[1] = getattr(error, "exit_status", 1)
-            raise
-        finally:
-            dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
+            except Exception as caught:
+                error = caught
+                answer[1] = getattr(caught, "exit_status", 1)
+        dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
+        if error is not None:
+            raise error
         if answer[1] is not None:
             raise SystemExit(answer[1])
         return answer[0]

@@ -1,4 +1,4 @@
-"""Where a run stands: kept in its checkpoints, restored from them, set back to one when the numbers go wrong."""
+"""The state of a run: saved in checkpoints, restored from them; the errors of a run that ends early."""
 
 from __future__ import annotations
 
@@ -25,9 +25,7 @@ LARGEST_USUAL = 100.0  # deviations from the mean that sound inputs stay below
 
 @dataclass
 class State:
-    """Where a run stands; stored in every checkpoint.
-
-    A checkpoint need not have what has a default: earlier versions did not write all of it.
+    """The state of a run, stored in every checkpoint. Earlier versions wrote only some of what has a default.
 
     Attributes:
         step: optimiser steps done.
@@ -83,16 +81,9 @@ def all_finite(model: nn.Module, optimizers: Sequence[Optimizer], ranks: Ranks) 
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizers: Sequence[Optimizer], precision: str) -> State:
-    """Puts a checkpoint's weights and optimiser state in place; the optimisers' settings stay the configuration's.
+    """Loads a checkpoint into model and optimisers, whose settings stay their own, and returns its state.
 
-    Args:
-        checkpoint: where to go on from.
-        model: takes the weights.
-        optimizers: as `build_optimizers` made them for `model`.
-        precision: of the steps to come.
-
-    Returns:
-        The state to go on from.
+    `precision` is that of the steps to come.
 
     Raises:
         CheckpointError: it was made by another model or optimiser.

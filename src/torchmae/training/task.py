@@ -58,7 +58,7 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
 
 
 def step_seed(seed: int, step: int, ranks: Ranks = ALONE) -> int:
-    """The seed of torch's generator on a rank at a step: what is drawn there does not depend on the steps before."""
+    """The seed of a rank at a step: what is drawn there does not depend on the steps before."""
     return seed % 2**32 * 2**31 + step * ranks.world_size + ranks.rank
 
 

@@ -30,32 +30,17 @@ class Tracker(Protocol):
     """Takes figures and pictures as they come; by itself, it leaves them alone."""
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """Records the values of one moment.
-
-        Args:
-            kind: "train", "val", "epoch" or "baseline".
-            step: optimiser steps so far.
-            values: names and figures.
-        """
+        """Records figures by name after `step` optimiser steps; `kind` is "train", "val", "epoch" or "baseline"."""
 
     def log_picture(self, name: str, step: int, path: Path) -> None:
-        """Takes a picture of one moment.
-
-        Args:
-            name: what it shows.
-            step: optimiser steps so far.
-            path: a PNG file of the run folder.
-        """
+        """Records a PNG file of the run folder; `name` says what it shows."""
 
     def close(self) -> None:
         """Writes out what is held back."""
 
 
 class JsonLines(Tracker):
-    """One JSON object a line; each line is with the operating system when `log` returns.
-
-    Args:
-        path: the file, appended to.
+    """One JSON object a line, appended to the file `path`; each line is with the operating system when `log` returns.
 
     Raises:
         CheckpointError: the file cannot be opened.
@@ -84,12 +69,9 @@ class JsonLines(Tracker):
 
 
 class TensorBoard(Tracker):
-    """Event files for TensorBoard.
+    """Event files for TensorBoard, with the settings as YAML.
 
-    Args:
-        folder: where they go.
-        config: the settings as YAML.
-        step: the step that the run goes on from; what an earlier part of it logged after that is hidden.
+    Of a run that goes on from `step`, what was logged after that step is hidden.
 
     Raises:
         ImportError: tensorboard is not installed.
@@ -126,10 +108,6 @@ class Wandb(Tracker):
 
     A run that goes on keeps its page: its id is that of the run folder. Of steps that are repeated after a crash W&B
     keeps the first figures. The documented WANDB_* variables choose project, entity, name, server and mode.
-
-    Args:
-        folder: the run's.
-        config: all settings.
     """
 
     def __init__(self, folder: RunFolder, config: Mapping[str, Any]) -> None:
@@ -173,10 +151,6 @@ class Trackio(Tracker):
 
     A run that goes on keeps its name, which ends in the id of the run folder. TRACKIO_PROJECT names the project, as for
     transformers; TRACKIO_SPACE_ID and TRACKIO_SERVER_URL, which the library documents, send it elsewhere.
-
-    Args:
-        folder: the run's.
-        config: all settings.
     """
 
     def __init__(self, folder: RunFolder, config: Mapping[str, Any]) -> None:
@@ -216,13 +190,7 @@ SERVICES: dict[str, Callable[[RunFolder, Mapping[str, Any]], Wandb | Trackio]] =
 
 
 class Trackers(Tracker):
-    """Several trackers as one; a context manager.
-
-    A service whose failures cost a run nothing is added by `start`: its first failure is said, and no more is sent.
-
-    Args:
-        trackers: each gets every figure.
-    """
+    """Several trackers as one; a context manager. `start` adds services, whose failures do not end the run."""
 
     def __init__(self, *trackers: Tracker) -> None:
         self._trackers = trackers
@@ -230,7 +198,7 @@ class Trackers(Tracker):
         self._warn: Callable[[str], None] = print
 
     def start(self, service: str, folder: RunFolder, config: Mapping[str, Any], display: Display) -> None:
-        """Starts a service of `SERVICES` and says where to look."""
+        """Starts a service of `SERVICES` and says where to look; after its first failure, it gets no more figures."""
         self._warn = display.warn
         with self._spare(service):
             self._services[service] = tracker = SERVICES[service](folder, config)
@@ -245,7 +213,7 @@ class Trackers(Tracker):
         self._tell(lambda tracker: tracker.log_picture(name, step, path))
 
     def close(self) -> None:
-        """Closes all of them."""
+        """As `Tracker.close`."""
         self._tell(lambda tracker: tracker.close())
 
     def _tell(self, message: Callable[[Tracker], None]) -> None:
@@ -276,11 +244,7 @@ class Trackers(Tracker):
 
 
 def tracker_names(trackers: str) -> tuple[str, ...]:
-    """The trackers beside metrics.jsonl that the setting `trackers` asks for.
-
-    Raises:
-        ConfigError: the library of one of them is not installed.
-    """
+    """The trackers that the setting `trackers` asks for; ConfigError where a library of theirs is not installed."""
     if trackers == "none":
         return ()
     if trackers == "auto":
@@ -300,17 +264,10 @@ def _is_installed(name: str) -> bool:
 
 
 def open_trackers(trackers: str, folder: RunFolder, display: Display, step: int = 0) -> Trackers:
-    """metrics.jsonl, and what the setting `trackers` asks for.
+    """metrics.jsonl and the trackers of the setting `trackers`, of a run whose config.yaml is written.
 
-    Args:
-        trackers: the setting.
-        folder: the run's, with the settings that trackers show too.
-        display: says where to look, and what a service that fails says.
-        step: the step that the run goes on from.
-
-    Raises:
-        CheckpointError: the run folder cannot be written to.
-        ConfigError: as for `tracker_names`.
+    `step` is the one that the run goes on from. Errors: as of `tracker_names`, and CheckpointError where the run folder
+    cannot be written to.
     """
     names = tracker_names(trackers)
     files: list[Tracker] = [JsonLines(folder.metrics)]

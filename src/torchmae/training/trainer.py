@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from torchmae.data.loader import Batch, ImageLoader, Plan
 from torchmae.errors import TrainingError
-from torchmae.training.checkpoint import Checkpoint, load_together
+from torchmae.training.checkpoint import Checkpoint, load_checkpoint
 from torchmae.training.compilation import first_shapes_only, plain_at_the_end
 from torchmae.training.optim import copy_matrices, gradient_norm, lr_factor, set_lr, update_to_weight
 from torchmae.training.parallel import exchanging, whole
@@ -33,10 +33,10 @@ _NO_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")  # CUDA 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Something to measure on the way.
+    """Something to measure during training.
 
     Attributes:
-        count: how many times in a run, evenly spread, the last after the last step.
+        count: number of measurements in a run, evenly spaced, the last after the last step.
         run: called with the number of steps done; its figures are logged.
         at_epoch_ends: wait for the end of the epoch.
     """
@@ -83,9 +83,6 @@ def train(
         display: shows progress.
         evaluators: measured on the way and at the end.
         checkpoint: where to go on from; None: from the start.
-
-    Returns:
-        The state at the end.
 
     Raises:
         TrainingError: losses or gradients that are not finite, also after the run was rolled back; memory that ran
@@ -166,11 +163,7 @@ def train_step(task: Task, inputs: Inputs, num_images: int | None = None) -> Ste
 
     The loss of each micro-batch on each rank counts by its share of the weight of all, so the step is the whole
     batch's, whatever ranks and micro-batches. Where the loss or a gradient is not finite, nothing is changed.
-
-    Args:
-        task: what is trained.
-        inputs: as `task.inputs` gives them; without images, where a batch has fewer images than there are ranks.
-        num_images: of the batch on all ranks together; None: `inputs` are all of it.
+    A rank may have no images. `num_images` is of all ranks together; None: `inputs` are the whole batch.
     """
     ranks, images = task.runtime.ranks, inputs[0]
     counts = bool(len(images))
@@ -223,7 +216,7 @@ def step_if_finite(optimizers: Sequence[Optimizer], loss: Tensor, norm: Tensor) 
 
 
 def batches_to_come(loader: ImageLoader, plan: Plan, state: State, ranks: Ranks, window: Window) -> Iterator[Batch]:
-    """This rank's part of the batches from `state.step` on; begins anew where the step has been set back."""
+    """This rank's part of the batches from `state.step` on; starts over where a roll-back changed the step."""
     while state.step < state.total_steps:
         due = state.step
         parts = loader.train_batches(plan, due, state.total_steps, rank=ranks.rank, world_size=ranks.world_size)
@@ -241,7 +234,7 @@ def roll_back(state: State, task: Task, folder: RunFolder, window: Window, displ
         TrainingError: that has been done too often.
     """
     problem = f"{window.longest_skipped} steps in a row, by step {state.step}, have no finite loss or gradient"
-    checkpoint = load_together(folder.checkpoints, task.runtime.ranks)
+    checkpoint = load_checkpoint(folder.checkpoints, ranks=task.runtime.ranks)
     scale = state.lr_scale / 2
     if checkpoint is None or scale < SMALLEST_LR_SCALE:
         raise diverged(problem, task, folder, images)
@@ -265,12 +258,7 @@ def ran_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def out_of_memory(task: Task, batch_size: int) -> Iterator[None]:
-    """Memory that ran out as one line with a way on; other errors as they are.
-
-    Args:
-        task: what is trained.
-        batch_size: images of a step on all ranks together.
-    """
+    """Converts an out-of-memory error into a one-line TrainingError with a way on; `batch_size` is of all ranks."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
