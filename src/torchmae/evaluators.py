@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchmae.config import PretrainConfig
-from torchmae.data.loader import mixed_subset
+from torchmae.data.loader import Batch, mixed_subset
 from torchmae.data.opening import Data
 from torchmae.evaluation.diagnostics import FeatureProbe
 from torchmae.evaluation.reconstruction import HoldOut
@@ -26,6 +28,18 @@ EVAL_BATCH = 250
 PICTURE_COUNT = 4
 # Validation masks are drawn from this seed, whatever the run's, so that runs can be compared.
 VALIDATION_SEED = 0
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Images and their masks, the same at each iteration; one batch at a time is on the device."""
+
+    batches: Callable[[], Iterator[Batch]]
+    masker: Masker
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
+        for batch in self.batches():
+            yield batch.images, self.masker(VALIDATION_SEED, 0, batch.indices, batch.images.device)
 
 
 def build_evaluators(
@@ -48,11 +62,7 @@ def build_evaluators(
     chosen = mixed_subset(len(data.val), config.eval.images)
     mine = share(chosen, EVAL_BATCH, runtime.ranks)
     masker = Masker(model.encoder, config.mask.strategy, config.mask.ratio)  # the same masks, whatever the schedule
-    batches = [
-        (batch.images, masker(VALIDATION_SEED, 0, batch.indices, runtime.device))
-        for batch in data.val.eval_batches(mine.rows, EVAL_BATCH)
-    ]
-    hold_out = HoldOut(model, batches, runtime, mine)
+    hold_out = HoldOut(model, Masked(data.val.kept_batches(mine.rows, EVAL_BATCH), masker), runtime, mine)
     pictured = chosen[: config.eval.pictures]
     (picture_batch,) = data.val.eval_batches(pictured, len(pictured))
     images, picture_mask = picture_batch.images, masker(VALIDATION_SEED, 0, pictured, runtime.device)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,12 +35,15 @@ from torchmae.data.worker import (
 from torchmae.errors import DataError, reason_of
 from torchmae.random import Purpose, permutation
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Plan:
     """The order of a run: every sample once an epoch, in an order of the epoch's own.
 
-    `batch_size` is that of a step over all ranks; the last step of an epoch takes what is left. `seed` is of the order.
+    `batch_size` is that of a step over all ranks; `seed` is of the order. The last batch of an epoch has the images
+    that are left; the official MAE code drops it.
     """
 
     num_samples: int
@@ -119,7 +122,7 @@ class ImageLoader:
         self._mean = torch.tensor(self.normalisation.mean, device=self.device)
         self._std = torch.tensor(self.normalisation.std, device=self.device)
         self._side: torch.cuda.Stream | None = None
-        self._running: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
+        self._running: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 
     def __len__(self) -> int:
         return len(self.source)
@@ -143,32 +146,57 @@ class ImageLoader:
                 mine = epoch if isinstance(epoch, int) else shard(epoch, rank, world_size)
                 yield Request(shard(indices, rank, world_size), plan.seed, mine)
 
-        return self._batches(requests(), stop - start)
+        return self._batches(requests(), stop - start, self._batch)
 
     def eval_batches(self, indices: Indices, batch_size: int) -> Iterator[Batch]:
         """Images in the order given: the largest centred box, not flipped; errors as of `train_batches`."""
-        starts = range(0, len(indices), batch_size)
-        return self._batches((Request(indices[i : i + batch_size], None, 0) for i in starts), len(starts))
+        return self._eval_batches(indices, batch_size, self._batch)
+
+    def kept_batches(self, indices: Indices, batch_size: int) -> Callable[[], Iterator[Batch]]:
+        """Reads `eval_batches` once; what is returned gives them again and again.
+
+        They are kept in the processor's memory, in the type that the images are stored in: often a quarter of float32.
+        """
+
+        def keep(
+            images: Tensor, dtype: torch.dtype, labels: Tensor, request: Request
+        ) -> tuple[Tensor, Tensor, Request]:
+            return images.cpu().to(dtype, copy=True), labels, request  # exact: resampled integers are rounded
+
+        kept = list(self._eval_batches(indices, batch_size, keep))
+        return lambda: (self._batch(to_device(item, self.device), item.dtype, *rest) for item, *rest in kept)
 
     def close(self) -> None:
         """Ends whatever iterations are under way, and their worker processes."""
         for running in list(self._running):
             running.close()
 
-    def _batches(self, requests: Iterator[Request], count: int) -> Iterator[Batch]:
-        batches = self._from_workers(requests, count) if self.held is None else self._from_memory(requests, self.held)
+    def _eval_batches(self, indices: Indices, batch_size: int, finish: Callable[..., T]) -> Iterator[T]:
+        starts = range(0, len(indices), batch_size)
+        return self._batches((Request(indices[i : i + batch_size], None, 0) for i in starts), len(starts), finish)
+
+    def _batches(self, requests: Iterator[Request], count: int, finish: Callable[..., T]) -> Iterator[T]:
+        """What `finish` makes of each batch: images before normalisation, their stored type, labels, request."""
+        if self.held is None:
+            batches = self._from_workers(requests, count, finish)
+        else:
+            batches = self._from_memory(requests, self.held, finish)
         self._running.add(batches)
         return batches
 
-    def _from_memory(self, requests: Iterator[Request], held: Held) -> Generator[Batch, None, None]:
+    def _from_memory(
+        self, requests: Iterator[Request], held: Held, finish: Callable[..., T]
+    ) -> Generator[T, None, None]:
         for request in requests:
             images = to_device(held.gather(request.indices), self.device)
             boxes = boxes_of(crop_numbers(request), tuple(images.shape[2:]), self.view)
             images = resample(images, boxes, self.view.input_size, draw_flips(request, self.view))
             labels = to_device(labels_of(held.labels, request.indices), self.device)
-            yield self._batch(images, held.images.dtype, labels, request)
+            yield finish(images, held.images.dtype, labels, request)
 
-    def _from_workers(self, requests: Iterator[Request], count: int) -> Generator[Batch, None, None]:
+    def _from_workers(
+        self, requests: Iterator[Request], count: int, finish: Callable[..., T]
+    ) -> Generator[T, None, None]:
         asked: deque[Request] = deque()
 
         def noted() -> Iterator[Request]:
@@ -196,7 +224,7 @@ class ImageLoader:
             request = asked.popleft()
             mirrored = to_device(torch.from_numpy(np.flatnonzero(draw_flips(request, self.view))), self.device)
             images = mirror(images, mirrored).movedim(-1, 1)
-            batch = self._batch(images, fetched.images.dtype, labels, request)
+            batch = finish(images, fetched.images.dtype, labels, request)
             slots.give_back(fetched.slot)
             yield batch
 

@@ -162,7 +162,7 @@ def pretrain(
     checkpoint: Checkpoint | None = None,
     **others: Any,
 ) -> State:
-    """Trains `model`, placed on the runtime's device, for `epochs`, or for `max_minutes` at the speed of the first steps.
+    """Trains `model`, which is placed, for `epochs`, or for `max_minutes` at the speed of the first steps.
 
     `fingerprint` is that of the training data; `others` are folder, tracker and evaluators. Arguments and errors are
     those of `trainer.train`.

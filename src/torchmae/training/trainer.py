@@ -67,8 +67,7 @@ def train(
     """Trains a task to the end of its schedule.
 
     Order of events within a step: inputs, forward and backward, optimiser, log, evaluators, checkpoint. A checkpoint
-    therefore stands for everything up to its step, and a resumed run repeats what came after it. The last batch of an
-    epoch, which may be smaller, is a step like the others; the official MAE code drops it.
+    therefore stands for everything up to its step, and a resumed run repeats what came after it.
 
     Of several ranks, each computes its part of every batch, and all call this with the same arguments; steps, losses
     and the end are theirs together.
