@@ -103,7 +103,27 @@ class TensorBoard(Tracker):
             self._writer.close()
 
 
-class Wandb(Tracker):
+class Service(Tracker, Protocol):
+    """A tracker that sends figures elsewhere. Its library is imported when it is made.
+
+    Attributes:
+        place: where to look, for people.
+    """
+
+    place: str
+    _run: Any
+    _picture: Any
+
+    def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """As `Tracker.log`."""
+        self._run.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+
+    def log_picture(self, name: str, step: int, path: Path) -> None:
+        """As `Tracker.log_picture`."""
+        self._run.log({name: self._picture(str(path))}, step=step)
+
+
+class Wandb(Service):
     """Weights & Biases. What it writes lies in RUN/wandb; WANDB_MODE=offline keeps it there, for `wandb sync`.
 
     A run that goes on keeps its page: its id is that of the run folder. Of steps that are repeated after a crash W&B
@@ -113,8 +133,8 @@ class Wandb(Tracker):
     def __init__(self, folder: RunFolder, config: Mapping[str, Any]) -> None:
         import wandb
 
-        self._picture: Any = wandb.Image
-        self._run: Any = wandb.init(
+        self._picture = wandb.Image
+        self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or PROJECT,
             name=os.environ.get("WANDB_NAME") or folder.path.resolve().name,
             id=os.environ.get("WANDB_RUN_ID") or tracking_id(folder),
@@ -125,28 +145,16 @@ class Wandb(Tracker):
             # open stays open.
             settings=wandb.Settings(console="off", silent=True, reinit="create_new"),
         )
-
-    @property
-    def place(self) -> str:
-        """Where to look: the run's page, or the folder to synchronise."""
+        self.place = self._run.url or "disabled"
         if self._run.offline:
-            return f"offline; to upload: wandb sync {Path(self._run.dir).parent}"
-        return self._run.url or "disabled"
-
-    def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """As `Tracker.log`."""
-        self._run.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
-
-    def log_picture(self, name: str, step: int, path: Path) -> None:
-        """As `Tracker.log_picture`."""
-        self._run.log({name: self._picture(str(path))}, step=step)
+            self.place = f"offline; to upload: wandb sync {Path(self._run.dir).parent}"
 
     def close(self) -> None:
         """Uploads what is left."""
         self._run.finish()
 
 
-class Trackio(Tracker):
+class Trackio(Service):
     """trackio, which needs no account: a database in TRACKIO_DIR that `trackio show` displays.
 
     A run that goes on keeps its name, which ends in the id of the run folder. TRACKIO_PROJECT names the project, as for
@@ -156,29 +164,17 @@ class Trackio(Tracker):
     def __init__(self, folder: RunFolder, config: Mapping[str, Any]) -> None:
         import trackio
 
-        self._trackio: Any = trackio
-        self._project = os.environ.get("TRACKIO_PROJECT") or PROJECT
+        self._trackio, self._picture = trackio, trackio.Image
+        project = os.environ.get("TRACKIO_PROJECT") or PROJECT
         with redirect_stdout(io.StringIO()):  # standard output is for our own results
             self._run = trackio.init(
-                project=self._project,
+                project=project,
                 name=f"{folder.path.resolve().name}-{tracking_id(folder)}",
                 resume="allow",
                 config=dict(config),
                 embed=False,
             )
-
-    @property
-    def place(self) -> str:
-        """Where to look."""
-        return f"{self._run.name}; to see it: trackio show --project {self._project}"
-
-    def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """As `Tracker.log`."""
-        self._run.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
-
-    def log_picture(self, name: str, step: int, path: Path) -> None:
-        """As `Tracker.log_picture`."""
-        self._run.log({name: self._trackio.Image(str(path))}, step=step)
+        self.place = f"{self._run.name}; to see it: trackio show --project {project}"
 
     def close(self) -> None:
         """Writes out what is left."""
@@ -186,7 +182,7 @@ class Trackio(Tracker):
             self._trackio.finish()  # the run's own method would run, and print, once more when the process ends
 
 
-SERVICES: dict[str, Callable[[RunFolder, Mapping[str, Any]], Wandb | Trackio]] = {"wandb": Wandb, "trackio": Trackio}
+SERVICES: dict[str, Callable[[RunFolder, Mapping[str, Any]], Service]] = {"wandb": Wandb, "trackio": Trackio}
 
 
 class Trackers(Tracker):
@@ -277,7 +273,7 @@ def open_trackers(trackers: str, folder: RunFolder, display: Display, step: int 
             config = folder.config.read_text(encoding="utf-8")
             files.append(TensorBoard(folder.path / "tensorboard", config, step))
     opened = Trackers(*files)
-    for name in SERVICES.keys() & set(names):
+    for name in (name for name in names if name in SERVICES):
         opened.start(name, folder, settings.read_yaml(folder.config), display)
     return opened
 
