@@ -158,13 +158,11 @@ class ImageLoader:
         They are kept in the processor's memory, in the type that the images are stored in: often a quarter of float32.
         """
 
-        def keep(
-            images: Tensor, dtype: torch.dtype, labels: Tensor, request: Request
-        ) -> tuple[Tensor, Tensor, Request]:
-            return images.cpu().to(dtype, copy=True), labels, request  # exact: resampled integers are rounded
+        def keep(images: Tensor, dtype: torch.dtype, *others: Any) -> tuple[Any, ...]:
+            return images.cpu().to(dtype, copy=True), dtype, *others  # exact: resampled integers are rounded
 
         kept = list(self._eval_batches(indices, batch_size, keep))
-        return lambda: (self._batch(to_device(item, self.device), item.dtype, *rest) for item, *rest in kept)
+        return lambda: (self._batch(to_device(item[0], self.device), *item[1:]) for item in kept)
 
     def close(self) -> None:
         """Ends whatever iterations are under way, and their worker processes."""

@@ -90,7 +90,10 @@ def save_checkpoint(
                 groups = [optimizer["param_groups"] for optimizer in optimizers]
                 (writing / "param_groups.json").write_text(json.dumps(groups), encoding="utf-8")
             else:
-                _write_whole(writing, model, optimizers)
+                weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.items()}
+                save_file(weights, writing / "model.safetensors")
+                with (writing / "optimizer.pt").open("wb") as file:  # given a path, torch would not name a full disk
+                    torch.save(optimizers, file)
             (writing / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
             _seal(writing, final)
 
@@ -106,13 +109,6 @@ def save_checkpoint(
         for other in set(steps) - set(steps[: steps.index(final) + 1][-KEEP:]):  # later ones were damaged, passed over
             shutil.rmtree(other, ignore_errors=True)
     return final
-
-
-def _write_whole(writing: Path, model: dict[str, Tensor], optimizers: list[dict[str, Any]]) -> None:
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.items()}
-    save_file(weights, writing / "model.safetensors")
-    with (writing / "optimizer.pt").open("wb") as file:  # given a path, torch would not say that the disk is full
-        torch.save(optimizers, file)
 
 
 def _seal(writing: Path, final: Path) -> None:
@@ -162,8 +158,9 @@ def load_checkpoint(
         for path in reversed(_steps(folder)):
             problem = verify(path)
             if problem is None:
-                for text in damaged if notice is not None else ():
-                    notice(f"{text}; going on from {path.name}")
+                if notice is not None:
+                    for text in damaged:
+                        notice(f"{text}; going on from {path.name}")
                 return path.name
             damaged.append(f"{path} is damaged ({problem})")
         if damaged:

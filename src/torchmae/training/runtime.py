@@ -22,7 +22,7 @@ from torchmae.errors import ConfigError
 from torchmae.training.ranks import ALONE, Ranks
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-_LARGEST_KEPT = 64 * 2**20  # bytes
+_LARGEST_KEPT = 256 * 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def open_runtime(
 
 
 def keep_freed_memory() -> bool:
-    """Tunes glibc's malloc to keep freed blocks of up to 64 MiB for the next step; whether it did.
+    """Tunes glibc's malloc to keep freed blocks of up to 256 MiB for the next step; whether it did.
 
     By default every large block goes back to the system and comes anew, zeroed page by page: hundreds of thousands of
     page faults a step, a sixth of the time of a small model. Kept blocks of many sizes leave gaps; larger blocks, which
