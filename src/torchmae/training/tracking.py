@@ -145,9 +145,9 @@ class Wandb(Service):
             # open stays open.
             settings=wandb.Settings(console="off", silent=True, reinit="create_new"),
         )
-        self.place = self._run.url or "disabled"
-        if self._run.offline:
-            self.place = f"offline; to upload: wandb sync {Path(self._run.dir).parent}"
+        offline = self._run.offline  # where W&B warns of asking for a page
+        upload = f"offline; to upload: wandb sync {Path(self._run.dir).parent}"
+        self.place = upload if offline else self._run.url or "disabled"
 
     def close(self) -> None:
         """Uploads what is left."""
