@@ -34,6 +34,7 @@ class Tracker(Protocol):
 
     def log_picture(self, name: str, step: int, path: Path) -> None:
         """Records a PNG file of the run folder; `name` says what it shows."""
+        return
 
     def close(self) -> None:
         """Writes out what is held back."""
@@ -164,7 +165,8 @@ class Trackio(Service):
     def __init__(self, folder: RunFolder, config: Mapping[str, Any]) -> None:
         import trackio
 
-        self._trackio, self._picture = trackio, trackio.Image
+        self._trackio: Any = trackio
+        self._picture = trackio.Image
         project = os.environ.get("TRACKIO_PROJECT") or PROJECT
         with redirect_stdout(io.StringIO()):  # standard output is for our own results
             self._run = trackio.init(
