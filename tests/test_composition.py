@@ -24,8 +24,8 @@ HOMES = {
 TUTORIALS = {"mlp", "hidden_dim", "elements", "elements_inverted", "loss_on"}
 KNOW_TUTORIAL = {"config.py"}
 # Not below a building place of their own yet: they read settings that are theirs alone (batches, precision, ranks).
-TAKE_SETTINGS = ("training/", "runs.py", "api.py", "settings.py")
-TAKE_SETTINGS += ("commands/", "bench/", "__init__.py", "cli.py")
+TAKE_SETTINGS = ("training/pretrain.py", "runs.py", "api.py")
+TAKE_SETTINGS += ("settings.py", "commands/", "bench/", "__init__.py", "cli.py")
 
 
 def name_of(path: Path) -> str:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from torchmae.config import EvalConfig
-from torchmae.data.loader import mixed_subset
+from torchmae.data.loader import Batch, mixed_subset
 from torchmae.data.opening import Data
 from torchmae.evaluation.diagnostics import FeatureProbe
-from torchmae.evaluation.images import EVAL_BATCH, read_batches
+from torchmae.evaluation.images import EVAL_BATCH, without_stand_ins
 from torchmae.evaluation.reconstruction import HoldOut
 from torchmae.evaluation.sharing import share
 from torchmae.evaluation.subject import Subject, pixels
@@ -23,6 +28,18 @@ from torchmae.training.trainer import Evaluator
 PICTURE_COUNT = 4
 # Validation masks are drawn from this seed, whatever the run's, so that runs can be compared.
 VALIDATION_SEED = 0
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Images and their masks, the same at each iteration; one batch at a time is on the device."""
+
+    batches: Callable[[], Iterator[Batch]]
+    masker: Masker
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
+        for batch in self.batches():
+            yield batch.images, self.masker(VALIDATION_SEED, 0, batch.indices, batch.images.device)
 
 
 def build_evaluators(
@@ -45,10 +62,8 @@ def build_evaluators(
         return []
     chosen = mixed_subset(len(data.val), settings.images)
     mine = share(chosen, EVAL_BATCH, runtime.ranks)
-    batches = [
-        (batch.images, masker(VALIDATION_SEED, 0, batch.indices, runtime.device))
-        for batch in read_batches(data.val, mine.rows)
-    ]
+    kept = data.val.kept_batches(mine.rows, EVAL_BATCH)
+    batches = Masked(lambda: without_stand_ins(data.val, kept()), masker)
     hold_out = HoldOut(model, batches, runtime, mine)
     pictured = chosen[: settings.pictures]
     (picture_batch,) = data.val.eval_batches(pictured, len(pictured))

@@ -32,20 +32,21 @@ from torchmae.nn.teacher import attach
 from torchmae.paths import user_path
 from torchmae.report.html import write_report
 from torchmae.report.verdict import hints
-from torchmae.training.checkpoint import Checkpoint, load_checkpoint, load_step
-from torchmae.training.fit import fit_batch
+from torchmae.training.checkpoint import Checkpoint, load_checkpoint
 from torchmae.training.initial import adopt_shape, read_initial
-from torchmae.training.parallel import blocks, check_parallel, is_sharded, whole_state
+from torchmae.training.parallel import blocks, is_sharded, place, whole_state
+from torchmae.training.pretrain import check_parallel, check_progression, fit_batch
 from torchmae.training.pretrain import pretrain as train
 from torchmae.training.pretrained import Pretrained
 from torchmae.training.progress import Display
-from torchmae.training.progression import check_progression
 from torchmae.training.ranks import Ranks, concatenate, open_ranks, restarts, share_of_cores
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime, environment, open_runtime
 from torchmae.training.saved_model import Description, write_description, write_weights
+from torchmae.training.task import seeded
 from torchmae.training.teacher import Teacher, read_teacher
 from torchmae.training.tracking import Trackers, open_trackers, tracker_names
+from torchmae.training.trainer import ran_out_of_memory
 from torchmae.visualize import write_pictures
 
 # Settings that may change when a run is resumed: where and how fast it computes, and the learning rate, for runs that
@@ -227,7 +228,7 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, own: Own, *, resum
     claimed = ranks.on_main(claim)
     folder = folder if ranks.is_main else RunFolder(claimed)  # rank 0's clock has named it
     try:
-        checkpoint = same_checkpoint(folder, ranks, display) if resume else None
+        checkpoint = load_checkpoint(folder.checkpoints, display.warn, ranks) if resume else None
         # A resumed run keeps what "auto" meant when it began.
         saved_precision = checkpoint.state["precision"] if checkpoint is not None else "auto"
         precision = saved_precision if config.precision == "auto" else config.precision
@@ -257,9 +258,9 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, own: Own, *, resum
             display.warn(f"{changed}; going on with what is there")
         if data.notes:
             display.say(data_line(data.notes))
-        torch.manual_seed(config.seed)
         arguments["in_chans"] = data.channels
-        model = own.construct(arguments).to(runtime.device)
+        with seeded(config.seed):
+            model = own.construct(arguments)
         if teacher is not None:
             attach(model, teacher.teach(model.patch_size, data.normalisation.mean, data.normalisation.std))
         if config.fit_batch:
@@ -267,6 +268,7 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, own: Own, *, resum
             batch_size = fit_batch(config, model, size, len(data.train), runtime)
             config = replace(config, batch_size=batch_size, fit_batch=False)
             display.say(f"the largest batch that fits: {batch_size} images")
+        place(model, config.parallel, runtime)
         try:
             return _train(config, own, model, arguments, data, runtime, folder, display, checkpoint)
         finally:
@@ -274,20 +276,6 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, own: Own, *, resum
     finally:
         display.close()
         folder.close()
-
-
-def same_checkpoint(folder: RunFolder, ranks: Ranks, display: Display) -> Checkpoint | None:
-    """The newest whole checkpoint that rank 0 sees, on all ranks; CheckpointError where another does not see it."""
-    found: list[Checkpoint | None] = []
-
-    def look() -> int | None:
-        found.append(load_checkpoint(folder.checkpoints, display.warn))
-        return None if found[0] is None else int(found[0].state["step"])
-
-    step = ranks.on_main(look)
-    return ranks.together(
-        lambda: found[0] if ranks.is_main else None if step is None else load_step(folder.checkpoints, step)
-    )
 
 
 def check_same_data(data: Data, ranks: Ranks) -> None:
@@ -351,7 +339,7 @@ def _train(
         f"run folder {folder.path}  ({runtime.device}, {runtime.precision}, {runtime.threads} threads{several})"
     )
     interruption: Interrupted | None = None
-    with open_trackers(config, folder, display, start) if ranks.is_main else Trackers() as tracker:
+    with open_trackers(config.trackers, folder, display, start) if ranks.is_main else Trackers() as tracker:
         masker = Masker(model.encoder, config.mask.strategy, config.mask.ratio)  # the same masks, whatever the schedule
         evaluators = build_evaluators(
             config.eval, masker, model, data, runtime, folder, tracker, fresh=checkpoint is None
@@ -380,7 +368,7 @@ def _train(
     def end() -> Run:
         whole = model
         if any(map(is_sharded, model.parameters())):
-            whole = own.construct(arguments).to(runtime.device)
+            whole = own.construct(arguments)
             whole.load_state_dict(weights)
         return _finish(config, Pretrained(whole, description), data, bad, runtime, folder, display, interruption)
 
@@ -408,8 +396,11 @@ def _finish(
     folder.write_json("summary.json", figures)
     if not interruption and data.val is not None:
         try:
-            write_pictures(folder.path / "pictures", Pretrained(model.eval(), description), data, runtime)
-        except TorchmaeError as error:  # the run is done and saved; a picture that cannot be drawn must not hide that
+            model = model.to(runtime.device).eval()  # of one that was in shards, here for the first time
+            write_pictures(folder.path / "pictures", Pretrained(model, description), data, runtime)
+        except Exception as error:  # the run is done and saved; a picture that cannot be drawn must not hide that
+            if not isinstance(error, TorchmaeError) and not ran_out_of_memory(error):
+                raise
             display.warn(f"no pictures of the features: {error}")
     report = write_report(folder.path)
     if interruption:

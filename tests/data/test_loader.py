@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import multiprocessing
 import os
 import signal
@@ -187,6 +188,17 @@ def test_evaluating_while_training(uniform_size: Path, cache: str) -> None:
         seen.append(batch)
         assert sum(len(part.labels) for part in data.train.eval_batches(np.arange(5), 2)) == 5
     assert_same(seen, steps(data))
+
+
+@pytest.mark.parametrize("cache", ["memory", "none"])
+def test_kept_batches_are_the_same_in_the_type_they_are_stored_in(uniform_size: Path, cache: str) -> None:
+    data = opened(uniform_size, (16, 16), cache=cache, val="none", num_workers=1)
+    indices = np.arange(5)
+    again = data.train.kept_batches(indices, 2)
+    for _ in range(2):
+        assert_same(list(again()), list(data.train.eval_batches(indices, 2)))
+    kept = inspect.getclosurevars(again).nonlocals["kept"]
+    assert {(images.dtype, images.device.type) for images, *_ in kept} == {(torch.uint8, "cpu")}
 
 
 def test_closing_ends_the_workers(mixed: Path) -> None:

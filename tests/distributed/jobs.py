@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -15,15 +17,16 @@ import torch
 from group import TRAINING
 
 sys.path.insert(0, str(TRAINING))
-from small import Memory, images, mlp, vit
+from small import Images, Memory, images, mlp, vit
 
 from torchmae.config import MaskConfig, OptimConfig, PretrainConfig
+from torchmae.data.loader import Batch, Plan
 from torchmae.errors import Interrupted, TrainingError
 from torchmae.evaluation.sharing import share
 from torchmae.settings import read_words
 from torchmae.training import checkpoint, ranks
 from torchmae.training.checkpoint import load_checkpoint
-from torchmae.training.parallel import whole_state
+from torchmae.training.parallel import local, place, whole, whole_state
 from torchmae.training.pretrain import pretrain
 from torchmae.training.progress import Display
 from torchmae.training.ranks import open_ranks
@@ -31,6 +34,12 @@ from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime
 from torchmae.training.trainer import Evaluator
 
+MODELS = {
+    "vit": lambda: vit(depth=2),
+    "mlp": mlp,
+    "cross": lambda: vit(depth=2, decoder="cross", predict_ratio=0.5, feature_weights=True, hog_weight=0.5),
+    "dropped": lambda: vit(depth=2, drop_path=0.5),
+}
 # 27 images in batches of 8: an epoch is 8, 8, 8, 3; four ranks leave one without an image in its last step.
 COUNT = 27
 CONFIG = PretrainConfig(epochs=4, batch_size=8, log_every=1, optim=OptimConfig(lr=3e-3), device="cpu")
@@ -43,18 +52,26 @@ def settings(changes: dict[str, Any]) -> PretrainConfig:
 
 
 def train(
-    out: str, changes: dict[str, Any], model: str = "vit", stop: tuple[int, int, str] | None = None
+    out: str,
+    changes: dict[str, Any],
+    model: str = "vit",
+    stop: tuple[int, int, str] | None = None,
+    spoilt: bool = False,
 ) -> dict[str, Any]:
     """A run, from its newest checkpoint on; rank stop[0] gets the signal stop[2] in step stop[1].
+
+    With `spoilt`, images are not numbers in three steps in a row, so that it is rolled back.
 
     Returns:
         losses by step, gradient norms, the sum of each weight's absolute values, and the step at the end.
     """
     config = settings(changes)
-    network = mlp() if model == "mlp" else vit(depth=2)
+    network = MODELS[model]()
     tracker, folder = Memory(), RunFolder(Path(out))
     folder.path.mkdir(exist_ok=True)
     with open_ranks("cpu") as ranks:
+        runtime = Runtime(torch.device("cpu"), "fp32" if config.precision == "auto" else config.precision, 1, ranks)
+        place(network, config.parallel, runtime)
 
         @torch.no_grad()
         def disturb(step: int) -> dict[str, float]:
@@ -67,9 +84,9 @@ def train(
             state = pretrain(
                 config,
                 model=network,
-                loader=images(COUNT),  # type: ignore[arg-type]
+                loader=Spoilt() if spoilt else images(COUNT),  # type: ignore[arg-type]
                 fingerprint="abc",
-                runtime=Runtime(torch.device("cpu"), "fp32", 1, ranks),
+                runtime=runtime,
                 folder=folder,
                 tracker=tracker,
                 display=Display("none"),
@@ -79,14 +96,40 @@ def train(
             reached = state.step
         except Interrupted as error:
             reached = int(str(error).split(" after step ")[1].split()[0])
-        weights = whole_state(network)
         return {
             "losses": [line["loss"] for line in tracker.of("train")],
             "norms": [line["grad_norm"] for line in tracker.of("train")],
             "update": [line["update_to_weight"] for line in tracker.of("train")],
-            "weights": {name: value.double().abs().sum().item() for name, value in weights.items()},
+            "weights": {name: whole(value).double().abs().sum().item() for name, value in network.state_dict().items()},
             "step": reached,
         }
+
+
+class Spoilt(Images):
+    """Steps 6 to 8 have images that are no numbers, the first time they come."""
+
+    def __init__(self) -> None:
+        super().__init__(images(COUNT).images)
+        self.left = 3
+
+    def train_batches(self, plan: Plan, start: int, stop: int, **ranks: int) -> Iterator[Batch]:
+        for step, batch in enumerate(super().train_batches(plan, start, stop, **ranks), start):
+            spoilt = step >= 5 and self.left > 0
+            self.left -= spoilt
+            yield replace(batch, images=batch.images * (math.nan if spoilt else 1))
+
+
+def cut() -> list[Any]:
+    """Of a model in shards: this rank's share of its values, whether they are the model's, what `whole_state` has."""
+    model = vit(depth=2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with open_ranks("cpu") as ranks:
+        place(model, "fsdp", Runtime(torch.device("cpu"), "bf16", 1, ranks))
+        share = sum(local(value).numel() for value in model.parameters()) / sum(map(torch.numel, model.parameters()))
+        kept = all(torch.equal(whole(value), before[name]) for name, value in model.state_dict().items())
+        model.load_state_dict({name: value + 1 for name, value in before.items()})  # whole weights, as others have them
+        found = whole_state(model)
+        return [share, kept, len(found), all(torch.equal(found[name], before[name] + 1) for name in found)]
 
 
 def command(*words: str) -> int:
@@ -113,7 +156,7 @@ def restarted(*words: str) -> int:
 def identify() -> list[Any]:
     """What ranks tell each other."""
     with open_ranks("cpu") as ranks:
-        largest = ranks.largest(float(ranks.rank), -float(ranks.rank))
+        largest = ranks.all_reduce_max(float(ranks.rank), -float(ranks.rank))
         total = ranks.sum(torch.tensor([1.0, ranks.rank])).tolist()
         said = ranks.on_main(lambda: os.environ["RANK"])
         rows = torch.full((ranks.rank, 2), float(ranks.rank), dtype=torch.float16)

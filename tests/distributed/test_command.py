@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from torchmae.errors import CheckpointError
 from torchmae.evaluation.embedding import read_features
 from torchmae.report.run import load_run
-from torchmae.training.checkpoint import load_checkpoint, load_step
+from torchmae.training.checkpoint import load_checkpoint
+from torchmae.training.ranks import Ranks
 from torchmae.training.saved_model import load_model
 
 OPTIONS = (
@@ -153,14 +154,16 @@ def test_ranks_that_see_other_data_end_the_run_in_one_line(tmp_path: Path) -> No
         assert "torchmae: " not in (logs / "1.log").read_text()
 
 
-def test_rank_0_says_which_checkpoint_is_resumed(alone: Path, tmp_path: Path) -> None:
+def test_rank_0_says_which_checkpoint_is_resumed(alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(alone, tmp_path / "run")
     weights = (tmp_path / "run" / "model.safetensors").read_bytes()
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) > 1
     assert run(2, late_listing, "pretrain", "--resume", str(tmp_path / "run"), logs=tmp_path / "logs") == [0, 0]
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
+    monkeypatch.setattr(Ranks, "on_main", lambda self, action: "step-00000099")
+    monkeypatch.setattr(Ranks, "together", lambda self, action: action())
     with pytest.raises(CheckpointError, match="step-00000099: it is not there; let all machines see one run folder"):
-        load_step(tmp_path / "run" / "checkpoints", 99)
+        load_checkpoint(tmp_path / "run" / "checkpoints", ranks=Ranks(1, 2))
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

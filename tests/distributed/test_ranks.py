@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from group import enter, free_port, run
-from jobs import identify, look, train, wait_for_others
+from jobs import cut, identify, look, train, wait_for_others
 
 from torchmae.errors import ConfigError
 from torchmae.training.compilation import check_compiler
@@ -39,7 +39,7 @@ def skip_without_compiler() -> None:
 def known(run: dict[str, Any]) -> dict[str, float]:
     """The weights that a gradient moves: softmax does not see the bias of keys, whose gradient is rounding alone, and
     Adam makes steps of it all the same."""
-    return {name: value for name, value in run["weights"].items() if not name.endswith("qkv.bias")}
+    return {name: value for name, value in run["weights"].items() if not name.endswith("kv.bias")}
 
 
 def test_what_ranks_tell_each_other(tmp_path: Path) -> None:
@@ -98,7 +98,8 @@ def test_images_are_divided_in_the_batches_of_one_rank(tmp_path: Path) -> None:
         (2, {"parallel": "fsdp"}, "vit"),
         (4, {"parallel": "fsdp", "optim": {"clip_grad": 0.1}, "checkpoint_activations": True}, "vit"),
         (2, {"accumulate": 3, "optim": {"clip_grad": 0.1, "name": "muon"}}, "vit"),
-        (4, {"accumulate": 2, "parallel": "fsdp"}, "vit"),
+        (4, {"accumulate": 2, "parallel": "fsdp"}, "cross"),
+        (2, {}, "cross"),
         (2, {"parallel": "fsdp", "compile": True, "activation_memory_budget": 0.5}, "vit"),
         (3, {"mask": {"strategy": "elements"}}, "mlp"),
     ],
@@ -114,6 +115,24 @@ def test_the_same_run_on_any_number_of_ranks(
     assert len(alone["losses"]) == alone["step"] == 16
     for answer in answers:
         same(answer, alone, MUON_REL if changes.get("optim", {}).get("name") == "muon" else REL)
+
+
+def test_a_model_in_shards_is_whole_nowhere_but_on_rank_0(tmp_path: Path) -> None:
+    (one, kept, names, loaded), (other, *rest) = run(2, cut, logs=tmp_path)
+    assert 0.4 < one <= other + one <= 1.01
+    assert (kept, names > 0, loaded) == (True, True, True)
+    assert rest == [True, 0, True]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_ranks_go_back_to_a_checkpoint_together(tmp_path: Path, kind: str) -> None:
+    """With drop-path, which each rank draws for its images; and in bf16, the precision of most runs on GPUs."""
+    changes = {"parallel": kind, "precision": "bf16"}
+    answers = run(2, train, str(tmp_path / "out"), changes, "dropped", None, True, logs=tmp_path / "logs")
+    assert answers[0] == answers[1]
+    assert answers[0]["step"] == 16
+    assert len(answers[0]["losses"]) == 8 + 16
+    assert [not loss > 0 for loss in answers[0]["losses"][:9]] == [False] * 5 + [True] * 3 + [False]
 
 
 @pytest.mark.parametrize("kinds", [("ddp", "ddp", "ddp"), ("fsdp", "fsdp", "fsdp"), ("fsdp", "ddp", "fsdp")])

@@ -348,7 +348,12 @@ def test_half_of_an_environment_is_none(given: dict[str, str], monkeypatch: pyte
         monkeypatch.setenv(name, value)
     assert ranks_from_environment() == Ranks()
     with open_ranks("cpu") as ranks:
-        assert (ranks.is_main, ranks.largest(2.0), ranks.on_main(lambda: 5), ranks.gather(7)) == (True, [2.0], 5, [7])
+        assert (ranks.is_main, ranks.all_reduce_max(2.0), ranks.on_main(lambda: 5), ranks.gather(7)) == (
+            True,
+            [2.0],
+            5,
+            [7],
+        )
 
 
 def test_a_restarted_run_needs_a_folder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

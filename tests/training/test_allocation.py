@@ -9,7 +9,7 @@ import pytest
 
 CODE = """
 import resource, torch
-from torchmae.training.allocation import keep_freed_memory
+from torchmae.training.runtime import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -13,25 +13,33 @@ from torchmae.config import PretrainConfig
 from torchmae.errors import ConfigError, TrainingError
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.settings import parse
-from torchmae.training import fit
-from torchmae.training.fit import fit_batch, largest_share
+from torchmae.training import pretrain
 from torchmae.training.parallel import blocks
-from torchmae.training.pretrain import PretrainTask
+from torchmae.training.pretrain import PretrainTask, fit_batch
 from torchmae.training.ranks import Ranks
 from torchmae.training.runtime import Runtime
 
 
 @pytest.mark.parametrize(("room", "limit", "share"), [(1, 100, 1), (5, 100, 4), (64, 100, 64), (1000, 100, 64)])
-def test_the_largest_power_of_two_that_fits(room: int, limit: int, share: int) -> None:
+def test_the_largest_power_of_two_that_fits(room: int, limit: int, share: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[int] = []
-    assert largest_share(lambda size: tried.append(size) or size <= room, limit) == share  # type: ignore[func-returns-value]
-    assert tried == sorted(tried)
-    assert tried[-1] <= min(2 * share, limit)
 
+    def fits(config: PretrainConfig, model: MaskedAutoencoder, shape: tuple[int, ...], runtime: Runtime) -> bool:
+        tried.append(shape[0])
+        return shape[0] <= room
 
-def test_not_even_one() -> None:
+    monkeypatch.setattr(pretrain, "step_fits", fits)
+    monkeypatch.setattr(Ranks, "all_reduce_max", lambda self, *values: list(values))
+    for world_size in (1, 4):  # every rank gets the same share
+        runtime = Runtime(torch.device("cuda"), "fp32", 1, Ranks(0, world_size, 0, world_size))
+        tried.clear()
+        size = fit_batch(PretrainConfig(), vit(), (1, 8, 8), limit * world_size, runtime)
+        assert size == share * world_size
+        assert tried == sorted(tried)
+        assert tried[-1] <= min(2 * share, limit)
+    room = 0
     with pytest.raises(TrainingError, match="^not one image fits in the GPU's memory; choose a smaller model"):
-        largest_share(lambda _: False, 8)
+        fit_batch(PretrainConfig(), vit(), (1, 8, 8), limit, runtime)
 
 
 def test_a_processor_is_not_measured() -> None:
@@ -39,13 +47,6 @@ def test_a_processor_is_not_measured() -> None:
         ConfigError, match="'auto', which measures a GPU's memory, and the device is cpu; give a number"
     ):
         fit_batch(PretrainConfig(), vit(), (1, 8, 8), 64, RUNTIME)
-
-
-def test_every_rank_gets_the_same_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit, "step_fits", lambda config, model, shape, runtime: shape[0] <= 20)
-    monkeypatch.setattr(Ranks, "largest", lambda self, *values: list(values))
-    runtime = Runtime(torch.device("cuda"), "fp32", 1, Ranks(0, 4, 0, 4))
-    assert fit_batch(PretrainConfig(), vit(), (1, 8, 8), 10_000, runtime) == 4 * 16
 
 
 def test_a_tried_step_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,12 +57,12 @@ def test_a_tried_step_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> 
         copies.append(weakref.ref(blocks(model)[0]))
         return PretrainTask(config, model, runtime, batch_size)
 
-    monkeypatch.setattr(fit, "PretrainTask", task)
+    monkeypatch.setattr(pretrain, "PretrainTask", task)
     runtime = replace(RUNTIME, ranks=Ranks(0, 2, 0, 2))
-    fit.try_step(PretrainConfig(), vit(), (3, 1, 8, 8), runtime)  # torch keeps frames of its first optimiser
+    pretrain.try_step(PretrainConfig(), vit(), (3, 1, 8, 8), runtime)  # torch keeps frames of its first optimiser
     gc.disable()
     try:
-        fit.try_step(PretrainConfig(checkpoint_activations=True), vit(), (3, 1, 8, 8), runtime)
+        pretrain.try_step(PretrainConfig(checkpoint_activations=True), vit(), (3, 1, 8, 8), runtime)
         assert copies[1]() is None
     finally:
         gc.enable()

@@ -65,17 +65,3 @@ def test_singular_values_come_near_one() -> None:
     values = torch.linalg.svdvals(orthogonalise(stack, (3.4445, -4.7750, 2.0315), 5, 1e-7).float())
     assert values.min() > 0.5
     assert values.max() < 1.4
-
-
-def test_a_closure_is_called_once_and_its_loss_given_back() -> None:
-    parameters = matrices()
-    optimizer = BatchedMuon(parameters, lr=0.02, weight_decay=0.0)
-    calls = []
-
-    def closure() -> float:
-        calls.append(torch.is_grad_enabled())
-        give_gradients(parameters, 0)
-        return 3.0
-
-    assert optimizer.step(closure) == 3.0
-    assert calls == [True]

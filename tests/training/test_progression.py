@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from small import images, mlp, train, vit
+from small import RUNTIME, images, mlp, train, vit
 
 from torchmae.config import MaskConfig, PretrainConfig
+from torchmae.data.loader import Batch
 from torchmae.errors import ConfigError
 from torchmae.nn.masking import Masker
-from torchmae.training.progression import check_progression, early_images
+from torchmae.training.pretrain import PretrainTask, check_progression
 
 
 def config(**values: Any) -> PretrainConfig:
@@ -26,13 +27,19 @@ def test_the_ratio_goes_in_a_straight_line() -> None:
 
 
 def test_small_images_come_first() -> None:
-    model, batch = vit(), torch.full((2, 1, 8, 8), 3.0)
-    early = config(start_size=4, start_share=0.25)
-    sizes = [early_images(batch, model, early, step, 8).shape[2:] for step in range(8)]
+    model, full = vit(), torch.full((2, 1, 8, 8), 3.0)
+    batch = Batch(full, torch.zeros(2), torch.arange(2).numpy(), 0)
+
+    def given(step: int, **values: Any) -> torch.Tensor:
+        found = PretrainTask(config(**values), model, RUNTIME, 4).inputs(batch, step, 8)[0]
+        assert isinstance(found, torch.Tensor)
+        return found
+
+    sizes = [given(step, start_size=4, start_share=0.25).shape[2:] for step in range(8)]
     assert sizes == [(4, 4)] * 2 + [(8, 8)] * 6
-    assert torch.allclose(early_images(batch, model, early, 0, 8), torch.tensor(3.0))
-    assert early_images(batch, model, config(), 0, 8) is batch
-    assert early_images(batch, model, config(start_size=(4, 8)), 0, 8).shape[2:] == (4, 8)
+    assert torch.allclose(given(0, start_size=4), torch.tensor(3.0))
+    assert given(0) is full
+    assert given(0, start_size=(4, 8)).shape[2:] == (4, 8)
 
 
 def test_a_run_sees_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

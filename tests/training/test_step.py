@@ -1,19 +1,23 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
-from small import RUNTIME, images, mlp, vit
+from small import RUNTIME, images, mlp, train, vit
 
+from torchmae import presets
 from torchmae.config import MaskConfig, OptimConfig, PretrainConfig
 from torchmae.data.loader import Batch, Plan
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Masker
 from torchmae.training.optim import build_optimizers
 from torchmae.training.pretrain import PretrainTask
+from torchmae.training.task import seeded
 from torchmae.training.trainer import step_if_finite, train_step
 
 
@@ -116,3 +120,26 @@ def test_a_step_that_is_not_finite_changes_nothing(name: str, loss: float, norm:
     assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
     assert all(p.grad is None for p in model.parameters())
     assert all(not optimizer.state for optimizer in optimizers)
+
+
+def test_weights_are_a_function_of_the_seed_while_another_thread_trains(tmp_path: Path) -> None:
+    def weights(seed: int) -> dict[str, torch.Tensor]:
+        with seeded(seed):
+            return presets.build("vit_digits", depth=1).state_dict()
+
+    alone = weights(3)
+    config = PretrainConfig(epochs=8, batch_size=2)
+    training = threading.Thread(target=train, args=(config, vit(drop_path=0.5), images(8), tmp_path))
+    training.start()
+    built = 0
+    while training.is_alive() or not built:
+        assert all(torch.equal(value, alone[name]) for name, value in weights(3).items())
+        built += 1
+    training.join()
+
+
+def test_seeding_is_that_of_torch() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    with seeded(5, torch.device("cpu")):
+        assert torch.equal(torch.rand(3), expected)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from torchmae.config import PretrainConfig
 from torchmae.errors import CheckpointError, ConfigError
+from torchmae.settings import to_yaml
 from torchmae.training.progress import Display
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.tracking import JsonLines, TensorBoard, Trackers, open_trackers, tracker_names
@@ -82,7 +83,9 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def opened(path: Path, trackers: str, step: int = 0) -> Trackers:
-    return open_trackers(PretrainConfig(trackers=trackers), RunFolder(path), Display("none"), step)
+    folder = RunFolder(path)
+    folder.config.write_text(to_yaml(PretrainConfig(trackers=trackers)))
+    return open_trackers(trackers, folder, Display("none"), step)
 
 
 def test_tensorboard_hides_what_a_resumed_run_repeats(tmp_path: Path) -> None:
@@ -104,7 +107,7 @@ def test_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with opened(tmp_path, "auto") as tracker:
         tracker.log("train", 1, {"loss": 1.0})
         tracker.log_picture("reconstruction", 1, tmp_path / "none.png")
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "metrics.jsonl"}
 
 
 def test_tensorboard_has_pictures_and_settings(tmp_path: Path) -> None:

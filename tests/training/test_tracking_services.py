@@ -16,9 +16,10 @@ import pytest
 from PIL import Image
 
 from torchmae.api import pretrain
-from torchmae.training import tracking_services
+from torchmae.training import tracking
+from torchmae.training.progress import Display
 from torchmae.training.run_folder import RunFolder
-from torchmae.training.tracking_services import Spared, tracking_id
+from torchmae.training.tracking import Trackers, tracking_id
 
 TINY: dict[str, Any] = {
     "threads": 1,
@@ -63,7 +64,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> type[Memory]:
     """A stand-in for wandb and trackio, which count as installed."""
     service = type("Service", (Memory,), {"made": []})
     for name in ("wandb", "trackio"):
-        monkeypatch.setitem(tracking_services.SERVICES, name, service)
+        monkeypatch.setitem(tracking.SERVICES, name, service)
     monkeypatch.setattr("torchmae.training.tracking._is_installed", lambda name: True)
     return service
 
@@ -104,16 +105,18 @@ def test_a_service_that_fails_costs_the_run_nothing(
     ]
 
 
-def test_a_service_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_that_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def refuse(folder: RunFolder, config: Mapping[str, Any]) -> Any:
         raise TimeoutError
 
-    monkeypatch.setitem(tracking_services.SERVICES, "trackio", refuse)
-    said: list[str] = []
-    spared = Spared("trackio", RunFolder(tmp_path), {}, say=said.append, warn=said.append)
-    spared.log("train", 1, {"loss": 1.0})
-    spared.log_picture("reconstruction", 1, tmp_path / "a.png")
-    spared.close()
+    monkeypatch.setitem(tracking.SERVICES, "trackio", refuse)
+    with Trackers() as trackers:
+        trackers.start("trackio", RunFolder(tmp_path), {}, Display("plain"))
+        trackers.log("train", 1, {"loss": 1.0})
+        trackers.log_picture("reconstruction", 1, tmp_path / "a.png")
+    said = capsys.readouterr().err.splitlines()
     assert said == ["trackio gets no more figures of this run: TimeoutError; metrics.jsonl has all of them"]
 
 
@@ -133,7 +136,7 @@ PART = """
 import sys
 from pathlib import Path
 from torchmae.training.run_folder import RunFolder
-from torchmae.training.tracking_services import SERVICES
+from torchmae.training.tracking import SERVICES
 path = Path("a")
 tracker = SERVICES[sys.argv[1]](RunFolder(path), {"mask": {"ratio": 0.75}})
 place = tracker.place

@@ -9,13 +9,13 @@ import signal
 import threading
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from functools import lru_cache, partial
 from itertools import chain
 from multiprocessing import connection
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -52,13 +52,18 @@ PER_WORKER = 4  # slots: two batches that PyTorch asks for in advance, and two o
 _GROUP = 16  # images that are opened, then decoded, then cut up together
 _GROUP_PIXELS = 2**22  # of such images: 12 MB in colour
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Plan:
-    """The order of a run: every sample once an epoch, in an order of the epoch's own."""
+    """The order of a run: every sample once an epoch, in an order of the epoch's own.
+
+    The last batch of an epoch has the images that are left; the official MAE code drops it.
+    """
 
     num_samples: int
-    batch_size: int  # of a step over all ranks; the last step of an epoch takes what is left
+    batch_size: int  # of a step over all ranks
     seed: int  # of the order
 
     def __post_init__(self) -> None:
@@ -385,7 +390,7 @@ class ImageLoader:
         self._mean = torch.tensor(self.normalisation.mean, device=self.device)
         self._std = torch.tensor(self.normalisation.std, device=self.device)
         self._side: torch.cuda.Stream | None = None
-        self._running: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
+        self._running: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 
     def __len__(self) -> int:
         return len(self.source)
@@ -406,32 +411,55 @@ class ImageLoader:
                 mine = epoch if isinstance(epoch, int) else shard(epoch, rank, world_size)
                 yield Request(shard(indices, rank, world_size), plan.seed, mine)
 
-        return self._batches(requests(), stop - start)
+        return self._batches(requests(), stop - start, self._batch)
 
     def eval_batches(self, indices: Indices, batch_size: int) -> Iterator[Batch]:
         """Images in the order given: the largest centred box, not flipped; errors as of `train_batches`."""
-        starts = range(0, len(indices), batch_size)
-        return self._batches((Request(indices[i : i + batch_size], None, 0) for i in starts), len(starts))
+        return self._eval_batches(indices, batch_size, self._batch)
+
+    def kept_batches(self, indices: Indices, batch_size: int) -> Callable[[], Iterator[Batch]]:
+        """Reads `eval_batches` once; what is returned gives them again and again.
+
+        They are kept in the processor's memory, in the type that the images are stored in: often a quarter of float32.
+        """
+
+        def keep(images: Tensor, dtype: torch.dtype, *others: Any) -> tuple[Any, ...]:
+            return images.cpu().to(dtype, copy=True), dtype, *others  # exact: resampled integers are rounded
+
+        kept = list(self._eval_batches(indices, batch_size, keep))
+        return lambda: (self._batch(to_device(item[0], self.device), *item[1:]) for item in kept)
 
     def close(self) -> None:
         """Ends whatever iterations are under way, and their worker processes."""
         for running in list(self._running):
             running.close()
 
-    def _batches(self, requests: Iterator[Request], count: int) -> Iterator[Batch]:
-        batches = self._from_workers(requests, count) if self.held is None else self._from_memory(requests, self.held)
+    def _eval_batches(self, indices: Indices, batch_size: int, finish: Callable[..., T]) -> Iterator[T]:
+        starts = range(0, len(indices), batch_size)
+        return self._batches((Request(indices[i : i + batch_size], None, 0) for i in starts), len(starts), finish)
+
+    def _batches(self, requests: Iterator[Request], count: int, finish: Callable[..., T]) -> Iterator[T]:
+        """What `finish` makes of each batch: images before normalisation, their stored type, labels, request."""
+        if self.held is None:
+            batches = self._from_workers(requests, count, finish)
+        else:
+            batches = self._from_memory(requests, self.held, finish)
         self._running.add(batches)
         return batches
 
-    def _from_memory(self, requests: Iterator[Request], held: Held) -> Generator[Batch, None, None]:
+    def _from_memory(
+        self, requests: Iterator[Request], held: Held, finish: Callable[..., T]
+    ) -> Generator[T, None, None]:
         for request in requests:
             images = to_device(held.gather(request.indices), self.device)
             boxes = boxes_of(crop_numbers(request), tuple(images.shape[2:]), self.view)
             images = resample(images, boxes, self.view.input_size, draw_flips(request, self.view))
             labels = to_device(labels_of(held.labels, request.indices), self.device)
-            yield self._batch(images, held.images.dtype, labels, request)
+            yield finish(images, held.images.dtype, labels, request)
 
-    def _from_workers(self, requests: Iterator[Request], count: int) -> Generator[Batch, None, None]:
+    def _from_workers(
+        self, requests: Iterator[Request], count: int, finish: Callable[..., T]
+    ) -> Generator[T, None, None]:
         asked: deque[Request] = deque()
 
         def noted() -> Iterator[Request]:
@@ -459,7 +487,7 @@ class ImageLoader:
             request = asked.popleft()
             mirrored = to_device(torch.from_numpy(np.flatnonzero(draw_flips(request, self.view))), self.device)
             images = mirror(images, mirrored).movedim(-1, 1)
-            batch = self._batch(images, fetched.images.dtype, labels, request)
+            batch = finish(images, fetched.images.dtype, labels, request)
             slots.give_back(fetched.slot)
             yield batch
 

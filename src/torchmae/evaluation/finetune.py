@@ -47,7 +47,7 @@ from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime
 from torchmae.training.saved_classifier import ClassifierDescription, build_classifier, save_classifier
 from torchmae.training.state import State
-from torchmae.training.task import step_seed
+from torchmae.training.task import seeded, step_seed
 from torchmae.training.tracking import JsonLines, Trackers
 from torchmae.training.trainer import Evaluator
 from torchmae.training.trainer import train as train_task
@@ -175,14 +175,14 @@ def finetune(
     about = {"labels_per_class": labels_per_class, "draw": draw, "seed": seed, "data": train.source.fingerprint()}
     about["labels"] = train.source.label_fingerprint()
     job = json.loads(json.dumps({"settings": asdict(config), **about}))  # with lists for tuples, as files have it
-    torch.manual_seed(step_seed(seed, 0))
-    classifier, arguments = start_classifier(model, len(classes), config)
+    with seeded(step_seed(seed, 0)):
+        classifier, arguments = start_classifier(model, len(classes), config)
     fitting = config.for_input(arguments["input_size"], arguments["in_chans"])
     plan = SubsetPlan(len(rows), min(fitting.batch_size, len(rows)), seed, rows=rows)
     augment = build_augment(fitting, arguments["input_size"], normalisation.mean, normalisation.std, len(classes))
     task = FinetuneTask(config, classifier.to(runtime.device), augment, runtime, plan.batch_size, seed)
     folder = RunFolder(out)
-    checkpoint = load_checkpoint(folder.checkpoints, display.warn) if resume else None
+    checkpoint = load_checkpoint(folder.checkpoints, display.warn, ranks) if resume else None
     if resume:
         check_same(checkpoint, job, out)
     ranks.on_main(lambda: begin(folder, job, checkpoint))

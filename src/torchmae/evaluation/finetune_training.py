@@ -20,7 +20,7 @@ from torchmae.nn.classifier import Classifier
 from torchmae.nn.mae import no_weight_decay
 from torchmae.training.checkpoint import Checkpoint
 from torchmae.training.compilation import compile_model
-from torchmae.training.parallel import average_gradients
+from torchmae.training.parallel import wrap_ddp
 from torchmae.training.runtime import Runtime
 from torchmae.training.task import Fixes, Inputs, LoopSettings, Task
 
@@ -128,9 +128,7 @@ class FinetuneTask(Task):
         self.optimizers = [AdamW(groups, betas=config.betas, fused=runtime.device.type in ("cpu", "cuda"))]
         if config.compile:
             compile_model(classifier, runtime.device)
-        self.forward: nn.Module = classifier
-        if runtime.ranks.world_size > 1:
-            self.forward = average_gradients(classifier, runtime, config.accumulate)
+        self.forward: nn.Module = wrap_ddp(classifier, runtime, config.accumulate)
 
     def inputs(self, batch: Batch, step: int, total: int) -> Inputs:
         """Augmented images, and their labels (B,) or shares of the classes (B, num_classes)."""

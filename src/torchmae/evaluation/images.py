@@ -156,7 +156,12 @@ class EvaluationData:
 
 def read_batches(loader: ImageLoader, indices: Indices, batch_size: int = EVAL_BATCH) -> Iterator[Batch]:
     """`ImageLoader.eval_batches` without the neighbours that stand in for images that cannot be read."""
-    for batch in loader.eval_batches(indices, batch_size):
+    return without_stand_ins(loader, loader.eval_batches(indices, batch_size))
+
+
+def without_stand_ins(loader: ImageLoader, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Batches of a loader without the neighbours that stand in for images that cannot be read."""
+    for batch in batches:
         unread = {name for name, _ in loader.bad.items}
         kept = np.flatnonzero([loader.source.name(int(row)) not in unread for row in batch.indices] if unread else [])
         if not unread or len(kept) == len(batch.indices):

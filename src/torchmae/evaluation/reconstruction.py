@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ class HoldOut:
 
     Args:
         model: the model to measure, as it will be when called.
-        batches: images (B, C, *size) and their masks.
+        batches: images (B, C, *size) and their masks, the same at each iteration.
         runtime: where to compute.
         share: of several ranks, the share of the images that `batches` are; all ranks then call the same methods, and
             the figures are of all images. None: `batches` are all there are.
@@ -34,7 +34,7 @@ class HoldOut:
     def __init__(
         self,
         model: MaskedAutoencoder,
-        batches: Sequence[tuple[Tensor, Any]],
+        batches: Iterable[tuple[Tensor, Any]],
         runtime: Runtime,
         share: Share | None = None,
     ) -> None:

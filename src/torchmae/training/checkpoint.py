@@ -68,12 +68,8 @@ def save_checkpoint(
 ) -> Path:
     """Writes `folder/step-...` and removes all others but the one before it.
 
-    Args:
-        folder: of all checkpoints.
-        model: a state_dict; with shards in it, every rank writes its own, else rank 0 writes all.
-        optimizers: each optimiser's state_dict.
-        state: JSON values, among them "step".
-        ranks: all of which call this.
+    All of `ranks` call this: of state_dicts with shards every rank writes its own, else rank 0 writes everything.
+    `state` are JSON values, among them "step".
 
     Raises:
         CheckpointError: the disk is full or cannot be written; what was there before is untouched.
@@ -94,7 +90,10 @@ def save_checkpoint(
                 groups = [optimizer["param_groups"] for optimizer in optimizers]
                 (writing / "param_groups.json").write_text(json.dumps(groups), encoding="utf-8")
             else:
-                _write_whole(writing, model, optimizers)
+                weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.items()}
+                save_file(weights, writing / "model.safetensors")
+                with (writing / "optimizer.pt").open("wb") as file:  # given a path, torch would not name a full disk
+                    torch.save(optimizers, file)
             (writing / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
             _seal(writing, final)
 
@@ -110,13 +109,6 @@ def save_checkpoint(
         for other in set(steps) - set(steps[: steps.index(final) + 1][-KEEP:]):  # later ones were damaged, passed over
             shutil.rmtree(other, ignore_errors=True)
     return final
-
-
-def _write_whole(writing: Path, model: dict[str, Tensor], optimizers: list[dict[str, Any]]) -> None:
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.items()}
-    save_file(weights, writing / "model.safetensors")
-    with (writing / "optimizer.pt").open("wb") as file:  # given a path, torch would not say that the disk is full
-        torch.save(optimizers, file)
 
 
 def _seal(writing: Path, final: Path) -> None:
@@ -147,37 +139,45 @@ def _cannot_save(writing: Path, step: int) -> Iterator[None]:
         ) from error
 
 
-def load_checkpoint(folder: Path, notice: Callable[[str], None] | None = None) -> Checkpoint | None:
+def load_checkpoint(
+    folder: Path, notice: Callable[[str], None] | None = None, ranks: Ranks = ALONE
+) -> Checkpoint | None:
     """Reads the newest checkpoint that is whole; None when there is none at all.
 
     Args:
         folder: where `save_checkpoint` wrote.
         notice: told, in one line, of each damaged checkpoint that is passed over.
+        ranks: all of which call this; rank 0 chooses the checkpoint.
 
     Raises:
-        CheckpointError: there are checkpoints but all are damaged.
+        CheckpointError: there are checkpoints but all are damaged, or a rank does not see the one that rank 0 chose.
     """
-    damaged: list[str] = []
-    for path in reversed(_steps(folder)):
-        problem = verify(path)
-        if problem is None:
-            if notice is not None:
-                for text in damaged:
-                    notice(f"{text}; going on from {path.name}")
-            return _read(path)
-        damaged.append(f"{path} is damaged ({problem})")
-    if damaged:
-        raise CheckpointError(f"no whole checkpoint is left: {damaged[0]}", "start again in another folder")
-    return None
 
+    def newest() -> str | None:
+        damaged: list[str] = []
+        for path in reversed(_steps(folder)):
+            problem = verify(path)
+            if problem is None:
+                if notice is not None:
+                    for text in damaged:
+                        notice(f"{text}; going on from {path.name}")
+                return path.name
+            damaged.append(f"{path} is damaged ({problem})")
+        if damaged:
+            raise CheckpointError(f"no whole checkpoint is left: {damaged[0]}", "start again in another folder")
+        return None
 
-def load_step(folder: Path, step: int) -> Checkpoint:
-    """Reads the checkpoint of a step; CheckpointError where it is not there, or not whole."""
-    path = folder / f"step-{step:08d}"
-    problem = verify(path) if path.is_dir() else "it is not there"
-    if problem is not None:
-        raise CheckpointError(f"rank 0 goes on from {path}: {problem}", "let all machines see one run folder")
-    return _read(path)
+    def read() -> Checkpoint | None:
+        if name is None:
+            return None
+        path = folder / name
+        problem = None if ranks.is_main else verify(path) if path.is_dir() else "it is not there"
+        if problem is not None:
+            raise CheckpointError(f"rank 0 goes on from {path}: {problem}", "let all machines see one run folder")
+        return _read(path)
+
+    name = ranks.on_main(newest)
+    return ranks.together(read)
 
 
 def verify(path: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""torch.compile of a model in training: the first step's shapes are compiled, all others run as they are."""
+"""torch.compile of a model in training: the shapes of the first full batch are compiled, others run eagerly."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ MAX_WHOLE = 12  # blocks: as many as two cores compile in a minute
 
 
 def compile_model(model: nn.Module, device: torch.device, *, budget: float = 1.0, by_block: bool = False) -> None:
-    """Compiles a model's calls from now on, in place, for fixed shapes; the work is done in the first step.
+    """Has a model compiled in place, for fixed shapes, when it is first called; `plain_at_the_end` undoes it.
 
     A model of few blocks is compiled as a whole, which is the fastest by a few percent where blocks are small. A deeper
-    one would take over a minute: its blocks are compiled, once for all of one shape. So are they with a budget, since
-    what a whole model computes again is there all at once. `plain_at_the_end` undoes it.
+    one would take over a minute: its blocks are compiled, once for all of one shape. So are they with a budget: a whole
+    model would recompute all its activations at one time.
 
     Args:
-        model: what is called.
-        device: where.
-        budget: the share of the activations that is kept for the backward pass, in [0, 1]; the compiler has the rest
-            computed again, the cheapest first.
-        by_block: block by block whatever their number, where something happens between blocks (FSDP2).
+        model: the model.
+        device: where it runs.
+        budget: share of the activations that is kept for the backward pass, in [0, 1]; the compiler recomputes the
+            others, the cheapest first.
+        by_block: compile block by block whatever their number, where something happens between blocks (FSDP2).
 
     Raises:
         ConfigError: for a processor, no C++ compiler or no Python headers.
@@ -72,15 +72,11 @@ def check_compiler() -> None:
 
 @contextmanager
 def first_shapes_only(active: bool, *, keep: bool = False) -> Iterator[Callable[[bool], AbstractContextManager[None]]]:
-    """Yields the context of a step; it is told whether the step has a full batch.
+    """Yields a function that makes the context of a step; its argument says whether the step has a full batch.
 
-    The first step with a full batch is compiled. Everything else runs eagerly where its shapes differ: an epoch's
-    last, smaller batch (also when a resumed run begins with it) and evaluation come too seldom to repay a compilation
-    of their own.
-
-    Args:
-        active: whether anything is compiled at all.
-        keep: keep the compiled code at the end, for the run that follows.
+    The first step with a full batch is compiled. After it, new shapes run eagerly instead of recompiling: an epoch's
+    last, smaller batch (also when a resumed run begins with it) and evaluation are too rare to repay a compilation.
+    Without `active`, nothing happens. With `keep`, the compiled code stays for the run that follows.
     """
     if not active:
         yield lambda _full: nullcontext()
@@ -112,7 +108,7 @@ def first_shapes_only(active: bool, *, keep: bool = False) -> Iterator[Callable[
 
 @contextmanager
 def plain_at_the_end(model: nn.Module) -> Iterator[None]:
-    """At the end, modules call what their classes define: neither compiled nor saving activations, whatever was set."""
+    """At the end, removes compilation and activation checkpointing from all modules."""
     try:
         yield
     finally:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import sqrt
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,32 +17,17 @@ class BatchedMuon(torch.optim.Muon):
     """Muon (Jordan et al. 2024) with the update size of AdamW (Liu et al. 2025, "match_rms_adamw").
 
     A transformer has a few shapes of matrices, each once per block. torch.optim.Muon iterates on them one by one;
-    here all of a shape (or its transpose) are one batch of products. What is computed does not change, nor does the
-    state that a checkpoint holds; but where bf16 products are slow (a processor without instructions for them), the
-    iteration is in fp32.
-
-    Args:
-        params: the matrices.
-        lr: learning rate, on AdamW's scale.
-        weight_decay: decoupled weight decay.
+    here all of a shape (or its transpose) are one batch of products. Updates and saved state are the same, but where
+    bf16 products are slow (a processor without instructions for them), the iteration is in fp32.
     """
 
     def __init__(self, params: Sequence[Tensor], lr: float, weight_decay: float) -> None:
         super().__init__(params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step on the gradients that are there."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        assert closure is None
         for group in self.param_groups:
             by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
             for param in group["params"]:
@@ -50,13 +35,16 @@ class BatchedMuon(torch.optim.Muon):
                     by_shape[min(param.shape), max(param.shape)].append((param, param.grad))
             for shape, pairs in by_shape.items():
                 self._step_together(pairs, shape, group)
-        return loss
 
     def _step_together(self, pairs: list[tuple[Tensor, Tensor]], shape: tuple[int, int], group: dict[str, Any]) -> None:
         """Updates matrices of one shape, each of which may be wide or tall, by their gradients."""
         params, gradients = (list(column) for column in zip(*pairs, strict=True))
         wide = [param.shape[0] <= param.shape[1] for param in params]
-        momenta = [self._momentum(param) for param in params]
+        momenta: list[Tensor] = []
+        for param in params:
+            if "momentum_buffer" not in self.state[param]:
+                self.state[param]["momentum_buffer"] = torch.zeros_like(param)
+            momenta.append(self.state[param]["momentum_buffer"])
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
         dtype = torch.bfloat16 if has_fast_bf16(params[0].device) else torch.float32
@@ -65,13 +53,6 @@ class BatchedMuon(torch.optim.Muon):
         orthogonal = orthogonalise(stack, group["ns_coefficients"], group["ns_steps"], group["eps"]).unbind()
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(params, _turned(orthogonal, wide), alpha=-group["lr"] * 0.2 * sqrt(shape[1]))
-
-    def _momentum(self, param: Tensor) -> Tensor:
-        state = self.state[param]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(param)
-        momentum: Tensor = state["momentum_buffer"]
-        return momentum
 
 
 def _turned(matrices: Sequence[Tensor], wide: Sequence[bool]) -> list[Tensor]:
@@ -82,14 +63,8 @@ def _turned(matrices: Sequence[Tensor], wide: Sequence[bool]) -> list[Tensor]:
 def orthogonalise(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
     """Brings every singular value near 1 by a quintic Newton-Schulz iteration (Jordan et al. 2024).
 
-    Args:
-        matrices: (B, M, N) with M <= N; changed in place.
-        coefficients: of x, x^3 and x^5.
-        steps: iterations.
-        eps: the least norm a matrix is divided by.
-
-    Returns:
-        (B, M, N).
+    `matrices`, (B, M, N) with M <= N, are changed in place; `coefficients` are those of x, x^3 and x^5; `eps` is the
+    least norm that a matrix is divided by. Returns (B, M, N).
     """
     a, b, c = coefficients
     x = matrices.div_(matrices.norm(dim=(1, 2), keepdim=True).clamp(min=eps))

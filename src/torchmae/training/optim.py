@@ -1,4 +1,4 @@
-"""Parameter groups, optimisers and the learning-rate schedule (paper, table 8)."""
+"""Parameter groups, optimisers, the learning-rate schedule (paper, table 8), and how large a step is."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torchmae.config import OptimConfig
 from torchmae.nn.mae import no_weight_decay
 from torchmae.training.muon import BatchedMuon
+from torchmae.training.parallel import whole
 
 
 def peak_lr(config: OptimConfig, batch_size: int) -> float:
@@ -23,12 +24,7 @@ def lr_factor(step: int, total: int, config: OptimConfig) -> float:
     """The learning rate of a step as a share of the peak.
 
     Linear warm-up over the first `warmup * total` steps (the last of them at the peak), then cosine to `min_lr`, or
-    constant.
-
-    Args:
-        step: 0 to total - 1.
-        total: steps of the whole run.
-        config: the schedule.
+    constant. `step` is 0 to total - 1.
     """
     warmup = round(config.warmup * total)
     if step < warmup:
@@ -77,6 +73,26 @@ def set_lr(optimizers: Sequence[Optimizer], factor: float) -> None:
 def gradient_norm(model: nn.Module) -> Tensor:
     """The norm of all gradients together, as a tensor on their device."""
     return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+
+def copy_matrices(model: nn.Module) -> list[Tensor]:
+    """Copies of a model's trained weight matrices, to compare with after a step; vectors say little of its size."""
+    return [parameter.detach().clone() for parameter in _matrices(model)]
+
+
+def update_to_weight(before: Sequence[Tensor], model: nn.Module) -> Tensor:
+    """The norm of a step's change over the norm of the weights, of all matrices together: a scalar on their device.
+
+    Around 1e-3 is usual; 1e-2 and more for long means a learning rate that is too high, 1e-5 one that is too low.
+    `before` is from `copy_matrices`.
+    """
+    changes = [now.detach() - then for now, then in zip(_matrices(model), before, strict=True)]
+    norm = torch.nn.utils.get_total_norm
+    return whole(norm(changes)) / whole(norm(before)).clamp(min=1e-12)
+
+
+def _matrices(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.ndim >= 2]
 
 
 def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:

@@ -1,8 +1,8 @@
 """Several processes, one model: applied from outside, in a fixed order.
 
-1. `checkpoint_activations`, where memory is short; 2. compilation; 3. `parallelise`: DDP or FSDP2. The model itself
-knows of none of them, and its parameters keep their names. What only FSDP2 needs is imported where it is used: it takes
-as long to load as a third of torch.
+1. `place`, on the device, with FSDP2 in shards; 2. `checkpoint_activations`, where memory is short; 3. compilation;
+4. `wrap_ddp`. The model knows of none of them, and its parameters keep their names. What only FSDP2 needs is imported
+where it is used: it takes as long to load as a third of torch.
 """
 
 from __future__ import annotations
@@ -17,23 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from torchmae.config import PretrainConfig
-from torchmae.errors import ConfigError
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.training.runtime import Runtime
-
-
-def check_parallel(config: PretrainConfig, world_size: int) -> None:
-    """ConfigError for settings that several processes cannot follow."""
-    if world_size == 1:
-        return
-    if config.parallel == "fsdp" and config.optim.name == "muon":
-        raise ConfigError(
-            "optim.name is 'muon' and parallel is 'fsdp', but Muon needs whole matrices",
-            "use --parallel ddp, or --optim.name adamw",
-        )
-    if config.parallel == "fsdp" and config.compress_gradients:
-        raise ConfigError("compress_gradients is for parallel ddp, and parallel is 'fsdp'", "leave it out")
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -49,32 +34,46 @@ def checkpoint_activations(model: nn.Module) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def parallelise(model: MaskedAutoencoder, config: PretrainConfig, runtime: Runtime) -> nn.Module:
-    """Makes a model one that all ranks train together.
+def place(model: MaskedAutoencoder, parallel: str, runtime: Runtime) -> None:
+    """Moves a model, the same on every rank, to the runtime's device: whole, or with "fsdp" a shard on each rank.
+
+    With FSDP2, one block after the other moves and is cut, so that a device never holds more than one whole. Each
+    block's parameters are gathered when it runs. `model.load_state_dict` takes whole weights as before.
+    """
+    if parallel != "fsdp" or runtime.ranks.world_size == 1:
+        model.to(runtime.device)
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(runtime.device.type, (runtime.ranks.world_size,))
+    # Blocks are gathered in bf16, where autocast computes their layer norms whatever the types (CUDA); gradients are
+    # summed in fp32. What surrounds blocks stays fp32, as do targets and loss, and autocast decides as on one rank.
+    half = runtime.precision == "bf16" and runtime.device.type == "cuda"
+    policy = MixedPrecisionPolicy(torch.bfloat16 if half else None, torch.float32, cast_forward_inputs=False)
+    # The loop takes gradients of the loss alone. Of predictions with a gradient, which are views, FSDP2 would warn.
+    model.register_forward_hook(lambda _module, _args, output: output._replace(pred=output.pred.detach()))
+    for block in blocks(model):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    # The outermost module would keep its own weights gathered after a forward pass, for the backward pass to come;
+    # after an evaluation none comes.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    register_fsdp_forward_method(model, "encode")  # evaluation enters there
+    for module in model.modules():
+        module.register_load_state_dict_pre_hook(_cut)  # type: ignore[no-untyped-call]
+
+
+def wrap_ddp(model: nn.Module, runtime: Runtime, accumulate: int, *, compress: bool = False) -> nn.Module:
+    """Wraps a model in DistributedDataParallel, where there are several ranks.
 
     Args:
-        model: the same on every rank. With FSDP2 its parameters become shards, in place.
-        config: "ddp" or "fsdp", and what goes with it.
+        model: the same on all ranks, on the runtime's device.
         runtime: the ranks.
-
-    Returns:
-        What to call in place of the model: it averages gradients over ranks. With one rank, the model.
+        accumulate: number of micro-batches of a step.
+        compress: exchange gradients in bf16.
     """
-    world_size = runtime.ranks.world_size
-    if world_size == 1:
+    if runtime.ranks.world_size == 1:
         return model
-    if config.parallel == "fsdp":
-        return _shard(model, runtime)
-    wrapped = average_gradients(model, runtime, config.accumulate)
-    if config.compress_gradients:
-        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-
-        wrapped.register_comm_hook(None, bf16_compress_hook)
-    return wrapped
-
-
-def average_gradients(model: nn.Module, runtime: Runtime, accumulate: int) -> DistributedDataParallel:
-    """DDP: what to call in place of a model that is the same on all ranks; a batch comes in `accumulate` parts."""
     for parameter in model.parameters():
         if parameter.ndim > 2:  # a convolution's, applied as a linear layer: DDP wants its gradient's strides usual
             parameter.register_hook(lambda grad: grad.flatten().view(grad.shape))  # type: ignore[no-untyped-call]
@@ -85,27 +84,11 @@ def average_gradients(model: nn.Module, runtime: Runtime, accumulate: int) -> Di
         static_graph=accumulate == 1,  # accumulation leaves out the exchange in some passes
     )
     wrapped.broadcast_buffers = False  # positions are constants; the argument of this name is gone after torch 2.12
+    if compress:
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+        wrapped.register_comm_hook(None, bf16_compress_hook)
     return wrapped
-
-
-def _shard(model: MaskedAutoencoder, runtime: Runtime) -> nn.Module:
-    """FSDP2: each block's parameters are gathered when it runs. With bf16, blocks are gathered in bf16 and gradients
-    summed in fp32; what surrounds them stays fp32, as do targets and loss, and autocast decides as on one rank."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-
-    mesh = init_device_mesh(runtime.device.type, (runtime.ranks.world_size,))
-    dtype = torch.bfloat16 if runtime.precision == "bf16" else None
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    # The loop takes gradients of the loss alone. Of predictions with a gradient, which are views, FSDP2 would warn.
-    model.register_forward_hook(lambda _module, _args, output: output._replace(pred=output.pred.detach()))
-    for block in blocks(model):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    # The outermost module would keep its own weights gathered after a forward pass, for the backward pass to come;
-    # after an evaluation none comes.
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)
-    register_fsdp_forward_method(model, "encode")  # evaluation enters there
-    return model
 
 
 def exchanging(wrapped: nn.Module, now: bool) -> AbstractContextManager[Any]:
@@ -134,15 +117,13 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """A model's state_dict with every shard in place; collective where there are some, and then on the processor."""
-    return {name: whole(value).cpu() if is_sharded(value) else value for name, value in model.state_dict().items()}
+    """A model's state_dict; of one in shards, whole and on the processor on rank 0, empty on others. Collective."""
+    if not any(map(is_sharded, model.parameters())):
+        return model.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-
-def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Puts whole weights into a model, sharded or not. Their names and shapes are the model's."""
-    for name, target in model.state_dict().items():
-        with torch.no_grad():
-            target.copy_(_like(weights[name], target))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
 
 
 def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
@@ -163,9 +144,16 @@ def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
+def _cut(module: nn.Module, weights: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Before a module takes whole weights: cuts those of its own parameters as these are."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if prefix + name in weights:
+            weights[prefix + name] = _like(weights[prefix + name], parameter)
+
+
 def _like(tensor: Tensor, target: Tensor) -> Tensor:
     """A whole tensor cut as `target` is; every rank has all of it, so nothing is sent."""
-    if not is_sharded(target):
+    if not is_sharded(target) or is_sharded(tensor):
         return tensor
     from torch.distributed.tensor import DTensor, distribute_tensor
 

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live bar on a terminal, plain lines elsewhere."""
+"""The display of a run: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -13,27 +13,16 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 @dataclass(frozen=True)
 class Status:
-    """One moment of a run.
+    """One moment of a run; loss and speeds are means since the last moment."""
 
-    Attributes:
-        step: optimiser steps done.
-        total: steps of the run.
-        epoch: passes over the data, with fraction.
-        epochs: passes at the end, with fraction.
-        loss: mean since the last moment.
-        images_per_s: training speed since the last moment.
-        data_wait: share of the time spent waiting for data, 0 to 1.
-        eta_s: seconds of training left at this speed.
-    """
-
-    step: int
-    total: int
-    epoch: float
-    epochs: float
+    step: int  # optimiser steps done
+    total: int  # of the run
+    epoch: float  # passes over the data, with fraction
+    epochs: float  # of the run
     loss: float
     images_per_s: float
-    data_wait: float
-    eta_s: float
+    data_wait: float  # share of the time that was spent waiting for data, 0 to 1
+    eta_s: float  # seconds of training left at this speed
 
     def line(self) -> str:
         """The moment in one line, what matters most first: a narrow terminal cuts off its end."""
@@ -44,12 +33,10 @@ class Status:
 
 
 class Display:
-    """Shows progress on standard error.
+    """Shows progress on a stream (default: standard error).
 
-    Args:
-        mode: "auto" (a live bar on a terminal, else plain lines), "plain", "epochs" (one line an epoch, on standard
-            output, nothing else), or "none".
-        stream: where to; None: standard error.
+    `mode` is "auto" (a live bar on a terminal, else plain lines), "plain", "epochs" (one line an epoch, on standard
+    output, nothing else), or "none".
     """
 
     PLAIN_INTERVAL_S = 10.0
@@ -75,7 +62,7 @@ class Display:
         if self._mode == "live":
             self._show(f"{what} {done:,}/{total:,}", done, total)
             if done >= total:
-                self._stop()
+                self.close()
         elif done >= total or time.monotonic() - self._last_line > self.PLAIN_INTERVAL_S:
             self._last_line = time.monotonic()
             self.say(f"{what}: {done:,} of {total:,}")
@@ -95,7 +82,9 @@ class Display:
 
     def close(self) -> None:
         """Ends the live bar; its last state stays."""
-        self._stop()
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
     def _show(self, text: str, done: int, total: int) -> None:
         if self._bar is None:
@@ -107,11 +96,6 @@ class Display:
             self._bar.start()
         assert self._task is not None
         self._bar.update(self._task, description=text, completed=done, total=total)
-
-    def _stop(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
 
 
 def clock(seconds: float) -> str:

@@ -36,9 +36,9 @@ class Ranks:
 
     Attributes:
         rank: 0 to world_size - 1; 0 is the main one, which writes, prints and logs.
-        world_size: how many there are on all machines.
-        local_rank: place on this machine, and the GPU that it takes.
-        local_world_size: how many there are on this machine.
+        world_size: number of ranks on all machines.
+        local_rank: place on this machine, and the index of its GPU.
+        local_world_size: number of ranks on this machine.
     """
 
     rank: int = 0
@@ -48,17 +48,17 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that writes, prints and logs."""
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all ranks, in place of the tensor's values, without waiting for its device."""
+        """The sum over all ranks, in place, without waiting for the tensor's device."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
-    def largest(self, *values: float) -> list[float]:
-        """The largest of each value over all ranks. Sent from processor to processor: no GPU is waited for."""
+    def all_reduce_max(self, *values: float) -> list[float]:
+        """The maximum of each value over all ranks. Sent from processor to processor: no GPU is waited for."""
         if self.world_size == 1:
             return list(values)
         numbers = torch.tensor(values, dtype=torch.float64)
@@ -66,10 +66,10 @@ class Ranks:
         return numbers.tolist()
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """What `action` returns on rank 0, where alone it runs.
+        """Runs `action` on rank 0 alone and returns its result on all ranks.
 
         Raises:
-            Exception: what `action` raised, on rank 0, where it is said once; the others leave with SystemExit.
+            Exception: what `action` raised, on rank 0; the other ranks raise SystemExit.
         """
         if self.world_size == 1:
             return action()
@@ -89,10 +89,10 @@ class Ranks:
         return answer[0]
 
     def together(self, action: Callable[[], T]) -> T:
-        """What `action` returns on each rank; where it fails on one, all of them end. It must exchange nothing.
+        """Runs `action`, which must not communicate, on every rank; where it fails on one rank, all of them end.
 
         Raises:
-            TorchmaeError: of the first rank that failed, raised on rank 0; the others leave with SystemExit.
+            TorchmaeError: of the first rank that failed, on rank 0; the other ranks raise SystemExit.
         """
         error: TorchmaeError | None = None
         try:
@@ -108,21 +108,17 @@ class Ranks:
         raise error if error is not None else ConfigError(f"rank {rank}: {failure[0]}", failure[1])
 
     def main_first(self, action: Callable[[], T]) -> T:
-        """What `action` returns, on rank 0 before the others begin: what it downloads or indexes, it does once.
-
-        Raises:
-            Exception: as `on_main`, where it failed on rank 0.
-        """
+        """Runs `action` on rank 0, then on the others: downloads and indexes are made once. Errors as of `on_main`."""
         found: list[T] = []
         self.on_main(lambda: found.append(action()))
         return found[0] if self.is_main else action()
 
     def share(self, count: int) -> range:
-        """Which of `count` things are this rank's: neighbours, and on the last rank never fewer than on another."""
+        """This rank's contiguous part of `range(count)`; the last rank's is never smaller than another's."""
         return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
 
     def gather_rows(self, rows: Tensor) -> Tensor:
-        """Every rank's rows, (N, ...), in the order of ranks; from (M, ...), of which M alone may differ."""
+        """The rows of all ranks, (N, ...), in the order of ranks; from (M, ...), of which only M may differ."""
         if self.world_size == 1:
             return rows
         counts = self.gather(len(rows))
@@ -133,7 +129,7 @@ class Ranks:
         return torch.cat([part[:count] for part, count in zip(everything, counts, strict=True)])
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, in the order of ranks."""
+        """The values of all ranks, in their order."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -146,15 +142,7 @@ ALONE = Ranks()
 
 @contextmanager
 def one_line_when_lost(ranks: Ranks, kept: str = "the last checkpoint was kept: resume the run") -> Iterator[None]:
-    """The end of another rank, which fails whatever this one was exchanging with it, as one line.
-
-    Args:
-        ranks: those that work together.
-        kept: what was, and how to go on.
-
-    Raises:
-        TrainingError: another rank is gone.
-    """
+    """Converts a failed collective into a one-line TrainingError; `kept` says what is left and how to go on."""
     try:
         yield
     except RuntimeError as error:
@@ -167,10 +155,10 @@ def one_line_when_lost(ranks: Ranks, kept: str = "the last checkpoint was kept: 
 
 
 def ranks_from_environment() -> Ranks:
-    """What torchrun says of this process; a process that it did not start is alone.
+    """The ranks that torchrun's variables describe; without them, one.
 
     Raises:
-        ConfigError: an environment that names several ranks and does not say which of them this one is.
+        ConfigError: variables that name several ranks and not which of them this process is.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     given = {name: os.environ[name] for name in names if name in os.environ}
@@ -186,18 +174,15 @@ def ranks_from_environment() -> Ranks:
 
 
 def restarts() -> tuple[int, int]:
-    """How often torchrun has started this group again, and how often it may (`--max-restarts`)."""
+    """How often torchrun has restarted this group, and how often it may (`--max-restarts`)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
 
 
 @contextmanager
 def open_ranks(device: str) -> Iterator[Ranks]:
-    """The ranks that torchrun started, connected for as long as the context lasts.
+    """The ranks that torchrun started, connected as long as the context lasts: NCCL for GPUs, gloo for processors.
 
-    NCCL between GPUs and gloo between processors; where the caller has connected them already, that is used.
-
-    Args:
-        device: as in `PretrainConfig`; each rank takes a GPU of its own, or they share the processor.
+    Each rank takes a GPU of its own, or they share the processor. A process group that the caller opened is used.
 
     Raises:
         ConfigError: more ranks on this machine than GPUs, or one GPU named for all of them.
@@ -214,8 +199,9 @@ def open_ranks(device: str) -> Iterator[Ranks]:
         torch.cuda.set_device(ranks.local_rank)
     backend = "cpu:gloo,cuda:nccl" if with_gpus else "gloo"
     with one_line_when_lost(ranks, "start all ranks again"):
-        attempt = meet(ranks)
-        dist.init_process_group(backend, store=attempt, rank=ranks.rank, world_size=ranks.world_size, timeout=TIMEOUT)
+        dist.init_process_group(
+            backend, store=meet(ranks), rank=ranks.rank, world_size=ranks.world_size, timeout=TIMEOUT
+        )
     try:
         yield ranks
     finally:
@@ -223,11 +209,7 @@ def open_ranks(device: str) -> Iterator[Ranks]:
 
 
 def meet(ranks: Ranks) -> Any:
-    """The store through which ranks find each other, once all of them are there.
-
-    Raises:
-        TrainingError: some did not come within MEETING.
-    """
+    """The store of the process group, once all ranks have arrived; TrainingError where some do not within MEETING."""
     try:
         store, _, _ = next(rendezvous("env://", timeout=MEETING))
         # torchrun may start a group again beside the same store, in which the addresses of the dead still lie.
@@ -245,7 +227,7 @@ def meet(ranks: Ranks) -> Any:
 
 
 def check_device(device: str, ranks: Ranks, num_gpus: int) -> bool:
-    """Whether ranks compute on GPUs; ConfigError where they cannot have one each."""
+    """Whether the ranks compute on GPUs; ConfigError where there are fewer GPUs than ranks."""
     if device == "cpu" or (device == "auto" and num_gpus == 0):
         return False
     if device not in ("auto", "cuda"):
@@ -258,20 +240,9 @@ def check_device(device: str, ranks: Ranks, num_gpus: int) -> bool:
     return True
 
 
-def agree_on_signal(ranks: Ranks, number: int | None, *flags: bool) -> tuple[int | None, list[bool]]:
-    """The signal that any rank has had, if one has; and which flags are up on any rank."""
-    answer, *raised = ranks.largest(float(number or 0), *map(float, flags))
-    return int(answer) or None, [bool(flag) for flag in raised]
-
-
 def share_of_cores(num_workers: int | None, ranks: Ranks) -> int | None:
-    """Reader processes of this rank: as many as asked for, else its share of the machine's cores; None when alone."""
+    """Number of this rank's DataLoader workers: the option's value, else its share of the cores; None when alone."""
     return num_workers if ranks.local_world_size == 1 else reader_processes(num_workers, ranks.local_world_size)
-
-
-def part_of(total: int, ranks: Ranks, parts: int) -> int:
-    """Into how many parts each rank cuts its share of `total` images: as many as wanted, and one image in each."""
-    return max(1, min(parts, total // ranks.world_size))
 
 
 def concatenate(lists: Sequence[Sequence[T]]) -> list[T]:

@@ -1,4 +1,4 @@
-"""The folder of one run: its files, and who may write there."""
+"""The folder of one run: the names of its files, and a lock."""
 
 from __future__ import annotations
 
@@ -40,14 +40,10 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, *, rename: bool = False) -> RunFolder:
-        """A new run's folder. A run there that took no step does not count: see `clear_start`.
-
-        Args:
-            path: the folder.
-            rename: take PATH-2, PATH-3 and so on where that name is taken.
+        """The folder of a new run; with `rename`, PATH-2, PATH-3 and so on where the name is taken.
 
         Raises:
-            ConfigError: it holds a run or other files already, or cannot be written.
+            ConfigError: it holds a run that took a step (see `clear_start`) or other files, or cannot be written.
         """
         try:
             folder = cls(_make_new(path) if rename else path)
@@ -77,11 +73,7 @@ class RunFolder:
         return cls(path)
 
     def lock(self) -> None:
-        """Keeps other runs out of the folder until `close`, or until this process ends in whatever way.
-
-        Raises:
-            CheckpointError: another process, here or on another machine that shares the disk, trains in it.
-        """
+        """Locks the folder until `close` or the end of this process; CheckpointError where another process has it."""
         try:
             self._lock = lock_file(self.path / ".lock")
         except BlockingIOError as error:
@@ -90,7 +82,7 @@ class RunFolder:
             ) from error
 
     def clear_start(self) -> None:
-        """Removes what a run left that failed before its first step; call with the lock, which such a run may hold."""
+        """Removes what a run left that failed before its first step; call with the lock."""
         for name in ("config.yaml", "environment.json", "metrics.jsonl", "tracking.json"):
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
@@ -121,10 +113,7 @@ class RunFolder:
         self.write_text(name, json.dumps(value, indent=2) + "\n")
 
     def remove_results(self) -> None:
-        """Removes what an earlier part of the run, that was interrupted, took for its end: weights and summary.
-
-        Until it ends again, the newest checkpoint is what the run has.
-        """
+        """Removes weights and summary of an interrupted part of the run: now the newest checkpoint is what it has."""
         for path in (self.weights, self.summary):
             path.unlink(missing_ok=True)
 

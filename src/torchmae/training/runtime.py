@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import platform
 import shlex
 import sys
@@ -17,8 +19,10 @@ import torchmae
 from torchmae.data.jpeg import jpeg_decoder
 from torchmae.errors import ConfigError
 from torchmae.threads import num_cores
-from torchmae.training.allocation import keep_freed_memory
 from torchmae.training.ranks import ALONE, Ranks
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+_LARGEST_KEPT = 256 * 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -45,14 +49,14 @@ class Runtime:
 def open_runtime(
     device: str, precision: str, threads: int | None, ranks: Ranks = ALONE, *, keep_memory: bool = True
 ) -> Runtime:
-    """Resolves "auto", sets the number of threads, and has freed memory kept (on a processor).
+    """Resolves "auto", sets the number of threads, and calls `keep_freed_memory` on a processor.
 
     Args:
         device: "auto" (cuda, else cpu: mps, Apple's, was never tried) or a torch device.
         precision: "auto", "bf16" or "fp32".
         threads: processor threads; None: this rank's share of the cores that this process may use.
-        ranks: as `ranks.open_ranks` opened them; of several, each takes the GPU of its local rank.
-        keep_memory: as `allocation.keep_freed_memory`.
+        ranks: as `open_ranks` opened them; of several, each takes the GPU of its local rank.
+        keep_memory: call `keep_freed_memory`.
 
     Raises:
         ConfigError: a device that is not there.
@@ -68,6 +72,23 @@ def open_runtime(
         keep_freed_memory()
     resolved = precision if precision != "auto" else ("bf16" if has_fast_bf16(chosen) else "fp32")
     return Runtime(chosen, resolved, count, ranks)
+
+
+def keep_freed_memory() -> bool:
+    """Tunes glibc's malloc to keep freed blocks of up to 256 MiB for the next step; whether it did.
+
+    By default every large block goes back to the system and comes anew, zeroed page by page: hundreds of thousands of
+    page faults a step, a sixth of the time of a small model. Kept blocks of many sizes leave gaps; larger blocks, which
+    would leave the largest gaps, still go back. The process keeps what it held at its peak (benchmarks/allocation.py).
+    Another allocator (LD_PRELOAD), or one that the environment tunes (MALLOC_*, GLIBC_TUNABLES), is left alone.
+    """
+    tuned = any(name in os.environ for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"))
+    if tuned or not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    return mallopt(_M_TRIM_THRESHOLD, 2**31 - 1) == 1 == mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -32,14 +32,9 @@ def write_shards(path: Path, model: dict[str, Tensor], optimizers: list[dict[str
 
 
 def read_shards(path: Path, param_groups: list[Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """The whole model and optimisers of a folder of shards, whatever number of ranks wrote it. Not collective.
+    """The whole state_dicts of model and optimisers, whatever number of ranks wrote the shards. Not collective.
 
-    Args:
-        path: the folder.
-        param_groups: of each optimiser's state_dict; shards hold its tensors only.
-
-    Returns:
-        The model's state_dict and each optimiser's.
+    `param_groups` are those of each optimiser's state_dict; shards hold its tensors only.
     """
     reader = HuggingFaceStorageReader(str(path))
     sizes = cast(dict[str, TensorStorageMetadata], reader.read_metadata().state_dict_metadata)

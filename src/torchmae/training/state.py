@@ -1,4 +1,4 @@
-"""Where a run stands: kept in its checkpoints, restored from them, set back to one when the numbers go wrong."""
+"""The state of a run: saved in checkpoints, restored from them; the errors of a run that ends early."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from torchmae.errors import CheckpointError, Interrupted, TrainingError, reason_of
 from torchmae.training.checkpoint import Checkpoint, save_checkpoint
-from torchmae.training.parallel import load_optimizer, load_weights, local
+from torchmae.training.parallel import load_optimizer, local
 from torchmae.training.ranks import Ranks
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.task import Task
@@ -25,9 +25,7 @@ LARGEST_USUAL = 100.0  # deviations from the mean that sound inputs stay below
 
 @dataclass
 class State:
-    """Where a run stands; stored in every checkpoint.
-
-    A checkpoint need not have what has a default: earlier versions did not write all of it.
+    """The state of a run, stored in every checkpoint. Earlier versions wrote only some of what has a default.
 
     Attributes:
         step: optimiser steps done.
@@ -79,20 +77,13 @@ def all_finite(model: nn.Module, optimizers: Sequence[Optimizer], ranks: Ranks) 
     ]
     numbers = [local(value.detach()) for value in (*model.parameters(), *moments)]
     largest = torch.nn.utils.get_total_norm([value for value in numbers if value.numel()], math.inf).item()
-    return not ranks.largest(float(not math.isfinite(largest)))[0]
+    return not ranks.all_reduce_max(float(not math.isfinite(largest)))[0]
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizers: Sequence[Optimizer], precision: str) -> State:
-    """Puts a checkpoint's weights and optimiser state in place; the optimisers' settings stay the configuration's.
+    """Loads a checkpoint into model and optimisers, whose settings stay their own, and returns its state.
 
-    Args:
-        checkpoint: where to go on from.
-        model: takes the weights.
-        optimizers: as `build_optimizers` made them for `model`.
-        precision: of the steps to come.
-
-    Returns:
-        The state to go on from.
+    `precision` is that of the steps to come.
 
     Raises:
         CheckpointError: it was made by another model or optimiser.
@@ -103,7 +94,7 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizers: Sequence[Optim
             f"{checkpoint.path} does not fit the model: {difference}", "resume with the run's own settings"
         )
     try:
-        load_weights(model, checkpoint.model)
+        model.load_state_dict(checkpoint.model)
         for optimizer, saved in zip(optimizers, checkpoint.optimizers, strict=True):
             load_optimizer(optimizer, saved)
         state = State(**{**checkpoint.state, "precision": precision})
@@ -150,8 +141,4 @@ def interrupted(signal_number: int, state: State, task: Task, folder: RunFolder)
     """The error of a run that was stopped and saved."""
     name = signal.Signals(signal_number).name
     problem = f"stopped by {name} after step {state.step} of {state.total_steps}, all saved"
-    return Interrupted(problem, _fix(task.fixes.interrupted, folder), signal_number)
-
-
-def _fix(template: str, folder: RunFolder) -> str:
-    return template.format(folder=shlex.quote(str(folder.path)))
+    return Interrupted(problem, task.fixes.interrupted.format(folder=shlex.quote(str(folder.path))), signal_number)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchmae.config import OptimConfig, PretrainConfig
+from torchmae.config import OptimConfig
 from torchmae.data.loader import Batch
 from torchmae.training.ranks import ALONE, Ranks
 from torchmae.training.runtime import Runtime
@@ -20,7 +23,7 @@ Inputs = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How the trainer runs a task; names and ranges as in `PretrainConfig`.
+    """How the trainer runs a task; names and ranges as in the settings of a run.
 
     Attributes:
         optim: the learning rate's schedule and the clipping of gradients.
@@ -33,13 +36,29 @@ class LoopSettings:
     optim: OptimConfig
     compile: bool
     checkpoint_minutes: float
-    log_every: int = PretrainConfig.log_every
-    max_skipped: int = PretrainConfig.max_skipped
+    log_every: int = 10
+    max_skipped: int = 3
     per_epoch: bool = False
 
 
+_DRAWING = threading.RLock()
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """torch draws from `seed` in here, on the processor and on `device`, whatever other threads draw.
+
+    torch has one generator for all threads of a process: another one that comes here waits.
+    """
+    with _DRAWING:
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 2 ms where it finds no GPU to seed
+        if device is not None and device.type != "cpu":
+            torch.get_device_module(device).manual_seed(seed)
+        yield
+
+
 def step_seed(seed: int, step: int, ranks: Ranks = ALONE) -> int:
-    """The seed of torch's generator on a rank at a step: what is drawn there does not depend on the steps before."""
+    """The seed of a rank at a step: what is drawn there does not depend on the steps before."""
     return seed % 2**32 * 2**31 + step * ranks.world_size + ranks.rank
 
 

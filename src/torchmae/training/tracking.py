@@ -1,13 +1,15 @@
-"""Where figures go: metrics.jsonl always, TensorBoard when it is installed, services that are asked for."""
+"""Where figures go: metrics.jsonl always, TensorBoard where it is installed, services that are asked for by name."""
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
+import uuid
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -17,43 +19,29 @@ import numpy as np
 from PIL import Image
 
 from torchmae import settings
-from torchmae.config import PretrainConfig
-from torchmae.errors import CheckpointError, ConfigError
+from torchmae.errors import CheckpointError, ConfigError, reason_of
 from torchmae.training.progress import Display
 from torchmae.training.run_folder import RunFolder
-from torchmae.training.tracking_services import SERVICES, Spared
+
+PROJECT = "torchmae"
 
 
 class Tracker(Protocol):
-    """Takes figures and pictures as they come; the configuration, when it is made."""
+    """Takes figures and pictures as they come; by itself, it leaves them alone."""
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """Records the values of one moment.
-
-        Args:
-            kind: "train", "val", "epoch" or "baseline".
-            step: optimiser steps so far.
-            values: names and figures.
-        """
+        """Records figures by name after `step` optimiser steps; `kind` is "train", "val", "epoch" or "baseline"."""
 
     def log_picture(self, name: str, step: int, path: Path) -> None:
-        """Takes a picture of one moment.
-
-        Args:
-            name: what it shows.
-            step: optimiser steps so far.
-            path: a PNG file of the run folder.
-        """
+        """Records a PNG file of the run folder; `name` says what it shows."""
+        return
 
     def close(self) -> None:
         """Writes out what is held back."""
 
 
-class JsonLines:
-    """One JSON object a line; each line is with the operating system when `log` returns.
-
-    Args:
-        path: the file, appended to.
+class JsonLines(Tracker):
+    """One JSON object a line, appended to the file `path`; each line is with the operating system when `log` returns.
 
     Raises:
         CheckpointError: the file cannot be opened.
@@ -76,21 +64,15 @@ class JsonLines:
             while line:
                 line = line[self._file.write(line) :]
 
-    def log_picture(self, name: str, step: int, path: Path) -> None:
-        """Nothing: the run folder has the file."""
-
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
 
 
-class TensorBoard:
-    """Event files for TensorBoard.
+class TensorBoard(Tracker):
+    """Event files for TensorBoard, with the settings as YAML.
 
-    Args:
-        folder: where they go.
-        config: the settings as YAML.
-        step: the step that the run goes on from; what an earlier part of it logged after that is hidden.
+    Of a run that goes on from `step`, what was logged after that step is hidden.
 
     Raises:
         ImportError: tensorboard is not installed.
@@ -122,30 +104,131 @@ class TensorBoard:
             self._writer.close()
 
 
-class Trackers:
-    """Several trackers as one; a context manager.
+class Service(Tracker, Protocol):
+    """A tracker that sends figures elsewhere. Its library is imported when it is made.
 
-    Args:
-        trackers: each gets every figure.
+    Attributes:
+        place: where to look, for people.
     """
 
-    def __init__(self, *trackers: Tracker) -> None:
-        self._trackers = trackers
+    place: str
+    _run: Any
+    _picture: Any
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """As `Tracker.log`."""
-        for tracker in self._trackers:
-            tracker.log(kind, step, values)
+        self._run.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
     def log_picture(self, name: str, step: int, path: Path) -> None:
         """As `Tracker.log_picture`."""
-        for tracker in self._trackers:
-            tracker.log_picture(name, step, path)
+        self._run.log({name: self._picture(str(path))}, step=step)
+
+
+class Wandb(Service):
+    """Weights & Biases. What it writes lies in RUN/wandb; WANDB_MODE=offline keeps it there, for `wandb sync`.
+
+    A run that goes on keeps its page: its id is that of the run folder. Of steps that are repeated after a crash W&B
+    keeps the first figures. The documented WANDB_* variables choose project, entity, name, server and mode.
+    """
+
+    def __init__(self, folder: RunFolder, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        self._picture = wandb.Image
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT") or PROJECT,
+            name=os.environ.get("WANDB_NAME") or folder.path.resolve().name,
+            id=os.environ.get("WANDB_RUN_ID") or tracking_id(folder),
+            resume="allow",
+            dir=str(folder.path),
+            config=dict(config),
+            # Its own lines and its copy of ours would cut through the line of progress; a run that the caller has
+            # open stays open.
+            settings=wandb.Settings(console="off", silent=True, reinit="create_new"),
+        )
+        offline = self._run.offline  # where W&B warns of asking for a page
+        upload = f"offline; to upload: wandb sync {Path(self._run.dir).parent}"
+        self.place = upload if offline else self._run.url or "disabled"
 
     def close(self) -> None:
-        """Closes all of them."""
+        """Uploads what is left."""
+        self._run.finish()
+
+
+class Trackio(Service):
+    """trackio, which needs no account: a database in TRACKIO_DIR that `trackio show` displays.
+
+    A run that goes on keeps its name, which ends in the id of the run folder. TRACKIO_PROJECT names the project, as for
+    transformers; TRACKIO_SPACE_ID and TRACKIO_SERVER_URL, which the library documents, send it elsewhere.
+    """
+
+    def __init__(self, folder: RunFolder, config: Mapping[str, Any]) -> None:
+        import trackio
+
+        self._trackio: Any = trackio
+        self._picture = trackio.Image
+        project = os.environ.get("TRACKIO_PROJECT") or PROJECT
+        with redirect_stdout(io.StringIO()):  # standard output is for our own results
+            self._run = trackio.init(
+                project=project,
+                name=f"{folder.path.resolve().name}-{tracking_id(folder)}",
+                resume="allow",
+                config=dict(config),
+                embed=False,
+            )
+        self.place = f"{self._run.name}; to see it: trackio show --project {project}"
+
+    def close(self) -> None:
+        """Writes out what is left."""
+        with redirect_stdout(io.StringIO()):
+            self._trackio.finish()  # the run's own method would run, and print, once more when the process ends
+
+
+SERVICES: dict[str, Callable[[RunFolder, Mapping[str, Any]], Service]] = {"wandb": Wandb, "trackio": Trackio}
+
+
+class Trackers(Tracker):
+    """Several trackers as one; a context manager. `start` adds services, whose failures do not end the run."""
+
+    def __init__(self, *trackers: Tracker) -> None:
+        self._trackers = trackers
+        self._services: dict[str, Tracker] = {}
+        self._warn: Callable[[str], None] = print
+
+    def start(self, service: str, folder: RunFolder, config: Mapping[str, Any], display: Display) -> None:
+        """Starts a service of `SERVICES` and says where to look; after its first failure, it gets no more figures."""
+        self._warn = display.warn
+        with self._spare(service):
+            self._services[service] = tracker = SERVICES[service](folder, config)
+            display.say(f"{service}: {tracker.place}")
+
+    def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """As `Tracker.log`."""
+        self._tell(lambda tracker: tracker.log(kind, step, values))
+
+    def log_picture(self, name: str, step: int, path: Path) -> None:
+        """As `Tracker.log_picture`."""
+        self._tell(lambda tracker: tracker.log_picture(name, step, path))
+
+    def close(self) -> None:
+        """As `Tracker.close`."""
+        self._tell(lambda tracker: tracker.close())
+
+    def _tell(self, message: Callable[[Tracker], None]) -> None:
         for tracker in self._trackers:
-            tracker.close()
+            message(tracker)
+        for name, service in tuple(self._services.items()):
+            with self._spare(name):
+                message(service)
+
+    @contextmanager
+    def _spare(self, service: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever the library raises: none of it is the run's fault
+            self._services.pop(service, None)
+            reason = reason_of(error).rstrip(".")
+            self._warn(f"{service} gets no more figures of this run: {reason}; metrics.jsonl has all of them")
 
     def __enter__(self) -> Trackers:
         return self
@@ -159,11 +242,7 @@ class Trackers:
 
 
 def tracker_names(trackers: str) -> tuple[str, ...]:
-    """The trackers beside metrics.jsonl that the setting `trackers` asks for.
-
-    Raises:
-        ConfigError: the library of one of them is not installed.
-    """
+    """The trackers that the setting `trackers` asks for; ConfigError where a library of theirs is not installed."""
     if trackers == "none":
         return ()
     if trackers == "auto":
@@ -182,29 +261,34 @@ def _is_installed(name: str) -> bool:
     return spec is not None and spec.origin is not None  # a folder ./wandb, left by other runs, has no origin
 
 
-def open_trackers(config: PretrainConfig, folder: RunFolder, display: Display, step: int = 0) -> Trackers:
-    """metrics.jsonl, and what `config.trackers` asks for.
+def open_trackers(trackers: str, folder: RunFolder, display: Display, step: int = 0) -> Trackers:
+    """metrics.jsonl and the trackers of the setting `trackers`, of a run whose config.yaml is written.
 
-    Args:
-        config: the run's, which trackers show too.
-        folder: the run's.
-        display: says where to look, and what a service that fails says.
-        step: the step that the run goes on from.
-
-    Raises:
-        CheckpointError: the run folder cannot be written to.
-        ConfigError: as for `tracker_names`.
+    `step` is the one that the run goes on from. Errors: as of `tracker_names`, and CheckpointError where the run folder
+    cannot be written to.
     """
-    names = tracker_names(config.trackers)
-    trackers: list[Tracker] = [JsonLines(folder.metrics)]
+    names = tracker_names(trackers)
+    files: list[Tracker] = [JsonLines(folder.metrics)]
     if "tensorboard" in names:
-        with warnings.catch_warnings(), suppress(ImportError) if config.trackers == "auto" else nullcontext():
+        with warnings.catch_warnings(), suppress(ImportError) if trackers == "auto" else nullcontext():
             warnings.simplefilter("ignore")  # tensorboard's own imports warn
-            trackers.append(TensorBoard(folder.path / "tensorboard", settings.to_yaml(config), step))
-    for name in names:
-        if name in SERVICES:
-            trackers.append(Spared(name, folder, asdict(config), say=display.say, warn=display.warn))
-    return Trackers(*trackers)
+            config = folder.config.read_text(encoding="utf-8")
+            files.append(TensorBoard(folder.path / "tensorboard", config, step))
+    opened = Trackers(*files)
+    for name in (name for name in names if name in SERVICES):
+        opened.start(name, folder, settings.read_yaml(folder.config), display)
+    return opened
+
+
+def tracking_id(folder: RunFolder) -> str:
+    """Eight characters that name a run folder among all others, kept in it: a run that goes on is found again."""
+    path = folder.path / "tracking.json"
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        name = uuid.uuid4().hex[:8]
+        folder.write_json(path.name, {"id": name})
+        return name
 
 
 @contextmanager

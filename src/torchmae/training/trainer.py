@@ -14,30 +14,29 @@ from torch.optim import Optimizer
 
 from torchmae.data.loader import Batch, ImageLoader, Plan
 from torchmae.errors import TrainingError
-from torchmae.training.allocation import ran_out_of_memory
 from torchmae.training.checkpoint import Checkpoint, load_checkpoint
 from torchmae.training.compilation import first_shapes_only, plain_at_the_end
-from torchmae.training.optim import gradient_norm, lr_factor, set_lr
+from torchmae.training.optim import copy_matrices, gradient_norm, lr_factor, set_lr, update_to_weight
 from torchmae.training.parallel import exchanging, whole
 from torchmae.training.progress import Display
-from torchmae.training.ranks import Ranks, agree_on_signal, one_line_when_lost, part_of
+from torchmae.training.ranks import Ranks, one_line_when_lost
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.signals import stop_signals
 from torchmae.training.state import State, diverged, interrupted, restore, save
-from torchmae.training.task import Inputs, Task, step_seed
+from torchmae.training.task import Inputs, Task, seeded, step_seed
 from torchmae.training.tracking import Tracker
-from torchmae.training.update_size import copy_matrices, update_to_weight
-from torchmae.training.window import Step, Window, close_window, timed
+from torchmae.training.window import Step, Window
 
 SMALLEST_LR_SCALE = 1 / 8  # a run that diverges at an eighth of its learning rate has another fault
+_NO_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")  # CUDA and NCCL, a processor, cuBLAS
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Something to measure on the way.
+    """Something to measure during training.
 
     Attributes:
-        count: how many times in a run, evenly spread, the last after the last step.
+        count: number of measurements in a run, evenly spaced, the last after the last step.
         run: called with the number of steps done; its figures are logged.
         at_epoch_ends: wait for the end of the epoch.
     """
@@ -48,7 +47,7 @@ class Evaluator:
 
     def due(self, total_steps: int, steps_per_epoch: int) -> frozenset[int]:
         """The numbers of steps done, after which it runs."""
-        steps = due_steps(total_steps, self.count)
+        steps = [math.ceil(total_steps * i / self.count) for i in range(1, self.count + 1)]
         unit = steps_per_epoch if self.at_epoch_ends else 1
         return frozenset(min(-(-step // unit) * unit, total_steps) for step in steps)
 
@@ -84,9 +83,6 @@ def train(
         evaluators: measured on the way and at the end.
         checkpoint: where to go on from; None: from the start.
 
-    Returns:
-        The state at the end.
-
     Raises:
         TrainingError: losses or gradients that are not finite, also after the run was rolled back; memory that ran
             out; another rank that is gone.
@@ -103,12 +99,12 @@ def train(
     due = [(item.due(state.total_steps, plan.steps_per_epoch), item.run) for item in evaluators]
     task.model.train()
     saved_at = time.monotonic()
-    window = Window(time.perf_counter(), task.names)
+    window = Window()
     inputs: Inputs = (torch.empty(0),)  # of the newest step
 
     def settle() -> bool:
         """Closes the window; whether too many of its steps were skipped, and the run was rolled back."""
-        close_window(window, state, plan, task, tracker, display)
+        window.close(state, plan, task, tracker, display)
         if window.longest_skipped < min(loop.max_skipped, state.total_steps):
             return False
         roll_back(state, task, folder, window, display, inputs[0])
@@ -123,14 +119,14 @@ def train(
     ):
         for batch in batches_to_come(loader, plan, state, ranks, window):
             set_lr(task.optimizers, lr_factor(state.step, state.total_steps, loop.optim) * state.lr_scale)
-            torch.manual_seed(step_seed(loop.seed, state.step, ranks))  # for drop-path and augmentation
-            inputs = task.inputs(batch, state.step, state.total_steps)
             num_images = len(plan.indices(state.step)[1])
-            state.step += 1
-            log_due = state.step % loop.log_every == 0
+            log_due = (state.step + 1) % loop.log_every == 0
             before = copy_matrices(task.model) if log_due and not loop.per_epoch else None
-            with compiled(num_images == plan.batch_size):
-                step = train_step(task, inputs, part_of(num_images, ranks, loop.accumulate))
+            with seeded(step_seed(loop.seed, state.step, ranks), task.runtime.device):  # drop-path, augmentation
+                inputs = task.inputs(batch, state.step, state.total_steps)
+                with compiled(num_images == plan.batch_size):
+                    step = train_step(task, inputs, num_images)
+            state.step += 1
             task.after_step()
             window.add(step, num_images)
             if before is not None:
@@ -148,8 +144,9 @@ def train(
             last = state.step == state.total_steps
             # Read once: a signal may come at any moment from here on. And agreed: all ranks stop at the same step.
             save_due = time.monotonic() - saved_at > loop.checkpoint_minutes * 60
-            stopped_by, (save_due,) = agree_on_signal(ranks, stop.number, save_due)
-            if last or save_due or stopped_by is not None:
+            number, save_agreed = ranks.all_reduce_max(stop.number or 0, save_due)
+            stopped_by = int(number) or None
+            if last or save_agreed or stopped_by is not None:
                 if settle():
                     continue
                 save(folder, task, state)
@@ -160,16 +157,12 @@ def train(
     return state
 
 
-def train_step(task: Task, inputs: Inputs, micro_batches: int | None = None) -> Step:
+def train_step(task: Task, inputs: Inputs, num_images: int | None = None) -> Step:
     """One optimiser step on one batch: this rank's inputs of it, computed in micro-batches.
 
     The loss of each micro-batch on each rank counts by its share of the weight of all, so the step is the whole
     batch's, whatever ranks and micro-batches. Where the loss or a gradient is not finite, nothing is changed.
-
-    Args:
-        task: what is trained.
-        inputs: as `task.inputs` gives them; without images, where a batch has fewer images than there are ranks.
-        micro_batches: how many, the same on all ranks; None: `task.loop.accumulate`.
+    A rank may have no images. `num_images` is of all ranks together; None: `inputs` are the whole batch.
     """
     ranks, images = task.runtime.ranks, inputs[0]
     counts = bool(len(images))
@@ -180,7 +173,7 @@ def train_step(task: Task, inputs: Inputs, micro_batches: int | None = None) -> 
     if ranks.world_size > 1:
         tensor = torch.full((), weight, dtype=torch.float64, device=images.device)
         all_weights = ranks.sum(tensor).clamp(min=1)
-    number = min(micro_batches or task.loop.accumulate, len(inputs[0]))
+    number = min(micro_batches(num_images or len(images), ranks, task.loop.accumulate), len(inputs[0]))
     total = torch.zeros(1 + len(task.names), device=images.device)
     for i, part in enumerate(zip(*(item.tensor_split(number) for item in inputs), strict=True)):
         with exchanging(task.forward, i == number - 1):
@@ -196,6 +189,11 @@ def train_step(task: Task, inputs: Inputs, micro_batches: int | None = None) -> 
         torch.nn.utils.clip_grads_with_norm_(task.model.parameters(), task.loop.optim.clip_grad, norm)
     step_if_finite(task.optimizers, total[0], norm)
     return Step(total[0], norm, total[1:])
+
+
+def micro_batches(num_images: int, ranks: Ranks, accumulate: int) -> int:
+    """Number of micro-batches of a step, the same on all ranks: `accumulate`, or fewer, of one image each."""
+    return max(1, min(accumulate, num_images // ranks.world_size))
 
 
 def step_if_finite(optimizers: Sequence[Optimizer], loss: Tensor, norm: Tensor) -> None:
@@ -217,20 +215,15 @@ def step_if_finite(optimizers: Sequence[Optimizer], loss: Tensor, norm: Tensor) 
 
 
 def batches_to_come(loader: ImageLoader, plan: Plan, state: State, ranks: Ranks, window: Window) -> Iterator[Batch]:
-    """This rank's part of the batches from `state.step` on; begins anew where the step has been set back."""
+    """This rank's part of the batches from `state.step` on; starts over where a roll-back changed the step."""
     while state.step < state.total_steps:
         due = state.step
         parts = loader.train_batches(plan, due, state.total_steps, rank=ranks.rank, world_size=ranks.world_size)
-        for batch in timed(parts, window):
+        for batch in window.timed(parts):
             yield batch
             due += 1
             if state.step != due:
                 break
-
-
-def due_steps(total: int, count: int) -> list[int]:
-    """`count` steps evenly spread over 1 .. total, the last of them `total`."""
-    return [math.ceil(total * i / count) for i in range(1, count + 1)]
 
 
 def roll_back(state: State, task: Task, folder: RunFolder, window: Window, display: Display, images: Tensor) -> None:
@@ -240,7 +233,7 @@ def roll_back(state: State, task: Task, folder: RunFolder, window: Window, displ
         TrainingError: that has been done too often.
     """
     problem = f"{window.longest_skipped} steps in a row, by step {state.step}, have no finite loss or gradient"
-    checkpoint = load_checkpoint(folder.checkpoints)
+    checkpoint = load_checkpoint(folder.checkpoints, ranks=task.runtime.ranks)
     scale = state.lr_scale / 2
     if checkpoint is None or scale < SMALLEST_LR_SCALE:
         raise diverged(problem, task, folder, images)
@@ -255,14 +248,16 @@ def roll_back(state: State, task: Task, folder: RunFolder, window: Window, displ
     )
 
 
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a GPU or a processor had no memory left; not every library has a class for that."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)
+
+
 @contextmanager
 def out_of_memory(task: Task, batch_size: int) -> Iterator[None]:
-    """Memory that ran out as one line with a way on; other errors as they are.
-
-    Args:
-        task: what is trained.
-        batch_size: images of a step on all ranks together.
-    """
+    """Converts an out-of-memory error into a one-line TrainingError with a way on; `batch_size` is of all ranks."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -270,7 +265,7 @@ def out_of_memory(task: Task, batch_size: int) -> Iterator[None]:
             raise
         ranks = task.runtime.ranks
         share = -(-batch_size // ranks.world_size)
-        parts, more = (part_of(batch_size, ranks, n * task.loop.accumulate) for n in (1, 2))
+        parts, more = (micro_batches(batch_size, ranks, n * task.loop.accumulate) for n in (1, 2))
         fix = task.fixes.out_of_memory if more > parts else task.fixes.out_of_memory_alone
         raise TrainingError(
             f"out of memory on {task.runtime.device}: {share} images a step in parts of {-(-share // parts)}",
