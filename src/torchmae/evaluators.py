@@ -62,11 +62,11 @@ def build_evaluators(
         return []
     chosen = mixed_subset(len(data.val), settings.images)
     mine = share(chosen, EVAL_BATCH, runtime.ranks)
-    kept = data.val.kept_batches(mine.rows, EVAL_BATCH)
-    batches = Masked(lambda: without_stand_ins(data.val, kept()), masker)
-    hold_out = HoldOut(model, batches, runtime, mine)
+    loader = data.val
+    kept = loader.kept_batches(mine.rows, EVAL_BATCH)
+    hold_out = HoldOut(model, Masked(lambda: without_stand_ins(loader, kept()), masker), runtime, mine)
     pictured = chosen[: settings.pictures]
-    (picture_batch,) = data.val.eval_batches(pictured, len(pictured))
+    (picture_batch,) = loader.eval_batches(pictured, len(pictured))
     picture_mask = masker(VALIDATION_SEED, 0, pictured, runtime.device)
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchmae.errors import ConfigError, TorchmaeError, reason_of
+from torchmae.errors import ConfigError, reason_of, require
 from torchmae.training.pretrained import load
 
 TIMM = "timm:"
@@ -98,19 +98,19 @@ def read_teacher(source: str, grid: Sequence[int]) -> Teacher:
 
 
 def _from_timm(name: str, grid: Sequence[int]) -> Teacher:
-    try:
-        import timm
-        from timm.data import resolve_model_data_config
-    except ImportError:
-        raise ConfigError(f"teacher {TIMM}{name} needs timm", "pip install 'torchmae[timm]'") from None
+    timm = require("timm", "timm")
     try:
         patch_size = timm.create_model(name, pretrained=False).patch_embed.patch_size
         size = [patches * length for patches, length in zip(grid, patch_size, strict=True)]
         network = timm.create_model(name, pretrained=True, num_classes=0, img_size=size)
-    except TorchmaeError:
-        raise
     except Exception as error:  # of its registry, of an architecture without patches, of the network
         raise ConfigError(f"timm cannot make teacher {name!r}: {reason_of(error)}", "name a ViT of timm") from error
-    about, prefix = resolve_model_data_config(network), network.num_prefix_tokens
-    tokens = lambda x: network.forward_features(x)[:, prefix:]  # noqa: E731
-    return Teacher(network, tokens, network.num_features, patch_size, about["mean"], about["std"])
+    about, prefix = timm.data.resolve_model_data_config(network), network.num_prefix_tokens
+    return Teacher(
+        network,
+        lambda x: network.forward_features(x)[:, prefix:],
+        network.num_features,
+        patch_size,
+        about["mean"],
+        about["std"],
+    )
