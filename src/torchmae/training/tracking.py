@@ -27,14 +27,13 @@ PROJECT = "torchmae"
 
 
 class Tracker(Protocol):
-    """Takes figures and pictures as they come; by itself, it leaves them alone."""
+    """Takes figures and pictures as they come."""
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Records figures by name after `step` optimiser steps; `kind` is "train", "val", "epoch" or "baseline"."""
 
     def log_picture(self, name: str, step: int, path: Path) -> None:
         """Records a PNG file of the run folder; `name` says what it shows."""
-        return
 
     def close(self) -> None:
         """Writes out what is held back."""
@@ -63,6 +62,9 @@ class JsonLines(Tracker):
         with _one_line_errors(self._path):
             while line:
                 line = line[self._file.write(line) :]
+
+    def log_picture(self, name: str, step: int, path: Path) -> None:
+        """Nothing: the run folder has the file."""
 
     def close(self) -> None:
         """Closes the file."""
