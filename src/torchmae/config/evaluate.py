@@ -132,7 +132,7 @@ class EvaluateOptions(TargetOption):
         seed: of the untrained network, draws, masks and initial weights.
     """
 
-    method: Method = "all"
+    method: Method | str = "all"
     data: DataOptions = field(default_factory=DataOptions)
     test_data: Place | None = None
     train_images: Count | None = None
