@@ -192,7 +192,7 @@ def configure(given: Mapping[str, Any], splits: Mapping[str, Source] | None = No
         display = Display(config.progress)
         try:
             context = Context.of(config.data, progress=display.preparing)
-            return typical_size(open_splits(config.data.source, context, splits)["train"])
+            return typical_size((splits or open_splits(config.data.source, context))["train"])
         finally:
             display.close()
 

@@ -233,9 +233,9 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, own: Own, *, resum
         saved_precision = checkpoint.state["precision"] if checkpoint is not None else "auto"
         precision = saved_precision if config.precision == "auto" else config.precision
         runtime = ranks.together(lambda: open_runtime(config.device, precision, config.threads, ranks))
-        if ranks.world_size > 1:  # rank 0 first: what is downloaded or indexed is so once
+        if ranks.world_size > 1 and own.splits is None:  # rank 0 first: what is downloaded or indexed is so once
             context = Context.of(config.data, spatial_dims=len(arguments["input_size"]), progress=display.preparing)
-            ranks.on_main(lambda: len(open_splits(config.data.source, context, own.splits)))
+            ranks.on_main(lambda: len(open_splits(config.data.source, context)))
         data = ranks.together(
             lambda: open_data(
                 replace(config.data, num_workers=share_of_cores(config.data.num_workers, ranks)),

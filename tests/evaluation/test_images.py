@@ -153,7 +153,7 @@ def test_nothing_is_read_before_it_is_asked_for(save: Save) -> None:
     next(iter(data.test.batches()))
     assert "loader" in vars(data.test)
     assert "loader" not in vars(data.train)
-    assert data.test.loader.in_memory
+    assert data.test.loader.held is not None
 
 
 def test_some_of_the_images() -> None:
@@ -172,7 +172,7 @@ def test_an_image_that_cannot_be_read_is_left_out_of_its_batch(tmp_path: Path, m
     source = open_splits(str(tmp_path))["train"].with_channels(1)
     images = replace(tiny.image_set(source, batch_size=4), data=DataOptions(num_workers=0, memory_limit=memory_limit))
     batches = list(images.batches())
-    assert images.loader.in_memory == bool(memory_limit)
+    assert (images.loader.held is not None) == bool(memory_limit)
     assert [batch.indices.tolist() for batch in batches] == [[0, 1, 3], [4, 5, 6, 7], []]
     assert [len(batch.images) for batch in batches] == [len(batch.labels) for batch in batches] == [3, 4, 0]
     share, shared = images.shared(ALONE, "reading")

@@ -131,7 +131,7 @@ def measure_data(config: PretrainConfig, options: BenchData, progress: Progress)
         )
     finally:
         data.train.close()
-    in_memory = data.train.in_memory
+    in_memory = data.train.held is not None
     results = []
     for name, rates in speeds.items():
         figures = {} if name == OURS and in_memory else {"per_worker": median(rates) / max(workers, 1)}
@@ -240,7 +240,7 @@ def measure_train(config: PretrainConfig, options: BenchTrain, progress: Progres
         results=[Result(OURS, loop_rates, shares), Result(BARE, bare_rates, bare_shares)],
         notes=[
             f"The loop runs at {speed:.1%} of the speed of the bare step; {waited:.1%} of its time it waits for data, "
-            f"from {'memory' if data.train.in_memory else 'files'}."
+            f"from {'memory' if data.train.held is not None else 'files'}."
         ],
         environment=environment(runtime),
         settings=asdict(config),

@@ -1,9 +1,4 @@
-"""The formats of encoded files: `FORMATS` maps a name to what opens such a file as an `Item`.
-
-A format of your own is one row, whose opener is a function of bytes (docs/data.md has a whole example):
-
-    FORMATS["raw16"] = Format((".r16",), rb"R16", open_raw16)
-"""
+"""Formats of encoded files: a row of `FORMATS` opens such a file as an `Item`; docs/extending.md adds one."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
@@ -137,7 +137,7 @@ def _accepted() -> str:
     return f"accepted are {', '.join(picture_suffixes())}, or {data_sets}"
 
 
-def open_splits(spec: str, context: Context = Context(), own: Mapping[str, Source] | None = None) -> dict[str, Source]:
+def open_splits(spec: str, context: Context = Context()) -> dict[str, Source]:
     """Opens a data set: the source of each split, always "train", and "val" and "test" where the data has them.
 
     Args:
@@ -146,12 +146,9 @@ def open_splits(spec: str, context: Context = Context(), own: Mapping[str, Sourc
             {000..099} or *; or hf: and what the Hugging Face `datasets` library loads. A name wins over a folder of
             that name: write "./cifar10" for the folder. DataError: nothing there, or nothing that can be used.
         context: how it is opened and read.
-        own: sources of a caller's own, by split, which `spec` "own" stands for; ConfigError without any.
     """
     if spec == OWN:
-        if own is None:
-            raise ConfigError("data.source is 'own', an object handed over in Python", "hand it over: source=SOURCE")
-        return dict(own)
+        raise ConfigError("data.source is 'own', an object handed over in Python", "hand it over: source=SOURCE")
     if not spec:
         raise ConfigError("data.source is empty", "give a folder, a file, or a name such as digits")
     layout = next((layout for layout in LAYOUTS.values() if layout.fits(spec)), None)

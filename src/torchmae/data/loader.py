@@ -15,7 +15,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from functools import lru_cache, partial
 from itertools import chain
 from multiprocessing import connection
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -48,11 +48,11 @@ from torchmae.random import Purpose, permutation, uniform
 Indices = npt.NDArray[np.int64]
 Numbers = npt.NDArray[np.float32]  # random ones, a row of CROP_NUMBERS for each crop; (B, 0) in evaluation
 
+Finish = Callable[..., Any]  # takes images before normalisation, their stored type, labels and the request
+
 PER_WORKER = 4  # slots: two batches that PyTorch asks for in advance, and two on their way to a GPU
 _GROUP = 16  # images that are opened, then decoded, then cut up together
 _GROUP_PIXELS = 2**22  # of such images: 12 MB in colour
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -395,11 +395,6 @@ class ImageLoader:
     def __len__(self) -> int:
         return len(self.source)
 
-    @property
-    def in_memory(self) -> bool:
-        """Whether the images are held in memory."""
-        return self.held is not None
-
     def train_batches(
         self, plan: Plan, start: int, stop: int, *, rank: int = 0, world_size: int = 1
     ) -> Iterator[Batch]:
@@ -418,10 +413,7 @@ class ImageLoader:
         return self._eval_batches(indices, batch_size, self._batch)
 
     def kept_batches(self, indices: Indices, batch_size: int) -> Callable[[], Iterator[Batch]]:
-        """Reads `eval_batches` once; what is returned gives them again and again.
-
-        They are kept in the processor's memory, in the type that the images are stored in: often a quarter of float32.
-        """
+        """Reads `eval_batches` into the processor's memory, in their stored type; the result gives them repeatedly."""
 
         def keep(images: Tensor, dtype: torch.dtype, *others: Any) -> tuple[Any, ...]:
             return images.cpu().to(dtype, copy=True), dtype, *others  # exact: resampled integers are rounded
@@ -434,12 +426,11 @@ class ImageLoader:
         for running in list(self._running):
             running.close()
 
-    def _eval_batches(self, indices: Indices, batch_size: int, finish: Callable[..., T]) -> Iterator[T]:
+    def _eval_batches(self, indices: Indices, batch_size: int, finish: Finish) -> Iterator[Any]:
         starts = range(0, len(indices), batch_size)
         return self._batches((Request(indices[i : i + batch_size], None, 0) for i in starts), len(starts), finish)
 
-    def _batches(self, requests: Iterator[Request], count: int, finish: Callable[..., T]) -> Iterator[T]:
-        """What `finish` makes of each batch: images before normalisation, their stored type, labels, request."""
+    def _batches(self, requests: Iterator[Request], count: int, finish: Finish) -> Iterator[Any]:
         if self.held is None:
             batches = self._from_workers(requests, count, finish)
         else:
@@ -447,9 +438,7 @@ class ImageLoader:
         self._running.add(batches)
         return batches
 
-    def _from_memory(
-        self, requests: Iterator[Request], held: Held, finish: Callable[..., T]
-    ) -> Generator[T, None, None]:
+    def _from_memory(self, requests: Iterator[Request], held: Held, finish: Finish) -> Generator[Any, None, None]:
         for request in requests:
             images = to_device(held.gather(request.indices), self.device)
             boxes = boxes_of(crop_numbers(request), tuple(images.shape[2:]), self.view)
@@ -457,9 +446,7 @@ class ImageLoader:
             labels = to_device(labels_of(held.labels, request.indices), self.device)
             yield finish(images, held.images.dtype, labels, request)
 
-    def _from_workers(
-        self, requests: Iterator[Request], count: int, finish: Callable[..., T]
-    ) -> Generator[T, None, None]:
+    def _from_workers(self, requests: Iterator[Request], count: int, finish: Finish) -> Generator[Any, None, None]:
         asked: deque[Request] = deque()
 
         def noted() -> Iterator[Request]:

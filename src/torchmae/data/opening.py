@@ -53,11 +53,11 @@ def open_data(
     """Opens the data of a run: finds splits, holds what fits in memory, measures mean and deviation.
 
     Images of any size are resampled to `input_size`. Without `channels`, the data says how many there are. `own` are
-    sources of a caller's own, as for `open_splits`. ConfigError: settings that do not fit the data. DataError: data
+    splits of the caller's, in place of `config.source`. ConfigError: settings that do not fit the data. DataError: data
     that is missing, empty or unreadable.
     """
     context = Context.of(config, spatial_dims=len(input_size), progress=progress)
-    splits = open_splits(config.source, context, own)
+    splits = open_splits(config.source, context) if own is None else dict(own)
     train, val, apart = choose_splits(config, splits, context)
     fitted = fit_to_model([train] if val is None else [train, val], input_size, channels)
     bad = BadFiles(sum(map(len, fitted.sources)), config.max_bad)

@@ -59,7 +59,7 @@ class ModelInput:
     def splits(self, data: DataOptions) -> dict[str, Source]:
         """The splits of data whose `source` is not None."""
         assert data.source is not None
-        return open_splits(data.source, self.context(data), self.own)
+        return open_splits(data.source, self.context(data)) if self.own is None else dict(self.own)
 
 
 @dataclass(frozen=True)
