@@ -69,7 +69,7 @@ def uniform_size(write_pictures, tmp_path: Path) -> Path:
 def test_digits_by_default() -> None:
     data = opened()
     assert (len(data.train), len(data.val), data.channels) == (1437, 360, 1)
-    assert data.train.in_memory
+    assert data.train.held is not None
     assert data.classes == tuple("0123456789")
     assert data.bad.items == []
     batches = steps(data, 0, 12, 256)
@@ -100,7 +100,7 @@ def test_evaluation_is_in_order_and_whole() -> None:
 def test_memory_and_workers_give_the_same_batches(uniform_size: Path, input_size: tuple[int, int]) -> None:
     from_memory = opened(uniform_size, input_size, cache="memory", val="none")
     from_files = opened(uniform_size, input_size, cache="none", val="none", num_workers=0)
-    assert (from_memory.train.in_memory, from_files.train.in_memory) == (True, False)
+    assert (from_memory.train.held is not None, from_files.train.held) == (True, None)
     assert from_memory.fingerprint == from_files.fingerprint
     assert from_memory.normalisation.mean == pytest.approx(from_files.normalisation.mean)
     indices = np.arange(20)
@@ -328,24 +328,24 @@ def test_a_folder_of_mixed_precision(tmp_path: Path) -> None:
     Image.fromarray(np.full((10, 10), 255, np.uint8)).save(tmp_path / "a.png")
     Image.fromarray(np.full((10, 10), 65535, np.uint16)).save(tmp_path / "b.png")
     data = opened(tmp_path, (8, 8), val="none", num_workers=0, mean=(0.0,), std=(1.0,))
-    assert not data.train.in_memory
+    assert data.train.held is None
     (batch,) = data.train.eval_batches(np.arange(2), 2)
     torch.testing.assert_close(batch.images, torch.ones(2, 1, 8, 8))
 
 
 def test_cache_settings(mixed: Path, tmp_path: Path) -> None:
-    assert not opened(mixed, (16, 16), num_workers=0).train.in_memory
+    assert opened(mixed, (16, 16), num_workers=0).train.held is None
     with pytest.raises(ConfigError, match=r"data.cache is 'memory', but the images differ: .*; set data.cache to auto"):
         opened(mixed, (16, 16), cache="memory")
-    assert not opened(memory_limit=1e-6, num_workers=0).train.in_memory
-    assert opened(memory_limit=1e-6, cache="memory").train.in_memory
+    assert opened(memory_limit=1e-6, num_workers=0).train.held is None
+    assert opened(memory_limit=1e-6, cache="memory").train.held is not None
 
 
 def test_the_memory_limit_is_for_training_and_validation_together() -> None:
     size = 1437 * 64 / 2**30
     data = opened(memory_limit=size * 1.01, num_workers=0)
-    assert data.train.in_memory
-    assert not data.val.in_memory
+    assert data.train.held is not None
+    assert data.val.held is None
 
 
 def test_parts_of_one_array_count_once(tmp_path: Path) -> None:
@@ -438,7 +438,7 @@ def test_no_image_is_changed_by_training() -> None:
 def test_the_shared_photographs(shared_data: Path) -> None:
     data = opened(shared_data / "photos", (64, 96), num_workers=2, mean=(0.5,) * 3, std=(0.25,) * 3)
     assert (len(data.train), len(data.val), data.channels) == (240, 60, 3)
-    assert not data.train.in_memory
+    assert data.train.held is None
     batches = steps(data, 0, 3, 16)
     assert all(batch.images.shape == (16, 3, 64, 96) for batch in batches)
     assert torch.isfinite(batches[0].images).all()
