@@ -134,7 +134,7 @@ def test_labels_that_are_missing_or_all_alike(save: Save) -> None:
 
 
 def test_images_of_another_kind(save: Save) -> None:
-    with pytest.raises(ConfigError, match="have 5 channels .* and the model takes 1; give images that have 1"):
+    with pytest.raises(ConfigError, match="have 5 channels .* and the model takes 1; give images with 1"):
         opened(save([0, 1] * 5, shape=(8, 8, 5)))
     with pytest.raises(ConfigError, match="model.input_size has 2 numbers"):
         opened(save([0, 1] * 5, shape=(8, 8, 8, 1)))
