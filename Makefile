@@ -12,7 +12,7 @@ types:
 	$(PYTHON) -m mypy
 
 test:
-	$(PYTHON) -m pytest -n 2 --dist loadfile
+	$(PYTHON) -m pytest -n 2 --dist worksteal
 
 docs: # the site, into site/; needs pip install -e '.[docs]'
 	$(PYTHON) docs/site/build.py

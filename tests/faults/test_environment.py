@@ -379,6 +379,6 @@ def test_a_restarted_run_keeps_the_batch_that_fitted(tmp_path: Path, monkeypatch
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    monkeypatch.setattr(runs, "_run", lambda config, path, resume: (config, path, resume))
+    monkeypatch.setattr(runs, "_run", lambda config, path, own, resume: (config, path, resume))
     again = replace(config, batch_size=256, fit_batch=True)
     assert runs.start(again) == (config, tmp_path, True)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,9 @@ from torchmae import presets
 from torchmae.cli import main
 from torchmae.config.export import ExportOptions
 from torchmae.errors import CheckpointError, ConfigError
-from torchmae.nn import ENCODERS
 from torchmae.nn.masking import random_mask
 from torchmae.publish import timm as timm_format
-from torchmae.publish.export import export
+from torchmae.publish.export import EXPORTS, export
 from torchmae.publish.exports import Check, compare
 from torchmae.report.metrics import METRICS, Metric, Unit
 from torchmae.training.saved_classifier import load_classifier
@@ -291,10 +291,10 @@ def test_the_mlp_model_has_one_format(tmp_path: Path) -> None:
 def test_an_encoder_that_a_format_does_not_name_is_refused(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = next(iter(ENCODERS.values()))
-    monkeypatch.delitem(ENCODERS, "vit")
-    monkeypatch.setitem(ENCODERS, "other", other)
-    with pytest.raises(ConfigError, match="an encoder of another kind; use --to safetensors$"):
+    held = EXPORTS["hf-vit"].holds
+    other = EXPORTS["hf-vit"]._replace(holds=replace(held, encoders=("convnext",)))
+    monkeypatch.setitem(EXPORTS, "hf-vit", other)
+    with pytest.raises(ConfigError, match="hf-vit .* an encoder of another kind; use --to timm"):
         export(run, tmp_path / "out", ExportOptions(to="hf-vit"))
 
 

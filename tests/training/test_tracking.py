@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,7 @@ def test_tensorboard_hides_what_a_resumed_run_repeats(tmp_path: Path) -> None:
         tracker.log("baseline", 0, {"knn_pixels": 50.0})
         for step in (1, 2, 3):
             tracker.log("train", step, {"loss": float(step)})
+    time.sleep(1.1)  # files are read in the order of their names, which begin with the second
     with opened(tmp_path, "tensorboard", step=2) as tracker:
         tracker.log("train", 3, {"loss": 30.0})
     assert scalars(tmp_path / "tensorboard") == {

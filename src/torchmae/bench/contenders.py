@@ -27,10 +27,9 @@ from torchmae.config import PretrainConfig
 from torchmae.errors import ConfigError
 from torchmae.nn.masking import Masker, num_keep
 from torchmae.threads import wait_as_usual, wait_briefly
-from torchmae.training.allocation import ran_out_of_memory
 from torchmae.training.pretrain import PretrainTask
 from torchmae.training.runtime import Runtime, environment, open_runtime
-from torchmae.training.trainer import train_step
+from torchmae.training.trainer import ran_out_of_memory, train_step
 
 OURS = "torchmae"
 TIMM_BLOCKS = "timm-blocks"

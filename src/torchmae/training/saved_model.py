@@ -145,7 +145,7 @@ def _read_description(path: Path) -> Description:
                 f"{path} has format {values.get('format')!r}; this torchmae reads {FORMAT}", "update torchmae"
             )
         for name in ("input_size", "patch_size", "depths", "dims"):
-            if name in values["arguments"]:
+            if values["arguments"].get(name) is not None:
                 values["arguments"][name] = tuple(values["arguments"][name])
         for name in ("mean", "std", "classes", "low", "high"):
             if values.get(name) is not None:
