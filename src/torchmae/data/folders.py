@@ -154,10 +154,9 @@ class Role(NamedTuple):
 def roles(places: Sequence[str]) -> list[Role]:
     """What the pictures in folders are, by the names of all folders that hold pictures ("" is the top).
 
-    Splits are named by the first level of folders at which there is a train folder, and below the top also a folder
-    for validation or test. Without one, everything is training data. The class is the first folder below, or above,
-    the split, folders such as `images` apart. Masks lie in a folder such as `masks` or `train_masks` beside one of
-    pictures.
+    The first level of folders with a train folder (below the top also one for validation or test) names the splits;
+    without one, all is training data. The class is the first folder below, or above, the split, folders such as
+    `images` apart. Masks lie in a folder such as `masks` or `train_masks` beside one of pictures.
     """
     folders = [tuple(place.split("/")) if place else () for place in places]
     direct = set(folders)

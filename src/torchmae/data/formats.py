@@ -411,6 +411,12 @@ def _open_heif(data: bytes, context: Context) -> Item:
     return loaded_item(image, context, notes)
 
 
+def _open_avif(data: bytes, context: Context) -> Item:
+    box = data.find(b"av1C", 0, 4096)  # its third byte holds the flag of more than 8 bits
+    deep = box >= 0 and data[box + 6] & 0x40
+    return loaded_item(open_pillow(data, "AVIF"), context, ["10 or 12 bits read as 8"] if deep else [])
+
+
 def _open_tiff(data: bytes, context: Context) -> Item:
     from torchmae.data.tiff import open_tiff
 
@@ -439,7 +445,7 @@ FORMATS: dict[str, Format] = {
     "heif": Format(
         (".heic", ".heif"), rb".{4}ftyp(hei[cxms]|hevc|mif1|msf1)", _open_heif, ("pillow_heif", "torchmae[heif]")
     ),
-    "avif": Format((".avif",), rb".{4}ftypavi[fs]", pillow_format("AVIF"), ("PIL._avif", "pillow>=11.3")),
+    "avif": Format((".avif",), rb".{4}ftypavi[fs]", _open_avif, ("PIL._avif", "pillow>=11.3")),
     "npy": Format((".npy",), rb"\x93NUMPY", _open_npy),
 }
 BUILT_IN = dict(FORMATS)

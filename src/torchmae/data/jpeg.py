@@ -1,7 +1,4 @@
-"""The libraries that decode JPEG files faster than Pillow, where they are installed.
-
-All of them are libjpeg-turbo and give Pillow's pixels. None means that Pillow has to look, and say what is wrong.
-"""
+"""Faster decoders of JPEG than Pillow, with its pixels (all are libjpeg-turbo); None: Pillow has to look, and say why."""
 
 from __future__ import annotations
 
@@ -110,7 +107,6 @@ def jpeg_decoder() -> str:
 
 @cache
 def _import_simplejpeg() -> Any:
-    """The module; None where it is not installed."""
     with suppress(ImportError):
         return import_module("simplejpeg")
     return None
@@ -118,7 +114,6 @@ def _import_simplejpeg() -> Any:
 
 @cache
 def _import_nvimgcodec() -> Any:
-    """The module; None where it is not installed."""
     if find_spec("nvidia") is None or find_spec("nvidia.nvimgcodec") is None:
         return None
     os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
@@ -138,7 +133,6 @@ def _import_nvimgcodec() -> Any:
 
 @cache
 def _region_decoder(process: int) -> Any:  # noqa: ARG001 a process has its own: threads do not survive a fork
-    """nvImageCodec's decoder; None where there is none."""
     module = _import_nvimgcodec()
     if module is None:
         return None

@@ -65,12 +65,11 @@ def pattern_source(pattern: str, files: list[Path], context: Context) -> FileSou
 def list_splits(path: Path, context: Context) -> dict[str, Source]:
     """The images of a text file with the path of one on each line, and a label and a split where there are any.
 
-    The dialect is told from the first lines: the encoding, what separates columns (, ; | tab, or a space before the
-    label), whether the first line names the columns, which column holds paths. The label is the column called label,
-    class, target or the like, without names the one that follows the path; a column called split says the split. Paths
-    are relative to the file's own folder, else to the working folder; backslashes are separators; of paths of another
-    computer, the end that exists below the file's folder counts. Labels are as in `sources.from_texts`. DataError: it
-    cannot be read, has no rows, or a row without a path or of an unknown split; with its line.
+    The first lines tell the dialect: encoding, separator (, ; | tab, or a space before the label), whether they name
+    the columns, which column holds paths. The label is the column called label, class, target or the like, without
+    names the one that follows the path; a column called split says the split. Paths are relative to the file's folder,
+    else to the working folder; backslashes separate; of another computer's paths, the end that exists below the file's
+    folder counts. Labels as in `sources.from_texts`. DataError, with the line: unreadable, no path, an unknown split.
     """
     csv.field_size_limit(_MAX_LINE)
     names: dict[str, Strings] = {}

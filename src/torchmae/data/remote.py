@@ -145,9 +145,9 @@ def _attempt(request: Callable[[], Any], wait: Callable[[float], object], url: s
 class RemoteBytes:
     """A file at a URL, by ranges.
 
-    What was fetched is kept in the cache folder, in a sparse file with a checksum for each block, so that any number of
-    processes may share it and a crash, an eviction or a damaged disk cost no more than a second fetch. `size` and
-    `version` are those of `place_version`; `wait` is called with seconds between attempts.
+    The cache folder keeps what was fetched, in a sparse file with a checksum for each block: processes may share it,
+    and a crash, an eviction or a damaged disk cost a second fetch. `size` and `version` are those of `place_version`;
+    `wait` is called with seconds between attempts.
     """
 
     def __init__(self, url: str, size: int, version: str, wait: Callable[[float], object] = time.sleep) -> None:

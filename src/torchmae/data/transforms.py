@@ -87,8 +87,8 @@ def resample(images: Tensor, boxes: Boxes, target: tuple[int, ...], flip: npt.ND
     (B, C, *size) floats or unsigned integers on any device become (B, C, *target) float32; integers are rounded and
     clamped to their range, as if stored in between. `flip`, (B,), says whether to mirror the last axis.
 
-    Only pixels inside the box contribute. One weight matrix per image and axis, applied by one batched product per
-    axis; a flip is the reversed matrix of the last axis. `resample_long` takes axes so long that most would be zeros.
+    Only pixels inside the box contribute. A weight matrix per image and axis, one batched product per axis, a flip the
+    reversed matrix of the last axis; `resample_long` takes axes so long that most weights would be zeros.
     """
     batch, size = len(images), tuple(images.shape[2:])
     resampled = images.float()

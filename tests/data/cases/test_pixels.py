@@ -214,6 +214,15 @@ def test_suffixes_of_pictures(tmp_path: Path, name: str) -> None:
         np.testing.assert_array_equal(pixels.squeeze(), np.asarray(picture))
 
 
+def test_an_avif_of_more_than_8_bits_is_said() -> None:
+    codecs = pytest.importorskip("imagecodecs")
+    if FORMATS["avif"].missing():
+        pytest.skip("not read by this Pillow")
+    deep = codecs.avif_encode(RGB.astype(np.uint16) * 4, bitspersample=10)
+    assert opened(deep).notes == ("10 or 12 bits read as 8",)
+    assert opened(codecs.avif_encode(RGB)).notes == ()
+
+
 def test_metadata_is_not_pixels() -> None:
     rows = RGB.reshape(20, -1)
     bomb = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(20_000_000)))
