@@ -1,4 +1,4 @@
-"""Faster decoders of JPEG than Pillow, with its pixels (all are libjpeg-turbo); None: Pillow has to look, and say why."""
+"""Faster JPEG decoders than Pillow, with its pixels (all are libjpeg-turbo); None: Pillow looks, and says why."""
 
 from __future__ import annotations
 
