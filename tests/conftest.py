@@ -14,6 +14,11 @@ settings.register_profile("torchmae", deadline=None, derandomize=True, max_examp
 settings.load_profile("torchmae")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The longest first: no process is left alone with one of them at the end.
+    items.sort(key=lambda item: "docs" not in item.path.parts)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _threads() -> None:
     # Small tensors gain nothing from threads, and lose much where other work shares the processor.
