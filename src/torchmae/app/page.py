@@ -104,7 +104,7 @@ class Page:
         shown = [self._view, self._painter, self._result, self._status]
         tabs = [self._seen, self._near]
         blocks.load(self._start, mask, [self._lang, *words, *shown, *tabs], **_QUIET)
-        self._lang.input(self._speak, known, [*words, *shown, *tabs], **_QUIET)
+        self._lang.input(self._speak, mask, [*words, *shown, *tabs], **_QUIET)
         chosen = (
             self._file.upload(self._open, [*mask, self._file], [self._file, *shown], **_BUSY),
             self._examples.select(self._choose, mask, shown, **_BUSY),
@@ -147,15 +147,15 @@ class Page:
     def _start(self, view: View, _: str, strategy: str, ratio: float, seed: float, request: gr.Request) -> Updates:
         """The whole page for a new visitor, with the first example."""
         lang = self._language or preferred(request.headers.get("accept-language", ""))
-        if self._session.examples:
+        return {self._lang: gr.update(value=lang), **self._speak(view, lang, strategy, ratio, seed)}
+
+    def _speak(self, view: View, lang: str, strategy: str, ratio: float, seed: float) -> Updates:
+        """The whole page in a language; the first example where there is no picture, or the state of one was lost."""
+        if view.picture is None and self._session.examples:
             shown = self._draw(view, lang, strategy, ratio, seed, lambda: self._session.example(0))
         else:
             shown = self._show(view, lang)
-        return {self._lang: gr.update(value=lang), **self._words(lang), **shown, self._seen: "", self._near: ""}
-
-    def _speak(self, view: View, lang: str) -> Updates:
-        """The whole page in another language."""
-        return {**self._words(lang), **self._show(view, lang), **self._look(view, lang)}
+        return {**self._words(lang), **shown, **self._look(shown[self._view], lang)}
 
     def _open(self, view: View, lang: str, strategy: str, ratio: float, seed: float, file: str | None) -> Updates:
         """An uploaded picture; the upload field is emptied, ready for the next one."""
