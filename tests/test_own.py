@@ -12,32 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from own_parts import Averages
+from torch import Tensor
 
 import torchmae
 from torchmae.cli import main
 from torchmae.data.formats import ArrayItem
 from torchmae.data.sources import Source
 from torchmae.errors import ConfigError, TorchmaeError
-from torchmae.nn import Encoder, EncoderOutput, Mask, MaskedAutoencoder, PixelTarget, SelfDecoder
-from torchmae.nn.patches import gather, patchify
-
-
-class Averages(Encoder):
-    """A linear layer on each patch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.input_size, self.in_chans, self.grid, self.patch_size, self.embed_dim = (8, 8), 1, (4, 4), (2, 2), 12
-        self.linear = nn.Linear(4, 12)
-
-    def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> EncoderOutput:
-        patches = patchify(images, self.patch_size)
-        x = self.linear(patches if ids_keep is None else gather(patches, ids_keep))
-        return EncoderOutput(x[:, :0], x, self.grid_of(images))
-
-    def flops(self, kept: int) -> tuple[int, int]:
-        return 2 * kept * 4 * 12, 0
+from torchmae.nn import Mask, MaskedAutoencoder, PixelTarget, SelfDecoder
 
 
 class Squares(Source):
@@ -65,8 +48,8 @@ class Squares(Source):
         return f"squares {len(self)}"
 
 
-def upper_half(noise: Tensor, grid: tuple[int, ...], ratio: float) -> Mask:
-    """Three quarters of the patches, never those of the last row alone."""
+def three_quarters(noise: Tensor, grid: tuple[int, ...], ratio: float) -> Mask:
+    """Masks three quarters of the patches."""
     return Mask(*noise.argsort(1).split([4, 12], dim=1))
 
 
@@ -75,7 +58,7 @@ def parts() -> dict[str, Any]:
     pixels = PixelTarget((2, 2), 1, norm_pix=False)
     decoder = SelfDecoder(12, (4, 4), embed_dim=8, depth=1, num_heads=2, out_dim=pixels.dim)
     model = MaskedAutoencoder(Averages(), decoder, [pixels])
-    return {"model": model, "mask": {"strategy": upper_half}, "source": Squares(200)}
+    return {"model": model, "mask": {"strategy": three_quarters}, "source": Squares(200)}
 
 
 SETTINGS: dict[str, Any] = {

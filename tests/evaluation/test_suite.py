@@ -20,7 +20,7 @@ from torchmae.config.evaluate import (
 )
 from torchmae.config.finetune import FinetuneConfig
 from torchmae.errors import CheckpointError, ConfigError
-from torchmae.evaluation import suite
+from torchmae.evaluation import bench, suite
 from torchmae.evaluation.bench import Bench, Method
 from torchmae.evaluation.scores import Result
 from torchmae.evaluation.subject import PIXELS, RANDOM, Subject
@@ -208,7 +208,7 @@ def test_no_rank_ends_the_process_that_calls(run: Path, monkeypatch: pytest.Monk
     def second_rank(_: str) -> Iterator[Ranks]:
         yield Ranks(rank=1)
 
-    monkeypatch.setattr(suite, "open_ranks", second_rank)
+    monkeypatch.setattr(bench, "open_ranks", second_rank)
     with pytest.raises(ConfigError, match="labels_per_class is 5000"):
         evaluate(run, labels_per_class=5000, train_images=None)
 

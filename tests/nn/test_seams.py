@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from own_parts import Averages
 from torch import Tensor, nn
 
 from torchmae.errors import ConfigError
 from torchmae.nn import (
-    Encoder,
-    EncoderOutput,
     HogTarget,
     Mask,
     MaskedAutoencoder,
@@ -113,23 +112,6 @@ def test_a_loss_for_each_target_and_their_weighted_sum() -> None:
     assert pixels.item() == F.mse_loss(output.pred, model.target.hidden_values(images, mask)).item()
     assert not pixels.requires_grad
     assert [loss.item() for loss in model.eval()(images, mask).losses] == [pytest.approx(pixels.item(), rel=1e-6)]
-
-
-class Averages(Encoder):
-    """An encoder of one's own: a linear layer on each patch, no class token, no blocks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.input_size, self.in_chans, self.grid, self.patch_size, self.embed_dim = (8, 8), 1, (4, 4), (2, 2), 12
-        self.linear = nn.Linear(4, 12)
-
-    def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> EncoderOutput:
-        patches = patchify(images, self.patch_size)
-        x = self.linear(patches if ids_keep is None else gather(patches, ids_keep))
-        return EncoderOutput(x[:, :0], x, self.grid_of(images))
-
-    def flops(self, kept: int) -> tuple[int, int]:
-        return 2 * kept * 4 * 12, 0
 
 
 class Brightness(Target):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -11,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchmae.config.evaluate import EvaluateOptions
-from torchmae.data.loader import Indices
+from torchmae.config.evaluate import ComputeOptions, EvaluateOptions
+from torchmae.data.loader import Indices, one_line_when_a_worker_ends
 from torchmae.errors import ConfigError
 from torchmae.evaluation.images import EvaluationData, ImageSet, ModelInput
 from torchmae.evaluation.scores import Labelled, Result, join, over_draws, score
@@ -20,10 +21,23 @@ from torchmae.evaluation.subject import RANDOM, Subject, extract
 from torchmae.paths import user_path
 from torchmae.random import Purpose, permutation
 from torchmae.training.progress import Display
-from torchmae.training.runtime import Runtime
+from torchmae.training.ranks import one_line_when_lost, open_ranks
+from torchmae.training.runtime import Runtime, open_runtime
 
 Classify = Callable[[Labelled, Labelled, int], dict[str, Tensor]]
 """From training and test features and the number of classes to guesses by name, as `scores.rank` gives them."""
+
+
+@contextmanager
+def opened(compute: ComputeOptions, kept: str) -> Iterator[tuple[Runtime, Display]]:
+    """Where a command computes, with its ranks, and its display; `kept` says how to go on when a rank is lost."""
+    with (
+        open_ranks(compute.device) as ranks,
+        one_line_when_lost(ranks, kept),
+        one_line_when_a_worker_ends(),
+        closing(Display(compute.progress if ranks.is_main else "none")) as display,
+    ):
+        yield open_runtime(compute.device, compute.precision, compute.threads, ranks), display
 
 
 @dataclass

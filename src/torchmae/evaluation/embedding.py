@@ -24,17 +24,16 @@ import numpy.typing as npt
 
 from torchmae.config.evaluate import ComputeOptions, EmbedOptions
 from torchmae.data.formats import Progress
-from torchmae.data.loader import one_line_when_a_worker_ends
 from torchmae.data.sources import Source
 from torchmae.errors import CheckpointError, ConfigError, DataError, reason_of
+from torchmae.evaluation.bench import opened
 from torchmae.evaluation.images import ImageSet, ModelInput, open_parts, own_data
 from torchmae.evaluation.subject import Subject
 from torchmae.files import locked, replace_file
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.training.pretrained import load
-from torchmae.training.progress import Display
-from torchmae.training.ranks import one_line_when_lost, open_ranks, share_of_cores
-from torchmae.training.runtime import Runtime, open_runtime
+from torchmae.training.ranks import share_of_cores
+from torchmae.training.runtime import Runtime
 
 BLOCK_IMAGES = 2000
 BLOCK_BYTES = 2**26
@@ -98,9 +97,7 @@ def embed_run(
     Raises:
         TorchmaeError: a run, options or data that do not fit; and as `embed`.
     """
-    with open_ranks(compute.device) as ranks, one_line_when_lost(ranks, "the same command goes on from what was done"):
-        runtime = open_runtime(compute.device, compute.precision, compute.threads, ranks)
-        display = Display(compute.progress if ranks.is_main else "none")
+    with opened(compute, "the same command goes on from what was done") as (runtime, display):
 
         def open_all() -> tuple[Subject, list[ImageSet]]:
             pretrained = load(options.run, model=model)
@@ -115,19 +112,15 @@ def embed_run(
                 display.preparing,
                 splits,
             )
-            data = replace(data, num_workers=share_of_cores(data.num_workers, ranks))
+            data = replace(data, num_workers=share_of_cores(data.num_workers, runtime.ranks))
             parts, notes = open_parts(data, options.split, taken)
             for note in (*pretrained.notes, *notes):
                 display.say(note)
             return Subject("model", pretrained.model.to(runtime.device)), parts
 
-        try:
-            subject, parts = ranks.main_first(open_all)
-            with one_line_when_a_worker_ends():
-                out = Path(options.out)
-                return embed(subject, parts, out, pool=options.pool, runtime=runtime, progress=display.preparing)
-        finally:
-            display.close()
+        subject, parts = runtime.ranks.main_first(open_all)
+        out = Path(options.out)
+        return embed(subject, parts, out, pool=options.pool, runtime=runtime, progress=display.preparing)
 
 
 def embed(

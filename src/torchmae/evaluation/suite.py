@@ -12,10 +12,9 @@ from typing import Any
 
 from torchmae import presets
 from torchmae.config.evaluate import APPLIES_TO, ComputeOptions, EvaluateOptions
-from torchmae.data.loader import one_line_when_a_worker_ends
 from torchmae.data.sources import Source
 from torchmae.errors import CheckpointError, ConfigError, one_of
-from torchmae.evaluation.bench import Bench, Method, check_counts, output_folder
+from torchmae.evaluation.bench import Bench, Method, check_counts, opened, output_folder
 from torchmae.evaluation.images import EvaluationData, ModelInput, open_evaluation_data, own_data
 from torchmae.evaluation.methods import METHODS
 from torchmae.evaluation.scores import Result, chance_note
@@ -24,8 +23,8 @@ from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.paths import user_path
 from torchmae.training.pretrained import load
 from torchmae.training.progress import Display
-from torchmae.training.ranks import concatenate, one_line_when_lost, open_ranks, ranks_from_environment, share_of_cores
-from torchmae.training.runtime import Runtime, environment, open_runtime
+from torchmae.training.ranks import concatenate, ranks_from_environment, share_of_cores
+from torchmae.training.runtime import Runtime, environment
 
 ALL = "all"
 RECORDS = "evaluations.jsonl"
@@ -94,20 +93,15 @@ def evaluate(
         TorchmaeError: a run, options or data that do not fit; a ConfigError on all ranks.
     """
     one_of("method", options.method, (*METHODS, ALL))
-    with open_ranks(compute.device) as ranks, one_line_when_lost(ranks, "give the same command again"):
-        runtime = open_runtime(compute.device, compute.precision, compute.threads, ranks)
+    with opened(compute, "give the same command again") as (runtime, display):
+        ranks = runtime.ranks
         workers = share_of_cores(options.data.num_workers, ranks)
         options = replace(options, data=replace(options.data, num_workers=workers))
-        display = Display(compute.progress if ranks.is_main else "none")
-        try:
-            with one_line_when_a_worker_ends():
-                bench, subjects, options = ranks.main_first(
-                    lambda: open_bench(str(run), options, compute.batch_size, runtime, display, model, splits)
-                )
-                results, left_out = measure(bench, subjects, options)
-                bad = concatenate(ranks.gather(bench.data.test.bad.items))
-        finally:
-            display.close()
+        bench, subjects, options = ranks.main_first(
+            lambda: open_bench(str(run), options, compute.batch_size, runtime, display, model, splits)
+        )
+        results, left_out = measure(bench, subjects, options)
+        bad = concatenate(ranks.gather(bench.data.test.bad.items))
     unread = (f"{len(bad)} images could not be read, the first: {': '.join(bad[0])}",) if bad else ()
     of_methods = (note for by_subject in results.values() for result in by_subject.values() for note in result.notes)
     own = {name: value for by in results.values() for name, value in by[subjects[0].name].figures.items()}
@@ -194,9 +188,9 @@ def open_bench(
         display.preparing,
         splits,
     )
-    opened = next((method.open for method in methods.values() if method.open is not None), None)
-    if opened is not None:
-        data = opened(options, model)
+    opener = next((method.open for method in methods.values() if method.open is not None), None)
+    if opener is not None:
+        data = opener(options, model)
     else:
         options = replace(options, data=own_data(run, options.data))
         data = open_evaluation_data(options, model, labelled=any(method.labelled for method in methods.values()))

@@ -140,8 +140,8 @@ class ConvNeXtEncoder(Encoder):
 
     Args:
         input_size: pixels along each of 1, 2 or 3 axes.
-        patch_size: likewise, the stride of the whole network; divides `input_size`. The stem's stride is this over 2
-            for every stage but the first.
+        patch_size: likewise, the stride of the whole network; divides `input_size`. Each stage but the first halves the
+            image; the stem's stride is what is left.
         in_chans: channels.
         depths: blocks of each stage.
         dims: channels of each stage; those of the last are the width of a token.
