@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import torchmae
+from torchmae.build import pretrain_settings
 from torchmae.config import DataConfig, PretrainConfig
 from torchmae.data.loader import Plan
 from torchmae.data.opening import open_data
@@ -73,7 +74,7 @@ def main() -> None:
     exact = gradient(model, "fp32")
     ways = {"bf16 tokens": model, "fp32 tokens": wide}
     errors = {name: ((gradient(way, "bf16") - exact).norm() / exact.norm()).item() for name, way in ways.items()}
-    tasks = {name: PretrainTask(config, way, runtime, BATCH) for name, way in ways.items()}
+    tasks = {name: PretrainTask(pretrain_settings(config, way), way, runtime, BATCH) for name, way in ways.items()}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(args.steps):
         for name in ways:

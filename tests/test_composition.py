@@ -23,9 +23,8 @@ HOMES = {
 # The tutorial's model by any of its names. `presets` builds it; the settings name its options and presets.
 TUTORIALS = {"mlp", "hidden_dim", "elements", "elements_inverted", "loss_on"}
 KNOW_TUTORIAL = {"config.py"}
-# Not below a building place of their own yet: they read settings that are theirs alone (batches, precision, ranks).
-TAKE_SETTINGS = ("training/pretrain.py", "runs.py", "api.py")
-TAKE_SETTINGS += ("settings.py", "commands/", "bench/", "__init__.py", "cli.py")
+# The building place, what stands above it, and what makes the settings.
+TAKE_SETTINGS = ("build.py", "runs.py", "api.py", "settings.py", "commands/", "bench/", "__init__.py", "cli.py")
 
 
 def name_of(path: Path) -> str:

@@ -25,6 +25,7 @@ LAYERS = (
     ("presets",),
     ("interop",),
     ("training",),
+    ("build",),
     ("report", "bench", "planning"),
     ("evaluation",),
     ("visualize", "publish"),

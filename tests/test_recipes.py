@@ -14,13 +14,13 @@ from PIL import Image
 
 from torchmae import presets
 from torchmae.api import configure
+from torchmae.build import check_model, overrides
 from torchmae.cli import main
 from torchmae.config import DataConfig, MaskConfig, ModelConfig, OptimConfig, PretrainConfig
 from torchmae.data.loader import Plan
 from torchmae.data.opening import open_data
 from torchmae.errors import ConfigError
 from torchmae.nn.masking import Masker
-from torchmae.runs import check_model, overrides
 from torchmae.settings import parse, read_words, recipe_names, recipe_path, recipe_summary
 from torchmae.training.checkpoint import load_checkpoint
 from torchmae.tutorial import compose

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torchmae import presets, settings
+from torchmae.build import NOTHING, Own, overrides
 from torchmae.config import ModelConfig, PretrainConfig
 from torchmae.config.base import Settings, make, settings_of
 from torchmae.config.evaluate import ComputeOptions, EmbedOptions, EvaluateOptions
@@ -21,7 +22,7 @@ from torchmae.errors import ConfigError
 from torchmae.evaluation import suite
 from torchmae.evaluation.embedding import Written, embed_run
 from torchmae.nn import MaskedAutoencoder, Strategy
-from torchmae.runs import NOTHING, Own, Run, overrides, resume_run, start
+from torchmae.runs import Run, resume_run, start
 from torchmae.training.progress import Display
 from torchmae.training.ranks import open_ranks
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import time
 from collections.abc import Mapping, Sequence
@@ -10,33 +9,31 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import torchmae
 from torchmae import presets, settings
-from torchmae.config import ModelConfig, PretrainConfig
+from torchmae.build import NOTHING, Own, check_model, check_parallel, pretrain_settings
+from torchmae.config import PretrainConfig
 from torchmae.config.base import make
-from torchmae.config.pretrain import OWN
 from torchmae.data.formats import Context
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import one_line_when_a_worker_ends
 from torchmae.data.opening import Data, open_data
-from torchmae.data.sources import Source, data_line
+from torchmae.data.sources import data_line
 from torchmae.errors import ConfigError, DataError, Interrupted, TorchmaeError
 from torchmae.evaluators import build_evaluators
 from torchmae.interop.weights import initialise
 from torchmae.nn.mae import MaskedAutoencoder, parameter_counts
-from torchmae.nn.masking import Masker, Strategy
+from torchmae.nn.masking import Masker
 from torchmae.nn.teacher import attach
 from torchmae.paths import user_path
 from torchmae.report.html import write_report
 from torchmae.report.verdict import hints
 from torchmae.training.checkpoint import Checkpoint, load_checkpoint
 from torchmae.training.initial import adopt_shape, read_initial
-from torchmae.training.parallel import blocks, is_sharded, place, whole_state
-from torchmae.training.pretrain import check_parallel, check_progression, fit_batch
-from torchmae.training.pretrain import pretrain as train
+from torchmae.training.parallel import is_sharded, place, whole_state
+from torchmae.training.pretrain import fit_batch, pretrain
 from torchmae.training.pretrained import Pretrained
 from torchmae.training.progress import Display
 from torchmae.training.ranks import Ranks, concatenate, open_ranks, restarts, share_of_cores
@@ -74,76 +71,6 @@ class Run:
     figures: dict[str, Any]
     report: Path
     hints: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Own:
-    """Objects of the caller's own, in place of what settings name.
-
-    A run folder says "own" in their place and causes no code to be imported: whoever resumes the run hands the objects
-    over again.
-
-    Attributes:
-        model: the run trains a copy, from the weights that it has.
-        strategy: how its input is masked.
-        splits: the images, by split: "train", and "val" where there is one.
-    """
-
-    model: MaskedAutoencoder | None = None
-    strategy: Strategy | None = None
-    splits: Mapping[str, Source] | None = None
-
-    def named_in(self, config: PretrainConfig) -> PretrainConfig:
-        """The settings, with "own" for each object.
-
-        Raises:
-            ConfigError: settings that are for other models, or "own" without an object.
-        """
-        if self.model is not None:
-            if config.init_from is not None:
-                raise ConfigError("init_from is given beside a model of one's own", "load the weights into the model")
-            encoder = self.model.encoder
-            named = ModelConfig(preset=OWN, input_size=tuple(encoder.input_size), in_chans=encoder.in_chans)
-            config = replace(config, model=named)
-        if self.strategy is not None:
-            config = replace(config, mask=replace(config.mask, strategy=OWN))
-        if self.splits is not None:
-            config = replace(config, data=replace(config.data, source=OWN))
-        objects = {
-            "model.preset": (config.model.preset, self.model, "model=MODEL"),
-            "mask.strategy": (config.mask.strategy, self.strategy, 'mask={"strategy": FUNCTION}'),
-            "data.source": (config.data.source, self.splits, "source=SOURCE"),
-        }
-        for name, (value, given, how) in objects.items():
-            if value == OWN and given is None:
-                raise ConfigError(f"{name} is {OWN!r}, an object handed over in Python", f"hand it over: {how}")
-        return config
-
-    def arguments(self, config: PretrainConfig) -> dict[str, Any]:
-        """What model.json says of the model."""
-        if self.model is not None:
-            return presets.own_arguments(self.model)
-        return presets.arguments(config.model.preset, **overrides(config))
-
-    def try_out(self, config: PretrainConfig) -> None:
-        """One forward pass with objects of the caller's own, whose errors should come before there is a run folder."""
-        if self.model is None and self.strategy is None:
-            return
-        model = self.construct(self.arguments(config)).train()
-        encoder = model.encoder
-        masks = Masker(encoder, config.mask.strategy, config.mask.ratio)(config.seed, 0, np.arange(2))
-        with torch.no_grad():
-            model(torch.zeros(2, encoder.in_chans, *encoder.input_size), masks)
-
-    def construct(self, arguments: dict[str, Any]) -> MaskedAutoencoder:
-        """The model that a run begins with."""
-        model = presets.construct(arguments) if self.model is None else copy.deepcopy(self.model)
-        if self.strategy is not None:
-            model.encoder.strategies = {**model.encoder.strategies, OWN: self.strategy}
-        return model
-
-
-NOTHING = Own()
 
 
 def start(config: PretrainConfig, own: Own = NOTHING) -> Run:
@@ -265,7 +192,7 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, own: Own, *, resum
             attach(model, teacher.teach(model.patch_size, data.normalisation.mean, data.normalisation.std))
         if config.fit_batch:
             size = (data.channels, *arguments["input_size"])
-            batch_size = fit_batch(config, model, size, len(data.train), runtime)
+            batch_size = fit_batch(pretrain_settings(config, model), model, size, len(data.train), runtime)
             config = replace(config, batch_size=batch_size, fit_batch=False)
             display.say(f"the largest batch that fits: {batch_size} images")
         place(model, config.parallel, runtime)
@@ -286,20 +213,6 @@ def check_same_data(data: Data, ranks: Ranks) -> None:
             raise ConfigError(
                 f"rank {rank} sees other training images than rank 0", "give all machines the same files in one order"
             )
-
-
-def check_model(config: PretrainConfig, model: MaskedAutoencoder) -> None:
-    """ConfigError where a model, whose weights may lie nowhere, does not fit the settings of its training."""
-    try:
-        Masker(model.encoder, **asdict(config.mask))
-    except ConfigError as error:
-        raise ConfigError(f"{error.problem} and the preset {config.model.preset!r}", error.fix) from error
-    check_progression(config, model)
-    without = f"which is for transformer blocks, and the preset {config.model.preset!r} has none"
-    if config.optim.name == "muon" and not blocks(model):
-        raise ConfigError(f"optim.name is 'muon', {without}", "use --optim.name adamw")
-    if config.checkpoint_activations and not blocks(model):
-        raise ConfigError(f"checkpoint_activations is true, {without}", "leave it out")
 
 
 def _train(
@@ -348,10 +261,13 @@ def _train(
             for line in initialise(model, read_initial(config.init_from, config.model)):
                 display.say(line)
         try:
-            train(
-                config,
+            pretrain(
+                pretrain_settings(config, model),
                 model=model,
                 loader=data.train,
+                batch_size=config.batch_size,
+                epochs=config.epochs,
+                max_minutes=config.max_minutes,
                 fingerprint=data.fingerprint,
                 runtime=runtime,
                 folder=folder,
@@ -455,8 +371,3 @@ def summarise(
         "in_chans": arguments["in_chans"],
         "bad_files": len(data.bad.items),
     }
-
-
-def overrides(config: PretrainConfig) -> dict[str, Any]:
-    """The model settings that replace the preset's values."""
-    return {name: value for name, value in asdict(config.model).items() if name != "preset"}

@@ -19,6 +19,7 @@ from group import TRAINING
 sys.path.insert(0, str(TRAINING))
 from small import Images, Memory, images, mlp, vit
 
+from torchmae.build import pretrain_settings
 from torchmae.config import MaskConfig, OptimConfig, PretrainConfig
 from torchmae.data.loader import Batch, Plan
 from torchmae.errors import Interrupted, TrainingError
@@ -82,8 +83,10 @@ def train(
 
         try:
             state = pretrain(
-                config,
+                pretrain_settings(config, network),
                 model=network,
+                batch_size=config.batch_size,
+                epochs=config.epochs,
                 loader=Spoilt() if spoilt else images(COUNT),  # type: ignore[arg-type]
                 fingerprint="abc",
                 runtime=runtime,

@@ -17,6 +17,7 @@ import torch
 
 import torchmae
 from torchmae import presets
+from torchmae.build import pretrain_settings
 from torchmae.config import DataConfig, OptimConfig, PretrainConfig
 from torchmae.data.loader import Batch, Plan
 from torchmae.data.opening import open_data
@@ -75,7 +76,7 @@ def losses(device: str, precision: str, **changes: Any) -> list[float]:
     torch.manual_seed(0)
     model = presets.construct(presets.arguments("vit_tiny_32_p4", **TINY)).to(runtime.device)
     config = PretrainConfig(optim=OptimConfig(lr=1e-3, **changes))
-    task = PretrainTask(config, model, runtime, 8)
+    task = PretrainTask(pretrain_settings(config, model), model, runtime, 8)
     images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1)).to(runtime.device)
     found = []
     for step in range(10):

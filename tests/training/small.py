@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from torchmae import presets
+from torchmae.build import pretrain_settings
 from torchmae.config import PretrainConfig
 from torchmae.data.loader import Batch, Plan, shard
 from torchmae.nn.mae import MaskedAutoencoder
@@ -85,11 +86,14 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     tracker = Memory()
     arguments: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "epochs": config.epochs,
+        "max_minutes": config.max_minutes,
         "fingerprint": "abc",
         "runtime": RUNTIME,
         "folder": RunFolder(out),
         "tracker": tracker,
         "display": Display("none"),
     }
-    state = pretrain(config, model=model, loader=loader, **(arguments | others))  # type: ignore[arg-type]
+    state = pretrain(pretrain_settings(config, model), model=model, loader=loader, **(arguments | others))  # type: ignore[arg-type]
     return state, tracker

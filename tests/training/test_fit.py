@@ -9,22 +9,25 @@ import torch
 from small import RUNTIME, vit
 from torch import nn
 
+from torchmae.build import pretrain_settings
 from torchmae.config import PretrainConfig
 from torchmae.errors import ConfigError, TrainingError
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.settings import parse
 from torchmae.training import pretrain
 from torchmae.training.parallel import blocks
-from torchmae.training.pretrain import PretrainTask, fit_batch
+from torchmae.training.pretrain import PretrainSettings, PretrainTask, fit_batch
 from torchmae.training.ranks import Ranks
 from torchmae.training.runtime import Runtime
+
+SETTINGS = pretrain_settings(PretrainConfig(), vit())
 
 
 @pytest.mark.parametrize(("room", "limit", "share"), [(1, 100, 1), (5, 100, 4), (64, 100, 64), (1000, 100, 64)])
 def test_the_largest_power_of_two_that_fits(room: int, limit: int, share: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[int] = []
 
-    def fits(config: PretrainConfig, model: MaskedAutoencoder, shape: tuple[int, ...], runtime: Runtime) -> bool:
+    def fits(settings: PretrainSettings, model: MaskedAutoencoder, shape: tuple[int, ...], runtime: Runtime) -> bool:
         tried.append(shape[0])
         return shape[0] <= room
 
@@ -33,36 +36,36 @@ def test_the_largest_power_of_two_that_fits(room: int, limit: int, share: int, m
     for world_size in (1, 4):  # every rank gets the same share
         runtime = Runtime(torch.device("cuda"), "fp32", 1, Ranks(0, world_size, 0, world_size))
         tried.clear()
-        size = fit_batch(PretrainConfig(), vit(), (1, 8, 8), limit * world_size, runtime)
+        size = fit_batch(SETTINGS, vit(), (1, 8, 8), limit * world_size, runtime)
         assert size == share * world_size
         assert tried == sorted(tried)
         assert tried[-1] <= min(2 * share, limit)
     room = 0
     with pytest.raises(TrainingError, match="^not one image fits in the GPU's memory; choose a smaller model"):
-        fit_batch(PretrainConfig(), vit(), (1, 8, 8), limit, runtime)
+        fit_batch(SETTINGS, vit(), (1, 8, 8), limit, runtime)
 
 
 def test_a_processor_is_not_measured() -> None:
     with pytest.raises(
         ConfigError, match="'auto', which measures a GPU's memory, and the device is cpu; give a number"
     ):
-        fit_batch(PretrainConfig(), vit(), (1, 8, 8), 64, RUNTIME)
+        fit_batch(SETTINGS, vit(), (1, 8, 8), 64, RUNTIME)
 
 
 def test_a_tried_step_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     copies: list[weakref.ref[nn.Module]] = []
 
-    def task(config: PretrainConfig, model: MaskedAutoencoder, runtime: Runtime, batch_size: int) -> PretrainTask:
+    def task(settings: PretrainSettings, model: MaskedAutoencoder, runtime: Runtime, batch_size: int) -> PretrainTask:
         assert runtime.ranks.world_size == 1  # or one rank that runs out of memory would leave the others waiting
         copies.append(weakref.ref(blocks(model)[0]))
-        return PretrainTask(config, model, runtime, batch_size)
+        return PretrainTask(settings, model, runtime, batch_size)
 
     monkeypatch.setattr(pretrain, "PretrainTask", task)
     runtime = replace(RUNTIME, ranks=Ranks(0, 2, 0, 2))
-    pretrain.try_step(PretrainConfig(), vit(), (3, 1, 8, 8), runtime)  # torch keeps frames of its first optimiser
+    pretrain.try_step(SETTINGS, vit(), (3, 1, 8, 8), runtime)  # torch keeps frames of its first optimiser
     gc.disable()
     try:
-        pretrain.try_step(PretrainConfig(checkpoint_activations=True), vit(), (3, 1, 8, 8), runtime)
+        pretrain.try_step(replace(SETTINGS, checkpoint_activations=True), vit(), (3, 1, 8, 8), runtime)
         assert copies[1]() is None
     finally:
         gc.enable()
@@ -73,7 +76,7 @@ def test_a_step_is_tried_and_the_model_left_alone() -> None:
     model = vit().cuda()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     runtime = Runtime(torch.device("cuda"), "fp32", 1)
-    assert fit_batch(PretrainConfig(), model, (1, 8, 8), 64, runtime) == 64
+    assert fit_batch(SETTINGS, model, (1, 8, 8), 64, runtime) == 64
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from small import RUNTIME, Images, images, train, vit
 from torch import Tensor
 
+from torchmae.build import pretrain_settings
 from torchmae.config import ModelConfig, OptimConfig, PretrainConfig
 from torchmae.data.loader import Batch, Plan
 from torchmae.errors import CheckpointError, Interrupted, TrainingError
@@ -262,7 +263,9 @@ def test_measuring_takes_a_share_of_the_time_and_changes_nothing(clock: Clock, m
         return train_step(*args, **kwargs)
 
     monkeypatch.setattr(pretrain, "train_step", step)
-    seconds = pretrain.measure_speed(CONFIG, model, images(10), Plan(10, 4, 0), RUNTIME, at_least=21)  # type: ignore[arg-type]
+    seconds = pretrain.measure_speed(
+        pretrain_settings(CONFIG, model), model, images(10), Plan(10, 4, 0), RUNTIME, at_least=21
+    )  # type: ignore[arg-type]
     assert (seconds, len(calls)) == (1.0, 5 + 21)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -274,7 +277,7 @@ def test_measuring_compiles_the_first_shape_only(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda graph, _: graphs.append(1) or graph))
     config = replace(CONFIG, compile=True)
     loader = images(10)  # every third batch has 2 images
-    pretrain.measure_speed(config, vit(), loader, Plan(10, 4, 0), RUNTIME, at_least=0)  # type: ignore[arg-type]
+    pretrain.measure_speed(pretrain_settings(config, vit()), vit(), loader, Plan(10, 4, 0), RUNTIME, at_least=0)  # type: ignore[arg-type]
     assert len(graphs) == 1
     torch.compiler.reset()
 
@@ -315,7 +318,7 @@ def test_a_step_without_a_finite_loss_is_left_out(tmp_path: Path, log_every: int
     assert finite(tmp_path)
 
     plain, plan = vit(), Plan(10, 4, 0)  # a run that never saw those batches
-    task = PretrainTask(CONFIG, plain, RUNTIME, 4)
+    task = PretrainTask(pretrain_settings(CONFIG, plain), plain, RUNTIME, 4)
     for step, batch in enumerate(whole.train_batches(plan, 0, 9)):
         if step + 1 not in bad:
             set_lr(task.optimizers, lr_factor(step, 9, CONFIG.optim))
@@ -410,7 +413,7 @@ def test_memory_that_runs_out(
 
 
 def test_memory_that_runs_out_names_the_batch_that_was_computed() -> None:
-    task = PretrainTask(replace(CONFIG, batch_size=4096), vit(), RUNTIME, 10)
+    task = PretrainTask(pretrain_settings(replace(CONFIG, batch_size=4096), vit()), vit(), RUNTIME, 10)
     with pytest.raises(TrainingError) as caught, out_of_memory(task, 10):
         raise MemoryError
     said = str(caught.value)
@@ -446,7 +449,7 @@ def test_another_rank_that_is_gone_is_no_lack_of_memory() -> None:
     with (
         pytest.raises(TrainingError, match="^rank 0 lost another"),
         one_line_when_lost(Ranks(0, 2, 0, 2)),
-        out_of_memory(PretrainTask(CONFIG, vit(), RUNTIME, 4), 4),
+        out_of_memory(PretrainTask(pretrain_settings(CONFIG, vit()), vit(), RUNTIME, 4), 4),
     ):
         raise dist.DistBackendError("NCCL error: remote process exited or there was a network error")
 

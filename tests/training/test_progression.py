@@ -8,11 +8,12 @@ import pytest
 import torch
 from small import RUNTIME, images, mlp, train, vit
 
+from torchmae.build import check_progression, pretrain_settings
 from torchmae.config import MaskConfig, PretrainConfig
 from torchmae.data.loader import Batch
 from torchmae.errors import ConfigError
 from torchmae.nn.masking import Masker
-from torchmae.training.pretrain import PretrainTask, check_progression
+from torchmae.training.pretrain import PretrainTask
 
 
 def config(**values: Any) -> PretrainConfig:
@@ -31,7 +32,7 @@ def test_small_images_come_first() -> None:
     batch = Batch(full, torch.zeros(2), torch.arange(2).numpy(), 0)
 
     def given(step: int, **values: Any) -> torch.Tensor:
-        found = PretrainTask(config(**values), model, RUNTIME, 4).inputs(batch, step, 8)[0]
+        found = PretrainTask(pretrain_settings(config(**values), model), model, RUNTIME, 4).inputs(batch, step, 8)[0]
         assert isinstance(found, torch.Tensor)
         return found
 

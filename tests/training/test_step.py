@@ -11,6 +11,7 @@ import torch
 from small import RUNTIME, images, mlp, train, vit
 
 from torchmae import presets
+from torchmae.build import pretrain_settings
 from torchmae.config import MaskConfig, OptimConfig, PretrainConfig
 from torchmae.data.loader import Batch, Plan
 from torchmae.nn.mae import MaskedAutoencoder
@@ -44,7 +45,9 @@ def test_parts_of_a_batch_make_the_step_of_the_whole(
             mask=MaskConfig(strategy=strategy),
             optim=OptimConfig(lr=0.01, clip_grad=0.5),
         )
-        task = PretrainTask(replace(config, optim=replace(config.optim, name="adam")), model, RUNTIME, 7)
+        task = PretrainTask(
+            pretrain_settings(replace(config, optim=replace(config.optim, name="adam")), model), model, RUNTIME, 7
+        )
         for group in task.optimizers[0].param_groups:
             group["eps"] = 1.0  # else Adam's division by tiny gradients would enlarge what rounding leaves
         mask = Masker(model.encoder, **asdict(config.mask))(0, batch.epoch, batch.indices, torch.device("cpu"))
@@ -68,7 +71,7 @@ def test_gradients_are_clipped_and_the_norm_is_that_before() -> None:
         before = [p.detach().clone() for p in model.parameters()]
         config = PretrainConfig(batch_size=7, optim=OptimConfig(clip_grad=limit))
         mask = Masker(model.encoder, **asdict(config.mask))(0, batch.epoch, batch.indices, torch.device("cpu"))
-        task = PretrainTask(config, model, RUNTIME, 7)
+        task = PretrainTask(pretrain_settings(config, model), model, RUNTIME, 7)
         task.optimizers = [torch.optim.SGD(model.parameters(), lr=1.0)]
         norm = train_step(task, (batch.images, mask)).norm
         moved = torch.cat([(p - old).flatten() for p, old in zip(model.parameters(), before, strict=True)])

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from multiprocessing import get_context
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from torchmae import presets
 from torchmae.bench.peers import PEERS, use_timm_blocks
+from torchmae.build import overrides, pretrain_settings
 from torchmae.config import PretrainConfig
 from torchmae.errors import ConfigError
 from torchmae.nn.masking import Masker, num_keep
@@ -164,8 +165,7 @@ class Contender:
 
 def model_arguments(config: PretrainConfig) -> dict[str, Any]:
     """The full arguments of a run's network."""
-    values = asdict(config.model)
-    return presets.arguments(values.pop("preset"), **values)
+    return presets.arguments(config.model.preset, **overrides(config))
 
 
 def build(code: str, config: PretrainConfig) -> Contender:
@@ -190,7 +190,7 @@ def build(code: str, config: PretrainConfig) -> Contender:
         if code == TIMM_BLOCKS:
             use_timm_blocks(ours, arguments["mlp_ratio"])
         ours = ours.to(runtime.device).train()
-        task = PretrainTask(config, ours, runtime, config.batch_size)
+        task = PretrainTask(pretrain_settings(config, ours), ours, runtime, config.batch_size)
         masker, epochs = Masker(ours.encoder, config.mask.strategy, config.mask.ratio), count()
 
         def run() -> Tensor:

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from torchmae import presets
 from torchmae.bench.contenders import OURS, Contender, build, check_equal, model_arguments, process_of, synchronise
 from torchmae.bench.results import Report, Result
+from torchmae.build import pretrain_settings
 from torchmae.config import PretrainConfig
 from torchmae.config.bench import BenchData, BenchStep, BenchTrain
 from torchmae.data.formats import Progress
@@ -251,14 +252,16 @@ def _run_loop(config: PretrainConfig, data: Data, turns: _Turns, options: BenchT
     """Runs the training loop until `turns` has seen enough."""
     steps_per_epoch = math.ceil(len(data.train) / config.batch_size)
     epochs = math.ceil((options.rounds + 2) * options.steps / steps_per_epoch)
-    config = replace(config, epochs=epochs, max_minutes=None, checkpoint_minutes=math.inf)
-    runtime = turns.contender.runtime
+    runtime, model = turns.contender.runtime, presets.construct(turns.contender.arguments)
+    settings = replace(pretrain_settings(config, model), checkpoint_minutes=math.inf)
     with tempfile.TemporaryDirectory() as place:
         try:
             pretrain(
-                config,
-                model=presets.construct(turns.contender.arguments).to(runtime.device),
+                settings,
+                model=model.to(runtime.device),
                 loader=data.train,
+                batch_size=config.batch_size,
+                epochs=epochs,
                 fingerprint=data.fingerprint,
                 runtime=runtime,
                 folder=RunFolder(Path(place)),

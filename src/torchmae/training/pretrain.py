@@ -1,7 +1,4 @@
-"""Pre-training: a masked autoencoder as a task of the trainer, and steps that measure memory and time beforehand.
-
-This is where `PretrainConfig` ends: the rest of `training` takes what it needs.
-"""
+"""Pre-training: a masked autoencoder as a task of the trainer, and steps that measure memory and time beforehand."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchmae.config import PretrainConfig
+from torchmae.config import MaskConfig
 from torchmae.data.loader import Batch, ImageLoader, Plan
 from torchmae.errors import ConfigError, TrainingError
-from torchmae.nn.mae import MaskedAutoencoder, require_patches
+from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Masker
-from torchmae.nn.patches import grid_size
 from torchmae.training.checkpoint import Checkpoint
 from torchmae.training.compilation import compile_model, first_shapes_only, plain_at_the_end
 from torchmae.training.optim import build_optimizers, set_lr
@@ -43,48 +39,17 @@ _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, spread evenly
 _RESAMPLING = {1: "linear", 2: "bicubic", 3: "trilinear"}
 
 
-def check_parallel(config: PretrainConfig, world_size: int) -> None:
-    """ConfigError for settings that several processes cannot follow."""
-    if world_size == 1 or config.parallel != "fsdp":
-        return
-    if config.optim.name == "muon":
-        raise ConfigError(
-            "optim.name is 'muon' and parallel is 'fsdp', but Muon needs whole matrices",
-            "use --parallel ddp, or --optim.name adamw",
-        )
-    if config.compress_gradients:
-        raise ConfigError("compress_gradients is for parallel ddp, and parallel is 'fsdp'", "leave it out")
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings(LoopSettings):
+    """How a masked autoencoder is trained: fields of `PretrainConfig`, `start_size` with one number for each axis."""
 
-
-def check_progression(config: PretrainConfig, model: MaskedAutoencoder) -> None:
-    """ConfigError for images or masks whose size is to change in a way that model or compilation cannot follow."""
-    given = {"start_size": config.start_size, "mask.final_ratio": config.mask.final_ratio}
-    changes = [name for name, value in given.items() if value is not None]
-    if not changes:
-        return
-    require_patches(model, f"whose number {changes[0]} could change")
-    if config.compile:
-        raise ConfigError(f"{changes[0]} changes shapes on the way, and compile is for one", "use --compile false")
-    if config.start_size is not None:
-        size, full = start_size(config, model), model.encoder.input_size
-        if any(small > large for small, large in zip(size, full, strict=True)):
-            raise ConfigError(f"start_size is {size}, larger than the input {full}", "make it smaller")
-        try:
-            grid_size(size, model.patch_size)
-        except ConfigError as error:
-            raise ConfigError(f"start_size is {size}: {error.problem}", error.fix) from error
-
-
-def start_size(config: PretrainConfig, model: MaskedAutoencoder) -> tuple[int, ...]:
-    """`config.start_size` as one number per axis; ConfigError for another number of axes."""
-    axes = len(model.patch_size)
-    assert config.start_size is not None
-    size = (config.start_size,) * axes if isinstance(config.start_size, int) else tuple(config.start_size)
-    if len(size) != axes:
-        raise ConfigError(
-            f"start_size is {size} but images have {axes} axes", "give one number for each, or one for all"
-        )
-    return size
+    mask: MaskConfig
+    start_size: tuple[int, ...] | None
+    start_share: float
+    parallel: str
+    compress_gradients: bool
+    checkpoint_activations: bool
+    activation_memory_budget: float
 
 
 class PretrainTask(Task):
@@ -104,34 +69,28 @@ class PretrainTask(Task):
         "{batch_size}",
     )
 
-    def __init__(self, config: PretrainConfig, model: MaskedAutoencoder, runtime: Runtime, batch_size: int) -> None:
+    def __init__(self, loop: PretrainSettings, model: MaskedAutoencoder, runtime: Runtime, batch_size: int) -> None:
         self.model: MaskedAutoencoder = model
         self.runtime = runtime
         self.names = tuple(target.name for target in model.targets)
-        schedule, minutes = config.optim, config.checkpoint_minutes
-        self.loop = LoopSettings(
-            config.seed, config.accumulate, schedule, config.compile, minutes, config.log_every, config.max_skipped
-        )
-        self._masker = Masker(model.encoder, **asdict(config.mask))
-        self._start_size = None if config.start_size is None else start_size(config, model)
-        self._start_share = config.start_share
-        sharded = config.parallel == "fsdp" and runtime.ranks.world_size > 1
-        if config.checkpoint_activations:
+        self.loop: PretrainSettings = loop
+        self._masker = Masker(model.encoder, **asdict(loop.mask))
+        sharded = loop.parallel == "fsdp" and runtime.ranks.world_size > 1
+        if loop.checkpoint_activations:
             checkpoint_activations(model)
-        if config.compile:
-            compile_model(model, runtime.device, budget=config.activation_memory_budget, by_block=sharded)
+        if loop.compile:
+            compile_model(model, runtime.device, budget=loop.activation_memory_budget, by_block=sharded)
         self.forward: nn.Module = model
         if not sharded:
-            self.forward = wrap_ddp(model, runtime, config.accumulate, compress=config.compress_gradients)
-        self.optimizers = build_optimizers(model, config.optim, batch_size)
+            self.forward = wrap_ddp(model, runtime, loop.accumulate, compress=loop.compress_gradients)
+        self.optimizers = build_optimizers(model, loop.optim, batch_size)
 
     def inputs(self, batch: Batch, step: int, total: int) -> Inputs:
         """Images and their masks; the first part of a run may have small images (DailyMAE, arXiv 2404.00509)."""
         images = batch.images
-        early = self._start_size is not None and step < self._start_share * total
-        if early and self._start_size != tuple(images.shape[2:]):
-            axes = len(self._start_size or ())
-            images = F.interpolate(images, size=self._start_size, mode=_RESAMPLING[axes], antialias=axes == 2)
+        size = self.loop.start_size
+        if size is not None and size != tuple(images.shape[2:]) and step < self.loop.start_share * total:
+            images = F.interpolate(images, size=size, mode=_RESAMPLING[len(size)], antialias=len(size) == 2)
         masker = self._masker.at(step, total).for_images(images)
         return images, masker(self.loop.seed, batch.epoch, batch.indices, self.runtime.device)
 
@@ -152,10 +111,13 @@ class PretrainTask(Task):
 
 
 def pretrain(
-    config: PretrainConfig,
+    settings: PretrainSettings,
     *,
     model: MaskedAutoencoder,
     loader: ImageLoader,
+    batch_size: int,
+    epochs: int,
+    max_minutes: float | None = None,
     fingerprint: str,
     runtime: Runtime,
     display: Display,
@@ -167,29 +129,29 @@ def pretrain(
     `fingerprint` is that of the training data; `others` are folder, tracker and evaluators. Arguments and errors are
     those of `trainer.train`.
     """
-    plan = Plan(len(loader), min(config.batch_size, len(loader)), config.seed)
-    total = 0 if checkpoint else config.epochs * plan.steps_per_epoch
-    if not checkpoint and config.max_minutes is not None:
-        budget = config.max_minutes * 60
-        seconds = measure_speed(config, model, loader, plan, runtime, at_least=budget * PROBE_SHARE)
+    plan = Plan(len(loader), min(batch_size, len(loader)), settings.seed)
+    total = 0 if checkpoint else epochs * plan.steps_per_epoch
+    if not checkpoint and max_minutes is not None:
+        budget = max_minutes * 60
+        seconds = measure_speed(settings, model, loader, plan, runtime, at_least=budget * PROBE_SHARE)
         total = max(1, round(budget / seconds))
-        display.say(f"{seconds * 1000:.0f} ms a step: {total} steps in {config.max_minutes:g} minutes")
-    task = PretrainTask(config, model, runtime, plan.batch_size)
+        display.say(f"{seconds * 1000:.0f} ms a step: {total} steps in {max_minutes:g} minutes")
+    task = PretrainTask(settings, model, runtime, plan.batch_size)
     state = State(0, total, precision=runtime.precision, data=fingerprint)
     return train(task, state, loader=loader, plan=plan, display=display, checkpoint=checkpoint, **others)
 
 
 @contextmanager
 def trial(
-    config: PretrainConfig, model: MaskedAutoencoder, runtime: Runtime, batch_size: int
+    settings: PretrainSettings, model: MaskedAutoencoder, runtime: Runtime, batch_size: int
 ) -> Iterator[tuple[PretrainTask, Callable[[bool], AbstractContextManager[None]]]]:
     """A task whose steps leave the weights as they are, and `first_shapes_only`'s context of each step.
 
     The learning rate is 0; optimisers, gradients and wrappers are gone afterwards, compiled code stays.
     """
     try:
-        with plain_at_the_end(model.train()), first_shapes_only(config.compile, keep=True) as compiled:
-            task = PretrainTask(config, model, runtime, batch_size)
+        with plain_at_the_end(model.train()), first_shapes_only(settings.compile, keep=True) as compiled:
+            task = PretrainTask(settings, model, runtime, batch_size)
             set_lr(task.optimizers, 0.0)
             yield task, compiled
     finally:
@@ -197,7 +159,12 @@ def trial(
 
 
 def measure_speed(
-    config: PretrainConfig, model: MaskedAutoencoder, loader: ImageLoader, plan: Plan, runtime: Runtime, at_least: float
+    settings: PretrainSettings,
+    model: MaskedAutoencoder,
+    loader: ImageLoader,
+    plan: Plan,
+    runtime: Runtime,
+    at_least: float,
 ) -> float:
     """Mean seconds of a training step, data included, of PROBE_STEPS steps and `at_least` so many seconds.
 
@@ -206,7 +173,7 @@ def measure_speed(
     ranks, warm_up, done, start = runtime.ranks, PROBE_STEPS // 2, 0, time.perf_counter()
     with (
         one_line_when_lost(ranks),
-        trial(config, model, runtime, plan.batch_size) as (task, compiled),
+        trial(settings, model, runtime, plan.batch_size) as (task, compiled),
         out_of_memory(task, plan.batch_size),
     ):
         for batch in loader.train_batches(plan, 0, _MANY_STEPS, rank=ranks.rank, world_size=ranks.world_size):
@@ -224,9 +191,9 @@ def measure_speed(
 
 
 def fit_batch(
-    config: PretrainConfig, model: MaskedAutoencoder, image_size: tuple[int, ...], limit: int, runtime: Runtime
+    settings: PretrainSettings, model: MaskedAutoencoder, image_size: tuple[int, ...], limit: int, runtime: Runtime
 ) -> int:
-    """The largest batch, over all ranks, of which each rank's share fits on its GPU in `config.accumulate` parts.
+    """The largest batch, over all ranks, of which each rank's share fits on its GPU in `accumulate` parts.
 
     The share is a power of two, and the batch at most `limit`. Steps are tried on copies of `model`, which is not
     placed yet; `image_size` is channels, then pixels along each axis.
@@ -243,7 +210,7 @@ def fit_batch(
     ranks = runtime.ranks
 
     def fits(share: int) -> bool:
-        short = not step_fits(config, model, (share, *image_size), runtime)
+        short = not step_fits(settings, model, (share, *image_size), runtime)
         return not ranks.all_reduce_max(float(short))[0]
 
     if not fits(1):
@@ -254,12 +221,12 @@ def fit_batch(
     return share * ranks.world_size
 
 
-def step_fits(config: PretrainConfig, model: MaskedAutoencoder, shape: tuple[int, ...], runtime: Runtime) -> bool:
+def step_fits(settings: PretrainSettings, model: MaskedAutoencoder, shape: tuple[int, ...], runtime: Runtime) -> bool:
     """Whether a step on images of this shape leaves a tenth of the GPU free."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(runtime.device)
     try:
-        try_step(config, model, shape, runtime)
+        try_step(settings, model, shape, runtime)
         total = torch.cuda.get_device_properties(runtime.device).total_memory
         return torch.cuda.max_memory_reserved(runtime.device) < USABLE * total
     except RuntimeError as error:
@@ -268,22 +235,22 @@ def step_fits(config: PretrainConfig, model: MaskedAutoencoder, shape: tuple[int
         return False
 
 
-def try_step(config: PretrainConfig, model: MaskedAutoencoder, shape: tuple[int, ...], runtime: Runtime) -> None:
+def try_step(settings: PretrainSettings, model: MaskedAutoencoder, shape: tuple[int, ...], runtime: Runtime) -> None:
     """The step of a run that takes the most memory, on images of this shape, with a copy of the model.
 
     With DDP each rank steps alone: it needs as much memory, and one that runs out does not leave others waiting.
     """
-    if config.parallel == "ddp":
+    if settings.parallel == "ddp":
         runtime = replace(runtime, ranks=ALONE)
-    lowest = replace(config.mask, ratio=min(config.mask.ratio, config.mask.final_ratio or 1), final_ratio=None)
-    config = replace(config, start_size=None, mask=lowest)
+    lowest = replace(settings.mask, ratio=min(settings.mask.ratio, settings.mask.final_ratio or 1), final_ratio=None)
+    settings = replace(settings, start_size=None, mask=lowest)
     copied = copy.deepcopy(model)
-    place(copied, config.parallel, runtime)
+    place(copied, settings.parallel, runtime)
     indices = np.arange(shape[0])
     try:
-        with trial(config, copied, runtime, config.batch_size) as (task, compiled), compiled(True):
+        with trial(settings, copied, runtime, shape[0]) as (task, compiled), compiled(True):
             images = torch.zeros(shape, device=runtime.device)
             train_step(task, task.inputs(Batch(images, torch.full(shape[:1], -1), indices, 0), 0, 1))
     finally:
-        if config.compile:  # each trial has a shape of its own, and only a few are compiled of one function
+        if settings.compile:  # each trial has a shape of its own, and only a few are compiled of one function
             torch.compiler.reset()
