@@ -31,23 +31,14 @@ class Own:
 
     A run folder says "own" in their place and causes no code to be imported: whoever resumes the run hands the objects
     over again.
-
-    Attributes:
-        model: the run trains a copy, from the weights that it has.
-        strategy: how its input is masked.
-        splits: the images, by split: "train", and "val" where there is one.
     """
 
-    model: MaskedAutoencoder | None = None
+    model: MaskedAutoencoder | None = None  # a copy is trained, from the weights that the model has
     strategy: Strategy | None = None
-    splits: Mapping[str, Source] | None = None
+    splits: Mapping[str, Source] | None = None  # "train", and "val" where there is one
 
     def named_in(self, config: PretrainConfig) -> PretrainConfig:
-        """The settings, with "own" for each object.
-
-        Raises:
-            ConfigError: settings that are for other models, or "own" without an object.
-        """
+        """The settings with "own" for each object; ConfigError: "own" without an object, `init_from` with a model."""
         if self.model is not None:
             if config.init_from is not None:
                 raise ConfigError("init_from is given beside a model of one's own", "load the weights into the model")

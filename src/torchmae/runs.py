@@ -58,19 +58,12 @@ MAY_CHANGE = frozenset({
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has ended.
+    """A run that has ended."""
 
-    Attributes:
-        path: its folder.
-        figures: what summary.json holds.
-        report: the HTML report.
-        hints: what in the figures looks wrong, in plain words.
-    """
-
-    path: Path
-    figures: dict[str, Any]
-    report: Path
-    hints: tuple[str, ...] = ()
+    path: Path  # its folder
+    figures: dict[str, Any]  # as in summary.json
+    report: Path  # an HTML file
+    hints: tuple[str, ...] = ()  # what in the figures looks wrong, in plain words
 
 
 def start(config: PretrainConfig, own: Own = NOTHING) -> Run:
@@ -95,16 +88,10 @@ def start(config: PretrainConfig, own: Own = NOTHING) -> Run:
 
 
 def resume_run(path: Path, given: Mapping[str, Any], own: Own = NOTHING) -> Run:
-    """Goes on with a run from its newest whole checkpoint, or from the start if it had none.
+    """Goes on with the run in a folder from its newest whole checkpoint, or from the start if it had none.
 
-    Args:
-        path: the run folder.
-        given: settings by dotted name that differ from the run's own; those in `MAY_CHANGE` may.
-        own: the objects that the run was begun with.
-
-    Raises:
-        CheckpointError: no run, or all its checkpoints damaged.
-        ConfigError: an option that would make it another run.
+    `given` are settings by dotted name that differ from the run's own, all of them in `MAY_CHANGE`, else ConfigError.
+    `own` are the objects that the run was begun with. CheckpointError: no run, or all its checkpoints damaged.
     """
     path = user_path(path)
     folder = RunFolder.open(path)

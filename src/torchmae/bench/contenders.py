@@ -43,23 +43,14 @@ _STATUS = Path("/proc/self/status")
 
 @dataclass
 class Contender:
-    """A network, and a training step on one batch that stays on the device.
-
-    Attributes:
-        model: on the device, training.
-        task: the `forward` and the `optimizers` that a step calls.
-        run: one training step; its loss, a scalar on the device that was not waited for.
-        runtime: where it computes, and in which precision.
-        arguments: torchmae's, of the network.
-        images: (B, C, *size), the batch.
-    """
+    """A network, and a training step on one batch that stays on the device."""
 
     model: nn.Module
-    task: Any
-    run: Callable[[], Tensor]
+    task: Any  # has the `forward` and the `optimizers` that a step calls
+    run: Callable[[], Tensor]  # does one step and returns the loss, a scalar on the device, without waiting for it
     runtime: Runtime
-    arguments: dict[str, Any]
-    images: Tensor
+    arguments: dict[str, Any]  # of torchmae's network
+    images: Tensor  # (B, C, *size)
     _memory_before: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -68,12 +59,7 @@ class Contender:
         self._memory_before = _status().get("RssAnon", 0) - sum(tensor.nbytes for tensor in held)
 
     def first_steps(self) -> dict[str, Any]:
-        """Runs the first steps, which compile and allocate, and says what they took and what the contender is.
-
-        Returns:
-            "first_step_s", seconds of the very first; "peak_memory", bytes; "precision"; "arguments"; "shape" of the
-            images; "environment", versions and machine.
-        """
+        """Runs the first steps, which compile and allocate; returns their figures and what the contender is."""
         first = seconds_of(self.run, 1, self.runtime.device)
         seconds_of(self.run, _WARM_UP_STEPS - 1, self.runtime.device)
         return {
@@ -98,10 +84,7 @@ class Contender:
         return now["VmHWM"] - now["RssFile"] - now["RssShmem"] - self._memory_before if now else None
 
     def turn(self, steps: int | None) -> float:
-        """Images a second over some steps (None: about a second), after one that is not counted.
-
-        The others' turns have cooled everything.
-        """
+        """Images a second over some steps (None: about a second), after one warm-up step."""
         device = self.runtime.device
         step_s = seconds_of(self.run, 1, device)
         steps = steps or max(1, round(_TURN_S / step_s))
@@ -110,9 +93,7 @@ class Contender:
     def matrix_product_rate(self, rows: int | None = None) -> float:
         """Floating-point operations a second of one large square matrix product, where the contender computes.
 
-        Args:
-            rows: None: enough to fill the device, but no more than a processor multiplies in about a second, which are
-                few where it has no instructions for the precision.
+        By default it has `rows` enough to fill the device, and on a processor takes no more than about a second.
         """
         device, small = self.runtime.device, 256
         if rows is None:
@@ -126,10 +107,9 @@ class Contender:
         return 2 * rows**3 / seconds_of(product, 10 if device.type == "cuda" else 2, device)
 
     def shares(self) -> dict[str, float]:
-        """The share of each of `PHASES` in the time of a few steps, whose parts are waited for; they add up to 1.
+        """The share of each of `PHASES` in the time of a few steps, synchronised after each part; the sum is 1.
 
-        What lies before the first forward pass counts as "mask"; what lies between forward passes and the optimisers'
-        steps, as "backward" (gradient norm and clipping included).
+        "mask" is all before the first forward pass; "backward" includes gradient norm and clipping.
         """
         seconds, forward = dict.fromkeys(PHASES, 0.0), self.task.forward
         phase, since = "", 0.0
@@ -169,14 +149,9 @@ def model_arguments(config: PretrainConfig) -> dict[str, Any]:
 
 
 def build(code: str, config: PretrainConfig) -> Contender:
-    """A contender.
+    """The contender `code`: OURS, TIMM_BLOCKS (torchmae's step with timm's blocks in its network) or a key of `PEERS`.
 
-    Args:
-        code: whose step: "torchmae", "timm-blocks" (torchmae's with timm's blocks in its network) or a key of `PEERS`.
-        config: the sizes of network and batch, and for torchmae every setting.
-
-    Raises:
-        ConfigError: sizes that do not fit together or that the peer does not have, or a peer that is not installed.
+    ConfigError: sizes that do not fit together or that the peer does not have, or a peer that is not installed.
     """
     runtime = open_runtime(config.device, config.precision, config.threads, keep_memory=code not in PEERS)
     arguments = model_arguments(config)
@@ -257,14 +232,10 @@ def _status() -> dict[str, int]:
 
 @contextmanager
 def process_of(code: str, config: PretrainConfig) -> Iterator[Callable[..., Any]]:
-    """Yields what calls the methods of a `Contender` in another process, which ends with the context.
+    """Yields a function that calls a method of a `Contender`, by name, in another process.
 
-    It takes a method's name and its arguments. torchmae's process has the threads that `torchmae` gives itself, a
-    peer's those that torch gives its users.
-
-    Args:
-        code: as for `contenders.build`, whose errors the first call raises.
-        config: likewise. A batch that does not fit into memory is a ConfigError too.
+    torchmae's process has the threads that `torchmae` gives itself, a peer's those that torch gives its users. The
+    first call raises the errors of `build`; a batch that does not fit into memory is a ConfigError too.
     """
     spawn = get_context("spawn")
     pipe, theirs = spawn.Pipe()
@@ -297,7 +268,7 @@ def process_of(code: str, config: PretrainConfig) -> Iterator[Callable[..., Any]
 
 
 def _serve(pipe: Connection, code: str, config: PretrainConfig) -> None:
-    """Answers one call after another, by the error where there is one, until nobody calls any more."""
+    """Answers calls, with the error where one is raised, until the other end of the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's
     contender = None
     while True:

@@ -48,13 +48,8 @@ _READY_PER_WORKER = 2  # batches that a DataLoader has its workers prepare ahead
 def measure_step(configs: Mapping[str, PretrainConfig], options: BenchStep, progress: Progress) -> Report:
     """Times training steps on one batch that stays on the device; contenders take turns, each in its own process.
 
-    Args:
-        configs: the settings of every contender by its code (as in `contenders.build`), ours first, all on one device.
-        options: how to measure.
-        progress: told how far it is.
-
-    Raises:
-        ConfigError: sizes that do not fit together, a peer that cannot do them, or memory that does not suffice.
+    `configs` has the settings of every contender by its code (`contenders.build`), ours first, all on one device.
+    ConfigError: sizes that do not fit together, a peer that cannot do them, or too little memory.
     """
     for code, config in configs.items():
         check_equal(config, model_arguments(config), code)  # before anything is measured
@@ -99,16 +94,9 @@ def measure_step(configs: Mapping[str, PretrainConfig], options: BenchStep, prog
 
 
 def measure_data(config: PretrainConfig, options: BenchData, progress: Progress) -> Report:
-    """Times the training batches of a run, up to where the model would take them.
+    """Times the training batches of a run, without the model.
 
-    Args:
-        config: data, batch size and the model's input.
-        options: how to measure.
-        progress: told how far it is.
-
-    Raises:
-        ConfigError: a peer that cannot read this data.
-        DataError: data that is missing, empty or unreadable.
+    ConfigError: a peer that cannot read this data. DataError: data that is missing, empty or unreadable.
     """
     runtime = open_runtime(config.device, config.precision, config.threads)
     workers = num_cores() if config.data.num_workers is None else config.data.num_workers
@@ -151,8 +139,7 @@ def measure_data(config: PretrainConfig, options: BenchData, progress: Progress)
 def torchvision_batches(data: Data, config: PretrainConfig, size: tuple[int, ...], runtime: Runtime) -> Stream:
     """The same files through Pillow and torchvision's transforms, cropped, flipped and normalised as configured.
 
-    Raises:
-        ConfigError: the training images are no files of their own.
+    ConfigError: the training images are not separate files.
     """
     from torchvision import transforms
 
@@ -188,7 +175,7 @@ def torchvision_batches(data: Data, config: PretrainConfig, size: tuple[int, ...
 
 
 def turn(stream: Stream, skip: int, batches: int, device: torch.device) -> float:
-    """Images a second of a stream's `batches` that follow its first `skip`."""
+    """Images a second over `batches` batches of a stream, after its first `skip`."""
     with closing(stream()) as running:  # its workers end with it
         for _ in islice(running, skip):
             pass
@@ -205,17 +192,9 @@ def _read(transform: Callable[[Image.Image], Tensor], mode: str, paths: Sequence
 
 
 def measure_train(config: PretrainConfig, options: BenchTrain, progress: Progress) -> Report:
-    """Runs the loop of `torchmae pretrain` for a while, and now and then some bare steps on a fixed batch.
+    """Times the loop of `torchmae pretrain`, in turns with bare steps on a fixed batch.
 
-    Evaluations and checkpoints, which come a few times a run, are left out.
-
-    Args:
-        config: the run.
-        options: how to measure.
-        progress: told how far it is.
-
-    Raises:
-        TorchmaeError: as `torchmae pretrain`.
+    Evaluations and checkpoints, which come a few times a run, are left out. Errors are those of `torchmae pretrain`.
     """
     runtime = open_runtime(config.device, config.precision, config.threads)
     size = model_arguments(config)["input_size"]
@@ -280,17 +259,14 @@ class _Enough(Exception):
 
 
 class _Turns:
-    """As the loop's tracker it takes the loop's speed; as its evaluator it runs bare steps in between.
+    """A tracker, which takes the loop's speed, and an evaluator, which runs bare steps in between.
 
-    The loop's clock stands still while an evaluator runs. What comes before the first of them warms the loop up.
-
-    Attributes:
-        rounds: of each, images a second of the loop and of the bare step, and the share of time spent on waiting.
+    The loop's clock stands still while an evaluator runs. The steps before the first evaluation are a warm-up.
     """
 
     def __init__(self, contender: Contender, options: BenchTrain, progress: Progress) -> None:
         self.contender, self._options, self._progress = contender, options, progress
-        self.rounds: list[tuple[float, float, float]] = []
+        self.rounds: list[tuple[float, float, float]] = []  # images/s of loop and bare step, share of time waited
         self._warm = False
         self._clock = 0.0  # the loop's, seconds
         self._parts: list[tuple[float, float, float]] = []  # of this round: seconds, images, seconds waited
@@ -321,15 +297,9 @@ class _Turns:
 def take_turns(
     turns: Mapping[str, Callable[[], float]], rounds: int, after_round: Callable[[int], None]
 ) -> dict[str, list[float]]:
-    """Runs every turn once a round, so that what else the machine does slows all of them alike.
+    """The figures of every turn, one a round: other load on the machine slows all of them alike.
 
-    Args:
-        turns: each returns its figure.
-        rounds: how many.
-        after_round: called with the number of rounds done.
-
-    Returns:
-        The figures of each, one a round. Every second round goes backwards: none always comes first.
+    Every second round goes backwards, so that none always comes first. `after_round` takes the number of rounds done.
     """
     figures: dict[str, list[float]] = {name: [] for name in turns}
     for i in range(rounds):

@@ -26,42 +26,27 @@ FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
 
 @dataclass(frozen=True)
 class Result:
-    """One contender's figures.
-
-    Attributes:
-        name: of the contender.
-        images_per_s: one figure a round.
-        shares: of its time, by part; adding up to 1.
-        figures: others, by name; None where one could not be measured.
-    """
+    """One contender's figures."""
 
     name: str
-    images_per_s: tuple[float, ...]
-    shares: Mapping[str, float] = field(default_factory=dict)
-    figures: Mapping[str, float | None] = field(default_factory=dict)
+    images_per_s: tuple[float, ...]  # one a round
+    shares: Mapping[str, float] = field(default_factory=dict)  # of its time, by part; the sum is 1
+    figures: Mapping[str, float | None] = field(default_factory=dict)  # others; None: not measurable here
 
     @property
     def median(self) -> float:
-        """The median of all rounds, in images a second."""
+        """Images a second, the median of all rounds."""
         return median(self.images_per_s)
 
 
 @dataclass(frozen=True)
 class Report:
-    """A benchmark's figures.
-
-    Attributes:
-        title: what was measured.
-        results: ours first; the others are compared with it.
-        notes: sentences that belong to the figures.
-        environment: hardware, versions, command and time.
-        settings: all of the run's.
-    """
+    """A benchmark's figures."""
 
     title: str
-    results: Sequence[Result]
-    notes: Sequence[str]
-    environment: Mapping[str, Any]
+    results: Sequence[Result]  # ours first; the others are compared with it
+    notes: Sequence[str]  # sentences below the table
+    environment: Mapping[str, Any]  # hardware, versions, command and time
     settings: Mapping[str, Any]
 
     def ratios(self) -> dict[str, float]:

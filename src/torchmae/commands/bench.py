@@ -20,20 +20,20 @@ STEP_PRESET = "vit_tiny_32_p4"
 
 
 def step(options: BenchStep, output: OutputOptions, given: Mapping[str, Any]) -> int:
-    """Times a training step; returns the exit status."""
+    """Times a training step."""
     config = step_config(given)
     configs = {code: config for code in (OURS, options.against) if code is not None}
     return _report(config, output, lambda progress: measure_step(configs, options, progress))
 
 
 def data(options: BenchData, output: OutputOptions, given: Mapping[str, Any]) -> int:
-    """Times the loading of images; returns the exit status."""
+    """Times the loading of images."""
     config = configure(given)
     return _report(config, output, lambda progress: measure_data(config, options, progress))
 
 
 def train(options: BenchTrain, output: OutputOptions, given: Mapping[str, Any]) -> int:
-    """Times the training loop; returns the exit status."""
+    """Times the training loop."""
     config = configure(given)
     return _report(config, output, lambda progress: measure_train(config, options, progress))
 
