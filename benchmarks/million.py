@@ -78,7 +78,7 @@ def measure(path: str) -> dict[str, object]:
 
     source = open_splits(path)["train"]
     lap("open the list")
-    kept, held_out = hold_out(len(source), 2000)
+    kept, held_out = hold_out(source, 2000)
     train, val = Subset(source, kept), Subset(source, held_out)
     lap("hold out")
     train.fingerprint()

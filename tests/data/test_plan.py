@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchmae.data import loader
+from torchmae.data.arrays import ArraySource
 from torchmae.data.loader import Indices, Plan, hold_out, shard
 from torchmae.random import permutation
 
@@ -68,9 +69,10 @@ def test_shards_join_to_the_batch(size: int, world_size: int) -> None:
 
 @pytest.mark.parametrize(("num_samples", "val_size", "held"), [(1000, 100, 100), (1000, 5000, 200), (4, 10, 0)])
 def test_hold_out_is_fixed_and_takes_a_fifth_at_most(num_samples: int, val_size: int, held: int) -> None:
-    train, val = hold_out(num_samples, val_size)
+    source = ArraySource(np.zeros((num_samples, 2, 2)))
+    train, val = hold_out(source, val_size)
     assert len(val) == held
     assert sorted([*train, *val]) == list(range(num_samples))
     assert (np.diff(train) > 0).all()
     assert (np.diff(val) > 0).all()
-    np.testing.assert_array_equal(hold_out(num_samples, val_size)[1], val)
+    np.testing.assert_array_equal(hold_out(source, val_size)[1], val)

@@ -75,18 +75,18 @@ class Settings:
     A subclass that is a group of another one names its prefix: `class MaskConfig(Settings, group="mask.")`.
     """
 
-    group: ClassVar[str] = ""
+    prefix: ClassVar[str] = ""
 
     def __init_subclass__(cls, group: str | None = None) -> None:
         if group is not None:
-            cls.group = group
+            cls.prefix = group
 
     def __post_init__(self) -> None:
         types = self.types()
         for item in fields(self):
             value = getattr(self, item.name)
             if value is not item.default:
-                object.__setattr__(self, item.name, convert(self.group + item.name, types[item.name], value))
+                object.__setattr__(self, item.name, convert(self.prefix + item.name, types[item.name], value))
 
     @classmethod
     @cache

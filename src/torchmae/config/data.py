@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
@@ -37,6 +38,9 @@ class ReadOptions(Settings, group="data."):
             the mean of their channel in the sample; "nan": only values that are not finite; null: no such value.
         member: picture to take from tar samples with several: what follows the sample's key and a dot ("jpg",
             "seg.png"), or "all" (each picture is a sample); null: no sample has several.
+        group: what belongs together (a patient, a scene, a record, a clip): the name of a column of a list or of an
+            array beside the images, or a regular expression on the path with the group in parentheses, such as
+            '(case_\\d+)'. Held-out images are of groups of their own; null: each image stands alone.
         scale: for each type of stored values, the value that becomes 1; null: 255 for uint8, 65535 for uint16, and
             1 for all other types.
     """
@@ -48,6 +52,7 @@ class ReadOptions(Settings, group="data."):
     max_megapixels: Positive = 100.0
     nodata: Literal["nan"] | float | None = None
     member: str | None = None
+    group: str | None = None
     scale: dict[str, Positive] | None = None
 
     def changed(self) -> dict[str, Any]:
@@ -67,13 +72,19 @@ class ReadOptions(Settings, group="data."):
     def __post_init__(self) -> None:
         super().__post_init__()
         for kind in self.scale or {}:
-            one_of(f"{self.group}scale", kind, ("uint8", "uint16", "float32"))
+            one_of(f"{self.prefix}scale", kind, ("uint8", "uint16", "float32"))
+        if self.group is not None and "(" in self.group:
+            try:
+                re.compile(self.group)
+            except re.error as error:
+                problem = f"{self.prefix}group is {self.group!r}: {error}"
+                raise ConfigError(problem, "give a regular expression") from None
         if self.axes is not None:
             object.__setattr__(self, "axes", self.axes.upper().removeprefix("N"))
             letters = set(self.axes)
             if not self.axes.isalpha() or len(letters) < len(self.axes) or not 1 <= len(letters - {"C"}) <= 3:
                 raise ConfigError(
-                    f"{self.group}axes is {self.axes!r}",
+                    f"{self.prefix}axes is {self.axes!r}",
                     "give a letter for each axis of a sample, such as HWC, CL or ZYX",
                 )
 

@@ -254,7 +254,7 @@ def named_arrays(
 ) -> dict[str, Source]:
     """The splits of arrays called images and labels, train_images and so on, or of one of any name; DataError: none."""
     names = {split: (f"{prefix}images", f"{prefix}labels") for prefix, split in PREFIXES if f"{prefix}images" in arrays}
-    others = [name for name in arrays if not name.endswith("labels")]
+    others = [name for name in arrays if not name.endswith("labels") and name != context.group]
     if not names and len(others) == 1:
         names = {"train": (others[0], "labels")}
     if "train" not in names:
@@ -264,7 +264,12 @@ def named_arrays(
     for split, (images, labels) in names.items():
         known = np.asarray(arrays[labels][...]) if labels in arrays else None
         name = f"{title}/{images}".rstrip("/")
-        splits[split] = ArraySource(arrays[images], known, classes, title=name, context=context)
+        source = splits[split] = ArraySource(arrays[images], known, classes, title=name, context=context)
+        if context.group is not None and (group := images.removesuffix("images") + context.group) in arrays:
+            source.groups = np.asarray(arrays[group][...]).astype(str)
+            if source.groups.shape != (len(source),):
+                problem = f"{title}/{group} has shape {source.groups.shape}"
+                raise DataError(problem, f"give one group for each of the {len(source)} samples")
     return splits
 
 
@@ -272,7 +277,9 @@ def npz_splits(path: Path, context: Context, max_bytes: float | None = None) -> 
     """The splits of an .npz file: arrays named as for `named_arrays`, in memory, of which they may take `max_bytes`."""
     limit = _memory_bytes() if max_bytes is None else max_bytes
     with _npy_errors(path), path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-        wanted = [name for name in arrays.files if name.endswith(("images", "labels"))] or arrays.files
+        ends = ("images", "labels", *([context.group] if context.group else []))
+        wanted = [name for name in arrays.files if name.endswith(ends)]
+        wanted = wanted if any(name.endswith("images") for name in wanted) else arrays.files
         if (needed := unpacked_bytes(arrays, wanted)) > limit:
             problem = f"{path} unpacks to {needed / GIB:.1f} GiB and there are {limit / GIB:.1f} GiB of memory"
             raise DataError(problem, "save its images as .npy, of which only what is needed is read")

@@ -25,6 +25,7 @@ from torchmae.data.arrays import (
 )
 from torchmae.data.folders import LIST_SUFFIXES, Listing, list_images, picture_splits, shortened, split_named
 from torchmae.data.formats import FORMATS, Context, picture_suffixes
+from torchmae.data.groups import name_groups
 from torchmae.data.lists import list_splits, matching, pattern_source
 from torchmae.data.remote import Place, expand_url, is_url, last_name, shown
 from torchmae.data.shards import CLASSES_FILE, ShardSource
@@ -156,7 +157,8 @@ def open_splits(spec: str, context: Context = Context()) -> dict[str, Source]:
         raise _unknown(spec, user_path(spec))
     splits = layout.open(spec, context)
     if context.pages == "all":
-        return {split: each_page(source, context.progress) for split, source in splits.items()}
+        splits = {split: each_page(source, context.progress) for split, source in splits.items()}
+    name_groups(splits, context.group)
     return splits
 
 

@@ -74,10 +74,11 @@ def list_splits(path: Path, context: Context) -> dict[str, Source]:
     csv.field_size_limit(_MAX_LINE)
     names: dict[str, Strings] = {}
     labels: dict[str, array[int]] = {}  # of each split, as places in `place_of`
+    groups: dict[str, list[str]] = {}
     place_of = {"": 0}
     try:
         encoding = _encoding(path)
-        dialect = _dialect(path, encoding)
+        dialect = _dialect(path, encoding, context.group)
         with path.open(encoding=encoding, errors="surrogateescape", newline="") as file:
             rows = _rows(file, dialect.separator)
             for number, row in itertools.islice(rows, int(dialect.has_header), None):  # may be millions
@@ -90,8 +91,10 @@ def list_splits(path: Path, context: Context) -> dict[str, Source]:
                     choices = ", ".join(sorted(SPLIT_NAMES))
                     raise DataError(f"{path}, line {number}: the split is {word!r}", f"choose from {choices}")
                 if split not in names:
-                    names[split], labels[split] = Strings(), array("i")
+                    names[split], labels[split], groups[split] = Strings(), array("i"), []
                 names[split].add(name.encode("utf-8", "surrogateescape"))
+                if dialect.group is not None:
+                    groups[split].append(_cell(row, dialect.group))
                 labels[split].append(place_of.setdefault(_cell(row, dialect.label), len(place_of)))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
@@ -111,6 +114,7 @@ def list_splits(path: Path, context: Context) -> dict[str, Source]:
         own = None if dialect.label is None or numbers is None else numbers[np.frombuffer(labels[split], np.intc)]
         known = classes[: len(trained & set(classes))] if classes and split == "train" else classes
         found[split] = FileSource(root, names[split], own, None if own is None else known, context, remarks)
+        found[split].groups = np.array(groups[split]) if groups[split] else None
     return found
 
 
@@ -126,6 +130,7 @@ class _Dialect(NamedTuple):
     path: int = 0
     label: int | None = None
     split: int | None = None
+    group: int | None = None
     remarks: tuple[str, ...] = ()  # what was decided, a short phrase each
 
 
@@ -173,7 +178,7 @@ def _looks_like_path(cell: str) -> bool:
     return cell.strip().strip("\"'").lower().endswith(suffixes)
 
 
-def _dialect(path: Path, encoding: str) -> _Dialect:
+def _dialect(path: Path, encoding: str, group: str | None) -> _Dialect:
     """How a list is written, by its first lines."""
     with path.open(encoding=encoding, errors="surrogateescape") as file:
         lines = [line for line in itertools.islice(file, _SAMPLE) if line.strip()]
@@ -191,7 +196,8 @@ def _dialect(path: Path, encoding: str) -> _Dialect:
     has_header = not _looks_like_path(rows[0][path_at]) and (by_name is not None or like[path_at] > 0)
     label = next((first.index(name) for name in LABEL_COLUMNS if name in first), None) if has_header else None
     split = _split_column(first, rows[1:]) if has_header else None
-    others = [i for i in columns if i not in (path_at, label, split) and not _is_index(i, rows[has_header:])]
+    group_at = first.index(group.lower()) if has_header and group is not None and group.lower() in first else None
+    others = [i for i in columns if i not in (path_at, label, split, group_at) and not _is_index(i, rows[has_header:])]
     if label is None and not has_header and path_at + 1 < len(first):
         label = path_at + 1
     elif label is None and len(others) == 1 and by_name is None:
@@ -206,7 +212,7 @@ def _dialect(path: Path, encoding: str) -> _Dialect:
     if unused:
         shown = printable(", ".join(unused[:5])) + (", ..." if len(unused) > 5 else "")
         remarks.append(f"{len(unused)} columns of {path.name} not used ({shown})")
-    return _Dialect(separator, has_header, path_at, label, split, tuple(remarks))
+    return _Dialect(separator, has_header, path_at, label, split, group_at, tuple(remarks))
 
 
 def _separator(lines: Sequence[str], usual: str) -> str:

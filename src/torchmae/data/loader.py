@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from torchmae.data.arrays import Held
 from torchmae.data.formats import BUILT_IN, FORMATS, Image, quiet_pillow
+from torchmae.data.groups import hold_out_groups
 from torchmae.data.reading import BadFiles, first_readable
 from torchmae.data.sources import Labels, Source
 from torchmae.data.transforms import (
@@ -97,10 +98,16 @@ def mixed_subset(length: int, count: int) -> Indices:
     return permutation(0, 0, length, Purpose.SUBSET)[:count]
 
 
-def hold_out(num_samples: int, val_size: int) -> tuple[Indices, Indices]:
-    """Sorted training and validation indices (at most a fifth), the same whatever the seed of the run."""
-    order = permutation(0, 0, num_samples, Purpose.HOLD_OUT)
-    count = min(val_size, num_samples // 5)
+def hold_out(source: Source, val_size: int) -> tuple[Indices, Indices]:
+    """Sorted training and validation indices (at most a fifth), the same whatever the seed of the run.
+
+    Where samples belong to groups, whole groups are held out.
+    """
+    count = min(val_size, len(source) // 5)
+    if source.groups is not None:
+        held_out = hold_out_groups(source.groups, count)
+        return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    order = permutation(0, 0, len(source), Purpose.HOLD_OUT)
     return np.sort(order[count:]), np.sort(order[:count])
 
 

@@ -14,6 +14,7 @@ import torch
 from torchmae.config import DataConfig
 from torchmae.data.arrays import GIB, DoesNotFitError, Held, hold
 from torchmae.data.formats import Context, Progress
+from torchmae.data.groups import shared_groups
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import ImageLoader, View, hold_out
 from torchmae.data.reading import FEW, SAMPLE, BadFiles, Measured, Probe, measure, probe, reader_processes
@@ -95,7 +96,7 @@ def choose_splits(
     """The training images, the held-out ones that `config.val` asks for ("auto": never a test split), and notes."""
     train = splits["train"]
     name = ("val" if "val" in splits else HELD_OUT) if config.val == "auto" else config.val
-    too_few = config.val == "auto" and name == HELD_OUT and not len(hold_out(len(train), config.val_size)[1])
+    too_few = config.val == "auto" and name == HELD_OUT and not len(hold_out(train, config.val_size)[1])
     if name == "none" or too_few:
         return train, None, ()
     train, val, apart = held_out_images(splits, name, config.val_size, context, "data.val")
@@ -121,11 +122,13 @@ def held_out_images(
     if name == "train":
         raise ConfigError(f"{option} is 'train'", f"choose images that are not trained on: {HELD_OUT} or a path")
     if name in splits:
-        return train, splits[name], ()
+        return train, splits[name], shared_groups(train, splits[name])
     if name == HELD_OUT:
-        kept, held_out = hold_out(len(train), val_size)
+        kept, held_out = hold_out(train, val_size)
         if not len(held_out):
-            raise DataError(f"{len(train)} training images are too few to hold some out", f"give {option} a path")
+            of_groups = "" if train.groups is None else f" of {len(np.unique(train.groups))} groups"
+            problem = f"{len(train)} training images{of_groups} are too few to hold some out"
+            raise DataError(problem, f"give {option} a path")
         return Subset(train, kept), Subset(train, held_out), ()
     try:
         others = open_splits(name, context)
@@ -133,7 +136,8 @@ def held_out_images(
         known = ", ".join([*(split for split in splits if split != "train"), HELD_OUT, "or a path"])
         raise ConfigError(f"{option} {name!r} cannot be used: {error.problem}", f"choose from {known}") from error
     images = next(others[split] for split in order if split in others)
-    return train, images, check_apart(images, train, f"{option} {name!r}", f"{HELD_OUT} or another path")
+    apart = check_apart(images, train, f"{option} {name!r}", f"{HELD_OUT} or another path")
+    return train, images, (*apart, *shared_groups(train, images))
 
 
 def check_apart(test: Source, train: Source, what: str, fix: str) -> tuple[str, ...]:

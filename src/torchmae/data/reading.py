@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from torchmae.data.formats import CUT_SHORT, NOT_FINITE, Image, Item, Progress, quiet_pillow, tracked
+from torchmae.data.groups import proposed_group
 from torchmae.data.sources import Source, all_notes, digest, evenly_spaced, in_training_classes
 from torchmae.data.transforms import FULL_SCALE, Normalisation
 from torchmae.errors import DataError
@@ -343,6 +344,11 @@ def inspect_splits(
         done += found.examined
     groups = [group for group in places.values() if len(group) > 1]
     notes, normalisation = all_notes(splits.values()), None
+    train = splits["train"]
+    if train.groups is not None:
+        notes.append(f"{len(np.unique(train.groups)):,} groups of training images")
+    elif pattern := proposed_group([train.name(i) for i in range(len(train))], train.labels):
+        notes.append(f"names look like parts of fewer things: --data.group '{pattern}' holds out whole ones")
     for split, source in splits.items():
         if split != "train":
             notes += in_training_classes(source, splits["train"], split)[1]

@@ -75,6 +75,7 @@ class Source(ABC):
 
     labels: Labels | None = None  # (N,), -1 where unknown; None: no sample has a label
     classes: tuple[str, ...] | None = None  # the name of each label, where known
+    groups: npt.NDArray[np.str_] | None = None  # (N,) of data.group: the patient, scene or record of each sample
     remarks: tuple[str, ...] = ()  # what was assumed or left out, a short phrase each: "3 .heic files not used"
 
     @abstractmethod
@@ -251,6 +252,7 @@ class Subset(Source):
         self.source = source
         self.indices = indices
         self.labels = None if source.labels is None else source.labels[indices]
+        self.groups = None if source.groups is None else source.groups[indices]
         self.classes, self.remarks = source.classes, source.remarks
 
     def __len__(self) -> int:

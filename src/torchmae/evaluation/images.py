@@ -224,7 +224,7 @@ def own_data(run: str, data: DataOptions) -> DataOptions:
     same = data.filled_from(own)  # a model sees other data as it saw its own
     if data.source is None:
         return replace(data, **same, source=own.source, val_size=own.val_size)
-    return replace(data, **{**same, "root": data.root})
+    return replace(data, **{**same, "root": data.root, "group": data.group})
 
 
 def image_sets(
