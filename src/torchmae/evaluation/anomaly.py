@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from torchmae.config.evaluate import EvaluateOptions
@@ -210,6 +209,8 @@ def auroc(scores: Tensor, anomalous: Tensor) -> float:
     if bool(anomalous.all()) or not bool(anomalous.any()):
         kind = "anomalous" if bool(anomalous.any()) else "normal"
         raise DataError(f"all {len(anomalous)} test images are {kind}", "give normal and anomalous ones")
+    from sklearn.metrics import roc_auc_score
+
     return float(roc_auc_score(anomalous.numpy(), scores.numpy()))
 
 

@@ -24,7 +24,6 @@ from torchmae.data.loader import Batch, ImageLoader, Indices
 from torchmae.data.sources import Subset
 from torchmae.data.transforms import Normalisation
 from torchmae.errors import CheckpointError, ConfigError, DataError
-from torchmae.evaluation.augment import build_augment
 from torchmae.evaluation.bench import Bench, check_counts, draw_images, output_folder
 from torchmae.evaluation.finetune_training import FinetuneTask, SubsetPlan, check_same
 from torchmae.evaluation.images import (
@@ -179,6 +178,8 @@ def finetune(
         classifier, arguments = start_classifier(model, len(classes), config)
     fitting = config.for_input(arguments["input_size"], arguments["in_chans"])
     plan = SubsetPlan(len(rows), min(fitting.batch_size, len(rows)), seed, rows=rows)
+    from torchmae.evaluation.augment import build_augment  # loads torchvision
+
     augment = build_augment(fitting, arguments["input_size"], normalisation.mean, normalisation.std, len(classes))
     task = FinetuneTask(config, classifier.to(runtime.device), augment, runtime, plan.batch_size, seed)
     folder = RunFolder(out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from torchmae.config import OptimConfig
 from torchmae.config.finetune import FinetuneConfig
 from torchmae.data.loader import Batch, Indices, Plan
 from torchmae.errors import CheckpointError, ConfigError, DataError
-from torchmae.evaluation.augment import Augment
 from torchmae.nn.classifier import Classifier
 from torchmae.nn.mae import no_weight_decay
 from torchmae.training.checkpoint import Checkpoint
@@ -23,6 +22,9 @@ from torchmae.training.compilation import compile_model
 from torchmae.training.parallel import wrap_ddp
 from torchmae.training.runtime import Runtime
 from torchmae.training.task import Fixes, Inputs, LoopSettings, Task
+
+if TYPE_CHECKING:
+    from torchmae.evaluation.augment import Augment
 
 
 @dataclass(frozen=True)

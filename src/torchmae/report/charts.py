@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.ticker import MaxNLocator
 
 from torchmae.report.metrics import Unit, finite
 from torchmae.report.run import short_count
@@ -113,7 +112,7 @@ def chart(title: str, *panels: Panel, along: str = "steps") -> Chart | None:
         ]
         areas.append(Area([(_place(value, down), text) for value, text in ticks], placed))
         top += height + _BETWEEN
-    steps = [tick for tick in MaxNLocator(6, integer=True).tick_values(0, far) if 0 <= tick <= far]
+    steps = _ticks(0, far, 6, integer=True)
     legend = [line for line in lines if not line.letter]
     return Chart(
         title,
@@ -159,8 +158,14 @@ def _limits(panel: Panel) -> tuple[float, float]:
 
 def _labels(unit: Unit, low: float, high: float, count: int) -> list[tuple[float, str]]:
     """The ticks between two values, and what stands beside each."""
-    ticks = [float(tick) for tick in MaxNLocator(count).tick_values(low, high) if low <= tick <= high]
-    return [(tick, f"{round(tick * unit.scale, 9):,.6g}{unit.sign}") for tick in ticks]
+    return [(tick, f"{round(tick * unit.scale, 9):,.6g}{unit.sign}") for tick in _ticks(low, high, count)]
+
+
+def _ticks(low: float, high: float, count: int, *, integer: bool = False) -> list[float]:
+    """Round numbers between two values, about `count`."""
+    from matplotlib.ticker import MaxNLocator
+
+    return [float(tick) for tick in MaxNLocator(count, integer=integer).tick_values(low, high) if low <= tick <= high]
 
 
 def _place(value: float, scale: Scale) -> float:

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib import style
-from matplotlib.figure import Figure
 from PIL import Image
 
 from torchmae.report.panels import (
@@ -157,6 +155,9 @@ def map_picture(points: FloatArray, labels: Labels | None, classes: Sequence[str
     shown = sorted(values[np.argsort(-counts, kind="stable")][: len(_HUES) * len(_MARKERS)].tolist())
     size = float(np.clip(12000 / len(points), 6, 40))
     look = {"font.size": 12, "text.color": [value / 255 for value in TEXT[:3]], "scatter.edgecolors": "none"}
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
     with style.context(["default", look]):
         figure = Figure(figsize=(5.0, 5.4), dpi=136, layout="constrained")  # narrow: names are legible on a phone
         axes = figure.add_subplot()
