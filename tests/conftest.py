@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of this process, before torch is loaded, and of those that tests start
+
 from pathlib import Path
 
 import pytest

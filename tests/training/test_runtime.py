@@ -9,6 +9,7 @@ import torch
 import torchmae
 from torchmae.errors import ConfigError
 from torchmae.training import runtime as module
+from torchmae.training.ranks import Ranks
 from torchmae.training.runtime import Runtime, environment, has_fast_bf16, open_runtime
 
 CPU = torch.device("cpu")
@@ -94,8 +95,13 @@ def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     monkeypatch.setattr(module, "num_cores", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert [open_runtime("cpu", "fp32", threads).threads for threads in (None, 2)] == [6, 2]
-    assert asked == [6, 2]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert [open_runtime("cpu", "fp32", threads).threads for threads in (None, 2)] == [3, 2]
+    ranks = Ranks(0, 2, 0, 2)  # torchrun has set it to 1 for each
+    assert open_runtime("cpu", "fp32", None, ranks).threads == 3
+    assert asked == [6, 2, 3, 2, 3]
 
 
 def test_autocast_is_for_bf16_only() -> None:

@@ -47,7 +47,7 @@ class ComputeOptions(ProgressOption, DeviceOption):
     Attributes:
         batch_size: images that are encoded at a time.
         precision: auto (bf16 where it is faster, else fp32), bf16 or fp32, of the encoder.
-        threads: processor threads; null: every core.
+        threads: processor threads; null: OMP_NUM_THREADS, else every core.
     """
 
     batch_size: Size = 250

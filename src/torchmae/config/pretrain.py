@@ -256,7 +256,7 @@ class PretrainConfig(Settings):
         seed: of weights, order, crops, flips and masks.
         device: auto, cpu, cuda, cuda:1, mps.
         precision: auto (bf16 where it is faster, else fp32), bf16 or fp32.
-        threads: processor threads; null: every core.
+        threads: processor threads; null: OMP_NUM_THREADS, else every core.
         compile: run the model through torch.compile.
         parallel: how the ranks that torchrun starts share the work: "ddp" (each has the whole model) or "fsdp" (each
             holds a part of every weight, for models that do not fit on one GPU).

@@ -46,6 +46,14 @@ class Runtime:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
+def default_threads(ranks: Ranks) -> int:
+    """OMP_NUM_THREADS; without it, or of several ranks on a machine (torchrun sets it to 1), a share of the cores."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if ranks.local_world_size == 1 and asked.isdecimal() and int(asked):
+        return int(asked)
+    return max(1, num_cores() // ranks.local_world_size)
+
+
 def open_runtime(
     device: str, precision: str, threads: int | None, ranks: Ranks = ALONE, *, keep_memory: bool = True
 ) -> Runtime:
@@ -54,7 +62,7 @@ def open_runtime(
     Args:
         device: "auto" (cuda, else cpu: mps, Apple's, was never tried) or a torch device.
         precision: "auto", "bf16" or "fp32".
-        threads: processor threads; None: this rank's share of the cores that this process may use.
+        threads: processor threads; None: `default_threads`.
         ranks: as `open_ranks` opened them; of several, each takes the GPU of its local rank.
         keep_memory: call `keep_freed_memory`.
 
@@ -66,7 +74,7 @@ def open_runtime(
         chosen = torch.device("cuda", ranks.local_rank)
     if chosen.type == "cuda" and chosen.index is not None:
         torch.cuda.set_device(chosen)  # what pins memory would open the first GPU too
-    count = threads or max(1, num_cores() // ranks.local_world_size)
+    count = threads or default_threads(ranks)
     torch.set_num_threads(count)
     if keep_memory and chosen.type == "cpu":
         keep_freed_memory()
