@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import torchmae
-from torchmae.build import pretrain_settings
+from torchmae.building import pretrain_settings
 from torchmae.config import DataConfig, PretrainConfig
 from torchmae.data.loader import Plan
 from torchmae.data.opening import open_data

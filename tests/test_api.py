@@ -14,11 +14,12 @@ from PIL import Image
 import torchmae
 from torchmae import presets
 from torchmae.api import configure
+from torchmae.building import overrides
 from torchmae.config import MaskConfig, PretrainConfig
 from torchmae.config.base import make, settings_of
 from torchmae.errors import ConfigError, TrainingError
 from torchmae.report.table import final_table
-from torchmae.runs import MAY_CHANGE, Run, overrides
+from torchmae.runs import MAY_CHANGE, Run
 from torchmae.settings import collect, read_config, values_of
 from torchmae.training import runtime, trainer
 from torchmae.training.checkpoint import load_checkpoint
@@ -57,9 +58,14 @@ def records(run: Run, kind: str) -> list[dict[str, Any]]:
 
 def test_settings_as_dictionaries(place: Path) -> None:
     file = array_file(place / "images.npz", 40, 8, 8, 3, labels=True)
+    torch.set_num_threads(2)
+    before = torch.get_rng_state()
     run = torchmae.pretrain(
         data={"source": file, "flip": False}, mask={"ratio": 0.5}, model=TINY_VIT, out="a", recipe="digits", **SMALL
     )
+    assert torch.equal(torch.get_rng_state(), before)  # the caller's, as is the number of threads
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
     assert (run.path, run.report) == (Path("a"), Path("a/report.html"))
     assert run.report.read_text().startswith("<!doctype html>")
     config = read_config(Path("a/config.yaml"))

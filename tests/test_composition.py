@@ -24,7 +24,7 @@ HOMES = {
 TUTORIALS = {"mlp", "hidden_dim", "elements", "elements_inverted", "loss_on"}
 KNOW_TUTORIAL = {"config.py"}
 # The building place, what stands above it, and what makes the settings.
-TAKE_SETTINGS = ("build.py", "runs.py", "api.py", "settings.py", "commands/", "bench/", "__init__.py", "cli.py")
+TAKE_SETTINGS = ("building.py", "runs.py", "api.py", "settings.py", "commands/", "bench/", "__init__.py", "cli.py")
 
 
 def name_of(path: Path) -> str:

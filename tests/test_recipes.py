@@ -14,7 +14,7 @@ from PIL import Image
 
 from torchmae import presets
 from torchmae.api import configure
-from torchmae.build import check_model, overrides
+from torchmae.building import check_model, overrides
 from torchmae.cli import main
 from torchmae.config import DataConfig, MaskConfig, ModelConfig, OptimConfig, PretrainConfig
 from torchmae.data.loader import Plan

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torchmae import presets, settings
-from torchmae.build import NOTHING, Own, overrides
+from torchmae.building import NOTHING, Own, overrides
 from torchmae.config import ModelConfig, PretrainConfig
 from torchmae.config.base import Settings, make, settings_of
 from torchmae.config.evaluate import ComputeOptions, EmbedOptions, EvaluateOptions

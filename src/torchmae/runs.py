@@ -13,7 +13,7 @@ import torch
 
 import torchmae
 from torchmae import presets, settings
-from torchmae.build import NOTHING, Own, check_model, check_parallel, pretrain_settings
+from torchmae.building import NOTHING, Own, check_model, check_parallel, pretrain_settings
 from torchmae.config import PretrainConfig
 from torchmae.config.base import make
 from torchmae.data.formats import Context
@@ -40,7 +40,7 @@ from torchmae.training.ranks import Ranks, concatenate, open_ranks, restarts, sh
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime, environment, open_runtime
 from torchmae.training.saved_model import Description, write_description, write_weights
-from torchmae.training.task import seeded
+from torchmae.training.task import callers_state, seeded
 from torchmae.training.teacher import Teacher, read_teacher
 from torchmae.training.tracking import Trackers, open_trackers, tracker_names
 from torchmae.training.trainer import ran_out_of_memory
@@ -107,7 +107,7 @@ def resume_run(path: Path, given: Mapping[str, Any], own: Own = NOTHING) -> Run:
 
 
 def _run(config: PretrainConfig, path: Path, own: Own, *, resume: bool) -> Run:
-    with open_ranks(config.device) as ranks, one_line_when_a_worker_ends():
+    with callers_state(), open_ranks(config.device) as ranks, one_line_when_a_worker_ends():
         try:
             return _run_on(ranks, config, path, own, resume=resume)
         except (ConfigError, Interrupted) as error:  # the same on all ranks: one says it

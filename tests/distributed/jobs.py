@@ -19,7 +19,7 @@ from group import TRAINING
 sys.path.insert(0, str(TRAINING))
 from small import Images, Memory, images, mlp, vit
 
-from torchmae.build import pretrain_settings
+from torchmae.building import pretrain_settings
 from torchmae.config import MaskConfig, OptimConfig, PretrainConfig
 from torchmae.data.loader import Batch, Plan
 from torchmae.errors import Interrupted, TrainingError

@@ -17,7 +17,7 @@ import torch
 
 import torchmae
 from torchmae import presets
-from torchmae.build import pretrain_settings
+from torchmae.building import pretrain_settings
 from torchmae.config import DataConfig, OptimConfig, PretrainConfig
 from torchmae.data.loader import Batch, Plan
 from torchmae.data.opening import open_data

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from torchmae import presets
-from torchmae.build import pretrain_settings
+from torchmae.building import pretrain_settings
 from torchmae.config import PretrainConfig
 from torchmae.data.loader import Batch, Plan, shard
 from torchmae.nn.mae import MaskedAutoencoder

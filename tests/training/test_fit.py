@@ -9,7 +9,7 @@ import torch
 from small import RUNTIME, vit
 from torch import nn
 
-from torchmae.build import pretrain_settings
+from torchmae.building import pretrain_settings
 from torchmae.config import PretrainConfig
 from torchmae.errors import ConfigError, TrainingError
 from torchmae.nn.mae import MaskedAutoencoder

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from small import RUNTIME, Images, images, train, vit
 from torch import Tensor
 
-from torchmae.build import pretrain_settings
+from torchmae.building import pretrain_settings
 from torchmae.config import ModelConfig, OptimConfig, PretrainConfig
 from torchmae.data.loader import Batch, Plan
 from torchmae.errors import CheckpointError, Interrupted, TrainingError

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small import RUNTIME, images, mlp, train, vit
 
-from torchmae.build import check_progression, pretrain_settings
+from torchmae.building import check_progression, pretrain_settings
 from torchmae.config import MaskConfig, PretrainConfig
 from torchmae.data.loader import Batch
 from torchmae.errors import ConfigError

@@ -11,7 +11,7 @@ import torch
 from small import RUNTIME, images, mlp, train, vit
 
 from torchmae import presets
-from torchmae.build import pretrain_settings
+from torchmae.building import pretrain_settings
 from torchmae.config import MaskConfig, OptimConfig, PretrainConfig
 from torchmae.data.loader import Batch, Plan
 from torchmae.nn.mae import MaskedAutoencoder

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from torchmae import presets
 from torchmae.bench.peers import PEERS, use_timm_blocks
-from torchmae.build import overrides, pretrain_settings
+from torchmae.building import overrides, pretrain_settings
 from torchmae.config import PretrainConfig
 from torchmae.errors import ConfigError
 from torchmae.nn.masking import Masker, num_keep

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from torchmae import presets
 from torchmae.bench.contenders import OURS, Contender, build, check_equal, model_arguments, process_of, synchronise
 from torchmae.bench.results import Report, Result
-from torchmae.build import pretrain_settings
+from torchmae.building import pretrain_settings
 from torchmae.config import PretrainConfig
 from torchmae.config.bench import BenchData, BenchStep, BenchTrain
 from torchmae.data.formats import Progress

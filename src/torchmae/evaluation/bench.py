@@ -23,6 +23,7 @@ from torchmae.random import Purpose, permutation
 from torchmae.training.progress import Display
 from torchmae.training.ranks import one_line_when_lost, open_ranks
 from torchmae.training.runtime import Runtime, open_runtime
+from torchmae.training.task import callers_state
 
 Classify = Callable[[Labelled, Labelled, int], dict[str, Tensor]]
 """From training and test features and the number of classes to guesses by name, as `scores.rank` gives them."""
@@ -32,6 +33,7 @@ Classify = Callable[[Labelled, Labelled, int], dict[str, Tensor]]
 def opened(compute: ComputeOptions, kept: str) -> Iterator[tuple[Runtime, Display]]:
     """Where a command computes, with its ranks, and its display; `kept` says how to go on when a rank is lost."""
     with (
+        callers_state(),
         open_ranks(compute.device) as ranks,
         one_line_when_lost(ranks, kept),
         one_line_when_a_worker_ends(),

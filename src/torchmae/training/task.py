@@ -57,6 +57,21 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def callers_state() -> Iterator[None]:
+    """Gives torch's random state and number of threads back at the end, to a program that calls torchmae."""
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    on_gpu = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        with _DRAWING:
+            torch.set_rng_state(state)
+            if on_gpu is not None:
+                torch.cuda.set_rng_state(on_gpu)
+
+
 def step_seed(seed: int, step: int, ranks: Ranks = ALONE) -> int:
     """The seed of a rank at a step: what is drawn there does not depend on the steps before."""
     return seed % 2**32 * 2**31 + step * ranks.world_size + ranks.rank
