@@ -51,8 +51,8 @@ class RunFolder:
                 raise ConfigError(
                     f"{path} holds a run already", f"resume it with --resume {path}, or choose another --out"
                 )
-            # Names with a dot: the lock, and interrupted writes.
-            if not begun and path.exists() and not all(item.name.startswith(".") for item in path.iterdir()):
+            empty = path.is_dir() and all(item.name.startswith(".") for item in path.iterdir())  # interrupted writes
+            if not begun and path.exists() and not empty:
                 raise ConfigError(f"{path} exists and is not an empty folder", "choose another --out")
             folder._is_new = rename or not path.exists()
             path.mkdir(parents=True, exist_ok=True)
