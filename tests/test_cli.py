@@ -154,11 +154,11 @@ def complaint(words: str, capsys: pytest.CaptureFixture[str]) -> str:
         ),
         (
             "reconstruct RUN images/0.png --mask-file nothing.png",
-            "nothing.png: the mask removes 0 of 16 patches; paint the hole white, and what stays black",
+            "nothing.png: the mask removes 0 of 16 patches; paint the hole white and the rest black",
         ),
         (
             "reconstruct RUN images/0.png --mask-file everything.png",
-            "everything.png: the mask removes 16 of 16 patches; paint the hole white, and what stays black",
+            "everything.png: the mask removes 16 of 16 patches; paint the hole white and the rest black",
         ),
         (
             "reconstruct RUN images/0.png --out a.jpg",
