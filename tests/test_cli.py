@@ -18,6 +18,8 @@ import torchmae
 from torchmae import cli
 from torchmae.cli import main
 from torchmae.commands import print_json
+from torchmae.config import PretrainConfig
+from torchmae.config.base import settings_of
 from torchmae.settings import recipe_names
 from torchmae.training.checkpoint import load_checkpoint
 
@@ -308,7 +310,7 @@ def test_help_shows_every_option_with_its_description(capsys: pytest.CaptureFixt
     assert main(["pretrain", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "--data.source SOURCE" in shown
-    assert "--mask.ratio RATIO share of the patches that is masked, in (0, 1). (default: 0.75)" in shown
+    assert f"--mask.ratio RATIO {settings_of(PretrainConfig)['mask.ratio'].about} (default: 0.75)" in shown
     assert "--resume" in shown
     assert "--json" in shown
     assert main(["reconstruct", "--help"]) == 0

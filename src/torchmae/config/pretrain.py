@@ -236,9 +236,9 @@ class PretrainConfig(Settings):
         mask: which patches are masked.
         optim: the optimiser and its schedule.
         eval: measurements during training.
-        init_from: weights to start from: a run, an exported model, a released MAE checkpoint, or timm's or
-            transformers' weights (FILE#PART selects one of several encoders in a file), whose shape the network takes;
-            null: random weights.
+        init_from: weights to start from, which also give the network's shape: a run, an exported model, a released MAE
+            checkpoint, or timm's or transformers' weights (FILE#PART selects one of several encoders in a file); null:
+            random weights.
         out: the run folder; null: runs/<recipe>-<time>.
         epochs: passes over the training images.
         max_minutes: minutes of training steps, in place of epochs. The speed of the first steps fixes their number;

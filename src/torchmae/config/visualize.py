@@ -71,7 +71,7 @@ class VisualizeOptions(ModelOptions):
 class AppOptions(TargetOption, DeviceOption):
     """Serves a page to try a model in the browser: paint a hole, see it filled in, compare two runs.
 
-    The page also shows an image's features and its nearest neighbours. Only this computer can open it.
+    The page also shows an image's features and its nearest neighbours. By default only this computer can open it.
 
     Attributes:
         runs: run folders, exported models, or weights of others.

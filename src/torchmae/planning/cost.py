@@ -155,11 +155,11 @@ def activation_bytes(values: dict[str, Any], mask_ratio: float, *, bf16: bool = 
         numbers = tokens * (4 + 2 * ratio) * dim + 2 * (tokens if context is None else context) * dim
         return 4.0 * tokens * dim, 8.0 * tokens * dim + size * numbers
 
-    hidden = length - keep
+    masked = length - keep
     if values["decoder"] == "self":
         decoder_block = block(length + prefix, values["decoder_embed_dim"])
     else:
-        decoder_block = block(hidden, values["decoder_embed_dim"], keep + prefix)
+        decoder_block = block(masked, values["decoder_embed_dim"], keep + prefix)
     stacks = ((values["depth"], block(keep + prefix, values["embed_dim"])), (values["decoder_depth"], decoder_block))
     patches = 4 * length * prod(values["patch_size"]) * values["in_chans"]
     ends = 4 * patches  # pixels, patches, target, prediction
