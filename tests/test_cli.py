@@ -18,6 +18,8 @@ import torchmae
 from torchmae import cli
 from torchmae.cli import main
 from torchmae.commands import print_json
+from torchmae.config import PretrainConfig
+from torchmae.config.base import settings_of
 from torchmae.settings import recipe_names
 from torchmae.training.checkpoint import load_checkpoint
 
@@ -154,11 +156,11 @@ def complaint(words: str, capsys: pytest.CaptureFixture[str]) -> str:
         ),
         (
             "reconstruct RUN images/0.png --mask-file nothing.png",
-            "nothing.png: the mask removes 0 of 16 patches; paint the hole white, and what stays black",
+            "nothing.png: the mask removes 0 of 16 patches; paint the hole white and the rest black",
         ),
         (
             "reconstruct RUN images/0.png --mask-file everything.png",
-            "everything.png: the mask removes 16 of 16 patches; paint the hole white, and what stays black",
+            "everything.png: the mask removes 16 of 16 patches; paint the hole white and the rest black",
         ),
         (
             "reconstruct RUN images/0.png --out a.jpg",
@@ -308,7 +310,7 @@ def test_help_shows_every_option_with_its_description(capsys: pytest.CaptureFixt
     assert main(["pretrain", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "--data.source SOURCE" in shown
-    assert "--mask.ratio RATIO share of the patches that is masked, in (0, 1). (default: 0.75)" in shown
+    assert f"--mask.ratio RATIO {settings_of(PretrainConfig)['mask.ratio'].about} (default: 0.75)" in shown
     assert "--resume" in shown
     assert "--json" in shown
     assert main(["reconstruct", "--help"]) == 0

@@ -1,9 +1,10 @@
-"""What `torchmae pretrain`, `evaluate` and `embed` do, from Python; objects of the caller's own in place of names."""
+"""The Python API: `torchmae pretrain`, `evaluate` and `embed`, also with the caller's own models, masks and sources."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,11 @@ from torchmae.training.progress import Display
 from torchmae.training.ranks import open_ranks
 
 Data = str | Path | Mapping[str, Any]
-_MAX_PATCHES = 256  # in an image, for a suggested patch size: what 224 pixels in patches of 16 come close to
-_LARGEST_PATCH = 16  # of pictures, as suggested
+_MAX_PATCHES = 256  # per image, for a suggested patch size; 224 pixels in patches of 16 give 196
+_LARGEST_PATCH = 16  # pixels, suggested for pictures
 
-PROBED = 16
-# The longer side of the images, in pixels, up to which a recipe is the one to start with.
+PROBED = 16  # images, to find the typical size
+# The largest longer side of the images, in pixels, for each recommended recipe.
 RECIPE_FOR_SIDE = ((16, "digits"), (48, "cifar10"), (128, "images-96"), (float("inf"), "images"))
 
 
@@ -52,12 +53,12 @@ def pretrain(
         torchmae.pretrain("my_images", model=MaskedAutoencoder(...), mask={"strategy": my_strategy})
 
     Args:
-        data: as the option --data: a folder, a .npy file, or a name; or a dictionary of data settings.
-        config: all settings at once, in place of `data` and `options`.
-        resume: a run folder to go on with. Objects that the run was begun with (`model`, a strategy, `source`) are
-            handed over again.
-        model: a dictionary of model settings; or a model, of which a copy is trained from the weights that it has.
-        source: the images, in place of a path; or a dictionary of them with "train", and "val" for held-out ones.
+        data: a folder, file or name, as for --data; or a dictionary of data settings.
+        config: all settings, instead of `data` and `options`.
+        resume: the folder of a run to continue. If the run began with objects (`model`, a strategy, `source`), give
+            them again.
+        model: a dictionary of model settings; or a model, whose copy is trained from its present weights.
+        source: a `Source` of images instead of a path; or a dictionary of sources with "train" and perhaps "val".
         **options: any setting of `PretrainConfig` by name, groups as dictionaries. `mask={"strategy": ...}` also takes
             a `Strategy`, or a function (noise (B, L), grid, ratio) -> Mask.
 
@@ -65,7 +66,7 @@ def pretrain(
         The finished run.
 
     Raises:
-        TorchmaeError: in place of the command line's one-line errors.
+        TorchmaeError: where the command line prints an error.
     """
     if config is not None:
         if options or any(item is not None for item in (data, resume, model, source)):
@@ -93,7 +94,7 @@ def evaluate(
     source: Source | Mapping[str, Source] | None = None,
     **options: Any,
 ) -> dict[str, float]:
-    """Measures what a model learned, and appends it to RUN/evaluations.jsonl.
+    """Measures what a model learned, and appends the figures to RUN/evaluations.jsonl.
 
         torchmae.evaluate("runs/a")                                      # kNN, linear and attentive probes
         torchmae.evaluate("runs/a", "cifar10", method="knn", train_images=10_000)
@@ -101,18 +102,18 @@ def evaluate(
 
     Args:
         run: a run folder, an exported model, weights of others, or "random" or "pixels" with `preset`.
-        data: the labelled images, as the option --data; or a dictionary of data settings. None: the run's own.
-        model: of a run of a model handed over in Python, this model again. Its own weights are the untrained ones that
-            method "all" sets beside the run's.
-        source: as for `pretrain`, with "test" among the splits.
+        data: the labelled images, as for --data; or a dictionary of data settings. None: the run's.
+        model: the model of a run that began with a model in Python. Its weights serve as the untrained network of
+            method "all".
+        source: as for `pretrain`; splits may include "test".
         **options: any other option of `torchmae evaluate` by name, groups as dictionaries.
 
     Returns:
-        Every figure by name, accuracies in percent, as evaluations.jsonl has them; those of the baselines that
-        method "all" sets beside a run as "random.knn20" and "pixels.knn20".
+        Every figure by its name in evaluations.jsonl, accuracies in percent. Method "all" adds those of the baselines,
+        such as "random.knn20" and "pixels.knn20".
 
     Raises:
-        TorchmaeError: in place of the command line's one-line errors.
+        TorchmaeError: where the command line prints an error.
     """
     given = given_settings(data, {"progress": "none", **options}, EvaluateOptions, ComputeOptions)
     splits = splits_of(source)
@@ -134,7 +135,7 @@ def embed(
 
     Args:
         run: a run folder, an exported model, or weights of others.
-        data: the images, as the option --data; or a dictionary of data settings. None: the run's own.
+        data: the images, as for --data; or a dictionary of data settings. None: the run's.
         model: as for `evaluate`.
         source: as for `pretrain`.
         **options: any other option of `torchmae embed` by name.
@@ -143,7 +144,7 @@ def embed(
         The file, the number of images in it, and the shape of one image's features.
 
     Raises:
-        TorchmaeError: in place of the command line's one-line errors.
+        TorchmaeError: where the command line prints an error.
     """
     given = given_settings(data, {"progress": "none", "run": str(run), **options}, EmbedOptions, ComputeOptions)
     splits = splits_of(source)
@@ -152,12 +153,12 @@ def embed(
 
 
 def given_settings(data: Data | None, options: dict[str, Any], *kinds: type[Settings]) -> settings.Given:
-    """Options of Python by dotted name."""
+    """Options from Python by dotted name."""
     return settings.collect(options if data is None else {**options, "data": data}, settings_of(*kinds))
 
 
 def splits_of(source: Source | Mapping[str, Source] | None) -> Mapping[str, Source] | None:
-    """Sources of a caller's own by split; ConfigError for what is no source."""
+    """The caller's sources by split; ConfigError if an object is no source."""
     if source is None:
         return None
     splits = source if isinstance(source, Mapping) else {"train": source}
@@ -170,16 +171,16 @@ def splits_of(source: Source | Mapping[str, Source] | None) -> Mapping[str, Sour
 
 
 def begin(given: Mapping[str, Any], own: Own = NOTHING) -> Run:
-    """A new run from settings by dotted name. Ranks are connected before one of them opens the data."""
+    """Starts a new run from settings by dotted name. Ranks are connected before rank 0 opens the data."""
     with open_ranks(settings.from_recipe(given).device):
         return start(configure(given, own.splits), own)
 
 
 def configure(given: Mapping[str, Any], splits: Mapping[str, Source] | None = None) -> PretrainConfig:
-    """The settings of a run: those of a recipe, changed by those that are given by dotted name.
+    """The settings of a run: a recipe's, overridden by the given ones (by dotted name).
 
-    Without a recipe, the size of the images chooses one. Where the input of that recipe does not suit the images, their
-    size chooses the sizes of input and patches too, unless these are given.
+    Without a recipe, the size of the images chooses one, and also sizes of input and patches if the recipe's do not
+    suit the images and none are given.
     """
     if splits is not None:
         given = {**given, "data.source": OWN}
@@ -190,29 +191,23 @@ def configure(given: Mapping[str, Any], splits: Mapping[str, Source] | None = No
         return settings.from_recipe({**given, "recipe": "digits"})
 
     def look() -> tuple[int, ...]:
-        display = Display(config.progress)
-        try:
+        with closing(Display(config.progress)) as display:
             context = Context.of(config.data, progress=display.preparing)
             return typical_size((splits or open_splits(config.data.source, context))["train"])
-        finally:
-            display.close()
 
     with open_ranks(config.device) as ranks:
-        recipe, shape = recommend(ranks.on_main(look))  # what has to be downloaded is so once
+        recipe, shape = recommend(ranks.on_main(look))  # rank 0 alone, so that data is downloaded once
     sizes = {} if config.init_from is not None else proposed(config.model, shape)
     shape = {f"model.{name}": size for name, size in sizes.items()}
-    of_others = {}
-    if "model.preset" in given:  # the recipe's sizes are those of its own preset
+    unset = {}
+    if "model.preset" in given:  # the recipe's sizes belong to its own preset
         names = overrides(config).keys() - presets.arguments(config.model.preset).keys()
-        of_others = {f"model.{name}": None for name in names}
-    return settings.from_recipe({**of_others, **shape, **given, "recipe": recipe})
+        unset = {f"model.{name}": None for name in names}
+    return settings.from_recipe({**unset, **shape, **given, "recipe": recipe})
 
 
 def proposed(model: ModelConfig, shape: dict[str, Any]) -> dict[str, Any]:
-    """Input and patch size as `recommend` gives them, where the settings leave them open.
-
-    An input size is fitted to a patch size that is given.
-    """
+    """The sizes of input and patches from `recommend` if the settings leave them open; fits a given patch size."""
     if not shape or model.input_size is not None or "patch_size" not in presets.arguments(model.preset):
         return {}
     if model.patch_size is None:
@@ -225,17 +220,15 @@ def proposed(model: ModelConfig, shape: dict[str, Any]) -> dict[str, Any]:
 
 
 def typical_size(train: Source) -> tuple[int, ...]:
-    """The median size of a sample of the training images, in pixels."""
-    seen = probe(train, sample=PROBED)
-    return median_size(Counter(seen.sizes))
+    """The median size of some training images, in pixels."""
+    return median_size(Counter(probe(train, sample=PROBED).sizes))
 
 
 def recommend(size: tuple[int, ...]) -> tuple[str, dict[str, Any]]:
-    """The recipe to start with for images of a size, in pixels along 1, 2 or 3 axes.
+    """The recommended recipe for images of a size, in pixels along 1, 2 or 3 axes.
 
-    Returns:
-        the recipe; and `input_size` and `patch_size` where its own input does not suit: for signals and volumes,
-        elongated images, and tiny images that would have to be reduced.
+    Also returns `input_size` and `patch_size` if the recipe's own input does not suit: for signals and volumes,
+    elongated images, and tiny images that would be reduced.
     """
     recipe = next(name for limit, name in RECIPE_FOR_SIDE if max(size) <= limit)
     config = settings.from_recipe({"recipe": recipe})
@@ -248,12 +241,12 @@ def recommend(size: tuple[int, ...]) -> tuple[str, dict[str, Any]]:
 
 
 def suggested_input(size: Sequence[int]) -> tuple[tuple[int, ...], int]:
-    """An input size close to that of images with `size`, and a patch size that divides it, for any number of axes.
+    """An input size close to `size`, and a patch size that divides it, for any number of axes.
 
-    The patch is the smallest power of two from 2 on that gives no more than 256 patches. Pictures so large that it
-    would be above 16 are reduced instead.
+    The patch size is the smallest power of two from 2 on with at most 256 patches. Pictures that would need more than
+    16 are reduced instead.
     """
-    patch = 2  # one pixel has nothing to predict but itself, and no contrast to be normalised by
+    patch = 2  # a patch of one pixel has no contrast to normalise by
     while prod(max(1, length // patch) for length in size) > _MAX_PATCHES:
         patch *= 2
     grid = tuple(max(1, length // patch) for length in size)

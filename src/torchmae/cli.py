@@ -1,4 +1,4 @@
-"""The command line. Nothing heavy is imported before a command needs it, so `torchmae --help` answers at once."""
+"""The command line. Commands import their own modules, so `torchmae --help` answers at once."""
 
 from __future__ import annotations
 
@@ -26,11 +26,10 @@ EXAMPLES = """
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs the command of the words after `torchmae` (None: the process's own).
+    """Runs the command of the words after `torchmae` (None: `sys.argv`).
 
-    Returns:
-        The exit status: 0; 2 for a user's mistake, reported in one line; 1 for a run that cannot go on; 128 plus the
-        signal's number for one that was stopped.
+    Returns the exit status: 0; 2 for a user's mistake, reported in one line; 1 for a run that cannot continue; 128 plus
+    the signal's number for a run that a signal stopped.
     """
     words = list(sys.argv[1:] if args is None else args)
     wait_briefly(os.environ)
@@ -48,7 +47,7 @@ def main(args: Sequence[str] | None = None) -> int:
             describe(name).print_help()
             return 0
         if os.environ.get("LOCAL_WORLD_SIZE", "1") != "1" and not command.several:
-            if os.environ.get("RANK", "0") != "0":  # it is said once
+            if os.environ.get("RANK", "0") != "0":  # rank 0 prints it
                 return ConfigError.exit_status
             raise ConfigError(f"{name} is for one process, and torchrun has started several", "leave out torchrun")
         return _run(command, words)
@@ -58,13 +57,13 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("torchmae: stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has gone
+    except BrokenPipeError:  # the reader of the output ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
 
 def _run(command: Command, words: Sequence[str]) -> int:
-    """Words to settings, and the command with them."""
+    """Converts the words to settings and calls the command."""
     given = read_words(words, *command.kinds)
     options = [given if kind is PretrainConfig else make(kind, given) for kind in command.kinds]
     module, function = command.run.split(".")
@@ -72,7 +71,7 @@ def _run(command: Command, words: Sequence[str]) -> int:
 
 
 def _usage(first: str, rest: Sequence[str]) -> int:
-    """Lists the commands: all of them, or those that begin with a word such as `data`."""
+    """Lists all commands, or those that begin with a word such as `data`."""
     own = {name: command for name, command in COMMANDS.items() if name.startswith(f"{first} ")}
     if first in ("-h", "--help", "help") or (own and (not rest or rest[0] in ("-h", "--help"))):
         print("torchmae: masked autoencoder pre-training in PyTorch\n\nusage: torchmae COMMAND [OPTIONS]\n\ncommands:")

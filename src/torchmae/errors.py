@@ -9,13 +9,10 @@ from typing import Any
 
 
 class TorchmaeError(Exception):
-    """Base of every error that ends a command with one line instead of a traceback.
+    """Base class of the errors that end a command with one line instead of a traceback: "PROBLEM; FIX".
 
-    What is not printable (line ends, a terminal's escape codes, in names and in what libraries say) is escaped.
-
-    Args:
-        problem: what was found, with the offending value.
-        fix: what to do about it; joined to the problem by a semicolon.
+    `problem` names the wrong value, `fix` the remedy. Characters that are not printable (line ends, a terminal's escape
+    codes) are escaped.
     """
 
     exit_status = 2
@@ -27,7 +24,7 @@ class TorchmaeError(Exception):
 
 
 class ConfigError(TorchmaeError, ValueError):
-    """An option, a shape or a combination of them that cannot work."""
+    """A wrong option, shape or combination of options."""
 
 
 class DataError(TorchmaeError):
@@ -39,17 +36,13 @@ class CheckpointError(TorchmaeError):
 
 
 class TrainingError(TorchmaeError):
-    """Training cannot go on (a loss that is not finite); what was saved before stays."""
+    """Training cannot continue; earlier checkpoints stay."""
 
     exit_status = 1
 
 
 class Interrupted(TorchmaeError):
-    """A signal ended the run after its state was saved.
-
-    Args:
-        signal_number: the signal; the exit status is 128 plus it, as shells and schedulers expect.
-    """
+    """A signal ended the run after its state was saved; the exit status is 128 plus its number, as in shells."""
 
     def __init__(self, problem: str, fix: str, signal_number: int) -> None:
         super().__init__(problem, fix)
@@ -57,7 +50,7 @@ class Interrupted(TorchmaeError):
 
 
 def one_of(name: str, value: object, choices: Iterable[str]) -> None:
-    """Raises ConfigError, with the nearest choice, unless `value` is one of `choices`."""
+    """Raises ConfigError, which names the nearest choice, unless `value` is in `choices`."""
     known = list(choices)
     if value in known:
         return
@@ -67,14 +60,14 @@ def one_of(name: str, value: object, choices: Iterable[str]) -> None:
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
-    """The most similar of `known`, if any is similar at all."""
+    """The most similar word in `known`; None if no word is similar."""
     return next(iter(get_close_matches(word, list(known), n=1, cutoff=cutoff)), None)
 
 
 def within(
     name: str, value: float | None, low: float, high: float, *, open_low: bool = False, open_high: bool = False
 ) -> None:
-    """Raises ConfigError unless `value` is None or lies between the bounds (inclusive unless said)."""
+    """Raises ConfigError unless `value` is None or lies between the bounds, which are inclusive by default."""
     if value is None:
         return
     if not (value > low if open_low else value >= low) or not (value < high if open_high else value <= high):
@@ -87,12 +80,12 @@ def within(
 
 
 def reason_of(error: Exception) -> str:
-    """What an exception says, as one line of at most 300 characters: the system's words, its own, or its type."""
+    """An exception's message as one line of at most 300 characters; its type if it has no message."""
     return getattr(error, "strerror", None) or " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def require(module: str, extra: str) -> Any:
-    """An optional library; ConfigError, with the command that installs it, where it is missing."""
+    """Imports an optional library; ConfigError, with the command that installs it, if it is missing."""
     try:
         return import_module(module)
     except ImportError as error:
@@ -101,11 +94,11 @@ def require(module: str, extra: str) -> Any:
 
 
 def printable(text: str | bytes) -> str:
-    """A text, or a file name's bytes, as one line; what is not printable (a terminal's escape codes) is escaped."""
+    """A text, or a file name's bytes, with characters that are not printable escaped."""
     text = text if isinstance(text, str) else text.decode("utf-8", "backslashreplace")
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _number(value: float) -> str:
-    # Every digit that matters: a seed or a batch of 1000001 must not read as 1e+06.
+    # 12 digits: 1000001 must not become 1e+06.
     return f"{value:.12g}" if isinstance(value, float) else str(value)

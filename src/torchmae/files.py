@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and locks between processes."""
+"""Atomic writing of files, and locks between processes."""
 
 from __future__ import annotations
 
@@ -13,22 +13,19 @@ from typing import IO, BinaryIO
 from torchmae.errors import CheckpointError, TorchmaeError
 
 WRITING = ".writing-"
-"""What the name of a file begins with until it is whole."""
+"""The prefix of an unfinished file's name."""
 
 
 def replace_file(
     path: Path, content: bytes | Callable[[IO[bytes]], object], error: type[TorchmaeError] = CheckpointError
 ) -> None:
-    """Writes a file whole or not at all: under another name, flushed, renamed. Makes its folder.
+    """Writes or replaces a file atomically: under a temporary name, flushed, then renamed. Makes its folder.
 
-    Args:
-        path: the file; one that is there is replaced.
-        content: the bytes, or a function that puts them into an open file, which it may seek in.
-        error: what to raise.
+    `content` is bytes, or a function that writes to an open, seekable file.
 
     Raises:
-        TorchmaeError: of the kind `error`: the folder cannot be made or written to, or the disk is full; an older file
-            of that name is untouched.
+        TorchmaeError: of type `error`: the folder cannot be made or written to, or the disk is full. An existing file
+            stays as it was.
     """
     writing = path.with_name(f"{WRITING}{os.getpid()}-{path.name}")
     try:
@@ -47,19 +44,18 @@ def replace_file(
         if not isinstance(failure, OSError):
             raise
         reason = failure.strerror or failure
-        if isinstance(failure, FileExistsError):  # a file stands where a folder should be
+        if isinstance(failure, FileExistsError):  # the parent is a file
             reason = os.strerror(errno.ENOTDIR)
         raise error(f"cannot write {path}: {reason}", "free space, or name another folder") from failure
 
 
 def lock_file(path: Path) -> BinaryIO | None:
-    """Takes a lock that lasts until the file returned is closed, or until this process ends in whatever way.
+    """Locks a file, which is made if needed, until the returned file is closed or this process ends.
 
-    Returns:
-        The file, made where it was not there; None where the system or the disk knows no locks, or it cannot be made.
+    Returns None if the system or the disk has no locks, or the file cannot be made.
 
     Raises:
-        BlockingIOError: another process has it, here or on another machine that shares the disk.
+        BlockingIOError: another process holds the lock, on this machine or another one that shares the disk.
     """
     try:
         import fcntl
@@ -67,15 +63,15 @@ def lock_file(path: Path) -> BinaryIO | None:
         return None
     try:
         file = path.open("ab")
-    except OSError:  # whoever writes there next says why it cannot be
+    except OSError:  # the next write reports the reason
         return None
     try:
-        # Not flock: children that outlive a killed process would hold its lock.
+        # Not flock: children that outlive a killed process would keep its lock.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         file.close()
         raise BlockingIOError(f"{path} is locked") from error
-    except OSError:  # a disk that knows no locks
+    except OSError:  # the disk has no locks
         file.close()
         return None
     return file
@@ -83,22 +79,22 @@ def lock_file(path: Path) -> BinaryIO | None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds the lock of `lock_file` and removes its file at the end; BlockingIOError where another process has it."""
+    """Holds the lock of `lock_file` and removes the file at the end; BlockingIOError if another process holds it."""
     lock = lock_file(path)
     try:
         yield
     finally:
-        with suppress(OSError):  # not there
+        with suppress(OSError):  # no such file
             path.unlink()
         if lock is not None:
             lock.close()
 
 
 def remove_unless_open(files: Iterable[Path]) -> bool:
-    """Removes files that belong together, unless a process holds one of them open (`hold_open`); whether it did."""
+    """Removes a group of files, unless a process holds one of them open (`hold_open`); returns whether it did."""
     files = list(files)
     for path in files:
-        with suppress(ImportError, OSError):  # OSError: it is gone, or the disk knows no locks
+        with suppress(ImportError, OSError):  # OSError: no such file, or the disk has no locks
             import fcntl
 
             with path.open("rb") as file:
@@ -113,15 +109,15 @@ def remove_unless_open(files: Iterable[Path]) -> bool:
 
 
 def hold_open(path: Path, owner: object) -> None:
-    """Keeps `remove_unless_open` from removing a file as long as an object lives, here or in a forked process.
+    """Keeps `remove_unless_open` from removing a file while `owner` exists, in this process or a forked one.
 
-    Its time becomes now. OSError where it cannot be opened.
+    The file's modification time becomes now. OSError if it cannot be opened.
     """
     descriptor = os.open(path, os.O_RDONLY)
     weakref.finalize(owner, os.close, descriptor)
     with suppress(OSError):
         os.utime(path)
-    with suppress(ImportError, OSError):  # Windows removes no open file; some disks know no locks
+    with suppress(ImportError, OSError):  # Windows never removes open files; some disks have no locks
         import fcntl
 
         fcntl.flock(descriptor, fcntl.LOCK_SH)

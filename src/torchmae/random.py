@@ -1,7 +1,7 @@
 """Counter-based random numbers: the same (seed, epoch, index, purpose) gives the same bits on any machine.
 
-No generator is ever advanced, so a resumed run needs a step number and nothing else, and neither the number of
-workers nor of ranks changes what sample i looks like in epoch e.
+No generator has a state. A resumed run needs only a step number, and the numbers of workers and ranks do not change
+sample i in epoch e.
 
 Source: Philox4x32-10, Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 """
@@ -20,11 +20,11 @@ _WEYL_1 = 0xBB67AE85
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 _ROUNDS = 10
-_AT_A_TIME = 2**15  # indices of a permutation: what is computed on the way stays in the processor's cache
+_AT_A_TIME = 2**15  # indices of a permutation: intermediate values stay in the processor's cache
 
 
 class Purpose(IntEnum):
-    """What a stream is for. Two purposes never share a number; a number, once given out, keeps its meaning."""
+    """The purpose of a stream of random numbers. A number never changes its meaning."""
 
     ORDER = 0
     CROP = 1
@@ -35,15 +35,7 @@ class Purpose(IntEnum):
 
 
 def philox(counter: npt.NDArray[np.uint64], key: tuple[int, int]) -> npt.NDArray[np.uint64]:
-    """Ten rounds of Philox4x32.
-
-    Args:
-        counter: (4, ...) words below 2**32.
-        key: two words below 2**32.
-
-    Returns:
-        (4, ...) words below 2**32, in uint64.
-    """
+    """Ten rounds of Philox4x32: `counter` (4, ...) to (4, ...); these and the two keys are words below 2**32."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
@@ -65,17 +57,9 @@ def bits(
     purpose: Purpose,
     count: int,
 ) -> npt.NDArray[np.uint64]:
-    """`count` random 32-bit words for each index.
+    """`count` random words for each index: (N, count), below 2**32.
 
-    Args:
-        seed: 0 to 2**64 - 1.
-        epoch: 0 to 2**32 - 1; one for all, or (N,).
-        indices: (N,) sample indices below 2**32, or one index.
-        purpose: what the numbers are for.
-        count: words per index.
-
-    Returns:
-        (N, count) words below 2**32, in uint64.
+    `seed` is 0 to 2**64 - 1, `indices` (N,) or one index below 2**32, `epoch` (N,) or one for all indices, below 2**32.
     """
     index = np.atleast_1d(np.asarray(indices)).astype(np.uint64)
     blocks = np.arange(-(-count // 4), dtype=np.uint64)
@@ -101,9 +85,9 @@ def uniform(
 
 
 def permutation(seed: int, epoch: int, length: int, purpose: Purpose = Purpose.ORDER) -> npt.NDArray[np.int64]:
-    """An order of `length` samples: (length,) int64, each of 0 .. length - 1 once.
+    """A random permutation of 0 .. length - 1: (length,) int64.
 
-    Sorted by 64-bit random keys; equal keys (chance below 1e-7 for a million samples) keep index order.
+    Samples are sorted by 64-bit random keys; equal keys (chance below 1e-7 for a million samples) keep index order.
     """
     keys = np.empty(length, dtype=np.uint64)
     for start in range(0, length, _AT_A_TIME):

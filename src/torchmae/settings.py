@@ -1,6 +1,6 @@
-"""Settings from words, YAML files, recipes and Python values. Order of precedence: defaults < recipe < file < options.
+"""Settings from the command line, YAML files, recipes and Python. Precedence: defaults < recipe < file < options.
 
-Whatever they come from, values are collected by dotted name ("mask.ratio"), and `make` builds dataclasses of them.
+Values are collected by dotted name ("mask.ratio"), and `make` builds dataclasses from them.
 """
 
 from __future__ import annotations
@@ -23,31 +23,27 @@ Given = dict[str, Any]
 """Values by dotted name, before they are converted."""
 
 ALIASES = {"data": "data.source", "batch": "batch_size", "init": "finetune.init", "init_from": "run"}
-"""Short names of settings, where a command has no setting of that name."""
+"""Short names of settings; a command's own setting of the same name comes first."""
 
 
 def recipe_names() -> list[str]:
-    """The recipes that ship with torchmae, sorted."""
+    """The names of torchmae's recipes, sorted."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def recipe_path(name: str) -> Path:
-    """The file of a recipe; ConfigError for a name that does not exist."""
+    """The file of a recipe; ConfigError if there is no such recipe."""
     one_of("recipe", name, recipe_names())
     return RECIPES / f"{name}.yaml"
 
 
 def recipe_summary(name: str) -> str:
-    """The first line of a recipe's head: what it is."""
+    """The first line of a recipe, which describes it."""
     return recipe_path(name).read_text(encoding="utf-8").splitlines()[0].lstrip("# ").strip()
 
 
 def full_name(name: str, known: Mapping[str, Setting]) -> str:
-    """The dotted name of a setting; dashes stand for underscores.
-
-    Raises:
-        ConfigError: there is no such setting; the message names the nearest.
-    """
+    """The dotted name of a setting, with - for _ allowed; ConfigError, which names the nearest, if there is none."""
     name = name.replace("-", "_")
     without_group = name.removeprefix("data.") if "axes" in known else ""  # `torchmae data` has --axes for --data.axes
     for spelling in (name, ALIASES.get(name, ""), without_group):
@@ -62,11 +58,7 @@ def full_name(name: str, known: Mapping[str, Setting]) -> str:
 
 
 def collect(values: Mapping[str, Any], known: Mapping[str, Setting], prefix: str = "") -> Given:
-    """Flattens nested values, as YAML and Python have them: `{"mask": {"ratio": 0.5}}` gives `{"mask.ratio": 0.5}`.
-
-    Raises:
-        ConfigError: a name that is not in `known`.
-    """
+    """Flattens nested values: `{"mask": {"ratio": 0.5}}` to `{"mask.ratio": 0.5}`; ConfigError for unknown names."""
     given: Given = {}
     for key, value in values.items():
         if is_dataclass(value) and not isinstance(value, type):
@@ -82,13 +74,13 @@ def collect(values: Mapping[str, Any], known: Mapping[str, Setting], prefix: str
 
 
 def read_words(words: Sequence[str], *kinds: type[Settings]) -> Given:
-    """Reads the words of a command line that takes the settings of `kinds`.
+    """Reads the words of a command line for the settings of `kinds`.
 
-    Words are positional, `--name value`, `--name=value`, or `--name` alone for true. `--config FILE` is a YAML file of
-    settings, where `kinds` has those of a run; options win over the file wherever they stand.
+    Words are positional, `--name value`, `--name=value`, or `--name` alone for true. If `kinds` has the settings of a
+    run, `--config FILE` reads a YAML file, which options override in any order.
 
     Raises:
-        ConfigError: an unknown option, an option without a value, a missing or superfluous word.
+        ConfigError: an unknown option, an option without a value, a missing or unexpected word.
     """
     known = settings_of(*kinds)
     files: Given = {}
@@ -124,13 +116,13 @@ def read_words(words: Sequence[str], *kinds: type[Settings]) -> Given:
 
 
 def _next_value(name: str, known: Mapping[str, Setting], rest: list[str]) -> str:
-    """Takes the value of an option off the words that follow it; "true" where the option stands alone."""
+    """Removes an option's value from the following words; "true" if the option has none."""
     kind = str if name == "config" else known[full_name(name, known)].kind
     kinds = alternatives(kind)
     following = rest[0] if rest and not rest[0].startswith("--") else None
     if bool in kinds and following not in (None, "true", "false"):
         named = len(kinds) > 1 and following.endswith(suffixes(rules(kind)) or "")
-        if not named and any(setting.positional for setting in known.values()):  # a word of its own
+        if not named and any(setting.positional for setting in known.values()):  # a positional word
             following = None
     if following is None and bool not in kinds:
         raise ConfigError(f"--{name} has no value", f"give one: --{name} VALUE")
@@ -138,7 +130,7 @@ def _next_value(name: str, known: Mapping[str, Setting], rest: list[str]) -> str
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file's mapping; ConfigError when it is missing, not YAML, or no mapping."""
+    """Reads a YAML mapping; ConfigError if the file is missing, not YAML, or no mapping."""
     path = user_path(path)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -156,23 +148,23 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_file(path: Path) -> Given:
-    """The settings of a run in a YAML file."""
+    """Reads settings of a run from a YAML file."""
     return collect(read_yaml(path), settings_of(PretrainConfig))
 
 
 def read_config(path: Path) -> PretrainConfig:
-    """The settings of the run whose config.yaml this is."""
+    """Reads the settings of a run from its config.yaml."""
     return make(PretrainConfig, read_file(path))
 
 
 def from_recipe(given: Mapping[str, Any]) -> PretrainConfig:
-    """The settings of the recipe that is named among those given, changed by the others; "auto": of the defaults."""
+    """The settings of the recipe in `given` (for "auto" the defaults), overridden by the other given values."""
     recipe = given.get("recipe", "auto")
     return make(PretrainConfig, given if recipe == "auto" else {**read_file(recipe_path(recipe)), **given})
 
 
 def parse(words: Sequence[str], recipe: str | None = None) -> PretrainConfig:
-    """The settings of a run from options as on the command line; `recipe` wins over one among them."""
+    """The settings of a run from the words of a command line; `recipe` overrides theirs."""
     given = read_words(words, PretrainConfig)
     return from_recipe(given if recipe is None else {**given, "recipe": recipe})
 
@@ -183,12 +175,12 @@ def values_of(config: PretrainConfig) -> Given:
 
 
 def to_yaml(config: PretrainConfig) -> str:
-    """All settings as YAML, in their order; `--config` reads it back."""
+    """All settings as YAML in their order, for `--config`."""
     return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
 
 
 def default_values() -> dict[str, Any]:
-    """Every setting of a run at its default, nested, as YAML has them."""
+    """All defaults of a run, nested as in YAML."""
     return _plain(PretrainConfig())
 
 

@@ -1,4 +1,4 @@
-"""Processor cores; and how threads wait for each other: read once, when torch is imported, so set before that."""
+"""Number of processor cores, and how OpenMP's threads wait; torch reads the latter when it is imported."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ SPIN_COUNT = "10000"
 
 
 def wait_briefly(environ: MutableMapping[str, str]) -> None:
-    """A thread that waits looks 10,000 times before it sleeps, unless the environment says how it should wait.
+    """Lets a waiting thread spin 10,000 times before it sleeps, unless the environment sets another policy.
 
-    Sleeping at once costs a quarter of the speed of small models; spinning for long, nine tenths as soon as another
-    program wants a core (benchmarks/waiting.py).
+    Without spinning, small models lose a quarter of their speed. With long spinning they lose nine tenths when another
+    program uses a core (benchmarks/waiting.py).
     """
     if "OMP_WAIT_POLICY" not in environ:
         environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
 def wait_as_usual(environ: MutableMapping[str, str]) -> None:
-    """Takes `wait_briefly` back."""
+    """Undoes `wait_briefly`."""
     if environ.get("GOMP_SPINCOUNT") == SPIN_COUNT:
         del environ["GOMP_SPINCOUNT"]
 
 
 def num_cores() -> int:
-    """Processor cores that this process may use."""
+    """Number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

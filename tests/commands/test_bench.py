@@ -66,7 +66,7 @@ def test_data_chooses_the_recipe_of_the_others() -> None:
             ["step", "--recipe", "cifar10", "--against", "transformers"],
             "transformers has no equal of this model.decoder",
         ),
-        (["step", "--recipe", "cifar10", "--against", "timm"], "timm-blocks has no equal of this model.decoder"),
+        (["step", "--recipe", "cifar10", "--against", "timm-blocks"], "timm-blocks has no equal of this model.decoder"),
         (["train", "--data", "nowhere"], "nowhere"),
     ],
 )

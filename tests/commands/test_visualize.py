@@ -97,7 +97,7 @@ def test_other_data_than_the_runs_own(run: Path, photo: Path, tmp_path: Path) ->
         ([], "not given: run"),
         (["nowhere"], "nowhere holds no model"),
         (["{run}", "--kind", "pcaa"], "kind is 'pcaa'; did you mean 'pca'?"),
-        (["{run}", "--kind", "map", "photo.png"], "a map is of a whole data set, not of photo.png"),
+        (["{run}", "--kind", "map", "photo.png"], "a map shows a data set, and photo.png is an image"),
         (["{run}", "nothing.png"], "cannot read nothing.png"),
         (["{run}", *["photo.png"] * 65], "65 images are too many for one picture; give 64 or fewer"),
         (["{run}", "--out", "picture.jpg"], "out is 'picture.jpg'; give a name that ends in .png"),

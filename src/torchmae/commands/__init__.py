@@ -1,4 +1,4 @@
-"""The commands: what each takes, and the function that runs it. A module is imported when its command is used."""
+"""The table of commands with their settings and functions. A command's module is imported when it runs."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from torchmae.settings import ALIASES, recipe_names
 class Command(NamedTuple):
     """A command of `torchmae`.
 
-    Its function takes an object of each of `kinds`; for `PretrainConfig` it takes the given values by dotted name,
-    since a recipe may supply the others. The docstring of the first of `kinds` describes the command.
+    Its function takes an object of each class in `kinds`; for `PretrainConfig` it takes the given values by dotted
+    name, since a recipe may add others. The docstring of the first class describes the command.
     """
 
     run: str  # module in `torchmae.commands` and function, which returns the exit status
     kinds: tuple[type[Settings], ...]
-    several: bool = False  # whether all processes that torchrun starts run it together
+    several: bool = False  # whether all ranks of torchrun run it together
 
     @property
     def about(self) -> str:
-        """What the command does."""
+        """The description of the command."""
         return (getdoc(self.kinds[0]) or "").partition("Attributes:\n")[0].strip()
 
 
@@ -61,13 +61,13 @@ COMMANDS = {
     "completion": Command("completion.run", (CompletionOptions,)),
 }
 CONFIGURES = (
-    "also: --config FILE, a YAML file of settings of a run; options given beside it win.\n"
-    "`torchmae bench` takes every setting of a run that `torchmae pretrain` takes."
+    "also: --config FILE, a YAML file of settings of a run, which options override.\n"
+    "`torchmae bench` takes every setting of a run, as `torchmae pretrain` does."
 )
 
 
 def describe(name: str) -> argparse.ArgumentParser:
-    """The help of a command: its usage, its description, and its options."""
+    """A parser that prints the help of a command: usage, description and options."""
     command = COMMANDS[name]
     words = []
     kinds = [kind for kind in command.kinds if kind is not PretrainConfig or name == "pretrain"]
@@ -87,9 +87,9 @@ def describe(name: str) -> argparse.ArgumentParser:
 
 
 def add_options(parser: argparse.ArgumentParser, kinds: Sequence[type[Settings]], file: Any = None) -> None:
-    """Adds an option for every setting: argparse shows and completes them, `settings.read_words` reads them.
+    """Adds an option for every setting, for help and completion; `settings.read_words` reads the command line.
 
-    `file` is how shtab completes the name of a file.
+    `file` is shtab's completion of file names.
     """
     known = settings_of(*kinds)
     groups = {
@@ -119,12 +119,12 @@ def add_options(parser: argparse.ArgumentParser, kinds: Sequence[type[Settings]]
 
 
 def _shown(value: Any) -> str:
-    """A default as a configuration file has it."""
+    """A default as in a configuration file."""
     return json.dumps(value) if not isinstance(value, (str, Path)) else str(value)
 
 
 def print_json(to: bool | Path, figures: Mapping[str, Any]) -> None:
-    """What --json asks for: the figures as one JSON object, on a line of standard output or in a file."""
+    """Writes figures for --json as one JSON object: to a file, or on one line of standard output; nothing if False."""
     if isinstance(to, Path):
         replace_file(to, (json.dumps(figures, indent=1) + "\n").encode())
     elif to:

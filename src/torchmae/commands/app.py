@@ -1,4 +1,4 @@
-"""`torchmae app`: a page in the browser to try a trained model on."""
+"""`torchmae app`: a page in the browser to try a trained model."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ def run(options: AppOptions) -> int:
     from torchmae.app.server import listen, serve
     from torchmae.app.session import open_session
 
-    with listen(options.host, options.port) as listening:  # before the models: a port that is taken is told at once
+    with listen(options.host, options.port) as listening:  # before loading models, to report a used port at once
         serve(open_session(options, say=lambda note: print(f"note: {note}")), listening, options)
-    raise KeyboardInterrupt  # a page ends by a signal alone, and uvicorn loses one that comes as it begins to serve
+    raise KeyboardInterrupt  # only a signal ends the page, and uvicorn drops a signal that comes while it starts

@@ -1,8 +1,9 @@
-"""`torchmae bench`: how fast training is here, beside other code, and where its time goes."""
+"""`torchmae bench`: the speed of training on this machine, beside other code, and where its time goes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from typing import Any
 
 from torchmae.api import configure
@@ -39,17 +40,14 @@ def train(options: BenchTrain, output: OutputOptions, given: Mapping[str, Any]) 
 
 
 def step_config(given: Mapping[str, Any]) -> PretrainConfig:
-    """The settings of a step, which needs no data: that would choose the recipe where nothing else does."""
+    """The settings of a step. It needs no data to choose a recipe by: the default is STEP_PRESET."""
     named = given.get("recipe", "auto") != "auto" or "model.preset" in given
     return from_recipe(given if named else {**given, "model.preset": STEP_PRESET})
 
 
 def _report(config: PretrainConfig, output: OutputOptions, measure: Callable[[Progress], Report]) -> int:
-    display = Display(config.progress)
-    try:
+    with closing(Display(config.progress)) as display:
         report = measure(display.preparing)
-    finally:
-        display.close()
     print(report.text(), flush=True)
     print_json(output.json, report.record())
     if output.plot is not None:

@@ -1,7 +1,4 @@
-"""`torchmae completion`: a script with which a shell completes commands, options and their values.
-
-The script is static: completing starts no Python. shtab makes it of the types of the settings.
-"""
+"""`torchmae completion`: a shell script that completes commands, options and their values without starting Python."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ def run(options: CompletionOptions) -> int:
 
 
 def command_tree(file: Any) -> argparse.ArgumentParser:
-    """All commands as one parser, for shtab to read; `file` is how it completes the name of a file."""
+    """All commands as one parser for shtab; `file` is its completion of file names."""
     tree = argparse.ArgumentParser(prog="torchmae")
     tree.add_argument("--version", action="store_true", help="versions, for bug reports")
     branches = {"": tree.add_subparsers()}

@@ -1,4 +1,4 @@
-"""`torchmae data`: inspects a data set, or packs it into large files that are read fast."""
+"""`torchmae data`: inspects a data set, or packs it into a few large files, which are read faster."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from torchmae.report.panels import sample_panels
 from torchmae.report.pictures import save_png
 from torchmae.training.progress import Display
 
-_SHOWN = 8  # sizes, classes, broken files and duplicates that are listed
+_SHOWN = 8  # listed sizes, classes, unreadable files and duplicates
 _SHEET = 64  # images on a contact sheet
-_PANEL = 128  # pixels of each
+_PANEL = 128  # pixels of an image on it
 
 
 def inspect(options: InspectOptions) -> int:
@@ -77,7 +77,7 @@ def pack(command: PackCommand, options: PackOptions) -> int:
 
 
 def _axes_of_array(source: Source) -> str:
-    """The option that an array of such samples needs where its shape alone is ambiguous; else empty."""
+    """The option --data.axes for a packed array whose shape is ambiguous; else empty."""
     with suppress(DataError):  # the first image cannot be read
         item = source.open(0)
         dims = len(item.size)
@@ -89,7 +89,7 @@ def _axes_of_array(source: Source) -> str:
 
 
 def describe(found: Inspection) -> str:
-    """The findings as lines of text."""
+    """The result of an inspection as text."""
     lines: list[str] = []
     for split, facts in found.splits.items():
         lines += _describe_split(split, facts)
@@ -163,7 +163,7 @@ def _counts(counter: Counter[Any]) -> str:
 
 
 def suggestion(data: str, found: Inspection, options: ReadOptions) -> str | None:
-    """A command that trains on the data, read with the same options; None when no image can be read."""
+    """A command that trains on the data with the same reading options; None if no image can be read."""
     sizes = found.splits["train"].sizes
     if not sizes:
         return None
@@ -177,13 +177,10 @@ def suggestion(data: str, found: Inspection, options: ReadOptions) -> str | None
 
 
 def contact_sheet(source: Source, path: Path, normalisation: Normalisation | None) -> None:
-    """Saves a picture of evenly spaced images, drawn over the range of `normalisation`.
-
-    The place of an image that cannot be read stays blank.
+    """Saves a picture of evenly spaced images, scaled to the range of `normalisation`; unreadable ones stay blank.
 
     Raises:
         CheckpointError: the picture cannot be saved.
-        ConfigError: no image can be drawn.
     """
     indices = evenly_spaced(len(source), _SHEET)
     columns = int(np.ceil(np.sqrt(len(indices))))

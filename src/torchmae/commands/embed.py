@@ -11,7 +11,7 @@ from torchmae.evaluation.embedding import embed_run
 def run(options: EmbedOptions, compute: ComputeOptions) -> int:
     """Runs the command; returns the exit status."""
     written = embed_run(options, compute)
-    if os.environ.get("RANK", "0") != "0":  # of ranks that torchrun started, the first one speaks
+    if os.environ.get("RANK", "0") != "0":  # only rank 0 prints
         return 0
     shape = " x ".join(f"{number:,}" for number in (written.count, *written.shape))
     extra = f", {written.left_out} unreadable images left out" if written.left_out else ""

@@ -22,10 +22,10 @@ HEADINGS = {"model": "this model", "random": "untrained", "pixels": "raw pixels"
 
 def run(options: EvaluateOptions, compute: ComputeOptions, model: RunOrBaseline) -> int:
     """Runs the command; returns the exit status."""
-    is_main = os.environ.get("RANK", "0") == "0"  # of ranks that torchrun started, the first one speaks
+    is_main = os.environ.get("RANK", "0") == "0"  # only rank 0 prints
     try:
         evaluation = evaluate(model.run, options, compute)
-    except (ConfigError, Interrupted) as error:  # the same on all ranks
+    except (ConfigError, Interrupted) as error:  # all ranks raise it
         if is_main:
             raise
         return error.exit_status
@@ -36,14 +36,14 @@ def run(options: EvaluateOptions, compute: ComputeOptions, model: RunOrBaseline)
         record = record_evaluation(model.run, evaluation)
         if record is not None:
             print(f"recorded with settings, top-5, classes and confusions: {record}")
-    finally:  # the figures are printed although the record cannot be written
+    finally:  # print the figures even if the record cannot be written
         figures = {"run": model.run, "method": options.method, "figures": evaluation.figures()}
         print_json(model.json, figures)
     return 0
 
 
 def report(evaluation: Evaluation) -> str:
-    """The figures as a table, what they were measured on, and the notes."""
+    """The images of the evaluation, a table of figures, and notes, as text."""
     data = evaluation.data
     reconstructions = [*evaluation.results.get("reconstruction", {}).values()]
     if reconstructions:
@@ -64,7 +64,7 @@ def report(evaluation: Evaluation) -> str:
 
 
 def figure_table(by_subject: Mapping[str, Mapping[str, float]]) -> Table:
-    """A row for each figure, a column for each subject; the first heading names the unit and the kind of spread."""
+    """A row for each figure, a column for each subject; the first heading gives the unit and the kind of spread."""
     texts = {subject: figures_as_text(figures) for subject, figures in by_subject.items()}
     names = dict.fromkeys(name for column in texts.values() for name in column)
     shown = [name for name in names if measure_of(name).unit != TRAINING]
@@ -88,7 +88,7 @@ def heading(name: str, texts: Mapping[str, Mapping[str, Figure]]) -> str:
 
 
 def cell(figure: Figure) -> str:
-    """A figure and its spread: "44.0 (43.1 to 45.0)" or "44.0 ± 1.2"; empty where there is none."""
+    """A figure and its spread: "44.0 (43.1 to 45.0)" or "44.0 ± 1.2"; empty without a figure."""
     if not figure.spread:
         return figure.value
     return f"{figure.value} {figure.spread if figure.spread.startswith('±') else f'({figure.spread})'}"

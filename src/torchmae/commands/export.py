@@ -1,4 +1,4 @@
-"""`torchmae export` and `torchmae push`: a model in another library's format, checked; on disk, or on the hub."""
+"""`torchmae export` and `torchmae push`: a model in another library's format, checked, on disk or on the hub."""
 
 from __future__ import annotations
 

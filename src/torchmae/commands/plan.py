@@ -1,4 +1,4 @@
-"""`torchmae plan`: what a pre-training run will cost."""
+"""`torchmae plan`: the cost of a pre-training run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`torchmae recipes`: the named sets of settings."""
+"""`torchmae recipes`: lists the named sets of settings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torchmae.config.pretrain import RecipesOptions
 
 
 def run(_: RecipesOptions) -> int:
-    """Prints the recipes, one a line; returns the exit status."""
+    """Prints one recipe per line; returns the exit status."""
     names = settings.recipe_names()
     for name in names:
         print(f"{name:<{max(map(len, names))}}  {settings.recipe_summary(name)}")

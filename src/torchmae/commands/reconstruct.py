@@ -1,4 +1,4 @@
-"""`torchmae reconstruct`: masks part of given images and lets a trained model fill it in."""
+"""`torchmae reconstruct`: masks a part of images and lets a trained model fill it in."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def run(options: ReconstructOptions) -> int:
 
 
 def mask_from_image(pretrained: Pretrained, path: Path, count: int) -> Mask:
-    """The bright part (above half) of an image as a mask for `count` images; it is cropped and resized as they are.
+    """Makes a mask for `count` images from the bright part (above half) of an image, cropped and resized like them.
 
     Raises:
-        ConfigError: a model without patches or not of images, or a mask that covers no patch or all of them.
+        ConfigError: the model has no patches or does not take images, or the mask covers no patch or all patches.
     """
     require_patches(pretrained.model, "to mask")
     size = pretrained.description.input_size
@@ -58,4 +58,4 @@ def mask_from_image(pretrained: Pretrained, path: Path, count: int) -> Mask:
     try:
         return mask_from_pixels(removed, pretrained.model.patch_size)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error.problem}", "paint the hole white, and what stays black") from error
+        raise ConfigError(f"{path}: {error.problem}", "paint the hole white and the rest black") from error

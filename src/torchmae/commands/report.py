@@ -1,4 +1,4 @@
-"""`torchmae report`: the page of a run, or of several side by side."""
+"""`torchmae report`: a page about one run, or about several runs side by side."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""`torchmae --version`: what a bug report needs to say."""
+"""`torchmae --version`: versions for bug reports."""
 
 from __future__ import annotations
 
 import platform
 from collections import Counter
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -15,8 +16,11 @@ LIBRARIES = ("torchvision", "numpy", "pillow", "timm", "transformers")
 
 
 def describe() -> str:
-    """Versions of torchmae and of what it stands on, the platform, and what it can compute on; a line each."""
-    libraries = [f"{name} {number}" for name in LIBRARIES if (number := _version(name))]
+    """Versions of torchmae and its libraries, the platform, and the processor and GPUs."""
+    libraries = []
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            libraries.append(f"{name} {version(name)}")
     return "\n".join(
         (
             f"torchmae {__version__}",
@@ -26,13 +30,6 @@ def describe() -> str:
             f"gpu: {_gpus()}",
         )
     )
-
-
-def _version(library: str) -> str | None:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return None
 
 
 def _gpus() -> str:

@@ -13,7 +13,7 @@ from torchmae.report.pictures import save_png
 from torchmae.training.pretrained import load
 from torchmae.training.runtime import open_runtime
 
-# Images of the data set that are drawn when none are given.
+# Number of images from the data set if none are given.
 NUM_EXAMPLES = {"pca": 8, "attention": 4, "neighbours": 4, "ratios": 4}
 
 
@@ -27,7 +27,7 @@ def run(options: VisualizeOptions) -> int:
 
 
 def draw(options: VisualizeOptions) -> Image.Image:
-    """Makes the picture."""
+    """Draws the picture."""
     run, paths = Path(options.run), options.images
     runtime = open_runtime(options.device, "fp32", None)
     pretrained = load(run, target=options.target)

@@ -1,11 +1,11 @@
-"""The base of all settings: frozen dataclasses that convert their fields to their types and check them.
+"""The base class of settings: frozen dataclasses that convert their fields to their types and check them.
 
-A value may be text from the command line, a value from a YAML file, or a Python object. Types say everything: `Literal`
-names the choices, `Range` the limits, `PLACE` a file or folder, ".png" the ending of its name, and `POSITIONAL` a word
-that stands without an option before it.
+A value is text from the command line, a value from a YAML file, or a Python object. A field's type gives its check:
+`Literal` the choices, `Range` the limits, `PLACE` a file or folder, ".png" the ending of its name, and `POSITIONAL` a
+positional argument.
 
-There is no parser library here: values from Python and YAML need this conversion anyway, and the errors of jsonargparse
-are sentences, which would have to be taken apart to name the limit, the fix and the nearest name.
+No parser library is used: values from Python and YAML need this conversion too, and jsonargparse's errors do not give
+limit, fix and nearest name separately.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ WORDS = {
     str: "text",
     tuple: "a list such as [1, 2]",
 }
-"""What types are called in messages."""
+"""The names of types in messages."""
 
 
 class Range(NamedTuple):
@@ -70,10 +70,7 @@ class WrongType(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """Base of the classes of settings.
-
-    A subclass that is a group of another one names its prefix: `class MaskConfig(Settings, group="mask.")`.
-    """
+    """Base class of settings. A group of settings names its prefix: `class MaskConfig(Settings, group="mask.")`."""
 
     prefix: ClassVar[str] = ""
 
@@ -91,21 +88,21 @@ class Settings:
     @classmethod
     @cache
     def types(cls) -> dict[str, Any]:
-        """The type of every field by its name."""
+        """The types of the fields by name."""
         hints = get_type_hints(cls, include_extras=True)
         return {item.name: hints[item.name] for item in fields(cls)}
 
 
 class Setting(NamedTuple):
-    """One setting."""
+    """The type, default and description of a setting."""
 
-    kind: Any  # its type
-    default: Any  # MISSING where the setting has to be given
-    about: str  # its description
+    kind: Any
+    default: Any  # MISSING if the setting is required
+    about: str
 
     @property
     def positional(self) -> bool:
-        """Whether it is a word without an option before it."""
+        """Whether it is a positional argument."""
         return POSITIONAL in rules(self.kind)
 
     @property
@@ -115,7 +112,7 @@ class Setting(NamedTuple):
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The words that it offers: those of a `Literal`, true and false of a bool."""
+        """Its choices: the values of a `Literal`, true and false of a bool."""
         words: list[str] = []
         for part in alternatives(self.kind):
             words += get_args(part) if get_origin(part) is Literal else ("true", "false") if part is bool else ()
@@ -123,12 +120,12 @@ class Setting(NamedTuple):
 
     @property
     def names_file(self) -> bool:
-        """Whether its values are names of files or folders."""
+        """Whether its values are files or folders."""
         return PLACE in rules(self.kind) or any(Path in (part, *get_args(part)) for part in alternatives(self.kind))
 
 
 def settings_of(*kinds: type[Settings], prefix: str = "") -> dict[str, Setting]:
-    """Every setting of some classes by its dotted name, such as "mask.ratio"."""
+    """The settings of some classes by dotted name, such as "mask.ratio"."""
     found: dict[str, Setting] = {}
     for kind in kinds:
         about = {name: text for base in reversed(kind.__mro__) for name, text in _attributes(base).items()}
@@ -153,11 +150,7 @@ def _attributes(kind: type[Any]) -> dict[str, str]:
 
 
 def make(kind: type[T], given: Mapping[str, Any], prefix: str = "") -> T:
-    """Creates settings from values by dotted name; names of other classes are ignored.
-
-    Raises:
-        ConfigError: a value that does not fit its setting.
-    """
+    """Creates settings from values by dotted name; ignores names of other classes. ConfigError as in `convert`."""
     values = {}
     for name, hint in kind.types().items():
         if is_group(hint):
@@ -171,7 +164,7 @@ def convert(name: str, kind: Any, value: Any) -> Any:
     """Converts text, a value from YAML or a Python object to the type `kind` of the setting `name`.
 
     Raises:
-        ConfigError: the value has another type, is none of the choices, or lies outside its range.
+        ConfigError: the value has the wrong type, is not among the choices, or lies outside its range.
     """
     parts = alternatives(kind)
     if NoneType in parts and (value is None or (isinstance(value, str) and value in ("null", "~"))):
@@ -186,7 +179,7 @@ def convert(name: str, kind: Any, value: Any) -> Any:
 
 
 def _checked(name: str, limits: Iterable[Any], value: Any) -> Any:
-    """The value of a setting, once it is checked against what `Annotated` says of it."""
+    """Checks a value against the rules in `Annotated`; expands ~ in a path."""
     for limit in limits:
         if isinstance(limit, Range) and isinstance(value, (int, float)):
             within(name, value, limit.low, limit.high, open_low=limit.open_low, open_high=limit.open_high)
@@ -215,13 +208,13 @@ def _convert_to(name: str, kind: Any, value: Any) -> Any:
     elif origin in WORDS:
         with suppress(TypeError, ValueError, KeyError, OverflowError):
             return _scalar(origin, value)
-    elif origin is not Literal and not is_group(origin):  # an object that no text stands for
+    elif origin is not Literal and not is_group(origin):  # an object that has no text form
         return value
     raise WrongType
 
 
 def _scalar(kind: type[Any], value: Any) -> Any:
-    """Converts to bool, int, float, str or Path; TypeError, ValueError or KeyError for a value that does not fit."""
+    """Converts to bool, int, float, str or Path; TypeError, ValueError or KeyError if the value does not fit."""
     text = isinstance(value, str)
     if kind is bool and text:
         return {"true": True, "false": False}[value.lower()]
@@ -236,7 +229,7 @@ def _scalar(kind: type[Any], value: Any) -> Any:
 
 def _from_yaml(value: Any) -> Any:
     """A list or dictionary that is written as text; other values as they are."""
-    import yaml  # here, since most options are plain words
+    import yaml  # most options do not need it
 
     try:
         return yaml.safe_load(value) if isinstance(value, str) else value
@@ -245,7 +238,7 @@ def _from_yaml(value: Any) -> Any:
 
 
 def _in_words(kind: Any) -> str:
-    """What a setting takes, in words."""
+    """A type in words."""
     return WORDS.get(get_origin(kind) or kind) or ", ".join(map(str, get_args(kind))) or "a group of settings"
 
 
@@ -256,7 +249,7 @@ def is_group(kind: Any) -> bool:
 
 @cache
 def alternatives(kind: Any) -> tuple[Any, ...]:
-    """The types that a type is made of, without `Annotated`."""
+    """The members of a union, or the type itself; without `Annotated`."""
     if get_origin(kind) is Annotated:
         return alternatives(get_args(kind)[0])
     unions = get_args(kind) if get_origin(kind) in (Union, UnionType) else ()
@@ -265,7 +258,7 @@ def alternatives(kind: Any) -> tuple[Any, ...]:
 
 @cache
 def rules(kind: Any) -> tuple[Any, ...]:
-    """What `Annotated` says of a type: ranges, PLACE, POSITIONAL, endings."""
+    """The metadata of `Annotated` in a type: ranges, PLACE, POSITIONAL, endings."""
     if get_origin(kind) is Annotated:
         return (*get_args(kind)[1:], *rules(get_args(kind)[0]))
     unions = get_args(kind) if get_origin(kind) in (Union, UnionType) else ()
@@ -273,7 +266,7 @@ def rules(kind: Any) -> tuple[Any, ...]:
 
 
 def suffixes(limits: Iterable[Any]) -> tuple[str, ...]:
-    """The endings that the name of a file may have, among what `Annotated` says; none: any."""
+    """The allowed endings of a file name in the metadata of `Annotated`; empty: any ending."""
     return tuple(limit for limit in limits if isinstance(limit, str) and limit.startswith("."))
 
 
@@ -282,8 +275,7 @@ class JsonOption(Settings):
     """Figures for programs.
 
     Attributes:
-        json: print the figures as one JSON object on the last line; with a name that ends in .json, write them to that
-            file instead.
+        json: print the figures as one JSON object on the last line; NAME.json: write them to this file instead.
     """
 
     json: Annotated[bool | Path, ".json"] = False
@@ -321,7 +313,7 @@ class TargetOption(Settings):
     """How weights of others are read.
 
     Attributes:
-        target: what weights of others were trained to predict, where they do not say: pixels or normalised (patches).
+        target: the training target of others' weights if they do not store it: pixels or normalised (patches).
     """
 
     target: Literal["pixels", "normalised"] | None = None

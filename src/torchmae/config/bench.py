@@ -1,4 +1,4 @@
-"""Every setting of a benchmark and its default. Light: nothing here imports torch, so that --help answers at once."""
+"""The settings of `torchmae bench`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ STEP_PEERS: tuple[str, ...] = get_args(StepPeer)
 
 @dataclass(frozen=True)
 class OutputOptions(JsonOption):
-    """Where the figures go, beside the table that is printed.
+    """Output of figures besides the printed table.
 
     Attributes:
-        plot: a PNG picture of the figures.
+        plot: PNG file to draw the figures in.
     """
 
     plot: Annotated[Path, ".png"] | None = None
@@ -31,21 +31,16 @@ class BenchStep(Settings):
     Without --recipe, --config and --model.preset: vit_tiny_32_p4 with the default settings.
 
     Attributes:
-        rounds: each gives one figure; the median of all is reported. In a round every contender has its turn.
-        steps: training steps of a turn; null: as many as take about a second.
-        against: "transformers" (ViTMAEForPreTraining) or "lightly" (its MAE, made of timm's blocks), of the same sizes
-            on the same images, as their users run them: fp32 on a processor, bf16 autocast on CUDA; or "timm-blocks":
-            torchmae itself, with timm's blocks in place of its own (timm has no MAE).
+        rounds: number of rounds, in which the contenders take turns; the median over rounds is reported.
+        steps: training steps per turn; null: about one second of steps.
+        against: "transformers" (ViTMAEForPreTraining) or "lightly" (its MAE, made of timm's blocks), with the same
+            sizes and images, as their users run them: fp32 on a processor, bf16 autocast on CUDA; or "timm-blocks":
+            torchmae with timm's blocks instead of its own (timm has no MAE).
     """
 
     rounds: Rounds = 7
     steps: Size | None = None
     against: StepPeer | None = None
-
-    def __post_init__(self) -> None:
-        if str(self.against) == "timm":  # an earlier name
-            object.__setattr__(self, "against", "timm-blocks")
-        super().__post_init__()
 
 
 @dataclass(frozen=True)
@@ -53,10 +48,10 @@ class BenchData(Settings):
     """Times the loading of images: reading, decoding, cropping, batches.
 
     Attributes:
-        rounds: each gives one figure; the median of all is reported. In a round every contender has its turn.
-        batches: of a turn, after the first ones, which worker processes have ready when they have started.
-        against: "torchvision": Pillow decodes, RandomResizedCrop, flip and normalisation, of the same image files
-            with as many workers.
+        rounds: number of rounds, in which the contenders take turns; the median over rounds is reported.
+        batches: batches per turn. The first batches, which worker processes prepare as they start, are not counted.
+        against: "torchvision": decoding by Pillow, RandomResizedCrop, flip and normalisation, for the same image files
+            and number of workers.
     """
 
     rounds: Rounds = 5
@@ -69,9 +64,8 @@ class BenchTrain(Settings):
     """Times the training loop on real data, beside the bare step.
 
     Attributes:
-        rounds: each gives one figure; the median of all is reported. In a round the loop and the bare step take
-            turns.
-        steps: training steps of a turn.
+        rounds: number of rounds, in which the loop and the bare step take turns; the median over rounds is reported.
+        steps: training steps per turn.
     """
 
     rounds: Rounds = 5

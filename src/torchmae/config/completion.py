@@ -1,4 +1,4 @@
-"""The settings of `torchmae completion`. Light: nothing here imports torch."""
+"""The settings of `torchmae completion`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torchmae.config.base import POSITIONAL, Settings
 
 @dataclass(frozen=True)
 class CompletionOptions(Settings):
-    """Prints a script that completes commands, options and their values on Tab.
+    """Prints a shell script that completes commands, options and their values on Tab.
 
-    Write it once, and again after an update (shtab makes it: pip install 'torchmae[completion]').
+    Write it to a file once, and again after an update. It needs shtab: pip install 'torchmae[completion]'.
 
       bash: torchmae completion bash > ~/.local/share/bash-completion/completions/torchmae
       zsh:  torchmae completion zsh  > ~/.zfunc/_torchmae      (with `fpath+=~/.zfunc` before compinit in ~/.zshrc)
       fish: torchmae completion fish > ~/.config/fish/completions/torchmae.fish
 
     Attributes:
-        shell: whose script it is.
+        shell: the shell that reads the script.
     """
 
     shell: Annotated[Literal["bash", "zsh", "fish"], POSITIONAL]

@@ -1,4 +1,4 @@
-"""How data is opened and read, and the settings of `torchmae data`. Light: nothing here imports torch."""
+"""The settings of opening and reading data, and of `torchmae data`."""
 
 from __future__ import annotations
 
@@ -26,23 +26,21 @@ class ReadOptions(Settings, group="data."):
     """How data is opened and read, the same in every command.
 
     Attributes:
-        root: folder where data sets that go by name are kept and downloaded to.
+        root: folder of the data sets that are downloaded by name.
         axes: axes of one sample in an array, one letter each: C for channels, any other (L, H, W, Z, Y, X, T) for
-            space and time, such as HWC, CHW, LC, CL, ZYX or TYXC; null: by the shape, where only one reading fits.
-        pages: pages of a TIFF: the "first", "all" (each page is a sample) or a "stack" (one sample with one axis more).
-        truncated: a JPEG without its last rows: "skip" counts it as unreadable, "keep" fills the missing rows with
-            grey.
-        max_megapixels: limit of the pixels of a picture, in millions; a JPEG up to ten times as large is read at a
-            fraction of its size.
-        nodata: value that means "nothing measured", such as -9999. It and values that are not finite are replaced by
+            space and time, such as HWC, CHW, LC, CL, ZYX or TYXC; null: from the shape, if it is unambiguous.
+        pages: pages of a TIFF: the "first", "all" (each page is a sample) or a "stack" (one sample with one more axis).
+        truncated: a JPEG without its last rows: "skip" it as unreadable, or "keep" it with the missing rows grey.
+        max_megapixels: largest size of a picture in million pixels; a JPEG of up to ten times this size is decoded at
+            reduced size.
+        nodata: value that means "no measurement", such as -9999. It and values that are not finite are replaced by
             the mean of their channel in the sample; "nan": only values that are not finite; null: no such value.
-        member: picture to take from tar samples with several: what follows the sample's key and a dot ("jpg",
+        member: picture to take if a tar sample has several: its name after the sample's key and a dot ("jpg",
             "seg.png"), or "all" (each picture is a sample); null: no sample has several.
         group: what belongs together (a patient, a scene, a record, a clip): the name of a column of a list or of an
             array beside the images, or a regular expression on the path with the group in parentheses, such as
             '(case_\\d+)'. Held-out images are of groups of their own; null: each image stands alone.
-        scale: for each type of stored values, the value that becomes 1; null: 255 for uint8, 65535 for uint16, and
-            1 for all other types.
+        scale: for each stored type, the value that becomes 1; null: 255 for uint8, 65535 for uint16, 1 for others.
     """
 
     root: Place = "data"
@@ -56,16 +54,16 @@ class ReadOptions(Settings, group="data."):
     scale: dict[str, Positive] | None = None
 
     def changed(self) -> dict[str, Any]:
-        """The options of reading that differ from their defaults."""
+        """The options that differ from their defaults."""
         values = {item.name: (getattr(self, item.name), item.default) for item in fields(ReadOptions)}
         return {name: value for name, (value, default) in values.items() if value != default}
 
     def filled_from(self, other: ReadOptions) -> dict[str, Any]:
-        """The options that are left at their defaults here, as `other` has them."""
+        """The values of `other` for all options that have their defaults here."""
         return {item.name: getattr(other, item.name) for item in fields(ReadOptions) if item.name not in self.changed()}
 
     def of_one_file(self) -> dict[str, Any]:
-        """The options that decide how one file is read, where they are not the defaults."""
+        """The options that change how one file is read, if they differ from their defaults."""
         names = ("axes", "pages", "truncated", "max_megapixels", "nodata")
         return {name: value for name, value in self.changed().items() if name in names}
 
@@ -94,12 +92,12 @@ class DataOptions(ReadOptions):
     """How images are held out and loaded.
 
     Attributes:
-        source: what `torchmae pretrain --data` takes: a folder, a file or a name; null: what the run was trained on.
-        val_size: number of training images that are held out where the data has no such split; at most a fifth of
-            them, and the same ones in every command.
-        memory_limit: GiB that decoded images may fill; a larger data set is read again in every pass.
-        num_workers: reader processes when images are not in memory; null: one per core, at most 8.
-        max_bad: largest share of unreadable images: each is skipped, counted and named; more of them end the command.
+        source: a folder, file or name, as for `torchmae pretrain --data`; null: the run's training data.
+        val_size: number of training images to hold out if the data has no val split; at most a fifth of them. Every
+            command holds out the same images.
+        memory_limit: GiB for decoded images; a larger data set is read again in every epoch.
+        num_workers: reader processes if images are not in memory; null: one per core, at most 8.
+        max_bad: largest allowed share of unreadable images, which are skipped, counted and named.
     """
 
     source: Place | None = None
@@ -111,12 +109,12 @@ class DataOptions(ReadOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions(ProgressOption, JsonOption, ReadOptions, group=""):
-    """Reads every image of a data set and says what is there, and what is wrong.
+    """Reads every image of a data set and reports sizes, types, classes and problems.
 
     Attributes:
-        data: anything that `torchmae pretrain --data` takes.
-        sheet: where to save a contact sheet, a PNG picture of 64 images; null: nowhere.
-        limit: how many images of each split to read, evenly spaced; null: all.
+        data: a folder, file or name, as for `torchmae pretrain --data`.
+        sheet: PNG file for a contact sheet of 64 images; null: none.
+        limit: number of images to read from each split, evenly spaced; null: all.
     """
 
     data: Annotated[Place, POSITIONAL]
@@ -131,12 +129,11 @@ class PackOptions(ProgressOption, ReadOptions, group=""):
     Attributes:
         format: "parquet" (the Hugging Face schema), "wds" (WebDataset tar shards) or "npy" (one array, for images
             of one size).
-        max_size: longest side in pixels; larger images are reduced to it, others kept byte for byte; null: all
-            are kept.
-        quality: JPEG quality, 1 to 100, of images that were reduced and had been compressed with loss; others stay
-            lossless.
-        shard_mib: MiB after which the next file begins.
-        max_bad: largest share of unreadable images: each is left out and named; more of them end the command.
+        max_size: limit of the longer side in pixels; larger images are reduced, others are kept byte for byte; null:
+            no limit.
+        quality: JPEG quality, 1 to 100, of reduced images that had lossy compression; others stay lossless.
+        shard_mib: size of a file in MiB.
+        max_bad: largest allowed share of unreadable images, which are left out and named.
     """
 
     format: Literal["parquet", "wds", "npy"] = "parquet"
@@ -148,12 +145,12 @@ class PackOptions(ProgressOption, ReadOptions, group=""):
 
 @dataclass(frozen=True)
 class PackCommand(Settings):
-    """Writes the images of a data set into few large files.
+    """Writes the images of a data set into a few large files.
 
-    Each image is read back before it counts. A command that was stopped goes on where it was when it is given again.
+    Each image is read back and compared. If the command is stopped, run it again to continue.
 
     Attributes:
-        data: anything that `torchmae pretrain --data` takes.
+        data: a folder, file or name, as for `torchmae pretrain --data`.
         out: a new folder.
     """
 

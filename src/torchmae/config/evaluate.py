@@ -1,4 +1,4 @@
-"""The settings of `torchmae evaluate` and `torchmae embed`. Light: nothing here imports torch."""
+"""The settings of `torchmae evaluate` and `torchmae embed`."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ APPLIES_TO = {
     "test": ("anomaly",),
     "normal_classes": ("anomaly",),
 }
-"""The methods that an option is for, where it is not for all."""
+"""The methods of each option that does not apply to all methods."""
 
 
 @dataclass(frozen=True)
 class ComputeOptions(ProgressOption, DeviceOption):
-    """Where and how fast to compute.
+    """Device, precision and speed.
 
     Attributes:
-        batch_size: images that are encoded at a time.
-        precision: auto (bf16 where it is faster, else fp32), bf16 or fp32, of the encoder.
+        batch_size: images per forward pass.
+        precision: precision of the encoder: auto (bf16 where it is faster, else fp32), bf16 or fp32.
         threads: processor threads; null: OMP_NUM_THREADS, else every core.
     """
 
@@ -60,11 +60,11 @@ class AttentiveOptions(Settings, group="attentive."):
     """How the attentive probe is trained.
 
     Attributes:
-        epochs: passes over the training images; null: 30, or as many more as 2,000 steps take.
-        lr: AdamW's peak learning rate; it warms up over a tenth of the steps and falls as a cosine.
+        epochs: passes over the training images; null: 30, or more to reach 2,000 steps.
+        lr: AdamW's peak learning rate, with a warm-up over a tenth of the steps, then a cosine.
         weight_decay: not applied to biases and norms.
         batch_size: images per step.
-        memory_limit: GiB that the patch tokens of all training images may fill; beyond it they are encoded anew in
+        memory_limit: GiB for the patch tokens of all training images; if they do not fit, they are encoded again in
             every epoch, and `--method all` leaves this probe out.
     """
 
@@ -77,12 +77,12 @@ class AttentiveOptions(Settings, group="attentive."):
 
 @dataclass(frozen=True)
 class ReconstructionOptions(Settings, group="reconstruction."):
-    """Which masks the reconstruction is measured under.
+    """The masks and images of the reconstruction metrics.
 
     Attributes:
-        ratios: shares of the patches that are masked, each in (0, 1).
-        strategies: names of mask strategies; null: all that the model has.
-        images: test images used, at most.
+        ratios: masked shares of the patches, each in (0, 1).
+        strategies: names of mask strategies; null: all strategies of the model.
+        images: largest number of test images.
     """
 
     ratios: tuple[Fraction, ...] = (0.5, 0.75, 0.9)
@@ -99,37 +99,37 @@ class ReconstructionOptions(Settings, group="reconstruction."):
 class EvaluateOptions(TargetOption):
     """Measures what a model learned: nearest neighbours, probes, fine-tuning, anomaly detection.
 
-    torchrun starts it on several GPUs.
+    Runs on several GPUs with torchrun.
 
     Attributes:
-        method: knn, linear, attentive, reconstruction, finetune (a classifier trained end to end, for minutes to hours)
-            or anomaly (with --normal DIR --test DIR); or all: knn, linear and attentive, beside an untrained network
-            and raw pixels.
-        data: the labelled images that probes learn from.
-        test_data: the labelled images that are classified: "test" or "val" (that split of the data), "held-out" (some
-            of the training images), or what --data takes; null: the test split, else val, else held-out.
+        method: knn, linear, attentive, reconstruction, finetune (trains a classifier end to end, minutes to hours) or
+            anomaly (with --normal DIR --test DIR); all: knn, linear and attentive, beside an untrained network and raw
+            pixels.
+        data: the labelled training images of the probes.
+        test_data: the labelled test images: "test" or "val" (a split of the data), "held-out" (some of the training
+            images), or a source as for --data; null: the test split, else val, else held-out.
         train_images: number of training images, a fixed subset; null: all.
         test_images: number of test images, a fixed subset; null: all.
-        labels_per_class: few-shot: number of images of each class to learn from, for knn, linear and finetune.
-        draws: few-shot: number of draws, whose mean and deviation are given. With finetune each draw is a training.
-        pool: features of an image: mean (of its patch tokens), cls (the class token), both (one after the other);
-            null: mean for knn, each of them for linear.
-        protocol: of linear: "sweep" (logistic regression, its strength chosen on a part of the training images) or
+        labels_per_class: few-shot: number of training images per class, for knn, linear and finetune.
+        draws: few-shot: number of draws, reported as mean and deviation. With finetune each draw is a training.
+        pool: features of an image: mean (of its patch tokens), cls (the class token), both (concatenated); null: mean
+            for knn, all three for linear.
+        protocol: linear: "sweep" (logistic regression, its strength chosen on a part of the training images) or
             "paper" (batch norm and a linear layer, LARS, 90 epochs).
-        preset: the network when RUN is random or pixels (for the size of its input).
-        target: of reconstruction and anomaly: what weights of others were trained to predict, where they do not say:
-            pixels or normalised (patches).
+        preset: the network if RUN is random, or its input size if RUN is pixels.
+        target: reconstruction and anomaly: the training target of others' weights if they do not store it: pixels or
+            normalised (patches).
         attentive: how the attentive probe is trained.
-        reconstruction: which masks the reconstruction is measured under.
-        finetune: how a classifier is trained end to end; its images are flipped only if the run's were.
-        out: folder that finetune makes for the classifier (null: RUN/finetune-...), or that anomaly writes to (null:
-            RUN); to be given where RUN is no folder.
-        resume: of finetune: go on with the training in this folder; without a folder, with the one in `out`.
-        normal: of anomaly: images of what is normal; their training split. It needs no labels.
-        test: of anomaly: images to test, in one folder for each class: "good", or a class of the normal ones, is normal
-            and any other anomalous.
-        normal_classes: of anomaly: take only these classes of the normal images, with commas between them.
-        seed: of the untrained network, draws, masks and initial weights.
+        reconstruction: the masks and images of the reconstruction metrics.
+        finetune: how a classifier is trained end to end; its images are flipped if the run's were.
+        out: folder for the classifier of finetune (null: RUN/finetune-...) or the results of anomaly (null: RUN);
+            required if RUN is no folder.
+        resume: finetune: continue the training in this folder; without a folder, in `out`.
+        normal: anomaly: source of the normal images, its training split; labels are not needed.
+        test: anomaly: source of the test images, one folder per class. "good" and the classes of the normal images are
+            normal, all others anomalous.
+        normal_classes: anomaly: use only these classes of the normal images, separated by commas.
+        seed: seed of the untrained network, draws, masks and initial weights.
     """
 
     method: Method | str = "all"
@@ -170,7 +170,7 @@ class EvaluateOptions(TargetOption):
 
 @dataclass(frozen=True, kw_only=True)
 class RunOrBaseline(JsonOption, RunArgument):
-    """What `torchmae evaluate` measures, and where the figures go.
+    """The model or baseline, and the output of figures.
 
     Attributes:
         run: run folder, exported model, weights of others (also as --init-from); or random or pixels, with --preset.
@@ -181,15 +181,14 @@ class RunOrBaseline(JsonOption, RunArgument):
 class EmbedOptions(RunArgument):
     """Writes the features of all images of a data set to a file.
 
-    Nothing is masked. A command that was stopped goes on where it was when it is given again. torchrun starts it on
-    several GPUs.
+    Nothing is masked. If the command is stopped, run it again to continue. Runs on several GPUs with torchrun.
 
     Attributes:
         data: the images.
         out: the file to write, .npz or .parquet.
-        pool: features of an image: mean (of its patch tokens), cls (the class token), both (one after the other), or
-            tokens (every patch token).
-        split: train, val, test, or all: whatever the data has.
+        pool: features of an image: mean (of its patch tokens), cls (the class token), both (concatenated), or tokens
+            (every patch token).
+        split: train, val or test; all: every split of the data.
     """
 
     data: DataOptions = field(default_factory=DataOptions)

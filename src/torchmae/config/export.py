@@ -1,4 +1,4 @@
-"""The settings of `torchmae export` and `torchmae push`. Light: nothing here imports torch."""
+"""The settings of `torchmae export` and `torchmae push`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torchmae.config.base import POSITIONAL, Place, RunArgument, TargetOption
 
 @dataclass(frozen=True)
 class ExportOptions(TargetOption):
-    """What is written.
+    """Export format and model card.
 
     Attributes:
         to: timm (a folder for create_model), hf-mae (transformers' ViTMAEForPreTraining), hf-vit (its ViTModel),
             official (the released checkpoints' layout), onnx, or safetensors (torchmae's own).
-        part: of onnx: encoder, or reconstruction.
-        data_licence: of the training images, for the model card.
+        part: onnx: encoder, or reconstruction.
+        data_licence: licence of the training images, for the model card.
     """
 
     to: Literal["timm", "hf-mae", "hf-vit", "official", "onnx", "safetensors"] = "safetensors"
@@ -28,11 +28,10 @@ class ExportOptions(TargetOption):
 class ExportCommand(RunArgument):
     """Writes a model for timm, transformers, ONNX and others, with a model card, and checks it.
 
-    The folder that is written is read back with the other library, and what both compute is compared. The folder is
-    there whole and compared, or not at all.
+    The other library reads the export back, and both outputs are compared. A failed export leaves no folder.
 
     Attributes:
-        out: the folder to make.
+        out: a new folder.
     """
 
     out: Place
@@ -42,11 +41,11 @@ class ExportCommand(RunArgument):
 class PushCommand(RunArgument):
     """Exports a model, checks it, and uploads it to the Hugging Face hub.
 
-    The token is HF_TOKEN, or what `hf auth login` stored. Otherwise only data that is downloaded by name, and
-    --trackers, use the network.
+    The token is HF_TOKEN, or the one that `hf auth login` stored. Only this command, --trackers, and data downloaded
+    by name use the network.
 
     Attributes:
-        repo: USER/NAME of the repository on the hub; made if it does not exist.
+        repo: USER/NAME of the repository on the hub; it is created if it does not exist.
         private: make a new repository private.
     """
 

@@ -1,4 +1,4 @@
-"""The settings of a fine-tuning, and which of them suit which images. Light: nothing here imports torch."""
+"""The settings of a fine-tuning, with defaults for small and large images."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torchmae.errors import within
 Strength = Annotated[float, Range(0, 10)]
 
 SMALL_SIDE = 64
-"""Images up to this many pixels along their longer side are small."""
+"""The largest longer side of a small image, in pixels."""
 
 
 class InputSettings(NamedTuple):
-    """The settings that depend on the model's input; as in `FinetuneConfig`."""
+    """The settings of `FinetuneConfig` that depend on the model's input."""
 
     batch_size: int
     crop_scale: tuple[float, float]
@@ -26,7 +26,7 @@ class InputSettings(NamedTuple):
 
 
 PAPER = InputSettings(batch_size=1024, crop_scale=(0.08, 1.0), randaugment=9, mixup=0.8, cutmix=1.0)
-# A crop of 8% of a small image shows nothing, and strong distortions leave as little.
+# Neither a crop of 8% nor strong distortion leaves enough of a small image.
 SMALL = InputSettings(batch_size=128, crop_scale=(0.6, 1.0), randaugment=3, mixup=0.8, cutmix=1.0)
 
 
@@ -34,29 +34,29 @@ SMALL = InputSettings(batch_size=128, crop_scale=(0.6, 1.0), randaugment=3, mixu
 class FinetuneConfig(Settings, group="finetune."):
     """How a classifier is trained end to end. The defaults are the paper's (table 9, ViT-B).
 
-    What is null depends on the input: the paper's value, or a milder one for images of up to 64 pixels (`for_input`).
+    The value for null, in brackets, depends on the input: the paper's, or a milder one for images of up to 64 pixels.
 
     Attributes:
-        init: "pretrained" weights, or "random" ones: the same network from scratch, for comparison.
+        init: "pretrained" weights, or "random" weights: the same network from scratch, for comparison.
         epochs: passes over the labelled images.
-        batch_size: images per optimiser step (1024; small images 128); all there are, when there are fewer.
-        accumulate: number of micro-batches that a batch is computed in, to save memory.
+        batch_size: images per optimiser step, at most all images (1024; small images 128).
+        accumulate: number of micro-batches per batch, to save memory.
         base_lr: learning rate of the head for a batch of 256; the rate used is base_lr * batch_size / 256.
         layer_decay: factor on the learning rate from each layer to the one below it; 1: the same for all.
         betas: AdamW's moment decay rates.
         weight_decay: not applied to biases, norms and the class token.
-        warmup: share of all steps over which the rate rises linearly from 0; after that it falls as a cosine.
+        warmup: share of all steps over which the rate rises linearly from 0; then it falls as a cosine.
         min_lr: rate at the end, as a share of the peak.
         drop_path: stochastic depth rate of the last block, rising linearly from 0.
         label_smoothing: share of the target that is spread over all classes.
-        mixup: parameter of the Beta distribution that images are blended by; 0: none (0.8).
-        cutmix: parameter of the Beta distribution of the area that is taken from another image; 0: none (1). A batch
-            gets either mixup or cutmix.
+        mixup: parameter of the Beta distribution for blending images; 0: none (0.8).
+        cutmix: parameter of the Beta distribution for the area from another image; 0: none (1). A batch gets either
+            mixup or cutmix.
         randaugment: strength of RandAugment's two operations, 0 (none) to 10 (9; small images 3).
-        crop_scale: area of the random crop as a share of the image, from and to ([0.08, 1]; small images [0.6, 1]).
-        ema: decay of a moving average of the weights; the average is measured and saved; null: no average.
-        evaluations: number of times that the test images are classified, evenly spaced, the last at the end.
-        compile: train the classifier through torch.compile.
+        crop_scale: range of the random crop's area as a share of the image ([0.08, 1]; small images [0.6, 1]).
+        ema: decay of a moving average of the weights, which is evaluated and saved; null: no average.
+        evaluations: number of evaluations on the test images, evenly spaced, the last at the end.
+        compile: train the classifier with torch.compile.
         checkpoint_minutes: minutes between two checkpoints.
     """
 
@@ -87,10 +87,10 @@ class FinetuneConfig(Settings, group="finetune."):
             within("finetune.crop_scale", self.crop_scale[0], 0, self.crop_scale[1], open_low=True)
 
     def for_input(self, input_size: Sequence[int], in_chans: int) -> InputSettings:
-        """What is null here, filled in for a model's input.
+        """Fills in null values for a model's input.
 
-        What torchvision has for pictures only is left out for other input: RandAugment unless it has 1 or 3 channels,
-        and mixup and cutmix too unless it has 2 spatial dimensions.
+        Mixup, cutmix and RandAugment, which torchvision has for pictures only, are off for input without 2 spatial
+        axes; RandAugment also without 1 or 3 channels.
         """
         values = (SMALL if max(input_size) <= SMALL_SIDE else PAPER)._asdict()
         if len(input_size) != 2:

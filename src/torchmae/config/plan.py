@@ -1,4 +1,4 @@
-"""The settings of `torchmae plan`. Light: nothing here imports torch."""
+"""The settings of `torchmae plan`."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from torchmae.errors import ConfigError, within
 
 @dataclass(frozen=True)
 class PlanOptions(Settings):
-    """Predicts memory, traffic, speed and GPU hours of a pre-training run from its sizes; nothing is run.
+    """Predicts memory, traffic, speed and GPU hours of a pre-training run from its sizes, without running it.
 
     Attributes:
         model: a preset (vit_tiny, vit_small, vit_base, vit_large, vit_huge, ...).
-        images: training images; 1.28M and 300k are understood.
-        epochs: passes over them.
+        images: number of training images, such as 1.28M or 300k.
+        epochs: passes over the training images.
         batch_size: images per optimiser step, over all GPUs.
-        mask_ratio: share of the patches that is masked.
+        mask_ratio: masked share of the patches.
         input_size: image size in pixels, for every axis; null: the preset's.
-        gpus: how many, 8 to a machine.
+        gpus: number of GPUs, 8 per machine.
         gpu: a100, h100, h200, b200, l40s or rtx4090.
-        mfu: share of the GPU's peak that is reached; null: what a compiled model of this size reached on an H100
+        mfu: share of the GPU's peak that a step reaches; null: as a compiled model of this size on an H100
             (`MEASURED_MFU`). `torchmae bench step` measures it on another GPU.
         parallel: "ddp" or "fsdp".
         compress_gradients: exchange gradients in bf16.
-        checkpoint_activations: compute blocks again in the backward pass.
-        image_kb: size of a stored image, kB (110: ImageNet's JPEG).
-        decode_rate: images a second that one processor core reads, crops and resizes.
-        cores: processor cores for each GPU.
+        checkpoint_activations: compute blocks a second time in the backward pass.
+        image_kb: size of a stored image in kB (110: ImageNet's JPEG).
+        decode_rate: images per second that one processor core reads, crops and resizes.
+        cores: processor cores per GPU.
     """
 
     model: Preset = "vit_base"
@@ -56,7 +56,7 @@ class PlanOptions(Settings):
 
 
 def number_of(text: str) -> float:
-    """A count such as 1.28M, 300k or 50000; ConfigError for anything else."""
+    """Parses a count such as 1.28M, 300k or 50000; ConfigError for anything else."""
     factors = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9}
     factor = factors.get(text[-1:].lower(), 1.0)
     digits = text[:-1] if factor != 1.0 else text

@@ -1,7 +1,4 @@
-"""Every setting of a pre-training run and its default: the single place where a default lives.
-
-Order of precedence: these defaults < recipe < --config file < options.
-"""
+"""The settings of a pre-training run and their defaults. Order of precedence: defaults < recipe < file < options."""
 
 from __future__ import annotations
 
@@ -45,7 +42,7 @@ Preset = Literal[
 ]
 Strategy = Literal["random", "block", "grid", "cells2", "cells4", "elements", "elements_inverted", "own"]
 OWN: Final = "own"
-"""What a setting holds in place of a name where Python code handed over an object of its own (docs/extending.md)."""
+"""The value of a setting whose object was handed over in Python (docs/extending.md)."""
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -55,20 +52,20 @@ class DataConfig(DataOptions, group="data."):
 
     Attributes:
         source: "digits", a folder of images (class sub-folders give labels), a pattern ('photos/**/*.jpg'), a .csv or
-            .txt list, .parquet or .tar files (also a folder, or the URL, of them), a .npy, .npz, .h5 or .zarr array, a
-            torchvision set by name (cifar10, stl10, ...), or hf: and what the `datasets` library loads (docs/data.md).
-        val: held-out images: "auto" (the data's own val split, else val_size of the training images), "none",
-            "held-out" (val_size training images), the name of a split ("test"), or a path (its training split).
+            .txt list, .parquet or .tar files (also a folder or URL of such files), a .npy, .npz, .h5 or .zarr array, a
+            torchvision set by name (cifar10, stl10, ...), or hf:NAME from the `datasets` library (docs/data.md).
+        val: held-out images: "auto" (the data's val split, else val_size of the training images), "none", "held-out"
+            (val_size training images), the name of a split ("test"), or a path (its training split).
         cache: "memory" keeps decoded images as integers, "device" keeps them in the GPU's memory, "none" reads files
             in workers, "auto" decides by size and `memory_limit`.
-        crop_scale: area of the random crop as a share of the image, from and to (RandomResizedCrop).
-        crop_ratio: aspect ratio of the crop, relative to the model's input, from and to.
+        crop_scale: range of the random crop's area as a share of the image (RandomResizedCrop).
+        crop_ratio: range of the crop's aspect ratio, relative to the model's input.
         flip: mirror left and right half of the time.
-        mean: per-channel mean of values in [0, 1] that is subtracted; null: computed from a sample.
-        std: per-channel deviation that is divided by; null: computed from a sample.
-        repeats: repeated augmentation: views (crop, flip, mask) per decoded image. An image has as many views in the
-            run as without it; batches are less varied. Divides the number of epochs.
-        allow_change: go on with a run although its training images have changed.
+        mean: mean of each channel, in [0, 1], to subtract; null: computed from a sample.
+        std: standard deviation of each channel to divide by; null: computed from a sample.
+        repeats: repeated augmentation: views (crop, flip, mask) per decoded image. The number of views in the run does
+            not change, but batches are less varied. It must divide the number of epochs.
+        allow_change: continue a run although its training images have changed.
     """
 
     source: Place = "digits"
@@ -101,18 +98,18 @@ class ModelConfig(Settings, group="model."):
     Attributes:
         preset: a named model: vit_tiny, vit_small, vit_base, vit_large, vit_huge (224 px), vit_tiny_32_p4,
             vit_tiny_32_p2 (32 px), vit_digits (8 px, patch 2), convnext_atto (ConvNeXt V2, 224 px), convnext_32
-            (32 px), or mlp (the tutorial's fully connected one); own: a model handed over in Python.
+            (32 px), mlp (the tutorial's fully connected network); own: a model handed over in Python.
         input_size: image size in pixels, height and width ([224, 224]); 1 to 3 numbers, or one number for all axes.
         patch_size: patch size in pixels, in the same form.
-        in_chans: number of channels; null: as the data has.
+        in_chans: number of channels; null: the data's.
         embed_dim: encoder width.
         depth: number of encoder blocks.
         num_heads: number of encoder attention heads.
-        depths: of the convnext presets: number of blocks of each stage ([2, 2, 6, 2]).
-        dims: of the convnext presets: number of channels of each stage.
+        depths: convnext presets: number of blocks of each stage ([2, 2, 6, 2]).
+        dims: convnext presets: number of channels of each stage.
         mlp_ratio: hidden width of a block's MLP over its width.
         class_token: prepend a class token.
-        registers: number of further learned tokens that stand for no patch.
+        registers: number of register tokens: learned tokens that belong to no patch.
         drop_path: stochastic depth rate of the encoder's last block, rising linearly from 0.
         decoder: "self" (the paper's) or "cross" (CrossMAE's: masked patches attend to visible ones only).
         decoder_embed_dim: decoder width.
@@ -122,12 +119,12 @@ class ModelConfig(Settings, group="model."):
         predict_ratio: share of the masked patches that a training step predicts (CrossMAE; needs decoder "cross").
         feature_weights: blocks of the "cross" decoder read learned mixtures of all encoder layers (CrossMAE).
         hog_weight: weight of a second training loss on histograms of gradients (MaskFeat's target); 2-D only.
-        teacher: a further training loss on the patch features of a frozen network: a run, an exported model, others'
+        teacher: frozen network for a further training loss on its patch features: a run, an exported model, others'
             weights, or timm:NAME, a vision transformer of timm with its pre-trained weights; null: none.
-        teacher_weight: weight of that loss.
-        hidden_dim: width of the hidden layer of the mlp preset.
-        output_relu: end the mlp preset in a ReLU, as the tutorial does (it cannot predict negative values).
-        loss_on: of the mlp preset: loss on "hidden" (masked) values only, or on "all" values.
+        teacher_weight: weight of the teacher's loss.
+        hidden_dim: mlp preset: width of the hidden layer.
+        output_relu: mlp preset: end in a ReLU, as in the tutorial (negative values cannot be predicted).
+        loss_on: mlp preset: loss on "hidden" (masked) values only, or on "all" values.
     """
 
     preset: Preset = "vit_digits"
@@ -164,11 +161,10 @@ class MaskConfig(Settings, group="mask."):
 
     Attributes:
         strategy: "random" patches (the paper's), "block" (contiguous), "grid" (evenly spaced), "cells2" or "cells4"
-            (random cells of 2 or 4 patches along each axis, which leave larger holes); for the mlp preset "elements"
-            (each value alone) or "elements_inverted" (the tutorial's: masks 1 - ratio); "own": a function handed over
-            in Python.
-        ratio: share of the patches that is masked, in (0, 1).
-        final_ratio: the share at the end of the run; it changes linearly from `ratio`; null: it stays.
+            (random cells of 2 or 4 patches along each axis: larger holes); mlp preset: "elements" (single values) or
+            "elements_inverted" (the tutorial's: masks 1 - ratio); "own": a function handed over in Python.
+        ratio: masked share of the patches, in (0, 1).
+        final_ratio: masked share at the end of the run, reached linearly from `ratio`; null: constant.
     """
 
     strategy: Strategy = "random"
@@ -182,9 +178,9 @@ class OptimConfig(Settings, group="optim."):
 
     Attributes:
         name: "adamw", "adam" (no decoupled decay), or "muon" (orthogonalised momentum for the hidden matrices,
-            AdamW for the rest).
+            AdamW for all other parameters).
         base_lr: learning rate for a global batch of 256; the rate used is base_lr * batch_size / 256.
-        lr: the learning rate itself, whatever the batch; null: from base_lr.
+        lr: learning rate for any batch size; null: from base_lr.
         muon_lr: learning rate of the hidden matrices with "muon", matched to AdamW's update size.
         betas: AdamW's moment decay rates.
         weight_decay: not applied to biases, norms, class token, mask token.
@@ -208,15 +204,15 @@ class OptimConfig(Settings, group="optim."):
 
 @dataclass(frozen=True)
 class EvalConfig(Settings, group="eval."):
-    """What is measured during training, on held-out images under one fixed mask.
+    """Measurements during training, on held-out images under one fixed mask.
 
     Attributes:
         count: number of measurements, evenly spaced, the last at the end.
-        images: held-out images that are used, at most.
-        knn_count: number of kNN and linear probe measurements, where labels exist; at most `count`.
-        knn_train: labelled training images that kNN votes with, at most.
-        knn_val: held-out images that are classified, at most.
-        linear_train: labelled training images that the linear probe learns from, at most; 0: no linear probe.
+        images: largest number of held-out images.
+        knn_count: number of kNN and linear probe measurements if there are labels; at most `count`.
+        knn_train: largest number of labelled training images of kNN.
+        knn_val: largest number of held-out images to classify.
+        linear_train: largest number of labelled training images of the linear probe; 0: no linear probe.
         pictures: images in each reconstruction picture.
     """
 
@@ -234,15 +230,15 @@ class PretrainConfig(Settings):
     """One pre-training run.
 
     Attributes:
-        recipe: the named set of values that the other settings change (`torchmae recipes`); "auto" chooses by the data.
+        recipe: a named set of settings (`torchmae recipes`), which other options override; "auto" chooses by the data.
         data: the training images and how they are augmented.
         model: the network.
         mask: which patches are masked.
         optim: the optimiser and its schedule.
-        eval: what is measured during training.
-        init_from: weights to start from: a run, an exported model, a released MAE checkpoint, or timm's or
-            transformers' weights (FILE#PART takes one of several encoders in a file). The network takes their shape.
-            Null: random weights.
+        eval: measurements during training.
+        init_from: weights to start from, which also give the network's shape: a run, an exported model, a released MAE
+            checkpoint, or timm's or transformers' weights (FILE#PART selects one of several encoders in a file); null:
+            random weights.
         out: the run folder; null: runs/<recipe>-<time>.
         epochs: passes over the training images.
         max_minutes: minutes of training steps, in place of epochs. The speed of the first steps fixes their number;
@@ -250,29 +246,29 @@ class PretrainConfig(Settings):
         batch_size: images per optimiser step, over all ranks and micro-batches.
         fit_batch: use the largest batch that fits on the GPU, a power of two images on each, in place of batch_size;
             `--batch auto` for short.
-        start_size: image size in pixels of the first part of the run, a multiple of the patch; null: no such part.
-        start_share: share of the steps that this first part takes, in (0, 1).
-        accumulate: number of micro-batches that each rank's share of a batch is computed in, to save memory.
-        seed: of weights, order, crops, flips and masks.
+        start_size: smaller image size in pixels for the start of the run, a multiple of the patch; null: none.
+        start_share: share of the steps with `start_size`, in (0, 1).
+        accumulate: number of micro-batches per batch and rank, to save memory.
+        seed: seed of weights, order, crops, flips and masks.
         device: auto, cpu, cuda, cuda:1, mps.
         precision: auto (bf16 where it is faster, else fp32), bf16 or fp32.
         threads: processor threads; null: OMP_NUM_THREADS, else every core.
-        compile: run the model through torch.compile.
-        parallel: how the ranks that torchrun starts share the work: "ddp" (each has the whole model) or "fsdp" (each
-            holds a part of every weight, for models that do not fit on one GPU).
+        compile: train the model with torch.compile.
+        parallel: how the ranks of torchrun share the work: "ddp" (each rank has the whole model) or "fsdp" (each rank
+            has a shard of every weight, for models that do not fit on one GPU).
         compress_gradients: exchange gradients in bf16 ("ddp" only).
         checkpoint_activations: keep only each block's input for the backward pass and compute the rest again: a third
             more work, a fraction of the memory.
         activation_memory_budget: share of the activations that a compiled model keeps, in [0, 1]; the compiler
             recomputes the others, the cheapest first.
-        max_skipped: steps in a row that are skipped because loss or gradient is not finite, before the run goes back
+        max_skipped: number of steps in a row with a loss or gradient that is not finite, after which the run returns
             to its last checkpoint and halves the learning rate.
-        log_every: optimiser steps between two lines of progress.
+        log_every: optimiser steps between two lines of the log.
         checkpoint_minutes: minutes between two checkpoints; the last two are kept.
         progress: "auto" (a live line on a terminal, else plain lines), "plain", "epochs" (one line an epoch on
             standard output) or "none".
-        trackers: where figures and pictures go besides the run folder: "auto" (TensorBoard where it is installed),
-            "none", or tensorboard, wandb (Weights & Biases) and trackio, joined by commas.
+        trackers: further destinations of figures and pictures: "auto" (TensorBoard if it is installed), "none", or
+            tensorboard, wandb (Weights & Biases) and trackio, separated by commas.
     """
 
     recipe: str = "auto"
@@ -326,11 +322,11 @@ class PretrainConfig(Settings):
 
 @dataclass(frozen=True)
 class PretrainOptions(JsonOption):
-    """Trains a masked autoencoder on images and leaves a run folder with a backbone, pictures and a report.
+    """Trains a masked autoencoder on images and writes a run folder with a backbone, pictures and a report.
 
     Attributes:
-        resume: go on with the run in this folder; its settings are in it.
-        print_config: print all settings as YAML, and train nothing.
+        resume: continue the run in this folder with its settings.
+        print_config: print all settings as YAML instead of training.
     """
 
     resume: Place | None = None

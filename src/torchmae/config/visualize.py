@@ -1,4 +1,4 @@
-"""The settings of `torchmae reconstruct`, `visualize`, `app` and `report`. Light: nothing here imports torch."""
+"""The settings of `torchmae reconstruct`, `visualize`, `app` and `report`."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from torchmae.errors import ConfigError
 
 @dataclass(frozen=True)
 class ExampleImages(Settings, group="data."):
-    """The images that neighbours are found among, that a map is made of, and that are drawn when none are given.
+    """The data set of neighbours, maps, and examples if no images are given.
 
     Attributes:
-        source: what `torchmae pretrain --data` takes: a folder, a file or a name; null: what the run was trained on.
-        root: where torchvision's sets are kept and downloaded to; null: where the run had them.
+        source: a folder, file or name, as for `torchmae pretrain --data`; null: the run's training data.
+        root: folder of the data sets that are downloaded by name; null: the run's.
     """
 
     source: Place | None = None
@@ -40,12 +40,13 @@ class VisualizeOptions(ModelOptions):
     Attributes:
         images: image files; without any, some of the held-out images.
         kind: pca (patch features as colours), attention (of the class token), neighbours (the training images with
-            the nearest features), map (all held-out images on a plane), or ratios (reconstructions as more is masked).
-        data: the data set.
-        out: the picture to write, a PNG file.
-        method: of the map: tsne, pca, or umap where umap-learn is installed.
-        num_images: images of the data set used for neighbours and map, at most.
-        seed: of masks, and of umap.
+            the nearest features), map (all held-out images on a plane), or ratios (reconstructions at growing mask
+            ratios).
+        data: the data set of neighbours, maps and examples.
+        out: PNG file to write.
+        method: method of the map: tsne, pca, or umap (needs umap-learn).
+        num_images: largest number of images of the data set for neighbours and map.
+        seed: seed of masks, and of umap.
     """
 
     images: Annotated[tuple[Path, ...], POSITIONAL] = ()
@@ -60,7 +61,7 @@ class VisualizeOptions(ModelOptions):
         super().__post_init__()
         if self.kind == "map" and self.images:
             raise ConfigError(
-                f"a map is of a whole data set, not of {self.images[0]}", "name the data set: --data PATH_OR_NAME"
+                f"a map shows a data set, and {self.images[0]} is an image", "name the data set: --data PATH_OR_NAME"
             )
         if len(self.images) > 64:
             raise ConfigError(f"{len(self.images)} images are too many for one picture", "give 64 or fewer")
@@ -70,16 +71,15 @@ class VisualizeOptions(ModelOptions):
 class AppOptions(TargetOption, DeviceOption):
     """Serves a page to try a model in the browser: paint a hole, see it filled in, compare two runs.
 
-    The page is for this computer alone. Choose an image, paint a hole into it, see what the model makes of it, what it
-    sees, and which images look similar to it.
+    The page also shows an image's features and its nearest neighbours. By default only this computer can open it.
 
     Attributes:
         runs: run folders, exported models, or weights of others.
-        features: file written by `torchmae embed RUN`, in which neighbours are looked up.
-        data: where example images come from.
+        features: file written by `torchmae embed RUN`, for nearest neighbours.
+        data: the data set of example images.
         lang: en or zh; null: the browser's language.
-        host: the address to listen on; 0.0.0.0 opens the page to the network, without a password.
-        port: to listen on; null: 7860, or the first after it that is free.
+        host: address to listen on; 0.0.0.0 opens the page to the network, without a password.
+        port: port to listen on; null: 7860, or the next free one.
         open: open the page in a browser.
     """
 
@@ -94,11 +94,11 @@ class AppOptions(TargetOption, DeviceOption):
 
 @dataclass(frozen=True)
 class MaskOptions(Settings, group="mask."):
-    """What is masked; null: as the model was trained.
+    """Which patches are masked; null: as in training.
 
     Attributes:
         strategy: name of a mask strategy, as in `torchmae pretrain`.
-        ratio: share of the patches that is masked, in (0, 1).
+        ratio: masked share of the patches, in (0, 1).
     """
 
     strategy: Strategy | None = None
@@ -111,10 +111,10 @@ class ReconstructOptions(ModelOptions):
 
     Attributes:
         images: image files.
-        mask: what is masked.
-        mask_file: an image whose white (bright) part is masked, in place of a drawn mask: in-painting.
-        out: the picture to write, a PNG file.
-        seed: of the drawn masks.
+        mask: which patches are masked.
+        mask_file: in-painting: an image whose bright part is masked, in place of a random mask.
+        out: PNG file to write.
+        seed: seed of the masks.
     """
 
     images: Annotated[tuple[Path, ...], POSITIONAL]
@@ -126,11 +126,11 @@ class ReconstructOptions(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions(Settings):
-    """Writes one self-contained HTML page of a run, or of several runs side by side.
+    """Writes one self-contained HTML page about a run, or about several runs side by side.
 
     Attributes:
         runs: run folders of `torchmae pretrain`.
-        out: the page to write; null: RUN/report.html, or comparison.html for several runs.
+        out: HTML file to write; null: RUN/report.html, or comparison.html for several runs.
     """
 
     runs: Annotated[tuple[Path, ...], POSITIONAL]

@@ -1,1 +1,1 @@
-"""What a run will cost, before it is run."""
+"""Predicts the cost of a run."""

@@ -1,8 +1,7 @@
-"""Predicts the operations, memory, traffic and time of a pre-training run from its sizes. docs/scaling.md explains.
+"""Predicts operations, memory, traffic and time of a pre-training run from its sizes (docs/scaling.md).
 
-A roofline model: computing, exchanging gradients and reading images each take a time, and the longest one decides.
-Operations and weights are exact; memory counts the tensors that the backward pass needs; the share of the peak (`mfu`)
-was measured on one H100: measure it on your own GPU.
+A roofline model: the slowest of computation, gradient exchange and reading decides. Operations and weights are exact;
+memory counts the tensors that the backward pass needs; the share of the peak (`mfu`) was measured on one H100.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ from torchmae.nn.patches import grid_size
 
 GIB = 2**30
 NODE_SIZE = 8
-USABLE = 0.9  # of a GPU's memory: the rest goes to its context, buffers of the exchange and fragmentation
+USABLE = 0.9  # share of a GPU's memory that is not taken by its context, communication buffers and fragmentation
 
 
 class Gpu(NamedTuple):
-    """A GPU, by its data sheet."""
+    """A GPU's data sheet."""
 
     name: str
-    tflops: float  # peak of dense bf16 matrix products, 10^12 operations a second
+    tflops: float  # peak of dense bf16 matrix products, 10^12 operations per second
     memory: float  # GiB
-    link: float  # GB a second to other GPUs of the machine, one way
-    network: float  # GB a second from a machine of 8 to others, one way, in a cluster usual for the GPU
+    link: float  # GB per second to other GPUs of the machine, one way
+    network: float  # GB per second from a machine of 8 to others, one way, in a typical cluster
 
 
 GPUS = {
@@ -45,27 +44,27 @@ GPUS = {
 }
 
 MEASURED_MFU = {1.29: 0.110, 58.0: 0.299, 123.6: 0.333}
-"""GFLOP an image to the share of the data sheet's peak that a compiled training step reached on one H100 (ViT-Tiny/4 at
-32 px, ViT-B/16, ViT-L/16; docs/performance.md)."""
+"""The share of the peak that a compiled training step reached on one H100, by GFLOP per image (ViT-Tiny/4 at 32 px,
+ViT-B/16, ViT-L/16; docs/performance.md)."""
 
 
 class Cost(NamedTuple):
-    """What a run costs; bytes are those of one GPU, seconds those of one step."""
+    """The cost of a run; bytes per GPU, seconds per step."""
 
     parameters: int  # trained values
     flops_per_image: int  # operations of a step for one image, forward and backward
     micro_batch: int  # images that a GPU computes at once
-    accumulate: int  # micro-batches of a GPU's share of a batch
+    accumulate: int  # micro-batches per batch and GPU
     state_bytes: float  # weights, gradients and moments
     activation_bytes: float  # kept for the backward pass of one micro-batch
-    exchange_bytes: float  # sent in a step
+    exchange_bytes: float  # sent per step
     compute_s: float
     exchange_s: float  # overlaps with the backward pass
     data_s: float  # overlaps with everything else
     step_s: float
-    images_per_s: float  # of the whole run
+    images_per_s: float  # over all GPUs
     read_bytes_per_s: float  # stored images, over all machines
-    cores_per_gpu: float  # processor cores that are busy reading
+    cores_per_gpu: float  # processor cores for reading
     gpu_hours: float
     hours: float
     bound: str  # "compute", "network" or "data"
@@ -74,11 +73,7 @@ class Cost(NamedTuple):
 
 
 def plan(options: PlanOptions) -> Cost:
-    """Predicts a run's cost.
-
-    Raises:
-        ConfigError: a preset or sizes that do not exist.
-    """
+    """Predicts a run's cost; ConfigError if the preset or its sizes cannot be planned."""
     values = presets.arguments(options.model, input_size=options.input_size)
     if "num_heads" not in values:
         raise ConfigError(f"model is {options.model!r}", "plan a transformer: vit_small, vit_base, vit_large, ...")
@@ -101,7 +96,7 @@ def plan(options: PlanOptions) -> Cost:
     )
     # A ring crosses to the next machine once, and the rings of 8 GPUs share its network cards.
     exchange = exchange_bytes / 1e9 / (gpu.link if world <= NODE_SIZE else min(gpu.link, gpu.network))
-    # The exchange goes on while the backward pass, two thirds of the work, makes further gradients.
+    # The exchange overlaps with the backward pass, two thirds of the work.
     waiting = max(0.0, exchange - compute * 2 / 3)
     data = share / (options.decode_rate * options.cores)
     step = max(compute + waiting, data)
@@ -131,24 +126,24 @@ def plan(options: PlanOptions) -> Cost:
 
 
 def assumed_mfu(flops_per_image: float) -> float:
-    """The share of the peak, interpolated between those of `MEASURED_MFU` over the logarithm of the operations."""
+    """The share of the peak: `MEASURED_MFU`, interpolated over the logarithm of the operations."""
     sizes, shares = np.log(list(MEASURED_MFU)), list(MEASURED_MFU.values())
     return float(np.interp(np.log(flops_per_image / 1e9), sizes, shares))
 
 
 def state_bytes(parameters: int, shards: int = 1) -> float:
-    """Weights, gradients and AdamW's two moments in fp32, of which each GPU holds one of `shards`; and the bf16 copies
-    of weights that autocast keeps for the backward pass, of which every GPU makes its own."""
+    """Bytes per GPU: one of `shards` of the fp32 weights, gradients and AdamW's two moments, and all bf16 weights,
+    which autocast keeps for the backward pass."""
     return 16 * parameters / shards + 2 * parameters
 
 
 def activation_bytes(values: dict[str, Any], mask_ratio: float, *, bf16: bool = True, recompute: bool = False) -> float:
-    """What one image leaves for the backward pass, with fused attention.
+    """Bytes that one image keeps for the backward pass, with fused attention.
 
-    A block of width D and MLP ratio r keeps for each token the inputs of both norms, as fp32 (8 D bytes), and,
-    in the precision of matrix products, both norms' results, queries, keys and values, attention's result, and the
-    MLP's hidden values before and after GELU: (6 + 2 r) D numbers. A decoder that attends to a context keeps
-    keys and values of that instead. With `recompute`, a block keeps its input alone, and one block at a time the rest.
+    A block of width D and MLP ratio r keeps for each token the inputs of both norms in fp32 (8 D bytes), and, in the
+    precision of matrix products, the results of both norms, queries, keys and values, the result of attention, and the
+    MLP's hidden values before and after GELU: (6 + 2 r) D numbers. A cross-attention decoder keeps keys and values of
+    the context instead. With `recompute`, each block keeps only its input, and one block at a time the rest.
     """
     length = prod(grid_size(values["input_size"], values["patch_size"]))
     keep = num_keep(length, mask_ratio)
@@ -156,15 +151,15 @@ def activation_bytes(values: dict[str, Any], mask_ratio: float, *, bf16: bool = 
     size, ratio = (2 if bf16 else 4), values["mlp_ratio"]
 
     def block(tokens: int, dim: int, context: int | None = None) -> tuple[float, float]:
-        """Bytes of a block's input, and of all that it keeps."""
+        """Bytes of a block's input, and of everything that it keeps."""
         numbers = tokens * (4 + 2 * ratio) * dim + 2 * (tokens if context is None else context) * dim
         return 4.0 * tokens * dim, 8.0 * tokens * dim + size * numbers
 
-    hidden = length - keep
+    masked = length - keep
     if values["decoder"] == "self":
         decoder_block = block(length + prefix, values["decoder_embed_dim"])
     else:
-        decoder_block = block(hidden, values["decoder_embed_dim"], keep + prefix)
+        decoder_block = block(masked, values["decoder_embed_dim"], keep + prefix)
     stacks = ((values["depth"], block(keep + prefix, values["embed_dim"])), (values["decoder_depth"], decoder_block))
     patches = 4 * length * prod(values["patch_size"]) * values["in_chans"]
     ends = 4 * patches  # pixels, patches, target, prediction
@@ -176,10 +171,10 @@ def activation_bytes(values: dict[str, Any], mask_ratio: float, *, bf16: bool = 
 def traffic_bytes(
     parameters: int, world: int, parallel: str, accumulate: int = 1, *, compressed: bool = False
 ) -> float:
-    """Bytes that each GPU sends in a step.
+    """Bytes that each GPU sends per step.
 
-    DDP's all-reduce of gradients passes each number on twice. FSDP2 gathers bf16 weights twice for every micro-batch,
-    for the forward and for the backward pass, and scatters fp32 sums of gradients once.
+    DDP's all-reduce sends each gradient twice. FSDP2 gathers bf16 weights twice per micro-batch, for the forward and
+    the backward pass, and scatters fp32 gradients once.
     """
     if parallel == "ddp":
         return 2 * (world - 1) / world * parameters * (2 if compressed else 4)
@@ -187,7 +182,7 @@ def traffic_bytes(
 
 
 def describe(options: PlanOptions, cost: Cost) -> str:
-    """A plan in a few lines."""
+    """A plan as text."""
     gpu = GPUS[options.gpu]
     used = (cost.state_bytes + cost.activation_bytes) / GIB
     machines = -(-options.gpus // NODE_SIZE)

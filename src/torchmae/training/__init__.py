@@ -1,1 +1,1 @@
-"""Training: the loop and what it stands on. Knows models, data and the run folder; not how results are shown."""
+"""Training: the loop, optimisers, ranks, checkpoints and the run folder."""

@@ -1,18 +1,18 @@
-"""Checkpoints that are whole or not there.
+"""Atomic checkpoints with checksums.
 
 A checkpoint is a folder `checkpoints/step-00001234` with
 
     model.safetensors   weights
     optimizer.pt        optimiser state: tensors and numbers only, read with weights_only=True
-    state.json          step, schedule length, what else the loop must know
-    checksums.json      SHA-256 of the others
+    state.json          step, schedule length, and the other fields of `State`
+    checksums.json      SHA-256 of the other files
 
-or, where ranks hold shards of the model (FSDP2), in place of the first two
+Where ranks hold shards of the model (FSDP2), the first two are replaced by
 
-    shards/             weights and optimiser state: one safetensors file a rank, read by any number of ranks
-    param_groups.json   settings of the optimisers' groups
+    shards/             weights and optimiser state: one safetensors file per rank, read by any number of ranks
+    param_groups.json   settings of the optimisers' parameter groups
 
-It is written under another name, flushed to disk, and renamed. The one before it stays until the next is whole.
+It is written under a temporary name, flushed to disk, and renamed. The previous checkpoint is kept beside it.
 """
 
 from __future__ import annotations
@@ -44,14 +44,7 @@ _SHARDED = frozenset({"param_groups.json", "state.json"})
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds.
-
-    Attributes:
-        model: the model's state_dict.
-        optimizers: each optimiser's state_dict.
-        state: JSON values, among them "step".
-        path: where it was read from.
-    """
+    """A checkpoint that was read from `path`: state_dicts, and `state`: JSON values, among them "step"."""
 
     model: dict[str, Tensor]
     optimizers: list[dict[str, Any]]
@@ -66,13 +59,13 @@ def save_checkpoint(
     state: dict[str, Any],
     ranks: Ranks = ALONE,
 ) -> Path:
-    """Writes `folder/step-...` and removes all others but the one before it.
+    """Writes `folder/step-...`, then removes all other checkpoints except the previous one.
 
-    All of `ranks` call this: of state_dicts with shards every rank writes its own, else rank 0 writes everything.
-    `state` are JSON values, among them "step".
+    All `ranks` call this. Every rank writes its own shards; a model without shards is written by rank 0. `state` holds
+    JSON values, among them "step".
 
     Raises:
-        CheckpointError: the disk is full or cannot be written; what was there before is untouched.
+        CheckpointError: the disk is full or cannot be written; earlier checkpoints are untouched.
     """
     final = folder / f"step-{state['step']:08d}"
     writing = folder / f"{_WRITING}{state['step']:08d}"
@@ -80,7 +73,7 @@ def save_checkpoint(
 
     def begin() -> None:
         with _cannot_save(writing, state["step"]):
-            folder.mkdir(exist_ok=True)  # not its parents: a run folder that was removed is not made anew
+            folder.mkdir(exist_ok=True)  # without parents: a run folder that the user deleted is not made again
             clean(folder)
             writing.mkdir()
 
@@ -106,20 +99,20 @@ def save_checkpoint(
     ranks.on_main(end)
     if ranks.is_main:
         steps = _steps(folder)
-        for other in set(steps) - set(steps[: steps.index(final) + 1][-KEEP:]):  # later ones were damaged, passed over
+        for other in set(steps) - set(steps[: steps.index(final) + 1][-KEEP:]):  # later ones are damaged
             shutil.rmtree(other, ignore_errors=True)
     return final
 
 
 def _seal(writing: Path, final: Path) -> None:
-    """Adds checksums, flushes everything to disk, and gives the folder its name."""
+    """Adds checksums, flushes everything to disk, and renames the folder."""
     files = sorted(path for path in writing.rglob("*") if path.is_file())
     sums = {path.relative_to(writing).as_posix(): _sha256(path) for path in files}
     (writing / "checksums.json").write_text(json.dumps(sums, indent=1), encoding="utf-8")
     for path in writing.rglob("*"):
         _flush(path)
     _flush(writing)
-    if final.exists():  # a damaged one of the same step, passed over on resume
+    if final.exists():  # a damaged checkpoint of the same step, skipped on resume
         shutil.rmtree(final)
     writing.rename(final)
     _flush(final.parent)
@@ -127,11 +120,10 @@ def _seal(writing: Path, final: Path) -> None:
 
 @contextmanager
 def _cannot_save(writing: Path, step: int) -> Iterator[None]:
-    """Failures to write as one line; what was written so far is removed."""
+    """Converts a failure to write into a one-line CheckpointError and removes the unfinished folder."""
     try:
         yield
-    # safetensors and torch.save report a full disk in their own ways
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # a full disk, in Python, safetensors and torch.save
         shutil.rmtree(writing, ignore_errors=True)
         raise CheckpointError(
             f"cannot save the checkpoint of step {step} in {writing.parent}: {reason_of(error)}",
@@ -142,15 +134,13 @@ def _cannot_save(writing: Path, step: int) -> Iterator[None]:
 def load_checkpoint(
     folder: Path, notice: Callable[[str], None] | None = None, ranks: Ranks = ALONE
 ) -> Checkpoint | None:
-    """Reads the newest checkpoint that is whole; None when there is none at all.
+    """Reads the newest whole checkpoint in `folder`; None when the folder has no checkpoint.
 
-    Args:
-        folder: where `save_checkpoint` wrote.
-        notice: told, in one line, of each damaged checkpoint that is passed over.
-        ranks: all of which call this; rank 0 chooses the checkpoint.
+    All `ranks` call this; rank 0 chooses the checkpoint. `notice` gets one line for each damaged checkpoint that is
+    skipped.
 
     Raises:
-        CheckpointError: there are checkpoints but all are damaged, or a rank does not see the one that rank 0 chose.
+        CheckpointError: all checkpoints are damaged, or a rank cannot read the checkpoint that rank 0 chose.
     """
 
     def newest() -> str | None:
@@ -181,13 +171,13 @@ def load_checkpoint(
 
 
 def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder in a few words, or None."""
+    """Compares a checkpoint's files with their checksums; returns the problem in a few words, or None."""
     try:
         sums = json.loads((path / "checksums.json").read_text(encoding="utf-8"))
         for name in sorted({*sums, *(_SHARDED if "param_groups.json" in sums else _WHOLE)}):
             file = path / name
             if Path(name).is_absolute() or ".." in Path(name).parts or (file.exists() and not file.is_file()):
-                return f"{name!r} is no file of it"  # but perhaps a device, which never ends
+                return f"{name!r} is no file of it"  # it could be a device, and reading a device never ends
             if _sha256(file) != sums[name]:
                 return f"{name} does not match its checksum"
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -196,32 +186,28 @@ def verify(path: Path) -> str | None:
 
 
 def clean(folder: Path) -> None:
-    """Removes what an interrupted write left behind."""
+    """Removes the folders of interrupted writes."""
     for path in folder.glob(f"{_WRITING}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _read(path: Path) -> Checkpoint:
-    """A checkpoint with matching checksums; CheckpointError where it was not written by `save_checkpoint`."""
+    """Reads a checkpoint with matching checksums; CheckpointError if `save_checkpoint` did not write it."""
     try:
-        return _content(path)
-    except Exception as error:  # what a stranger put there fails in as many ways as torch.load and safetensors have
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if (path / "shards").is_dir():
+            from torchmae.training.sharded import read_shards
+
+            groups = json.loads((path / "param_groups.json").read_text(encoding="utf-8"))
+            return Checkpoint(*read_shards(path / "shards", groups), state, path)
+        optimizers = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+        if not isinstance(state["step"], int) or not isinstance(optimizers, list):
+            raise TypeError("its step is no number, or its optimisers are no list")
+        return Checkpoint(load_file(path / "model.safetensors"), optimizers, state, path)
+    except Exception as error:  # torch.load and safetensors fail in many ways on files from elsewhere
         raise CheckpointError(
             f"{path} is no checkpoint of torchmae: {reason_of(error)}", "start again in another folder"
         ) from error
-
-
-def _content(path: Path) -> Checkpoint:
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    if (path / "shards").is_dir():
-        from torchmae.training.sharded import read_shards
-
-        groups = json.loads((path / "param_groups.json").read_text(encoding="utf-8"))
-        return Checkpoint(*read_shards(path / "shards", groups), state, path)
-    optimizers = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-    if not isinstance(state["step"], int) or not isinstance(optimizers, list):
-        raise TypeError("its step is no number, or its optimisers are no list")
-    return Checkpoint(load_file(path / "model.safetensors"), optimizers, state, path)
 
 
 def _steps(folder: Path) -> list[Path]:

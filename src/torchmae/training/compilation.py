@@ -1,4 +1,4 @@
-"""torch.compile of a model in training: the shapes of the first full batch are compiled, others run eagerly."""
+"""torch.compile in training: the shapes of the first full batch are compiled, other shapes run eagerly."""
 
 from __future__ import annotations
 
@@ -16,25 +16,20 @@ from torchmae.errors import ConfigError
 from torchmae.training.parallel import blocks
 
 COMPILERS = ("g++", "clang++", "c++")
-MAX_WHOLE = 12  # blocks: as many as two cores compile in a minute
+MAX_WHOLE = 12  # blocks: two cores compile them in about a minute
 
 
 def compile_model(model: nn.Module, device: torch.device, *, budget: float = 1.0, by_block: bool = False) -> None:
-    """Has a model compiled in place, for fixed shapes, when it is first called; `plain_at_the_end` undoes it.
+    """Prepares a model for compilation at its first call, in place, for fixed shapes; `plain_at_the_end` undoes it.
 
-    A model of few blocks is compiled as a whole, which is the fastest by a few percent where blocks are small. A deeper
-    one would take over a minute: its blocks are compiled, once for all of one shape. So are they with a budget: a whole
-    model would recompute all its activations at one time.
-
-    Args:
-        model: the model.
-        device: where it runs.
-        budget: share of the activations that is kept for the backward pass, in [0, 1]; the compiler recomputes the
-            others, the cheapest first.
-        by_block: compile block by block whatever their number, where something happens between blocks (FSDP2).
+    A model of at most MAX_WHOLE blocks is compiled as a whole: small blocks run a few percent faster. A deeper model
+    would take over a minute, so its blocks are compiled: blocks of one shape share their code. Blocks are compiled too
+    `by_block` (FSDP2 acts between them), and with a `budget` below 1, since a whole model would recompute all its
+    activations at one time. `budget` is the share of the activations that is kept for the backward pass, in [0, 1];
+    the compiler recomputes the others, the cheapest first.
 
     Raises:
-        ConfigError: for a processor, no C++ compiler or no Python headers.
+        ConfigError: on a processor, no C++ compiler or no Python headers.
     """
     from torch._functorch import config as functorch
 
@@ -42,20 +37,20 @@ def compile_model(model: nn.Module, device: torch.device, *, budget: float = 1.0
         check_compiler()
     torch.compiler.set_stance("default")
     if functorch.activation_memory_budget != budget:
-        torch.compiler.reset()  # code for another budget would be taken for this one's
+        torch.compiler.reset()  # else code that was compiled for another budget would be used
         functorch.activation_memory_budget = budget
     for part in parts(model, by_block or budget < 1):
         part.forward = torch.compile(part.forward, dynamic=False)
 
 
 def parts(model: nn.Module, by_block: bool = False) -> list[nn.Module]:
-    """What is compiled in one piece: the model, or each of its blocks."""
+    """The modules to compile: the model itself, or its blocks."""
     found = blocks(model)
     return found if found and (by_block or len(found) > MAX_WHOLE) else [model]
 
 
 def check_compiler() -> None:
-    """Raises ConfigError where torch.compile cannot build code for the processor."""
+    """Raises ConfigError if torch.compile cannot build code for the processor."""
     found = [name for name in (os.environ.get("CXX"), *COMPILERS) if name and shutil.which(name)]
     if not found:
         raise ConfigError(
@@ -74,9 +69,9 @@ def check_compiler() -> None:
 def first_shapes_only(active: bool, *, keep: bool = False) -> Iterator[Callable[[bool], AbstractContextManager[None]]]:
     """Yields a function that makes the context of a step; its argument says whether the step has a full batch.
 
-    The first step with a full batch is compiled. After it, new shapes run eagerly instead of recompiling: an epoch's
-    last, smaller batch (also when a resumed run begins with it) and evaluation are too rare to repay a compilation.
-    Without `active`, nothing happens. With `keep`, the compiled code stays for the run that follows.
+    The first step with a full batch is compiled. All other shapes run eagerly: an epoch's smaller last batch (even if
+    a resumed run begins with it) and evaluation are too rare to repay a compilation. Without `active`, nothing
+    happens. With `keep`, the compiled code stays for the run that follows.
     """
     if not active:
         yield lambda _full: nullcontext()
@@ -102,13 +97,13 @@ def first_shapes_only(active: bool, *, keep: bool = False) -> Iterator[Callable[
     finally:
         torch.compiler.set_stance("default")
         if not keep:
-            torch.compiler.reset()  # only so many shapes are compiled of one function: the next run begins with none
+            torch.compiler.reset()  # torch limits the shapes compiled of one function: the next run starts from zero
             functorch.activation_memory_budget = 1.0
 
 
 @contextmanager
 def plain_at_the_end(model: nn.Module) -> Iterator[None]:
-    """At the end, removes compilation and activation checkpointing from all modules."""
+    """Removes compilation and activation checkpointing from all modules at the end."""
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Starting a pre-training from weights that are there already: `torchmae pretrain --init-from SOURCE`."""
+"""Pre-training from existing weights: `torchmae pretrain --init-from SOURCE`."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from torchmae.training.saved_model import load_model
 
 
 def read_initial(source: str | Path, model: ModelConfig | None = None) -> Weights:
-    """The weights of a run, an exported model, or others' (as `torchmae.load` takes them).
+    """Reads the weights of a run, an exported model, or weights of others (as `torchmae.load` takes them).
 
-    Args:
-        source: where they are.
-        model: settings whose input_size and num_heads say what others' weights do not.
+    `model` supplies `input_size` and `num_heads` where weights of others do not store them.
 
     Raises:
-        CheckpointError: nothing there that can be loaded.
-        ConfigError: a model without patches.
+        CheckpointError: `source` holds nothing that can be loaded.
+        ConfigError: the model has no patches.
     """
     path = user_path(source)
     if is_foreign(path):
-        return read_weights(path, **_said(model)) if model is not None else read_weights(path)
+        if model is None:
+            return read_weights(path)
+        size = (model.input_size,) * 2 if isinstance(model.input_size, int) else model.input_size
+        return read_weights(path, input_size=size, num_heads=model.num_heads)
     trained, description = load_model(path)
     if not trained.patch_size:
         raise ConfigError(f"{path} holds a model without patches", "give --init-from weights of a vision transformer")
@@ -43,26 +44,21 @@ def read_initial(source: str | Path, model: ModelConfig | None = None) -> Weight
     )
 
 
-def _said(model: ModelConfig) -> dict[str, Any]:
-    size = model.input_size
-    return {"input_size": (size, size) if isinstance(size, int) else size, "num_heads": model.num_heads}
-
-
 def adopt_shape(model: ModelConfig, weights: Weights) -> ModelConfig:
-    """Model settings, each of them explicit, with the shape of the weights.
+    """Model settings with every value explicit and the shape of the weights.
 
-    The encoder's shape is always theirs, and so is the decoder's, if they have one for the same target. The size of
-    the input is theirs unless the settings name one; the target likewise.
+    The encoder has the weights' shape. So has the decoder, if the weights hold one for the same target. Input size and
+    target are the weights' unless the settings name them.
 
     Raises:
-        ConfigError: a preset without patches.
+        ConfigError: the preset has no patches.
     """
     if "patch_size" not in presets.arguments(model.preset):
         raise ConfigError(
             f"preset {model.preset!r} cannot start from a vision transformer's weights", "leave --init-from out"
         )
     preset: str = model.preset
-    if presets.PRESETS[preset].get("encoder") != weights.arguments.get("encoder"):  # of another kind: any of theirs
+    if presets.PRESETS[preset].get("encoder") != weights.arguments.get("encoder"):  # use any preset of their encoder
         preset = _nearest_preset(weights.arguments, ("encoder",)) or preset
     base = presets.arguments(preset)
     names = {field.name for field in fields(model)} - {"preset"} - (set(ENCODER_SHAPE) - base.keys())
@@ -73,17 +69,17 @@ def adopt_shape(model: ModelConfig, weights: Weights) -> ModelConfig:
     same_target = weights.norm_pix is None or norm_pix == weights.norm_pix
     if weights.decoder is not None and same_target:
         taken |= {name: weights.arguments.get(name, False) for name in DECODER_SHAPE}
-        if taken["decoder"] == "self":  # whose predictions depend on each other, so that it predicts all
+        if taken["decoder"] == "self":  # its predictions depend on each other: it predicts all masked patches
             taken["predict_ratio"] = 1.0
     full = presets.arguments(preset, **{**given, **taken, "norm_pix": norm_pix})
-    full["in_chans"] = model.in_chans  # what the data has, unless said
-    full.pop("encoder", None)  # the preset says it
+    full["in_chans"] = model.in_chans  # null: as the data has
+    full.pop("encoder", None)  # the preset implies it
     sizes = ("embed_dim", "depth", "num_heads", "patch_size", "depths", "dims")
     return ModelConfig(**{"preset": _nearest_preset(full, sizes) or preset, **full})
 
 
 def _nearest_preset(arguments: dict[str, Any], names: tuple[str, ...]) -> str | None:
-    """The name of a preset that is like these arguments in the named ones; every size is in the settings itself."""
+    """The first preset that equals `arguments` in the given names. The settings hold every size themselves."""
     for name, preset in presets.PRESETS.items():
         if "patch_size" in preset and all(preset.get(key) == arguments.get(key) for key in names):
             return name

@@ -1,4 +1,4 @@
-"""Muon with matrices of one shape orthogonalised together: the same update as `torch.optim.Muon`, in less time."""
+"""Muon in batches: matrices of one shape are orthogonalised together, for the update of `torch.optim.Muon`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torchmae.training.runtime import has_fast_bf16
 class BatchedMuon(torch.optim.Muon):
     """Muon (Jordan et al. 2024) with the update size of AdamW (Liu et al. 2025, "match_rms_adamw").
 
-    A transformer has a few shapes of matrices, each once per block. torch.optim.Muon iterates on them one by one;
-    here all of a shape (or its transpose) are one batch of products. Updates and saved state are the same, but where
-    bf16 products are slow (a processor without instructions for them), the iteration is in fp32.
+    torch.optim.Muon orthogonalises one matrix after the other. Here all matrices of one shape (or its transpose) are
+    one batch. Updates and saved state are the same, except on a processor without bf16 instructions, where the
+    iteration runs in fp32.
     """
 
     def __init__(self, params: Sequence[Tensor], lr: float, weight_decay: float) -> None:
@@ -26,7 +26,7 @@ class BatchedMuon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step on the gradients that are there."""
+        """Updates every parameter that has a gradient."""
         assert closure is None
         for group in self.param_groups:
             by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
@@ -37,7 +37,7 @@ class BatchedMuon(torch.optim.Muon):
                 self._step_together(pairs, shape, group)
 
     def _step_together(self, pairs: list[tuple[Tensor, Tensor]], shape: tuple[int, int], group: dict[str, Any]) -> None:
-        """Updates matrices of one shape, each of which may be wide or tall, by their gradients."""
+        """Updates matrices of one shape, wide or tall, by their gradients."""
         params, gradients = (list(column) for column in zip(*pairs, strict=True))
         wide = [param.shape[0] <= param.shape[1] for param in params]
         momenta: list[Tensor] = []
@@ -56,15 +56,15 @@ class BatchedMuon(torch.optim.Muon):
 
 
 def _turned(matrices: Sequence[Tensor], wide: Sequence[bool]) -> list[Tensor]:
-    """The matrices, those that are not wide transposed."""
+    """Transposes the matrices that are not wide."""
     return [matrix if is_wide else matrix.mT for matrix, is_wide in zip(matrices, wide, strict=True)]
 
 
 def orthogonalise(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
     """Brings every singular value near 1 by a quintic Newton-Schulz iteration (Jordan et al. 2024).
 
-    `matrices`, (B, M, N) with M <= N, are changed in place; `coefficients` are those of x, x^3 and x^5; `eps` is the
-    least norm that a matrix is divided by. Returns (B, M, N).
+    `matrices`, (B, M, N) with M <= N, are changed in place. `coefficients` belong to x, x^3 and x^5. Matrices are
+    divided by their norm, or by `eps` if that is larger. Returns (B, M, N).
     """
     a, b, c = coefficients
     x = matrices.div_(matrices.norm(dim=(1, 2), keepdim=True).clamp(min=eps))

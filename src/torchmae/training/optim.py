@@ -1,4 +1,4 @@
-"""Parameter groups, optimisers, the learning-rate schedule (paper, table 8), and how large a step is."""
+"""Parameter groups, optimisers, learning-rate schedule (paper, table 8), and norms of gradients and updates."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def peak_lr(config: OptimConfig, batch_size: int) -> float:
 
 
 def lr_factor(step: int, total: int, config: OptimConfig) -> float:
-    """The learning rate of a step as a share of the peak.
+    """The learning rate of step 0 to total - 1 as a share of the peak.
 
-    Linear warm-up over the first `warmup * total` steps (the last of them at the peak), then cosine to `min_lr`, or
-    constant. `step` is 0 to total - 1.
+    Linear warm-up over the first `warmup * total` steps, whose last step has the peak; then cosine to `min_lr`, or
+    constant.
     """
     warmup = round(config.warmup * total)
     if step < warmup:
@@ -36,10 +36,9 @@ def lr_factor(step: int, total: int, config: OptimConfig) -> float:
 
 
 def build_optimizers(model: nn.Module, config: OptimConfig, batch_size: int) -> list[Optimizer]:
-    """The optimisers of a model, each group's "peak_lr" beside its "lr".
+    """The optimisers of a model; each parameter group has "peak_lr" beside "lr".
 
-    With "muon", the matrices of the transformer blocks are updated by Muon (Jordan et al. 2024) with the update size
-    of AdamW (Liu et al. 2025), everything else by AdamW.
+    With "muon", `BatchedMuon` updates the matrices of the transformer blocks, and AdamW everything else.
     """
     lr = peak_lr(config, batch_size)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -71,20 +70,20 @@ def set_lr(optimizers: Sequence[Optimizer], factor: float) -> None:
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
-    """The norm of all gradients together, as a tensor on their device."""
+    """The joint norm of all gradients: a scalar on their device."""
     return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
 
 def copy_matrices(model: nn.Module) -> list[Tensor]:
-    """Copies of a model's trained weight matrices, to compare with after a step; vectors say little of its size."""
+    """Copies of the trained weight matrices, for `update_to_weight`; vectors say little about the size of a step."""
     return [parameter.detach().clone() for parameter in _matrices(model)]
 
 
 def update_to_weight(before: Sequence[Tensor], model: nn.Module) -> Tensor:
-    """The norm of a step's change over the norm of the weights, of all matrices together: a scalar on their device.
+    """The norm of a step's update over the norm of the weights, over all matrices: a scalar on their device.
 
-    Around 1e-3 is usual; 1e-2 and more for long means a learning rate that is too high, 1e-5 one that is too low.
-    `before` is from `copy_matrices`.
+    `before` is from `copy_matrices`. Around 1e-3 is usual. A lasting 1e-2 means that the learning rate is too high,
+    1e-5 that it is too low.
     """
     changes = [now.detach() - then for now, then in zip(_matrices(model), before, strict=True)]
     norm = torch.nn.utils.get_total_norm

@@ -1,4 +1,4 @@
-"""A trained model, ready to be fed with images."""
+"""A trained model with its preprocessing: features and reconstructions of images."""
 
 from __future__ import annotations
 
@@ -20,22 +20,20 @@ from torchmae.data.sources import FileSource
 from torchmae.data.transforms import eval_box, resample
 from torchmae.errors import ConfigError, DataError, one_of
 from torchmae.interop.reading import is_foreign, read_weights
-from torchmae.interop.weights import Weights, build, full_arguments
+from torchmae.interop.weights import build, full_arguments
 from torchmae.nn.mae import MaskedAutoencoder, Reconstruction
 from torchmae.nn.masking import Masker
 from torchmae.paths import user_path
 from torchmae.training.saved_model import Description, load_model
 
-TARGETS = ("pixels", "normalised")
-
 
 class Pretrained:
-    """A trained model with what it needs to be fed.
+    """A trained model with its preprocessing.
 
     Attributes:
         model: the network, in eval mode.
         description: its arguments, normalisation and mask.
-        notes: of weights of others, what was left out or taken for something else, a sentence each.
+        notes: one sentence for each part of others' weights that was left out or replaced.
     """
 
     def __init__(self, model: MaskedAutoencoder, description: Description, notes: Sequence[str] = ()) -> None:
@@ -45,14 +43,14 @@ class Pretrained:
 
     @property
     def context(self) -> Context:
-        """How image files for this model are opened: as those that it was trained on."""
+        """How image files are opened for this model: as the training images were."""
         size, options = self.description.input_size, ReadOptions(**(self.description.reading or {}))
         if len(size) > 2 and options.pages == "first":
             options = replace(options, pages="stack")
         return Context.of(options, channels=self.description.arguments["in_chans"], spatial_dims=len(size))
 
     def preprocess(self, *images: str | Path | npt.NDArray[Any]) -> Tensor:
-        """Images as the model wants them: centred crop of the model's proportions, resized, normalised.
+        """Crops images to the model's aspect ratio (centred), resizes and normalises them.
 
         Args:
             *images: image files, or arrays (H, W, C) (or any number of spatial axes, channels last) of uint8, uint16
@@ -62,28 +60,27 @@ class Pretrained:
             (B, C, *input_size) float32.
 
         Raises:
-            DataError: a file that cannot be read.
-            ConfigError: no image, or one of another type or number of channels or axes than the model takes.
+            DataError: a file cannot be read.
+            ConfigError: no images, or an image whose type, channels or axes do not suit the model.
         """
         if not images:
             raise ConfigError("no images were given", "give one or more files or arrays")
-        return torch.cat([self._preprocess(image) for image in images])
-
-    def _preprocess(self, image: str | Path | npt.NDArray[Any]) -> Tensor:
-        size = self.description.input_size
-        channels = self.description.arguments["in_chans"]
-        array = image if isinstance(image, np.ndarray) else read_image(Path(image), self.context)
-        array = self._checked(array)
-        if array.ndim != len(size) + 1 or array.shape[-1] != channels:
-            raise ConfigError(
-                f"an image has shape {array.shape}", f"this model takes {len(size)} axes and {channels} channels, last"
-            )
-        pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 0)))[None]
-        resized = resample(pixels, eval_box(array.shape[:-1], size)[None], size, np.zeros(1, dtype=np.bool_))
-        return self.description.normalisation.apply(resized, pixels.dtype)
+        size, channels = self.description.input_size, self.description.arguments["in_chans"]
+        prepared = []
+        for image in images:
+            array = self._checked(image if isinstance(image, np.ndarray) else read_image(Path(image), self.context))
+            if array.ndim != len(size) + 1 or array.shape[-1] != channels:
+                raise ConfigError(
+                    f"an image has shape {array.shape}",
+                    f"this model takes {len(size)} axes and {channels} channels, last",
+                )
+            pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 0)))[None]
+            resized = resample(pixels, eval_box(array.shape[:-1], size)[None], size, np.zeros(1, dtype=np.bool_))
+            prepared.append(self.description.normalisation.apply(resized, pixels.dtype))
+        return torch.cat(prepared)
 
     def _checked(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """An image of a type, and on a scale, that the model was trained on."""
+        """The image; ConfigError if the model was trained on another type or scale."""
         trained = self.description.normalisation.scale or {}
         if "float32" in trained and stored_type(array.dtype) == np.float32:
             array = plain_type(array)
@@ -104,27 +101,22 @@ class Pretrained:
 
     @torch.no_grad()
     def encode(self, images: Tensor, pool: str = "mean") -> Tensor:
-        """Features of whole images; nothing is masked.
+        """Features of whole images, (B, C, *size) from `preprocess`; nothing is masked.
 
-        Args:
-            images: (B, C, *size) as `preprocess` gives them.
-            pool: "mean" of the patch tokens (B, D), the class token "cls" (B, D), or all patch "tokens" (B, L, D).
+        `pool` is "mean" of the patch tokens (B, D), "cls" for the class token (B, D), or "tokens" for all patches
+        (B, L, D).
         """
         return self.model.encode(images, pool)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask: Any) -> Reconstruction:
-        """Fills in what `mask` hides; images as `preprocess` gives them."""
+        """Predicts the masked part of images, (B, C, *size) from `preprocess`."""
         return self.model.reconstruct(images, mask)
 
     def mask(self, count: int, *, strategy: str | None = None, ratio: float | None = None, seed: int = 0) -> Any:
-        """Masks for `count` images.
+        """Masks for `count` images, drawn from `seed`.
 
-        Args:
-            count: images.
-            strategy: a name in `model.encoder.strategies`; None: as trained.
-            ratio: share that is hidden, in (0, 1); None: as trained.
-            seed: another one gives other masks.
+        `strategy` is a name in `model.encoder.strategies`, `ratio` the masked share in (0, 1); None: as trained.
         """
         given = {"strategy": strategy, "ratio": ratio}
         trained = {name: self.description.mask[name] for name, value in given.items() if value is None}
@@ -139,29 +131,32 @@ def load(
     num_heads: int | None = None,
     model: MaskedAutoencoder | None = None,
 ) -> Pretrained:
-    """A trained model: `torchmae.load("runs/a").encode(images)`.
+    """Loads a trained model: `torchmae.load("runs/a").encode(images)`.
 
     Args:
         run: a run folder, an exported model, or weights of others: a released MAE checkpoint, a folder of transformers'
-            ViTMAE or ViT, or timm's weights of a plain vision transformer (docs/weights.md); FILE#PART names one of
+            ViTMAE or ViT, or timm's weights of a plain vision transformer (docs/weights.md). FILE#PART selects one of
             several encoders in a file.
-        target: what the decoder of others' weights was trained to predict, "pixels" or "normalised" patches, where they
-            do not say.
-        input_size: pixels along each axis of the images that others' weights are for, where these do not say and they
-            are not square; two numbers for weights of clips: one frame is taken.
-        num_heads: attention heads of others' weights, where they do not say.
-        model: of a run of a model handed over in Python, this model again. A copy gets the run's weights.
+        target: the decoder's training target, "pixels" or "normalised" patches, if others' weights do not store it.
+        input_size: image size in pixels along each axis, if others' weights do not store it and images are not square.
+            Two numbers for weights of video clips take one frame.
+        num_heads: number of attention heads, if others' weights do not store it.
+        model: the model of a run that was started with a model in Python. A copy gets the run's weights.
 
     Raises:
-        CheckpointError: nothing there that can be loaded.
-        ConfigError: a target that the weights contradict, or one of the others beside a model that says it itself.
+        CheckpointError: `run` holds nothing that can be loaded.
+        ConfigError: `target` contradicts the weights, or the model's own files give `target`, `input_size` or
+            `num_heads`.
     """
     path = user_path(run)
     if target is not None:
-        one_of("target", target, TARGETS)
+        one_of("target", target, ("pixels", "normalised"))
     if is_foreign(path) and model is None:
         norm_pix = None if target is None else target == "normalised"
-        return _adopt(read_weights(path, norm_pix=norm_pix, input_size=input_size, num_heads=num_heads))
+        weights = read_weights(path, norm_pix=norm_pix, input_size=input_size, num_heads=num_heads)
+        mask = {"strategy": "random", "ratio": weights.mask_ratio}
+        description = Description(full_arguments(weights), weights.mean, weights.std, mask, None, torchmae.__version__)
+        return Pretrained(build(weights), description, weights.notes)
     if target is not None:
         raise ConfigError(f"target is given and {path} says what it was", "leave --target out")
     if input_size is not None or num_heads is not None:
@@ -169,14 +164,8 @@ def load(
     return Pretrained(*load_model(path, model))
 
 
-def _adopt(weights: Weights) -> Pretrained:
-    mask = {"strategy": "random", "ratio": weights.mask_ratio}
-    description = Description(full_arguments(weights), weights.mean, weights.std, mask, None, torchmae.__version__)
-    return Pretrained(build(weights), description, weights.notes)
-
-
 def read_image(path: Path, context: Context) -> npt.NDArray[Any]:
-    """(*size, C) of one file; DataError where it cannot be read."""
+    """Reads one file as an array (*size, C); DataError if it cannot be read."""
     try:
         return FileSource(Path(), [str(path)], context=context).read(0)
     except DataError as error:

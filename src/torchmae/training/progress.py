@@ -1,4 +1,4 @@
-"""The display of a run: a live bar on a terminal, plain lines elsewhere."""
+"""Progress display: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 @dataclass(frozen=True)
 class Status:
-    """One moment of a run; loss and speeds are means since the last moment."""
+    """The progress of a run; loss and speeds are means since the last status."""
 
     step: int  # optimiser steps done
     total: int  # of the run
@@ -21,11 +21,11 @@ class Status:
     epochs: float  # of the run
     loss: float
     images_per_s: float
-    data_wait: float  # share of the time that was spent waiting for data, 0 to 1
+    data_wait: float  # share of the time spent waiting for data, 0 to 1
     eta_s: float  # seconds of training left at this speed
 
     def line(self) -> str:
-        """The moment in one line, what matters most first: a narrow terminal cuts off its end."""
+        """The status in one line, the most important values first: a narrow terminal cuts off the end."""
         return (
             f"epoch {self.epoch:.1f}/{self.epochs:.1f}  step {self.step}/{self.total}  loss {self.loss:.4f}  "
             f"eta {clock(self.eta_s)}  {self.images_per_s:,.0f} images/s  data wait {self.data_wait:.1%}"
@@ -35,8 +35,8 @@ class Status:
 class Display:
     """Shows progress on a stream (default: standard error).
 
-    `mode` is "auto" (a live bar on a terminal, else plain lines), "plain", "epochs" (one line an epoch, on standard
-    output, nothing else), or "none".
+    `mode` is "auto" (a live bar on a terminal, else plain lines), "plain", "epochs" (only one line per epoch, on
+    standard output), or "none".
     """
 
     PLAIN_INTERVAL_S = 10.0
@@ -49,16 +49,16 @@ class Display:
         self._last_line = time.monotonic()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a line, unless the mode is "none" or "epochs"."""
         if self._mode not in ("none", "epochs"):
             self._console.print(text, markup=False)
 
     def warn(self, text: str) -> None:
-        """A line that stays, whatever the mode."""
+        """Prints a line in every mode."""
         self._console.print(text, markup=False)
 
     def preparing(self, what: str, done: int, total: int) -> None:
-        """Work before the first step, such as reading images: `done` of `total`."""
+        """Shows the progress of work outside training, such as reading images: `done` of `total`."""
         if self._mode == "live":
             self._show(f"{what} {done:,}/{total:,}", done, total)
             if done >= total:
@@ -68,7 +68,7 @@ class Display:
             self.say(f"{what}: {done:,} of {total:,}")
 
     def training(self, status: Status) -> None:
-        """Where training stands."""
+        """Shows the progress of training."""
         if self._mode == "live":
             self._show(status.line(), status.step, status.total)
         elif status.step >= status.total or time.monotonic() - self._last_line > self.PLAIN_INTERVAL_S:
@@ -76,22 +76,20 @@ class Display:
             self.say(status.line())
 
     def epoch(self, number: int, epochs: int, loss: float) -> None:
-        """An epoch has ended, with this mean loss."""
+        """Prints the mean loss of a finished epoch in the mode "epochs"."""
         if self._mode == "epochs":
             print(f"Epoch [{number}/{epochs}], Loss: {loss:.4f}", flush=True)
 
     def close(self) -> None:
-        """Ends the live bar; its last state stays."""
+        """Ends the live bar; its last state stays on the screen."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
     def _show(self, text: str, done: int, total: int) -> None:
         if self._bar is None:
-            # Drawing takes time from training: twice a second is enough.
-            self._bar = Progress(
-                BarColumn(24), TextColumn("{task.description}"), console=self._console, refresh_per_second=2
-            )
+            columns = BarColumn(24), TextColumn("{task.description}")
+            self._bar = Progress(*columns, console=self._console, refresh_per_second=2)  # drawing slows training
             self._task = self._bar.add_task(text, total=total)
             self._bar.start()
         assert self._task is not None
@@ -99,6 +97,6 @@ class Display:
 
 
 def clock(seconds: float) -> str:
-    """1:02:03, or 2:03 below an hour."""
+    """Formats seconds as 1:02:03, or 2:03 below an hour."""
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"

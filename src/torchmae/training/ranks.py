@@ -1,7 +1,6 @@
-"""The processes that train together: how many, which one this is, and what they agree on.
+"""Ranks: the processes that train together, each on one GPU, and their collective operations.
 
-One process computes on one GPU. `torchrun` starts them and says in the environment who is who (RANK, WORLD_SIZE,
-LOCAL_RANK, LOCAL_WORLD_SIZE); without it there is one.
+`torchrun` starts the ranks and numbers them by environment variables (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE).
 """
 
 from __future__ import annotations
@@ -22,22 +21,20 @@ from torchmae.data.reading import reader_processes
 from torchmae.errors import ConfigError, TorchmaeError, TrainingError
 
 T = TypeVar("T")
-# While rank 0 writes a checkpoint to a slow disk, or draws the last pictures, the others wait for it.
-TIMEOUT = timedelta(minutes=30)
-MEETING = timedelta(minutes=5)  # within which all ranks have to be started
+TIMEOUT = timedelta(minutes=30)  # the others wait while rank 0 writes a checkpoint to a slow disk, or draws pictures
+MEETING = timedelta(minutes=5)  # all ranks have to be started within this time
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among those that train together.
+    """This process's rank, and collective operations.
 
-    Every method is collective: all ranks call it, in the same order, and all get the same answer. With one rank,
-    nothing is sent.
+    All ranks call a method in the same order, and all get the same result. With one rank, nothing is sent.
 
     Attributes:
-        rank: 0 to world_size - 1; 0 is the main one, which writes, prints and logs.
+        rank: 0 to world_size - 1; rank 0 writes files, prints and logs.
         world_size: number of ranks on all machines.
-        local_rank: place on this machine, and the index of its GPU.
+        local_rank: rank on this machine, and the index of its GPU.
         local_world_size: number of ranks on this machine.
     """
 
@@ -52,13 +49,13 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all ranks, in place, without waiting for the tensor's device."""
+        """The sum over all ranks, in place; does not wait for the tensor's device."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
     def all_reduce_max(self, *values: float) -> list[float]:
-        """The maximum of each value over all ranks. Sent from processor to processor: no GPU is waited for."""
+        """The maximum of each value over all ranks; does not wait for a GPU."""
         if self.world_size == 1:
             return list(values)
         numbers = torch.tensor(values, dtype=torch.float64)
@@ -66,11 +63,7 @@ class Ranks:
         return numbers.tolist()
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """Runs `action` on rank 0 alone and returns its result on all ranks.
-
-        Raises:
-            Exception: what `action` raised, on rank 0; the other ranks raise SystemExit.
-        """
+        """Runs `action` on rank 0 and returns its result on all ranks; if it fails, other ranks raise SystemExit."""
         if self.world_size == 1:
             return action()
         answer: list[Any] = [None, None]
@@ -89,10 +82,10 @@ class Ranks:
         return answer[0]
 
     def together(self, action: Callable[[], T]) -> T:
-        """Runs `action`, which must not communicate, on every rank; where it fails on one rank, all of them end.
+        """Runs `action`, which must not communicate, on every rank; if it fails on one rank, all ranks end.
 
         Raises:
-            TorchmaeError: of the first rank that failed, on rank 0; the other ranks raise SystemExit.
+            TorchmaeError: on rank 0, the error of the first rank that failed; other ranks raise SystemExit.
         """
         error: TorchmaeError | None = None
         try:
@@ -108,17 +101,17 @@ class Ranks:
         raise error if error is not None else ConfigError(f"rank {rank}: {failure[0]}", failure[1])
 
     def main_first(self, action: Callable[[], T]) -> T:
-        """Runs `action` on rank 0, then on the others: downloads and indexes are made once. Errors as of `on_main`."""
+        """Runs `action` on rank 0, then on the others: downloads and indexes are made once. Errors as in `on_main`."""
         found: list[T] = []
         self.on_main(lambda: found.append(action()))
         return found[0] if self.is_main else action()
 
     def share(self, count: int) -> range:
-        """This rank's contiguous part of `range(count)`; the last rank's is never smaller than another's."""
+        """This rank's contiguous part of `range(count)`; the last rank has the largest part."""
         return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
 
     def gather_rows(self, rows: Tensor) -> Tensor:
-        """The rows of all ranks, (N, ...), in the order of ranks; from (M, ...), of which only M may differ."""
+        """Joins the rows of all ranks, (M, ...) each, in the order of ranks: (N, ...). Only M may differ."""
         if self.world_size == 1:
             return rows
         counts = self.gather(len(rows))
@@ -129,7 +122,7 @@ class Ranks:
         return torch.cat([part[:count] for part, count in zip(everything, counts, strict=True)])
 
     def gather(self, value: T) -> list[T]:
-        """The values of all ranks, in their order."""
+        """The values of all ranks in the order of ranks."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -142,7 +135,7 @@ ALONE = Ranks()
 
 @contextmanager
 def one_line_when_lost(ranks: Ranks, kept: str = "the last checkpoint was kept: resume the run") -> Iterator[None]:
-    """Converts a failed collective into a one-line TrainingError; `kept` says what is left and how to go on."""
+    """Converts a failed collective into a one-line TrainingError; `kept` is the end of its fix."""
     try:
         yield
     except RuntimeError as error:
@@ -155,11 +148,7 @@ def one_line_when_lost(ranks: Ranks, kept: str = "the last checkpoint was kept: 
 
 
 def ranks_from_environment() -> Ranks:
-    """The ranks that torchrun's variables describe; without them, one.
-
-    Raises:
-        ConfigError: variables that name several ranks and not which of them this process is.
-    """
+    """Reads torchrun's variables; without them there is one rank. ConfigError if only some of them are set."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     given = {name: os.environ[name] for name in names if name in os.environ}
     if given.get("WORLD_SIZE", "1") == "1" and len(given) < len(names):
@@ -174,18 +163,18 @@ def ranks_from_environment() -> Ranks:
 
 
 def restarts() -> tuple[int, int]:
-    """How often torchrun has restarted this group, and how often it may (`--max-restarts`)."""
+    """The number of times that torchrun has restarted the ranks, and its limit (`--max-restarts`)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
 
 
 @contextmanager
 def open_ranks(device: str) -> Iterator[Ranks]:
-    """The ranks that torchrun started, connected as long as the context lasts: NCCL for GPUs, gloo for processors.
+    """Connects the ranks that torchrun started, by NCCL for GPUs, gloo for processors, while the context lasts.
 
-    Each rank takes a GPU of its own, or they share the processor. A process group that the caller opened is used.
+    Each rank takes its own GPU, or all share the processor. A process group that the caller opened is used.
 
     Raises:
-        ConfigError: more ranks on this machine than GPUs, or one GPU named for all of them.
+        ConfigError: this machine has fewer GPUs than ranks, or `device` is one GPU for all ranks.
     """
     ranks = ranks_from_environment()
     if ranks.world_size == 1:
@@ -209,10 +198,10 @@ def open_ranks(device: str) -> Iterator[Ranks]:
 
 
 def meet(ranks: Ranks) -> Any:
-    """The store of the process group, once all ranks have arrived; TrainingError where some do not within MEETING."""
+    """Waits for all ranks and returns the store of the process group; TrainingError after MEETING."""
     try:
         store, _, _ = next(rendezvous("env://", timeout=MEETING))
-        # torchrun may start a group again beside the same store, in which the addresses of the dead still lie.
+        # After a restart by torchrun the store still holds the addresses of the ranks that ended.
         attempt = dist.PrefixStore(f"attempt-{restarts()[0]}", store)  # type: ignore[attr-defined]
         attempt.set(f"here-{ranks.rank}", "")
         attempt.wait([f"here-{rank}" for rank in range(ranks.world_size)], MEETING)
@@ -227,7 +216,7 @@ def meet(ranks: Ranks) -> Any:
 
 
 def check_device(device: str, ranks: Ranks, num_gpus: int) -> bool:
-    """Whether the ranks compute on GPUs; ConfigError where there are fewer GPUs than ranks."""
+    """Whether the ranks compute on GPUs; ConfigError if there are fewer GPUs than ranks."""
     if device == "cpu" or (device == "auto" and num_gpus == 0):
         return False
     if device not in ("auto", "cuda"):
@@ -241,10 +230,10 @@ def check_device(device: str, ranks: Ranks, num_gpus: int) -> bool:
 
 
 def share_of_cores(num_workers: int | None, ranks: Ranks) -> int | None:
-    """Number of this rank's DataLoader workers: the option's value, else its share of the cores; None when alone."""
+    """Number of DataLoader workers per rank: the option's value, else the rank's share of the cores; None if alone."""
     return num_workers if ranks.local_world_size == 1 else reader_processes(num_workers, ranks.local_world_size)
 
 
 def concatenate(lists: Sequence[Sequence[T]]) -> list[T]:
-    """All items of several lists, each once, in order."""
+    """The distinct items of several lists, in order."""
     return list(dict.fromkeys(item for one in lists for item in one))

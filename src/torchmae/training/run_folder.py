@@ -1,4 +1,4 @@
-"""The folder of one run: the names of its files, and a lock."""
+"""The run folder: names of its files, and a lock."""
 
 from __future__ import annotations
 
@@ -17,11 +17,8 @@ class RunFolder:
     """Names and writes the files of a run.
 
     config.yaml, environment.json, metrics.jsonl, checkpoints/, reconstructions/, pictures/, evaluations.jsonl,
-    model.json and model.safetensors, summary.json, report.html, bad_files.txt; of trackers that were asked for
-    tracking.json, tensorboard/, wandb/.
-
-    Args:
-        path: the folder.
+    model.json, model.safetensors, summary.json, report.html, bad_files.txt; with trackers also tracking.json,
+    tensorboard/, wandb/.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,10 +37,11 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, *, rename: bool = False) -> RunFolder:
-        """The folder of a new run; with `rename`, PATH-2, PATH-3 and so on where the name is taken.
+        """Makes the folder of a new run; with `rename`, PATH-2, PATH-3 and so on if the name is taken.
 
         Raises:
-            ConfigError: it holds a run that took a step (see `clear_start`) or other files, or cannot be written.
+            ConfigError: it holds a run that took a step (else see `clear_start`) or other files, or it cannot be
+                written to.
         """
         try:
             folder = cls(_make_new(path) if rename else path)
@@ -53,7 +51,8 @@ class RunFolder:
                 raise ConfigError(
                     f"{path} holds a run already", f"resume it with --resume {path}, or choose another --out"
                 )
-            if not begun and path.exists() and not (path.is_dir() and _is_empty(path)):
+            empty = path.is_dir() and all(item.name.startswith(".") for item in path.iterdir())  # interrupted writes
+            if not begun and path.exists() and not empty:
                 raise ConfigError(f"{path} exists and is not an empty folder", "choose another --out")
             folder._is_new = rename or not path.exists()
             path.mkdir(parents=True, exist_ok=True)
@@ -66,14 +65,14 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """An existing run's folder; CheckpointError when it is none."""
+        """Opens the folder of an existing run; CheckpointError if it is none."""
         if not (path / "config.yaml").is_file():
             what = "is not a run folder (it has no config.yaml)" if path.exists() else "does not exist"
             raise CheckpointError(f"{path} {what}", "give the folder that `torchmae pretrain --out` made")
         return cls(path)
 
     def lock(self) -> None:
-        """Locks the folder until `close` or the end of this process; CheckpointError where another process has it."""
+        """Locks the folder until `close` or the end of this process; CheckpointError if another process holds it."""
         try:
             self._lock = lock_file(self.path / ".lock")
         except BlockingIOError as error:
@@ -82,19 +81,19 @@ class RunFolder:
             ) from error
 
     def clear_start(self) -> None:
-        """Removes what a run left that failed before its first step; call with the lock."""
+        """Removes the files of a run that failed before its first step; needs the lock."""
         for name in ("config.yaml", "environment.json", "metrics.jsonl", "tracking.json"):
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def _took_steps(self) -> bool:
-        """Whether a run got further than its start: a step that was logged or saved, or an end."""
-        saved = {item.name for item in self.checkpoints.glob("step-*")} - {"step-00000000"}  # saved before the first
+        """Whether the run logged or saved a step, or ended."""
+        saved = {item.name for item in self.checkpoints.glob("step-*")} - {"step-00000000"}  # saved at the start
         logged = any(record.get("kind") == "train" for record in self.read_metrics())
         return bool(saved) or logged or self.weights.exists()
 
     def close(self) -> None:
-        """Lets other runs in; removes the folder again if `create` made it and nothing was written to it."""
+        """Releases the lock; removes the folder if `create` made it and nothing was written to it."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -105,20 +104,20 @@ class RunFolder:
                 self.path.rmdir()
 
     def write_text(self, name: str, text: str) -> None:
-        """Writes a file of the run, whole or not at all."""
+        """Writes a text file of the run atomically."""
         replace_file(self.path / name, text.encode("utf-8"))
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
-        """Writes a JSON file of the run, whole or not at all."""
+        """Writes a JSON file of the run atomically."""
         self.write_text(name, json.dumps(value, indent=2) + "\n")
 
     def remove_results(self) -> None:
-        """Removes weights and summary of an interrupted part of the run: now the newest checkpoint is what it has."""
+        """Removes the final weights and summary, so that the newest checkpoint is the run's result."""
         for path in (self.weights, self.summary):
             path.unlink(missing_ok=True)
 
     def first_start(self) -> dict[str, Any]:
-        """When and by what command the run was started, of an environment.json that is there already."""
+        """Command and start time from an existing environment.json; empty if there is none."""
         try:
             values = json.loads(self.environment.read_text(encoding="utf-8"))
             return {name: values[name] for name in ("command", "started")}
@@ -126,7 +125,7 @@ class RunFolder:
             return {}
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; a last line that was cut short is left out."""
+        """Reads metrics.jsonl up to the first incomplete line."""
         if not self.metrics.exists():
             return []
         records = []
@@ -138,9 +137,9 @@ class RunFolder:
         return records
 
     def rewind_metrics(self, step: int) -> None:
-        """Cuts off the lines of steps after `step`, which the run will write again, and a last line that is not whole.
+        """Removes the lines of steps after `step`, which the run will write again, and an incomplete last line.
 
-        In place: a tracker that has the file open goes on at its new end.
+        The file is truncated in place: a tracker that has it open continues at the new end.
         """
         if not self.metrics.exists():
             return
@@ -156,7 +155,7 @@ class RunFolder:
 
 
 def _make_new(path: Path) -> Path:
-    """Makes the folder PATH, or PATH-2, PATH-3 and so on: the first that is not there yet, whoever else tries."""
+    """Makes the folder PATH, or the first of PATH-2, PATH-3, ... that does not exist; safe between processes."""
     for number in range(1, 1000):
         free = path if number == 1 else path.with_name(f"{path.name}-{number}")
         try:
@@ -164,9 +163,4 @@ def _make_new(path: Path) -> Path:
         except FileExistsError:
             continue
         return free
-    return path  # something else is wrong there: whoever uses it says what
-
-
-def _is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing but what a write that was cut short left behind."""
-    return all(item.name.startswith(".") for item in folder.iterdir())
+    return path  # another problem, which `create` reports

@@ -1,4 +1,4 @@
-"""Where and how to compute: device, precision, threads."""
+"""Device, precision and threads of a computation."""
 
 from __future__ import annotations
 
@@ -27,17 +27,10 @@ _LARGEST_KEPT = 256 * 2**20  # bytes
 
 @dataclass(frozen=True)
 class Runtime:
-    """A resolved place to compute.
-
-    Attributes:
-        device: the torch device.
-        precision: "bf16" (autocast; weights stay fp32) or "fp32".
-        threads: processor threads.
-        ranks: the processes that train together, and this one's place among them.
-    """
+    """The resolved device, precision, number of processor threads, and ranks."""
 
     device: torch.device
-    precision: str
+    precision: str  # "bf16" (autocast; weights stay fp32) or "fp32"
     threads: int
     ranks: Ranks = ALONE
 
@@ -57,23 +50,19 @@ def default_threads(ranks: Ranks) -> int:
 def open_runtime(
     device: str, precision: str, threads: int | None, ranks: Ranks = ALONE, *, keep_memory: bool = True
 ) -> Runtime:
-    """Resolves "auto", sets the number of threads, and calls `keep_freed_memory` on a processor.
+    """Resolves "auto", sets the number of threads, and with `keep_memory` tunes malloc on a processor.
 
-    Args:
-        device: "auto" (cuda, else cpu: mps, Apple's, was never tried) or a torch device.
-        precision: "auto", "bf16" or "fp32".
-        threads: processor threads; None: `default_threads`.
-        ranks: as `open_ranks` opened them; of several, each takes the GPU of its local rank.
-        keep_memory: call `keep_freed_memory`.
+    `device` is "auto" (cuda, else cpu; Apple's mps is untested) or a torch device; each of several ranks takes the GPU
+    of its local rank. `precision` is "auto", "bf16" or "fp32". `threads` None: `default_threads`.
 
     Raises:
-        ConfigError: a device that is not there.
+        ConfigError: there is no such device.
     """
     chosen = _device(device)
     if ranks.world_size > 1 and chosen.type == "cuda":
         chosen = torch.device("cuda", ranks.local_rank)
     if chosen.type == "cuda" and chosen.index is not None:
-        torch.cuda.set_device(chosen)  # what pins memory would open the first GPU too
+        torch.cuda.set_device(chosen)  # else pinning memory opens the first GPU too
     count = threads or default_threads(ranks)
     torch.set_num_threads(count)
     if keep_memory and chosen.type == "cpu":
@@ -83,12 +72,12 @@ def open_runtime(
 
 
 def keep_freed_memory() -> bool:
-    """Tunes glibc's malloc to keep freed blocks of up to 256 MiB for the next step; whether it did.
+    """Tunes glibc's malloc to keep freed blocks of up to 256 MiB for the next step; returns whether it did.
 
-    By default every large block goes back to the system and comes anew, zeroed page by page: hundreds of thousands of
-    page faults a step, a sixth of the time of a small model. Kept blocks of many sizes leave gaps; larger blocks, which
-    would leave the largest gaps, still go back. The process keeps what it held at its peak (benchmarks/allocation.py).
-    Another allocator (LD_PRELOAD), or one that the environment tunes (MALLOC_*, GLIBC_TUNABLES), is left alone.
+    By default the system takes back every large block and zeroes it again page by page: hundreds of thousands of page
+    faults per step, a sixth of the time of a small model. Kept blocks fragment memory, so the largest still go back.
+    The process keeps its peak memory (benchmarks/allocation.py). Another allocator (LD_PRELOAD), or a malloc tuned by
+    the environment (MALLOC_*, GLIBC_TUNABLES), stays unchanged.
     """
     tuned = any(name in os.environ for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"))
     if tuned or not sys.platform.startswith("linux"):
@@ -110,7 +99,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def environment(runtime: Runtime) -> dict[str, str | int]:
-    """What a reader needs to repeat a figure: versions, machine, command, and when it was given (UTC)."""
+    """Versions, machine, command and start time (UTC), to repeat a measurement."""
     gpu = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else ""
     return {
         "torchmae": torchmae.__version__,
@@ -149,14 +138,14 @@ def _device(name: str) -> torch.device:
 
 
 def _command() -> str:
-    """The command line, if it was ours."""
+    """The command line if it is torchmae's own."""
     program = Path(sys.argv[0]) if sys.argv else Path()
     ours = program.stem == "torchmae" or (program.name == "__main__.py" and program.parent.name == "torchmae")
     return shlex.join(["torchmae", *sys.argv[1:]]) if ours else "Python API"
 
 
 def processor() -> str:
-    """The processor's name and how many cores the system counts."""
+    """The processor's name and number of cores."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""A fine-tuned classifier on disk: model.json says what it is, model.safetensors holds weights under timm's names."""
+"""A fine-tuned classifier on disk: model.json describes it, model.safetensors holds weights under timm's names."""
 
 from __future__ import annotations
 
@@ -22,45 +22,31 @@ KIND = "classifier"
 
 @dataclass(frozen=True)
 class ClassifierDescription:
-    """Everything needed to rebuild a classifier and to feed it.
+    """The content of model.json: how to rebuild a classifier and normalise its images."""
 
-    Attributes:
-        arguments: of `build_classifier`.
-        mean: per-channel mean that images, scaled to [0, 1], are reduced by.
-        std: per-channel deviation that they are divided by.
-        classes: the name of each logit, where known.
-        torchmae: version that wrote it.
-        kind: of model, so that none is taken for another.
-        format: of this file.
-    """
-
-    arguments: dict[str, Any]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    classes: tuple[str, ...] | None
-    torchmae: str
+    arguments: dict[str, Any]  # of `build_classifier`
+    mean: tuple[float, ...]  # of each channel, subtracted from images in [0, 1]
+    std: tuple[float, ...]  # of each channel, that images are divided by
+    classes: tuple[str, ...] | None  # the name of each logit
+    torchmae: str  # version that wrote it
     kind: str = KIND
     format: int = FORMAT
 
 
 def build_classifier(arguments: dict[str, Any]) -> Classifier:
-    """The classifier of full arguments, of which "encoder" names the kind, with fresh weights from torch's generator.
-
-    Raises:
-        ConfigError: sizes that do not fit together.
-    """
+    """Builds a classifier with random weights; "encoder" names its kind. ConfigError if sizes do not fit together."""
     kind = arguments.get("encoder", "vit")
     return CLASSIFIERS[kind](**{name: value for name, value in arguments.items() if name != "encoder"})
 
 
 def save_classifier(folder: Path, model: Classifier, description: ClassifierDescription) -> None:
-    """Writes model.json and model.safetensors; CheckpointError when the disk is full or cannot be written."""
+    """Writes model.json and model.safetensors; CheckpointError if the disk is full or cannot be written."""
     replace_file(folder / "model.json", (json.dumps(asdict(description), indent=2) + "\n").encode("utf-8"))
     write_weights(folder / "model.safetensors", model.state_dict())
 
 
 def is_classifier(folder: Path) -> bool:
-    """Whether a folder's model.json says that it holds a fine-tuned classifier."""
+    """Whether a folder holds a fine-tuned classifier, by its model.json."""
     try:
         values = json.loads((folder / "model.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -69,11 +55,7 @@ def is_classifier(folder: Path) -> bool:
 
 
 def load_classifier(folder: Path) -> tuple[Classifier, ClassifierDescription]:
-    """The classifier of a fine-tuning's folder, in eval mode.
-
-    Raises:
-        CheckpointError: no classifier there, or a damaged one.
-    """
+    """Reads the classifier that fine-tuning wrote, in eval mode; CheckpointError if it is missing or damaged."""
     try:
         values = json.loads((folder / "model.json").read_text(encoding="utf-8"))
         if values.get("kind") != KIND or values.get("format") != FORMAT:
@@ -88,7 +70,7 @@ def load_classifier(folder: Path) -> tuple[Classifier, ClassifierDescription]:
         model.load_state_dict(weights)
     except CheckpointError:
         raise
-    except Exception as error:  # sizes that were changed by hand fail in as many ways as modules have
+    except Exception as error:  # sizes that were edited by hand fail in many ways
         raise CheckpointError(
             f"cannot load the classifier in {folder}: {reason_of(error)}", "copy the folder again"
         ) from error

@@ -1,4 +1,4 @@
-"""A model on disk: model.json says what it is, model.safetensors holds its weights. No pickled classes."""
+"""A model on disk: model.json describes it, model.safetensors holds its weights. No pickled classes."""
 
 from __future__ import annotations
 
@@ -28,37 +28,23 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Description:
-    """Everything needed to rebuild a model and to feed it.
+    """The content of model.json: how to rebuild a model, and to read and normalise its images."""
 
-    Attributes:
-        arguments: of `presets.construct`; of a model handed over in Python `presets.own_arguments`.
-        mean: per-channel mean that images, scaled to [0, 1], are reduced by.
-        std: per-channel deviation that they are divided by.
-        mask: the mask strategy and ratio trained with.
-        classes: class names of the training data, if it had any; the model knows nothing of them.
-        torchmae: version that wrote it.
-        format: of this file.
-        low: value of each channel that is shown black; None: 0.
-        high: value of each channel that is shown white; None: 1.
-        scale: for each type of values that the training images were stored in, the value that stood for 1.
-        reading: options of `ReadOptions` that training data was read with, other than the defaults.
-    """
-
-    arguments: dict[str, Any]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    mask: dict[str, Any]
-    classes: tuple[str, ...] | None
-    torchmae: str
+    arguments: dict[str, Any]  # of `presets.construct`; for a model handed over in Python `presets.own_arguments`
+    mean: tuple[float, ...]  # of each channel, subtracted from images in [0, 1]
+    std: tuple[float, ...]  # of each channel, that images are divided by
+    mask: dict[str, Any]  # strategy and ratio of training
+    classes: tuple[str, ...] | None  # names in the training data; the model does not use them
+    torchmae: str  # version that wrote it
     format: int = FORMAT
-    low: tuple[float, ...] | None = None
-    high: tuple[float, ...] | None = None
-    scale: dict[str, float] | None = None
-    reading: dict[str, Any] | None = None
+    low: tuple[float, ...] | None = None  # value of each channel that is shown black; None: 0
+    high: tuple[float, ...] | None = None  # value of each channel that is shown white; None: 1
+    scale: dict[str, float] | None = None  # for each stored type of the training images, the value that becomes 1
+    reading: dict[str, Any] | None = None  # `ReadOptions` of the training data that differ from the defaults
 
     @property
     def normalisation(self) -> Normalisation:
-        """How stored values become the model's input."""
+        """The conversion of stored values to the model's input."""
         return Normalisation(self.mean, self.std, self.low, self.high, self.scale)
 
     @property
@@ -78,14 +64,14 @@ def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
 
 
 def load_model(folder: Path, own: MaskedAutoencoder | None = None) -> tuple[MaskedAutoencoder, Description]:
-    """The model of a run folder or of any folder with model.json and model.safetensors.
+    """Reads the model of a run folder, or of any folder with model.json and model.safetensors, in eval mode.
 
-    A run that has not ended gives its newest checkpoint. A run of a model of the caller's own has its weights put into
-    a copy of `own`.
+    A run that has not ended gives its newest checkpoint. If the run trained a model handed over in Python, a copy of
+    `own` gets its weights.
 
     Raises:
-        CheckpointError: nothing there that is whole, or a fine-tuned classifier.
-        ConfigError: `own` is needed and not given, or the other way round.
+        CheckpointError: the folder holds no whole model, or a fine-tuned classifier.
+        ConfigError: `own` is missing, or it is given for a run that does not need it.
     """
     description = _read_description(folder / "model.json")
     if (description.arguments.get("encoder") == OWN) != (own is not None):
@@ -110,7 +96,7 @@ def load_model(folder: Path, own: MaskedAutoencoder | None = None) -> tuple[Mask
         model.load_state_dict(weights)
     except CheckpointError:
         raise
-    except Exception as error:  # sizes that were changed by hand fail in as many ways as modules have
+    except Exception as error:  # sizes that were edited by hand fail in many ways
         raise CheckpointError(
             f"cannot load the model in {folder}: {reason_of(error)}", "copy the folder again"
         ) from error
@@ -120,7 +106,7 @@ def load_model(folder: Path, own: MaskedAutoencoder | None = None) -> tuple[Mask
 def check_size(
     arguments: dict[str, Any], weights: dict[str, Tensor], build: Callable[[dict[str, Any]], nn.Module]
 ) -> None:
-    """ValueError where a model is larger than its weights: building it could take any memory and time."""
+    """ValueError if a model is larger than its weights: to build it could take unlimited memory and time."""
     depth = max(arguments.get("depth", 0), arguments.get("decoder_depth", 0), sum(arguments.get("depths", ())))
     if depth <= len(weights):
         with torch.device("meta"):
@@ -135,7 +121,7 @@ def check_size(
 def _read_description(path: Path) -> Description:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if values.get("kind") == "classifier":  # as saved_classifier, which stands above this module, marks its own
+        if values.get("kind") == "classifier":  # saved_classifier.KIND
             raise CheckpointError(
                 f"{path.parent} holds a fine-tuned classifier",
                 "give the run it was made from; torchmae.training.saved_classifier.load_classifier reads classifiers",

@@ -1,6 +1,6 @@
-"""Tensors that ranks hold in shards, on disk: one safetensors file a rank, by torch.distributed.checkpoint.
+"""Sharded checkpoints: one safetensors file per rank, written by torch.distributed.checkpoint.
 
-Its safetensors storage is used, not its own format, whose index is a pickle.
+Its safetensors storage is used, since the index of its default format is a pickle.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ def write_shards(path: Path, model: dict[str, Tensor], optimizers: list[dict[str
     contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
     try:
         save(contiguous, storage_writer=HuggingFaceStorageWriter(str(path), save_distributed=True))
-    except CheckpointException as error:  # of any rank, told to all; no Exception, as torch has it
+    except CheckpointException as error:  # raised on all ranks; torch derives it from BaseException
         first = next(iter(error.failures.values()))[0]
         raise RuntimeError(f"{type(first).__name__}: {first}") from error
 
 
 def read_shards(path: Path, param_groups: list[Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """The whole state_dicts of model and optimisers, whatever number of ranks wrote the shards. Not collective.
+    """Reads the whole state_dicts of model and optimisers, written by any number of ranks. Not collective.
 
-    `param_groups` are those of each optimiser's state_dict; shards hold its tensors only.
+    `param_groups` belong to each optimiser's state_dict; shards hold its tensors only.
     """
     reader = HuggingFaceStorageReader(str(path))
     sizes = cast(dict[str, TensorStorageMetadata], reader.read_metadata().state_dict_metadata)

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: a run that they stop finishes its step first."""
+"""SIGINT and SIGTERM end a run after its current step."""
 
 from __future__ import annotations
 
@@ -9,38 +9,34 @@ from contextlib import contextmanager
 
 
 class Stop:
-    """Whether a signal asked for an end.
-
-    Attributes:
-        number: the signal, or None.
-    """
+    """The signal that asked the run to end."""
 
     number: int | None = None
 
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """SIGINT and SIGTERM are noted and the current step goes on to its end; a second one ends at once.
+    """Records the first SIGINT or SIGTERM; the second one ends the process at once.
 
-    Left alone are signals outside the main thread, which are the caller's business, and those that C code handles:
-    Python could not give them back.
+    Handlers stay unchanged outside the main thread, where Python cannot set them, and where C code has set them, since
+    Python could not restore those.
     """
     stop = Stop()
-    mine = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {number: handler for number in mine if (handler := signal.getsignal(number)) is not None}
+    handled = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: handler for number in handled if (handler := signal.getsignal(number)) is not None}
 
-    def give_back() -> None:
+    def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
     def note(number: int, _frame: object) -> None:
         stop.number = number
-        give_back()
+        restore()
 
     try:
         for number in before:
-            if stop.number is None:  # else one has come already, and the next must end at once
+            if stop.number is None:  # after an early signal, the next one must end the process
                 signal.signal(number, note)
         yield stop
     finally:
-        give_back()
+        restore()

@@ -1,4 +1,4 @@
-"""The state of a run: saved in checkpoints, restored from them; the errors of a run that ends early."""
+"""The state of a run, saved in checkpoints and restored from them; the errors of a run that ends early."""
 
 from __future__ import annotations
 
@@ -20,43 +20,33 @@ from torchmae.training.ranks import Ranks
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.task import Task
 
-LARGEST_USUAL = 100.0  # deviations from the mean that sound inputs stay below
+LARGEST_USUAL = 100.0  # standard deviations; a larger input value is probably a fill value
 
 
 @dataclass
 class State:
-    """The state of a run, stored in every checkpoint. Earlier versions wrote only some of what has a default.
+    """The state of a run, stored in every checkpoint. Checkpoints of earlier versions lack some fields with defaults.
 
-    Attributes:
-        step: optimiser steps done.
-        total_steps: steps of the whole run, which fixes the schedule.
-        seconds: time spent training, evaluation and saving apart.
-        epoch_loss: sum of the losses of the current epoch's steps; with `LoopSettings.per_epoch`, of its images.
-        precision: "bf16" or "fp32", kept by a resumed run.
-        data: fingerprint of the training data.
-        epoch_skipped: steps of the current epoch that were skipped; with `LoopSettings.per_epoch`, their images.
-        lr_scale: what the learning rate is multiplied by: halved each time the run was rolled back.
-        loss: mean of the last whole epoch.
-        job: what a fine-tuning is: its settings, images and seed.
+    With `LoopSettings.per_epoch`, the epoch's sums run over images, else over steps.
     """
 
-    step: int
-    total_steps: int
-    seconds: float = 0.0
-    epoch_loss: float = 0.0
-    precision: str = "fp32"
-    data: str = ""
-    epoch_skipped: int = 0
-    lr_scale: float = 1.0
-    loss: float = 0.0
-    job: dict[str, Any] = field(default_factory=dict)
+    step: int  # optimiser steps done
+    total_steps: int  # of the whole run, which fixes the schedule
+    seconds: float = 0.0  # training time without evaluation and saving
+    epoch_loss: float = 0.0  # sum of the losses of the current epoch
+    precision: str = "fp32"  # or "bf16"; a resumed run keeps it
+    data: str = ""  # fingerprint of the training data
+    epoch_skipped: int = 0  # number of skipped steps of the current epoch
+    lr_scale: float = 1.0  # factor of the learning rate, halved at each roll-back
+    loss: float = 0.0  # mean of the last whole epoch
+    job: dict[str, Any] = field(default_factory=dict)  # settings, images and seed of a fine-tuning
 
 
 def save(folder: RunFolder, task: Task, state: State) -> None:
     """Saves a checkpoint; every rank calls it.
 
     Raises:
-        TrainingError: a weight or a moment of the optimiser is not finite; no such checkpoint is ever written.
+        TrainingError: a weight or an optimiser's moment is not finite; nothing is written.
         CheckpointError: the disk is full or cannot be written.
     """
     ranks = task.runtime.ranks
@@ -67,7 +57,7 @@ def save(folder: RunFolder, task: Task, state: State) -> None:
 
 
 def all_finite(model: nn.Module, optimizers: Sequence[Optimizer], ranks: Ranks) -> bool:
-    """Whether every weight and moment is, on all ranks; every rank calls it."""
+    """Whether every weight and moment is finite on all ranks; every rank calls it."""
     moments = [
         value
         for optimizer in optimizers
@@ -81,12 +71,10 @@ def all_finite(model: nn.Module, optimizers: Sequence[Optimizer], ranks: Ranks) 
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizers: Sequence[Optimizer], precision: str) -> State:
-    """Loads a checkpoint into model and optimisers, whose settings stay their own, and returns its state.
-
-    `precision` is that of the steps to come.
+    """Loads a checkpoint into model and optimisers, which keep their settings; returns its state with `precision`.
 
     Raises:
-        CheckpointError: it was made by another model or optimiser.
+        CheckpointError: another model or optimiser wrote it.
     """
     difference = differs(checkpoint.model, model.state_dict())
     if difference:
@@ -106,7 +94,7 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizers: Sequence[Optim
 
 
 def differs(saved: dict[str, Tensor], own: dict[str, Tensor]) -> str:
-    """In what the weights of a checkpoint and of a model differ, the first of them by name; empty where they fit."""
+    """The first weight whose shape differs between a checkpoint and a model, and how many more; empty if all fit."""
     found = []
     for name in [*own, *(name for name in saved if name not in own)]:
         there, here = (tuple(side[name].shape) if name in side else None for side in (saved, own))
@@ -116,7 +104,7 @@ def differs(saved: dict[str, Tensor], own: dict[str, Tensor]) -> str:
 
 
 def diverged(problem: str, task: Task, folder: RunFolder, images: Tensor | None = None) -> TrainingError:
-    """The error of a run whose numbers are no longer finite; `images` are the newest batch, normalised."""
+    """The error of a run with numbers that are not finite; `images` is the newest batch, normalised."""
     values = f"; {input_range(images)}" if images is not None and images.numel() else ""
     return TrainingError(
         f"{problem}{values}; the last good checkpoint was kept",
@@ -125,7 +113,7 @@ def diverged(problem: str, task: Task, folder: RunFolder, images: Tensor | None 
 
 
 def input_range(images: Tensor) -> str:
-    """The range of normalised input values in words, and whether it is what a network can be trained on."""
+    """The range of normalised input values in words, with a hint if it is far from 0."""
     finite = images[images.isfinite()].float()
     count = images.numel() - finite.numel()
     texts = [f"{count:,} input values are not finite"] if count else []
@@ -138,7 +126,7 @@ def input_range(images: Tensor) -> str:
 
 
 def interrupted(signal_number: int, state: State, task: Task, folder: RunFolder) -> Interrupted:
-    """The error of a run that was stopped and saved."""
+    """The error of a run that a signal ended."""
     name = signal.Signals(signal_number).name
     problem = f"stopped by {name} after step {state.step} of {state.total_steps}, all saved"
     return Interrupted(problem, task.fixes.interrupted.format(folder=shlex.quote(str(folder.path))), signal_number)

@@ -1,4 +1,4 @@
-"""What is trained: the side of training that pre-training and fine-tuning do not share."""
+"""The task of a trainer: the part of training in which pre-training and fine-tuning differ."""
 
 from __future__ import annotations
 
@@ -18,17 +18,15 @@ from torchmae.training.ranks import ALONE, Ranks
 from torchmae.training.runtime import Runtime
 
 Inputs = tuple[Any, ...]
-"""What a forward pass takes: first the images (B, C, *size), then what belongs to them; each has `tensor_split`."""
+"""Arguments of a forward pass: images (B, C, *size), then masks or labels; each has the method `tensor_split`."""
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How the trainer runs a task; names and ranges as in the settings of a run.
+    """Settings of the training loop; names and ranges as in `PretrainConfig`.
 
-    Attributes:
-        optim: the learning rate's schedule and the clipping of gradients.
-        per_epoch: the log has a line for each epoch (the mean loss over images, learning rate, seconds) and none for
-            steps; else an epoch's loss is the mean over its steps.
+    With `per_epoch`, the log has a line for each epoch (mean loss over images, learning rate, seconds) and none for
+    steps; else an epoch's loss is the mean over its steps. `optim` gives the schedule and the clipping of gradients.
     """
 
     seed: int
@@ -46,12 +44,12 @@ _DRAWING = threading.RLock()
 
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """torch draws from `seed` in here, on the processor and on `device`, whatever other threads draw.
+    """Seeds torch's generators of the processor and of `device`.
 
-    torch has one generator for all threads of a process: another one that comes here waits.
+    All threads of a process share them: a second thread that enters here waits.
     """
     with _DRAWING:
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 2 ms where it finds no GPU to seed
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 2 ms if there is no GPU
         if device is not None and device.type != "cpu":
             torch.get_device_module(device).manual_seed(seed)
         yield
@@ -73,55 +71,45 @@ def callers_state() -> Iterator[None]:
 
 
 def step_seed(seed: int, step: int, ranks: Ranks = ALONE) -> int:
-    """The seed of a rank at a step: what is drawn there does not depend on the steps before."""
+    """The seed of a rank at a step, independent of earlier steps."""
     return seed % 2**32 * 2**31 + step * ranks.world_size + ranks.rank
 
 
 class Fixes(NamedTuple):
-    """What a user is told to do; {folder}, {accumulate} and {batch_size} (half of now) are filled in."""
+    """Templates of the fixes in error messages, with {folder}, {accumulate} and {batch_size} (half the current one)."""
 
     interrupted: str
     diverged: str
     out_of_memory: str
-    out_of_memory_alone: str  # where a batch is cut into single images already
+    out_of_memory_alone: str  # micro-batches are single images already
 
 
 class Task(Protocol):
-    """What the trainer trains.
+    """A model with its optimisers, inputs and losses."""
 
-    Attributes:
-        model: what is saved and restored.
-        forward: what is called in training: `model` or a part of it, compiled, wrapped for several ranks.
-        optimizers: of the trained parameters; each group has its "peak_lr".
-        names: of the losses that are logged; the first is logged as "loss".
-        runtime: where it computes.
-        loop: how the trainer runs it.
-        fixes: of a run that ended early.
-    """
-
-    model: nn.Module
-    forward: nn.Module
-    optimizers: Sequence[Optimizer]
-    names: tuple[str, ...]
+    model: nn.Module  # is saved and restored
+    forward: nn.Module  # is called in training: `model` or a part of it, compiled, wrapped for several ranks
+    optimizers: Sequence[Optimizer]  # each parameter group has "peak_lr"
+    names: tuple[str, ...]  # of the logged losses; the first is logged as "loss"
     runtime: Runtime
     loop: LoopSettings
     fixes: Fixes
 
     def inputs(self, batch: Batch, step: int, total: int) -> Inputs:
-        """What the forward pass takes, made from this rank's part of a batch; `step` is 0 to total - 1.
+        """Arguments of the forward pass for this rank's part of a batch; `step` is 0 to total - 1.
 
-        torch's generator is seeded by the step. A batch may be empty: it may have fewer images than there are ranks.
+        torch's generator is seeded by the step. The part is empty if a batch has fewer images than there are ranks.
         """
 
     def stand_in(self, inputs: Inputs) -> Inputs:
-        """Inputs of one blank image, for a rank that has none; they weigh nothing."""
+        """Inputs of one blank image for a rank without images; the loss counts them with weight 0."""
 
     def weight(self, inputs: Inputs) -> int:
-        """Number of values that `losses` is a mean over; it weighs the losses of micro-batches and ranks."""
+        """Number of values in the mean of `losses`; weights the losses of micro-batches and ranks."""
 
     def losses(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Scalars, float32: the loss that is minimised, then each of `names`, without gradient."""
+        """Scalars, float32: the loss to minimise, then each loss in `names`, without gradient."""
 
     def after_step(self) -> None:
-        """Called after each step of the optimisers."""
+        """Called after each optimiser step."""
         return

@@ -1,4 +1,4 @@
-"""A trained network as the teacher of another: a run, an exported model, others' weights, or a timm model by name."""
+"""A frozen network as a teacher: a run, an exported model, others' weights, or a timm model by name."""
 
 from __future__ import annotations
 
@@ -16,17 +16,11 @@ _MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 class Teacher(nn.Module):
-    """Features of the patches of a student's images.
+    """Computes patch features of a student's images.
 
-    Images are taken back from the student's normalisation, resized so that the teacher has a patch for each patch of
-    the student, and normalised as the teacher was trained with; grey ones are repeated for a teacher of colours.
-
-    Args:
-        network: what encodes.
-        tokens: called with images (B, C, *size); gives patch features (B, L, dim) in row-major order.
-        dim: width of a feature.
-        patch_size: pixels of the teacher's patches along each axis.
-        mean, std: of each channel, that the teacher was trained with.
+    The student's normalisation is replaced by the teacher's, and images are resized so that the teacher has one patch
+    for each patch of the student. A grey channel is repeated for a teacher of colour images. `tokens` maps images (B,
+    C, *size) to features (B, L, dim) in row-major order; `mean` and `std` are the teacher's, for each channel.
     """
 
     mean: Tensor
@@ -47,10 +41,10 @@ class Teacher(nn.Module):
         self.register_buffer("std", torch.tensor(std))
 
     def teach(self, patch_size: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> Teacher:
-        """Itself, for a student of this patch size and normalisation.
+        """Adapts the teacher to a student's patch size and normalisation; returns itself.
 
         Raises:
-            ConfigError: another number of axes or channels than the teacher takes.
+            ConfigError: the student has another number of axes or channels.
         """
         channels, own = len(mean), len(self.mean)
         if len(patch_size) != len(self.patch_size) or channels not in (own, 1):
@@ -65,7 +59,7 @@ class Teacher(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, L, dim) of images (B, C, *size) as the student takes them."""
+        """Features (B, L, dim) of images (B, C, *size) in the student's normalisation."""
         axes = (-1, *[1] * len(self.patch_size))
         gain, shift = self.get_buffer("_gain"), self.get_buffer("_shift")
         images = images * gain.view(axes) + shift.view(axes)
@@ -77,15 +71,13 @@ class Teacher(nn.Module):
 
 
 def read_teacher(source: str, grid: Sequence[int]) -> Teacher:
-    """The teacher that `model.teacher` names, for a student of this grid.
+    """Loads the teacher of the setting `model.teacher` for a student with `grid` patches along each axis.
 
-    Args:
-        source: what `load` takes, or "timm:NAME", a vision transformer of timm with its pre-trained weights.
-        grid: patches of the student along each axis.
+    `source` is what `load` takes, or "timm:NAME", a vision transformer of timm with its pre-trained weights.
 
     Raises:
-        ConfigError: a model without patches, a name that timm does not have, or timm is not installed.
-        CheckpointError: nothing there that can be loaded.
+        ConfigError: the model has no patches, timm does not know the name, or timm is not installed.
+        CheckpointError: `source` holds nothing that can be loaded.
     """
     if source.startswith(TIMM):
         return _from_timm(source.removeprefix(TIMM), grid)
@@ -103,7 +95,7 @@ def _from_timm(name: str, grid: Sequence[int]) -> Teacher:
         patch_size = timm.create_model(name, pretrained=False).patch_embed.patch_size
         size = [patches * length for patches, length in zip(grid, patch_size, strict=True)]
         network = timm.create_model(name, pretrained=True, num_classes=0, img_size=size)
-    except Exception as error:  # of its registry, of an architecture without patches, of the network
+    except Exception as error:  # an unknown name, an architecture without patches, no network
         raise ConfigError(f"timm cannot make teacher {name!r}: {reason_of(error)}", "name a ViT of timm") from error
     about, prefix = timm.data.resolve_model_data_config(network), network.num_prefix_tokens
     return Teacher(

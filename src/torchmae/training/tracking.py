@@ -1,4 +1,4 @@
-"""Where figures go: metrics.jsonl always, TensorBoard where it is installed, services that are asked for by name."""
+"""Trackers: metrics.jsonl always, TensorBoard if it is installed, and services chosen by name."""
 
 from __future__ import annotations
 
@@ -27,58 +27,50 @@ PROJECT = "torchmae"
 
 
 class Tracker(Protocol):
-    """Takes figures and pictures as they come."""
+    """Records figures and pictures of a run."""
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Records figures by name after `step` optimiser steps; `kind` is "train", "val", "epoch" or "baseline"."""
 
     def log_picture(self, name: str, step: int, path: Path) -> None:
-        """Records a PNG file of the run folder; `name` says what it shows."""
+        """Records a PNG file of the run folder."""
 
     def close(self) -> None:
-        """Writes out what is held back."""
+        """Writes buffered figures and closes files."""
 
 
 class JsonLines(Tracker):
-    """One JSON object a line, appended to the file `path`; each line is with the operating system when `log` returns.
+    """Appends figures to the file `path`, one JSON object per line; no line waits in a buffer.
 
-    Raises:
-        CheckpointError: the file cannot be opened.
+    Every method raises CheckpointError if the file cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         with _one_line_errors(path):
-            self._file = path.open("ab", buffering=0)  # a buffer would fail once more when it is closed
+            self._file = path.open("ab", buffering=0)  # a buffer would fail again when it is closed
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """As `Tracker.log`; a figure that is not finite becomes null, for JSON has no other word for it.
-
-        Raises:
-            CheckpointError: the disk is full.
-        """
-        figures = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        figures = {name: value if math.isfinite(value) else None for name, value in values.items()}  # no nan in JSON
         line = (json.dumps({"kind": kind, "step": step, **figures}) + "\n").encode()
         with _one_line_errors(self._path):
             while line:
                 line = line[self._file.write(line) :]
 
     def log_picture(self, name: str, step: int, path: Path) -> None:
-        """Nothing: the run folder has the file."""
+        pass  # the run folder has the file
 
     def close(self) -> None:
-        """Closes the file."""
         self._file.close()
 
 
 class TensorBoard(Tracker):
-    """Event files for TensorBoard, with the settings as YAML.
+    """Writes TensorBoard's event files, with the settings as YAML; a resumed run hides figures after `step`.
 
-    Of a run that goes on from `step`, what was logged after that step is hidden.
+    Every method raises CheckpointError if the folder cannot be written to.
 
     Raises:
         ImportError: tensorboard is not installed.
-        CheckpointError: the folder cannot be written to.
     """
 
     def __init__(self, folder: Path, config: str = "", step: int = 0) -> None:
@@ -90,47 +82,38 @@ class TensorBoard(Tracker):
             self._writer.add_text("config", f"```yaml\n{config}```", step)
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """As `Tracker.log`; CheckpointError when the disk is full."""
         with _one_line_errors(self._folder):
             for name, value in values.items():
                 self._writer.add_scalar(f"{kind}/{name}", value, step)
 
     def log_picture(self, name: str, step: int, path: Path) -> None:
-        """As `Tracker.log_picture`; CheckpointError when the disk is full."""
         with _one_line_errors(self._folder), Image.open(path) as picture:
             self._writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
-        """Closes the event file; CheckpointError when the disk is full."""
         with _one_line_errors(self._folder):
             self._writer.close()
 
 
 class Service(Tracker, Protocol):
-    """A tracker that sends figures elsewhere. Its library is imported when it is made.
+    """A tracker that sends figures to another program. Its constructor imports the library."""
 
-    Attributes:
-        place: where to look, for people.
-    """
-
-    place: str
+    place: str  # tells the user where to see the figures
     _run: Any
     _picture: Any
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """As `Tracker.log`."""
         self._run.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
     def log_picture(self, name: str, step: int, path: Path) -> None:
-        """As `Tracker.log_picture`."""
         self._run.log({name: self._picture(str(path))}, step=step)
 
 
 class Wandb(Service):
-    """Weights & Biases. What it writes lies in RUN/wandb; WANDB_MODE=offline keeps it there, for `wandb sync`.
+    """Weights & Biases. Its files lie in RUN/wandb; WANDB_MODE=offline keeps them there, for `wandb sync`.
 
-    A run that goes on keeps its page: its id is that of the run folder. Of steps that are repeated after a crash W&B
-    keeps the first figures. The documented WANDB_* variables choose project, entity, name, server and mode.
+    A resumed run keeps its page, whose id is the run folder's. If steps are repeated after a crash, W&B keeps the
+    first figures. The documented WANDB_* variables choose project, entity, name, server and mode.
     """
 
     def __init__(self, folder: RunFolder, config: Mapping[str, Any]) -> None:
@@ -144,24 +127,22 @@ class Wandb(Service):
             resume="allow",
             dir=str(folder.path),
             config=dict(config),
-            # Its own lines and its copy of ours would cut through the line of progress; a run that the caller has
-            # open stays open.
+            # Its output would break the progress bar; a run that the caller has opened stays open.
             settings=wandb.Settings(console="off", silent=True, reinit="create_new"),
         )
-        offline = self._run.offline  # where W&B warns of asking for a page
+        offline = self._run.offline  # reading `url` would warn
         upload = f"offline; to upload: wandb sync {Path(self._run.dir).parent}"
         self.place = upload if offline else self._run.url or "disabled"
 
     def close(self) -> None:
-        """Uploads what is left."""
         self._run.finish()
 
 
 class Trackio(Service):
     """trackio, which needs no account: a database in TRACKIO_DIR that `trackio show` displays.
 
-    A run that goes on keeps its name, which ends in the id of the run folder. TRACKIO_PROJECT names the project, as for
-    transformers; TRACKIO_SPACE_ID and TRACKIO_SERVER_URL, which the library documents, send it elsewhere.
+    A resumed run keeps its name, which ends in the run folder's id. TRACKIO_PROJECT names the project, as in
+    transformers; the library's TRACKIO_SPACE_ID and TRACKIO_SERVER_URL choose another destination.
     """
 
     def __init__(self, folder: RunFolder, config: Mapping[str, Any]) -> None:
@@ -170,7 +151,7 @@ class Trackio(Service):
         self._trackio: Any = trackio
         self._picture = trackio.Image
         project = os.environ.get("TRACKIO_PROJECT") or PROJECT
-        with redirect_stdout(io.StringIO()):  # standard output is for our own results
+        with redirect_stdout(io.StringIO()):  # standard output is for the command's results
             self._run = trackio.init(
                 project=project,
                 name=f"{folder.path.resolve().name}-{tracking_id(folder)}",
@@ -181,16 +162,15 @@ class Trackio(Service):
         self.place = f"{self._run.name}; to see it: trackio show --project {project}"
 
     def close(self) -> None:
-        """Writes out what is left."""
         with redirect_stdout(io.StringIO()):
-            self._trackio.finish()  # the run's own method would run, and print, once more when the process ends
+            self._trackio.finish()  # `self._run.finish` would run again, and print, when the process ends
 
 
 SERVICES: dict[str, Callable[[RunFolder, Mapping[str, Any]], Service]] = {"wandb": Wandb, "trackio": Trackio}
 
 
 class Trackers(Tracker):
-    """Several trackers as one; a context manager. `start` adds services, whose failures do not end the run."""
+    """Several trackers as one, a context manager. A failure of a service does not end the run."""
 
     def __init__(self, *trackers: Tracker) -> None:
         self._trackers = trackers
@@ -198,22 +178,19 @@ class Trackers(Tracker):
         self._warn: Callable[[str], None] = print
 
     def start(self, service: str, folder: RunFolder, config: Mapping[str, Any], display: Display) -> None:
-        """Starts a service of `SERVICES` and says where to look; after its first failure, it gets no more figures."""
+        """Starts a service of `SERVICES` and says where its figures are; after a failure it gets no more figures."""
         self._warn = display.warn
         with self._spare(service):
             self._services[service] = tracker = SERVICES[service](folder, config)
             display.say(f"{service}: {tracker.place}")
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """As `Tracker.log`."""
         self._tell(lambda tracker: tracker.log(kind, step, values))
 
     def log_picture(self, name: str, step: int, path: Path) -> None:
-        """As `Tracker.log_picture`."""
         self._tell(lambda tracker: tracker.log_picture(name, step, path))
 
     def close(self) -> None:
-        """As `Tracker.close`."""
         self._tell(lambda tracker: tracker.close())
 
     def _tell(self, message: Callable[[Tracker], None]) -> None:
@@ -227,7 +204,7 @@ class Trackers(Tracker):
     def _spare(self, service: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever the library raises: none of it is the run's fault
+        except Exception as error:  # no failure of the library may end the run
             self._services.pop(service, None)
             reason = reason_of(error).rstrip(".")
             self._warn(f"{service} gets no more figures of this run: {reason}; metrics.jsonl has all of them")
@@ -238,13 +215,13 @@ class Trackers(Tracker):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # An error that is under way says more than one that it causes here.
+        # An earlier error says more than the one it causes here.
         with suppress(CheckpointError) if error else nullcontext():
             self.close()
 
 
 def tracker_names(trackers: str) -> tuple[str, ...]:
-    """The trackers that the setting `trackers` asks for; ConfigError where a library of theirs is not installed."""
+    """The names in the setting `trackers`; ConfigError if a library is not installed."""
     if trackers == "none":
         return ()
     if trackers == "auto":
@@ -260,14 +237,14 @@ def tracker_names(trackers: str) -> tuple[str, ...]:
 
 def _is_installed(name: str) -> bool:
     spec = find_spec(name)
-    return spec is not None and spec.origin is not None  # a folder ./wandb, left by other runs, has no origin
+    return spec is not None and spec.origin is not None  # a folder ./wandb of other runs has no origin
 
 
 def open_trackers(trackers: str, folder: RunFolder, display: Display, step: int = 0) -> Trackers:
-    """metrics.jsonl and the trackers of the setting `trackers`, of a run whose config.yaml is written.
+    """Opens metrics.jsonl and the trackers of the setting `trackers`; config.yaml must exist.
 
-    `step` is the one that the run goes on from. Errors: as of `tracker_names`, and CheckpointError where the run folder
-    cannot be written to.
+    `step` is the number of steps that a resumed run has done. Errors: as in `tracker_names`, and CheckpointError if the
+    run folder cannot be written to.
     """
     names = tracker_names(trackers)
     files: list[Tracker] = [JsonLines(folder.metrics)]
@@ -283,7 +260,7 @@ def open_trackers(trackers: str, folder: RunFolder, display: Display, step: int 
 
 
 def tracking_id(folder: RunFolder) -> str:
-    """Eight characters that name a run folder among all others, kept in it: a run that goes on is found again."""
+    """Eight random characters that identify a run folder, stored in it so that a resumed run keeps its page."""
     path = folder.path / "tracking.json"
     try:
         return str(json.loads(path.read_text(encoding="utf-8"))["id"])

@@ -1,4 +1,4 @@
-"""The one training loop: steps over ranks, skipped and rolled-back steps, figures, checkpoints, signals."""
+"""The training loop: steps over ranks, skipped and rolled-back steps, figures, checkpoints, signals."""
 
 from __future__ import annotations
 
@@ -27,26 +27,20 @@ from torchmae.training.task import Inputs, Task, seeded, step_seed
 from torchmae.training.tracking import Tracker
 from torchmae.training.window import Step, Window
 
-SMALLEST_LR_SCALE = 1 / 8  # a run that diverges at an eighth of its learning rate has another fault
+SMALLEST_LR_SCALE = 1 / 8  # if a run diverges at an eighth of its learning rate, the cause lies elsewhere
 _NO_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")  # CUDA and NCCL, a processor, cuBLAS
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Something to measure during training.
+    """A measurement during training."""
 
-    Attributes:
-        count: number of measurements in a run, evenly spaced, the last after the last step.
-        run: called with the number of steps done; its figures are logged.
-        at_epoch_ends: wait for the end of the epoch.
-    """
-
-    count: int
-    run: Callable[[int], dict[str, float]]
-    at_epoch_ends: bool = False
+    count: int  # of measurements in a run, evenly spaced, the last one after the last step
+    run: Callable[[int], dict[str, float]]  # is called with the number of steps done; its figures are logged
+    at_epoch_ends: bool = False  # wait for the end of the epoch
 
     def due(self, total_steps: int, steps_per_epoch: int) -> frozenset[int]:
-        """The numbers of steps done, after which it runs."""
+        """The numbers of finished steps after which it runs."""
         steps = [math.ceil(total_steps * i / self.count) for i in range(1, self.count + 1)]
         unit = steps_per_epoch if self.at_epoch_ends else 1
         return frozenset(min(-(-step // unit) * unit, total_steps) for step in steps)
@@ -64,30 +58,18 @@ def train(
     evaluators: Sequence[Evaluator] = (),
     checkpoint: Checkpoint | None = None,
 ) -> State:
-    """Trains a task to the end of its schedule.
+    """Trains a task to the end of its schedule and returns the final state.
 
     Order of events within a step: inputs, forward and backward, optimiser, log, evaluators, checkpoint. A checkpoint
-    therefore stands for everything up to its step, and a resumed run repeats what came after it.
+    holds everything up to its step, and a resumed run repeats everything after it.
 
-    Of several ranks, each computes its part of every batch, and all call this with the same arguments; steps, losses
-    and the end are theirs together.
-
-    Args:
-        task: what is trained.
-        state: where a new run begins; of a resumed run, what it is (`data` and `job`).
-        loader: the training images.
-        plan: which of them make up which step.
-        folder: where checkpoints go.
-        tracker: takes the figures.
-        display: shows progress.
-        evaluators: measured on the way and at the end.
-        checkpoint: where to go on from; None: from the start.
+    All ranks call this with the same arguments; each computes its part of every batch, whose images `plan` chooses.
+    `state` is the start of a new run; a run resumed from `checkpoint` takes only `data` and `job` from it.
 
     Raises:
-        TrainingError: losses or gradients that are not finite, also after the run was rolled back; memory that ran
-            out; another rank that is gone.
-        Interrupted: by SIGINT or SIGTERM, after the state was saved.
-        CheckpointError: a checkpoint that does not fit the model, or a disk that is full.
+        TrainingError: losses or gradients are not finite, even after roll-backs; memory ran out; another rank ended.
+        Interrupted: SIGINT or SIGTERM, after the state was saved.
+        CheckpointError: the checkpoint does not fit the model, or the disk is full.
     """
     ranks, loop = task.runtime.ranks, task.loop
     if checkpoint is None:
@@ -103,7 +85,7 @@ def train(
     inputs: Inputs = (torch.empty(0),)  # of the newest step
 
     def settle() -> bool:
-        """Closes the window; whether too many of its steps were skipped, and the run was rolled back."""
+        """Closes the window; returns whether too many steps were skipped and the run was rolled back."""
         window.close(state, plan, task, tracker, display)
         if window.longest_skipped < min(loop.max_skipped, state.total_steps):
             return False
@@ -142,7 +124,7 @@ def train(
                 evaluate(evaluations, state, plan, task, tracker)
                 task.model.train()
             last = state.step == state.total_steps
-            # Read once: a signal may come at any moment from here on. And agreed: all ranks stop at the same step.
+            # Read once, since a signal may come at any moment, and shared: all ranks stop at the same step.
             save_due = time.monotonic() - saved_at > loop.checkpoint_minutes * 60
             number, save_agreed = ranks.all_reduce_max(stop.number or 0, save_due)
             stopped_by = int(number) or None
@@ -158,15 +140,15 @@ def train(
 
 
 def train_step(task: Task, inputs: Inputs, num_images: int | None = None) -> Step:
-    """One optimiser step on one batch: this rank's inputs of it, computed in micro-batches.
+    """One optimiser step on this rank's part of a batch, in micro-batches.
 
-    The loss of each micro-batch on each rank counts by its share of the weight of all, so the step is the whole
-    batch's, whatever ranks and micro-batches. Where the loss or a gradient is not finite, nothing is changed.
-    A rank may have no images. `num_images` is of all ranks together; None: `inputs` are the whole batch.
+    Each micro-batch counts by its share of the weight over all ranks, so ranks and micro-batches do not change the
+    step. If the loss or a gradient is not finite, weights stay as they are. A rank may have no images. `num_images`
+    counts the images of all ranks; None: `inputs` are the whole batch.
     """
     ranks, images = task.runtime.ranks, inputs[0]
     counts = bool(len(images))
-    if not counts:  # a stand-in takes part in the exchange of gradients, and weighs nothing
+    if not counts:  # a stand-in with weight 0 takes part in the exchange of gradients
         inputs = task.stand_in(inputs)
     weight = task.weight(inputs) * counts
     all_weights: int | Tensor = max(weight, 1)
@@ -178,7 +160,7 @@ def train_step(task: Task, inputs: Inputs, num_images: int | None = None) -> Ste
     for i, part in enumerate(zip(*(item.tensor_split(number) for item in inputs), strict=True)):
         with exchanging(task.forward, i == number - 1):
             loss, *logged = task.losses(part)
-            share: float | Tensor = ranks.world_size  # of the step's loss; the exchange takes the mean over ranks
+            share: float | Tensor = ranks.world_size  # since the exchange of gradients takes the mean over ranks
             if number > 1 or ranks.world_size > 1:
                 share = share * (task.weight(part) * counts / all_weights)
             (loss * share).backward()  # type: ignore[no-untyped-call]
@@ -192,14 +174,14 @@ def train_step(task: Task, inputs: Inputs, num_images: int | None = None) -> Ste
 
 
 def micro_batches(num_images: int, ranks: Ranks, accumulate: int) -> int:
-    """Number of micro-batches of a step, the same on all ranks: `accumulate`, or fewer, of one image each."""
+    """Number of micro-batches of a step, the same on all ranks: `accumulate`, or one for each image if fewer."""
     return max(1, min(accumulate, num_images // ranks.world_size))
 
 
 def step_if_finite(optimizers: Sequence[Optimizer], loss: Tensor, norm: Tensor) -> None:
-    """Takes the step and clears the gradients; leaves weights and moments alone where the loss or norm is not finite.
+    """Steps if loss and gradient norm are finite; clears the gradients.
 
-    A GPU is not waited for where the optimisers can decide there themselves, as they do for `torch.amp.GradScaler`.
+    On a GPU, optimisers that support `torch.amp.GradScaler` decide without waiting for the device.
     """
     skip = ~(loss.isfinite() & norm.isfinite())
     on_device = skip.device.type == "cuda" and all(
@@ -215,7 +197,7 @@ def step_if_finite(optimizers: Sequence[Optimizer], loss: Tensor, norm: Tensor) 
 
 
 def batches_to_come(loader: ImageLoader, plan: Plan, state: State, ranks: Ranks, window: Window) -> Iterator[Batch]:
-    """This rank's part of the batches from `state.step` on; starts over where a roll-back changed the step."""
+    """This rank's part of the batches from `state.step` on; follows a roll-back to an earlier step."""
     while state.step < state.total_steps:
         due = state.step
         parts = loader.train_batches(plan, due, state.total_steps, rank=ranks.rank, world_size=ranks.world_size)
@@ -227,10 +209,9 @@ def batches_to_come(loader: ImageLoader, plan: Plan, state: State, ranks: Ranks,
 
 
 def roll_back(state: State, task: Task, folder: RunFolder, window: Window, display: Display, images: Tensor) -> None:
-    """Goes back to the newest checkpoint, in place, at half the learning rate; `images` are those of the newest step.
+    """Returns to the newest checkpoint, in place, at half the learning rate; TrainingError below SMALLEST_LR_SCALE.
 
-    Raises:
-        TrainingError: that has been done too often.
+    `images` are the inputs of the newest step.
     """
     problem = f"{window.longest_skipped} steps in a row, by step {state.step}, have no finite loss or gradient"
     checkpoint = load_checkpoint(folder.checkpoints, ranks=task.runtime.ranks)
@@ -249,7 +230,7 @@ def roll_back(state: State, task: Task, folder: RunFolder, window: Window, displ
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a GPU or a processor had no memory left; not every library has a class for that."""
+    """Whether an error means that a GPU or a processor is out of memory; some libraries only say it in words."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)
@@ -257,7 +238,7 @@ def ran_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def out_of_memory(task: Task, batch_size: int) -> Iterator[None]:
-    """Converts an out-of-memory error into a one-line TrainingError with a way on; `batch_size` is of all ranks."""
+    """Converts an out-of-memory error into a one-line TrainingError; `batch_size` is of all ranks together."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -274,7 +255,7 @@ def out_of_memory(task: Task, batch_size: int) -> Iterator[None]:
 
 
 def end_epoch(state: State, plan: Plan, task: Task, tracker: Tracker, display: Display) -> None:
-    """Logs the mean loss of the epoch that has just ended."""
+    """Logs the mean loss of the finished epoch."""
     number = state.step // plan.steps_per_epoch
     count = (plan.num_samples if task.loop.per_epoch else plan.steps_per_epoch) - state.epoch_skipped
     state.loss = state.epoch_loss / count if count else math.nan
@@ -289,7 +270,7 @@ def end_epoch(state: State, plan: Plan, task: Task, tracker: Tracker, display: D
 def evaluate(
     evaluations: Sequence[Callable[[int], dict[str, float]]], state: State, plan: Plan, task: Task, tracker: Tracker
 ) -> None:
-    """Runs evaluations and logs their figures together; those that only draw pictures have none."""
+    """Runs evaluations and logs their figures together; an evaluation that draws pictures returns none."""
     figures = {name: value for run in evaluations for name, value in run(state.step).items()}
     if figures:
         epoch = {} if task.loop.per_epoch else {"epoch": state.step / plan.steps_per_epoch}

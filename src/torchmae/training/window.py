@@ -1,4 +1,4 @@
-"""The steps between two lines of progress: what they took, and what is said of them."""
+"""The steps between two lines of the log: their losses and speed."""
 
 from __future__ import annotations
 
@@ -18,52 +18,46 @@ from torchmae.training.tracking import Tracker
 
 
 class Step(NamedTuple):
-    """What a step gives: numbers on the device, the same on all ranks, not waited for.
+    """The result of a step: tensors on the device, the same on all ranks."""
 
-    Attributes:
-        loss: scalar, the batch's loss.
-        norm: scalar, of the gradients before clipping.
-        losses: (T,), the losses that are logged.
-    """
-
-    loss: Tensor
-    norm: Tensor
-    losses: Tensor
+    loss: Tensor  # scalar, of the batch
+    norm: Tensor  # scalar, of the gradients before clipping
+    losses: Tensor  # (T,), one for each of `Task.names`
 
 
 class Window:
-    """The steps since the last line of progress. Losses stay on the device until the window closes.
+    """The steps since the last line of the log. Losses stay on the device until the window closes.
 
     Attributes:
         figures: scalars of its last step, to be logged.
-        longest_skipped: most steps in a row that were skipped, those of the windows before it included.
+        longest_skipped: largest number of steps skipped in a row, counted across windows.
     """
 
     def __init__(self) -> None:
         self._steps: list[Tensor] = []  # of each: its loss, its gradient's norm, and the losses that are logged
         self._images: list[int] = []  # of each step
-        self._skipped_in_row = 0  # up to the last step
+        self._skipped_in_row = 0  # before the next step
         self._waited = 0.0
         self._since = time.perf_counter()
         self.longest_skipped = 0
         self.figures: dict[str, Tensor] = {}
 
     def add(self, step: Step, images: int) -> None:
-        """A step is done, or was skipped where its loss or its gradient's norm is not finite."""
+        """Adds a step; a step whose loss or gradient norm is not finite was skipped."""
         self._steps.append(torch.cat([torch.stack([step.loss, step.norm]), step.losses]))
         self._images.append(images)
 
     def forget_skipped(self) -> None:
-        """Begins to count anew: the run was rolled back."""
+        """Resets the count of skipped steps after a roll-back."""
         self.longest_skipped = self._skipped_in_row = 0
 
     def restart(self) -> None:
-        """Training goes on: what was spent since the window closed, on evaluation and saving, does not count."""
+        """Restarts the clock of an empty window, so that evaluation and saving are not counted."""
         if not self._steps:
             self._since = time.perf_counter()
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; the time spent waiting for each is noted."""
+        """Yields the batches and measures the time spent waiting for them."""
         while True:
             start = time.perf_counter()
             batch = next(batches, None)
@@ -73,7 +67,7 @@ class Window:
             yield batch
 
     def close(self, state: State, plan: Plan, task: Task, tracker: Tracker, display: Display) -> None:
-        """Waits for the device, says which steps were skipped, logs figures; without a step, does nothing."""
+        """Waits for the device, warns about skipped steps and logs figures; an empty window does nothing."""
         if not self._steps:
             return
         steps = torch.stack(self._steps).tolist()
