@@ -1,4 +1,4 @@
-"""The short table a command ends with."""
+"""The table at the end of `torchmae pretrain`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ from torchmae.report.metrics import BASELINES, METRICS, finite
 
 
 def final_table(figures: Mapping[str, Any]) -> str:
-    """The figures of a run beside predictions and features that take no learning.
-
-    Args:
-        figures: as in summary.json.
-    """
+    """The figures of a run, as in summary.json, beside their baselines."""
     table = Table("held-out images" if figures["num_val"] else "figure", box=SIMPLE_HEAD, pad_edge=False)
     for name in ("this model", *BASELINES.values()):
         table.add_column(name.removeprefix("the ").removesuffix(" network"), justify="right")
