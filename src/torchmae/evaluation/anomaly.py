@@ -145,10 +145,10 @@ def covering_masks(noise: Tensor, ratio: float) -> list[Mask]:
     `noise`, (B, L) uniform random numbers, divides each image's patches into equal groups in a ring (`mask_groups`);
     each mask removes neighbouring groups, starting one group further on.
     """
-    count, hidden = mask_groups(noise.shape[1], ratio)
+    count, masked = mask_groups(noise.shape[1], ratio)
     groups = noise.argsort(dim=1, stable=True).view(len(noise), count, -1)
     rings = [groups.roll(-first, dims=1) for first in range(count)]
-    return [Mask(ring[:, hidden:].flatten(1), ring[:, :hidden].flatten(1)) for ring in rings]
+    return [Mask(ring[:, masked:].flatten(1), ring[:, :masked].flatten(1)) for ring in rings]
 
 
 def patch_errors(model: MaskedAutoencoder, images: Tensor, noise: Tensor, ratio: float, runtime: Runtime) -> Tensor:

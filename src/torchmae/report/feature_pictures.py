@@ -109,10 +109,10 @@ def ratios_picture(
         rows += [[original, *panels[: len(ratios)]], [None, *panels[len(ratios) :]]]
     return draw_table(
         rows,
-        ("original", *(f"{100 * ratio:.4g}% hidden" for ratio in ratios)),
-        Title="Reconstruction as more is hidden",
-        Description="For each image, what the model sees when more and more is hidden (blue-grey), and below that "
-        f"what it makes of it: what is visible as it was, {note}.",
+        ("original", *(f"{100 * ratio:.4g}% masked" for ratio in ratios)),
+        Title="Reconstruction at rising mask ratios",
+        Description="For each image, the masked image (blue-grey: masked) at rising mask ratios, and below it the "
+        f"reconstruction: visible patches as they were, {note}.",
         column_gaps=(1,),
         row_gaps=range(2, len(rows), 2),
     )

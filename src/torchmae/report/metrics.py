@@ -142,10 +142,10 @@ METRICS: dict[str, Metric] = {
     "anomaly_knn": Metric("kNN distance of the mean feature", AUROC, max),
     "anomaly_patch_knn": Metric("kNN distance of patches", AUROC, max),
     "anomaly_patch_knn_max": Metric("kNN distance, oddest patch", AUROC, max),
-    f"{_MASK}_psnr": Metric("{strategy}, {share}% hidden", Unit("PSNR, dB", "{:.2f}".format), max, ("interpolation",)),
-    f"{_MASK}_ssim": Metric("{strategy}, {share}% hidden", Unit("SSIM", "{:.3f}".format), max, ("interpolation",)),
+    f"{_MASK}_psnr": Metric("{strategy}, {share}% masked", Unit("PSNR, dB", "{:.2f}".format), max, ("interpolation",)),
+    f"{_MASK}_ssim": Metric("{strategy}, {share}% masked", Unit("SSIM", "{:.3f}".format), max, ("interpolation",)),
     f"{_MASK}_explained_variance": Metric(
-        "{strategy}, {share}% hidden", Unit("Explained variance", "{:.3f}".format), max, ("interpolation",)
+        "{strategy}, {share}% masked", Unit("Explained variance", "{:.3f}".format), max, ("interpolation",)
     ),
 }
 """Every figure by name; a key may be a regular expression of the whole name."""

@@ -20,7 +20,7 @@ BoolArray: TypeAlias = npt.NDArray[np.bool_]
 Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 # The colour of masked pixels: a bluish mid-grey, unlike black and the greys of an image.
-HIDDEN = (116, 124, 138)
+MASKED = (116, 124, 138)
 # Transparent; white in a viewer without transparency.
 BACKGROUND = (255, 255, 255, 0)
 # Readable on white and on near-black, because the background is transparent.
@@ -62,7 +62,7 @@ def _image_panel(image: FloatArray, scale: int) -> Image.Image:
     known = np.nan_to_num(flat, nan=0.5)  # a value masked in one channel alone
     channels = known[:3] if len(known) >= 3 else known.mean(axis=0, keepdims=True).repeat(3, axis=0)
     pixels = np.round(channels.clip(0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
-    pixels[_is_hidden(flat)] = HIDDEN
+    pixels[_is_masked(flat)] = MASKED
     return Image.fromarray(pixels.repeat(scale, axis=0).repeat(scale, axis=1))
 
 
@@ -142,10 +142,10 @@ def _fit(text: str, font: Font, width: int) -> str:
     return f"{text.rstrip()}..."
 
 
-def _is_hidden(masked: FloatArray) -> BoolArray:
+def _is_masked(image: FloatArray) -> BoolArray:
     """(C, *size) to (*size): where all channels are masked."""
-    hidden: BoolArray = np.asarray(np.isnan(masked).all(axis=0))
-    return hidden
+    masked: BoolArray = np.asarray(np.isnan(image).all(axis=0))
+    return masked
 
 
 def _signal_panels(signals: Sequence[FloatArray], min_side: int) -> list[Image.Image]:
@@ -156,13 +156,13 @@ def _signal_panels(signals: Sequence[FloatArray], min_side: int) -> list[Image.I
     width, height = _SIGNAL_ASPECT * min_side, min_side
     panels = []
     for signal in signals:
-        hidden = _is_hidden(signal)
+        masked = _is_masked(signal)
         pixels = np.full((height, width, 3), _SIGNAL_BACKGROUND, dtype=np.uint8)
         # One column of pixels shows the samples around it.
-        pixels[:, hidden[(np.arange(width) * len(hidden)) // width]] = HIDDEN
+        pixels[:, masked[(np.arange(width) * len(masked)) // width]] = MASKED
         panels.append(Image.fromarray(pixels))
         pen = ImageDraw.Draw(panels[-1])
-        x = (np.arange(len(hidden)) + 0.5) * width / len(hidden)
+        x = (np.arange(len(masked)) + 0.5) * width / len(masked)
         for channel in signal:
             y = ((high - channel.clip(low, high)) / (high - low)) * (height - 1)
             for start, stop in _visible_spans(channel):

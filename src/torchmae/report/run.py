@@ -114,13 +114,13 @@ class Run:
         num_train = finite(self.summary, "num_train")
         count = f"{num_train:,.0f} {items}" if num_train else f"the {items}"
         size = f" ({_product(shape)} {points})" if shape else ""
-        hidden = f"{_product(patch)}-{points.removesuffix('s')} patches" if patch else self.unit
+        patches = f"{_product(patch)}-{points.removesuffix('s')} patches" if patch else self.unit
         share = self.summary.get("mask_ratio", self.settings.get("mask.ratio"))
-        hiding = ""
+        masked = ""
         if isinstance(share, (int, float)):
             inverted = str(self.settings.get("mask.strategy")).endswith("_inverted")
-            hiding = f", with {100 * (1 - share if inverted else share):.0f}% of their {hidden} hidden"
-        return f"A masked autoencoder{preset} was pre-trained on {count} from {self._data}{size}{hiding}{self._extent}."
+            masked = f", with {100 * (1 - share if inverted else share):.0f}% of their {patches} masked"
+        return f"A masked autoencoder{preset} was pre-trained on {count} from {self._data}{size}{masked}{self._extent}."
 
     @property
     def facts(self) -> list[tuple[str, str, str]]:

@@ -20,7 +20,7 @@ def final_table(figures: Mapping[str, Any]) -> str:
         table.add_column(name.removeprefix("the ").removesuffix(" network"), justify="right")
     for name, metric in METRICS.items():
         if metric.goal and figures.get(name) is not None:
-            of = f" on hidden {figures['target']}" if name == "loss" else ""
+            of = f" on masked {figures['target']}" if name == "loss" else ""
             values = (finite(figures, key) for key in (name, *(f"{name}_{beside}" for beside in BASELINES)))
             cells = ("" if value is None else metric.unit.cell(value) for value in values)
             table.add_row(f"{metric.heading}{of}", *cells)

@@ -71,7 +71,7 @@ def _judge_reconstruction(figures: Mapping[str, float], unit: str) -> Verdict:
         )
         return Verdict("poor", "Not yet", (reason,))
     start = f"The loss of {number(loss)} is {percent(1 - loss / mean)} below predicting the mean ({number(mean)})"
-    share = "" if variance is None else f" It explains {percent(variance)} of the variance of the hidden {unit}."
+    share = "" if variance is None else f" It explains {percent(variance)} of the variance of the masked {unit}."
     if loss >= interpolation:
         reason = (
             f"{start}, but not below interpolation from the visible {unit} ({number(interpolation)}).{share} "
@@ -161,7 +161,7 @@ def collapse_hint(records: Records) -> str:
     fell = f", down from {highest:.1f}" if highest > 1.1 * last else ""
     return (
         f"The features are collapsing: they use {last:.1f} directions in effect{fell}, so that images look alike to "
-        "them. Lower the learning rate, or hide more."
+        "them. Lower the learning rate, or mask more."
     )
 
 
