@@ -117,7 +117,8 @@ def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
     share, batches = data.test.shared(runtime.ranks, f"encoding test images, {subject.name}")
     with torch.no_grad():
         found = [(rank(probe(block)), labels) for block, labels in _encoded(subject, batches, runtime)]
-    return score("attentive", *share.of_all_images(*zip(*found, strict=True)), data.classes)
+    ranking, labels = share.of_all_images(*zip(*found, strict=True))
+    return score("attentive", ranking, labels, data.classes)
 
 
 def left_out(bench: Bench, subject: Subject, options: EvaluateOptions) -> str:
