@@ -49,7 +49,7 @@ def test_other_dimensions_have_other_names(size: list[int], patch: list[int], wo
 @pytest.mark.parametrize(("strategy", "share"), [("elements", 75), ("elements_inverted", 25)])
 def test_element_wise_masks_hide_values(strategy: str, share: int) -> None:
     run = replace(FINISHED, config={"mask": {"strategy": strategy, "ratio": 0.75}}, summary=summary(patch_size=[]))
-    assert f"with {share}% of their values hidden" in run.sentence
+    assert f"with {share}% of their values masked" in run.sentence
 
 
 def test_an_unfinished_run_is_described_from_its_configuration_and_progress() -> None:
