@@ -220,7 +220,7 @@ def test_the_final_table() -> None:
     }  # fmt: skip
     lines = [" ".join(line.split()) for line in final_table(figures).splitlines()]
     assert "2,400 steps, 287,400 images in 88 s of training (3,251 images/s)" in lines
-    assert "Loss on hidden pixels 0.3457 1.2000 1.3000" in lines
+    assert "Loss on masked pixels 0.3457 1.2000 1.3000" in lines
     assert "Explained variance 0.623 -0.195" in lines
     assert "kNN accuracy, % 94.7 46.4 98.3" in lines
     assert "Linear probe accuracy, % 95.0 80.0 96.1" in lines

@@ -1,4 +1,4 @@
-"""What is measured on the way while a run trains, on held-out images under one fixed mask."""
+"""The evaluators of a pre-training run: figures and pictures of held-out images under fixed masks."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from torchmae.training.tracking import Trackers
 from torchmae.training.trainer import Evaluator
 
 PICTURE_COUNT = 4
-# Validation masks are drawn from this seed, whatever the run's, so that runs can be compared.
+# Of validation masks in all runs, so that runs can be compared.
 VALIDATION_SEED = 0
 
 
 @dataclass(frozen=True)
 class Masked:
-    """Images and their masks, the same at each iteration; one batch at a time is on the device."""
+    """Images and masks, the same at each iteration, one batch at a time on the device."""
 
     batches: Callable[[], Iterator[Batch]]
     masker: Masker
@@ -53,10 +53,10 @@ def build_evaluators(
     *,
     fresh: bool,
 ) -> list[Evaluator]:
-    """What is measured on the way: reconstruction figures, pictures, and where labels exist kNN and a linear probe.
+    """The evaluators: reconstruction figures, pictures, and with labels kNN and a linear probe.
 
-    Each rank measures a share of the images, under the masks of `masker`. With `fresh` the model is untrained: its
-    accuracies, and those of raw pixels, are logged as baselines.
+    Each rank measures a share of the images, under the masks of `masker`. `fresh`: the model is untrained, and its
+    accuracies and those of raw pixels are logged as baselines.
     """
     if data.val is None:
         return []
@@ -71,7 +71,7 @@ def build_evaluators(
 
     @torch.no_grad()
     def pictures(step: int) -> dict[str, float]:
-        """Saves masked | reconstructed | original; ranks that hold parts of one model compute it together."""
+        """Saves a `reconstruction_grid`; all ranks compute it, because they may hold parts of one model."""
         model.eval()
         result = model.reconstruct(picture_batch.images, picture_mask)
         path = folder.reconstructions / f"step-{step:08d}.png"

@@ -35,8 +35,8 @@ from torchmae.training.runtime import Runtime
 RATIOS = (0.25, 0.5, 0.75, 0.9)
 NEIGHBOURS = 7
 METHOD_NAMES = {"tsne": "t-SNE", "pca": "the first two principal components", "umap": "UMAP"}
-# Images of the run's own data that its report shows, and those that neighbours are looked for among and that a map
-# is made of: enough to say something, few enough to take seconds on a processor.
+# Numbers of images in a run's report: shown as colours, in other rows, searched for neighbours, on the map. Drawing
+# takes seconds on a CPU.
 REPORT_IMAGES = 8
 REPORT_ROWS = 4
 REPORT_BANK = 1000
@@ -44,14 +44,14 @@ REPORT_POINTS = 1000
 
 
 def write_pictures(folder: Path, pretrained: Pretrained, data: Data, runtime: Runtime) -> list[Path]:
-    """Draws every kind of picture that model and data can have, for a run's report; returns the files, in its order.
+    """Draws every kind of picture that suits model and data, for a run's report; returns the files in its order.
 
-    Images are held-out ones, the same in every run on the same data; neighbours are training images. The model is on
-    the runtime's device.
+    The images are held-out ones, the same in every run on the same data; neighbours are training images. Here and in
+    the functions below, the model is on the runtime's device.
 
     Raises:
         CheckpointError: the folder cannot be written to.
-        DataError: images that cannot be read any more.
+        DataError: images that are no longer readable.
     """
     loader = held_out(data)
     images, labels = sample(loader, REPORT_IMAGES)
@@ -64,7 +64,7 @@ def write_pictures(folder: Path, pretrained: Pretrained, data: Data, runtime: Ru
             pictures["2-attention"] = draw_attention(pretrained, few)
     captions = [name_of(label, data.classes) for label in few_labels.tolist()]
     pictures["3-neighbours"] = draw_neighbours(pretrained, few, captions, data, runtime, REPORT_BANK)
-    if len(loader) > NEIGHBOURS:  # fewer points are no map
+    if len(loader) > NEIGHBOURS:  # a map needs more points
         pictures["4-map"] = draw_map(pretrained, data, runtime, REPORT_POINTS)
     pictures["5-ratios"] = draw_ratios(pretrained, few)
     paths = [folder / f"{name}.png" for name in pictures]
@@ -74,26 +74,23 @@ def write_pictures(folder: Path, pretrained: Pretrained, data: Data, runtime: Ru
 
 
 def draw_pca(pretrained: Pretrained, images: Tensor) -> Image.Image:
-    """Images, (B, C, *input_size) as of `Pretrained.preprocess`, beside their patches' features as colours.
-
-    Raises ConfigError for a model without patches.
-    """
+    """Images of `Pretrained.preprocess` beside their patch features as colours; ConfigError without patches."""
     colours = patch_colours(content_tokens(pretrained.model, images))
     grid = pretrained.model.encoder.grid
     return pca_picture(_to_show(pretrained, images), colours.reshape(len(images), *grid, 3))
 
 
 def draw_attention(pretrained: Pretrained, images: Tensor) -> Image.Image:
-    """Images, as for `draw_pca`, beside the class token's attention; ConfigError where the model has none."""
+    """Images, as for `draw_pca`, beside the class token's attention; ConfigError without a class token."""
     attention = class_attention(pretrained.model, images)
     grid = pretrained.model.encoder.grid
     return attention_picture(_to_show(pretrained, images), attention.reshape(*attention.shape[:2], *grid))
 
 
 def draw_ratios(pretrained: Pretrained, images: Tensor, ratios: Sequence[float] = RATIOS, seed: int = 0) -> Image.Image:
-    """Images, as for `draw_pca`, and what the model makes of them as a rising share of their patches is hidden.
+    """Images, as for `draw_pca`, and their reconstructions at several mask ratios.
 
-    With random masks of one seed, what a lower ratio hides a higher one hides too.
+    Random masks of one seed are nested: a higher ratio masks the same patches and more.
     """
     known = strategies_of(pretrained.model)
     trained = pretrained.description.mask["strategy"]
@@ -111,10 +108,7 @@ def draw_ratios(pretrained: Pretrained, images: Tensor, ratios: Sequence[float] 
 def draw_neighbours(
     pretrained: Pretrained, images: Tensor, captions: Sequence[str], data: Data, runtime: Runtime, num_images: int
 ) -> Image.Image:
-    """Images, as for `draw_pca`, beside those of at most `num_images` training images whose features are nearest.
-
-    The model is on the runtime's device; `captions` are lines below the images.
-    """
+    """Images, as for `draw_pca`, with captions, beside the nearest of at most `num_images` training images."""
     bank = mixed_subset(len(data.train), num_images)
     features, labels = _features(pretrained, data.train, bank, runtime)
     found, cosines = (item.cpu() for item in nearest(features, pretrained.encode(images), NEIGHBOURS))
@@ -131,13 +125,7 @@ def draw_neighbours(
 def draw_map(
     pretrained: Pretrained, data: Data, runtime: Runtime, num_images: int, method: str = "tsne", seed: int = 0
 ) -> Image.Image:
-    """At most `num_images` held-out images as points, close together where their features are alike.
-
-    `method` is "tsne", "pca" or "umap"; `seed` is UMAP's. The model is on the runtime's device.
-
-    Raises:
-        ConfigError: UMAP is not installed, or there are too few images.
-    """
+    """A map of at most `num_images` held-out images by `embed_2d`, with its method, seed and errors."""
     loader = held_out(data)
     features, labels = _features(pretrained, loader, mixed_subset(len(loader), num_images), runtime)
     points = embed_2d(features, method, seed)
@@ -145,16 +133,16 @@ def draw_map(
 
 
 def open_run_data(run: Path, pretrained: Pretrained, runtime: Runtime, source: str | None, root: str | None) -> Data:
-    """The run's data set, fed as the model was; `source` and `root` are another's, as `torchmae pretrain` takes them.
+    """The run's data set, or the data of `source` and `root` as for `torchmae pretrain`, read as in training.
 
     Raises:
-        ConfigError: no source given, and the folder does not say what the model was trained on.
+        ConfigError: no source, and the folder does not name the data of training.
         DataError: data that is missing or cannot be used.
     """
     own = run_data(str(run)) or DataConfig(source="")
     if source is None and not own.source:
         raise ConfigError(f"{run} does not say what the model was trained on", "name the images: --data PATH_OR_NAME")
-    # A split or path that the run held out need not exist beside other data.
+    # Other data need not have the split or path of the run's held-out images.
     chosen_data = own if source is None else replace(own, source=source, val="auto")
     description = pretrained.description
     config = replace(
@@ -162,14 +150,14 @@ def open_run_data(run: Path, pretrained: Pretrained, runtime: Runtime, source: s
         root=own.root if root is None else root,
         mean=description.mean,
         std=description.std,
-        cache="none",  # a few images are drawn from what may be a million
+        cache="none",  # only a few images are read
     )
     channels = description.arguments["in_chans"]
     return open_data(config, input_size=description.input_size, channels=channels, device=runtime.device)
 
 
 def held_out(data: Data) -> ImageLoader:
-    """The held-out images; the training images where there are none."""
+    """The held-out images, or the training images if there are none."""
     return data.train if data.val is None else data.val
 
 
@@ -180,7 +168,7 @@ def sample(loader: ImageLoader, count: int) -> tuple[Tensor, Tensor]:
 
 
 def name_of(label: int, classes: Sequence[str] | None) -> str:
-    """A label in words; empty where it is unknown."""
+    """`class_name` of a label; empty for -1."""
     return "" if label < 0 else class_name(label, classes)
 
 

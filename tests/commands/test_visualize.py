@@ -38,7 +38,7 @@ def picture_of(path: Path) -> Image.Image:
         ("pca", "Patch features as colours", (1 * 2, 1)),
         ("attention", "Attention of the class token", (4, 1)),
         ("neighbours", "Nearest neighbours", (8, 1)),
-        ("ratios", "Reconstruction as more is hidden", (5, 2)),
+        ("ratios", "Reconstruction at rising mask ratios", (5, 2)),
     ],
 )
 def test_every_kind_of_an_image(

@@ -6,25 +6,17 @@ import tiny
 import torch
 import torch.nn.functional as F
 
-from torchmae.config.evaluate import AttentiveOptions
-from torchmae.data.formats import Progress
+from torchmae.config.evaluate import AttentiveOptions, EvaluateOptions
 from torchmae.evaluation import attentive
 from torchmae.evaluation.attentive import AttentiveProbe, held_tokens, open_tokens
 from torchmae.evaluation.images import ImageSet
+from torchmae.evaluation.scores import Result
 from torchmae.evaluation.subject import Subject
+from torchmae.training.progress import Display
 
 
-def classify(
-    subject: Subject,
-    train: ImageSet,
-    test: ImageSet,
-    options: AttentiveOptions,
-    seed: int = 0,
-    progress: Progress = lambda *_: None,
-) -> torch.Tensor:
-    ranking, labels = attentive.classify(subject, train, test, 10, tiny.RUNTIME, options, seed, progress)
-    assert len(labels) == len(ranking)
-    return ranking
+def measure(train: ImageSet, test: ImageSet, options: AttentiveOptions, seed: int = 0) -> Result:
+    return attentive.measure(tiny.bench(train, test), tiny.subject(), EvaluateOptions(attentive=options, seed=seed))
 
 
 def test_the_order_of_products_does_not_change_attention() -> None:
@@ -56,18 +48,17 @@ def test_the_probe_finds_what_the_mean_hides() -> None:
 
 
 def test_held_and_encoded_tokens_give_the_same_figures() -> None:
-    subject, train, test = tiny.subject(), tiny.digits("train", 120), tiny.digits("val", 60)
-    found = [classify(subject, train, test, AttentiveOptions(epochs=3, memory_limit=limit)) for limit in (1.0, 1e-6)]
-    assert torch.equal(found[0], found[1])
-    assert found[0].shape == (60, 5)
+    train, test = tiny.digits("train", 120), tiny.digits("val", 60)
+    found = [measure(train, test, AttentiveOptions(epochs=3, memory_limit=limit)) for limit in (1.0, 1e-6)]
+    assert found[0] == found[1]
+    assert sum(item["images"] for item in found[0].details["attentive"]["per_class"]) == 60
 
 
 def test_it_repeats_and_depends_on_its_seed() -> None:
-    subject, train, test = tiny.subject(), tiny.digits("train", 100), tiny.digits("val", 50)
+    train, test = tiny.digits("train", 100), tiny.digits("val", 50)
     before = torch.random.get_rng_state()
-    rankings = [classify(subject, train, test, AttentiveOptions(epochs=2), seed) for seed in (0, 0, 1)]
-    assert torch.equal(rankings[0], rankings[1])
-    assert not torch.equal(rankings[0], rankings[2])
+    found = [measure(train, test, AttentiveOptions(epochs=2), seed).details for seed in (0, 0, 1)]
+    assert found[0] == found[1] != found[2]
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -90,18 +81,18 @@ class Enough(Exception):
 
 # By default 2,000 steps at least, of 2 an epoch.
 @pytest.mark.parametrize(("epochs", "expected"), [(4, 4), (None, 1000)])
-def test_the_number_of_epochs(epochs: int | None, expected: int) -> None:
+def test_the_number_of_epochs(epochs: int | None, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[int, int]] = []
 
-    def progress(what: str, done: int, total: int) -> None:
+    def preparing(self: Display, what: str, done: int, total: int) -> None:
         told.append((done, total))
         if done == 4:
             raise Enough
 
-    subject, train = tiny.subject(), tiny.digits("train", 30)
-    options = AttentiveOptions(epochs=epochs, batch_size=15)
+    monkeypatch.setattr(Display, "preparing", preparing)
+    train = tiny.digits("train", 30)
     with pytest.raises(Enough):
-        classify(subject, train, train, options, progress=progress)
+        measure(train, train, AttentiveOptions(epochs=epochs, batch_size=15))
     assert told == [(done, expected) for done in range(1, 5)]
 
 

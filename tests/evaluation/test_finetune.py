@@ -76,9 +76,11 @@ def run(data: Data, out: Path, config: FinetuneConfig = CONFIG, **options: Any) 
         NORMALISATION,
         data.train,
         data.val,
+        ("above", "below", "dark"),
         config=config,
         runtime=RUNTIME,
         out=out,
+        display=Display("none"),
         **options,
     ).figures
 
@@ -154,13 +156,6 @@ def test_settings_that_cannot_work(changes: dict[str, Any], message: str) -> Non
         FinetuneConfig(**changes)
 
 
-def test_images_without_a_label_are_left_out(tmp_path: Path) -> None:
-    images, labels = bars()
-    labels[::2] = -1
-    loader = data_of(tmp_path, images, labels).train
-    assert finetune.labelled_rows(loader, "training").tolist() == list(range(1, 45, 2))
-
-
 def test_a_plan_of_a_subset_goes_through_all_of_it() -> None:
     plan = finetune_training.SubsetPlan(4, 3, 0, rows=np.array([3, 5, 7, 9]))
     epochs = [np.concatenate([plan.indices(step)[1] for step in steps]) for steps in ((0, 1), (2, 3))]
@@ -214,7 +209,6 @@ def test_the_same_settings_give_the_same_bits_and_another_seed_others(tmp_path: 
 
 def test_few_labels_are_exact_and_by_seed_and_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images, labels = bars()
-    labels[::5] = -1
     data = data_of(tmp_path, images, labels)
     seen: list[set[int]] = []
     original = finetune.train_task
@@ -405,29 +399,6 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, monkeypatch: 
 
 
 # What a user can get wrong.
-
-
-def test_wrong_labels(tmp_path: Path) -> None:
-    images, labels = bars()
-    with pytest.raises(ConfigError, match="labels_per_class is 16 and class '0' has 15 labelled training images"):
-        run(data_of(tmp_path, images, labels), tmp_path / "a", labels_per_class=16)
-    with pytest.raises(DataError, match="are of one class, '0'"):
-        run(data_of(tmp_path, images, np.zeros(45, dtype=int)), tmp_path / "b")
-    with pytest.raises(DataError, match="none of the training images has a label; put them in one folder for each"):
-        run(data_of(tmp_path, images, np.full(45, -1)), tmp_path / "c")
-    with pytest.raises(DataError, match="none of the test images has a label"):
-        run(data_of(tmp_path, images, labels, test_labels=np.full(45, -1)), tmp_path / "d")
-    assert not list(tmp_path.glob("[abcd]"))  # and nothing is left behind
-
-
-def test_test_images_of_no_class_do_not_count(tmp_path: Path) -> None:
-    images, labels = bars()
-    data = data_of(tmp_path, images, labels, test_labels=np.where(np.arange(45) < 5, -1, labels))
-    assert data.val is not None
-    result = finetune.finetune(
-        model(), NORMALISATION, data.train, data.val, config=CONFIG, runtime=RUNTIME, out=tmp_path / "a"
-    )
-    assert sum(item["images"] for item in result.details["finetune"]["per_class"]) == 40
 
 
 def test_wrong_folders_and_settings_when_resuming(tmp_path: Path) -> None:

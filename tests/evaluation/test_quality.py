@@ -7,18 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-import torch
 
 from torchmae import presets
-from torchmae.config.evaluate import ReconstructionOptions
-from torchmae.data.loader import Batch
-from torchmae.data.transforms import Normalisation
+from torchmae.config.evaluate import EvaluateOptions, ReconstructionOptions
 from torchmae.errors import ConfigError
 from torchmae.evaluation import quality
-from torchmae.evaluation.sharing import share
-from torchmae.evaluation.subject import untrained
-from torchmae.nn.mae import MaskedAutoencoder
-from torchmae.training.ranks import ALONE
+from torchmae.evaluation.subject import Subject, untrained
 
 
 @pytest.fixture
@@ -26,30 +20,10 @@ def metrics() -> object:
     return pytest.importorskip("skimage.metrics", reason="pip install 'torchmae[eval]'")
 
 
-PLAIN = Normalisation((0.0,), (1.0,))
-
-
-def measure(
-    model: MaskedAutoencoder, images: torch.Tensor, normalisation: Normalisation = PLAIN, seed: int = 0, **options: Any
-) -> dict[str, float]:
-    count = len(images)
-    batches = [Batch(images, torch.zeros(count), np.arange(count), 0)]
-    return quality.measure_model(
-        model,
-        batches,
-        share(np.arange(count), 250, ALONE),
-        normalisation=normalisation,
-        runtime=tiny.RUNTIME,
-        options=ReconstructionOptions(**options),
-        seed=seed,
-    ).figures
-
-
-def run(**options: Any) -> dict[str, float]:
-    model = tiny.subject(norm_pix=False).model
-    assert model is not None
-    images = next(iter(tiny.digits("val", 12).batches())).images
-    return measure(model, images, tiny.NORMALISATION, **options)
+def run(subject: Subject | None = None, seed: int = 0, **options: Any) -> dict[str, float]:
+    images = tiny.digits("val", 12)
+    given = EvaluateOptions(reconstruction=ReconstructionOptions(**options), seed=seed)
+    return quality.measure(tiny.bench(images, images), subject or tiny.subject(norm_pix=False), given).figures
 
 
 @pytest.mark.usefixtures("metrics")
@@ -91,16 +65,13 @@ def test_ssim_fits_small_images(size: tuple[int, ...], has_ssim: bool) -> None:
 
 @pytest.mark.usefixtures("metrics")
 def test_the_mlp_model_hides_elements() -> None:
-    model = untrained(presets.arguments("mlp", input_size=8, in_chans=1, hidden_dim=4), 0, tiny.CPU).model
-    assert model is not None
-    images = torch.randn(5, 1, 8, 8)
-    figures = measure(model, images, ratios=(0.5,))
-    assert "elements_0.5_psnr" in figures
+    mlp = untrained(presets.arguments("mlp", input_size=8, in_chans=1, hidden_dim=4), 0, tiny.CPU)
+    assert "elements_0.5_psnr" in run(mlp, ratios=(0.5,))
     with pytest.raises(ConfigError, match="strategies is 'grid'"):
-        measure(model, images, strategies=("grid",))
+        run(mlp, strategies=("grid",))
 
 
 def test_without_scikit_image(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "skimage.metrics", None)
-    with pytest.raises(ConfigError, match=r"PSNR and SSIM need scikit-image; pip install 'torchmae\[eval\]'"):
+    with pytest.raises(ConfigError, match=r"skimage is not installed, .*; pip install 'torchmae\[eval\]'"):
         run()

@@ -14,10 +14,12 @@ from torchmae.data.layouts import open_splits
 from torchmae.data.reading import BadFiles
 from torchmae.data.sources import Source, Subset
 from torchmae.data.transforms import Normalisation
-from torchmae.evaluation.images import ImageSet, ModelInput
+from torchmae.evaluation.bench import Bench
+from torchmae.evaluation.images import EvaluationData, ImageSet, ModelInput
 from torchmae.evaluation.subject import Subject, untrained
 from torchmae.random import Purpose, permutation
 from torchmae.settings import to_yaml
+from torchmae.training.progress import Display
 from torchmae.training.runtime import Runtime
 from torchmae.training.saved_model import Description, write_description, write_weights
 
@@ -56,6 +58,11 @@ def image_set(source: Source, *, batch_size: int = 50, max_bad: float = 0.5) -> 
         normalisation=NORMALISATION,
         bad=BadFiles(len(source), max_bad),
     )
+
+
+def bench(train: ImageSet, test: ImageSet) -> Bench:
+    """What a method is given, of images of ten classes."""
+    return Bench(EvaluationData(train, test, tuple("0123456789"), ()), RUNTIME, Display("none"), "run")
 
 
 def write_run(folder: Path, *, source: str | None = "digits", **overrides: Any) -> Path:

@@ -48,7 +48,7 @@ def test_units_do_not_share_a_table() -> None:
         ("PSNR, dB", ("This model", "Interpolation")),
         ("SSIM", ("This model",)),
     ]
-    assert evaluation.tables[0].rows == (Row("random, 50% hidden", (Figure("20.00"), Figure("18.00"))),)
+    assert evaluation.tables[0].rows == (Row("random, 50% masked", (Figure("20.00"), Figure("18.00"))),)
 
 
 def test_the_same_evaluation_again_replaces_the_first() -> None:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from torchmae.report.feature_pictures import attention_picture, neighbours_picture, pca_picture, ratios_picture
-from torchmae.report.panels import HIDDEN, heat, map_panel
+from torchmae.report.panels import MASKED, heat, map_panel
 from torchmae.report.pictures import save_png
 
 SIDE = 112  # 8 x 8 pixels, 14 times as large
@@ -89,7 +89,7 @@ def test_ratios_show_what_is_seen_above_what_is_made_of_it() -> None:
     for column, hidden in ((1, 2), (2, 6)):
         left = column * (SIDE + GUTTER) + 2 * GUTTER
         seen = panel(picture, left, top)
-        assert (seen[:, : 14 * hidden] == HIDDEN).all()
+        assert (seen[:, : 14 * hidden] == MASKED).all()
         assert (seen[:, 14 * hidden :] == as_bytes(originals[0, 0], 14)[:, 14 * hidden :, None]).all()
         made = panel(picture, left, top + SIDE + GUTTER)
         assert (made == as_bytes(filled[column - 1][0, 0], 14)[..., None]).all()

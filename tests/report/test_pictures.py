@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from torchmae.errors import CheckpointError
-from torchmae.report.panels import HIDDEN
+from torchmae.report.panels import MASKED
 from torchmae.report.pictures import (
     GridLayout,
     read_layout,
@@ -64,7 +64,7 @@ def test_visible_pixels_are_the_original_and_hidden_ones_grey() -> None:
         seen = panel(grid, layout, triplet, 0)
         truth = as_bytes(original[triplet, 0]).repeat(10, 0).repeat(10, 1)
         filled = as_bytes(1 - original[triplet, 0]).repeat(10, 0).repeat(10, 1)
-        assert (seen[:40, :40] == HIDDEN).all()
+        assert (seen[:40, :40] == MASKED).all()
         assert (seen[40:] == truth[40:, :, None]).all()
         assert (seen[:40, 40:] == truth[:40, 40:, None]).all()
         assert (panel(grid, layout, triplet, 1) == filled[..., None]).all()
@@ -114,7 +114,7 @@ def test_a_signal_is_a_line_with_grey_where_it_is_hidden() -> None:
     grid, layout, _ = grid_of((2, 2, 32), min_side=48)
     assert layout.panel == (3 * 48, 48)
     seen, truth = panel(grid, layout, 0, 0), panel(grid, layout, 0, 2)
-    assert (seen[:, :72] == HIDDEN).all()
+    assert (seen[:, :72] == MASKED).all()
     # The original's line comes in from what is hidden; past that the two are the same.
     assert (seen[:, 78:] == truth[:, 78:]).all()
     background = truth[0, 0]

@@ -26,20 +26,20 @@ FINISHED = Run(
 def test_one_sentence_says_what_was_trained() -> None:
     assert FINISHED.sentence == (
         "A masked autoencoder (vit_digits) was pre-trained on 1,500 images from digits (8×8 pixels), "
-        "with 75% of their 2×2-pixel patches hidden, for 2 epochs in 1 min 15 s on the CPU."
+        "with 75% of their 2×2-pixel patches masked, for 2 epochs in 1 min 15 s on the CPU."
     )
 
 
 @pytest.mark.parametrize(
     ("size", "patch", "words"),
     [
-        ([400], [20], "signals from digits (400 samples), with 75% of their 20-sample patches hidden"),
+        ([400], [20], "signals from digits (400 samples), with 75% of their 20-sample patches masked"),
         (
             [4, 8, 8],
             [2, 2, 2],
-            "volumes from digits (4×8×8 voxels), with 75% of their 2×2×2-voxel patches hidden",
+            "volumes from digits (4×8×8 voxels), with 75% of their 2×2×2-voxel patches masked",
         ),
-        ([32, 64], [4, 8], "images from digits (32×64 pixels), with 75% of their 4×8-pixel patches hidden"),
+        ([32, 64], [4, 8], "images from digits (32×64 pixels), with 75% of their 4×8-pixel patches masked"),
     ],
 )
 def test_other_dimensions_have_other_names(size: list[int], patch: list[int], words: str) -> None:
@@ -49,7 +49,7 @@ def test_other_dimensions_have_other_names(size: list[int], patch: list[int], wo
 @pytest.mark.parametrize(("strategy", "share"), [("elements", 75), ("elements_inverted", 25)])
 def test_element_wise_masks_hide_values(strategy: str, share: int) -> None:
     run = replace(FINISHED, config={"mask": {"strategy": strategy, "ratio": 0.75}}, summary=summary(patch_size=[]))
-    assert f"with {share}% of their values hidden" in run.sentence
+    assert f"with {share}% of their values masked" in run.sentence
 
 
 def test_an_unfinished_run_is_described_from_its_configuration_and_progress() -> None:
@@ -61,7 +61,7 @@ def test_an_unfinished_run_is_described_from_its_configuration_and_progress() ->
     run = replace(FINISHED, config=config, summary={})
     assert run.sentence == (
         "A masked autoencoder (vit_tiny) was pre-trained on the images from /photos/cats (64×64 pixels), "
-        "with 60% of their 8×8-pixel patches hidden, for 2 epochs in 50 s on the CPU."
+        "with 60% of their 8×8-pixel patches masked, for 2 epochs in 50 s on the CPU."
     )
     assert run.title == "vit_tiny on cats"
     assert run.facts == [("Steps", "100", ""), ("Training time", "50 s", "400 images per second")]

@@ -1,7 +1,7 @@
-"""Anomaly detection: what does not look like the normal images that a model has seen.
+"""Anomaly detection by a model and normal images alone.
 
-Two kinds of scores, each for images and for patches: how badly a patch is predicted from others around it, and how far
-the features lie from those of normal images. No anomaly is needed for either; labels only say how good they are.
+Two kinds of scores, for images and for patches: the error of predicting a patch from others, and the distance of
+features from those of normal images. Labels of the test images only serve to measure the scores.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ PICTURED = 16
 
 
 class Detection(NamedTuple):
-    """How unusual test images are, on the CPU; larger is more unusual.
+    """Anomaly scores of the test images, on the CPU; a larger score is more unusual.
 
     Attributes:
         scores: (N,) float32 by name:
-            reconstruction: mean squared error of an image's patches, each predicted from others;
-            reconstruction_max: that of its worst patch, for small defects;
-            knn: mean cosine distance of its mean feature to the nearest ones of normal images;
-            patch_knn: mean over its patches of the distance to the nearest patch of normal images;
-            patch_knn_max: that of its oddest patch, for small defects.
-        maps: (N, L) float32 by name, "reconstruction" and "patch_knn": the same for each patch.
+            reconstruction: mean squared error of the image's patches, each predicted from others;
+            reconstruction_max: the error of the worst patch, for small defects;
+            knn: mean cosine distance of the mean feature to the nearest ones of normal images;
+            patch_knn: mean over the patches of the distance to the nearest patch of normal images;
+            patch_knn_max: the largest distance of a patch, for small defects.
+        maps: (N, L) float32, "reconstruction" and "patch_knn" of each patch.
         anomalous: (N,) bool, the truth.
-        rows: (N,) which test images these are: all that can be read.
+        rows: (N,) indices of these images among the test images; unreadable ones are missing.
     """
 
     scores: dict[str, Tensor]
@@ -64,11 +64,9 @@ class Detection(NamedTuple):
 
 
 def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
-    """How well a model tells anomalous test images from normal ones, and the files of `write_files`.
+    """Area under the ROC curve, in [0, 1], as anomaly_NAME for each name in `SCORES`; calls `write_files`.
 
-    Returns:
-        anomaly_NAME, the area under the ROC curve in [0, 1], for each name in `SCORES`: how likely an anomalous image
-        gets a higher score than a normal one; 0.5 is chance.
+    The area is the probability that an anomalous image gets a higher score than a normal one; 0.5 is chance.
     """
     assert subject.model is not None
     data, model, out = bench.data, subject.model, output_folder(bench.run, options)
@@ -94,12 +92,12 @@ def detect(
 
     Args:
         model: the pre-trained model.
-        normal: normal images, which need no labels.
-        test: images as `anomaly_data.open_anomaly_data` gives them.
+        normal: normal images; their labels are not used.
+        test: test images of `anomaly_data.open_anomaly_data`.
         runtime: where to compute.
-        ratio: share of the patches that is hidden at a time, in (0, 1); that of training is the one to take.
-        rounds: how many times every image is cut into groups of patches anew; more are steadier.
-        seed: of the masks, and of the normal patches that are kept.
+        ratio: share of patches that a mask removes, in (0, 1), best that of training.
+        rounds: number of random groupings of an image's patches; more rounds reduce the noise.
+        seed: of the masks, and of the choice of normal patches.
     """
     require_patches(model, "to find anomalies by")
     model.eval()
@@ -130,10 +128,10 @@ def detect(
 
 
 def mask_groups(length: int, ratio: float) -> tuple[int, int]:
-    """Into how many equal groups `length` patches, 2 or more, are cut, and how many of these are hidden at a time.
+    """Number of equal groups of `length` patches, 2 or more, and the number of groups that one mask removes.
 
-    Of the divisors of `length` up to `MAX_MASKS`, the one whose share comes nearest to `ratio`, the smallest of
-    equals; a length without any (a prime, say) is cut by its smallest.
+    The number of groups is the divisor of `length`, at most `MAX_MASKS`, whose share comes nearest to `ratio`, on a tie
+    the smallest; if there is none (`length` is a prime, say), the smallest divisor.
     """
     divisors = [d for d in range(2, length + 1) if length % d == 0]
     choices = [(d, min(max(round(d * ratio), 1), d - 1)) for d in divisors if d <= MAX_MASKS or d == divisors[0]]
@@ -141,26 +139,22 @@ def mask_groups(length: int, ratio: float) -> tuple[int, int]:
 
 
 def covering_masks(noise: Tensor, ratio: float) -> list[Mask]:
-    """Masks that together hide every patch exactly equally often.
+    """Masks that together remove every patch equally often.
 
-    The patches of each image are dealt into equal groups at random; each mask hides a run of these groups in a ring,
-    beginning with another one.
-
-    Args:
-        noise: (B, L) uniform random numbers.
-        ratio: share to hide, in (0, 1); the nearest that equal groups allow is taken (`mask_groups`).
+    `noise`, (B, L) uniform random numbers, divides each image's patches into equal groups in a ring (`mask_groups`);
+    each mask removes neighbouring groups, starting one group further on.
     """
-    count, hidden = mask_groups(noise.shape[1], ratio)
+    count, masked = mask_groups(noise.shape[1], ratio)
     groups = noise.argsort(dim=1, stable=True).view(len(noise), count, -1)
     rings = [groups.roll(-first, dims=1) for first in range(count)]
-    return [Mask(ring[:, hidden:].flatten(1), ring[:, :hidden].flatten(1)) for ring in rings]
+    return [Mask(ring[:, masked:].flatten(1), ring[:, :masked].flatten(1)) for ring in rings]
 
 
 def patch_errors(model: MaskedAutoencoder, images: Tensor, noise: Tensor, ratio: float, runtime: Runtime) -> Tensor:
-    """How badly each patch is predicted: (B, L) mean squared error over all masks that hide it.
+    """Mean squared error (B, L) of each patch over all masks of `covering_masks` that remove it.
 
-    Errors are in the space of the model's target; where that is patches normalised by their own statistics, a patch
-    of the wrong brightness is no anomaly. `noise`, (B, L), and `ratio` are as for `covering_masks`.
+    Errors are in the space of the model's target: if it normalises patches, a patch of the wrong brightness is no
+    anomaly.
     """
     masks = covering_masks(noise, ratio)
     total = torch.zeros(noise.shape, device=images.device)
@@ -175,19 +169,16 @@ def patch_errors(model: MaskedAutoencoder, images: Tensor, noise: Tensor, ratio:
 
 
 def distance(normal: Tensor, queries: Tensor, k: int) -> Tensor:
-    """Mean cosine distance, 0 to 2, of (M, D) queries to the k nearest of normal features, (N, D) of length 1: (M,).
+    """Mean cosine distance (M,), 0 to 2, of (M, D) queries to the k nearest of normal features, (N, D) of length 1.
 
-    Features are not centred, as kNN classification does: seen from the middle of the normal ones, an image far outside
-    lies in the same direction as many that are normal.
+    Features are not centred, unlike in kNN classification: seen from the centre of the normal features, an image far
+    outside lies in the same direction as many normal ones.
     """
     return 1 - torch.cat([cosine.mean(1) for _, cosine in nearest_directions(normal, queries, k)])
 
 
 def normal_features(model: MaskedAutoencoder, normal: ImageSet, runtime: Runtime, seed: int) -> tuple[Tensor, Tensor]:
-    """The mean features of all normal images, and `MAX_TOKENS` of their patch features, evenly from all images.
-
-    (N, D) each, of length 1.
-    """
+    """The mean features of all normal images, and `MAX_TOKENS` patch features, evenly from all images; of length 1."""
     per_image = min(max(-(-MAX_TOKENS // len(normal)), 1), model.encoder.num_patches)
     mine, batches = normal.shared(runtime.ranks, "normal images")
     means, tokens = [], []
@@ -205,7 +196,7 @@ def normal_features(model: MaskedAutoencoder, normal: ImageSet, runtime: Runtime
 
 
 def auroc(scores: Tensor, anomalous: Tensor) -> float:
-    """Area under the ROC curve, in [0, 1]; DataError when the images are all normal or all anomalous."""
+    """Area under the ROC curve, in [0, 1]; DataError if the images are all normal or all anomalous."""
     if bool(anomalous.all()) or not bool(anomalous.any()):
         kind = "anomalous" if bool(anomalous.any()) else "normal"
         raise DataError(f"all {len(anomalous)} test images are {kind}", "give normal and anomalous ones")
@@ -218,7 +209,7 @@ def auroc(scores: Tensor, anomalous: Tensor) -> float:
 
 
 def write_files(out: Path, detection: Detection, test: ImageSet, grid: tuple[int, ...]) -> list[str]:
-    """Writes anomaly_scores.csv and, of 2-D images, anomaly.png: the most unusual ones with maps; returns the names.
+    """Writes anomaly_scores.csv, and for 2-D images anomaly.png with maps of the most unusual; returns the names.
 
     Raises:
         CheckpointError: they cannot be written.
@@ -235,7 +226,7 @@ def write_files(out: Path, detection: Detection, test: ImageSet, grid: tuple[int
 
 
 def write_scores(path: Path, source: Source, detection: Detection) -> None:
-    """A table of all test images: path, anomalous (0 or 1), and each score; CheckpointError if it cannot be written."""
+    """Writes a table of all test images: path, anomalous (0 or 1), and each score."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["path", "anomalous", *detection.scores])
@@ -248,7 +239,7 @@ def write_scores(path: Path, source: Source, detection: Detection) -> None:
 def heat_maps(
     detection: Detection, shown: Tensor, grid: tuple[int, ...], size: tuple[int, ...]
 ) -> dict[str, FloatArray]:
-    """Maps of what is unusual in some test images (M of them, on a grid), by name: (M, H, W) in [0, 1].
+    """Anomaly maps, (M, H, W) in [0, 1] by name, of the M test images in `shown`.
 
     A value means the same in all maps of one kind: 0 is the 1st percentile of all test images, 1 the 99.9th.
     """

@@ -1,4 +1,4 @@
-"""The images of anomaly detection: which are normal, which are to be tested, and which of those are anomalous."""
+"""The images of anomaly detection: normal ones, and test images marked as normal or anomalous."""
 
 from __future__ import annotations
 
@@ -15,18 +15,15 @@ from torchmae.errors import ConfigError, DataError
 from torchmae.evaluation.images import EvaluationData, ModelInput, image_sets
 
 GOOD = "good"
-"""The folder of normal images among others to test, as in MVTec AD (Bergmann et al. 2019)."""
+"""The folder of normal test images, as in MVTec AD (Bergmann et al. 2019)."""
 
 
 def open_anomaly_data(options: EvaluateOptions, model: ModelInput) -> EvaluationData:
-    """The normal images as training images, and those to test, labelled 0 for normal and 1 for anomalous.
+    """Normal images as training images, and test images labelled 0 (normal) and 1 (anomalous).
 
-    Args:
-        options: `normal` and `test` are what `torchmae pretrain --data` takes. Of `normal` its training split counts;
-            of `test` its test split, else val, else all of it. A class (sub-folder) is normal when it is named "good",
-            or as a class of `normal`, or as a folder that images of `normal` lie in; any other is anomalous. With
-            `normal_classes`, only these classes of `normal` are taken, and these alone are the normal ones of `test`.
-        model: what the images are for.
+    The options `normal` and `test` are what `torchmae pretrain --data` takes: of `normal` the training split, of
+    `test` the test split, else val, else all. A class (sub-folder) of `test` is normal if its name is "good", a class
+    of `normal`, or a folder with images of `normal`. With `normal_classes`, only these classes are normal, in both.
 
     Raises:
         ConfigError: images that do not fit the model, a class that does not exist, or the same images twice.
@@ -47,35 +44,30 @@ def open_anomaly_data(options: EvaluateOptions, model: ModelInput) -> Evaluation
 
 
 def only_classes(source: Source, names: Sequence[str]) -> Source:
-    """The images of some classes; ConfigError for a name that is not one."""
+    """The images of some classes; ConfigError for an unknown name."""
     known = class_list(source)
     for name in names:
         if name not in known:
             raise ConfigError(f"no class of the normal images is called {name!r}", f"choose from {', '.join(known)}")
-    assert source.labels is not None
-    assert source.classes is not None
+    assert source.labels is not None and source.classes is not None
     wanted = [source.classes.index(name) for name in names]
     return Subset(source, np.flatnonzero(np.isin(source.labels, wanted)))
 
 
 def folder_names(source: Source) -> set[str]:
-    """The classes that the images are of; without any, the folders that they lie in."""
+    """The names of the classes; without classes, of the folders that hold the images."""
     return set(class_list(source)) or {Path(source.name(i)).parent.name for i in range(len(source))}
 
 
 def class_list(source: Source) -> list[str]:
-    """The names of the classes that have images here; those of another split do not count."""
+    """The names of the classes with images in this split."""
     if source.classes is None or source.labels is None:
         return []
     return [source.classes[label] for label in np.unique(source.labels) if label >= 0]
 
 
 def mark_anomalous(source: Source, normal: set[str]) -> Source:
-    """The images labelled 0 where the name of their class is in `normal`, else 1.
-
-    Raises:
-        DataError: no classes, or none that is normal, or none that is not.
-    """
+    """The images labelled 0 where the name of their class is in `normal`, else 1; DataError unless both occur."""
     if source.classes is None or source.labels is None:
         raise DataError(
             f"the test images have no classes ({source.name(0)})",

@@ -1,7 +1,7 @@
-"""Attentive probing: a learned query gathers an image's frozen patch tokens by attention, a linear layer classifies.
+"""Attentive probing: a learned query pools an image's frozen patch tokens by attention, a linear layer classifies.
 
-Patch tokens of masked autoencoders hold more than their mean shows; this reads it out without changing the encoder
-(Chen et al. 2022, "Context MaskedAutoencoder", arXiv 2202.03026, section 4.1, there with a full cross-attention layer).
+Patch tokens of masked autoencoders hold more than their mean (Chen et al. 2022, "Context Autoencoder", arXiv
+2202.03026, section 4.1, there with a full cross-attention layer).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from torchmae.config import OptimConfig
 from torchmae.config.evaluate import AttentiveOptions, EvaluateOptions
-from torchmae.data.formats import Progress
 from torchmae.data.loader import Batch, Indices, mixed_subset
 from torchmae.evaluation.bench import Bench
 from torchmae.evaluation.images import ImageSet
@@ -34,13 +33,9 @@ _STEPS = 2000
 
 
 class AttentiveProbe(nn.Module):
-    """Standardised tokens, one learned query with multi-head attention to them, layer norm, linear.
+    """Standardised tokens, multi-head attention of one learned query to them, layer norm, linear.
 
-    Args:
-        mean: (D,) of the tokens.
-        std: (D,) of the tokens, above 0.
-        num_heads: divides D.
-        num_classes: C.
+    `mean` and `std`, above 0, are of the tokens, (D,); `num_heads` divides D.
     """
 
     mean: Tensor
@@ -62,9 +57,9 @@ class AttentiveProbe(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, L, D) to (B, C) logits."""
         tokens = (tokens - self.mean) / self.std
-        # A single query allows the products to be taken in another order, with the same result: the query meets the
-        # key matrix once instead of every token's key, and tokens are averaged before they meet the value matrix.
-        # That leaves two products with `num_heads` columns where there were two with D.
+        # With one query, another order of the products gives the same result with less work: the query is multiplied
+        # by the key matrix once, and tokens are averaged before the product with the value matrix. Two products have
+        # `num_heads` columns instead of D.
         directions = torch.einsum("hk,hkd->hd", self.query, self.key) * self.query.shape[1] ** -0.5
         weights = F.linear(tokens, directions).softmax(1)  # (B, L, heads)
         gathered = weights.transpose(1, 2) @ tokens  # (B, heads, D)
@@ -74,19 +69,14 @@ class AttentiveProbe(nn.Module):
 
 @dataclass(frozen=True)
 class Tokens:
-    """Patch tokens of labelled images.
-
-    Attributes:
-        count: N, the number of images.
-        batches: (B, L, D) tokens and (B,) labels of the images named, so many at a time.
-    """
+    """Patch tokens of `count` images; `batches(indices, size)` gives (B, L, D) tokens and (B,) labels of some."""
 
     count: int
     batches: Callable[[Indices, int], Iterator[tuple[Tensor, Tensor]]]
 
 
 def held_tokens(tokens: Tensor, labels: Tensor, device: torch.device) -> Tokens:
-    """Tokens in memory, (N, L, D) float16; batches go to the device."""
+    """Tokens in memory, (N, L, D) float16, with batches on the device."""
 
     def batches(indices: Indices, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         for rows in torch.split(torch.from_numpy(indices), size):
@@ -96,14 +86,14 @@ def held_tokens(tokens: Tensor, labels: Tensor, device: torch.device) -> Tokens:
 
 
 def token_gib(subject: Subject, count: int) -> float:
-    """GiB that the tokens of `count` images fill in half precision."""
+    """Size of the tokens of `count` images in half precision, in GiB."""
     assert subject.model is not None
     encoder = subject.model.encoder
     return 2.0 * count * encoder.num_patches * encoder.embed_dim / _GIB
 
 
 def open_tokens(subject: Subject, images: ImageSet, runtime: Runtime, memory_limit: float) -> Tokens:
-    """The tokens of all images, in memory where they take no more than `memory_limit` GiB, else encoded each time."""
+    """The tokens of all images: kept in memory if they take at most `memory_limit` GiB, else encoded each time."""
     if token_gib(subject, len(images)) > memory_limit:
         return Tokens(len(images), lambda rows, size: _encoded(subject, images.batches(rows, size), runtime))
     share, batches = images.shared(runtime.ranks, f"encoding training images, {subject.name}")
@@ -113,65 +103,34 @@ def open_tokens(subject: Subject, images: ImageSet, runtime: Runtime, memory_lim
 
 
 def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
-    """The accuracy of the attentive probe."""
-    classes, data = bench.data.classes, bench.data
-    ranking, labels = classify(
-        subject,
-        data.train,
-        data.test,
-        len(classes),
-        bench.runtime,
-        options.attentive,
-        options.seed,
-        bench.display.preparing,
-    )
-    return score("attentive", ranking, labels, classes)
+    """The accuracy of the attentive probe. All ranks train it; each encodes a share of the images."""
+    data, runtime, settings = bench.data, bench.runtime, options.attentive
+    tokens = open_tokens(subject, data.train, runtime, settings.memory_limit)
+    mean, std = _statistics(tokens, data.train.model.batch_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        probe = AttentiveProbe(mean.cpu(), std.cpu(), _num_heads(len(mean)), len(data.classes))
+    probe.to(runtime.device)
+    epochs = settings.epochs or max(_EPOCHS, -(-_STEPS // -(-tokens.count // settings.batch_size)))
+    for epoch in _train(probe, tokens, epochs, settings, options.seed):
+        bench.display.preparing(f"attentive probe, {subject.name}, epochs", epoch, epochs)
+    share, batches = data.test.shared(runtime.ranks, f"encoding test images, {subject.name}")
+    with torch.no_grad():
+        found = [(rank(probe(block)), labels) for block, labels in _encoded(subject, batches, runtime)]
+    ranking, labels = share.of_all_images(*zip(*found, strict=True))
+    return score("attentive", ranking, labels, data.classes)
 
 
 def left_out(bench: Bench, subject: Subject, options: EvaluateOptions) -> str:
-    """A sentence where the tokens of all training images do not fit the memory that they may fill, else ""."""
+    """A sentence if the tokens of the training images take more than `memory_limit`, else ""."""
     need = token_gib(subject, len(bench.data.train))
     if need <= options.attentive.memory_limit:
         return ""
     return f"attentive is left out: its tokens take {need:.1f} GiB; run it alone with --method attentive"
 
 
-def classify(
-    subject: Subject,
-    train: ImageSet,
-    test: ImageSet,
-    num_classes: int,
-    runtime: Runtime,
-    options: AttentiveOptions,
-    seed: int,
-    progress: Progress,
-) -> tuple[Tensor, Tensor]:
-    """Guesses, as `scores.rank` gives them, and labels of the test images, by a probe of the training images' tokens.
-
-    Of several ranks, each encodes a share of the images; all train the probe. `seed` is of its weights and the order,
-    `progress` is told how far training is.
-    """
-    tokens = open_tokens(subject, train, runtime, options.memory_limit)
-    mean, std = _statistics(tokens, train.model.batch_size)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        probe = AttentiveProbe(mean.cpu(), std.cpu(), _num_heads(len(mean)), num_classes)
-    probe.to(runtime.device)
-    epochs = options.epochs or max(_EPOCHS, -(-_STEPS // -(-tokens.count // options.batch_size)))
-    for epoch in _train(probe, tokens, epochs, options, seed):
-        progress(f"attentive probe, {subject.name}, epochs", epoch, epochs)
-    share, batches = test.shared(runtime.ranks, f"encoding test images, {subject.name}")
-    rankings, labels = [], []
-    with torch.no_grad():
-        for block, wanted in _encoded(subject, batches, runtime):
-            rankings.append(rank(probe(block)))
-            labels.append(wanted)
-    ranking, label = share.of_all_images(rankings, labels)
-    return ranking, label
-
-
 def _encoded(subject: Subject, batches: Iterable[Batch], runtime: Runtime) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens and labels, rounded to half precision as held ones are, so that both ways give the same figures."""
+    """Tokens and labels; rounded to half precision like tokens in memory, so that both give the same figures."""
     for batch in batches:
         with runtime.autocast():
             tokens = subject.encode(batch.images, "tokens")
@@ -184,7 +143,7 @@ def _num_heads(dim: int) -> int:
 
 
 def _statistics(tokens: Tokens, size: int) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each of the D values, over the tokens of a sample of images."""
+    """Mean and deviation, (D,), of the tokens of a sample of images."""
     sample = np.sort(mixed_subset(tokens.count, _STATISTICS_IMAGES))
     blocks = [block.flatten(0, 1) for block, _ in tokens.batches(sample, size)]
     total = sum(len(block) for block in blocks)
@@ -194,7 +153,7 @@ def _statistics(tokens: Tokens, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _train(probe: AttentiveProbe, tokens: Tokens, epochs: int, options: AttentiveOptions, seed: int) -> Iterator[int]:
-    """Trains, and says after each epoch how many are done."""
+    """Trains, and yields the number of epochs done after each."""
     decayed = [parameter for parameter in probe.parameters() if parameter.ndim > 1]
     plain = [parameter for parameter in probe.parameters() if parameter.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]

@@ -15,7 +15,7 @@ from torchmae.data.transforms import normalise, to_device
 from torchmae.errors import ConfigError
 
 IMAGES_PER_DRAW = 4
-"""Neighbours in a (shuffled) batch that share RandAugment's operations, so that small batches take few calls."""
+"""Images, neighbours in the shuffled batch, that share RandAugment's operations: a batch takes few calls."""
 
 _NUM_OPS = 2
 _LEVELS = 11  # strengths 0 to 10, as in the RandAugment paper
@@ -26,16 +26,12 @@ Augment = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 def build_augment(
     settings: InputSettings, input_size: Sequence[int], mean: Sequence[float], std: Sequence[float], num_classes: int
 ) -> Augment:
-    """The augmentation of a training batch, (B, C, H, W) normalised images and (B,) labels.
+    """A function of (B, C, H, W) images, normalised by `mean` and `std`, and (B,) labels to images and targets.
 
-    RandAugment (Cubuk et al. 2020) draws two operations for every IMAGES_PER_DRAW images; unlike in timm the strength
-    does not vary from image to image. Then one of mixup (Zhang et al. 2018) and cutmix (Yun et al. 2019), each as
-    often, if there are any.
-    Random numbers are drawn from torch's generator, which a training loop that can be resumed seeds at every step.
-
-    Returns:
-        A function of images, normalised by `mean` and `std`, and labels to images and targets: (B, num_classes) float32
-        that sum to 1 when mixup or cutmix is on, the labels themselves otherwise.
+    RandAugment (Cubuk et al. 2020) draws two operations for every IMAGES_PER_DRAW images; unlike in timm, the strength
+    is the same for all images. Then follows mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019) with equal
+    probability; targets are then (B, num_classes) float32 that sum to 1, else the labels. Random numbers come from
+    torch's generator, which the trainer seeds at every step.
 
     Raises:
         ConfigError: an augmentation that this input cannot have.
@@ -62,7 +58,7 @@ def build_augment(
 
 
 def _rand_augment(mean: Sequence[float], std: Sequence[float], strength: int) -> Callable[[Tensor], Tensor]:
-    """RandAugment of normalised images; in between they are bytes, which its operations are defined on."""
+    """RandAugment of normalised images, by way of bytes, for which its operations are defined."""
     grey = [round(255 * value) for value in mean]
     means, deviations = torch.tensor(mean), torch.tensor(std)
 
@@ -70,7 +66,7 @@ def _rand_augment(mean: Sequence[float], std: Sequence[float], strength: int) ->
         shift, scale = means.to(images.device), deviations.to(images.device)
         as_bytes = ((images * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)) * 255).round_().clamp_(0, 255).byte()
         for _ in range(_NUM_OPS):
-            # Each operation once for all images that drew it, so that a GPU is given few, large pieces of work.
+            # Each operation once for all images that drew it: a GPU gets few, large pieces of work.
             draws = -(-len(images) // IMAGES_PER_DRAW)
             drawn, signs = torch.randint(len(OPERATIONS), (draws,)), 1 - 2 * torch.randint(2, (draws,))
             drawn, signs = (item.repeat_interleave(IMAGES_PER_DRAW)[: len(images)] for item in (drawn, signs))
@@ -86,7 +82,7 @@ def _rand_augment(mean: Sequence[float], std: Sequence[float], strength: int) ->
 
 
 def _warp(images: Tensor, fill: list[int], **change: object) -> Tensor:
-    """An affine transformation; what it leaves empty gets the colour `fill`."""
+    """An affine transformation; empty pixels get the colour `fill`."""
     still = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
     colour: list[float] = [float(value) for value in fill]
     return F.affine(images, **{**still, **change}, interpolation=InterpolationMode.BILINEAR, fill=colour)

@@ -1,4 +1,4 @@
-"""What a method of `torchmae evaluate` is, and what it is given."""
+"""`Method`, a row of `torchmae evaluate`'s methods, and `Bench`, the data and features that methods share."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from torchmae.training.runtime import Runtime, open_runtime
 from torchmae.training.task import callers_state
 
 Classify = Callable[[Labelled, Labelled, int], dict[str, Tensor]]
-"""From training and test features and the number of classes to guesses by name, as `scores.rank` gives them."""
+"""From training and test features and the number of classes to rankings of `scores.rank` by name."""
 
 
 @contextmanager
 def opened(compute: ComputeOptions, kept: str) -> Iterator[tuple[Runtime, Display]]:
-    """Where a command computes, with its ranks, and its display; `kept` says how to go on when a rank is lost."""
+    """Runtime and display of a command; `kept` tells the user how to go on after a lost rank."""
     with (
         callers_state(),
         open_ranks(compute.device) as ranks,
@@ -44,16 +44,9 @@ def opened(compute: ComputeOptions, kept: str) -> Iterator[tuple[Runtime, Displa
 
 @dataclass
 class Bench:
-    """Data, a place to compute, and the features computed so far: each image is encoded once a subject.
+    """Data, a place to compute, and a cache of features: each subject encodes each image once, shared among ranks.
 
-    Of several ranks, each encodes a share of the images.
-
-    Attributes:
-        data: the images.
-        runtime: where to compute.
-        display: shows progress.
-        run: what is evaluated: a folder, "random" or "pixels".
-        mask_ratio: share of the patches that was hidden when the model was trained.
+    `run` is what the user evaluates: a folder, "random" or "pixels". `mask_ratio` is that of the model's training.
     """
 
     data: EvaluationData
@@ -64,12 +57,7 @@ class Bench:
     _cache: dict[tuple[str, str], Labelled] = field(default_factory=dict)
 
     def probe(self, subject: Subject, pool: str, classify: Classify, options: EvaluateOptions) -> Result:
-        """What a classifier of features makes of the test images.
-
-        Returns:
-            of each kind of guesses what `scores.score` says. Few-shot, the mean over draws of its accuracy, and with
-            _std the deviation; details: the accuracy of each draw.
-        """
+        """`scores.score` of each ranking that `classify` gives of the test images; few-shot, `over_draws` of them."""
         train, test = (self._features(subject, split, pool) for split in ("train", "test"))
         classes = self.data.classes
         if options.labels_per_class is None:
@@ -80,7 +68,7 @@ class Bench:
         for few in draws_of(train, options.labels_per_class, options.draws, options.seed):
             guesses = classify(few, test, len(classes))
             draws.append({n: score(n, ranking, test.labels, classes).figures[n] for n, ranking in guesses.items()})
-        return over_draws(draws, [*draws[0]])
+        return over_draws(draws, draws[0])
 
     def _features(self, subject: Subject, split: str, pool: str) -> Labelled:
         widest = subject.pools[-1]  # "both" holds the other two: one pass over the images serves all three
@@ -108,13 +96,13 @@ class Method:
     """A row of `methods.METHODS`.
 
     Attributes:
-        measure: takes images, a subject and the options to figures.
-        needs: what a subject has to be: "features" (anything), "model" (also an untrained one), "tokens" (a model with
-            patches) or "training" (a trained model).
-        labelled: take only images with a label, and insist on two classes.
-        beside: with `--method all`, also measured on these: "random", "pixels". Empty: not part of "all".
-        left_out: why "all" leaves the method out, a sentence; empty: it does not.
-        open: opens the images; None: as `images.open_evaluation_data`, of the run's own data where none is named.
+        measure: from images, a subject and the options to figures.
+        needs: "features" (any subject), "model" (trained or not), "tokens" (a model with patches) or "training" (a
+            trained model).
+        labelled: take only images with a label, of at least two classes.
+        beside: the baselines of `--method all`: "random", "pixels". Empty: "all" does not include the method.
+        left_out: a sentence on why "all" leaves the method out of this evaluation; empty where it does not.
+        open: opens the images; None: `images.open_evaluation_data`.
     """
 
     measure: Callable[[Bench, Subject, EvaluateOptions], Result]
@@ -125,24 +113,20 @@ class Method:
     open: Callable[[EvaluateOptions, ModelInput], EvaluationData] | None = None
 
     def suits(self, subject: Subject) -> bool:
-        """Whether a subject is what the method needs."""
+        """Whether the method can measure the subject."""
         is_model = subject.model is not None
         found = {"model": is_model, "tokens": subject.has_tokens, "training": is_model and subject.name != RANDOM}
         return found.get(self.needs, True)
 
     def check(self, name: str, subject: Subject, run: str) -> None:
-        """ConfigError unless the method, called `name`, suits the subject, which the user calls `run`."""
+        """ConfigError unless the method suits the subject; `name` and `run` are the user's words for the two."""
         if not self.suits(subject):
             what, fix = _NEEDS[self.needs]
             raise ConfigError(f"{run!r} has no {what}, which method {name!r} needs", fix)
 
 
 def chosen_pools(subject: Subject, options: EvaluateOptions, default: Sequence[str]) -> Sequence[str]:
-    """The pool asked for, else the default; a baseline with one kind of features does not have to have it.
-
-    Raises:
-        ConfigError: the evaluated model does not have it.
-    """
+    """The pool of the options, else the default, and "mean" for pixels; ConfigError for a model without this pool."""
     if options.pool is None:
         return default
     if options.pool in subject.pools:
@@ -153,7 +137,7 @@ def chosen_pools(subject: Subject, options: EvaluateOptions, default: Sequence[s
 
 
 def output_folder(run: str, options: EvaluateOptions) -> Path:
-    """The folder asked for, or the run's own; ConfigError where none is asked for and the run is no folder."""
+    """The option `out`, else the run's folder; ConfigError where neither exists."""
     if options.out is None and (run == RANDOM or not user_path(run).is_dir()):
         raise ConfigError(f"out is not given, and {run} is no folder", "add --out DIR")
     return user_path(run if options.out is None else options.out)
@@ -180,7 +164,7 @@ def check_counts(labels: Indices, classes: Sequence[str], labels_per_class: int)
 
 
 def draw_images(labels: Indices, labels_per_class: int, seed: int, draw: int) -> Indices:
-    """Indices of `labels_per_class` images of each class, sorted: a function of (seed, draw)."""
+    """Sorted indices of `labels_per_class` images of each class: a function of (seed, draw)."""
     order = permutation(seed, draw + 1, len(labels), Purpose.SUBSET)
     chosen = [order[labels[order] == label][:labels_per_class] for label in np.unique(labels)]
     return np.sort(np.concatenate(chosen))

@@ -1,4 +1,4 @@
-"""Is training healthy, and are the features of any use? What the loss does not tell, measured on the way."""
+"""Diagnostics of the features while a model trains: kNN, a linear probe, the effective rank."""
 
 from __future__ import annotations
 
@@ -18,13 +18,7 @@ from torchmae.training.runtime import Runtime
 
 
 class FeatureProbe:
-    """The same labelled images, without augmentation, looked at again and again while a model trains.
-
-    Args:
-        train: the training images.
-        val: the held-out images.
-        config: how many of each.
-    """
+    """kNN and a linear probe on one fixed choice of labelled images, as often as a training run asks for them."""
 
     def __init__(self, train: ImageLoader, val: ImageLoader, config: EvalConfig) -> None:
         self._train, self._val = train, val
@@ -40,14 +34,11 @@ class FeatureProbe:
         return len(np.unique(self._train.labels[self._train_rows])) > 1
 
     def run(self, subject: Subject, runtime: Runtime) -> dict[str, float]:
-        """Two quick measures of how well features tell classes apart, in percent of the held-out images.
+        """Accuracies on the held-out images in percent, and of a model also the `effective_rank` of their features.
 
-        Of several ranks, all call this, each encodes a share of the images, and all get the figures.
-
-        Returns:
-            knn: 20 neighbours vote (see `knn.classify`). linear: a logistic regression with C = 0.1 on standardised
-            features, the "linear_c0.1" of `torchmae evaluate`, fitted to its optimum; of 2,000 images with 192 values
-            it takes 0.2 s on two cores. Of a model also the `effective_rank` of the held-out images' features.
+        knn: 20 neighbours vote (`knn.classify`). linear: a logistic regression with C = 0.1, the "linear_c0.1" of
+        `torchmae evaluate`; it takes 0.2 s for 2,000 images with 192 values on two cores. All ranks call this
+        together; each encodes a share of the images, and all get the figures.
         """
         found = []
         for loader, rows in ((self._train, self._train_rows), (self._val, self._val_rows)):
@@ -66,7 +57,7 @@ class FeatureProbe:
         return figures
 
     def majority(self) -> dict[str, float]:
-        """majority: percent of the held-out images that are of the commonest class; majority_images: of how many."""
+        """majority: percent of the held-out images in the commonest training class; majority_images: their number."""
         assert self._train.labels is not None and self._val.labels is not None
         val = self._val.labels[self._val_rows]
         share = majority(self._train.labels[self._train_rows], val)[1]
@@ -74,18 +65,11 @@ class FeatureProbe:
 
 
 def effective_rank(features: Tensor) -> float:
-    """How many directions features really use: exp of the entropy of their normalised singular values.
+    """Effective rank of (N, D) features, N 2 or more: exp of the entropy of their normalised singular values.
 
-    Features that collapse onto a few directions keep a low loss for a while, but no longer tell images apart; this
-    figure falls at once. It is a number of directions: between 1 and min(N - 1, D), and D only where every direction
-    carries the same weight. Source: Roy and Vetterli 2007, "The effective rank"; as a measure of learned features
-    Garrido et al. 2023 (RankMe). Unlike there, features are centred: what all images share does not count.
-
-    Args:
-        features: (N, D), N 2 or more.
-
-    Returns:
-        0 when all rows are the same.
+    It lies between 1 and min(N - 1, D), and is 0 where all rows are equal. Features that collapse onto a few directions
+    may keep a low loss for a while, but this figure falls at once. Source: Roy and Vetterli 2007; for learned features
+    Garrido et al. 2023 (RankMe). Here features are centred first, so that what all images share does not count.
     """
     assert features.ndim == 2 and len(features) >= 2
     rows = features.detach().cpu().double()
@@ -99,6 +83,6 @@ def effective_rank(features: Tensor) -> float:
 
 
 def _labelled(loader: ImageLoader, count: int) -> Indices:
-    """At most `count` images with a label: the same ones in every run."""
+    """At most `count` images with a label, the same in every run."""
     known = rows_with_label(loader.labels)
     return known[fixed_rows(len(known), count)]

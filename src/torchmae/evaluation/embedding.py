@@ -1,7 +1,7 @@
-"""Features of many images in one file, written piece by piece so that a command that was killed can go on.
+"""Features of many images in one file, written in blocks so that a killed command can go on.
 
-While it runs, OUT.partial/ holds manifest.json, which says what is being computed, and one file for each block that is
-done. At the end they become OUT, which is there whole or not at all.
+OUT.partial/ holds manifest.json, a description of the work, and a file for each finished block. At the end they become
+OUT, which is written whole or not at all.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from importlib import import_module
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -25,7 +24,7 @@ import numpy.typing as npt
 from torchmae.config.evaluate import ComputeOptions, EmbedOptions
 from torchmae.data.formats import Progress
 from torchmae.data.sources import Source
-from torchmae.errors import CheckpointError, ConfigError, DataError, reason_of
+from torchmae.errors import CheckpointError, ConfigError, DataError, reason_of, require
 from torchmae.evaluation.bench import opened
 from torchmae.evaluation.images import ImageSet, ModelInput, open_parts, own_data
 from torchmae.evaluation.subject import Subject
@@ -37,7 +36,7 @@ from torchmae.training.runtime import Runtime
 
 BLOCK_IMAGES = 2000
 BLOCK_BYTES = 2**26
-"""A block ends at so many images or bytes, whichever comes first, and holds one batch at least."""
+"""Limits of a block, which holds at least one batch."""
 
 _MANIFEST = "manifest.json"
 Array = npt.NDArray[Any]
@@ -47,10 +46,10 @@ class Features(NamedTuple):
     """The content of a file of features.
 
     Attributes:
-        features: (N, D) float32; (N, L, D) of patch tokens.
+        features: (N, D) float32, or (N, L, D) patch tokens.
         labels: (N,) int64, -1 where unknown.
-        paths: (N,) text, where each image is from.
-        about: "pool", and "weights", a digest of the model's; empty where the file does not say.
+        paths: (N,) text, the source of each image.
+        about: "pool" and "weights", a digest of the model; may be empty.
     """
 
     features: Array
@@ -61,17 +60,17 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class Written:
-    """What `embed` wrote."""
+    """A file that `embed` wrote, and the number of images in it."""
 
     path: Path
-    count: int  # images in the file
+    count: int
     shape: tuple[int, ...]  # of one image's features
-    left_out: int  # images that could not be read and are not in it
-    resumed: int  # images that an earlier call had done
+    left_out: int  # unreadable images, which are not in the file
+    resumed: int  # images that an earlier call had encoded
 
 
 class Block(NamedTuple):
-    """A piece of the work: images `start` to `stop - 1` of a set of images."""
+    """Images `start` to `stop - 1` of the set number `part`."""
 
     number: int
     part: int
@@ -86,13 +85,9 @@ def embed_run(
     model: MaskedAutoencoder | None = None,
     splits: Mapping[str, Source] | None = None,
 ) -> Written:
-    """Writes the features that a run's encoder gives of a data set, by default its own.
+    """Writes the features that a run's encoder gives of a data set, by default the run's own.
 
-    Args:
-        options: which run, which images, which features, where to.
-        compute: where to compute.
-        model: of a run of a model handed over in Python, this model again.
-        splits: images of the caller's own, by split, for data "own".
+    `model` is the caller's own model of the run, `splits` are the caller's own images, by split, for data "own".
 
     Raises:
         TorchmaeError: a run, options or data that do not fit; and as `embed`.
@@ -133,29 +128,20 @@ def embed(
     progress: Progress | None = None,
     block_images: int = BLOCK_IMAGES,
 ) -> Written:
-    """Writes the features of all images, in order; nothing is masked. Goes on where an earlier call was stopped.
+    """Writes the features (`Subject.encode`) of all images, in order, and goes on where an earlier call was stopped.
 
-    Of several ranks, each computes a share of the blocks, on a disk that all of them see, and the first puts them
-    together.
-
-    Args:
-        subject: what encodes.
-        parts: the images, one set after the other.
-        out: .npz (arrays features, labels and paths) or .parquet (columns path, label and features); the archive's
-            comment, or the schema's metadata, holds a digest of the weights and the pool.
-        pool: as for `Subject.encode`.
-        runtime: where to compute, and with which ranks.
-        progress: told how far this rank is.
-        block_images: images in a block, at most.
+    `out` is .npz (arrays features, labels and paths) or .parquet (columns path, label and features), with a digest of
+    the weights and the pool in the archive's comment or the schema's metadata. Each rank computes a share of the
+    blocks, on a disk that all ranks see; the first rank puts them together.
 
     Raises:
-        ConfigError: `out` exists or cannot be written; another embedding, or another process, writes it; features that
-            the subject does not have; parquet without pyarrow.
+        ConfigError: `out` exists or cannot be written; another embedding or process writes it; features that the
+            subject does not have; parquet without pyarrow.
         DataError: too many unreadable images.
-        CheckpointError: the disk is full; what is done stays.
+        CheckpointError: the disk is full; the finished blocks stay.
     """
     if out.suffix == ".parquet":
-        _import_pyarrow()
+        require("pyarrow.parquet", "parquet")
     first = next(iter(parts[0].batches(np.arange(1), 1)))
     with runtime.autocast():
         shape = tuple(subject.encode(first.images, pool).shape[1:])
@@ -183,14 +169,14 @@ def embed(
             done += count_images([block])
             if progress is not None:
                 progress("embedding", done, resumed + count_images(mine))
-        ranks.gather(None)  # all have come here: the last block is on the disk
+        ranks.gather(None)  # a barrier: all blocks are on the disk
         about = {name: identity[name] for name in ("weights", "pool")}
         count = ranks.on_main(lambda: assemble(out, partial, blocks, shape, about))
     return Written(out, count, shape, total - count, resumed)
 
 
 def plan_blocks(lengths: Sequence[int], step: int) -> list[Block]:
-    """Blocks of `step` images, the last one of each part with what is left."""
+    """Blocks of `step` images; the last block of each part may have fewer."""
     spans = [
         (part, start, min(start + step, length))
         for part, length in enumerate(lengths)
@@ -200,12 +186,12 @@ def plan_blocks(lengths: Sequence[int], step: int) -> list[Block]:
 
 
 def count_images(blocks: Sequence[Block]) -> int:
-    """How many images blocks are of."""
+    """Number of images in the blocks."""
     return sum(block.stop - block.start for block in blocks)
 
 
 def open_partial(out: Path, identity: dict[str, Any]) -> Path:
-    """OUT.partial, new or of the same embedding; ConfigError as of `embed`."""
+    """OUT.partial, new or of the same embedding; ConfigError as for `embed`."""
     partial = out.with_name(f"{out.name}.partial")
     if out.exists():
         raise ConfigError(f"{out} exists already", "remove it, or choose another --out")
@@ -228,13 +214,13 @@ def open_partial(out: Path, identity: dict[str, Any]) -> Path:
 def compute(
     subject: Subject, parts: Sequence[ImageSet], blocks: Sequence[Block], partial: Path, pool: str, runtime: Runtime
 ) -> Iterator[Block]:
-    """Encodes blocks in order and yields each that is on disk. Images that cannot be read are left out."""
+    """Encodes blocks in order and yields each once it is on disk. Leaves out unreadable images."""
     for number, part in enumerate(parts):
         mine = [block for block in blocks if block.part == number]
         if not mine:
             continue
         chosen = np.concatenate([np.arange(block.start, block.stop) for block in mine])
-        rest = part.only(chosen)  # one pass over all that is left, so that workers start once
+        rest = part.only(chosen)  # one pass over all missing images, so that workers start once
         batches = rest.batches()
         for block in mine:
             features: list[Array] = []
@@ -254,7 +240,7 @@ def compute(
 def assemble(
     out: Path, partial: Path, blocks: Sequence[Block], shape: tuple[int, ...], about: Mapping[str, str]
 ) -> int:
-    """Makes OUT of the blocks, removes OUT.partial, returns how many images it holds; CheckpointError as of `embed`."""
+    """Makes OUT of the blocks, removes OUT.partial, returns the number of images; CheckpointError as for `embed`."""
     writing = partial / f"whole{out.suffix}"
     write = _write_parquet if out.suffix == ".parquet" else _write_npz
     try:
@@ -273,7 +259,7 @@ def assemble(
 
 
 def read_features(path: Path) -> Features:
-    """The content of a file that `embed` wrote.
+    """Reads a file of `embed`.
 
     Raises:
         DataError: the file is missing, half written or damaged.
@@ -290,7 +276,7 @@ def read_features(path: Path) -> Features:
 
 
 def _identity(subject: Subject, parts: Sequence[ImageSet], pool: str, runtime: Runtime, step: int) -> dict[str, Any]:
-    """All that decides what the blocks hold."""
+    """Everything that decides the content of the blocks."""
     return {
         "weights": subject.fingerprint(),
         "data": [part.source.fingerprint() for part in parts],
@@ -307,7 +293,7 @@ def _block_path(partial: Path, block: Block) -> Path:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a block is there and can be read to its end."""
+    """Whether a block exists and can be read to its end."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name].shape for name in arrays.files}.keys() == {"features", "labels", "paths"}
@@ -316,7 +302,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _pieces(blocks: Sequence[Path], name: str) -> Iterator[Array]:
-    """One array of every block, in order: only one is in memory at a time."""
+    """One array of every block, in order, one block in memory at a time."""
     for path in blocks:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             yield arrays[name]
@@ -343,7 +329,7 @@ def _write_npz(path: Path, blocks: Sequence[Path], shape: tuple[int, ...], about
 
 def _write_parquet(path: Path, blocks: Sequence[Path], shape: tuple[int, ...], about: str) -> int:
     """A row group for each block."""
-    arrow, parquet = _import_pyarrow()
+    arrow, parquet = require("pyarrow", "parquet"), require("pyarrow.parquet", "parquet")
     kind = arrow.float32()
     for length in reversed(shape):
         kind = arrow.list_(kind, length)
@@ -367,8 +353,8 @@ def _read_npz(path: Path) -> Features:
 
 
 def _read_parquet(path: Path) -> Features:
-    _, parquet = _import_pyarrow()
-    table = parquet.read_table(path, columns=["path", "label", "features"]).combine_chunks()
+    columns = ["path", "label", "features"]
+    table = require("pyarrow.parquet", "parquet").read_table(path, columns=columns).combine_chunks()
     column = table.column("features").combine_chunks()
     shape: list[int] = []
     while hasattr(column.type, "list_size"):
@@ -378,12 +364,3 @@ def _read_parquet(path: Path) -> Features:
     names = np.array(table.column("path").to_pylist(), dtype=np.str_)
     about = json.loads((table.schema.metadata or {}).get(b"torchmae", "{}"))
     return Features(features, table.column("label").to_numpy(), names, about)
-
-
-def _import_pyarrow() -> tuple[Any, Any]:
-    try:
-        return import_module("pyarrow"), import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise ConfigError(
-            "parquet files need pyarrow", "pip install pyarrow, or give a name that ends in .npz"
-        ) from error

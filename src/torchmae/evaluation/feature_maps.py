@@ -1,7 +1,4 @@
-"""What a model's features look like: colours for patches, attention, neighbours, and a map of a data set.
-
-Numbers in, numbers out; `report.feature_pictures` draws them.
-"""
+"""Views of a model's features as arrays: colours of patches, attention, a map. `report.feature_pictures` draws them."""
 
 from __future__ import annotations
 
@@ -23,26 +20,20 @@ from torchmae.random import Purpose, permutation
 FloatArray = npt.NDArray[np.float32]
 
 EMBEDDINGS = ("tsne", "pca", "umap")
-# Shares of the patches outside the range of colours, on either side, so that one odd patch does not grey the rest.
+# Percent of the patches beyond each end of the colour range, so that one outlier does not grey the rest.
 _CLIPPED = 1.0
-# Shifts of an image that its places are averaged over; of a finer grid, a sample is as good.
+# Shifts of an image for the mean at each place; on a finer grid a sample of shifts is enough.
 _SHIFTS = 16
-# What t-SNE and UMAP are given: noise in the hundreds of directions beyond only slows them down.
+# Principal components for t-SNE and UMAP: more add noise and time.
 _MAP_DIMS = 50
 
 
 def patch_colours(tokens: Tensor) -> FloatArray:
-    """Patch features as colours: their first three principal components (as Oquab et al. 2023, DINOv2, show them).
+    """Patch features (B, L, D) as colours (B, L, 3) in [0, 1]: the first three principal components (as in DINOv2).
 
-    The components are those of all patches of all images together, so a colour means the same in every image. Each is
-    scaled to [0, 1] between its 1st and 99th percentile; of its two directions it takes the one in which its largest
-    weight is positive, so the same features always have the same colours.
-
-    Args:
-        tokens: (B, L, D) patch features; B * L is 2 or more.
-
-    Returns:
-        (B, L, 3) in [0, 1]. A component that does not exist, or on which all patches agree, is 0.5.
+    All images share the components, so a colour means the same in every image. Each component is scaled to [0, 1]
+    between its 1st and 99th percentile, with the sign that makes its largest weight positive: the same features always
+    have the same colours. A component that is missing or constant is 0.5.
     """
     from sklearn.decomposition import PCA
 
@@ -56,7 +47,7 @@ def patch_colours(tokens: Tensor) -> FloatArray:
     largest = np.abs(pca.components_).argmax(1)
     scores *= np.where(pca.components_[np.arange(len(largest)), largest] < 0, -1.0, 1.0)
     low, high = np.percentile(scores, [_CLIPPED, 100 - _CLIPPED], axis=0)
-    # A spread at the level of rounding errors is none.
+    # A spread at the level of rounding errors counts as none.
     spread = np.where(high - low > 1e-9 * max(float(np.abs(rows).max()), 1e-30), high - low, np.inf)
     colours = np.full((len(rows), 3), 0.5, dtype=np.float32)
     colours[:, : scores.shape[1]] = ((scores - (low + high) / 2) / spread + 0.5).clip(0, 1)
@@ -65,21 +56,11 @@ def patch_colours(tokens: Tensor) -> FloatArray:
 
 @torch.no_grad()
 def content_tokens(model: MaskedAutoencoder, images: Tensor) -> Tensor:
-    """Patch features without what depends on a patch's place alone.
+    """Patch features (B, L, D) of normalised (B, C, *size) images, without the part that depends on position alone.
 
-    Place is most of what a masked autoencoder's patch features differ in, and would drown what they say of the image.
-    At each place the mean over 16 cyclic shifts of the images is subtracted, by whole patches: the same content seen
-    everywhere. One image is enough for that.
-
-    Args:
-        model: in eval mode, on the images' device.
-        images: (B, C, *size) float, normalised as in training.
-
-    Returns:
-        (B, L, D).
-
-    Raises:
-        ConfigError: a model without patches.
+    Position explains most of the variance of a masked autoencoder's patch features. From each position, this function
+    subtracts the mean over 16 cyclic shifts of the images by whole patches: the same content at all positions. One
+    image is enough. The model is in eval mode, on the images' device; ConfigError for a model without patches.
     """
     require_patches(model, "to look at")
     grid = model.encoder.grid_of(images)
@@ -95,13 +76,10 @@ def content_tokens(model: MaskedAutoencoder, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def class_attention(model: MaskedAutoencoder, images: Tensor) -> FloatArray:
-    """How much the class token attends to each patch in the encoder's last block; arguments as for `content_tokens`.
+    """Attention of the class token to each patch in the encoder's last block, (B, heads, L).
 
-    Returns:
-        (B, heads, L): the softmax weights of each head, which sum to 1 less what goes to itself and to registers.
-
-    Raises:
-        ConfigError: a model without patches or without a class token.
+    The softmax weights of a head sum to less than 1, because the class token itself and registers get some. Arguments
+    as for `content_tokens`; ConfigError for a model without patches or class token.
     """
     require_patches(model, "to look at")
     encoder = model.encoder
@@ -113,7 +91,7 @@ def class_attention(model: MaskedAutoencoder, images: Tensor) -> FloatArray:
     block = encoder.blocks[-1]
     assert isinstance(block, Block)
     seen: list[Tensor] = []
-    # The fused attention never forms these weights, so they are worked out again from what it was given.
+    # Fused attention never forms these weights: compute them again from its input.
     hook = block.attn.register_forward_pre_hook(lambda module, args: seen.append(attention_weights(module, *args)))
     try:
         encoder(images)
@@ -132,19 +110,11 @@ def attention_weights(attention: Attention, x: Tensor) -> Tensor:
 
 
 def embed_2d(features: Tensor, method: str = "tsne", seed: int = 0) -> FloatArray:
-    """Places images on a plane so that similar features lie close together.
+    """A map (N, 2) of features (N, D), N 3 or more, on which similar features lie close together.
 
-    Features are scaled to unit length after centring, as kNN compares them, and reduced to their first 50 principal
-    components. "pca" shows the first two of these; "tsne" (van der Maaten and Hinton 2008) and "umap" (McInnes et
-    al. 2018) keep neighbours together and give distances between groups no meaning.
-
-    Args:
-        features: (N, D) with N 3 or more.
-        method: one of `EMBEDDINGS`.
-        seed: of UMAP; t-SNE starts from the principal components.
-
-    Returns:
-        (N, 2).
+    Features are centred, scaled to unit length and reduced to their first 50 principal components. "pca" shows the
+    first two; "tsne" (van der Maaten and Hinton 2008) and "umap" (McInnes et al. 2018) keep neighbours together and
+    give distances between groups no meaning. `seed` is UMAP's; t-SNE starts from the principal components.
 
     Raises:
         ConfigError: UMAP is not installed, or there are too few images.
@@ -174,7 +144,7 @@ def _umap(rows: npt.NDArray[np.float64], seed: int) -> npt.NDArray[np.float64]:
     except ImportError as error:
         raise ConfigError("method is 'umap', which is not installed", "pip install umap-learn, or use tsne") from error
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a seed costs it its threads
+        warnings.simplefilter("ignore")  # with a seed UMAP uses one thread, and warns of it
         mapper = umap.UMAP(n_neighbors=min(15, len(rows) - 1), random_state=seed)
         placed: npt.NDArray[np.float64] = mapper.fit_transform(rows)
     return placed

@@ -1,18 +1,19 @@
-"""Fine-tuning: a classifier trained end to end, from pre-trained weights or from scratch (paper section A.1, table 9).
+"""Fine-tuning: a classifier trained end to end, from pre-trained or random weights (paper section A.1, table 9).
 
-The folder it leaves holds finetune.json (the settings), metrics.jsonl (the loss of every epoch, the accuracies),
-checkpoints/, and model.json with model.safetensors: the classifier, under timm's parameter names.
+Its folder holds finetune.json (the settings), metrics.jsonl (the loss of every epoch, the accuracies), checkpoints/,
+and model.json with model.safetensors: the classifier, under timm's parameter names.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,20 +21,12 @@ import torchmae
 from torchmae.config import DataConfig
 from torchmae.config.evaluate import EvaluateOptions
 from torchmae.config.finetune import FinetuneConfig
-from torchmae.data.loader import Batch, ImageLoader, Indices
-from torchmae.data.sources import Subset
+from torchmae.data.loader import Batch, ImageLoader
 from torchmae.data.transforms import Normalisation
-from torchmae.errors import CheckpointError, ConfigError, DataError
-from torchmae.evaluation.bench import Bench, check_counts, draw_images, output_folder
+from torchmae.errors import CheckpointError, ConfigError
+from torchmae.evaluation.bench import Bench, draw_images, output_folder
 from torchmae.evaluation.finetune_training import FinetuneTask, SubsetPlan, check_same
-from torchmae.evaluation.images import (
-    EVAL_BATCH,
-    check_classes,
-    class_names,
-    read_batches,
-    rows_with_label,
-    run_data,
-)
+from torchmae.evaluation.images import EVAL_BATCH, read_batches, run_data
 from torchmae.evaluation.scores import Result, over_draws, rank, score
 from torchmae.evaluation.sharing import share
 from torchmae.evaluation.subject import Subject
@@ -55,7 +48,7 @@ NAME = "finetune"
 
 
 def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
-    """The figures of `finetune`; few-shot, their means over several trainings, as `over_draws` has them."""
+    """The figures of `finetune`; few-shot, `over_draws` of several trainings."""
     assert subject.model is not None
     model, data, config, few = subject.model, bench.data, options.finetune, options.labels_per_class
     out = finetune_folder(bench.run, options)
@@ -71,6 +64,7 @@ def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
             data.normalisation,
             train,
             data.test.loader,
+            data.classes,
             config=config,
             runtime=bench.runtime,
             out=folder,
@@ -89,7 +83,7 @@ def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
     left = "the classifier is" if few is None else "the classifier of each draw is"
     notes = [f"fine-tuned on {figures[f'{NAME}_images']:,.0f} labelled images; {left} in {out}"]
     if config.init == "random":
-        # Under a name of its own: in a report it must not be taken for what the pre-trained weights gave.
+        # Another name, so that a report does not take these figures for those of the pre-trained weights.
         figures, details = (
             {name.replace(NAME, f"{NAME}_random", 1): value for name, value in item.items()}
             for item in (figures, details)
@@ -99,7 +93,7 @@ def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
 
 
 def finetune_folder(run: str, options: EvaluateOptions) -> Path:
-    """The folder of a fine-tuning: the one asked for, or one in the run that is named after the main settings."""
+    """The option `out`, else a folder in the run, named after the main settings."""
     folder = output_folder(run, options)
     if options.out is not None:
         return folder
@@ -109,7 +103,7 @@ def finetune_folder(run: str, options: EvaluateOptions) -> Path:
 
 
 def check_folder(out: Path, resume: bool) -> None:
-    """Raises unless `out` holds a fine-tuning when one is resumed, and nothing when one is begun."""
+    """Raises if `out` holds files when a fine-tuning begins, or none when it resumes."""
     begun = out.is_dir() and any(not item.name.startswith(".") for item in out.iterdir())
     if begun and not resume:
         raise ConfigError(f"{out} exists already", "go on with --resume, or choose another --out")
@@ -122,6 +116,7 @@ def finetune(
     normalisation: Normalisation,
     train: ImageLoader,
     test: ImageLoader,
+    classes: Sequence[str],
     *,
     config: FinetuneConfig,
     runtime: Runtime,
@@ -130,47 +125,44 @@ def finetune(
     draw: int = 0,
     seed: int = 0,
     resume: bool = False,
-    display: Display | None = None,
+    display: Display,
 ) -> Result:
     """Trains a classifier on labelled images and measures it on others.
 
-    The same settings, weights and images give the same classifier; on the CPU bit for bit, interrupted or not. Of
-    several ranks, each computes its part of every batch (DDP). RandAugment, mixup, cutmix and drop-path are drawn by
-    each rank for its part: with another number of ranks, other numbers.
+    The same settings, weights and images give the same classifier; on the CPU bit for bit, interrupted or not. On
+    several ranks, each rank computes a part of every batch (DDP) and draws RandAugment, mixup, cutmix and drop-path
+    for it: another number of ranks draws other numbers.
 
     Args:
-        model: the pre-trained model; of its weights, the encoder's are used, and with `init="random"` none.
-        normalisation: that `model` was trained with.
-        train: labelled images, cropped as `config` says and normalised as for `model`.
-        test: images to classify; those without a label are left out.
+        model: the pre-trained model; its encoder's weights are used, none of them with `init="random"`.
+        normalisation: of the model's training.
+        train: labelled images, cropped as `config` says.
+        test: labelled images to classify.
+        classes: the names of the labels.
         config: how to train.
         runtime: where to compute.
         out: the folder to write; a new one, unless `resume`.
-        labels_per_class: so many images of each class; None: all.
-        draw: which draw of them, 0 or more.
-        seed: of the draws, of random weights, order, crops, flips and augmentation.
+        labels_per_class: number of training images of each class; None: all.
+        draw: number of the draw of these images, 0 or more.
+        seed: of the draws, random weights, order, crops, flips and augmentation.
         resume: go on from the newest whole checkpoint in `out`.
-        display: shows progress; None: nothing.
+        display: shows progress.
 
     Returns:
-        what `scores.score` says of finetune; finetune_loss (mean of the last epoch, on augmented images),
-        finetune_images and finetune_seconds (of training alone). They are the last epoch's, never the best one's.
+        `scores.score` of "finetune" after the last epoch (not the best one), with finetune_loss (mean of the last
+        epoch, on augmented images), finetune_images and finetune_seconds (of training alone).
 
     Raises:
-        ConfigError: a model without patches, settings that its input cannot have, or too few labelled images.
-        DataError: no labels, or one class only.
+        ConfigError: a model without patches, or settings that do not fit its input.
+        DataError: other images or labels than those of the training to resume.
         TrainingError, Interrupted: as of `trainer.train`.
-        CheckpointError: nothing to resume, another process in the folder, or a disk that is full.
+        CheckpointError: nothing to resume, another process in the folder, or a full disk.
     """
-    display = display or Display("none")
     ranks = runtime.ranks
-    rows, test_rows = labelled_rows(train, "training"), labelled_rows(test, "test")
-    classes = class_names(train.source)
-    check_classes(Subset(train.source, rows), classes)
-    assert train.labels is not None
+    rows = np.arange(len(train))
     if labels_per_class is not None:
-        check_counts(train.labels[rows], classes, labels_per_class)
-        rows = rows[draw_images(train.labels[rows], labels_per_class, seed, draw)]
+        assert train.labels is not None
+        rows = draw_images(train.labels, labels_per_class, seed, draw)
     about = {"labels_per_class": labels_per_class, "draw": draw, "seed": seed, "data": train.source.fingerprint()}
     about["labels"] = train.source.label_fingerprint()
     job = json.loads(json.dumps({"settings": asdict(config), **about}))  # with lists for tuples, as files have it
@@ -190,7 +182,7 @@ def finetune(
     measured: list[Result] = []
 
     def scores_now() -> Result:
-        mine = share(test_rows, EVAL_BATCH, ranks)
+        mine = share(np.arange(len(test)), EVAL_BATCH, ranks)
         found = predict(task.model.result, read_batches(test, mine.rows), runtime)
         rankings, labels = mine.of_all_images(*found)
         return score(NAME, rankings, labels, classes)
@@ -223,7 +215,7 @@ def finetune(
 
 
 def begin(folder: RunFolder, job: dict[str, Any], checkpoint: Checkpoint | None) -> None:
-    """Makes the folder of a new training, of a resumed one leaves out what came after the checkpoint, and locks it."""
+    """Makes the folder of a new training, or cuts off figures after the checkpoint of a resumed one; locks it."""
     if checkpoint is None:
         RunFolder.create(folder.path)
     folder.lock()
@@ -233,16 +225,8 @@ def begin(folder: RunFolder, job: dict[str, Any], checkpoint: Checkpoint | None)
         folder.write_json("finetune.json", job)
 
 
-def labelled_rows(loader: ImageLoader, what: str) -> Indices:
-    """The indices of all images with a label; DataError, which calls the images `what`, when there are none."""
-    rows = rows_with_label(loader.labels)
-    if not len(rows):
-        raise DataError(f"none of the {what} images has a label", "put them in one folder for each class")
-    return rows
-
-
 def require_encoder(model: MaskedAutoencoder) -> Encoder:
-    """The model's encoder of patches; ConfigError for one that has none, or that no classifier can be made of."""
+    """The model's encoder; ConfigError for one without patches, or one that cannot be built again as a classifier."""
     require_patches(model, "to fine-tune on")
     if not model.encoder.arguments:
         raise ConfigError("the encoder does not say how to make one like it", "use another --method, such as linear")
@@ -252,10 +236,7 @@ def require_encoder(model: MaskedAutoencoder) -> Encoder:
 def start_classifier(
     model: MaskedAutoencoder, num_classes: int, config: FinetuneConfig
 ) -> tuple[Classifier, dict[str, Any]]:
-    """The classifier that training starts from, and the arguments that rebuild it; ConfigError for no patches.
-
-    Random weights are drawn from torch's generator.
-    """
+    """The classifier before training, with random weights of torch's generator, and the arguments to build it again."""
     encoder = require_encoder(model)
     arguments = {**encoder.arguments, "drop_path": config.drop_path, "num_classes": num_classes}
     classifier = build_classifier(arguments)
@@ -266,10 +247,7 @@ def start_classifier(
 
 @torch.no_grad()
 def predict(model: Classifier, batches: Iterable[Batch], runtime: Runtime) -> tuple[list[Tensor], list[Tensor]]:
-    """Of each batch of images without augmentation, guesses as `scores.rank` gives them, and labels.
-
-    The model is put into eval mode.
-    """
+    """Rankings, as of `scores.rank`, and labels of each batch; puts the model into eval mode."""
     model.eval()
     rankings, labels = [], []
     for batch in batches:

@@ -1,4 +1,4 @@
-"""Fine-tuning as a task of the trainer: layers with learning rates of their own, steps on augmented batches."""
+"""Fine-tuning as a task of the trainer: layer-wise learning rates, augmented batches, averaged weights."""
 
 from __future__ import annotations
 
@@ -29,11 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SubsetPlan(Plan):
-    """The order of a training on some of a loader's images.
-
-    Attributes:
-        rows: (num_samples,) which images of the loader these are.
-    """
+    """The order of a training on some of a loader's images: on `rows`, (num_samples,)."""
 
     rows: Indices = field(kw_only=True, compare=False)
 
@@ -44,10 +40,10 @@ class SubsetPlan(Plan):
 
 
 def parameter_groups(model: Classifier, *, lr: float, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters of every layer with a learning rate of its own (Clark et al. 2020, ELECTRA), from the bottom up.
+    """Parameter groups with layer-wise learning rates (Clark et al. 2020, ELECTRA), from the lowest layer to the head.
 
-    `lr` is the head's; that of each layer below is `layer_decay`, in (0, 1], times the one above it. Each group has its
-    "lr" also as "peak_lr". Biases, norms and the class token do not decay.
+    `lr` is the head's; each layer below has `layer_decay`, in (0, 1], times the rate of the layer above. Each group
+    has its "lr" also as "peak_lr". Biases, norms and the class token have no weight decay.
     """
     depth = len(model.blocks)
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
@@ -61,12 +57,7 @@ def parameter_groups(model: Classifier, *, lr: float, layer_decay: float, weight
 
 
 class Learner(nn.Module):
-    """A classifier, and the moving average of its weights if there is one.
-
-    Args:
-        classifier: on the device it is trained on.
-        ema: decay of the average; None: no average.
-    """
+    """A classifier, and the moving average of its weights with decay `ema`; None: no average."""
 
     def __init__(self, classifier: Classifier, ema: float | None) -> None:
         super().__init__()
@@ -77,22 +68,16 @@ class Learner(nn.Module):
 
     @property
     def result(self) -> Classifier:
-        """What is measured and saved."""
+        """The classifier to measure and save."""
         module: nn.Module = self.classifier if self.average is None else self.average.module
         assert isinstance(module, Classifier)
         return module
 
 
 class FinetuneTask(Task):
-    """A classifier that learns labels, from augmented images.
+    """Trains a classifier, on the runtime's device, with augmented images and labels.
 
-    Args:
-        config: how to train.
-        classifier: on the runtime's device.
-        augment: of each batch.
-        runtime: where to compute.
-        batch_size: images of a step on all ranks, which scales the learning rate.
-        seed: of what is drawn in a step.
+    `batch_size` is the number of images of a step on all ranks, which scales the learning rate.
     """
 
     fixes = Fixes(
@@ -133,7 +118,7 @@ class FinetuneTask(Task):
         self.forward: nn.Module = wrap_ddp(classifier, runtime, config.accumulate)
 
     def inputs(self, batch: Batch, step: int, total: int) -> Inputs:
-        """Augmented images, and their labels (B,) or shares of the classes (B, num_classes)."""
+        """Augmented images, and labels (B,) or class probabilities (B, num_classes)."""
         del step, total
         return self._augment(batch.images, batch.labels) if len(batch.images) else (batch.images, batch.labels)
 
@@ -146,7 +131,7 @@ class FinetuneTask(Task):
         return len(inputs[0])
 
     def losses(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """The cross-entropy, twice: to be minimised and to be logged."""
+        """The cross-entropy, to minimise and to log."""
         images, targets = inputs
         with self.runtime.autocast():
             logits = self.forward(images)
@@ -154,7 +139,7 @@ class FinetuneTask(Task):
         return loss, loss.detach()
 
     def after_step(self) -> None:
-        """Moves the average."""
+        """Updates the average of the weights."""
         if self.model.average is not None:
             self.model.average.update_parameters(self.model.classifier)
 
@@ -163,12 +148,12 @@ MAY_CHANGE = frozenset({"settings", "labels", "checkpoint_minutes", "compile", "
 
 
 def check_same(checkpoint: Checkpoint | None, job: dict[str, Any], out: Path) -> None:
-    """Checks that a checkpoint belongs to the job in hand, which is as finetune.json has it.
+    """Checks that a checkpoint is of this job, which has the form of finetune.json.
 
     Raises:
-        CheckpointError: there is none, or it is of no fine-tuning.
-        ConfigError: it was made with other settings.
-        DataError: it was made with other images.
+        CheckpointError: no checkpoint, or one of no fine-tuning.
+        ConfigError: other settings.
+        DataError: other images or labels.
     """
     if checkpoint is None or not checkpoint.state.get("job"):
         raise CheckpointError(f"{out} holds no fine-tuning to go on with", "start one in a new folder")

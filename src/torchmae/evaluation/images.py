@@ -1,4 +1,4 @@
-"""The labelled images of an evaluation: those that probes learn from and those that they classify."""
+"""The images of an evaluation: training images for the probes, and test images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from torchmae.paths import user_path
 from torchmae.training.ranks import Ranks
 
 EVAL_BATCH = 250
-"""Images that are encoded at a time where nothing else is said."""
+"""The default batch size of an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class ModelInput:
     """What a model takes, and where its batches go.
 
     Attributes:
-        input_size: pixels along each axis; images of any other size are resampled to it.
-        channels: None: what the data has.
-        normalisation: that it was trained with; None: measured on the data.
+        input_size: pixels along each axis; other images are resampled.
+        channels: None: those of the data.
+        normalisation: of the model's training; None: measured on the data.
         device: of batches.
         batch_size: images in a batch.
-        progress: told how far indexing, reading and measuring are.
-        own: sources of a caller's own, by split, for data "own".
+        progress: called while images are indexed, read and measured.
+        own: the caller's own sources by split, for data "own".
     """
 
     input_size: tuple[int, ...]
@@ -53,25 +53,20 @@ class ModelInput:
     own: Mapping[str, Source] | None = None
 
     def context(self, data: DataOptions) -> Context:
-        """How data for this input is opened."""
+        """How to open data for this input."""
         return Context.of(data, spatial_dims=len(self.input_size), progress=self.progress)
 
     def splits(self, data: DataOptions) -> dict[str, Source]:
-        """The splits of data whose `source` is not None."""
+        """The splits of the data, whose `source` is not None."""
         assert data.source is not None
         return open_splits(data.source, self.context(data)) if self.own is None else dict(self.own)
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images of one split, without augmentation; read into memory, if they fit, when they are first asked for.
+    """Images of one split for a model, without augmentation; read into memory at first use if they fit.
 
-    Attributes:
-        source: the images.
-        data: how they are read.
-        model: what they are for.
-        normalisation: what the model was trained with, or what was measured.
-        bad: takes the images that cannot be read.
+    `normalisation` is that of the model's training, or measured; `bad` collects the images that cannot be read.
     """
 
     source: Source
@@ -89,7 +84,7 @@ class ImageSet:
         return self.augmented(DataConfig())  # of no effect on eval_batches
 
     def augmented(self, augmentation: DataConfig) -> ImageLoader:
-        """A loader to train with, whose crops and flips are those of `augmentation`; nothing else of it counts."""
+        """A loader for training, with the crops and flips of `augmentation` and nothing else of it."""
         limit = self.data.memory_limit * GIB
         return ImageLoader(
             self.source,
@@ -102,13 +97,13 @@ class ImageSet:
         )
 
     def only(self, indices: Indices) -> ImageSet:
-        """Some of the images, in this order; the others are not read."""
+        """Some of the images, in this order."""
         if np.array_equal(indices, np.arange(len(self))):
             return self
         return replace(self, source=Subset(self.source, indices))
 
     def shared(self, ranks: Ranks, what: str) -> tuple[Share, Iterator[Batch]]:
-        """This rank's share of the images, and its batches; `what` is said when `progress` is told how far they are."""
+        """This rank's share of the images, and its batches; `what` names the work for `progress`."""
         size = self.model.batch_size
         mine = share(np.arange(len(self)), size, ranks)
 
@@ -121,21 +116,14 @@ class ImageSet:
         return mine, batches()
 
     def batches(self, indices: Indices | None = None, batch_size: int | None = None) -> Iterator[Batch]:
-        """`read_batches` of all images in order, or of those named."""
+        """`read_batches` of all images in order, or of `indices`."""
         chosen = np.arange(len(self)) if indices is None else indices
         return read_batches(self.loader, chosen, self.model.batch_size if batch_size is None else batch_size)
 
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """An opened data set.
-
-    Attributes:
-        train: the images that probes learn from.
-        test: the images that they classify.
-        classes: the name of each label.
-        notes: what a reader of the figures should know, a sentence each.
-    """
+    """The images of an evaluation; `classes` names the labels, `notes` are sentences for readers of the figures."""
 
     train: ImageSet
     test: ImageSet
@@ -144,23 +132,23 @@ class EvaluationData:
 
     @property
     def normalisation(self) -> Normalisation:
-        """How stored values become the model's input."""
+        """Of both sets."""
         return self.train.normalisation
 
     def fingerprints(self) -> dict[str, str]:
-        """Digests that change when the images do, and others that change when the labels do."""
+        """Digests of the images and of the labels of both sets."""
         sources = {"train": self.train.source, "test": self.test.source}
         images = {split: source.fingerprint() for split, source in sources.items()}
         return images | {f"{split}_labels": source.label_fingerprint() for split, source in sources.items()}
 
 
 def read_batches(loader: ImageLoader, indices: Indices, batch_size: int = EVAL_BATCH) -> Iterator[Batch]:
-    """`ImageLoader.eval_batches` without the neighbours that stand in for images that cannot be read."""
+    """`ImageLoader.eval_batches` without the neighbours that replace unreadable images."""
     return without_stand_ins(loader, loader.eval_batches(indices, batch_size))
 
 
 def without_stand_ins(loader: ImageLoader, batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Batches of a loader without the neighbours that stand in for images that cannot be read."""
+    """Batches without the neighbours that replace unreadable images."""
     for batch in batches:
         unread = {name for name, _ in loader.bad.items}
         kept = np.flatnonzero([loader.source.name(int(row)) not in unread for row in batch.indices] if unread else [])
@@ -172,16 +160,11 @@ def without_stand_ins(loader: ImageLoader, batches: Iterator[Batch]) -> Iterator
 
 
 def open_evaluation_data(options: EvaluateOptions, model: ModelInput, *, labelled: bool = True) -> EvaluationData:
-    """Opens both sets of an evaluation.
-
-    Args:
-        options: `options.data.source` is not None.
-        model: what the images are for.
-        labelled: take only images with a label, and insist on two classes.
+    """Opens both sets of an evaluation; `labelled`: only images with a label, of at least two classes.
 
     Raises:
         ConfigError: options that do not fit the data, or data that does not fit the model.
-        DataError: data that is missing, empty, unreadable, or without the labels needed.
+        DataError: data that is missing, empty, unreadable, or lacks labels.
     """
     context = model.context(options.data)
     splits = model.splits(options.data)
@@ -205,17 +188,13 @@ def open_evaluation_data(options: EvaluateOptions, model: ModelInput, *, labelle
 
 
 def run_data(run: str) -> DataConfig | None:
-    """The data that a run was trained on; None where that is not known."""
+    """The data of a run's training; None where it is unknown."""
     config = user_path(run) / "config.yaml"
     return settings.read_config(config).data if config.is_file() else None
 
 
 def own_data(run: str, data: DataOptions) -> DataOptions:
-    """The options with the run's own data in place of none, read as the run did where nothing else is said.
-
-    Raises:
-        ConfigError: there is no data, and the run does not say which.
-    """
+    """The options, with the run's data and its way of reading where they say nothing; ConfigError without any data."""
     own = run_data(run)
     if own is None and data.source is None:
         raise ConfigError(f"data is not given and {run} does not say which", "add --data PATH_OR_NAME")
@@ -230,10 +209,7 @@ def own_data(run: str, data: DataOptions) -> DataOptions:
 def image_sets(
     sources: Sequence[Source], data: DataOptions, model: ModelInput
 ) -> tuple[list[ImageSet], tuple[str, ...]]:
-    """Sources, training images first, as a model takes them.
-
-    Returns:
-        a set for each source; and notes for a reader of the figures: on sizes, and the line that begins with "data:".
+    """A set for each source (training images first), and notes: on sizes, and the line that begins with "data:".
 
     Raises:
         ConfigError: images that do not fit the model.
@@ -256,12 +232,7 @@ def image_sets(
 
 
 def open_parts(data: DataOptions, split: str, model: ModelInput) -> tuple[list[ImageSet], tuple[str, ...]]:
-    """All images of a data set, labelled or not, a set for each split; and notes as of `image_sets`.
-
-    Args:
-        data: `source` is not None.
-        split: "train", "val", "test", or "all" that there are.
-        model: what the images are for.
+    """All images of a split ("train", "val" or "test") or of all splits ("all"), as of `image_sets`, labelled or not.
 
     Raises:
         ConfigError: a split that the data does not have, or data that does not fit the model.
@@ -275,19 +246,19 @@ def open_parts(data: DataOptions, split: str, model: ModelInput) -> tuple[list[I
 
 
 def rows_with_label(labels: Indices | None) -> Indices:
-    """The images whose label is known: none where `labels` is None."""
+    """The images with a known label."""
     return np.flatnonzero(np.empty(0) if labels is None else labels >= 0)
 
 
 def fixed_rows(length: int, count: int | None) -> Indices:
-    """`count` of `length` images, sorted: the same ones each time, evenly mixed; all of them when there are no more."""
+    """`count` of `length` images, or all if there are fewer: a fixed, mixed choice, sorted."""
     if count is None or count >= length:
         return np.arange(length)
     return np.sort(mixed_subset(length, count))
 
 
 def only_labelled(source: Source, what: str) -> Source:
-    """The images that have a label; DataError when none has."""
+    """The images with a label; DataError if there are none."""
     known = rows_with_label(source.labels)
     if not len(known):
         why = "".join(f"; {note}" for note in source.remarks if "labels" in note and "not used" in note)
@@ -305,14 +276,14 @@ def fixed_part(source: Source, count: int | None) -> Source:
 
 
 def class_names(train: Source) -> tuple[str, ...]:
-    """The name of each label of the training images; its number where it has none."""
+    """The name of each label of the training images, or its number."""
     if train.classes is not None:
         return train.classes
     return tuple(str(i) for i in range(0 if train.labels is None else int(train.labels.max(initial=-1)) + 1))
 
 
 def check_classes(train: Source, classes: tuple[str, ...]) -> None:
-    """DataError unless the training images are of two classes or more."""
+    """DataError if the training images are all of one class."""
     assert train.labels is not None
     present = np.unique(train.labels)
     if len(present) < 2:
@@ -323,7 +294,7 @@ def check_classes(train: Source, classes: tuple[str, ...]) -> None:
 
 
 def _resampled(seen: Probe, input_size: tuple[int, ...]) -> str:
-    """A note where images have to be resampled, else ""."""
+    """A note if images are resampled, else ""."""
     if seen.sizes == {input_size}:
         return ""
     found = "x".join(map(str, next(iter(seen.sizes)))) if len(seen.sizes) == 1 else "several sizes"
@@ -331,7 +302,7 @@ def _resampled(seen: Probe, input_size: tuple[int, ...]) -> str:
 
 
 def rescaled(normalisation: Normalisation, data: DataOptions, seen: Probe) -> tuple[Normalisation, list[str]]:
-    """A model's normalisation with data.scale, and a note where the images are of a type that it was not trained on."""
+    """A model's normalisation with data.scale, and a note if the images have a type new to the model."""
     trained = normalisation.scale
     if data.scale:
         normalisation = replace(normalisation, scale={**(trained or {}), **data.scale})

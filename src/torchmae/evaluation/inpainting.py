@@ -1,4 +1,4 @@
-"""What no learning can do: filling a hole from the pixels around it. The yardstick for a reconstruction."""
+"""Interpolation of masked pixels from the visible ones: the baseline of every reconstruction, without learning."""
 
 from __future__ import annotations
 
@@ -12,18 +12,11 @@ _MODE = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 def interpolate(images: Tensor, removed: Tensor) -> Tensor:
-    """Fills removed pixels by smooth interpolation of the visible ones, each channel on its own.
+    """Fills the removed pixels of (B, C, *size) images by smooth interpolation, each channel on its own.
 
-    Averages of the visible pixels on ever coarser grids fill the hole from coarse to fine (pull-push, Gortler et al.
-    1996); relaxation then brings it near the membrane, the surface in which every hidden pixel is the mean of its
-    neighbours.
-
-    Args:
-        images: (B, C, *size) float.
-        removed: (B, 1 or C, *size) bool, True where a pixel is hidden.
-
-    Returns:
-        (B, C, *size): visible pixels unchanged. A channel with nothing visible becomes zero.
+    Pull-push (Gortler et al. 1996) fills holes from averages of the visible pixels, from coarse grids to fine ones.
+    Relaxation then brings the result near the membrane, where every removed pixel is the mean of its neighbours.
+    `removed` is (B, 1 or C, *size) bool. Visible pixels stay; a channel without any becomes zero.
     """
     visible = (~removed).to(images.dtype).expand_as(images)
     filled = torch.where(removed, _pull_push(images * visible, visible), images)
@@ -33,7 +26,7 @@ def interpolate(images: Tensor, removed: Tensor) -> Tensor:
 
 
 def _pull_push(values: Tensor, weight: Tensor) -> Tensor:
-    """Weighted averages, from coarse to fine: `values` are already multiplied by `weight`, 0 to 1."""
+    """Weighted averages from coarse to fine; `values` are already multiplied by `weight`, in [0, 1]."""
     size = values.shape[2:]
     here = values / weight.clamp(min=1e-6)
     if max(size) == 1:

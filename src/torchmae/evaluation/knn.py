@@ -16,7 +16,7 @@ from torchmae.evaluation.subject import Subject
 KS = (10, 20, 100)
 TEMPERATURE = 0.07
 MAX_VALUES = 2**26
-"""Numbers in the largest intermediate result: 256 MB, whatever the number of features, queries and classes."""
+"""Limit of numbers in an intermediate result, 256 MB."""
 
 
 def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
@@ -33,20 +33,10 @@ def classify(
     ks: Sequence[int] = KS,
     temperature: float = TEMPERATURE,
 ) -> dict[str, Tensor]:
-    """Guesses for several numbers of neighbours; neighbours are looked up once.
+    """Rankings of `scores.rank` of the test images, as "knn<k>" for each number of neighbours in `ks`.
 
-    The k nearest, as of `nearest`, vote with weight exp(cosine / temperature). Queries are taken in blocks, so that
-    beside the features, centred, no more than `MAX_VALUES` numbers are held.
-
-    Args:
-        train: what votes.
-        test: what is classified.
-        num_classes: how many classes there are.
-        ks: numbers of neighbours; all where there are fewer.
-        temperature: above 0.
-
-    Returns:
-        "knn<k>" to guesses as `scores.rank` gives them.
+    The k nearest training images, as of `nearest`, vote with weight exp(cosine / temperature). Test images are taken
+    in blocks, so that beside the centred features no more than `MAX_VALUES` numbers are held.
     """
     guesses: dict[str, list[Tensor]] = {f"knn{k}": [] for k in ks}
     for index, cosine in nearest_directions(*_centred(train.features, test.features), max(ks), num_classes):
@@ -65,7 +55,7 @@ def knn_accuracy(
     k: int = 20,
     temperature: float = TEMPERATURE,
 ) -> float:
-    """Share of queries, (M, D), classified correctly by their neighbours among (N, D) features, in percent."""
+    """Percent of (M, D) queries that the vote of their k nearest of (N, D) features classifies correctly."""
     num_classes = int(max(labels.max(), query_labels.max())) + 1
     train, test = Labelled(features, labels), Labelled(queries, query_labels)
     (ranking,) = classify(train, test, num_classes, ks=(k,), temperature=temperature).values()
@@ -73,24 +63,18 @@ def knn_accuracy(
 
 
 def nearest(features: Tensor, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The nearest neighbours of queries, by cosine of features that are centred on the mean of `features`.
+    """(M, count) indices of the nearest of (N, D) features to (M, D) queries, nearest first, and their cosines.
 
-    Args:
-        features: (N, D).
-        queries: (M, D).
-        count: neighbours; all N when there are fewer.
-
-    Returns:
-        (M, count) int64 indices into `features`, nearest first, and their cosines.
+    Both are centred on the mean of `features`; a `count` above N means N.
     """
     index, cosine = zip(*nearest_directions(*_centred(features, queries), count), strict=True)
     return torch.cat(index), torch.cat(cosine)
 
 
 def nearest_directions(bank: Tensor, queries: Tensor, k: int, width: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-    """The nearest rows of a bank, (N, D) of length 1, and their cosines, (B, k) each, for blocks of (M, D) queries.
+    """Indices and cosines, (B, k), of the nearest rows of a bank, (N, D) of length 1, for blocks of (M, D) queries.
 
-    In a block, queries times `width`, or times N, are `MAX_VALUES` at most.
+    A block has at most `MAX_VALUES` / max(N, `width`) queries.
     """
     for block in torch.split(queries, max(1, MAX_VALUES // max(len(bank), width))):
         cosine, index = (F.normalize(block, dim=1) @ bank.T).topk(min(k, len(bank)), dim=1)

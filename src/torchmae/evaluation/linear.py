@@ -1,8 +1,7 @@
 """Linear probing: a linear classifier on frozen features.
 
-Two protocols. `classify` fits a multinomial logistic regression to the optimum and chooses the strength of its
-penalty on a part of the training images: nothing to tune, the same figure each time. `classify_paper` is the paper's
-(He et al. 2021, table 10): batch norm without affine and a linear layer, trained by LARS.
+`classify` fits a multinomial logistic regression to its optimum and chooses the penalty on a part of the training
+images: nothing to tune, the same figure each time. `classify_paper` follows the paper (He et al. 2021, table 10).
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ SWEEP = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 FIXED_C = 0.1
 VALIDATION_SHARE = 0.2
 MAX_VALUES = 2**26
-"""Logits that are held at a time: 256 MB."""
+"""Limit of logits in memory, 256 MB."""
 
 _PATIENCE = 2
 _MAX_ITERATIONS = 1000
@@ -46,12 +45,7 @@ _TRUST = 1e-3  # You et al. 2017, arXiv 1708.03888
 
 
 class Linear(NamedTuple):
-    """A linear classifier.
-
-    Attributes:
-        weight: (C, D).
-        bias: (C,), minus infinity for a class that training never saw.
-    """
+    """A linear classifier: weight (C, D), bias (C,), minus infinity for a class without training images."""
 
     weight: Tensor
     bias: Tensor
@@ -62,7 +56,7 @@ class Linear(NamedTuple):
 
 
 def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
-    """Accuracies for each kind of features (see `chosen_pools`), and of the patch mean with C = `FIXED_C` too."""
+    """Accuracies for each kind of features (`chosen_pools`); of the patch mean also with C = `FIXED_C`."""
     results = []
     for pool in chosen_pools(subject, options, subject.pools):
 
@@ -79,9 +73,9 @@ def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
 
 
 def classify(train: Labelled, test: Labelled, num_classes: int, *, c: float | None = None, seed: int = 0) -> Tensor:
-    """Guesses of a logistic regression on standardised features: (M, at most 5) classes, the likeliest first.
+    """Ranking, as of `scores.rank`, by a logistic regression on standardised features.
 
-    `c` is the strength of the fit, scikit-learn's C; None: chosen by `choose_c` with `seed`, on training images alone.
+    `c` is scikit-learn's C; None: `choose_c` with `seed`, on training images alone.
     """
     c = choose_c(train, num_classes, seed=seed) if c is None else c
     scaled, others = standardise(train.features, test.features)
@@ -89,10 +83,10 @@ def classify(train: Labelled, test: Labelled, num_classes: int, *, c: float | No
 
 
 def choose_c(train: Labelled, num_classes: int, *, seed: int = 0, sweep: Sequence[float] = SWEEP) -> float:
-    """The C whose classifier, learned from four fifths of the images, is right most often on the others.
+    """The C whose classifier, fitted on four fifths of the images, classifies the other fifth best.
 
-    Of equals the smallest; `FIXED_C` where no class has two images. The search goes from the strongest penalty to the
-    weakest, and ends when two in a row were worse than the best: the last ones take by far the longest to fit.
+    On a tie the smallest C; `FIXED_C` where no class has two images. The search goes from the strongest penalty to the
+    weakest and stops after two fits in a row below the best, because the last fits take by far the longest.
     """
     is_val = torch.from_numpy(_every_fifth(train.labels, seed)).to(train.labels.device)
     if not bool(is_val.any()):
@@ -108,23 +102,18 @@ def choose_c(train: Labelled, num_classes: int, *, seed: int = 0, sweep: Sequenc
 
 
 def standardise(features: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """All tensors less the mean of the first, over its deviation; a column that never changes becomes zero there."""
+    """All tensors standardised by mean and deviation of the first; a constant column is only centred."""
     mean, std = features.mean(0), features.std(0, correction=0)
     std = torch.where(std > 1e-6 * mean.abs().clamp(min=1e-6), std, torch.ones_like(std))
     return tuple((item - mean) / std for item in (features, *others))
 
 
 def fit(features: Tensor, labels: Tensor, num_classes: int, cs: Sequence[float]) -> Iterator[Linear]:
-    """Multinomial logistic regressions, each fitted to its optimum by L-BFGS.
+    """Multinomial logistic regressions on standardised (N, D) features, each fitted to its optimum by L-BFGS.
 
-    The objective is scikit-learn's: C times the summed cross-entropy plus half the squared weights, biases free (with
-    two classes one vector of weights stands for both, which halves their penalty).
-
-    Args:
-        features: (N, D) float32, standardised.
-        labels: (N,) int64.
-        num_classes: how many classes there are; those without an image are never predicted.
-        cs: values of C, rising: each fit starts from the one before it.
+    The objective is scikit-learn's: C times the summed cross-entropy plus half the squared weights, without a penalty
+    on biases (with two classes it has one weight vector for both, which halves the penalty). The values of C rise,
+    and each fit starts from the one before it. Classes without an image are never predicted.
     """
     present, targets = torch.unique(labels, return_inverse=True)
     weight = features.new_zeros(len(present), features.shape[1])
@@ -138,7 +127,7 @@ def fit(features: Tensor, labels: Tensor, num_classes: int, cs: Sequence[float])
 
 
 def _minimise(features: Tensor, targets: Tensor, weight: Tensor, bias: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
-    """The weights and biases with the least mean cross-entropy plus penalty / 2 times the squared weights."""
+    """Weights and biases that minimise mean cross-entropy + penalty / 2 * squared weights."""
     weight, bias = weight.clone(), bias.clone()
     optimizer = torch.optim.LBFGS(
         [weight, bias],
@@ -166,7 +155,7 @@ def _minimise(features: Tensor, targets: Tensor, weight: Tensor, bias: Tensor, p
 
 
 def _every_fifth(labels: Tensor, seed: int) -> npt.NDArray[np.bool_]:
-    """(N,) whether an image is held out: a fifth of each class, at least one of a class with two."""
+    """(N,) whether an image is held out: a fifth of each class, at least one if the class has two."""
     classes = labels.cpu().numpy()
     order = permutation(seed, 0, len(classes), Purpose.HOLD_OUT)
     held_out = np.zeros(len(classes), dtype=np.bool_)
@@ -177,13 +166,12 @@ def _every_fifth(labels: Tensor, seed: int) -> npt.NDArray[np.bool_]:
 
 
 def classify_paper(train: Labelled, test: Labelled, num_classes: int, *, seed: int = 0) -> Tensor:
-    """Guesses by the paper's protocol, on features without augmentation: (M, at most 5) classes.
+    """Ranking, as of `scores.rank`, by the paper's protocol, here on features without augmentation.
 
-    90 epochs of LARS with momentum 0.9 and no weight decay; the rate is 0.1 x 16,384 / 256, with 10 epochs of warm-up
-    and a cosine. The paper's batch of 16,384 means 78 steps an epoch on ImageNet; smaller data takes the smaller batch
-    that gives as many, down to 32. The rate stays: the length of a LARS step does not depend on the gradient's.
-
-    `seed` is of the weights and the order.
+    Batch norm without affine and a linear layer; 90 epochs of LARS with momentum 0.9 and no weight decay; learning rate
+    0.1 x 16,384 / 256, with 10 epochs of warm-up and a cosine. The paper's batch of 16,384 means 78 steps an epoch on
+    ImageNet; smaller data takes a smaller batch, at least 32, for the same number of steps. The learning rate stays,
+    because the length of a LARS step does not depend on the gradient's. `seed` decides weights and order.
     """
     count, device = len(train.labels), train.features.device
     batch = min(count, max(_MIN_BATCH, min(_BATCH, count // _STEPS_PER_EPOCH)))
@@ -207,7 +195,7 @@ def classify_paper(train: Labelled, test: Labelled, num_classes: int, *, seed: i
 
 
 def _lars_step(classifier: Linear, gradients: tuple[Tensor, Tensor], momenta: list[Tensor], lr: float) -> None:
-    """Momentum on gradients scaled to the size of what they change (You et al. 2017); biases take them as they are."""
+    """Momentum on gradients scaled to the norm of their weights (You et al. 2017); biases without the scaling."""
     for parameter, gradient, momentum in zip(classifier, gradients, momenta, strict=True):
         if parameter.ndim > 1:
             gradient = gradient * (_TRUST * parameter.norm() / gradient.norm().clamp(min=1e-12))

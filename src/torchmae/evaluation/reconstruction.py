@@ -1,4 +1,4 @@
-"""How good a reconstruction is, beside predictions that take no learning."""
+"""Reconstruction loss and explained variance, beside baselines without learning."""
 
 from __future__ import annotations
 
@@ -18,17 +18,15 @@ from torchmae.training.runtime import Runtime
 class HoldOut:
     """Figures on held-out images under fixed masks.
 
-    Two predictors that need no learning stand beside the model: the mean of each image's visible patches, and smooth
-    interpolation from the visible pixels (`inpainting.interpolate`). All are compared in the space of the model's
-    target. For a normalised target the interpolated patch is normalised by its own statistics and scaled by the
-    single factor, at least 0, that makes its loss smallest: the kindest reading of it.
+    Two baselines stand beside the model: the mean of each image's visible patches, and `inpainting.interpolate`. All
+    are compared in the space of the model's target. For a normalised target, the interpolated patch is normalised by
+    its own statistics and scaled by the factor, at least 0, with the smallest loss: its most favourable reading.
 
     Args:
-        model: the model to measure, as it will be when called.
+        model: the model to measure; `run` reads its weights anew.
         batches: images (B, C, *size) and their masks, the same at each iteration.
         runtime: where to compute.
-        share: of several ranks, the share of the images that `batches` are; all ranks then call the same methods, and
-            the figures are of all images. None: `batches` are all there are.
+        share: `batches` are this rank's share; all ranks call the same methods and get figures of all images.
     """
 
     def __init__(
@@ -61,12 +59,10 @@ class HoldOut:
 
     @torch.no_grad()
     def run(self) -> dict[str, float]:
-        """Measures the model as it is now.
+        """Mean squared errors on the masked values: loss, loss_mean_patch, loss_interpolation.
 
-        Returns:
-            loss, loss_mean_patch, loss_interpolation (mean squared errors on hidden values), explained_variance and
-            explained_variance_interpolation: 1 - loss / variance of the hidden values, 0 for a constant, 1 for
-            perfection.
+        explained_variance and explained_variance_interpolation are 1 - loss / variance of the masked values: 0 for
+        a constant, 1 for a perfect prediction.
         """
         self._model.eval()
         found = []
@@ -88,6 +84,6 @@ class HoldOut:
         }
 
     def _totals(self, found: Sequence[tuple[float, ...]]) -> list[float]:
-        """Sums over the batches of all ranks, in the order that one rank would add them up."""
+        """Sums over the batches of all ranks, added up in the order of a single rank."""
         of_all = found if self._share is None else self._share.of_all_batches(found)
         return [sum(column) for column in zip(*of_all, strict=True)]

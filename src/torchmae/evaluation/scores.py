@@ -1,4 +1,4 @@
-"""From predicted classes to figures: top-1, top-5, each class, confusions, and how sure the figure is."""
+"""From predicted classes to figures: top-1, top-5, accuracy of each class, confusions, confidence intervals."""
 
 from __future__ import annotations
 
@@ -21,25 +21,14 @@ _SHARD = re.compile(r"(?:[a-z]+[-_ ]?)?(?:\d+|[0-9a-f]{2})", re.IGNORECASE)  # n
 
 
 class Labelled(NamedTuple):
-    """Features of labelled images, on one device.
-
-    Attributes:
-        features: (N, D) float32.
-        labels: (N,) int64, 0 to the number of classes - 1.
-    """
+    """Features (N, D) float32 and labels (N,) int64 of images, on one device."""
 
     features: Tensor
     labels: Tensor
 
 
 class Result(NamedTuple):
-    """What one method says of one subject.
-
-    Attributes:
-        figures: name to number; accuracies in percent.
-        details: what is behind them, as JSON values.
-        notes: what a reader of the figures should know, a sentence each.
-    """
+    """The outcome of one method for one subject: figures by name (accuracies in percent), JSON details, notes."""
 
     figures: dict[str, float]
     details: dict[str, Any]
@@ -60,19 +49,11 @@ def rank(votes: Tensor) -> Tensor:
 
 
 def score(name: str, ranking: Tensor, labels: Tensor, classes: Sequence[str]) -> Result:
-    """How well a classifier did.
+    """Accuracies of a classifier, from (M, at most 5) classes of `rank` and the (M,) int64 labels.
 
-    Args:
-        name: of the figure.
-        ranking: (M, at most 5) classes, the likeliest first, as `rank` gives them.
-        labels: (M,) int64, the right ones.
-        classes: the name of each class.
-
-    Returns:
-        figures, in percent: NAME, the share of images whose first guess is right; with more than five classes
-        NAME_top5, that with the right class among the first five; NAME_low and NAME_high, the ends of the 95% interval
-        of NAME. details, under NAME: the images and the share right of each class, and up to `MAX_CONFUSION_CLASSES` of
-        them the confusion matrix (rows are the right classes).
+    Figures in percent: NAME (top-1), NAME_low and NAME_high (its 95% interval), and NAME_top5 with more than five
+    classes. Details, under NAME: images and top-1 of each class, and for at most `MAX_CONFUSION_CLASSES` classes the
+    confusion matrix, whose rows are the labels.
     """
     ranking, labels, num_classes = ranking.cpu(), labels.cpu(), len(classes)
     right = ranking == labels[:, None]
@@ -85,9 +66,8 @@ def score(name: str, ranking: Tensor, labels: Tensor, classes: Sequence[str]) ->
     figures = {name: 100 * sum(right_counts) / len(labels)}
     if num_classes > TOP:
         figures[f"{name}_top5"] = 100 * right.any(1).double().mean().item()
-    figures[f"{name}_low"], figures[f"{name}_high"] = (
-        100 * end for end in wilson_interval(sum(right_counts), len(labels))
-    )
+    low, high = wilson_interval(sum(right_counts), len(labels))
+    figures |= {f"{name}_low": 100 * low, f"{name}_high": 100 * high}
     per_class = [
         {"class": word, "images": count, "top1": 100 * correct / count if count else None}
         for word, count, correct in zip(classes, counts, right_counts, strict=True)
@@ -96,19 +76,15 @@ def score(name: str, ranking: Tensor, labels: Tensor, classes: Sequence[str]) ->
 
 
 def majority(train: Indices, test: Indices) -> tuple[int, float]:
-    """The commonest class of the training labels, and the share of test labels that are of it, in percent."""
+    """The commonest class of the training labels, and its share of the test labels in percent."""
     commonest = int(np.bincount(train).argmax())
     return commonest, 100.0 * float((test == commonest).mean())
 
 
 def chance_note(figures: Mapping[str, float], train: Indices, test: Indices, classes: Sequence[str]) -> tuple[str, ...]:
-    """A note where no accuracy is surely above that of always answering the commonest class.
+    """A note if no figure of `score` is above the accuracy of always answering the commonest class.
 
-    Args:
-        figures: as `score` gives them; others are passed over.
-        train: labels of the training images.
-        test: labels of the test images.
-        classes: the name of each.
+    "Above" means that the whole interval is; `train` and `test` are labels.
     """
     lowest = [figures[f"{name}_low"] for name in figures if f"{name}_low" in figures]
     if not lowest:
@@ -123,17 +99,12 @@ def chance_note(figures: Mapping[str, float], train: Indices, test: Indices, cla
 
 
 def exact(tensor: Tensor) -> Tensor:
-    """In double precision, on the tensor's device or, where that has none (MPS), on the processor."""
+    """In double precision, on the tensor's device, or on the CPU where the device has none (MPS)."""
     return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 
 
 def wilson_interval(correct: int, count: int) -> tuple[float, float]:
-    """The 95% score interval of a share (Wilson 1927), in [0, 1]; never a single point, also where all answers agree.
-
-    Args:
-        correct: right answers.
-        count: all answers, at least 1.
-    """
+    """The 95% score interval, in [0, 1], of `correct` out of `count` answers, 1 or more (Wilson 1927)."""
     z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     share = correct / count
     centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
@@ -141,13 +112,13 @@ def wilson_interval(correct: int, count: int) -> tuple[float, float]:
     return max(min(centre - half, share), 0.0), min(max(centre + half, share), 1.0)
 
 
-def over_draws(draws: Sequence[Mapping[str, float]], accuracies: Sequence[str]) -> Result:
-    """Figures of several draws of training images as their means.
+def over_draws(draws: Sequence[Mapping[str, float]], accuracies: Iterable[str]) -> Result:
+    """Means of the figures of several draws of training images.
 
-    Of `accuracies` also the deviation of a sample (0 for one draw), as NAME_std, and as details the value of each draw.
+    For `accuracies`, NAME_std is the sample deviation, 0 for one draw, and the details have the value of each draw.
     """
-    figures = {name: mean(figures[name] for figures in draws) for name in draws[0]}
-    values = {name: [figures[name] for figures in draws] for name in accuracies}
+    figures = {name: mean(draw[name] for draw in draws) for name in draws[0]}
+    values = {name: [draw[name] for draw in draws] for name in accuracies}
     for name, found in values.items():
         figures[f"{name}_std"] = stdev(found) if len(found) > 1 else 0.0
     return Result(figures, {name: {"draws": found} for name, found in values.items()})

@@ -1,4 +1,4 @@
-"""Images that are evaluated, divided among ranks: each looks at a share, and all learn what all have found."""
+"""Evaluation on several ranks: each rank computes on a share of the images, and all ranks get all results."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Share:
-    """One rank's share.
+    """One rank's share of the images.
 
     Attributes:
-        rows: the images that it looks at, in order; the last one may be a stand-in.
-        num_batches: how many batches count: all but that of a stand-in.
-        ranks: among whom the images are divided.
+        rows: the rank's images, in order; the last one may be padding, a batch of its own.
+        num_batches: number of batches without the padding.
+        ranks: the group that shares the images.
     """
 
     rows: Indices
@@ -31,28 +31,20 @@ class Share:
     ranks: Ranks = ALONE
 
     def of_all_images(self, *values: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """What all ranks have found for their images, (N, ...) each, in the order of all.
-
-        Each of `values` is what this rank has found, (B, ...) for each of its batches.
-        """
+        """All ranks' values, (N, ...) in the order of the images, from this rank's (B, ...) for each of its batches."""
         count = sum(map(len, values[0][: self.num_batches]))
         return tuple(self.ranks.gather_rows(torch.cat(list(value))[:count]) for value in values)
 
     def of_all_batches(self, values: Sequence[T]) -> list[T]:
-        """What all ranks have found for their batches, in the order of all; from one small value for each of ours."""
+        """All ranks' values, in the order of the batches, from one small value for each of this rank's batches."""
         return [value for part in self.ranks.gather(list(values[: self.num_batches])) for value in part]
 
 
 def share(rows: Indices, size: int, ranks: Ranks) -> Share:
-    """This rank's share of some images: whole batches, the same ones that a single rank would make.
+    """This rank's share of images: whole batches of `size`, the same batches that a single rank would make.
 
-    All ranks have as many batches, because those that hold parts of one model (FSDP2) can only compute together. Where
-    they do not come out even, some have a stand-in: a batch of one image that does not count.
-
-    Args:
-        rows: the images.
-        size: of a batch.
-        ranks: among whom.
+    All ranks get the same number of batches, because ranks that hold parts of one model (FSDP2) must compute together:
+    a rank with one batch less gets padding, a batch of one image that does not count.
     """
     batches = -(-len(rows) // size)
     mine = ranks.share(batches)

@@ -23,27 +23,21 @@ from torchmae.training.runtime import Runtime
 RANDOM = "random"
 PIXELS = "pixels"
 
-# The side, by the number of axes, that images are averaged down to as features: full ones of ten thousand photographs
-# would take gigabytes.
+# By the number of axes: the largest side of an image as features. Ten thousand photographs in full take gigabytes.
 _PIXEL_SIDE = {1: 1024, 2: 32, 3: 10}
 _POOL: dict[int, Callable[..., Tensor]] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A source of features.
-
-    Attributes:
-        name: "model", "random" or "pixels".
-        model: the network, in eval mode; None for pixels.
-    """
+    """A source of features, called "model", "random" or "pixels"; pixels have no model."""
 
     name: str
     model: MaskedAutoencoder | None
 
     @property
     def pools(self) -> tuple[str, ...]:
-        """The kinds of features it has, of "mean", "cls" and "both"."""
+        """Its kinds of features: some of "mean", "cls" and "both"."""
         return ("mean",) if self.model is None else self.model.pools
 
     @property
@@ -53,18 +47,13 @@ class Subject:
 
     @torch.no_grad()
     def encode(self, images: Tensor, pool: str) -> Tensor:
-        """Features of whole images; nothing is masked.
+        """Features of normalised (B, C, *size) float32 images without a mask: (B, D), or (B, L, D) with "tokens".
 
-        Args:
-            images: (B, C, *size) float32, normalised.
-            pool: one of `pools`, or "tokens" where there are any. "both" is "mean" and then "cls".
-
-        Returns:
-            (B, D), or (B, L, D) with "tokens". Of pixels, all values of an image; one of more than 32 x 32 pixels (1024
-            on one axis, 10 x 10 x 10 on three) is averaged down to that.
+        `pool` is one of `pools`, or "tokens" where `has_tokens`; "both" is "mean" followed by "cls". Pixels give all
+        values of an image, averaged down to at most 32 x 32 (1,024 on one axis, 10 x 10 x 10 on three).
 
         Raises:
-            ConfigError: features that it does not have.
+            ConfigError: the subject does not have these features.
         """
         if self.model is not None:
             return self.model.encode(images, pool)
@@ -85,14 +74,9 @@ class Subject:
 def extract(
     subject: Subject, batches: Iterable[Batch], runtime: Runtime, pool: str = "mean", share: Share | None = None
 ) -> Labelled:
-    """Features and labels (-1 where unknown) of all batches, on the device.
+    """Features, as of `Subject.encode`, and labels (-1 where unknown) of all batches; puts the model into eval mode.
 
-    Args:
-        subject: what encodes; its model is put into eval mode.
-        batches: images without augmentation.
-        runtime: where to compute.
-        pool: as for `Subject.encode`.
-        share: of several ranks, the share of the images that `batches` are; all ranks get the features of all images.
+    With `share`, `batches` are this rank's part of the images, and all ranks get the features of all images.
     """
     if subject.model is not None:
         subject.model.eval()
@@ -109,9 +93,9 @@ def extract(
 def untrained(
     arguments: dict[str, Any], seed: int, device: torch.device, own: MaskedAutoencoder | None = None
 ) -> Subject:
-    """The network of `presets.construct` arguments with fresh weights; torch's own generator is left alone.
+    """A network with fresh weights, drawn without a change of torch's generator; or a copy of `own` with its weights.
 
-    A model handed over in Python, `own`, is taken with the weights that it has.
+    `arguments` are those of `presets.construct`.
     """
     if own is not None:
         return Subject(RANDOM, copy.deepcopy(own).to(device).eval())

@@ -1,4 +1,4 @@
-"""One evaluation from the options to its record: what is opened, which methods measure which subjects."""
+"""One evaluation, from the options to its record: opens the data, measures each subject by each method."""
 
 from __future__ import annotations
 
@@ -28,19 +28,12 @@ from torchmae.training.runtime import Runtime, environment
 
 ALL = "all"
 RECORDS = "evaluations.jsonl"
-"""A file of a run folder: every evaluation of the run, one JSON object a line, with all that made its figures."""
+"""A file of the run folder with all evaluations of the run, one JSON object a line."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures and all that made them.
-
-    Attributes:
-        results: of each method, of each subject.
-        data: the images.
-        notes: what a reader of the figures should know, a sentence each.
-        record: the same as JSON values, as evaluations.jsonl has it.
-    """
+    """Results by method and subject, the images, notes for a reader, and all of it as a record of evaluations.jsonl."""
 
     results: dict[str, dict[str, Result]]
     data: EvaluationData
@@ -48,7 +41,7 @@ class Evaluation:
     record: dict[str, Any]
 
     def figures(self) -> dict[str, dict[str, float]]:
-        """Of each subject, every figure by name."""
+        """All figures of each subject by name."""
         merged: dict[str, dict[str, float]] = {}
         for by_subject in self.results.values():
             for name, result in by_subject.items():
@@ -57,10 +50,7 @@ class Evaluation:
 
 
 def run(run: str | Path, options: EvaluateOptions, compute: ComputeOptions, **own: Any) -> dict[str, float]:
-    """Evaluates and records: the figures in one flat dictionary, those of baselines as "random.knn20".
-
-    Arguments and errors as for `evaluate`.
-    """
+    """Runs `evaluate` and records it. Returns the figures by name, those of baselines as "random.knn20"."""
     evaluation = evaluate(run, options, compute, **own)
     record_evaluation(run, evaluation)
     by_subject = evaluation.figures()
@@ -80,14 +70,14 @@ def evaluate(
     model: MaskedAutoencoder | None = None,
     splits: Mapping[str, Source] | None = None,
 ) -> Evaluation:
-    """Measures a run. Of several ranks that torchrun has started, each looks at a share of the images.
+    """Measures a run. Each rank that torchrun has started computes on a share of the images.
 
     Args:
-        run: whatever `load` takes; or "random" or "pixels" with `options.preset`, which go through the very same code.
+        run: as for `load`; or "random" or "pixels", with `options.preset`.
         options: what to measure, on which images.
-        compute: where.
-        model: of a run of a model handed over in Python, this model again, untrained.
-        splits: images of the caller's own, by split, for data "own".
+        compute: device, precision, threads, batch size.
+        model: the caller's own model of the run, untrained.
+        splits: the caller's own images, by split, for data "own".
 
     Raises:
         TorchmaeError: a run, options or data that do not fit; a ConfigError on all ranks.
@@ -112,11 +102,10 @@ def evaluate(
 
 
 def record_evaluation(run: str | Path, evaluation: Evaluation) -> Path | None:
-    """Adds the evaluation to RUN/evaluations.jsonl; None for what has no folder ("random", "pixels", a file), and on
-    all ranks but the first.
+    """Adds the evaluation to RUN/evaluations.jsonl; CheckpointError if it cannot be written.
 
-    Raises:
-        CheckpointError: the file cannot be written.
+    Does nothing and returns None for a run without a folder ("random", "pixels", a file), and on all ranks but the
+    first.
     """
     if not ranks_from_environment().is_main or str(run) in (RANDOM, PIXELS) or not user_path(run).is_dir():
         return None
@@ -124,9 +113,9 @@ def record_evaluation(run: str | Path, evaluation: Evaluation) -> Path | None:
 
 
 def append_record(folder: Path, record: Mapping[str, Any]) -> Path:
-    """Adds a line to `RECORDS`, by a single write, and returns the file; CheckpointError where it cannot be written.
+    """Adds a line to `RECORDS` by a single write and returns the file; CheckpointError if it cannot be written.
 
-    A line that an earlier write left unfinished is closed off first.
+    Ends an incomplete last line of an earlier write first.
     """
     path = folder / RECORDS
     try:
@@ -146,7 +135,7 @@ def append_record(folder: Path, record: Mapping[str, Any]) -> Path:
 
 
 def chosen_methods(options: EvaluateOptions) -> dict[str, Method]:
-    """The method asked for; with "all", those that have something beside them and take the options that are given."""
+    """The method of the options; for "all", the methods with baselines that take all options that are set."""
     if options.method != ALL:
         return {options.method: METHODS[options.method]}
     given = [takers for name, takers in APPLIES_TO.items() if getattr(options, name) not in (None, False)]
@@ -162,9 +151,9 @@ def open_bench(
     own: MaskedAutoencoder | None = None,
     splits: Mapping[str, Source] | None = None,
 ) -> tuple[Bench, list[Subject], EvaluateOptions]:
-    """Opens what is evaluated and the images, and says which data the options came to mean.
+    """Opens the images and the subjects, and returns the options with the data that was opened.
 
-    The first subject is the one asked for; with the method "all" an untrained network and pixels stand beside a run.
+    The first subject is `run`; the method "all" adds an untrained network and pixels to a run.
     """
     methods = chosen_methods(options)
     pretrained = None if run in (RANDOM, PIXELS) else load(run, target=options.target, model=own)
@@ -177,7 +166,7 @@ def open_bench(
     else:
         arguments = pretrained.description.arguments
         if options.method in APPLIES_TO["out"]:
-            output_folder(run, options)  # one that is missing is said before the images are opened
+            output_folder(run, options)  # an error comes before the images are opened
     description = None if pretrained is None else pretrained.description
     model = ModelInput(
         tuple(arguments["input_size"]),
@@ -195,7 +184,7 @@ def open_bench(
         options = replace(options, data=own_data(run, options.data))
         data = open_evaluation_data(options, model, labelled=any(method.labelled for method in methods.values()))
         if options.labels_per_class is not None and data.train.source.labels is not None:
-            # Before hours of encoding, not after.
+            # Before hours of encoding.
             check_counts(data.train.source.labels, data.classes, options.labels_per_class)
     arguments = {**arguments, "in_chans": len(data.normalisation.mean)}
     baselines = {RANDOM: lambda: untrained(arguments, options.seed, runtime.device, own), PIXELS: pixels}
@@ -206,14 +195,14 @@ def open_bench(
         trained = Subject("model", pretrained.model.to(runtime.device))
         subjects = [trained, *(make() for name, make in baselines.items() if name in beside)]
         data = replace(data, notes=(*pretrained.notes, *data.notes))
-    ratio = 0.75 if description is None else float(description.mask.get("ratio", 0.75))  # where it is not known
+    ratio = 0.75 if description is None else float(description.mask.get("ratio", 0.75))  # 0.75: unknown
     return Bench(data, runtime, display, run, ratio), subjects, options
 
 
 def measure(
     bench: Bench, subjects: Sequence[Subject], options: EvaluateOptions
 ) -> tuple[dict[str, dict[str, Result]], tuple[str, ...]]:
-    """Results by method and subject; with the method "all" also what was left out and why, a sentence each."""
+    """Results by method and subject, and sentences on the methods that "all" left out."""
     results: dict[str, dict[str, Result]] = {}
     left_out = []
     for name, method in chosen_methods(options).items():
@@ -237,7 +226,7 @@ def make_record(
     results: dict[str, dict[str, Result]],
     notes: Sequence[str],
 ) -> dict[str, Any]:
-    """Figures, what is behind them, and all that made them, as JSON values."""
+    """Figures, their details, and everything that decided them, as JSON values."""
     return {
         "run": run,
         "method": options.method,

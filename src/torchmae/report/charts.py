@@ -1,4 +1,4 @@
-"""Line charts, laid out in numbers; the page draws them as SVG in its own colours and font (macros.html)."""
+"""Layout of line charts; macros.html draws them as SVG in the page's colours and font."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torchmae.report.metrics import Unit, finite
 from torchmae.report.run import short_count
 
 Points: TypeAlias = npt.NDArray[np.float64]
-# The ends of a range of values, and the places in the drawing that these have.
+# The ends of a range of values, and their coordinates in the drawing.
 Scale: TypeAlias = tuple[tuple[float, float], tuple[float, float]]
 
 RUN_COLOURS = tuple(f"run-{i}" for i in range(8))
-# Of the drawing, as of its text: a narrow one is still legible on a phone.
+# Of the drawing, in the units of its text: small, so that the text is legible on a phone.
 WIDTH, HEIGHT = 360, 209
 _BELOW, _ABOVE, _BETWEEN, _RIGHT = 36, 8, 16, 22
 _LETTER_WIDTH = 6.2
@@ -30,9 +30,8 @@ _LETTER_HEIGHT = 0.075
 class Line:
     """A line of a chart; `colour` is one of the style sheet: model, train, mean, interpolation, run-0 to run-7.
 
-    Attributes:
-        level: whether it is a value to compare with, drawn dashed over the whole width, wherever its x is.
-        letter: what stands at its end; then the legend leaves it out.
+    A `level` is one value, drawn dashed over the whole width. A `letter` stands at the line's end, in place of an entry
+    of the legend.
     """
 
     label: str
@@ -45,7 +44,7 @@ class Line:
 
 
 class Panel(NamedTuple):
-    """Lines of one unit above one horizontal axis; those without points are not drawn."""
+    """Lines of one unit over one horizontal axis; lines without points are not drawn."""
 
     lines: Sequence[Line]
     unit: Unit
@@ -53,7 +52,7 @@ class Panel(NamedTuple):
 
 
 class Stroke(NamedTuple):
-    """A line as it is drawn: the path of an SVG, (x, y) of the dots at its points, and of its letter."""
+    """A line in the drawing: its SVG path, (x, y) of the dots at its points, (x, y) of its letter."""
 
     line: Line
     path: str
@@ -62,17 +61,16 @@ class Stroke(NamedTuple):
 
 
 class Area(NamedTuple):
-    """A panel as it is drawn: (y, text) of its vertical axis's ticks, and its lines."""
+    """A panel in the drawing: (y, text) of the ticks of its vertical axis, and its lines."""
 
     ticks: Sequence[tuple[float, str]]
     strokes: Sequence[Stroke]
 
 
 class Chart(NamedTuple):
-    """A chart as it is drawn, in units of `WIDTH` times `HEIGHT`; `alt` states its numbers for those who cannot see it.
+    """A chart as a drawing of `WIDTH` times `HEIGHT`; `alt` states its numbers for a screen reader.
 
-    The horizontal axis counts `along` and begins at `left`; `ticks` are (x, text). `legend` is empty where the title
-    says what the line is.
+    The horizontal axis is labelled `along` and begins at `left`; `ticks` are (x, text). A single line has no legend.
     """
 
     title: str
@@ -85,9 +83,9 @@ class Chart(NamedTuple):
 
 
 def chart(title: str, *panels: Panel, along: str = "steps") -> Chart | None:
-    """Lays out panels below each other, the first of two the higher one; `along` is what their common axis counts.
+    """Lays out panels below each other over a common axis labelled `along`; the first of two panels is higher.
 
-    None where a panel has no line that is no level.
+    None if a panel has no lines but levels.
     """
     panels = tuple(panel._replace(lines=[line for line in panel.lines if len(line.x)]) for panel in panels)
     if not all(any(not line.level for line in panel.lines) for panel in panels):
@@ -126,20 +124,20 @@ def chart(title: str, *panels: Panel, along: str = "steps") -> Chart | None:
 
 
 def series_of(records: Sequence[Mapping[str, Any]], key: str) -> tuple[Points, Points]:
-    """(steps, values) of the records that have a finite value under `key`."""
+    """(steps, values) of the records with a finite value under `key`."""
     pairs = [(float(record["step"]), value) for record in records if (value := finite(record, key)) is not None]
     points = np.array(pairs, dtype=np.float64).reshape(-1, 2)
     return points[:, 0], points[:, 1]
 
 
 def level(label: str, value: float | None, colour: str) -> Line:
-    """A value to compare with; no line where there is none."""
+    """A horizontal line at a value; None: no line."""
     values = np.array([] if value is None else [value])
     return Line(label, colour, values, values, level=True)
 
 
 def _sentence(line: Line, unit: Unit) -> str:
-    """Where a line starts and ends, and how far it goes beyond either."""
+    """First and last value of a line, and its extremes if they lie beyond."""
     if line.level:
         return f"{line.label} {unit.text(line.y[-1])}"
     first, last, low, high = (unit.text(float(value)) for value in (line.y[0], line.y[-1], line.y.min(), line.y.max()))
@@ -148,7 +146,7 @@ def _sentence(line: Line, unit: Unit) -> str:
 
 
 def _limits(panel: Panel) -> tuple[float, float]:
-    """The range of the vertical axis. It leaves out the spike that many losses begin with."""
+    """The range of the vertical axis, without the spike at the start of many losses."""
     highest = max(max(float(np.percentile(line.y, 98)), float(line.y[-1])) for line in panel.lines)
     lowest = min(float(line.y.min()) for line in panel.lines)
     lowest = min(lowest, 0.0) if panel.from_zero else lowest
@@ -157,7 +155,7 @@ def _limits(panel: Panel) -> tuple[float, float]:
 
 
 def _labels(unit: Unit, low: float, high: float, count: int) -> list[tuple[float, str]]:
-    """The ticks between two values, and what stands beside each."""
+    """The ticks between two values, with their texts."""
     return [(tick, f"{round(tick * unit.scale, 9):,.6g}{unit.sign}") for tick in _ticks(low, high, count)]
 
 
@@ -169,12 +167,12 @@ def _ticks(low: float, high: float, count: int, *, integer: bool = False) -> lis
 
 
 def _place(value: float, scale: Scale) -> float:
-    """A value as a place in the drawing; what lies beyond its range is at its end."""
+    """The coordinate of a value, clipped to the scale."""
     return round(float(np.interp(value, *scale)), 1)
 
 
 def _stroke(line: Line, across: Scale, down: Scale) -> Stroke:
-    parts = min(len(line.x), _MAX_POINTS)  # each point the mean of its neighbours: kinder to a noisy loss, too
+    parts = min(len(line.x), _MAX_POINTS)  # each point is a mean of neighbours, which smooths a noisy loss
     x, y = ([part.mean() for part in np.array_split(values, parts)] for values in (line.x, line.y))
     if line.level:
         x, y = list(across[0]), [y[-1]] * 2
@@ -185,7 +183,7 @@ def _stroke(line: Line, across: Scale, down: Scale) -> Stroke:
 
 
 def _spread_letters(heights: Sequence[float]) -> list[float]:
-    """Shares of the height as near as can be to those given, in their order, without letters that overlap."""
+    """The given shares of the height, moved as little as possible so that letters in this order do not overlap."""
     order = np.argsort(heights, kind="stable")
     room = _LETTER_HEIGHT * np.arange(len(heights))
     lowest = np.maximum.accumulate(np.array(heights, dtype=np.float64)[order].clip(0, 1) - room) + room

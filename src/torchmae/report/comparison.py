@@ -1,4 +1,4 @@
-"""Several runs side by side on one HTML page: figures, curves, pictures, and the settings in which they differ."""
+"""Several runs side by side on one HTML page: figures, curves, pictures, differing settings."""
 
 from __future__ import annotations
 
@@ -31,13 +31,12 @@ from torchmae.report.verdict import Verdict, judge, training_hints
 
 MAX_RUNS = 16
 
-# Differs always, and says nothing.
-_IDLE = ("out",)
+_IDLE = ("out",)  # differs always
 _ENVIRONMENT = ("torchmae", "torch", "processor", "device", "threads", "precision")
 
 
 class Column(NamedTuple):
-    """A run as it stands on the page: `letter` is its short name, `colour` a number in the style sheet."""
+    """A run on the page: `letter` is its short name, `colour` a number in the style sheet."""
 
     letter: str
     order: int
@@ -49,17 +48,17 @@ class Column(NamedTuple):
 
 
 class SideBySide(NamedTuple):
-    """The same held-out images as every run filled them in; `notes`: the runs, and how theirs came about."""
+    """All runs' reconstructions of the same images; `notes` are (letters of runs, note on their reconstructions)."""
 
     picture: Embedded
     notes: tuple[tuple[str, str], ...]
 
 
 def write_comparison(runs: Sequence[Path], page: Path) -> Path:
-    """Writes one page of several runs, finished or not, in their order; returns `page`.
+    """Writes one page of several runs, finished or not, and returns its path.
 
     Raises:
-        ConfigError: fewer than two runs or more than 16, or one given twice.
+        ConfigError: fewer than two runs, more than 16, or the same run twice.
         CheckpointError: a folder that is no run or cannot be read, or a page that cannot be written.
     """
     if not 2 <= len(runs) <= MAX_RUNS:
@@ -109,7 +108,7 @@ def render_comparison(runs: Sequence[Run]) -> str:
 
 
 def _metric_rows(columns: Sequence[Column], name: str, comparable: bool) -> Iterator[Row]:
-    """What the runs reached in one figure, the best marked where they are comparable, and below that its baselines."""
+    """A row for a figure, with the best run marked if the runs are `comparable`, and a row for each baseline."""
     metric = METRICS[name]
     noise = _accuracy_noise(columns) if metric.unit is ACCURACY else 0.0
     values = [column.run.figures.get(name) for column in columns]
@@ -120,7 +119,7 @@ def _metric_rows(columns: Sequence[Column], name: str, comparable: bool) -> Iter
 
 
 def _cost_rows(columns: Sequence[Column]) -> Iterator[Row]:
-    """What the runs took."""
+    """Parameters, steps, images and time of the runs."""
     for label, show, *keys in (
         ("Encoder parameters", short_count, "params_encoder"),
         ("Decoder parameters", short_count, "params_decoder"),
@@ -133,9 +132,9 @@ def _cost_rows(columns: Sequence[Column]) -> Iterator[Row]:
 
 
 def evaluation_tables(columns: Sequence[Column]) -> tuple[dict[str, list[Row]], bool]:
-    """The rows of a table for each unit, of the figures of `torchmae evaluate` that any run has.
+    """Rows of a table for each unit, with the figures of `torchmae evaluate`, and whether any row has a star.
 
-    Those of other images or options in one run than in another have a star; the last value says whether any has.
+    A star marks figures whose images or options differ between runs.
     """
     of_runs = [figures_of_run(column.run.evaluations) for column in columns]
     by_unit: dict[str, list[Row]] = {}
@@ -150,7 +149,7 @@ def evaluation_tables(columns: Sequence[Column]) -> tuple[dict[str, list[Row]], 
 
 
 def setting_rows(settings: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """The settings in which runs differ, as YAML; `settings` are flat, name to value, of each run."""
+    """The settings in which runs differ, as YAML; `settings` are each run's values by dotted name."""
     names = dict.fromkeys(name for values in settings for name in values if name not in _IDLE)
     return [
         Row(name, tuple(Figure(yaml_text(values[name]) if name in values else "") for values in settings))
@@ -183,7 +182,7 @@ def _row(
     noise: float = 0.0,
     kind: str = "",
 ) -> Iterator[Row]:
-    """A row, where anything is known; the best read like the best or are within noise of it, unless all do."""
+    """A row if any value is known; marks values that read like the best or lie within `noise` of it, unless all do."""
     known = [value for value in values if value is not None]
     if not known:
         return
@@ -198,18 +197,18 @@ def _row(
 
 
 def _accuracy_noise(columns: Sequence[Column]) -> float:
-    """Two standard errors, at most, of the difference of two accuracies, in points; 0 where that is unknown."""
+    """An upper bound of two standard errors of a difference of accuracies, in points; 0 where it is unknown."""
     images = columns[0].run.figures.get("knn_images")
     return 2 * 100 * math.sqrt(2 * 0.25 / images) if images else 0.0
 
 
 def _differ(names: Iterable[str], mappings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names whose values are not the same in all of several mappings."""
+    """The names whose values differ between the mappings."""
     return [name for name in names if len({repr(values.get(name)) for values in mappings}) > 1]
 
 
 def _differing(columns: Sequence[Column], goal: str, configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Which settings differ that figures of a goal depend on; of a reconstruction, what a preset may set too."""
+    """The differing settings that figures of a goal depend on; for reconstruction also those of the preset."""
     found = _differ(GOALS[goal].settings, configs)
     if goal == "reconstruction":
         summaries = [column.run.summary for column in columns if column.run.summary]
@@ -218,7 +217,7 @@ def _differing(columns: Sequence[Column], goal: str, configs: Sequence[Mapping[s
 
 
 def _charts(columns: Sequence[Column]) -> Iterator[Chart | None]:
-    """Curves over the images seen, or over steps where a run does not say its batch size."""
+    """Curves over the images seen, or over steps if a run's batch size is unknown."""
     sizes = [finite(column.run.config, "batch_size") for column in columns]
     along = "steps" if None in sizes else "images seen"
     training = ["loss", *(names[0] for names in charts_of_training().values())]
@@ -230,7 +229,7 @@ def _charts(columns: Sequence[Column]) -> Iterator[Chart | None]:
             x = steps * (size if size is not None and along != "steps" else 1)
             dashed = column.order >= len(RUN_COLOURS)
             lines.append(Line(column.name, f"run-{column.colour}", x, values, dashed=dashed, letter=column.letter))
-        for key in metric.baselines[:1] if kind == "val" else ():  # what is one value for all runs
+        for key in metric.baselines[:1] if kind == "val" else ():  # drawn if it is the same for all runs
             beside = [column.run.figures.get(f"{name}_{key}") for column in columns]
             if len({None if value is None else f"{value:.4g}" for value in beside}) == 1:
                 lines.append(level(BASELINES[key], beside[0], "mean"))
@@ -241,7 +240,7 @@ def _charts(columns: Sequence[Column]) -> Iterator[Chart | None]:
 
 
 def _reconstructions(columns: Sequence[Column]) -> tuple[SideBySide | None, list[Titled]]:
-    """The same images as every run filled them in; where runs saw different images or masks, each run's own."""
+    """All runs' reconstructions of the same images; if the runs' images or masks differ, each run's own picture."""
     found = []
     for column in columns:
         grid = open_picture(column.run.pictures[-1][1]) if column.run.pictures else None
@@ -263,7 +262,7 @@ def _of(column: Column) -> str:
 
 
 def _learned(columns: Sequence[Column]) -> list[tuple[str, str, list[Titled]]]:
-    """(title, description, pictures) of what the runs' features look like, one for each kind of picture."""
+    """(title, description, pictures of the runs) for each kind of feature picture."""
     found: dict[str, list[Titled]] = {}
     for column in columns:
         for path in column.run.feature_pictures:

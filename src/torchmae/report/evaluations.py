@@ -1,4 +1,4 @@
-"""RUN/evaluations.jsonl as tables, read leniently: whatever has a method and figures is shown."""
+"""RUN/evaluations.jsonl as tables; records that lack fields are shown as far as possible."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torchmae.report.metrics import TRAINING, Figure, Measure, Row, Table, figur
 from torchmae.report.run import Record, duration
 
 _MAX_RECORDS = 6
-# What subjects are called on a page, in the order of its columns.
+# The names of subjects, in the order of a page's columns.
 _SUBJECTS = {"model": "This model", "random": "Untrained", "pixels": "Raw pixels"}
-# Options that do not change what a figure means once the images are the same.
+# Options that do not change the meaning of a figure on the same images.
 _INCIDENTAL = ("method", "data", "test_data", "train_images", "test_images", "preset", "out", "resume")
 
 
 class Evaluation(NamedTuple):
-    """One call of `torchmae evaluate`: its methods, a table for each unit, on how many images and when, its command."""
+    """One call of `torchmae evaluate`: methods, a table for each unit, numbers of images and date, command."""
 
     title: str
     tables: tuple[Table, ...]
@@ -26,14 +26,14 @@ class Evaluation(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """A figure of a run, and the images and options that it depends on: figures of one basis can be compared."""
+    """A figure of a run, and its images and options as text: figures of one basis can be compared."""
 
     figure: Figure
     basis: str
 
 
 def latest_evaluations(records: Sequence[Record]) -> tuple[list[Evaluation], int]:
-    """The latest evaluations, the newest first, each kind of it once, and how many others there were."""
+    """The latest evaluation of each kind, the newest first, and the number of kinds left out."""
     latest: dict[str, Evaluation] = {}
     for record in records:
         by_subject = figures_of(record)
@@ -46,7 +46,7 @@ def latest_evaluations(records: Sequence[Record]) -> tuple[list[Evaluation], int
 
 
 def figures_of_run(records: Sequence[Record]) -> dict[tuple[str, str], Measured]:
-    """Every figure of the run's own model, by unit and label; of one measured twice, the later."""
+    """Every figure of the run's own model, by unit and label; the latest where there are several."""
     merged: dict[tuple[str, str], Measured] = {}
     for record in records:
         by_subject = figures_of(record)
@@ -58,7 +58,7 @@ def figures_of_run(records: Sequence[Record]) -> dict[tuple[str, str], Measured]
 
 
 def figures_of(record: Record) -> dict[str, dict[str, float]]:
-    """The finite figures of a record, by subject; a record without a list of results is its own only result."""
+    """The finite figures of a record, by subject; a record without a list of results is a single result."""
     results = record.get("results")
     found: dict[str, dict[str, float]] = {}
     for result in results if isinstance(results, list) else [record]:
@@ -71,7 +71,7 @@ def figures_of(record: Record) -> dict[str, dict[str, float]]:
 
 
 def _in_words(figures: Mapping[str, float]) -> Iterator[tuple[Measure, Figure]]:
-    """Figures, but for those that belong to a training, and what their names stand for."""
+    """The figures in words, without those of unit `TRAINING`."""
     for name, figure in figures_as_text(figures).items():
         measure = measure_of(name)
         if measure.unit != TRAINING:
@@ -99,7 +99,7 @@ def _evaluation(record: Record, by_subject: Mapping[str, Mapping[str, float]]) -
 
 
 def _title(record: Record) -> str:
-    """The methods of a record's results, each once; "all" says less."""
+    """The methods of a record's results, each once, rather than "all"."""
     results = record.get("results")
     methods = [item.get("method") for item in results if isinstance(item, dict)] if isinstance(results, list) else []
     names = dict.fromkeys(str(method) for method in methods or [record.get("method") or "evaluation"])
@@ -112,7 +112,7 @@ def _shots(record: Record) -> str:
 
 
 def _remark(record: Record, by_subject: Mapping[str, Mapping[str, float]]) -> str:
-    """On which images, what a training that belongs to it took, and when."""
+    """Numbers of images, the effort of a fine-tuning, and the date."""
     data = _mapping(record, "data")
     train, test = (finite(data, f"{split}_images") for split in ("train", "test"))
     parts = [f"{train:,.0f} training images" if train else "", f"{test:,.0f} test images" if test else ""]
@@ -128,7 +128,7 @@ def _remark(record: Record, by_subject: Mapping[str, Mapping[str, float]]) -> st
 
 
 def _basis(record: Record) -> str:
-    """What the figures of a record depend on beside the model, as text."""
+    """The options and images of a record, as text."""
     kept = {name: value for name, value in _mapping(record, "options").items() if name not in _INCIDENTAL}
     images = {name: value for name, value in _mapping(record, "data").items() if name != "classes"}
     return json.dumps([kept, images], sort_keys=True)

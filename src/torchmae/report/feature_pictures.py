@@ -1,7 +1,6 @@
-"""Pictures of what a model learned: tables of panels under headers, and a map of a data set.
+"""Pictures of what a model learned: tables of panels, and a map of a data set, on a transparent background.
 
-Their ground is transparent. A PNG's text fields Title and Description say what it shows; a page takes its heading and
-its words for those who cannot see from there.
+The PNG text fields Title and Description explain a picture; pages show them.
 """
 
 from __future__ import annotations
@@ -31,9 +30,8 @@ if TYPE_CHECKING:
 Labels: TypeAlias = npt.NDArray[np.int64]
 
 _MIN_SIDE = 112
-# Images beside each other, each with its map.
-_PAIRS_PER_ROW = 4
-# Of a map: ten colours of middle lightness, told apart on white and on near-black; a second ten wear another marker.
+_PAIRS_PER_ROW = 4  # an image and its map
+# Ten colours of a map, distinct on white and on near-black; ten more classes have another marker.
 _HUES = ["#3b7dd8", "#e0702c", "#2e9b57", "#d9485f", "#8a63d2", "#a9752b", "#d265b3", "#7a8a99", "#9aa41c", "#1fa3b5"]
 _MARKERS = ("o", "^")
 _LONGEST_NAME = 15
@@ -77,7 +75,7 @@ def attention_picture(images: Images, attention: FloatArray) -> Image.Image:
 def neighbours_picture(
     queries: Images, neighbours: Images, captions: Sequence[Sequence[str]], query_captions: Sequence[str]
 ) -> Image.Image:
-    """Images, (N, C, *size) in [0, 1], beside those whose features are nearest, (N, K, C, *size), nearest first.
+    """Images, (N, C, *size) in [0, 1], beside their neighbours in feature space, (N, K, C, *size), nearest first.
 
     `captions` are N times K lines below the neighbours, `query_captions` N lines below the images.
     """
@@ -98,10 +96,9 @@ def neighbours_picture(
 def ratios_picture(
     originals: Images, masked: Sequence[Images], reconstructed: Sequence[Images], ratios: Sequence[float], note: str
 ) -> Image.Image:
-    """Images, what the model sees of them at several mask ratios, and what it makes of that.
+    """Images, and at each mask ratio, in (0, 1), the masked images (NaN where masked) and the reconstructions.
 
-    All are (N, C, *size) in [0, 1], the last two one for each ratio, a share in (0, 1); `masked` is NaN where hidden.
-    `note` says how the reconstruction came about (`Reconstruction.note`).
+    All are (N, C, *size) in [0, 1]. `note` is that of the `Reconstruction`.
     """
     versions = [as_numpy(images) for images in (*masked, *reconstructed, originals)]
     rows: list[list[Image.Image | None]] = []
@@ -110,20 +107,17 @@ def ratios_picture(
         rows += [[original, *panels[: len(ratios)]], [None, *panels[len(ratios) :]]]
     return draw_table(
         rows,
-        ("original", *(f"{100 * ratio:.4g}% hidden" for ratio in ratios)),
-        Title="Reconstruction as more is hidden",
-        Description="For each image, what the model sees when more and more is hidden (blue-grey), and below that "
-        f"what it makes of it: what is visible as it was, {note}.",
+        ("original", *(f"{100 * ratio:.4g}% masked" for ratio in ratios)),
+        Title="Reconstruction at rising mask ratios",
+        Description="For each image, the masked image (blue-grey: masked) at rising mask ratios, and below it the "
+        f"reconstruction: visible patches as they were, {note}.",
         column_gaps=(1,),
         row_gaps=range(2, len(rows), 2),
     )
 
 
 def anomaly_picture(images: Images, maps: Mapping[str, FloatArray], truth: Sequence[str]) -> Image.Image:
-    """Images, (N, C, H, W) in [0, 1], beside maps of what is unusual in them, (N, H, W) in [0, 1] by name.
-
-    `truth` is a word below each image.
-    """
+    """Images, (N, C, H, W) in [0, 1], beside anomaly maps by name, (N, H, W) in [0, 1]; `truth` are the captions."""
     groups = [
         _beside(image, [heat(values[number], "inferno") for values in maps.values()])
         for number, image in enumerate(as_numpy(images))
@@ -140,15 +134,9 @@ def anomaly_picture(images: Images, maps: Mapping[str, FloatArray], truth: Seque
 
 
 def map_picture(points: FloatArray, labels: Labels | None, classes: Sequence[str] | None, method: str) -> Image.Image:
-    """Draws a map of embeddings.
+    """A map of points (N, 2) with the 20 commonest classes in colour and the rest in grey.
 
-    At most 20 classes, the commonest, are in colour; the rest are grey.
-
-    Args:
-        points: (N, 2).
-        labels: (N,), -1 where unknown; None: nothing has a label.
-        classes: the name of each label; None: its number.
-        method: how the points came about, such as "t-SNE".
+    `labels` are (N,), -1 where unknown; `classes` are their names; `method` has made the points, such as "t-SNE".
     """
     known = np.full(len(points), -1) if labels is None else labels
     values, counts = np.unique(known[known >= 0], return_counts=True)
@@ -199,7 +187,7 @@ def map_picture(points: FloatArray, labels: Labels | None, classes: Sequence[str
 
 
 def class_name(label: int, classes: Sequence[str] | None) -> str:
-    """What to write for a label: its name, or its number where the picture's font may not have the letters."""
+    """The name of a label; "class" and its number if there is none, or the font may lack its letters."""
     name = classes[label] if classes is not None and label < len(classes) else ""
     drawable = name and not name.startswith("_") and all(ord(letter) < 0x250 for letter in name)
     return name if drawable else f"class {label}"
@@ -210,7 +198,7 @@ def _panel(image: FloatArray) -> Image.Image:
 
 
 def _beside(image: FloatArray, maps: Iterable[FloatArray]) -> list[Image.Image]:
-    """An image, and maps of colours as large as it."""
+    """An image, and maps of the same size."""
     panel = _panel(image)
     return [panel, *(map_panel(colours, panel.size) for colours in maps)]
 

@@ -1,4 +1,4 @@
-"""A run folder becomes one HTML page that needs nothing else: no network, no script, no font."""
+"""The report of a run: one self-contained HTML page without network, script or font."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from torchmae.settings import default_values
 # Reconstructions shown side by side, from the first to the last.
 _MAX_MOMENTS = 4
 _MAX_BAD_FILES = 20
-# Of what takes no learning: those whose line has the first colour, and the words in a table where they are longer.
+# Baselines whose line has the first colour, and the longer names of baselines in a table.
 _FIRST = ("interpolation", "pixels")
 _PREDICTORS = {
     "interpolation": "Interpolation from visible {unit}",
@@ -47,10 +47,10 @@ _ENVIRONMENT_LABELS = {"torch": "PyTorch", "torchmae": "torchmae", "torchvision"
 
 
 class Reconstructions(NamedTuple):
-    """What the model made of held-out images: the picture of `step`, cut in columns, and how it got there.
+    """Reconstructions of held-out images: the picture of `step`, cut into columns, and the progress of training.
 
-    `headers` stand above each third of a column, unless the picture carries its own; `note` says how the reconstruction
-    came about; `progress` is masked, the reconstruction at each of `progress_steps`, original.
+    `headers` stand above each third of a column; they are empty if the picture has its own. `note` describes how the
+    reconstruction was made. `progress` shows masked images, reconstructions at `progress_steps`, originals.
     """
 
     step: int
@@ -71,9 +71,9 @@ class Setting(NamedTuple):
 
 
 def write_report(run: Path, page: Path | None = None) -> Path:
-    """Writes a page, RUN/report.html or another, from what the run folder holds; the same folder gives the same bytes.
+    """Writes the report of a run folder, by default as RUN/report.html; the same folder gives the same bytes.
 
-    The folder's name appears in the commands on the page as it is given here.
+    Commands on the page name the folder as `run` does.
 
     Raises:
         CheckpointError: the folder is no run, cannot be read, or cannot be written to.
@@ -93,7 +93,7 @@ def render(run: Run) -> str:
         title=run.title,
         verdict=judge(figures, run.unit),
         trend=trend(run.val),
-        hints=training_hints(run.records),  # the verdict has weighed the loss
+        hints=training_hints(run.records),  # the verdict covers the loss
         scores=score_tables(figures, run.unit) if "loss" in figures else [],
         figures=figures,
         linear_train=run.settings.get("eval.linear_train"),
@@ -119,7 +119,7 @@ def render(run: Run) -> str:
 
 
 def score_tables(figures: Mapping[str, float], unit: str) -> list[Table]:
-    """The figures of each goal that were measured, beside those of what takes no learning."""
+    """A table for each goal: its measured figures, beside their baselines."""
     tables = []
     for name, goal in GOALS.items():
         shown = {key: metric for key, metric in metrics_of(name).items() if key in figures}
@@ -142,7 +142,7 @@ def score_tables(figures: Mapping[str, float], unit: str) -> list[Table]:
 
 
 def load_reconstructions(run: Run) -> Reconstructions | None:
-    """The last picture of a run, and how it came about; None if there is no picture that can be read."""
+    """The last picture of a run and its progress; None if no picture can be read."""
     moments = sorted({*np.linspace(0, len(run.pictures) - 1, _MAX_MOMENTS).round().astype(int)} if run.pictures else ())
     opened = [(step, open_picture(path)) for step, path in (run.pictures[i] for i in moments)]
     readable = [(step, picture) for step, picture in opened if picture is not None]
@@ -163,7 +163,7 @@ def load_reconstructions(run: Run) -> Reconstructions | None:
 
 
 def settings(config: Record) -> list[tuple[str, list[Setting]]]:
-    """The configuration as (section, lines of YAML); values at the top level have the empty section."""
+    """The configuration as (section, lines of YAML); top-level values have the section ""."""
     defaults = default_values()
     sections: dict[str, list[Setting]] = {"": []}
     for section, values in config.items():
@@ -176,20 +176,20 @@ def settings(config: Record) -> list[tuple[str, list[Setting]]]:
 
 
 def _cell(unit: Unit, value: float | None) -> Figure:
-    """A figure as text, and where it is a share, the length of its bar in percent."""
+    """A figure as text, and the bar of a share."""
     text = "" if value is None else unit.text(value).replace("-", "\N{MINUS SIGN}")
     bar = round(min(max((value or 0.0) * unit.scale, 0.0), 100.0), 1)
     return Figure(text, bar=bar if unit.is_share else None)
 
 
 def _charts(run: Run, figures: Mapping[str, float]) -> list[Chart]:
-    """What was measured on held-out images, the losses of other targets, and how training went."""
+    """Charts of figures on held-out images, of the training losses of other targets, and of training."""
 
     def trained(name: str, label: str = "training", colour: str = "train") -> Line:
         return Line(label, colour, *series_of(run.train, name))
 
     others = sorted({name for record in run.train for name in record if name.startswith("loss_")})
-    # Runs of older versions logged the weighted sum of all targets' losses, which no loss on held-out images is like.
+    # Older versions logged the weighted sum of all targets' losses, which no held-out loss can be compared with.
     summed = bool(run.settings.get("model.hog_weight")) and not others
     held_out = {}
     for name, metric in METRICS.items():

@@ -1,4 +1,4 @@
-"""METRICS: each figure's name in words, unit, direction and baselines, for tables, pages, model cards and JSON."""
+"""METRICS: label, unit, direction and baselines of every figure, for tables, pages and model cards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def percent(share: float) -> str:
 
 
 def number(value: float) -> str:
-    """A loss in four significant digits at most, without exponent where it can be: 0.4123."""
+    """A loss in three significant digits or three decimals: 0.412."""
     return f"{value:.3f}" if 0.1 <= abs(value) < 1000 else f"{value:.3g}"
 
 
@@ -25,15 +25,15 @@ def _any_number(value: float) -> str:
 
 @dataclass(frozen=True)
 class Unit:
-    """What a figure is measured in.
+    """The unit of a figure.
 
     Attributes:
-        name: the head of a table; figures of one unit can stand in one table.
-        cell: a figure as text under that head.
-        text: a figure as text that stands alone.
-        sign: behind the numbers of a chart's axis.
-        scale: what a figure is multiplied by for that axis.
-        is_share: whether a figure is drawn as a bar, from nothing to 100%.
+        name: heads a table; one table holds figures of one unit.
+        cell: formats a figure in such a table.
+        text: formats a figure elsewhere.
+        sign: follows the numbers on a chart's axis.
+        scale: factor for the numbers on a chart's axis.
+        is_share: draw a bar from 0 to 100%.
     """
 
     name: str
@@ -50,22 +50,22 @@ ACCURACY = Unit("Accuracy, %", "{:.1f}".format, "{:.1f}%".format, "%", is_share=
 AUROC = Unit("AUROC", "{:.3f}".format)
 COUNT = Unit("Count", "{:,.0f}".format, "{:,.0f}".format)
 TRAINING = Unit("Training")
-"""What a fine-tuning took: said beside its accuracy, not in a table of its own."""
+"""The effort of a fine-tuning; shown beside its accuracy, not in a table."""
 OTHER = Unit("Figure")
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure.
+    """A row of `METRICS`.
 
     Attributes:
-        label: in words; a word in braces is a group of the name's pattern.
-        unit: what it is measured in.
-        best: min or max; None: it cannot be ranked.
-        baselines: what is measured in the model's place, as `NAME_BASELINE`; keys of `BASELINES`.
-        goal: what it says of a run, a key of `GOALS`; the tables of a run's figures show it. Empty: only its curve.
-        chart: of a figure of training, the chart that it is drawn in.
-        settings: that it depends on, beside those of its goal.
+        label: in words; {group} is replaced by a group of the name's pattern.
+        unit: of the figure.
+        best: min or max; None: no order.
+        baselines: keys of `BASELINES`; the baseline's figure is called `NAME_BASELINE`.
+        goal: a key of `GOALS`, the table of a run that shows the figure; empty: only its curve is drawn.
+        chart: title of the chart of a training figure.
+        settings: settings that the figure depends on, in addition to those of its goal.
     """
 
     label: str
@@ -78,7 +78,7 @@ class Metric:
 
     @property
     def heading(self) -> str:
-        """The label, with the unit where figures without one follow."""
+        """The label, with "%" for an accuracy."""
         return f"{self.label}, %" if self.unit is ACCURACY else self.label
 
 
@@ -91,7 +91,7 @@ BASELINES = {
 
 
 class Goal(NamedTuple):
-    """What figures of a run say of it: a table's caption and first head, and the settings that they depend on."""
+    """A table of a run's figures: caption, first heading, and the settings that its figures depend on."""
 
     caption: str
     head: str
@@ -101,7 +101,7 @@ class Goal(NamedTuple):
 _HELD_OUT = ("data.source", "data.val", "data.val_size")
 GOALS = {
     "reconstruction": Goal(
-        "Filling in what is hidden", "Predictor", (*_HELD_OUT, "eval.images", "mask.strategy", "mask.ratio")
+        "Filling in what is masked", "Predictor", (*_HELD_OUT, "eval.images", "mask.strategy", "mask.ratio")
     ),
     "features": Goal(
         "Telling classes apart",
@@ -142,24 +142,24 @@ METRICS: dict[str, Metric] = {
     "anomaly_knn": Metric("kNN distance of the mean feature", AUROC, max),
     "anomaly_patch_knn": Metric("kNN distance of patches", AUROC, max),
     "anomaly_patch_knn_max": Metric("kNN distance, oddest patch", AUROC, max),
-    f"{_MASK}_psnr": Metric("{strategy}, {share}% hidden", Unit("PSNR, dB", "{:.2f}".format), max, ("interpolation",)),
-    f"{_MASK}_ssim": Metric("{strategy}, {share}% hidden", Unit("SSIM", "{:.3f}".format), max, ("interpolation",)),
+    f"{_MASK}_psnr": Metric("{strategy}, {share}% masked", Unit("PSNR, dB", "{:.2f}".format), max, ("interpolation",)),
+    f"{_MASK}_ssim": Metric("{strategy}, {share}% masked", Unit("SSIM", "{:.3f}".format), max, ("interpolation",)),
     f"{_MASK}_explained_variance": Metric(
-        "{strategy}, {share}% hidden", Unit("Explained variance", "{:.3f}".format), max, ("interpolation",)
+        "{strategy}, {share}% masked", Unit("Explained variance", "{:.3f}".format), max, ("interpolation",)
     ),
 }
-"""The only list of figures, by name; a name with parts that vary is a regular expression for the whole of it."""
+"""Every figure by name; a key may be a regular expression of the whole name."""
 
 _POOLS = {"mean": "patch mean", "cls": "class token"}
 
 
 def metrics_of(goal: str) -> dict[str, Metric]:
-    """The figures that say something of a run, by name."""
+    """The figures of a goal, by name."""
     return {name: metric for name, metric in METRICS.items() if metric.goal == goal}
 
 
 def charts_of_training() -> dict[str, list[str]]:
-    """The figures of training that are drawn together, by the title of their chart."""
+    """The training figures of each chart, by the chart's title."""
     charts: dict[str, list[str]] = {}
     for name, metric in METRICS.items():
         if metric.chart:
@@ -168,7 +168,7 @@ def charts_of_training() -> dict[str, list[str]]:
 
 
 class Measure(NamedTuple):
-    """What a figure's name stands for; `beside` is what predicted in the model's place; else empty."""
+    """Unit and label of a figure; `beside` is the baseline that it was measured on, empty for the model."""
 
     unit: Unit
     label: str
@@ -176,14 +176,9 @@ class Measure(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """A cell of a table; what is unknown is empty.
+    """A cell of a table: a figure, its interval or deviation, its top-5 accuracy, all as text; empty where unknown.
 
-    Attributes:
-        value: a figure as text.
-        spread: how sure it is: an interval or a deviation.
-        top5: of an accuracy, that of five guesses.
-        bar: of a share, the length of its bar in percent.
-        best: whether it is the best of its row.
+    `bar` is the length of a share's bar in percent, `best` marks the best figure of a row.
     """
 
     value: str = ""
@@ -194,7 +189,7 @@ class Figure(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of a table; `kind` is a class of the style sheet: ours or beside."""
+    """A row of a table; `kind` is a class of the style sheet: "ours" (the model) or "beside" (a baseline)."""
 
     label: str
     cells: tuple[Figure, ...]
@@ -202,7 +197,7 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table: what stands above its rows' labels and above each column."""
+    """A table: heading of the rows' labels, heading of each column, rows, caption."""
 
     head: str
     columns: tuple[str, ...]
@@ -211,7 +206,7 @@ class Table(NamedTuple):
 
 
 def measure_of(name: str) -> Measure:
-    """What a figure's name stands for; one that is not known stands for itself."""
+    """The unit and label of a figure's name; an unknown name is its own label."""
     for pattern, metric in METRICS.items():
         found = re.fullmatch(f"{pattern}(?:_(?P<beside>{'|'.join(metric.baselines)}))?", name)
         if found:
@@ -226,7 +221,7 @@ def measure_of(name: str) -> Measure:
 
 
 def figures_as_text(figures: Mapping[str, float]) -> dict[str, Figure]:
-    """Figures by name; NAME_low, NAME_high, NAME_std and NAME_top5 go with the figure that they belong to."""
+    """Figures as text by name; NAME_low, NAME_high, NAME_std and NAME_top5 become parts of the cell of NAME."""
     texts = {}
     for name, value in figures.items():
         stem = re.sub(r"_(low|high|std|top5)$", "", name)
@@ -242,7 +237,7 @@ def figures_as_text(figures: Mapping[str, float]) -> dict[str, Figure]:
 
 
 def finite(record: Mapping[str, Any], key: str) -> float | None:
-    """The number under `key`, or None if it is missing, null, NaN, infinite or no number."""
+    """The number under `key`; None if it is missing, NaN, infinite or no number."""
     value = record.get(key)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
@@ -255,16 +250,11 @@ def final_figures(
     baseline: Sequence[Mapping[str, Any]] = (),
     knn_limit: int | None = None,
 ) -> dict[str, float]:
-    """The figures a run ended with, by name: its summary's, else those of the last record by rising step that has them.
+    """The figures of `METRICS` and their baselines at the end of a run, by name; a figure without a value is left out.
 
-    Args:
-        summary: summary.json; may be empty.
-        val: validation records; may be empty.
-        baseline: records of what needs no training, likewise.
-        knn_limit: the setting eval.knn_val, at most which many held-out images are classified.
-
-    Returns:
-        What was measured of `METRICS` and their baselines, `step` of the last loss, and `knn_images` classified.
+    A figure is that of `summary` (summary.json), else of the last record that has it; `val` and `baseline` are records
+    of metrics.jsonl by rising step. Adds `step`, of the last loss, and `knn_images`, the number of images of the kNN
+    accuracy: all held-out images, at most `knn_limit` (the setting eval.knn_val).
     """
     figures = {}
     for name, metric in METRICS.items():

@@ -1,4 +1,4 @@
-"""What every page of a report shares: templates, and pictures that stand inside the page."""
+"""Parts of every HTML page: templates, and pictures inside the page."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-# Photographs as PNG would make a page of tens of megabytes; drawn pixels stay far below this as they are.
+# Photographs as PNG would make a page of tens of megabytes; drawn pictures stay far below this limit.
 _MAX_PNG_BYTES = 300_000
 
 
 class Embedded(NamedTuple):
-    """A picture inside the page: a data URI, and its own width and height in pixels."""
+    """A picture inside the page: a data URI, width and height in pixels."""
 
     uri: str
     width: int
@@ -23,7 +23,7 @@ class Embedded(NamedTuple):
 
 
 class Titled(NamedTuple):
-    """A picture, what it shows in a few words, how to read it, and whose it is where a page shows several."""
+    """A picture with title and description; `of` names its run on a page of several runs."""
 
     embedded: Embedded
     title: str
@@ -32,7 +32,7 @@ class Titled(NamedTuple):
 
 
 def render_page(template: str, **values: Any) -> str:
-    """A page as HTML from a template of this package; all `values` are escaped."""
+    """HTML from a template of this package; all `values` are escaped."""
     environment = Environment(
         autoescape=True,
         trim_blocks=True,
@@ -44,17 +44,17 @@ def render_page(template: str, **values: Any) -> str:
 
 
 def open_picture(path: Path) -> Image.Image | None:
-    """A picture with its text fields; None where the file cannot be read as one."""
+    """A picture with its text fields; None if the file cannot be read."""
     try:
         with Image.open(path) as picture:
             picture.load()
             return picture
-    except (OSError, SyntaxError):  # Pillow's errors for a file cut short and for one that is no picture
+    except (OSError, SyntaxError):  # Pillow's errors for a truncated file and for one that is no picture
         return None
 
 
 def embed(picture: Image.Image) -> Embedded:
-    """A picture as it can stand in a page: PNG, or WebP where that would be large."""
+    """A picture for a page: PNG, or WebP if the PNG is large."""
     kind, buffer = "png", io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
     if buffer.tell() > _MAX_PNG_BYTES:
@@ -65,7 +65,7 @@ def embed(picture: Image.Image) -> Embedded:
 
 
 def load_titled(path: Path, of: str = "") -> Titled | None:
-    """A picture of `feature_pictures`, or any other under its file's name; None where it cannot be read."""
+    """A picture with its title, by default the file's name; None if it cannot be read."""
     picture = open_picture(path)
     if picture is None:
         return None

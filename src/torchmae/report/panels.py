@@ -1,4 +1,4 @@
-"""Panels, an image, signal or map each, and the table of panels that every larger picture is."""
+"""Panels (an image, a signal or a map each), and tables of panels, of which all larger pictures consist."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ FloatArray: TypeAlias = npt.NDArray[np.float32]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-# What is hidden: a mid-grey with a touch of blue, so that neither black nor a grey of the picture passes for it.
-HIDDEN = (116, 124, 138)
-# Transparent; white where a viewer knows no transparency.
+# The colour of masked pixels: a bluish mid-grey, unlike black and the greys of an image.
+MASKED = (116, 124, 138)
+# Transparent; white in a viewer without transparency.
 BACKGROUND = (255, 255, 255, 0)
-# Readable on white and on near-black alike, for the pictures' own background is transparent.
+# Readable on white and on near-black, because the background is transparent.
 TEXT = (118, 122, 128, 255)
 _SIGNAL_COLOUR = (11, 95, 174)
 _SIGNAL_BACKGROUND = 246
@@ -32,7 +32,7 @@ _SIGNAL_ASPECT = 3
 
 
 def as_numpy(images: Images) -> FloatArray:
-    """Float32 on the processor, from a tensor or an array."""
+    """A float32 array of a tensor on any device, or of an array."""
     if isinstance(images, np.ndarray):
         return images.astype(np.float32)
     array: FloatArray = images.detach().float().cpu().numpy()
@@ -40,17 +40,15 @@ def as_numpy(images: Images) -> FloatArray:
 
 
 def panel_scale(size: Sequence[int], min_side: int) -> int:
-    """The whole factor by which an image grows until its longer side has `min_side` pixels; a signal is drawn."""
+    """The smallest integer factor that gives an image's longer side `min_side` pixels; 1 for signals."""
     return 1 if len(size) == 1 else -(-min_side // max(size[-2:]))
 
 
 def sample_panels(versions: Sequence[FloatArray], min_side: int) -> list[Image.Image]:
-    """Versions of one sample, drawn alike, at least `min_side` pixels on the longer side.
+    """Draws versions of one sample alike, at least `min_side` pixels on the longer side.
 
-    Args:
-        versions: images (C, H, W) or volumes (C, D, H, W) in [0, 1], or signals (C, L), all on the scale of the last;
-            NaN where hidden, but for the last.
-        min_side: pixels.
+    Versions are images (C, H, W) or volumes (C, D, H, W) in [0, 1], or signals (C, L), all drawn in the range of the
+    last version; NaN marks masked values, which the last version has not.
     """
     size = versions[0].shape[1:]
     if len(size) == 1:
@@ -61,19 +59,17 @@ def sample_panels(versions: Sequence[FloatArray], min_side: int) -> list[Image.I
 def _image_panel(image: FloatArray, scale: int) -> Image.Image:
     """An image, or the middle slice of a volume: one or two channels grey, the first three of more as RGB."""
     flat = image[:, image.shape[1] // 2] if image.ndim == 4 else image
-    known = np.nan_to_num(flat, nan=0.5)  # a value hidden in one channel alone
+    known = np.nan_to_num(flat, nan=0.5)  # a value masked in one channel alone
     channels = known[:3] if len(known) >= 3 else known.mean(axis=0, keepdims=True).repeat(3, axis=0)
     pixels = np.round(channels.clip(0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
-    pixels[_is_hidden(flat)] = HIDDEN
+    pixels[_is_masked(flat)] = MASKED
     return Image.fromarray(pixels.repeat(scale, axis=0).repeat(scale, axis=1))
 
 
 def map_panel(colours: FloatArray, size: tuple[int, int]) -> Image.Image:
-    """A map over patches, stretched without smoothing to stand beside an image.
+    """Colours of patches, (*grid, 3) in [0, 1], enlarged without smoothing to `size`, width and height in pixels.
 
-    Args:
-        colours: (*grid, 3) in [0, 1]; of three axes the middle of the first is drawn, one axis is a strip.
-        size: width and height in pixels.
+    Of a grid with three axes, the middle slice of the first; a grid with one axis is a strip.
     """
     flat = colours[colours.shape[0] // 2] if colours.ndim == 4 else colours.reshape(-1, *colours.shape[-2:])
     pixels = np.round(flat * 255).astype(np.uint8)
@@ -98,17 +94,17 @@ def draw_table(
     row_gaps: Collection[int] = (),
     **info: str,
 ) -> Image.Image:
-    """Places panels of one size (None: an empty place) under headers, RGBA on a transparent ground.
+    """A picture, RGBA on a transparent background, of rows of panels of one size under headers.
 
     Args:
-        rows: of panels.
-        headers: above the columns; none, and no room for them.
-        font: None: one that suits the panels.
-        size: width and height of a place; None: those of a panel.
-        captions: a line below each panel; no room for it where all are empty.
-        column_gaps: columns with more room before them.
-        row_gaps: rows, likewise.
-        **info: text that the picture carries, such as its Title and Description.
+        rows: of panels; None leaves a cell empty.
+        headers: of the columns.
+        font: None: fits the panels.
+        size: width and height of a cell; None: those of a panel.
+        captions: a line below each panel.
+        column_gaps: columns with a wider gap before them.
+        row_gaps: rows with a wider gap before them.
+        **info: text fields of the picture, such as Title and Description.
     """
     width, height = size or next(panel for row in rows for panel in row if panel is not None).size
     gutter = max(4, width // 24)
@@ -133,12 +129,12 @@ def draw_table(
 
 
 def _places(count: int, size: int, gutter: int, gaps: Collection[int]) -> list[int]:
-    """Where each of `count` things of `size` begins, `gutter` apart, three times that before those in `gaps`."""
+    """Starts of `count` cells of `size`, `gutter` apart, or three times that before the cells in `gaps`."""
     return [i * (size + gutter) + 2 * gutter * sum(gap <= i for gap in gaps) for i in range(count)]
 
 
 def _fit(text: str, font: Font, width: int) -> str:
-    """As much of a text as `width` pixels hold."""
+    """A text cut to `width` pixels."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f"{text}...") > width:
@@ -146,27 +142,27 @@ def _fit(text: str, font: Font, width: int) -> str:
     return f"{text.rstrip()}..."
 
 
-def _is_hidden(masked: FloatArray) -> BoolArray:
-    """(C, *size) to (*size): where no channel is seen."""
-    hidden: BoolArray = np.asarray(np.isnan(masked).all(axis=0))
-    return hidden
+def _is_masked(image: FloatArray) -> BoolArray:
+    """(C, *size) to (*size): where all channels are masked."""
+    masked: BoolArray = np.asarray(np.isnan(image).all(axis=0))
+    return masked
 
 
 def _signal_panels(signals: Sequence[FloatArray], min_side: int) -> list[Image.Image]:
-    """Signals (C, L) as lines, one for each channel, on the scale of the last; grey where they are NaN."""
+    """Signals (C, L) as a line for each channel, in the range of the last signal; grey where they are NaN."""
     low, high = float(signals[-1].min()), float(signals[-1].max())
     margin = 0.06 * (high - low) or 0.5
     low, high = low - margin, high + margin
     width, height = _SIGNAL_ASPECT * min_side, min_side
     panels = []
     for signal in signals:
-        hidden = _is_hidden(signal)
+        masked = _is_masked(signal)
         pixels = np.full((height, width, 3), _SIGNAL_BACKGROUND, dtype=np.uint8)
         # One column of pixels shows the samples around it.
-        pixels[:, hidden[(np.arange(width) * len(hidden)) // width]] = HIDDEN
+        pixels[:, masked[(np.arange(width) * len(masked)) // width]] = MASKED
         panels.append(Image.fromarray(pixels))
         pen = ImageDraw.Draw(panels[-1])
-        x = (np.arange(len(hidden)) + 0.5) * width / len(hidden)
+        x = (np.arange(len(masked)) + 0.5) * width / len(masked)
         for channel in signal:
             y = ((high - channel.clip(low, high)) / (high - low)) * (height - 1)
             for start, stop in _visible_spans(channel):
@@ -176,7 +172,7 @@ def _signal_panels(signals: Sequence[FloatArray], min_side: int) -> list[Image.I
 
 
 def _visible_spans(channel: FloatArray) -> list[tuple[int, int]]:
-    """Where a signal is no NaN: [start, stop) of each run of samples."""
+    """[start, stop) of each run of samples without NaN."""
     known = np.concatenate([[False], ~np.isnan(channel), [False]])
     edges = np.flatnonzero(known[1:] != known[:-1])
     return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]

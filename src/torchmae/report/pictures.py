@@ -1,4 +1,4 @@
-"""Pictures of what a model reconstructs: masked | reconstructed | original, side by side."""
+"""Pictures of reconstructions: triplets of masked, reconstructed and original images."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _LAYOUT_KEY = "torchmae"
 
 @dataclass(frozen=True)
 class GridLayout:
-    """Where things are in a saved grid, kept in the PNG so that a page can set it anew for a narrow screen.
+    """The layout of a saved grid, stored in the PNG so that a page can cut the grid for a narrow screen.
 
     `count` triplets stand in `columns`; other lengths are in pixels.
 
     Attributes:
-        panel: width and height of one picture of a triplet.
-        gutter: between the pictures of a triplet, and between rows.
-        column_step: from the left edge of one triplet to that of the next.
-        top: above the first row, where the headers are.
-        scale: by how much the images were enlarged.
-        note: how the reconstruction came about; a viewer shows it.
+        panel: width and height of one image of a triplet.
+        gutter: gap between the images of a triplet, and between rows.
+        column_step: from the left edge of one triplet to the next.
+        top: height of the headers.
+        scale: enlargement of the images.
+        note: that of the `Reconstruction`, for a viewer to show.
     """
 
     count: int
@@ -49,11 +49,11 @@ class GridLayout:
 
     @property
     def column_width(self) -> int:
-        """Pixels of one triplet, its inner gutters included."""
+        """Width of a triplet in pixels."""
         return 3 * self.panel[0] + 2 * self.gutter
 
     def corner(self, triplet: int, place: int) -> tuple[int, int]:
-        """The upper left corner of a panel: 0, 1 and 2 are masked, reconstructed and original."""
+        """The upper left corner of a panel; `place` 0, 1, 2: masked, reconstructed, original."""
         row, column = divmod(triplet, self.columns)
         left = column * self.column_step + place * (self.panel[0] + self.gutter)
         return left, self.top + row * (self.panel[1] + self.gutter)
@@ -69,27 +69,24 @@ def reconstruction_grid(
     min_side: int = 144,
     note: str = "",
 ) -> Image.Image:
-    """Draws rows of triplets: what the model saw, what it made of it, and the truth.
+    """Draws rows of triplets: masked, reconstructed and original images, RGBA on a transparent background.
 
     One channel is drawn grey, two as the grey of their mean, three as RGB, more as the RGB of the first three. Small
-    images grow by a whole factor, without smoothing. Of a volume (3 spatial dimensions) the middle slice along the
-    first of them is drawn; a signal (1 dimension) as one line for each channel, over the range of its original.
+    images are enlarged by an integer factor, without smoothing. A volume (3 spatial dimensions) is drawn as the middle
+    slice along the first of them, a signal (1 dimension) as a line for each channel, in the range of its original.
 
     Args:
-        masked: (N, C, *size) with 1 to 3 spatial dimensions; NaN where hidden. Images and volumes in [0, 1] (what
-            lies outside is clipped), signals on any scale.
+        masked: (N, C, *size) with 1 to 3 spatial dimensions, NaN where masked. Images and volumes are clipped to
+            [0, 1]; signals have any scale.
         reconstructed: likewise, without NaN.
         original: likewise, without NaN.
         path: where to save the picture as PNG; None: nowhere.
         triplets_per_row: None: one, or two for more than four images.
-        min_side: the longer side of a panel, in pixels, is at least this.
-        note: how the reconstruction came about (`Reconstruction.note`), to be shown wherever the picture is.
-
-    Returns:
-        RGBA with a transparent background, which `split_columns` can cut into its columns, also once saved.
+        min_side: minimum of the longer side of a panel, in pixels.
+        note: that of the `Reconstruction`, for a viewer to show.
 
     Raises:
-        CheckpointError: the picture could not be saved.
+        CheckpointError: the picture cannot be saved.
     """
     triplet = [as_numpy(images) for images in (masked, reconstructed, original)]
     shape = triplet[0].shape
@@ -125,7 +122,7 @@ def reconstruction_grid(
 
 
 def split_columns(grid: Image.Image) -> list[Image.Image]:
-    """Cuts a grid into its columns of triplets, without headers; the whole picture if it is no such grid."""
+    """Cuts a grid into its columns of triplets, without headers; any other picture stays whole."""
     layout = read_layout(grid)
     if layout is None:
         return [grid]
@@ -134,15 +131,9 @@ def split_columns(grid: Image.Image) -> list[Image.Image]:
 
 
 def strip_grid(grids: Sequence[Image.Image], num_rows: int = 4) -> Image.Image | None:
-    """Sets reconstructions of the same images beside each other: of several moments, or of several models.
+    """Combines grids of several steps or models: masked, the reconstruction of each grid, original; without headers.
 
-    Args:
-        grids: pictures of `reconstruction_grid`.
-        num_rows: images shown, at most.
-
-    Returns:
-        RGBA: masked, one reconstruction from each grid, original; no headers. None if the images or the masks of the
-        grids are not the same.
+    Shows `num_rows` images at most; None if the images or masks of the grids differ.
     """
     layouts = [read_layout(grid) for grid in grids]
     layout = layouts[0]
@@ -151,7 +142,7 @@ def strip_grid(grids: Sequence[Image.Image], num_rows: int = 4) -> Image.Image |
     count = min(num_rows, layout.count)
     sources = [(grids[0], 0), *((grid, 1) for grid in grids), (grids[-1], 2)]
     for row in range(count):
-        for place in (0, 2):  # what reconstructions are of
+        for place in (0, 2):  # masked and original
             if len({_panel(grid, layout, row, place).tobytes() for grid in grids}) > 1:
                 return None
     return draw_table([[_panel(grid, layout, row, place) for grid, place in sources] for row in range(count)])
@@ -163,7 +154,7 @@ def _panel(grid: Image.Image, layout: GridLayout, triplet: int, place: int) -> I
 
 
 def read_layout(picture: Image.Image) -> GridLayout | None:
-    """The layout that `reconstruction_grid` left in a picture or its PNG; None in any other picture."""
+    """The layout that `reconstruction_grid` stored in a picture or its PNG; None for any other picture."""
     try:
         values = json.loads(picture.info[_LAYOUT_KEY])
         return GridLayout(**{**values, "panel": tuple(values["panel"])})
@@ -172,7 +163,7 @@ def read_layout(picture: Image.Image) -> GridLayout | None:
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    """Saves a picture whole or not at all, with the text in its `info`; makes the folder if need be.
+    """Saves a picture with the text in its `info`, whole or not at all; makes its folder.
 
     Raises:
         CheckpointError: the folder cannot be made or written to.

@@ -1,4 +1,4 @@
-"""A run folder: read leniently, as a stopped or older run may have left it, and said in words and round numbers."""
+"""A run folder in words and round numbers; folders of stopped and older runs may lack files and fields."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from torchmae.report.metrics import final_figures, finite
 
 Record = Mapping[str, Any]
 
-# What the data and the points of its grid are called, by the number of spatial dimensions.
+# Names of the data and of its grid points, by the number of spatial dimensions.
 _KINDS = {1: ("signals", "samples"), 2: ("images", "pixels"), 3: ("volumes", "voxels")}
 _DEVICES = {"cpu": "the CPU", "mps": "an Apple GPU"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a pre-training run wrote, parsed.
+    """The parsed files of a pre-training run; a missing file is empty.
 
     Attributes:
         path: the run folder.
-        config: config.yaml as nested dicts; empty if it is missing.
-        train: metrics.jsonl's "train" records, one for each step, by rising step.
-        val: its "val" records, likewise.
-        baseline: its "baseline" records, likewise: figures that need no training.
-        summary: summary.json; empty while the run has not ended.
-        environment: environment.json; empty if it is missing.
+        config: config.yaml as nested dicts.
+        train: the "train" records of metrics.jsonl, one for each step, by rising step.
+        val: the "val" records, likewise.
+        baseline: the "baseline" records, likewise.
+        summary: summary.json, written at the end of the run.
+        environment: environment.json.
         pictures: (step, file) of reconstructions/*.png, by rising step.
-        feature_pictures: pictures/*.png, by name: what the features look like.
-        evaluations: the objects of evaluations.jsonl, the oldest first.
-        bad_files: lines of bad_files.txt, the input files that could not be read.
+        feature_pictures: pictures/*.png, by name.
+        evaluations: the records of evaluations.jsonl, the oldest first.
+        bad_files: lines of bad_files.txt, the unreadable input files.
     """
 
     path: Path
@@ -53,7 +53,7 @@ class Run:
 
     @property
     def records(self) -> tuple[Record, ...]:
-        """All records of metrics.jsonl, those of a kind by rising step."""
+        """All records of metrics.jsonl, each kind by rising step."""
         return (*self.baseline, *self.train, *self.val)
 
     @cached_property
@@ -63,11 +63,11 @@ class Run:
 
     @cached_property
     def figures(self) -> dict[str, float]:
-        """The figures that it ended with, as `final_figures` gives them."""
+        """`final_figures` of the run."""
         return final_figures(self.summary, self.val, self.baseline, self.settings.get("eval.knn_val"))
 
     def latest(self, *keys: str) -> float | None:
-        """A figure of the summary, else of the last line of progress; of several keys, the first that has one."""
+        """The first of the keys' figures that is not zero, from the summary or else the last "train" record."""
         value = None
         for key in keys:
             value = finite(self.summary, key)
@@ -78,7 +78,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether it came to its planned end."""
+        """Whether the run came to its planned end."""
         return self.summary.get("state") == "finished"
 
     @property
@@ -96,7 +96,7 @@ class Run:
 
     @property
     def unit(self) -> str:
-        """What is hidden: patches, or single values by a model without patches."""
+        """What a mask removes: "patches", or "values" for a model without patches."""
         return "values" if self.summary.get("patch_size") == [] else "patches"
 
     @property
@@ -106,7 +106,7 @@ class Run:
 
     @property
     def sentence(self) -> str:
-        """What was trained."""
+        """A sentence on model, data, mask ratio and duration."""
         shape = self._size("input_size")
         patch = self._size("patch_size") if self.unit == "patches" else ()
         items, points = _KINDS.get(len(shape), _KINDS[2])
@@ -114,17 +114,17 @@ class Run:
         num_train = finite(self.summary, "num_train")
         count = f"{num_train:,.0f} {items}" if num_train else f"the {items}"
         size = f" ({_product(shape)} {points})" if shape else ""
-        hidden = f"{_product(patch)}-{points.removesuffix('s')} patches" if patch else self.unit
+        patches = f"{_product(patch)}-{points.removesuffix('s')} patches" if patch else self.unit
         share = self.summary.get("mask_ratio", self.settings.get("mask.ratio"))
-        hiding = ""
+        masked = ""
         if isinstance(share, (int, float)):
             inverted = str(self.settings.get("mask.strategy")).endswith("_inverted")
-            hiding = f", with {100 * (1 - share if inverted else share):.0f}% of their {hidden} hidden"
-        return f"A masked autoencoder{preset} was pre-trained on {count} from {self._data}{size}{hiding}{self._extent}."
+            masked = f", with {100 * (1 - share if inverted else share):.0f}% of their {patches} masked"
+        return f"A masked autoencoder{preset} was pre-trained on {count} from {self._data}{size}{masked}{self._extent}."
 
     @property
     def facts(self) -> list[tuple[str, str, str]]:
-        """The run in figures: (name, figure, remark); what is unknown is left out."""
+        """The known figures of the run: (name, figure, remark)."""
         whole = "{:,.0f}".format
         rows = []
         for name, show, keys, remark, show_beside, beside in (
@@ -140,7 +140,7 @@ class Run:
 
     @property
     def _extent(self) -> str:
-        """How long, on what: ", for 100 epochs in 47 s on the CPU"."""
+        """Duration and device: ", for 100 epochs in 47 s on the CPU"."""
         epochs, seconds = self.latest("epochs", "epoch"), self.latest("seconds")
         if epochs is None or seconds is None:
             return ""
@@ -158,7 +158,7 @@ class Run:
         return str(self.summary.get("data") or self.settings.get("data.source") or "unknown data")
 
     def _size(self, name: str) -> tuple[int, ...]:
-        """Of the input or a patch, along each spatial axis; empty where unknown."""
+        """Size of the input or a patch along each spatial axis; empty where unknown."""
         value = self.summary.get(name) or self.settings.get(f"model.{name}")
         if isinstance(value, int):
             return (value, value)
@@ -222,7 +222,7 @@ def _read_lines(path: Path) -> list[Record]:
 
 
 def _by_step(records: list[Record], kind: str) -> tuple[Record, ...]:
-    """Records of one kind, one for each step; of what a resumed run wrote twice, the later figure counts."""
+    """Records of one kind, one for each step; where a resumed run wrote a step twice, the later figures count."""
     merged: dict[int, Record] = {}
     for record in records:
         if record.get("kind") == kind:

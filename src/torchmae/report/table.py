@@ -1,4 +1,4 @@
-"""The short table a command ends with."""
+"""The table at the end of `torchmae pretrain`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,13 @@ from torchmae.report.metrics import BASELINES, METRICS, finite
 
 
 def final_table(figures: Mapping[str, Any]) -> str:
-    """The figures of a run beside predictions and features that take no learning.
-
-    Args:
-        figures: as in summary.json.
-    """
+    """The figures of a run, as in summary.json, beside their baselines."""
     table = Table("held-out images" if figures["num_val"] else "figure", box=SIMPLE_HEAD, pad_edge=False)
     for name in ("this model", *BASELINES.values()):
         table.add_column(name.removeprefix("the ").removesuffix(" network"), justify="right")
     for name, metric in METRICS.items():
         if metric.goal and figures.get(name) is not None:
-            of = f" on hidden {figures['target']}" if name == "loss" else ""
+            of = f" on masked {figures['target']}" if name == "loss" else ""
             values = (finite(figures, key) for key in (name, *(f"{name}_{beside}" for beside in BASELINES)))
             cells = ("" if value is None else metric.unit.cell(value) for value in values)
             table.add_row(f"{metric.heading}{of}", *cells)

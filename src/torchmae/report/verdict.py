@@ -1,4 +1,4 @@
-"""Is my loss good, and what looks wrong? What the figures of a run say, in plain words."""
+"""Is my loss good, and what looks wrong? A verdict and hints from the figures of a run."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torchmae.report.metrics import BASELINES, METRICS, finite, number, percent
 Level = Literal["good", "fair", "poor", "unknown"]
 Records = Sequence[Mapping[str, Any]]
 
-# Two standard errors: a difference of two kNN accuracies below this is put down to chance.
+# Standard errors: a smaller difference of two kNN accuracies counts as chance.
 _STANDARD_ERRORS = 2.0
-# Change of explained variance over the last fifth of a run that is worth a remark.
+# Smallest change of explained variance over the last fifth of a run that is reported.
 _TREND = 0.01
-# From this kNN accuracy of raw pixels on, in percent, there is no room above them.
+# At this kNN accuracy of raw pixels, in percent, features can hardly do better.
 _EASY = 95.0
-# Share of time spent waiting for data above which a faster reader is worth having.
+# Share of time spent waiting for data above which faster reading pays.
 _DATA_WAIT = 0.2
-# A gradient norm so many times its usual value has left the range in which a step can be trusted.
+# Multiple of the usual gradient norm above which a step cannot be trusted.
 _EXPLODING = 10.0
 _FEWEST_RECORDS = 10
-# Features that use fewer directions than this, or than this share of what they once used, have collapsed. On CIFAR-10
-# a ViT of width 192 begins at 34 and ends at 50 to 60.
+# Features have collapsed if their effective rank is below this, or below this share of its maximum. On CIFAR-10 the
+# rank of a ViT of width 192 begins at 34 and ends at 50 to 60.
 _COLLAPSED_RANK = 3.0
 _COLLAPSED_SHARE = 0.25
 # A step that changes the weights by about a thousandth is usual. The shipped recipes have medians of 0.2% to 0.6%.
@@ -33,7 +33,7 @@ _SMALL_UPDATE = 5e-5
 
 
 class Verdict(NamedTuple):
-    """An answer to a question about a run: how good, in a few words, and why, with the numbers and what to do."""
+    """A verdict on a run: its level, a short answer, and sentences with the numbers and advice."""
 
     level: Level
     answer: str
@@ -41,10 +41,10 @@ class Verdict(NamedTuple):
 
 
 def judge(figures: Mapping[str, float], unit: str = "patches") -> Verdict:
-    """Is the loss good? Weighs reconstruction against the trivial predictors and features against trivial features.
+    """Is the loss good? Compares reconstruction and features with their baselines.
 
-    Good means that both pass, or that reconstruction does and there are no labels to test features with; poor, that
-    neither does. `figures` are those of `final_figures`; `unit` is what is hidden, "patches" or "values".
+    Good: both are better, or reconstruction is and there are no labels to test the features. Poor: neither is.
+    `figures` are those of `final_figures`; `unit` is what a mask removes, "patches" or "values".
     """
     reconstruction = _judge_reconstruction(figures, unit)
     features = _judge_features(figures)
@@ -62,7 +62,7 @@ def _judge_reconstruction(figures: Mapping[str, float], unit: str) -> Verdict:
         unmeasured = "Nothing was measured on held-out images, and a training loss alone does not tell."
         return Verdict("unknown", "Cannot say", (unmeasured,))
     variance = figures.get("explained_variance")
-    # The mean of each image's own patches can do worse than one constant for all, which explains nothing at all.
+    # The mean of each image's own patches can be worse than one constant for all, which explains no variance.
     if loss >= mean or (variance is not None and variance <= 0):
         trivial = f"the mean of the visible {unit} ({number(mean)})" if loss >= mean else "one constant for everything"
         reason = (
@@ -71,7 +71,7 @@ def _judge_reconstruction(figures: Mapping[str, float], unit: str) -> Verdict:
         )
         return Verdict("poor", "Not yet", (reason,))
     start = f"The loss of {number(loss)} is {percent(1 - loss / mean)} below predicting the mean ({number(mean)})"
-    share = "" if variance is None else f" It explains {percent(variance)} of the variance of the hidden {unit}."
+    share = "" if variance is None else f" It explains {percent(variance)} of the variance of the masked {unit}."
     if loss >= interpolation:
         reason = (
             f"{start}, but not below interpolation from the visible {unit} ({number(interpolation)}).{share} "
@@ -109,7 +109,7 @@ def _judge_features(figures: Mapping[str, float]) -> Verdict:
 
 
 def trend(val: Records) -> str:
-    """One sentence on whether explained variance still rose, or fell from its best; empty if neither."""
+    """A sentence if explained variance still rises at the end, or fell from its best; else empty."""
     points = [(int(record["step"]), finite(record, "explained_variance")) for record in val]
     known = [(step, value) for step, value in points if value is not None]
     if len(known) < 3:
@@ -129,18 +129,18 @@ def trend(val: Records) -> str:
 
 
 def hints(records: Records) -> list[str]:
-    """Everything that looks wrong in records of metrics.jsonl, by rising step: a sentence or two each."""
+    """A sentence or two on everything that looks wrong in records of metrics.jsonl, by rising step."""
     return [*filter(None, [loss_hint(records)]), *training_hints(records)]
 
 
 def training_hints(records: Records) -> list[str]:
-    """As `hints`, without the loss: for a page that weighs it elsewhere."""
+    """`hints` without the loss, for a page with the verdict of `judge`."""
     checks = (collapse_hint, chance_hint, gradient_hint, update_hint, data_hint)
     return [text for check in checks if (text := check(records))]
 
 
 def loss_hint(records: Records) -> str:
-    """Whether the last loss on held-out images is no better than interpolation's; empty if it is."""
+    """A hint if the last loss on held-out images is no better than interpolation's; else empty, as for all hints."""
     loss, interpolation = _last(records, "val", "loss"), _last(records, "val", "loss_interpolation")
     if loss is None or interpolation is None or loss < interpolation:
         return ""
@@ -151,7 +151,7 @@ def loss_hint(records: Records) -> str:
 
 
 def collapse_hint(records: Records) -> str:
-    """Whether the features use almost no directions any more, by "effective_rank"; empty if not, or not measured."""
+    """A hint if the effective rank of the features has collapsed."""
     ranks = [*_values(records, "baseline", "effective_rank_untrained"), *_values(records, "val", "effective_rank")]
     if not _values(records, "val", "effective_rank"):
         return ""
@@ -161,12 +161,12 @@ def collapse_hint(records: Records) -> str:
     fell = f", down from {highest:.1f}" if highest > 1.1 * last else ""
     return (
         f"The features are collapsing: they use {last:.1f} directions in effect{fell}, so that images look alike to "
-        "them. Lower the learning rate, or hide more."
+        "them. Lower the learning rate, or mask more."
     )
 
 
 def chance_hint(records: Records) -> str:
-    """Whether kNN is no better than always answering the commonest class; empty if it is, or was not measured."""
+    """A hint if kNN is no better than always answering the commonest class."""
     knn, share = _last(records, "val", "knn"), _last(records, "baseline", "majority")
     images = _last(records, "baseline", "majority_images")
     if knn is None or share is None or not images:
@@ -180,7 +180,7 @@ def chance_hint(records: Records) -> str:
 
 
 def gradient_hint(records: Records) -> str:
-    """Whether the gradient norm has left its range at the end; empty if not, or not measured often enough."""
+    """A hint if the gradient norm is far above its median at the end."""
     norms = _values(records, "train", "grad_norm")
     if len(norms) < _FEWEST_RECORDS:
         return ""
@@ -194,11 +194,11 @@ def gradient_hint(records: Records) -> str:
 
 
 def update_hint(records: Records) -> str:
-    """Whether steps are far too large or too small for the weights; empty if not, or not measured often enough."""
+    """A hint if steps are far too large or too small for the weights."""
     updates = _values(records, "train", "update_to_weight")
     if len(updates) < _FEWEST_RECORDS:
         return ""
-    usual = statistics.median(updates)  # a schedule begins and ends at zero
+    usual = statistics.median(updates)  # not the mean: a schedule begins and ends at zero
     if _SMALL_UPDATE <= usual <= _LARGE_UPDATE:
         return ""
     advice = "a higher" if usual < _SMALL_UPDATE else "a lower"
@@ -209,9 +209,8 @@ def update_hint(records: Records) -> str:
 
 
 def data_hint(records: Records) -> str:
-    """Whether training waits for data for more than a fifth of the time; empty if not, or not measured."""
-    # Starting workers is no lasting wait.
-    waits = _values(records, "train", "data_wait")[1:]
+    """A hint if training waits for data for more than a fifth of the time."""
+    waits = _values(records, "train", "data_wait")[1:]  # the first includes the start of the workers
     if not waits or (wait := sum(waits) / len(waits)) <= _DATA_WAIT:
         return ""
     return (
