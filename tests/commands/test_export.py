@@ -139,7 +139,7 @@ def test_pre_training_starts_from_others_weights(
     assert main([*command, "--precision", "fp32", "--progress", "plain"]) == 0
     said = "".join(capsys.readouterr())
     assert f"encoder: 18 tensors from {released}" in said
-    assert "patch embedding: adapted from 3 to 1 channels (the sum of theirs)" in said
+    assert "patch embedding: adapted from 3 to 1 channels (summed)" in said
     assert "decoder: starts fresh (the source predicts 3 channels and the data has 1)" in said
     theirs, ours = torch.load(released, weights_only=True)["model"], load_file(out / "model.safetensors")
     expected = theirs["patch_embed.proj.weight"].sum(1, keepdim=True)
