@@ -50,7 +50,7 @@ class Cells(NamedTuple):
 
 
 class _GlobalResponseNorm(nn.Module):
-    """Scales each channel by its norm over an image's visible pixels, over the mean of these norms (section 4)."""
+    """Scales each channel by its norm over the visible pixels, divided by the mean norm of all channels (section 4)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class _ResponseMlp(Mlp):
 class ConvNeXtBlock(nn.Module):
     """A residual block of a depthwise convolution, a norm and an MLP with a response norm, for images of 1 to 3 axes.
 
-    The MLP's hidden width is `mlp_ratio` times `dim`, rounded down as in timm; `drop_path` is the stochastic depth.
+    The MLP's width is `mlp_ratio` times `dim`, rounded down as in timm; `drop_path` is the stochastic depth rate.
     """
 
     def __init__(self, dim: int, axes: int, mlp_ratio: float, drop_path: float) -> None:

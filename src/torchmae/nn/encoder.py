@@ -197,9 +197,7 @@ class ViTEncoder(Encoder):
             if keep_blocks:
                 between.append(x)
             x = block(x)
-        if (
-            keep_blocks
-        ):  # the final norm's scale and shift need a gradient; the decoder normalises its mixture of blocks
+        if keep_blocks:  # scale and shift, so that the final norm has a gradient; the decoder normalises its mixture
             between.append(x * self.norm.weight + self.norm.bias)
         prefix, patches = self.norm(x).tensor_split((self.num_prefix_tokens,), dim=1)
         return EncoderOutput(prefix, patches, grid, tuple(between))

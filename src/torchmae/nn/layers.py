@@ -118,7 +118,7 @@ class DropPath(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block (Dosovitskiy et al. 2021).
 
-    The MLP's hidden width is `mlp_ratio` times `dim`, rounded down as in timm; `drop_path` is the stochastic depth.
+    The MLP's width is `mlp_ratio` times `dim`, rounded down as in timm; `drop_path` is the stochastic depth rate.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:
