@@ -300,8 +300,7 @@ def check_bank(bank: Features, pretrained: Pretrained) -> None:
 
 def _to_show(pretrained: Pretrained, images: Tensor) -> FloatArray:
     """Normalised images (1, C, H, W) to values in [0, 1], (C, H, W)."""
-    shown: FloatArray = pretrained.description.normalisation.shown(images)[0].numpy()
-    return shown
+    return pretrained.description.normalisation.shown(images)[0].numpy()
 
 
 def _same_mask(removed: Tensor, name: str, pretrained: Pretrained) -> Mask:

@@ -74,13 +74,12 @@ def _first_segment(data: bytes, wanted: Sequence[int]) -> int | None:
 def read_whole(data: bytes, header: Header, reduction: int) -> npt.NDArray[np.uint8] | None:
     """(height, width, 1 or 3) as stored, at 1/reduction of the size, rounded up; None: only Pillow can decode it."""
     with suppress(ValueError):  # damaged; Pillow can read some of these files
-        pixels: npt.NDArray[np.uint8] = _import_simplejpeg().decode_jpeg(
+        return _import_simplejpeg().decode_jpeg(
             data,
             "GRAY" if header.grey else "RGB",
             min_height=-(-header.height // reduction),
             min_width=-(-header.width // reduction),
         )
-        return pixels
     return None
 
 

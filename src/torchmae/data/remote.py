@@ -103,8 +103,7 @@ def _file_system(url: str) -> tuple[Any, str]:
     """fsspec's file system for a URL, and the path in it; ConfigError: unknown, or its library is missing."""
     url_to_fs = require("fsspec.core", "remote").url_to_fs
     try:
-        system, path = url_to_fs(url)
-        return system, path
+        return url_to_fs(url)
     except (ImportError, ValueError) as error:
         is_missing = isinstance(error, ImportError)
         fix = "pip install 'torchmae[remote]'" if is_missing else "give a URL such as https://, s3:// or gs://"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Never
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +123,7 @@ def _grid(count: int, patch: Sequence[int], size: Sequence[int] | None) -> tuple
     return grid if frames == 1 else None
 
 
-def _unknown(origin: str, count: int, patch: Sequence[int], axes: int) -> Any:
+def _unknown(origin: str, count: int, patch: Sequence[int], axes: int) -> Never:
     """Raises CheckpointError with the grids that `count` positions may belong to."""
     grids: list[tuple[int, ...]] = []
     for side in range(math.isqrt(count), 1, -1):

@@ -53,5 +53,4 @@ class ViTClassifier(Classifier, ViTEncoder):  # type: ignore[misc]  # logits, in
 
     def classify(self, features: Tensor) -> Tensor:
         """As `Classifier.classify`."""
-        logits: Tensor = self.head(self.fc_norm(features))
-        return logits
+        return self.head(self.fc_norm(features))

@@ -247,8 +247,7 @@ class ConvNeXtClassifier(Classifier, ConvNeXtEncoder):  # type: ignore[misc]  # 
 
     def classify(self, features: Tensor) -> Tensor:
         """As `Classifier.classify`."""
-        logits: Tensor = self.head(features)
-        return logits
+        return self.head(features)
 
 
 def _initialise(module: nn.Module) -> None:

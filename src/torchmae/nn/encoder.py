@@ -185,7 +185,7 @@ class ViTEncoder(Encoder):
         if ids_keep is not None:
             patches = gather(patches, ids_keep)
         x = self.patch_embed(patches)
-        positions = self.positions(grid)
+        positions = resample(self.pos_embed[0], self.grid, grid)  # (num_prefix + L, D)
         patch_positions = positions[self.num_prefix_tokens :]
         x = x + (patch_positions if ids_keep is None else F.embedding(ids_keep, patch_positions))
         tokens: list[Tensor] = [token for token in (self.cls_token, self.reg_token) if token is not None]
@@ -201,10 +201,6 @@ class ViTEncoder(Encoder):
             between.append(x * self.norm.weight + self.norm.bias)
         prefix, patches = self.norm(x).tensor_split((self.num_prefix_tokens,), dim=1)
         return EncoderOutput(prefix, patches, grid, tuple(between))
-
-    def positions(self, grid: tuple[int, ...]) -> Tensor:
-        """The positions of a grid, (num_prefix + L, D), resampled if it is another than `self.grid`."""
-        return resample(self.pos_embed[0], self.grid, grid)
 
     def layer_of(self, name: str) -> int:
         """As `Encoder.layer_of`."""

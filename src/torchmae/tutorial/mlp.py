@@ -123,8 +123,7 @@ class FlatDecoder(nn.Sequential, Decoder):
 
     def forward(self, encoded: EncoderOutput, mask: ElementMask) -> Tensor:  # type: ignore[override]  # noqa: ARG002
         """(B, N) predictions."""
-        prediction: Tensor = nn.Sequential.forward(self, encoded.patches.squeeze(1))  # type: ignore[no-untyped-call]
-        return prediction
+        return nn.Sequential.forward(self, encoded.patches.squeeze(1))  # type: ignore[no-untyped-call]
 
     def flops(self, seen: int, masked: int) -> int:  # noqa: ARG002
         """Operations of the one layer, which predicts every value."""
