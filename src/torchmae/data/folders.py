@@ -308,7 +308,7 @@ def _folder_remarks(
         if lists := [name for name in files if (folder / name).is_file()]:
             remarks.append(f"lists {', '.join(lists)} not used, so that all images are trained on")
         held_out = sorted({top for top in tops.values() if split_named(top) in ("val", "test")})
-        remarks += [f"no train folder, so that {top}/ is trained on" for top in held_out]
+        remarks += [f"no train folder, so {top}/ is trained on" for top in held_out]
     if counts[""]:
         beside = {f"{tops[place] or '.'}/" for place, role in zip(listing.places, found, strict=True) if not role.split}
         beside -= {f"{role.masks}/" for role in found}
@@ -318,7 +318,7 @@ def _folder_remarks(
         remarks.append(f"{int(is_mask.sum()):,} masks ({shortened(where)}) not used")
     if listing.num_twins:
         remarks.append(
-            f"{listing.num_twins:,} images share name and folder with another ({listing.twin}) and are used all the "
-            f"same: '{printable(os.fsencode(folder))}/**/*.SUFFIX' gives one kind alone"
+            f"{listing.num_twins:,} images share name and folder with another ({listing.twin}), and all are used; "
+            f"for one kind only, give '{printable(os.fsencode(folder))}/**/*.SUFFIX'"
         )
     return [*remarks, *listing.remarks()]

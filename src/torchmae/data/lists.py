@@ -262,5 +262,5 @@ def _located(path: Path, names: dict[str, Strings]) -> tuple[Path, dict[str, Str
     except (OSError, ValueError):  # a null byte, or a name that is too long for the disk
         pass
     kind = "Windows' paths" if _DRIVE.match(os.fsdecode(tried[0])) else "paths"
-    remarks.append(f"{len(tried)} {kind} of {path.name} were tried and none is there, such as {printable(tried[0])}")
+    remarks.append(f"none of {len(tried)} {kind} of {path.name} exists, such as {printable(tried[0])}")
     return path.parent, names, remarks

@@ -161,7 +161,7 @@ class _Manifest:
                     return cls(out, task, bad, [Part(**part) for part in state["files"]])
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(f"{path} is damaged", "remove the folder, or choose another") from error
-            raise ConfigError(f"{out} was packed from other data, or otherwise", "choose another folder, or remove it")
+            raise ConfigError(f"{out} was packed from other data or options", "choose another folder, or remove it")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(f"{out} exists and is not an empty folder", "choose another")
         manifest = cls(out, task, bad)

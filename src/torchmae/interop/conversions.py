@@ -134,7 +134,7 @@ def _unknown(origin: str, count: int, patch: Sequence[int], axes: int) -> Never:
     sizes = [[n * p for n, p in zip(grid, patch, strict=True)] for grid in grids[:1]]
     more = f", or {sizes[0][1:]} for its first frame alone" if axes == 3 and sizes else ""
     raise CheckpointError(
-        f"{origin} has {count} positions and does not say of which grid: {shown}",
+        f"{origin} has {count} positions and does not say for which grid: {shown}",
         f"say the size of the images it is for, such as --model.input_size {sizes[0]}{more}"
         if sizes
         else "see docs/weights.md",

@@ -28,9 +28,9 @@ _TEXT = bytes([*b"\t\n\r", *range(32, 127)])
 # First bytes (lower case) of files that are no weights: what the file is, and the fix.
 _IN_PLACE = (
     (b"version https://git-lfs", "a Git LFS pointer, not the weights", "fetch them: git lfs pull"),
-    (b"<!doctype", "a web page", f"{_COPY_AGAIN}; the address may want a login"),
-    (b"<html", "a web page", f"{_COPY_AGAIN}; the address may want a login"),
-    (b"<?xml", "an XML text, as a server's refusal is", f"{_COPY_AGAIN}; the address may want a login"),
+    (b"<!doctype", "a web page", f"{_COPY_AGAIN}; the address may need a login"),
+    (b"<html", "a web page", f"{_COPY_AGAIN}; the address may need a login"),
+    (b"<?xml", "an XML text, such as a server's error message", f"{_COPY_AGAIN}; the address may need a login"),
     (b"\x1f\x8b", "compressed by gzip", "unpack it: gunzip"),
     (b"\x89hdf", "an HDF5 file", "convert it to .safetensors"),
 )

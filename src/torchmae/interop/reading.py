@@ -87,7 +87,7 @@ def read_weights(
         return weights
     if weights.norm_pix not in (None, norm_pix):
         said = "normalised" if weights.norm_pix else "pixels"
-        raise ConfigError(f"target is given and {path} says itself that it was {said}", "leave --target out")
+        raise ConfigError(f"target is given, but {path} says that it was {said}", "leave --target out")
     return replace(weights, arguments={**weights.arguments, "norm_pix": norm_pix})
 
 
@@ -204,7 +204,7 @@ def _assemble(state: State, facts: Facts, notes: list[str]) -> Weights:
     encoder, decoder = names.split_official(state)
     if "norm.weight" not in encoder and "fc_norm.weight" in encoder:
         encoder |= {f"norm.{kind}": encoder[f"fc_norm.{kind}"] for kind in ("weight", "bias")}
-        notes.append("the last norm stood behind the pooling (fc_norm); here it stands before it")
+        notes.append("the last norm came after the pooling (fc_norm); here it comes before")
     unused = sorted(name for name in encoder if _HEAD.match(name))
     encoder = {name: value for name, value in encoder.items() if name not in unused}
     if unused:
@@ -272,7 +272,7 @@ def _with_decoder(weights: Weights, decoder: State, facts: Facts) -> Weights:
     }
     positions = decoder.get("pos_embed")
     if positions is None or bool(positions[:, 0].any()):
-        what = "its positions are missing, or give the class token one, which torchmae's has not"
+        what = "its positions are missing, or the class token has one, unlike in torchmae"
         return replace(weights, no_decoder=f"{cannot}: {what}")
     decoder = {**decoder, "pos_embed": positions[:, 1:]}
     whole = replace(weights, arguments=arguments, decoder=decoder, no_decoder="")

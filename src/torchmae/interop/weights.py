@@ -181,7 +181,7 @@ def difference(given: Mapping[str, Tensor], module: nn.Module) -> str:
     if missing:
         return f"it lacks {listed(missing)}"
     if odd:
-        return f"it has {listed(odd)} besides"
+        return f"it also has {listed(odd)}"
     for name, tensor in given.items():
         if tensor.shape != wanted[name].shape:
             return f"{name} is {tuple(tensor.shape)} where {tuple(wanted[name].shape)} is wanted"

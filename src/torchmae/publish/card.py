@@ -30,9 +30,9 @@ def model_card(run: Path, exported: Exported, written: Format, check: Check, dat
         "tags:\n- masked-autoencoder\n- self-supervised-learning\n- torchmae\n---\n",
         f"# {what}, trained on {_plain(data)}\n" if data else f"# {what}\n",
         f"{_summary(exported, written)}\n",
-        f"## Use\n\n`FOLDER` is where this file lies. Images are {_scaled(exported)}, less the mean "
-        f"({', '.join(f'{value:.4g}' for value in description.mean)}), divided by "
-        f"({', '.join(f'{value:.4g}' for value in description.std)}) (for each channel).\n\n"
+        f"## Use\n\n`FOLDER` is the folder of this file. Images are {_scaled(exported)}; then the mean "
+        f"({', '.join(f'{value:.4g}' for value in description.mean)}) is subtracted and the result is divided by "
+        f"({', '.join(f'{value:.4g}' for value in description.std)}), for each channel.\n\n"
         f"```python\n{written.usage(exported)}```\n",
         f"## Training\n\n{_training(known, exported, data_licence)}\n",
     ]
@@ -83,7 +83,7 @@ def _summary(exported: Exported, written: Format) -> str:
 def _training(known: Run | None, exported: Exported, data_licence: str | None) -> str:
     licence = f"Licence of the training data: {_plain(data_licence) if data_licence else 'not given'}."
     if known is None or not known.summary:
-        return f"Nothing is recorded of the training.\n\n{licence}"
+        return f"Nothing is known about the training.\n\n{licence}"
     summary, config = known.summary, known.config
     rows = {
         "data": f"{_data_name(known)}, {summary.get('num_train', 0):,} images, {summary.get('num_val', 0):,} held out",

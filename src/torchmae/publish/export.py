@@ -61,7 +61,7 @@ def export(run: str | Path, out: str | Path, options: ExportOptions) -> Export:
     path, target = user_path(out), EXPORTS[options.to]
     check_out(path)
     if options.part not in target.holds.parts:
-        raise ConfigError(f"part is {options.part!r} and {options.to} is always whole", "leave --part out")
+        raise ConfigError(f"part is {options.part!r}, but {options.to} holds whole models", "leave --part out")
     exported = open_model(run, options)
     if problem := target.holds.refusal(exported):
         holding = {name: other.holds for name, other in EXPORTS.items() if options.part in other.holds.parts}
