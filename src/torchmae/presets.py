@@ -1,4 +1,4 @@
-"""From names and numbers to a model: the one place where a network is built. Presets are data."""
+"""Presets, and the one place where a network is built from names and numbers."""
 
 from __future__ import annotations
 
@@ -66,15 +66,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def arguments(preset: str, **overrides: Any) -> dict[str, Any]:
-    """The full arguments of a preset.
+    """The full arguments of a preset of `PRESETS`, with the overrides that are not None.
 
-    Args:
-        preset: a key of `PRESETS`.
-        **overrides: values to replace; None keeps the preset's. `input_size` and `patch_size` take one number for
-            every axis or a sequence.
-
-    Raises:
-        ConfigError: an unknown preset, or an argument that its model does not have.
+    `input_size` and `patch_size` are one number for all axes, or a sequence. ConfigError: an unknown preset, an
+    argument that its model does not have, or a number that is too small.
     """
     if preset == OWN:
         raise ConfigError("model.preset is 'own', a model handed over in Python", "hand it over again: model=MODEL")
@@ -85,7 +80,7 @@ def arguments(preset: str, **overrides: Any) -> dict[str, Any]:
         if name not in values:
             raise ConfigError(f"model.{name} does not apply to preset {preset!r}", "leave it out")
     values.update(given)
-    # One number means every axis; when only one of the two sizes is a sequence, it says how many axes there are.
+    # One number stands for all axes. If only one of the two sizes is a sequence, it gives the number of axes.
     sizes = {name: values[name] for name in ("input_size", "patch_size") if name in values}
     explicit = [len(given[name]) for name in sizes if isinstance(given.get(name), Sequence)]
     axes = explicit[0] if explicit else len(PRESETS[preset]["input_size"])
@@ -122,12 +117,10 @@ def compose(
     teacher_dim: int = 0,
     **of_encoder: Any,
 ) -> MaskedAutoencoder:
-    """A model of patches. `config.ModelConfig` says what each argument is; the rest are the encoder's.
+    """A model with patches. `config.ModelConfig` describes the arguments; the others are the encoder's.
 
-    With a `teacher`, whose features are `teacher_dim` wide, the model waits for `nn.teacher.attach` to be trained.
-
-    Raises:
-        ConfigError: sizes or options that do not fit together.
+    With a `teacher`, whose features have width `teacher_dim`, call `nn.teacher.attach` before training. ConfigError:
+    sizes or options that do not fit together.
     """
     one_of("encoder", encoder, ENCODERS)
     one_of("decoder", decoder, DECODERS)
@@ -158,7 +151,7 @@ def compose(
 
 
 def own_arguments(model: MaskedAutoencoder) -> dict[str, Any]:
-    """What stands in place of arguments for a model handed over in Python: its shape, which cannot rebuild it."""
+    """What is recorded of a model handed over in Python: its shape, from which it cannot be rebuilt."""
     encoder = model.encoder
     return {
         "encoder": OWN,
@@ -170,18 +163,16 @@ def own_arguments(model: MaskedAutoencoder) -> dict[str, Any]:
 
 
 def construct(values: dict[str, Any]) -> MaskedAutoencoder:
-    """The network of full arguments, as `arguments` gives them, with fresh weights from torch's generator.
+    """The network of full arguments (see `arguments`), with fresh weights from torch's global generator.
 
-    Raises:
-        ConfigError: sizes or options that do not fit together.
-        TypeError: arguments that no model takes.
+    ConfigError: sizes or options that do not fit together. TypeError: arguments that no model takes.
     """
     fits = values.keys() <= signature(tutorial.compose).parameters.keys()
     return (tutorial.compose if fits else compose)(**values)
 
 
 def weightless(values: dict[str, Any]) -> MaskedAutoencoder:
-    """The network of full arguments on the device "meta": its shapes without memory for weights."""
+    """As `construct`, on the device "meta": shapes without memory for weights."""
     with torch.device("meta"):
         return construct(values)
 
@@ -189,7 +180,6 @@ def weightless(values: dict[str, Any]) -> MaskedAutoencoder:
 def build(preset: str, **overrides: Any) -> MaskedAutoencoder:
     """A model by name, with fresh weights: `build("vit_base")`, `build("vit_small", in_chans=5, input_size=(96, 160))`.
 
-    Raises:
-        ConfigError: an unknown preset or argument, or sizes that do not fit together.
+    ConfigError: an unknown preset or argument, or sizes that do not fit together.
     """
     return construct(arguments(preset, **overrides))

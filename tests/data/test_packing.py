@@ -160,7 +160,7 @@ def test_folders_that_hold_something_else(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="in exists and is not an empty folder; choose another"):
         pack(splits, folder, PackOptions())
     pack(splits, out, PackOptions())
-    with pytest.raises(ConfigError, match="was packed from other data, or otherwise"):
+    with pytest.raises(ConfigError, match="was packed from other data or options"):
         pack(splits, out, PackOptions(max_size=10))
     (out / "pack.json").write_text("{")
     with pytest.raises(DataError, match="pack.json is damaged"):

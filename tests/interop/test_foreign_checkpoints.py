@@ -317,7 +317,7 @@ def test_positions_say_their_grid_or_ask_for_it(tmp_path: Path) -> None:
     for path, size in ((clips, (6, 32, 32)), (wide, (16, 48))):
         weights = read_weights(path, input_size=size)
         assert (weights.arguments["input_size"], weights.notes) == (size, ())
-    with pytest.raises(CheckpointError, match="does not say of which grid"):
+    with pytest.raises(CheckpointError, match="does not say for which grid"):
         read_weights(wide, input_size=(16, 64))
     square = read_weights(save(tmp_path / "square.safetensors", state()), input_size=(16, 64))
     assert square.arguments["input_size"] == (32, 32)  # to be resampled

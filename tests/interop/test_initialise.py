@@ -51,7 +51,7 @@ def test_another_grid_has_its_positions_resampled() -> None:
     assert torch.equal(model.encode(images), source.encode(images))
 
 
-@pytest.mark.parametrize(("channels", "how"), [(1, "the sum of theirs"), (6, "theirs in turn, times 3 / 6")])
+@pytest.mark.parametrize(("channels", "how"), [(1, "summed"), (6, "repeated in turn, times 3 / 6")])
 def test_other_channels_answer_alike_to_grey(channels: int, how: str) -> None:
     source, model = mae(), fresh(in_chans=channels)
     said = initialise(model, weights(source))

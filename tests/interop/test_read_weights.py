@@ -75,7 +75,7 @@ def test_a_target_that_the_file_does_not_say_is_asked_for(tmp_path: Path, releas
 def test_the_options_of_a_training_say_the_target(tmp_path: Path, released: MaskedAutoencoder, stored: Any) -> None:
     path = save(tmp_path / "checkpoint-1.pth", released, args=stored, epoch=1)
     assert read_weights(path).norm_pix is False
-    with pytest.raises(ConfigError, match=r"target is given and .* says itself that it was pixels; leave --target out"):
+    with pytest.raises(ConfigError, match=r"target is given, but .* it was pixels; leave --target out"):
         read_weights(path, norm_pix=True)
 
 
@@ -136,10 +136,10 @@ def test_files_that_are_no_weights(tmp_path: Path, name: str, content: bytes) ->
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dist_token": torch.ones(1, 1, 192)}, "it has dist_token besides"),
-        ({"blocks.0.ls1.gamma": torch.ones(192)}, "it has blocks.0.ls1.gamma besides"),
+        ({"dist_token": torch.ones(1, 1, 192)}, "it also has dist_token"),
+        ({"blocks.0.ls1.gamma": torch.ones(192)}, "it also has blocks.0.ls1.gamma"),
         ({"norm.bias": None}, "it lacks norm.bias"),
-        ({"pos_embed": torch.ones(1, 8, 192)}, "has 7 positions and does not say of which grid"),
+        ({"pos_embed": torch.ones(1, 8, 192)}, "has 7 positions and does not say for which grid"),
         ({"pos_embed": None}, "it has no pos_embed"),
         ({"cls_token": torch.ones(1, 2, 192)}, "cls_token is (1, 2, 192) where (1, 1, 192) is wanted"),
     ],
@@ -168,7 +168,7 @@ def test_a_fine_tuned_network_gives_its_encoder_and_says_what_is_not_used(
     weights = read_weights(tmp_path / "x.safetensors")
     assert torch.equal(weights.encoder["norm.bias"], released.encoder.norm.bias)
     assert weights.notes == (
-        "the last norm stood behind the pooling (fc_norm); here it stands before it",
+        "the last norm came after the pooling (fc_norm); here it comes before",
         "not used, as it is not part of the encoder: fc_norm.bias, fc_norm.weight, head.bias, head.weight",
     )
 

@@ -41,8 +41,8 @@ def test_attention_is_softmax_over_tokens_in_each_head() -> None:
 
 
 def test_cross_attention_reads_the_context() -> None:
-    attention = CrossAttention(12, 8, 2)
-    x, context = torch.randn(2, 5, 12), torch.randn(2, 7, 8)
+    attention = CrossAttention(12, 2)
+    x, context = torch.randn(2, 5, 12), torch.randn(2, 7, 12)
     out = attention(x, context)
     for sample in range(2):
         k, v = attention.kv(context[sample]).split(12, dim=1)
@@ -51,9 +51,9 @@ def test_cross_attention_reads_the_context() -> None:
 
 @pytest.mark.parametrize("num_heads", [0, -1, 5, 24])
 def test_heads_that_do_not_divide_the_width(num_heads: int) -> None:
-    for make in (lambda: Attention(12, num_heads), lambda: CrossAttention(12, 8, num_heads)):
+    for attention in (Attention, CrossAttention):
         with pytest.raises(ConfigError, match=f"width 12 cannot be divided among {num_heads} heads"):
-            make()
+            attention(12, num_heads)
 
 
 def test_an_mlp_without_a_hidden_layer_is_an_error() -> None:
@@ -65,18 +65,18 @@ def test_an_mlp_without_a_hidden_layer_is_an_error() -> None:
 
 @pytest.mark.parametrize(("ratio", "hidden"), [(4.0, 40), (2.67, 26), (0.5, 5)])
 def test_the_hidden_width_is_rounded_down_as_timm_does(ratio: float, hidden: int) -> None:
-    assert Block(10, 2, ratio).mlp.fc1.out_features == hidden
-    assert CrossBlock(10, 10, 2, ratio).mlp.fc1.out_features == hidden
+    for block in (Block, CrossBlock):
+        assert block(10, 2, ratio).mlp.fc1.out_features == hidden
 
 
 def test_blocks_add_to_what_they_are_given() -> None:
-    block, cross = Block(8, 2), CrossBlock(8, 6, 2)
+    block, cross = Block(8, 2), CrossBlock(8, 2)
     for layer in (block.attn.proj, block.mlp.fc2, cross.cross_attn.proj, cross.mlp.fc2):
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
     x = torch.randn(2, 3, 8)
     assert torch.equal(block(x), x)
-    assert torch.equal(cross(x, torch.randn(2, 4, 6)), x)
+    assert torch.equal(cross(x, torch.randn(2, 4, 8)), x)
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:

@@ -249,7 +249,7 @@ def test_the_card_says_what_is_known(run: Path, tmp_path: Path) -> None:
         assert part in card
     assert "kNN" not in card
     again = export(tmp_path / "out", tmp_path / "second", ExportOptions())
-    assert "Nothing is recorded of the training." in (again.path / "README.md").read_text()
+    assert "Nothing is known about the training." in (again.path / "README.md").read_text()
 
 
 def test_a_figure_from_outside_is_on_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

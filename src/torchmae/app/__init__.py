@@ -1,1 +1,1 @@
-"""`torchmae app`: a page in the browser to try a trained model on. `session` computes, the rest is what one sees."""
+"""`torchmae app`: a web page to try a trained model. `session` computes; the other files are the page."""

@@ -1,4 +1,4 @@
-"""HTML of the page: figures with pictures inside, tables, one-line messages."""
+"""The HTML of the page: figures with embedded pictures, tables, messages."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from torchmae.report.panels import heat, map_panel, sample_panels
 
 _MIN_SIDE = 192
 _THUMBNAIL = 64
-_OPACITY = 0.75  # of an error's colour: the image below stays visible
+_OPACITY = 0.75  # of the colours of errors, so that the image below stays visible
 _MIN_MSE = 1e-10  # limits the PSNR to 100 dB
 
 
 def message(text: str, kind: str = "note") -> str:
-    """One line; `kind` is "note" or "error"."""
+    """A message; `kind` is "note" or "error"."""
     role = "alert" if kind == "error" else "status"
     return f'<p class="message {kind}" role="{role}">{escape(text)}</p>' if text else ""
 
 
 def heading(names: Sequence[str], about: str) -> str:
-    """The head of the page: which runs, and a line about them."""
+    """The head of the page: the names of the runs, and a line about them."""
     runs = " | ".join(names)
     return f'<h1>torchmae <span>{escape(runs)}</span></h1><p class="help">{escape(about)}</p>'
 
 
 def painter(original: FloatArray, grid: tuple[int, int], masked: Sequence[int], label: str) -> dict[str, Any]:
-    """The properties of painter.js: picture, rows and columns of patches, the masked ones, and an accessible name."""
+    """The properties of painter.js: picture, rows and columns of patches, masked patches, accessible name."""
     rows, columns = grid
     picture = embed(_panel(original)).uri
     return {"image": picture, "rows": rows, "columns": columns, "hidden": list(masked), "label": label}
 
 
 def examples(images: Sequence[FloatArray], title: str) -> str:
-    """Images to choose from, as buttons; nothing without images."""
+    """Images as buttons; "" without images."""
     buttons = (
         f'<button type="button" data-index="{index}" aria-label="{index + 1}">'
         f'<img alt="" src="{embed(_panel(image, _THUMBNAIL)).uri}"></button>'
@@ -52,7 +52,7 @@ def examples(images: Sequence[FloatArray], title: str) -> str:
 
 
 def filled(results: Sequence[Filled], language: str) -> str:
-    """Reconstructions with their errors, and a table that sets the errors beside those of interpolation."""
+    """Reconstructions with their errors, and a table of the errors beside those of interpolation."""
     text = TEXT[language]
     peak = max(float(np.nanmax(result.error)) for result in results)
     rows = []
@@ -69,7 +69,7 @@ def filled(results: Sequence[Filled], language: str) -> str:
 
 
 def seen(results: Sequence[Seen], language: str) -> str:
-    """Pictures beside the colours of their features and the class token's attention."""
+    """Pictures, their features as colours, and the attention of the class token."""
     text = TEXT[language]
     rows = []
     for result in results:
@@ -88,7 +88,7 @@ def seen(results: Sequence[Seen], language: str) -> str:
 
 
 def neighbours(found: Sequence[Neighbour], original: FloatArray, language: str) -> str:
-    """The picture, and the images whose features are nearest."""
+    """The picture, and the images with the nearest features."""
     text = TEXT[language]
     figures = [_figure(_panel(original), text["original"])]
     for neighbour in found:
@@ -100,7 +100,7 @@ def neighbours(found: Sequence[Neighbour], original: FloatArray, language: str) 
 
 
 def no_neighbours(run: str, language: str) -> str:
-    """How to embed a data set for the page."""
+    """The commands that embed a data set for the page."""
     run = shlex.quote(run)
     commands = f"torchmae embed {run} --data PATH --out features.npz\ntorchmae app {run} --features features.npz"
     return f"{message(TEXT[language]['near_none'])}<pre>{escape(commands)}</pre>"
@@ -111,7 +111,7 @@ def _panel(image: FloatArray, min_side: int = _MIN_SIDE) -> Image.Image:
 
 
 def _error_panel(original: Image.Image, error: FloatArray, peak: float) -> Image.Image:
-    """The error of each masked patch as a colour over the greyed image; `peak` is the brightest."""
+    """The error of each masked patch as a colour over the grey image; `peak` is the error of the brightest colour."""
     scaled = np.nan_to_num(error / max(peak, 1e-12)).astype(np.float32)
     colours = map_panel(heat(scaled), original.size)
     grey = original.convert("L").convert("RGB")
@@ -120,13 +120,13 @@ def _error_panel(original: Image.Image, error: FloatArray, peak: float) -> Image
 
 
 def _figures(results: Sequence[Filled | Seen], result: Filled | Seen, panels: Iterable[tuple[str, Image.Image]]) -> str:
-    """The pictures of one result in a row, under its name where there are several results."""
+    """The pictures of one result in a row, with its name as a title if there are several results."""
     title = f"<h3>{escape(result.name)}</h3>" if len(results) > 1 else ""
     return f'{title}<div class="panels">{"".join(_figure(panel, caption) for caption, panel in panels)}</div>'
 
 
 def _figure(content: Image.Image | str, caption: str, tooltip: str = "") -> str:
-    """A picture, or HTML in its place, with a caption below."""
+    """A picture or HTML, with a caption below."""
     if isinstance(content, Image.Image):
         content = f'<img src="{embed(content).uri}" alt="{escape(caption)}">'
     title = f' title="{escape(tooltip)}"' if tooltip else ""

@@ -1,4 +1,4 @@
-"""The layout of the page and what its events do. Needs gradio: whoever imports this checks first that it is there."""
+"""The layout of the page and its event handlers. Importing this file needs gradio."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CHOOSE = """element.addEventListener("click", (event) => {
   const button = event.target.closest("button");
   if (button) trigger("select", { index: Number(button.dataset.index) });
 });"""
-# The functions are for the page only, and the page itself shows that it is at work.
+# The handlers are no public API; progress is not shown, or shown by the page's own style.
 _QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 _BUSY: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
 
@@ -34,20 +34,20 @@ _BUSY: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"
 class View:
     """The state of one visitor."""
 
-    picture: Picture | None = None  # None before one is chosen
-    masked: tuple[int, ...] = ()  # patches of the first run's grid
-    tab: str = "fill"  # the open one: "fill", "see" or "near"
+    picture: Picture | None = None  # None: not chosen yet
+    masked: tuple[int, ...] = ()  # indices of patches in the first run's grid
+    tab: str = "fill"  # the open tab: "fill", "see" or "near"
 
 
 class Page:
-    """The page of a session, in a language of `LANGUAGES`; None: the browser's."""
+    """The page of a session, in a language of `LANGUAGES`; None: the browser's language."""
 
     def __init__(self, session: Session, language: str | None = None) -> None:
         self._session = session
         self._language = language
 
     def build(self) -> gr.Blocks:
-        """The page for gradio to serve."""
+        """The page as gradio's blocks."""
         # What visitors upload is deleted after an hour.
         with gr.Blocks(title="torchmae", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as blocks:
             self._view = gr.State(View(), time_to_live=3600)
@@ -56,7 +56,7 @@ class Page:
         return blocks
 
     def _lay_out(self) -> None:
-        """Places the components; their words are set when the page is loaded, in the visitor's language."""
+        """Places the components. Their texts are set when the page is loaded, in the visitor's language."""
         with gr.Row(equal_height=False):
             self._head = _html("head", scale=1, min_width=200)
             self._lang = gr.Radio(
@@ -114,7 +114,7 @@ class Page:
         self._strategy.input(self._draw, mask, shown, **_QUIET)
         for slider in (self._ratio, self._seed):
             slider.input(self._draw, mask, shown, trigger_mode="always_last", **_QUIET)
-        # Every stroke, in order: of quick ones, "always_last" would answer with an earlier one's patches.
+        # "multiple" handles every stroke in order; after quick strokes, "always_last" would show an earlier mask.
         self._painter.input(self._paint, known, shown, trigger_mode="multiple", **_QUIET)
         self._clear.click(lambda view, lang: self._show(replace(view, masked=()), lang), known, shown, **_QUIET)
         for name, tab in (("fill", self._fill_tab), ("see", self._see_tab), ("near", self._near_tab)):
@@ -122,7 +122,7 @@ class Page:
             opened.then(self._look, known, tabs, **_BUSY)
 
     def _words(self, lang: str) -> Updates:
-        """The texts of all components that have some."""
+        """The texts of all components."""
         text, sizes = TEXT[lang], self._session.first.description.arguments
         about = text["about"].format(
             size=" x ".join(map(str, sizes["input_size"])),
@@ -150,7 +150,7 @@ class Page:
         return {self._lang: gr.update(value=lang), **self._speak(view, lang, strategy, ratio, seed)}
 
     def _speak(self, view: View, lang: str, strategy: str, ratio: float, seed: float) -> Updates:
-        """The whole page in a language; the first example where there is no picture, or the state of one was lost."""
+        """The whole page in a language; with the first example if the server has no picture for this visitor."""
         if view.picture is None and self._session.examples:
             shown = self._draw(view, lang, strategy, ratio, seed, lambda: self._session.example(0))
         else:
@@ -158,7 +158,7 @@ class Page:
         return {**self._words(lang), **shown, **self._look(shown[self._view], lang)}
 
     def _open(self, view: View, lang: str, strategy: str, ratio: float, seed: float, file: str | None) -> Updates:
-        """An uploaded picture; the upload field is emptied, ready for the next one."""
+        """Opens an uploaded picture and empties the upload field."""
         if file is None:
             return {self._file: None, **self._failed(view, TEXT[lang]["start"])}
         path = Path(file)
@@ -179,7 +179,7 @@ class Page:
         opened: Callable[[], Picture] | None = None,
         failure: str = "failed",
     ) -> Updates:
-        """A mask drawn anew, on another picture where one is opened."""
+        """Draws a mask, for the picture that `opened` gives, else for the present one."""
         try:
             picture = view.picture if opened is None else opened()
             masked = self._session.draw_mask(strategy, ratio / 100, int(seed))
@@ -188,12 +188,12 @@ class Page:
             return self._failed(view, TEXT[lang][failure].format(reason=error))
 
     def _paint(self, view: View, lang: str, event: gr.EventData) -> Updates:
-        """A mask from the brush, which the painter shows already."""
+        """Takes the mask from the painter, which already shows it."""
         shown = self._show(replace(view, masked=tuple(int(patch) for patch in event.hidden)), lang)
         return {**shown, self._painter: gr.skip()}
 
     def _show(self, view: View, lang: str) -> Updates:
-        """The picture, its mask and what the models make of it."""
+        """The picture, its mask and the reconstructions."""
         text, session = TEXT[lang], self._session
         shown: Updates = {self._view: view, self._painter: None, self._result: "", self._status: ""}
         if view.picture is None:
@@ -213,7 +213,7 @@ class Page:
         return {self._view: view, self._status: markup.message(line, "error")}
 
     def _look(self, view: View, lang: str) -> Updates:
-        """The two tabs that show whole pictures; only the open one is computed."""
+        """The tabs "see" and "near"; only the open one is computed."""
         session, tab, picture = self._session, view.tab, view.picture
         shown = ""
         try:
@@ -229,5 +229,4 @@ class Page:
 
 
 def _html(name: str, **options: Any) -> gr.HTML:
-    """A place for HTML of our own, found by its name."""
     return gr.HTML(elem_id=name, apply_default_css=False, **options)

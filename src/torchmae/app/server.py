@@ -1,4 +1,4 @@
-"""The web server of the page: for this computer only unless --host opens it; nothing is fetched from elsewhere."""
+"""The web server of the page: for this computer only, unless --host is given; the page loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -22,17 +22,14 @@ MAX_UPLOAD = 32 * 2**20
 
 FIRST_PORT = 7860
 _PORTS_TRIED = 100
-# The host names that a page for this computer only answers to: protects against DNS rebinding.
+# Host names that a page for this computer only accepts, against DNS rebinding.
 _LOCAL = ("127.0.0.1", "localhost")
 
 
 def listen(host: str, port: int | None) -> socket.socket:
-    """Opens a listening socket on an address of this computer.
+    """Opens a listening socket on an address of this computer; `port` None: the first free one from 7860; 0: any.
 
-    Port None is 7860, or the first after it that is free; 0 is any.
-
-    Raises:
-        ConfigError: the host is not this computer's, or the port is taken or not allowed.
+    ConfigError: the host is not this computer's, or the port is taken or not allowed.
     """
     other = "choose another --port, or leave it out"
     ports = range(FIRST_PORT, FIRST_PORT + _PORTS_TRIED) if port is None else (port,)
@@ -51,9 +48,9 @@ def listen(host: str, port: int | None) -> socket.socket:
 
 
 def serve(session: Session, listening: socket.socket, options: AppOptions) -> None:
-    """Serves the page until Ctrl-C (KeyboardInterrupt) or a signal ends it.
+    """Serves the page until Ctrl-C (KeyboardInterrupt) or a signal.
 
-    Uploaded files lie in a folder that only this user can read, which is deleted at the end.
+    Uploaded files are kept in a folder that only this user can read, and deleted at the end.
     """
 
     def announce(address: str) -> None:
@@ -76,8 +73,8 @@ def build_server(
     ready: Callable[[str], None],
     language: str | None = None,
 ) -> Any:
-    """A uvicorn server of the page, which calls `ready` with its address once it answers."""
-    # Read by gradio when it is imported and when components are made.
+    """A uvicorn server of the page; it calls `ready` with its address when it has started."""
+    # gradio reads these on import and when components are made.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(uploads)
     import uvicorn
@@ -91,7 +88,7 @@ def build_server(
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     if host in _LOCAL:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(_LOCAL))
-    theme = themes.Soft(  # the reader's own fonts: none is fetched
+    theme = themes.Soft(  # system fonts: none is downloaded
         primary_hue="blue",
         neutral_hue="slate",
         font=("system-ui", "sans-serif"),
@@ -121,5 +118,5 @@ def build_server(
             await super().startup(sockets)
             ready(f"http://{shown}:{port}/")
 
-    # A page that is open elsewhere keeps a connection; Ctrl-C must not wait for it.
+    # An open page keeps a connection; Ctrl-C must not wait for it.
     return Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))

@@ -1,6 +1,6 @@
 """What the page computes: reconstructions under painted masks, patch features and attention, nearest neighbours.
 
-Nothing here knows of a browser. Several requests may come at once, each on a thread of its own.
+This file does not depend on a browser. Several requests may come at once, each on its own thread.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from torchmae.visualize import held_out, name_of, open_run_data, sample
 
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 Picture: TypeAlias = tuple[Tensor, ...]
-"""One image as each run takes it: (1, C, *size), on the device, normalised as in the run's training."""
+"""One image, prepared for each run: (1, C, *size), on the device, normalised as in the run's training."""
 
 MAX_RUNS = 2
 NUM_EXAMPLES = 12
@@ -52,9 +52,9 @@ class Filled(NamedTuple):
     reconstructed: FloatArray  # visible patches unchanged, masked ones as predicted
     error: FloatArray  # (rows, columns), root mean squared error of each masked patch; NaN where a patch is visible
     masked: float  # share of the patches, in (0, 1)
-    mse: float  # of the model, over the masked pixels
-    mse_interpolation: float  # the same of smooth interpolation from the visible pixels
-    norm_pix: bool  # whether the true mean and contrast of each patch were put back
+    mse: float  # over the masked pixels
+    mse_interpolation: float  # the same for smooth interpolation from the visible pixels
+    norm_pix: bool  # the true mean and contrast of each patch were put back
 
 
 class Seen(NamedTuple):
@@ -69,24 +69,20 @@ class Seen(NamedTuple):
 class Neighbour(NamedTuple):
     """An image of the embedded data set."""
 
-    name: str  # where it is from
-    label: str  # its class; empty where unknown
-    cosine: float  # similarity of its features and the picture's
-    image: FloatArray | None  # (C, H, W) in [0, 1]; None where it cannot be read any more
+    name: str  # its path, or its place in the data set
+    label: str  # its class; "" if unknown
+    cosine: float  # similarity of its features to the picture's
+    image: FloatArray | None  # (C, H, W) in [0, 1]; None: it cannot be read
 
 
 class Session:
     """The models of a page and what they compute for it.
 
-    Args:
-        runs: one or two runs, each a name and a model on the device, in eval mode.
-        device: where to compute.
-        data: the first run's data set, for examples and for pictures of neighbours; None: no examples.
-        bank: the embedded data set, in which neighbours are looked up; None: no neighbours.
+    `runs` are one or two pairs of a name and a model, on the device, in eval mode. `data` is the first run's data set,
+    for examples and for the pictures of neighbours. `bank` is the embedded data set, among which neighbours are found.
 
     Raises:
-        ConfigError: a model without 2-D patches, two models that cannot take the same image, or features
-            that the first model did not make.
+        ConfigError: a model without 2-D patches, two models for different images, or features of another model.
         DataError: `bank` is empty.
     """
 
@@ -122,11 +118,9 @@ class Session:
         return rows, columns
 
     def open(self, path: Path) -> Picture:
-        """A picture from a file that a user chose: an image, or a .npy array (height, width, channels).
+        """Opens a file that a user chose: an image, or a .npy array (height, width, channels).
 
-        Raises:
-            DataError: the file is no image, is damaged or has too many pixels.
-            ConfigError: an array of another type or number of channels than the models take.
+        DataError: no image, damaged, or too many pixels. ConfigError: an array of the wrong type or number of channels.
         """
         context = self.first.context
         with path.open("rb") as file:
@@ -141,21 +135,18 @@ class Session:
         return self._picture(np.moveaxis(self.examples[index], 0, -1))
 
     def draw_mask(self, strategy: str, ratio: float, seed: int) -> tuple[int, ...]:
-        """Sorted indices of the patches that a drawn mask removes. Arguments as for `Pretrained.mask`."""
+        """Draws a mask and returns the sorted indices of the masked patches. Arguments as for `Pretrained.mask`."""
         mask = self.first.mask(1, strategy=strategy, ratio=ratio, seed=seed)
         return tuple(sorted(mask.ids_masked[0].tolist()))
 
     def original(self, picture: Picture) -> FloatArray:
-        """(C, H, W) in [0, 1]: the picture as the first run takes it."""
+        """The picture as the first run takes it, (C, H, W) in [0, 1]."""
         return _to_show(self.first, picture[0])
 
     def fill(self, picture: Picture, masked: Sequence[int]) -> list[Filled]:
-        """Each model's reconstruction of a picture.
+        """Each model's reconstruction of a picture; ConfigError: no patch is masked, or all are.
 
-        `masked` are patches of the first run's grid. Another run's patches are masked where they touch one of these.
-
-        Raises:
-            ConfigError: no patch is masked, or all are.
+        `masked` are indices in the first run's grid. A patch of another run is masked if it overlaps one of these.
         """
         flags = torch.zeros(math.prod(self.grid), dtype=torch.bool)
         if any(not 0 <= index < len(flags) for index in masked):
@@ -169,7 +160,7 @@ class Session:
         ]
 
     def look(self, picture: Picture) -> list[Seen]:
-        """Each model's features of the whole picture; nothing is masked."""
+        """Each model's features of the whole picture."""
         return [self._look(name, run, images) for (name, run), images in zip(self.runs, picture, strict=True)]
 
     def neighbours(self, picture: Picture, count: int = NUM_NEIGHBOURS) -> list[Neighbour]:
@@ -219,7 +210,7 @@ class Session:
         return Seen(name, _to_show(pretrained, images), colours, None if heads is None else heads.reshape(-1, *grid))
 
     def _image_of(self, name: str) -> FloatArray | None:
-        """An image by the name that `torchmae embed` gave it; None where it is gone."""
+        """An image by the name that `torchmae embed` gave it; None: it cannot be read."""
         try:
             if Path(name).is_file():
                 return _to_show(self.first, self.first.preprocess(name))
@@ -240,10 +231,9 @@ class Session:
 
 
 def open_session(options: AppOptions, say: Callable[[str], None]) -> Session:
-    """Loads the models, the features and the example images of a page; `say` takes notes about them, a line each.
+    """Loads the models, the features and the examples of a page; `say` gets notes about them, a line each.
 
-    Raises:
-        TorchmaeError: a model, features or named data that cannot be used.
+    TorchmaeError: a model, features or named data that cannot be used.
     """
     if len(options.runs) > MAX_RUNS:
         raise ConfigError(f"{len(options.runs)} runs are given", "the page compares two; `torchmae report` takes more")
@@ -266,7 +256,7 @@ def open_session(options: AppOptions, say: Callable[[str], None]) -> Session:
 
 
 def check_model(name: str, pretrained: Pretrained) -> None:
-    """Raises ConfigError unless the model is one of images with patches."""
+    """Raises ConfigError unless the model takes images and has patches."""
     size = pretrained.description.input_size
     if len(size) != 2:
         kind = {1: "signals", 3: "volumes"}[len(size)]
@@ -290,7 +280,7 @@ def check_same_images(first: tuple[str, Pretrained], second: tuple[str, Pretrain
 
 
 def check_bank(bank: Features, pretrained: Pretrained) -> None:
-    """Raises ConfigError unless the model can make such features, DataError where there are none."""
+    """Raises ConfigError unless the features are the model's, and DataError if there are none."""
     fix = "embed the images with this run"
     model, features, pool = pretrained.model, bank.features, bank.about.get("pool", "mean")
     if features.ndim != 2:
@@ -309,13 +299,12 @@ def check_bank(bank: Features, pretrained: Pretrained) -> None:
 
 
 def _to_show(pretrained: Pretrained, images: Tensor) -> FloatArray:
-    """(1, C, H, W) as the model takes it to (C, H, W) in [0, 1]."""
-    shown: FloatArray = pretrained.description.normalisation.shown(images)[0].numpy()
-    return shown
+    """Normalised images (1, C, H, W) to values in [0, 1], (C, H, W)."""
+    return pretrained.description.normalisation.shown(images)[0].numpy()
 
 
 def _same_mask(removed: Tensor, name: str, pretrained: Pretrained) -> Mask:
-    """The first run's mask, (1, 1, H, W) bool, in the patches of another run, whose input may have another size."""
+    """Converts the first run's mask, (1, 1, H, W) bool, to the patches of another run, whose input size may differ."""
     size = pretrained.description.input_size
     resized = F.interpolate(removed.float(), size=size, mode="nearest")[:, 0] > 0
     try:

@@ -1,4 +1,4 @@
-"""Every word of the page, in English and Chinese."""
+"""The texts of the page in English and Chinese."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ TEXT = {language: {key: pair[i] for key, pair in _TEXTS.items()} for i, language
 
 
 def preferred(header: str) -> str:
-    """The language of `LANGUAGES` that an Accept-Language header weights most; English where it has neither."""
+    """The language of `LANGUAGES` with the highest weight in an Accept-Language header; English if it has neither."""
     weights: dict[str, float] = {}
     for part in header.split(","):
         tag, _, weight = part.strip().partition(";q=")

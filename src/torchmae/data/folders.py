@@ -1,4 +1,4 @@
-"""Folders: which files in them are pictures, and what names mean: splits, classes, masks, what systems leave behind."""
+"""Folders of pictures: lists the files, and reads splits, classes and masks from the names of folders and files."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ SPLIT_NAMES = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-"""Words that mean a split, in lower case; case does not matter."""
+"""Words that name a split, in lower case."""
 
-LIST_SUFFIXES = (".csv", ".tsv", ".txt", ".lst")  # of lists of images
+LIST_SUFFIXES = (".csv", ".tsv", ".txt", ".lst")  # lists of images
 
 _PICTURES = r"images?|imgs?|pictures|jpegimages|leftimg8bit|inputs?"
 _MASKS = (
@@ -40,30 +40,30 @@ _PICTURE_FOLDER = re.compile(rf"(?:{_PICTURES})(?:tr|ts)?", re.IGNORECASE)
 _MASK_FOLDER = re.compile(rf"(?:(?P<of>.+?)[-_ ]?)??(?:{_MASKS})(?:tr|ts)?(?:[-_ ].+)?")
 _MASK_FILE = re.compile(rf"(?P<of>.+?)[-_. ](?:{_MASKS})(?:[-_ ]?\d{{1,3}})?", re.IGNORECASE)
 _MASK_FILE_BYTES = re.compile(rf"[-_. ](?:{_MASKS})(?:[-_ ]?\d{{1,3}})?\.".encode(), re.IGNORECASE)
-_DEEPEST_SPLIT = 3  # folders above the one that names a split
+_DEEPEST_SPLIT = 3  # largest number of folders above the one that names a split
 _SYSTEM = re.compile(
     rb"__MACOSX.*|\$RECYCLE\.BIN|RECYCLER|RECYCLED|System Volume Information|lost\+found|LOST\.DIR|found\.\d{3}"
     rb"|@eaDir|#recycle|#snapshot|@Recycle|@Recently-Snapshot|Network Trash Folder|Temporary Items|\..*",
     re.IGNORECASE,
 )
-_LISTED = 5  # names in a remark
+_LISTED = 5  # largest number of names in a remark
 
 
 @dataclass
 class Listing:
     """The image files under a folder."""
 
-    names: Strings = field(default_factory=Strings)  # paths relative to it, with "/", sorted byte by byte
-    places: list[str] = field(default_factory=list)  # folders that they lie in: "" for the folder itself, "a/b"
+    names: Strings = field(default_factory=Strings)  # relative paths with "/", sorted byte by byte
+    places: list[str] = field(default_factory=list)  # folders of images: "" for the folder itself, "a/b"
     place_of: array[int] = field(default_factory=lambda: array("i"))  # index in `places` of each name
-    others: Counter[str] = field(default_factory=Counter)  # number of other files of each suffix
-    system: Counter[str] = field(default_factory=Counter)  # hidden or system folders and pictures passed over, by name
-    unreadable: dict[str, str] = field(default_factory=dict)  # folders that cannot be read, with the reason
-    num_twins: int = 0  # images that share folder and name, but not the suffix, with another
-    twin: str = ""  # an example of these
+    others: Counter[str] = field(default_factory=Counter)  # number of other files by suffix
+    system: Counter[str] = field(default_factory=Counter)  # skipped hidden and system folders and pictures, by name
+    unreadable: dict[str, str] = field(default_factory=dict)  # reason for each folder that cannot be read
+    num_twins: int = 0  # images that differ from another only in the suffix
+    twin: str = ""  # an example of them
 
     def remarks(self) -> list[str]:
-        """What was passed over, a short phrase each."""
+        """What was skipped, a short phrase each."""
         found = [f"{self.kinds()} not used"] if self.others else []
         if self.system:
             count = self.system.total()
@@ -75,7 +75,7 @@ class Listing:
         return found
 
     def kinds(self) -> str:
-        """The other files, the most frequent kinds first."""
+        """The other files by suffix, as text, the most frequent first."""
         most = sorted(self.others.items(), key=lambda item: (-item[1], item[0]))
         shown = []
         for suffix, count in most[:_LISTED]:
@@ -86,13 +86,13 @@ class Listing:
 
 
 def shortened(names: Iterable[str]) -> str:
-    """Up to five names of many, sorted."""
+    """The first five names, sorted, and the number of the others."""
     ordered = sorted(printable(os.fsencode(name)) for name in names)
     return ", ".join(ordered[:_LISTED]) + (f" and {len(ordered) - _LISTED} more" if len(ordered) > _LISTED else "")
 
 
 def list_images(folder: Path, suffixes: tuple[str, ...]) -> Listing:
-    """Lists the images under a folder, through links, each folder once; DataError where itself cannot be read."""
+    """Lists the images under a folder, following links, each folder once; DataError: the folder cannot be read."""
     listing, root = Listing(), os.fsencode(folder)
     visited: set[tuple[int, int]] = set()  # device and number of the folders listed so far
     found: list[bytes] = []
@@ -106,7 +106,7 @@ def list_images(folder: Path, suffixes: tuple[str, ...]) -> Listing:
 
     for path, folders, files in os.walk(root, onerror=note_unreadable, followlinks=True):
         status = os.stat(path)  # noqa: PTH116 (a Path for each folder of a million is slow)
-        if (status.st_dev, status.st_ino) in visited:  # a link back up, or a second link to the same folder
+        if (status.st_dev, status.st_ino) in visited:  # a link to a parent, or a second link to the same folder
             folders.clear()
             continue
         visited.add((status.st_dev, status.st_ino))
@@ -117,7 +117,7 @@ def list_images(folder: Path, suffixes: tuple[str, ...]) -> Listing:
         folders[:] = sorted((name for name in folders if name not in hidden), key=lambda name: name + b"/")
         place = path[len(root) :].strip(b"/")
         found += [place + b"/" + name if place else name for name in files if name not in hidden]
-    number_of: dict[str, int] = {}  # of places
+    number_of: dict[str, int] = {}  # the index of each place
     last = b""
     for entry in sorted(found):
         path, _, name = entry.rpartition(b"/")
@@ -136,7 +136,7 @@ def list_images(folder: Path, suffixes: tuple[str, ...]) -> Listing:
 
 
 def split_named(word: str) -> str:
-    """The split that the name of a folder means ("train2017", "Testing", "imagesTr"); "" for none."""
+    """The split that a folder's name means ("train2017", "Testing", "imagesTr"); "" for none."""
     match = _SPLIT.fullmatch(word.lower())
     if match is None or (match[1] in ("tr", "ts") and len(word) == 2):
         return ""
@@ -144,19 +144,19 @@ def split_named(word: str) -> str:
 
 
 class Role(NamedTuple):
-    """What the pictures that lie directly in a folder are."""
+    """The role of the pictures directly in a folder."""
 
-    split: str  # "train", "val" or "test"; "": they lie beside the splits
-    label: str | None  # the name of their class, if they have one
+    split: str  # "train", "val" or "test"; "": outside the splits
+    label: str | None  # the name of their class; None: no class
     masks: str = ""  # the folder of masks that they are in; "": they are no masks
 
 
 def roles(places: Sequence[str]) -> list[Role]:
-    """What the pictures in folders are, by the names of all folders that hold pictures ("" is the top).
+    """The role of each folder of pictures, from the names of all these folders ("" is the top).
 
-    The first level of folders with a train folder (below the top also one for validation or test) names the splits;
-    without one, all is training data. The class is the first folder below, or above, the split, folders such as
-    `images` apart. Masks lie in a folder such as `masks` or `train_masks` beside one of pictures.
+    The first level with a train folder (below the top also with one for validation or test) names the splits; without
+    such a level, all is training data. The class is the first folder below the split, or above it; folders such as
+    `images` do not count. Masks are in a folder such as `masks` or `train_masks` beside a folder of pictures.
     """
     folders = [tuple(place.split("/")) if place else () for place in places]
     direct = set(folders)
@@ -190,7 +190,7 @@ def _splits_at(depth: int, pictures: Iterable[tuple[str, ...]]) -> bool:
 
 
 def _holds_masks(name: str, siblings: Iterable[str], *, has_pictures: bool) -> bool:
-    """Whether a folder is called like one of masks, and lies beside (or below) the pictures that they belong to."""
+    """Whether a folder has the name of a folder of masks and is beside (or below) the pictures of these masks."""
     match = _MASK_FOLDER.fullmatch(name.lower())
     if match is None:
         return False
@@ -204,7 +204,7 @@ def _holds_masks(name: str, siblings: Iterable[str], *, has_pictures: bool) -> b
 
 
 def _labels(splits: dict[tuple[str, ...], str], depth: int | None, *, has_masks: bool) -> dict[tuple[str, ...], str]:
-    """The class of the pictures in each folder; none in a split where some lie in no folder of their own."""
+    """The class of the pictures in each folder; a split with pictures outside class folders has no classes."""
     rest = {parts: [*parts] for parts in splits}
     if depth is not None:
         common = len({parts[:depth] for parts in splits}) == 1
@@ -216,7 +216,7 @@ def _labels(splits: dict[tuple[str, ...], str], depth: int | None, *, has_masks:
 
 
 def masks_among(names: Strings) -> list[int]:
-    """Which of the pictures with these paths are masks of others by the name of the file: x_mask.png beside x.jpg."""
+    """The indices of pictures that are masks of others by their file names: x_mask.png beside x.jpg."""
     if not _MASK_FILE_BYTES.search(names.parts[0]):
         return []
     stems = [os.fsdecode(name).rpartition(".")[0] for name in names]
@@ -226,7 +226,7 @@ def masks_among(names: Strings) -> list[int]:
 
 
 class Masks:
-    """The masks of a data set, by their paths relative to its folder, found by the picture that each belongs to."""
+    """The masks of a data set, by their paths relative to its folder; `of` finds the mask of a picture."""
 
     def __init__(self, root: Path, names: Strings) -> None:
         self._root = root
@@ -240,7 +240,7 @@ class Masks:
         return {_pair_key(os.fsdecode(self._names[i])): i for i in reversed(range(len(self)))}
 
     def of(self, picture: str | Path) -> Path | None:
-        """The mask of a picture, by its path below the root; the first of several; None: it has none."""
+        """The mask (the first of several) of a picture, whose path is absolute or relative to the root; else None."""
         path = Path(picture)
         name = path.relative_to(self._root) if path.is_relative_to(self._root) else path
         found = self._by_key.get(_pair_key(name.as_posix()))
@@ -248,7 +248,7 @@ class Masks:
 
 
 def _pair_key(name: str) -> tuple[str, ...]:
-    """What the paths of a picture and of its mask have in common: folders but those of either, and the stem."""
+    """The common part of the paths of a picture and its mask: the stem, and folders not named for either."""
     path = PurePosixPath(name)
     parts: list[str] = []
     for part in path.parts[:-1]:
@@ -263,7 +263,7 @@ def _pair_key(name: str) -> tuple[str, ...]:
 
 
 def picture_splits(folder: Path, listing: Listing, context: Context) -> dict[str, Source]:
-    """The splits of the pictures that a folder holds, with their classes and their masks."""
+    """The splits of a listed folder, with classes and masks."""
     found = roles(listing.places)
     place_of = np.frombuffer(listing.place_of, dtype=np.intc)
     is_mask = np.array([bool(role.masks) for role in found])[place_of]
@@ -292,10 +292,10 @@ def picture_splits(folder: Path, listing: Listing, context: Context) -> dict[str
 def _folder_remarks(
     folder: Path, listing: Listing, found: Sequence[Role], is_mask: npt.NDArray[np.bool_], num_classes: int
 ) -> list[str]:
-    """What was decided about a folder, and what in it is not used, a short phrase each."""
+    """What was decided about a folder and what is not used, a short phrase each."""
     place_of = np.frombuffer(listing.place_of, dtype=np.intc)
     masks_in, images_in = (np.bincount(place_of[rows], minlength=len(found)) for rows in (is_mask, ~is_mask))
-    counts: Counter[str] = Counter()  # of pictures, by split; "" beside the splits
+    counts: Counter[str] = Counter()  # number of pictures by split; "" outside the splits
     for role, count in zip(found, images_in.tolist(), strict=True):
         counts[role.split] += count
     names = [split for split in ("train", "val", "test") if counts[split]]
@@ -308,7 +308,7 @@ def _folder_remarks(
         if lists := [name for name in files if (folder / name).is_file()]:
             remarks.append(f"lists {', '.join(lists)} not used, so that all images are trained on")
         held_out = sorted({top for top in tops.values() if split_named(top) in ("val", "test")})
-        remarks += [f"no train folder, so that {top}/ is trained on" for top in held_out]
+        remarks += [f"no train folder, so {top}/ is trained on" for top in held_out]
     if counts[""]:
         beside = {f"{tops[place] or '.'}/" for place, role in zip(listing.places, found, strict=True) if not role.split}
         beside -= {f"{role.masks}/" for role in found}
@@ -318,7 +318,7 @@ def _folder_remarks(
         remarks.append(f"{int(is_mask.sum()):,} masks ({shortened(where)}) not used")
     if listing.num_twins:
         remarks.append(
-            f"{listing.num_twins:,} images share name and folder with another ({listing.twin}) and are used all the "
-            f"same: '{printable(os.fsencode(folder))}/**/*.SUFFIX' gives one kind alone"
+            f"{listing.num_twins:,} images share name and folder with another ({listing.twin}), and all are used; "
+            f"for one kind only, give '{printable(os.fsencode(folder))}/**/*.SUFFIX'"
         )
     return [*remarks, *listing.remarks()]

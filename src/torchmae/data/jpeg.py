@@ -1,4 +1,7 @@
-"""Faster JPEG decoders than Pillow, with its pixels (all are libjpeg-turbo); None: Pillow looks, and says why."""
+"""JPEG decoders that are faster than Pillow and give the same pixels (all use libjpeg-turbo).
+
+Functions return None if only Pillow can decode a file; Pillow then decodes it or reports the error.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,12 @@ import numpy.typing as npt
 END_OF_IMAGE = b"\xff\xd9"  # the last bytes of a JPEG
 
 _MARKER, _START_OF_SCAN, _EXIF_OR_XMP, _PROGRESSIVE = 0xFF, 0xDA, 0xE1, 0xC2  # of JPEG's segments
-_NVIMGCODEC = ("nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13")  # one library, named for two versions of CUDA
-_TAIL = 1024  # bytes at the end of a file, some of which a camera may have written behind the picture
+_NVIMGCODEC = ("nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13")  # packages of one library for two versions of CUDA
+_TAIL = 1024  # bytes at the end of a file in which the end mark is searched: cameras write data after the picture
 
 
 class Header(NamedTuple):
-    """The size as stored, and whether there is one channel, of a JPEG file that can be decoded here."""
+    """The header of a JPEG file that can be decoded here: the stored size, and whether it has one channel."""
 
     height: int
     width: int
@@ -32,7 +35,7 @@ class Header(NamedTuple):
 
 
 def read_header(data: bytes) -> Header | None:
-    """The header of a JPEG; None: it is none, or only Pillow can decode it."""
+    """The header of a JPEG; None: no JPEG, or only Pillow can decode it."""
     module = _import_simplejpeg()
     if module is None:
         return None
@@ -44,22 +47,22 @@ def read_header(data: bytes) -> Header | None:
 
 
 def is_upright(data: bytes) -> bool:
-    """Whether a file begins as a JPEG does and has no metadata that may ask for a rotation; fast, without Pillow."""
+    """Whether a file begins like a JPEG and has no metadata that could demand a rotation; fast, without Pillow."""
     return _first_segment(data, (_START_OF_SCAN, _EXIF_OR_XMP)) == _START_OF_SCAN
 
 
 def is_progressive(data: bytes) -> bool:
-    """Whether a JPEG comes in several passes over the picture, for which the decoder holds all of it."""
+    """Whether a JPEG is progressive, so that its decoder needs memory for the whole picture."""
     return _first_segment(data, (_START_OF_SCAN, _PROGRESSIVE)) == _PROGRESSIVE
 
 
 def is_whole(data: bytes) -> bool:
-    """Whether the mark of the end of a JPEG is there; bytes of a camera may follow it."""
+    """Whether a JPEG has its end mark, which other bytes may follow."""
     return END_OF_IMAGE in data[-_TAIL:]
 
 
 def _first_segment(data: bytes, wanted: Sequence[int]) -> int | None:
-    """The first of a JPEG's segments that is of a wanted kind."""
+    """The kind of the first segment of a JPEG that is of a wanted kind."""
     position = 2 if data.startswith(b"\xff\xd8") else len(data)
     while position + 4 <= len(data) and data[position] == _MARKER:
         if data[position + 1] in wanted:
@@ -69,20 +72,19 @@ def _first_segment(data: bytes, wanted: Sequence[int]) -> int | None:
 
 
 def read_whole(data: bytes, header: Header, reduction: int) -> npt.NDArray[np.uint8] | None:
-    """(height, width, 1 or 3) at 1/reduction of the size, rounded up, as stored; None: only Pillow can decode it."""
-    with suppress(ValueError):  # damage, some of which Pillow reads past
-        pixels: npt.NDArray[np.uint8] = _import_simplejpeg().decode_jpeg(
+    """(height, width, 1 or 3) as stored, at 1/reduction of the size, rounded up; None: only Pillow can decode it."""
+    with suppress(ValueError):  # damaged; Pillow can read some of these files
+        return _import_simplejpeg().decode_jpeg(
             data,
             "GRAY" if header.grey else "RGB",
             min_height=-(-header.height // reduction),
             min_width=-(-header.width // reduction),
         )
-        return pixels
     return None
 
 
 def read_region(data: bytes, region: tuple[tuple[int, int], ...]) -> npt.NDArray[np.uint8] | None:
-    """(height, width, 3) of a region, as stored, of a JPEG in colour; None: it has to be decoded whole."""
+    """A region (height, width, 3), as stored, of a JPEG in colour; None: decode the whole picture."""
     decoder = _region_decoder(os.getpid())
     if decoder is None or not is_whole(data):
         return None
@@ -97,7 +99,7 @@ def read_region(data: bytes, region: tuple[tuple[int, int], ...]) -> npt.NDArray
 
 
 def jpeg_decoder() -> str:
-    """The installed JPEG decoders, with versions: they decide how fast files are read, not what they look like."""
+    """The installed JPEG decoders with their versions; they decide the speed of reading, not the pixels."""
     found = []
     for name in ("pillow" if _import_simplejpeg() is None else "simplejpeg", *_NVIMGCODEC):
         with suppress(PackageNotFoundError):
@@ -117,7 +119,7 @@ def _import_nvimgcodec() -> Any:
     if find_spec("nvidia") is None or find_spec("nvidia.nvimgcodec") is None:
         return None
     os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
-    # Its native code complains on the standard error stream about libraries for GPUs, which are not wanted here.
+    # Its native code complains on standard error about GPU libraries, which are not needed here.
     sys.stderr.flush()
     kept = os.dup(2)
     try:
@@ -132,7 +134,7 @@ def _import_nvimgcodec() -> Any:
 
 
 @cache
-def _region_decoder(process: int) -> Any:  # noqa: ARG001 a process has its own: threads do not survive a fork
+def _region_decoder(process: int) -> Any:  # noqa: ARG001 one for each process: threads do not survive a fork
     module = _import_nvimgcodec()
     if module is None:
         return None
@@ -141,7 +143,7 @@ def _region_decoder(process: int) -> Any:  # noqa: ARG001 a process has its own:
             device_id=module.NVIMGCODEC_DEVICE_CPU_ONLY,
             max_num_cpu_threads=1,
             backends=[module.Backend(module.CPU_ONLY)],
-            options=":fancy_upsampling=1",  # as the other libraries do it
+            options=":fancy_upsampling=1",  # as in the other libraries
         )
-    except RuntimeError:  # a build that cannot do without a GPU
+    except RuntimeError:  # a build that needs a GPU
         return None

@@ -1,4 +1,4 @@
-"""What the user points at, a folder, a file or a name, to the splits it holds."""
+"""Opens the splits of a data source: a folder, a file, a pattern, a URL, or the name of a data set."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ _DIGITS = tuple("0123456789")
 
 
 class Named(NamedTuple):
-    """A data set that a name stands for."""
+    """A data set with a name."""
 
-    build: Callable[[Path], dict[str, Source]]  # from the folder that data sets are kept in
-    files: str  # what has to lie in that folder for the set to be used offline
+    build: Callable[[Path], dict[str, Source]]  # opens it in the folder of data sets
+    files: str  # the files that this folder must have for use without a network
 
 
 def digits(root: Path) -> dict[str, Source]:
-    """scikit-learn's digits: 1797 greyscale images of 8 x 8, part of the installation.
+    """scikit-learn's digits: 1797 greyscale images of 8 x 8, installed with it; values 0 to 16 become 0 to 255.
 
-    Values 0 to 16 become 0 to 255. Every fifth image of each class, in a fixed order, is "val" (360), 1437 are "train".
+    Every fifth image of each class, in a fixed random order, is in "val" (360); the other 1437 are in "train".
     """
     del root  # nothing to download
     from sklearn.datasets import load_digits
@@ -66,7 +66,7 @@ def digits(root: Path) -> dict[str, Source]:
 
 
 def _torchvision(class_name: str, option: str, values: dict[str, object], files: str) -> Named:
-    """A data set of torchvision; `values` are those of the option of its class that stand for each split."""
+    """A data set of torchvision; `option` is the argument that chooses a split, `values` its value for each split."""
 
     def build(root: Path) -> dict[str, Source]:
         from torchvision import datasets
@@ -81,7 +81,7 @@ def _torchvision(class_name: str, option: str, values: dict[str, object], files:
 
 
 def _source(dataset: Any, title: str, root: Path) -> Source:
-    """The images of a data set in memory, or the files that it lists, for which torchvision has no public name."""
+    """The images of a torchvision data set, from its array, or from its list of files, whose attribute is private."""
 
     def first_of(*names: str) -> Any:
         return next((getattr(dataset, name) for name in names if hasattr(dataset, name)), None)
@@ -122,7 +122,7 @@ NAMED: dict[str, Named] = {
 
 
 def open_named(name: str, context: Context) -> dict[str, Source]:
-    """The splits of a set in `NAMED`, downloaded to the folder `context.root` if not there; DataError if that fails."""
+    """The splits of a set in `NAMED`, in the folder `context.root`; DataError: not there, and the download failed."""
     named, root = NAMED[name], context.root
     try:
         splits = named.build(user_path(root))
@@ -139,14 +139,12 @@ def _accepted() -> str:
 
 
 def open_splits(spec: str, context: Context = Context()) -> dict[str, Source]:
-    """Opens a data set: the source of each split, always "train", and "val" and "test" where the data has them.
+    """Opens a data source: a source for each split, always "train", and "val" and "test" where the data has them.
 
-    Args:
-        spec: a name ("digits", or one of torchvision's sets); the path of a folder (of images, or of parquet, tar or
-            .npy files) or of a single file; a pattern of paths ("photos/**/*.jpg"); the URL of a file, also with
-            {000..099} or *; or hf: and what the Hugging Face `datasets` library loads. A name wins over a folder of
-            that name: write "./cifar10" for the folder. DataError: nothing there, or nothing that can be used.
-        context: how it is opened and read.
+    `spec` is a name in `NAMED`; the path of a folder (of images, or of parquet, tar or .npy files) or of a single file;
+    a pattern of paths ("photos/**/*.jpg"); the URL of a file, also with {000..099} or *; or hf:NAME for the Hugging
+    Face `datasets` library. For a folder with the name of a data set, write "./cifar10". DataError: nothing there, or
+    nothing that can be used.
     """
     if spec == OWN:
         raise ConfigError("data.source is 'own', an object handed over in Python", "hand it over: source=SOURCE")
@@ -163,15 +161,15 @@ def open_splits(spec: str, context: Context = Context()) -> dict[str, Source]:
 
 
 class Layout(NamedTuple):
-    """One kind of thing that a data source may be."""
+    """A kind of data source."""
 
-    fits: Callable[[str], bool]  # whether a source, as the user gives it, is of this kind
-    open: Callable[[str, Context], dict[str, Source]]  # its splits
-    suffixes: tuple[str, ...] = ()  # of files of this kind, where it is one of files
+    fits: Callable[[str], bool]  # whether the user's `spec` is of this kind
+    open: Callable[[str, Context], dict[str, Source]]  # opens the splits
+    suffixes: tuple[str, ...] = ()  # of the files of this kind
 
 
 def file_layout(suffixes: tuple[str, ...], opener: Callable[[Path, Context], dict[str, Source]]) -> Layout:
-    """The layout of single files with these suffixes, in lower case, that are a data set each."""
+    """The layout of single files, with these suffixes in lower case, each of which is a data set."""
 
     def fits(spec: str) -> bool:
         path = user_path(spec)
@@ -195,7 +193,7 @@ def _refuse_file(spec: str, context: Context) -> dict[str, Source]:
 
 
 _Opener = Callable[[Sequence[Place], Context], Source]
-_TABLES: dict[str, _Opener] = {".parquet": ParquetSource, ".tar": ShardSource}  # kinds of which many files are one set
+_TABLES: dict[str, _Opener] = {".parquet": ParquetSource, ".tar": ShardSource}  # many such files form one data set
 
 LAYOUTS: dict[str, Layout] = {
     "named": Layout(lambda spec: spec in NAMED, open_named),
@@ -221,11 +219,11 @@ LAYOUTS: dict[str, Layout] = {
         lambda spec, context: _open_files(spec, matching(spec), context),
     ),
 }
-"""What opens a data source, by the kind that it is; the first row that fits counts. A row more teaches all commands."""
+"""The kinds of data sources; the first row that fits opens the source. A new row works in every command."""
 
 
 def _open_files(spec: str, files: Sequence[Place], context: Context) -> dict[str, Source]:
-    """The splits of the files that a pattern or a URL stands for: parquet or tar files, or (if local) images."""
+    """The splits of the files of a pattern or a URL: parquet or tar files, or (if local) images."""
     kinds = {last_name(file).rpartition(".")[2].lower() for file in files}
     opener = _TABLES.get(f".{next(iter(kinds))}") if len(kinds) == 1 else None
     if opener is not None:
@@ -247,16 +245,16 @@ def _unknown(spec: str, path: Path) -> DataError:
 
 
 def folder_splits(folder: Path, context: Context = Context()) -> dict[str, Source]:
-    """The splits of a folder of images, nested or flat; of one without images, those of its parquet, tar or .npy files.
+    """The splits of a folder of images, nested or flat; without images, those of its parquet, tar or .npy files.
 
-    Splits, masks and classes go by the names of folders (`folders.roles`). Masks and what lies beside splits is unused.
-    Images are in the order of their paths, byte by byte. DataError: it holds none of these, or cannot be read.
+    The names of folders give splits, masks and classes (`folders.roles`). Masks and images outside the splits are not
+    used. Images are sorted by path, byte by byte. DataError: no such files, or the folder cannot be read.
     """
     listing = list_images(folder, picture_suffixes())
     if not len(listing.names):
         if not listing.others[".npy"] or any((folder / f"{prefix}images.npy").is_file() for prefix, _ in PREFIXES):
             return _other_splits(folder, listing, context)
-        listing = list_images(folder, FORMATS["npy"].suffixes)  # one array a sample
+        listing = list_images(folder, FORMATS["npy"].suffixes)  # one array per sample
     return picture_splits(folder, listing, context)
 
 
@@ -274,7 +272,7 @@ def _other_splits(folder: Path, listing: Listing, context: Context) -> dict[str,
 
 
 def table_splits(opener: _Opener, files: Sequence[Place], context: Context) -> dict[str, Source]:
-    """The splits of parquet or tar files by the first word of their names (train-00000.tar), else by their folders."""
+    """The splits of parquet or tar files, by the first word of their names (train-00000.tar), else by their folders."""
     groups: dict[str, list[Place]] = defaultdict(list)
     above = [str(file).split("/")[:-1] for file in files]
     shared = sum(1 for _ in takewhile(lambda names: len(set(names)) == 1, zip(*above, strict=False)))
@@ -295,7 +293,7 @@ def table_splits(opener: _Opener, files: Sequence[Place], context: Context) -> d
 
 
 def _npy_splits(folder: Path, context: Context) -> dict[str, Source]:
-    """The splits of a folder of .npy files named as the arrays of an .npz file, with the classes in classes.txt."""
+    """The splits of a folder of .npy files with the names of an .npz file's arrays, and its classes.txt."""
     names = folder / CLASSES_FILE
     classes = names.read_text(encoding="utf-8", errors="replace").splitlines() if names.is_file() else None
     files = [f"{prefix}{kind}" for prefix, _ in PREFIXES for kind in ("images", "labels")]

@@ -1,4 +1,4 @@
-"""Lists of image files: patterns such as 'photos/**/*.jpg', and text files of paths and labels in many dialects."""
+"""Lists of image files: patterns such as 'photos/**/*.jpg', and text files with paths and labels in many dialects."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ LABEL_COLUMNS = (
 )
 SPLIT_COLUMNS = ("split", "subset", "partition", "set", "phase")
 
-_MAX_LINE = 2**16  # characters in a field
-_SAMPLE = 200  # lines from which the dialect is told
+_MAX_LINE = 2**16  # largest number of characters in a field
+_SAMPLE = 200  # number of lines from which the dialect is detected
 _SAMPLE_BYTES = 2**20
-_TRIED = 20  # paths that are looked for
+_TRIED = 20  # number of paths that are looked for
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars", " ": "spaces"}
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
 
 def matching(pattern: str) -> list[Path]:
-    """The files that a pattern with *, ?, [...], ** (any folders) and {a,b} matches, sorted; DataError: none."""
-    # Unlike Path.glob, this takes absolute patterns and leaves hidden files out.
+    """The files that match a pattern with *, ?, [...], ** (any folders) and {a,b}, sorted; DataError: none."""
+    # Unlike Path.glob, glob.iglob takes absolute patterns and skips hidden files.
     found = {file for part in expand_braces(str(user_path(pattern))) for file in glob.iglob(part, recursive=True)}  # noqa: PTH207
     files = [Path(file) for file in sorted(found) if Path(file).is_file()]
     if not files:
@@ -52,7 +52,7 @@ def matching(pattern: str) -> list[Path]:
 
 
 def pattern_source(pattern: str, files: list[Path], context: Context) -> FileSource:
-    """The image files among those that a pattern matches; DataError: there are none."""
+    """The image files among the matches of a pattern; DataError: there are none."""
     known = picture_suffixes()
     names = [str(file) for file in files if file.suffix.lower() in known]
     if not names:
@@ -63,17 +63,17 @@ def pattern_source(pattern: str, files: list[Path], context: Context) -> FileSou
 
 
 def list_splits(path: Path, context: Context) -> dict[str, Source]:
-    """The images of a text file with the path of one on each line, and a label and a split where there are any.
+    """The splits of a text file that has one image path per line, and perhaps a label and a split.
 
-    The first lines tell the dialect: encoding, separator (, ; | tab, or a space before the label), whether they name
-    the columns, which column holds paths. The label is the column called label, class, target or the like, without
-    names the one that follows the path; a column called split says the split. Paths are relative to the file's folder,
-    else to the working folder; backslashes separate; of another computer's paths, the end that exists below the file's
-    folder counts. Labels as in `sources.from_texts`. DataError, with the line: unreadable, no path, an unknown split.
+    The dialect is detected from the first lines: encoding, separator (, ; | tab, or a space before the label), header,
+    column of paths. Labels (see `sources.from_texts`) are in a column with a name such as label, class or target;
+    without a header, in the column after the path. Splits are in a column with a name such as split. Paths are relative
+    to the file's folder, else to the working folder; backslashes are separators; of paths from another computer, the
+    end that exists below the file's folder is used. DataError, with the line: unreadable, no path, an unknown split.
     """
     csv.field_size_limit(_MAX_LINE)
     names: dict[str, Strings] = {}
-    labels: dict[str, array[int]] = {}  # of each split, as places in `place_of`
+    labels: dict[str, array[int]] = {}  # by split; indices of `place_of`
     groups: dict[str, list[str]] = {}
     place_of = {"": 0}
     try:
@@ -123,7 +123,7 @@ def _cell(row: Sequence[str], column: int | None) -> str:
 
 
 class _Dialect(NamedTuple):
-    """How a list is written: what separates its columns, and which column is which."""
+    """The format of a list: its separator, and the numbers of its columns."""
 
     separator: str  # "": each line is a path; " ": the last word of a line is the label
     has_header: bool = False
@@ -135,7 +135,7 @@ class _Dialect(NamedTuple):
 
 
 def _encoding(path: Path) -> str:
-    """The encoding of a text file: by its first bytes, else UTF-8, else Windows' for western Europe."""
+    """The encoding of a text file: UTF-16 by its first bytes, else UTF-8, else Windows-1252."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     with path.open("rb") as file:
         head = file.read(4)
@@ -157,7 +157,7 @@ def _encoding(path: Path) -> str:
 
 
 def _rows(lines: Iterable[str], separator: str) -> Iterator[tuple[int, list[str]]]:
-    """Line number and cells of each row that is not empty; without columns, "#" begins a comment."""
+    """Line number and cells of each non-empty row; if the separator is "" or " ", "#" begins a comment."""
     if separator not in ("", " "):
         reader = csv.reader(lines, delimiter=separator)
         yield from ((reader.line_num, row) for row in reader if row)
@@ -179,7 +179,7 @@ def _looks_like_path(cell: str) -> bool:
 
 
 def _dialect(path: Path, encoding: str, group: str | None) -> _Dialect:
-    """How a list is written, by its first lines."""
+    """Detects the dialect of a list from its first lines."""
     with path.open(encoding=encoding, errors="surrogateescape") as file:
         lines = [line for line in itertools.islice(file, _SAMPLE) if line.strip()]
     usual = {".tsv": "\t", ".csv": ","}.get(path.suffix.lower(), "")
@@ -216,7 +216,7 @@ def _dialect(path: Path, encoding: str, group: str | None) -> _Dialect:
 
 
 def _separator(lines: Sequence[str], usual: str) -> str:
-    """What separates columns: with what most lines have a cell that looks like a path, and a second one."""
+    """The separator with which most lines have at least two cells, one of them a path; else `usual`."""
 
     def fit(separator: str) -> tuple[int, int]:
         rows = [row for _, row in _rows(lines, separator)]
@@ -228,7 +228,7 @@ def _separator(lines: Sequence[str], usual: str) -> str:
 
 
 def _split_column(first: Sequence[str], rows: Sequence[Sequence[str]]) -> int | None:
-    """The column of splits: one called so, or called otherwise and holding nothing else."""
+    """The column of splits: the one named "split", or another of `SPLIT_COLUMNS` that holds only names of splits."""
     for at in (first.index(name) for name in SPLIT_COLUMNS if name in first):
         if first[at] == SPLIT_COLUMNS[0] or all(_cell(row, at).lower() in SPLIT_NAMES for row in rows if at < len(row)):
             return at
@@ -236,19 +236,19 @@ def _split_column(first: Sequence[str], rows: Sequence[Sequence[str]]) -> int | 
 
 
 def _is_index(column: int, rows: Sequence[Sequence[str]]) -> bool:
-    """Whether a column counts the rows, as pandas writes it."""
+    """Whether a column counts the rows, like an index that pandas writes."""
     cells = [row[column].strip() for row in rows if column < len(row)]
     counts = list(map(str, range(len(cells) + 1)))
     return cells in (counts[:-1], counts[1:])
 
 
 def _located(path: Path, names: dict[str, Strings]) -> tuple[Path, dict[str, Strings], list[str]]:
-    """Where the paths of a list are: the folder that they are relative to, the paths, and what was decided."""
+    """Finds the files of a list: the folder, their paths relative to it, and remarks about what was decided."""
     tried = [part[int(i)] for part in names.values() for i in evenly_spaced(len(part), _TRIED)]
     remarks: list[str] = []
 
     def found(root: Path, without: int = 0) -> bool:
-        """Whether any of the paths, without their first folders, exists below a folder."""
+        """Whether any of the paths, without their first `without` folders, exists below a folder."""
         ends = (b"/".join(name.split(b"/")[without:]) for name in tried)
         return any(end and os.path.isfile(os.path.join(os.fsencode(root), end)) for end in ends)  # noqa: PTH113, PTH118
 
@@ -265,8 +265,8 @@ def _located(path: Path, names: dict[str, Strings]) -> tuple[Path, dict[str, Str
             if found(path.parent, count):
                 kept = {split: Strings(b"/".join(n.split(b"/")[count:]) for n in part) for split, part in names.items()}
                 return path.parent, kept, [*remarks, f"paths of {path.name} read without their first {count} folders"]
-    except (OSError, ValueError):  # a null byte, or a name longer than the disk allows
+    except (OSError, ValueError):  # a null byte, or a name that is too long for the disk
         pass
     kind = "Windows' paths" if _DRIVE.match(os.fsdecode(tried[0])) else "paths"
-    remarks.append(f"{len(tried)} {kind} of {path.name} were tried and none is there, such as {printable(tried[0])}")
+    remarks.append(f"none of {len(tried)} {kind} of {path.name} exists, such as {printable(tried[0])}")
     return path.parent, names, remarks

@@ -1,4 +1,4 @@
-"""Packs a data set into few large files, once, so that training reads it fast: parquet, tar shards or arrays."""
+"""Packs a data set into a few large files that training reads fast: parquet, tar shards or arrays."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _MANIFEST = "pack.json"
 _LOCK = ".lock"
 _PARTIAL = ".partial"
 _PACK_AGAIN = "remove the folder, and pack again"
-_ROWS = 100  # of a row group of parquet
+_ROWS = 100  # in a row group of parquet
 
 
 class Packed(NamedTuple):
@@ -44,19 +44,19 @@ class Packed(NamedTuple):
     images: int
     nbytes: int
     files: int
-    resumed: int  # images that an earlier call had packed
-    bad: list[tuple[str, str]]  # (name, reason) of the images left out
+    resumed: int  # images that an earlier, interrupted call had packed
+    bad: list[tuple[str, str]]  # name and reason of each image left out
 
 
 class Part(NamedTuple):
-    """A file, or some rows of one, that is whole and was read back."""
+    """A finished and verified file, or some rows of an array file."""
 
     split: str
     name: str  # of the file
-    stop: int  # index in the source after the last image in it
+    stop: int  # index in the source after the part's last image
     images: int
-    digest: str  # of their bytes and labels
-    labels: list[int] | None = None  # of an array's rows, whose file of labels is written last
+    digest: str  # of the images' bytes and labels
+    labels: list[int] | None = None  # of an array's rows, because the file of labels is written last
     nbytes: int | None = None  # of the file; None: packed by a version that did not note it
 
 
@@ -67,13 +67,13 @@ class Record:
     index: int  # in its source
     name: str
     label: int  # -1: unknown
-    content: bytes | Image  # a file; in the format npy values
+    content: bytes | Image  # an encoded file; for the format npy, pixel values
 
 
 def pack(splits: Mapping[str, Source], out: Path, options: PackOptions, progress: Progress | None = None) -> Packed:
-    """Packs every split, in order, into a folder that is new, empty, or holds the same data set half packed.
+    """Packs every split, in order, into a folder that is new, empty, or left by an interrupted call for the same data.
 
-    Each file is written under another name, read back and compared, and renamed. ConfigError: `out` holds something
+    Each file is written under a temporary name, read back, compared and renamed. ConfigError: `out` holds something
     else, or the images do not fit the format. DataError: too many unreadable images, or a file that cannot be written.
     """
     splits = in_one_list(splits)
@@ -84,10 +84,10 @@ def pack(splits: Mapping[str, Source], out: Path, options: PackOptions, progress
         "labels": {split: source.label_fingerprint() for split, source in splits.items()},
     }
     is_new, bad = not out.exists(), BadFiles(sum(map(len, splits.values())), options.max_bad, "max_bad")
-    _Manifest.load(out, task, bad)  # before the lock, so that nothing is put into a folder that holds something else
+    _Manifest.load(out, task, bad)  # before the lock, which would write into a folder with something else
     try:
         with locked(out / _LOCK):
-            manifest = _Manifest.load(out, task, bad)  # again, now that no other process adds to it
+            manifest = _Manifest.load(out, task, bad)  # again, since another process may have added to it
             return _pack(splits, options, manifest, progress)
     except BlockingIOError as error:
         raise ConfigError(f"another process is packing into {out}", "wait for it, or choose another") from error
@@ -100,7 +100,7 @@ def pack(splits: Mapping[str, Source], out: Path, options: PackOptions, progress
 def _pack(splits: Mapping[str, Source], options: PackOptions, manifest: _Manifest, progress: Progress | None) -> Packed:
     out, bad, resumed, before = manifest.out, manifest.bad, manifest.images, 0
     try:
-        if options.format != "parquet":  # which holds the names of classes itself
+        if options.format != "parquet":  # parquet files hold the names of classes
             _write_classes(out, splits)
         for split, source in splits.items():
             if options.format == "npy":
@@ -108,7 +108,7 @@ def _pack(splits: Mapping[str, Source], options: PackOptions, manifest: _Manifes
             writer = WRITERS[options.format](manifest, split, source)
             writer.check()
             records = _readable(writer, options, before, progress)
-            for first in records:  # of a part
+            for first in records:  # the first image of a part
                 writer.add(chain([first], records), options.shard_mib * 2**20)
             writer.finish()
             before += len(source)
@@ -117,21 +117,21 @@ def _pack(splits: Mapping[str, Source], options: PackOptions, manifest: _Manifes
             raise DataError(f"none of {bad.total:,} images can be read: nothing to pack{example}", "check the data")
         manifest.save(complete=True)
     except (ConfigError, DataError, OSError) as error:
-        if not resumed and (isinstance(error, ConfigError) or not manifest.parts):  # continuing would fail again
+        if not resumed and (isinstance(error, ConfigError) or not manifest.parts):  # a second call would fail again
             manifest.forget()
         if isinstance(error, OSError):
             raise DataError(f"cannot write to {out}: {reason_of(error)}", "free space, then run it again") from error
         raise
     finally:
-        for left_over in out.glob(f"*{_PARTIAL}"):  # also by a process that was killed
-            if not left_over.name.endswith(f".npy{_PARTIAL}"):  # of which the rows of all parts are whole
+        for left_over in out.glob(f"*{_PARTIAL}"):  # also those of a killed process
+            if not left_over.name.endswith(f".npy{_PARTIAL}"):  # an array, whose finished parts are kept
                 left_over.unlink()
     nbytes = sum(file.stat().st_size for file in out.iterdir() if file.name != _MANIFEST)
     return Packed(manifest.images, nbytes, len({part.name for part in manifest.parts}), resumed, bad.items)
 
 
 def _write_classes(out: Path, splits: Mapping[str, Source]) -> None:
-    """Writes the names of the labels, one a line; ConfigError where a name has more lines."""
+    """Writes the names of the classes, one per line; ConfigError: a name with a line end."""
     classes = max((source.classes or () for source in splits.values()), key=len)
     if odd := next((name for name in classes if len(f"{name}.".splitlines()) > 1), None):
         raise ConfigError(f"the class {odd!r} has a line end in its name", "rename it, or choose the format parquet")
@@ -141,7 +141,7 @@ def _write_classes(out: Path, splits: Mapping[str, Source]) -> None:
 
 @dataclass
 class _Manifest:
-    """The file in a pack that says what is packed, from what, and how far."""
+    """The file in a pack that records the source, the options and the finished parts."""
 
     out: Path
     task: dict[str, Any]
@@ -150,7 +150,7 @@ class _Manifest:
 
     @classmethod
     def load(cls, out: Path, task: dict[str, Any], bad: BadFiles) -> _Manifest:
-        """That of a folder, new or of the same task; ConfigError where the folder holds something else."""
+        """Opens or creates the manifest of a folder; ConfigError: the folder holds something else."""
         path = out / _MANIFEST
         if path.is_file():
             try:
@@ -161,7 +161,7 @@ class _Manifest:
                     return cls(out, task, bad, [Part(**part) for part in state["files"]])
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(f"{path} is damaged", "remove the folder, or choose another") from error
-            raise ConfigError(f"{out} was packed from other data, or otherwise", "choose another folder, or remove it")
+            raise ConfigError(f"{out} was packed from other data or options", "choose another folder, or remove it")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(f"{out} exists and is not an empty folder", "choose another")
         manifest = cls(out, task, bad)
@@ -182,7 +182,7 @@ class _Manifest:
         replace_file(self.out / _MANIFEST, json.dumps(state, indent=1).encode(), DataError)
 
     def forget(self) -> None:
-        """Removes the file and all that it notes, and what is not whole."""
+        """Removes the manifest, the files that it lists, and unfinished files."""
         names = {_MANIFEST, CLASSES_FILE}
         for part in self.parts:
             names |= {part.name, f"{part.name}{INDEX_SUFFIX}", f"{part.split}_labels.npy"}
@@ -191,7 +191,7 @@ class _Manifest:
 
 
 def _readable(writer: _Writer, options: PackOptions, before: int, progress: Progress | None) -> Iterator[Record]:
-    """The images of a split that are not packed yet, in order, without unreadable ones; `before` are packed already."""
+    """The readable images of a split that are not packed yet, in order; `before` counts those of earlier splits."""
     source, bad = writer.source, writer.manifest.bad
     indices = np.arange(writer.next, len(source))
     contents = zip(indices.tolist(), map_samples(source, indices, partial(_content, source, options)), strict=True)
@@ -205,9 +205,9 @@ def _readable(writer: _Writer, options: PackOptions, before: int, progress: Prog
 
 
 def _content(source: Source, options: PackOptions, index: int) -> bytes | Image | DataError:
-    """What is written of one image: its values, or a file, which is the source's own where it need not change."""
+    """The content to write: pixel values, the source's own file if it need not change, or a newly encoded file."""
     try:
-        image = source.open(index).read()  # so that what is packed can be read
+        image = source.open(index).read()  # always, to leave out unreadable images
         is_small = options.max_size is None or max(image.shape[:-1]) <= options.max_size
         image = image if is_small else reduce(image, options.max_size or 0)
         if options.format == "npy":
@@ -223,13 +223,13 @@ def _content(source: Source, options: PackOptions, index: int) -> bytes | Image 
 
 
 def _is_plain(raw: bytes, options: PackOptions) -> bool:
-    """Whether a file reads the same without the options that it was read with."""
+    """Whether a file gives the same image without the options for reading."""
     odd = options.nodata is not None or options.pages != "first" or options.axes is not None
     return not odd and (options.truncated == "skip" or not raw.startswith(b"\xff\xd8") or jpeg.is_whole(raw))
 
 
 def reduce(image: Image, max_size: int) -> Image:
-    """Resamples an image, (H, W, C), so that its longer side has `max_size` pixels: Pillow's antialiased bicubic."""
+    """Resizes an image (H, W, C) so that its longer side has `max_size` pixels, by Pillow's antialiased bicubic."""
     if image.ndim != 3:
         raise ConfigError(f"images with {image.ndim - 1} dimensions cannot be reduced", "leave max_size out")
     factor = max_size / max(image.shape[:2])
@@ -243,7 +243,7 @@ def reduce(image: Image, max_size: int) -> Image:
 
 
 def encode(image: Image, quality: int | None) -> bytes:
-    """An image, (*size, C), as a file: PNG, .npy where PNG cannot hold it, or, of 8 bits, JPEG of a quality."""
+    """Encodes an image (*size, C): as JPEG if `quality` is given and it has 8 bits, else PNG, or .npy if PNG cannot."""
     buffer = io.BytesIO()
     channels = {"uint8": (1, 3), "uint16": (1,)}.get(str(image.dtype), ())
     if image.ndim != 3 or image.shape[2] not in channels:
@@ -262,7 +262,7 @@ def _described(content: bytes, label: int) -> bytes:
 
 
 class _Writer(ABC):
-    """Writes the images of one split into files, and notes each part of them that is whole in the manifest."""
+    """Writes the images of one split into files, and records each finished part in the manifest."""
 
     suffix: str
 
@@ -278,11 +278,11 @@ class _Writer(ABC):
 
     @property
     def partial(self) -> Path:
-        """Its name until it is whole."""
+        """The file's temporary name."""
         return self.path.with_name(f"{self.path.name}{_PARTIAL}")
 
     def add(self, records: Iterator[Record], limit: int) -> None:
-        """Packs images, one at least, until they have `limit` bytes."""
+        """Packs at least one image, and more until they have `limit` bytes."""
         images = nbytes = 0
         written, found = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
 
@@ -315,7 +315,7 @@ class _Writer(ABC):
 
     @abstractmethod
     def read(self) -> Iterator[tuple[bytes, int]]:
-        """The images and labels that were written last, read from `partial`."""
+        """The images and labels of the last `write`, read from `partial`."""
 
     def commit(self, part: Part) -> Part:
         """Gives the file its name."""
@@ -323,7 +323,7 @@ class _Writer(ABC):
         return part
 
     def check(self) -> None:
-        """DataError unless all parts are there, and of the size that they had."""
+        """Raises DataError unless all recorded parts exist with their recorded sizes."""
         for part in self.parts:
             path = self.out / part.name
             size = path.stat().st_size if path.is_file() else 0
@@ -332,7 +332,7 @@ class _Writer(ABC):
                 raise DataError(f"{path} {what}, though it was packed before", _PACK_AGAIN)
 
     def finish(self) -> None:
-        """Does what is left when all parts are noted."""
+        """The last step, after all parts."""
         return
 
 
@@ -364,7 +364,7 @@ class _ParquetWriter(_Writer):
 
 
 class _ShardWriter(_Writer):
-    """WebDataset shards, each with its index beside it."""
+    """WebDataset shards, each with an index file."""
 
     suffix = ".tar"
 
@@ -393,11 +393,11 @@ class _ShardWriter(_Writer):
 
 
 class _ArrayWriter(_Writer):
-    """One .npy file of images and one of labels, named as in an .npz file; each part is some rows more."""
+    """One .npy file of images and one of labels, named as in an .npz file; a part is a range of rows."""
 
     def __init__(self, manifest: _Manifest, split: str, source: Source) -> None:
         super().__init__(manifest, split, source)
-        self._labels = [label for part in self.parts for label in part.labels or []]  # of all rows that are written
+        self._labels = [label for part in self.parts for label in part.labels or []]  # of all rows written so far
         self._labels_path = self.out / f"{split}_labels.npy"
 
     @property
@@ -420,7 +420,7 @@ class _ArrayWriter(_Writer):
         array.flush()
 
     def _open(self, image: Image) -> Any:
-        """The array, mapped, with room for every image of the source; new, or with the rows of all parts."""
+        """The memory-mapped array with a row for every image of the source: new, or with the rows of all parts."""
         if self.parts:
             array = npy.open_memmap(self.partial, mode="r+") if self.partial.exists() else None
             if array is None or len(array) != len(self.source):
@@ -428,7 +428,7 @@ class _ArrayWriter(_Writer):
             return array
         shape = (len(self.source), *image.shape)
         array = npy.open_memmap(self.partial, mode="w+", dtype=image.dtype, shape=shape)
-        if hasattr(os, "posix_fallocate"):  # else a disk that fills up would end the process in the middle of a row
+        if hasattr(os, "posix_fallocate"):  # a full disk would otherwise kill the process while it writes a row
             with self.partial.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, self.partial.stat().st_size)
         return array
@@ -439,11 +439,11 @@ class _ArrayWriter(_Writer):
         return ((row.tobytes(), label) for row, label in zip(rows, self._labels[start:], strict=True))
 
     def commit(self, part: Part) -> Part:
-        """Leaves the file as it is, since more rows may follow."""
+        """Keeps the temporary name, because more rows may follow."""
         return part._replace(labels=self._labels[-part.images :])
 
     def check(self) -> None:
-        if self.parts and not self.partial.exists():  # whose rows are counted where more are added
+        if self.parts and not self.partial.exists():  # else `_open` checks the rows
             for path in [self.path] if self.source.labels is None else [self.path, self._labels_path]:
                 if not path.is_file():
                     raise DataError(f"{path} is gone, though it was packed before", _PACK_AGAIN)
@@ -451,8 +451,8 @@ class _ArrayWriter(_Writer):
                 raise DataError(f"{self.path} has lost rows", _PACK_AGAIN)
 
     def finish(self) -> None:
-        """Takes the room of unreadable images off, and gives the file its name."""
-        if not self.partial.exists():  # all was done already
+        """Cuts the rows of unreadable images off and gives the file its name."""
+        if not self.partial.exists():  # done by an earlier call
             return
         array: Any = npy.open_memmap(self.partial, mode="r+")
         rows = array[: len(self._labels)]

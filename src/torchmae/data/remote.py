@@ -1,4 +1,4 @@
-"""Files at URLs (http, s3, gs, whatever fsspec knows), read by ranges through the cache folder; and that folder."""
+"""Files at URLs (http, s3, gs and others of fsspec), read by ranges through the cache folder."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ from torchmae.paths import user_path
 
 Place = Path | str  # a local path, or a URL
 
-BLOCK = 64 * 2**10  # bytes that are fetched and kept together: about a photograph of 224 pixels
-ATTEMPTS = 6  # times that a request is made before it counts as failed
+BLOCK = 64 * 2**10  # bytes that are fetched and cached together: about a photograph of 224 pixels
+ATTEMPTS = 6  # of a request
 FIRST_WAIT_S = 0.5  # before the second attempt; doubled before each further one
 _READ_BUFFER = 4 * 2**20
 _MAX_EXPANDED = 1_000_000
-# What file systems call the version of a file.
+# The names that file systems give to the version of a file.
 _VERSION_KEYS = ("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation", "Last-Modified", "LastModified")
 _FOLDERS = ("remote", "parquet", "index")
 _TRIM_EVERY_S = 30.0
-_ABANDONED_S = 86400.0  # without a change, a file that is being written was left by a process that is gone
+_ABANDONED_S = 86400.0  # an unfinished file that did not change for this time was left by a dead process
 
 
 def is_url(spec: str) -> bool:
-    """Whether a data source is named by a URL."""
+    """Whether a data source is a URL."""
     return re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", spec) is not None
 
 
 def last_name(place: Place) -> str:
-    """The file name at the end of a path or URL, without a query."""
+    """The file name at the end of a path, or of a URL without its query."""
     return place.name if isinstance(place, Path) else shown(place).rstrip("/").rpartition("/")[2]
 
 
 def shown(url: str) -> str:
-    """A URL as it may be printed: without the query, which may be a secret, and without a password."""
+    """A URL for messages: without the query and the password, which may be secret."""
     return re.sub(r"(://)[^/@]*@", r"\1", _split_query(url)[0])
 
 
 def beside(place: Place, name: str) -> Place:
-    """The place of another file in the same folder."""
+    """Another file in the same folder."""
     if isinstance(place, Path):
         return place.with_name(name)
     path, query = _split_query(place)
@@ -59,14 +59,14 @@ def beside(place: Place, name: str) -> Place:
 
 
 def _split_query(url: str) -> tuple[str, str]:
-    """A URL and its query, with the "?" before it. In buckets, "?" without "=" behind it stands for any character."""
+    """A URL and its query with the "?". In buckets, a "?" without "=" after it is a wildcard and no query."""
     path, question, query = url.partition("?")
     is_query = re.match("https?:", url, re.IGNORECASE) or "=" in query
     return (path, question + query) if is_query else (url, "")
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """The names that `a-{00..12}.tar` or `{a,b}.tar` stands for, in the order written; ConfigError above a million."""
+    """The names of a pattern such as `a-{00..12}.tar` or `{a,b}.tar`, in order; ConfigError: more than a million."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if match is None:
         return [pattern]
@@ -83,7 +83,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def expand_url(pattern: str) -> list[str]:
-    """The URLs that one with braces, or *, ? and [...] where the system can list, stands for; DataError: none."""
+    """The URLs of a pattern with braces, or with *, ? and [...] if the system can list; DataError: there are none."""
     urls: list[str] = []
     for url in expand_braces(pattern):
         if not any(character in _split_query(url)[0] for character in "*?["):
@@ -100,11 +100,10 @@ def expand_url(pattern: str) -> list[str]:
 
 
 def _file_system(url: str) -> tuple[Any, str]:
-    """fsspec's file system for a URL, and the path in it; ConfigError where there is none or its library is missing."""
+    """fsspec's file system for a URL, and the path in it; ConfigError: unknown, or its library is missing."""
     url_to_fs = require("fsspec.core", "remote").url_to_fs
     try:
-        system, path = url_to_fs(url)
-        return system, path
+        return url_to_fs(url)
     except (ImportError, ValueError) as error:
         is_missing = isinstance(error, ImportError)
         fix = "pip install 'torchmae[remote]'" if is_missing else "give a URL such as https://, s3:// or gs://"
@@ -112,7 +111,7 @@ def _file_system(url: str) -> tuple[Any, str]:
 
 
 def place_version(place: Place) -> tuple[int, str]:
-    """The size of a file, and a text that changes when it does; DataError where it is not there or has no size."""
+    """The size of a file and a text that changes with its content; DataError: no such file, or no known size."""
     if isinstance(place, Path):
         try:
             status = place.stat()
@@ -127,7 +126,7 @@ def place_version(place: Place) -> tuple[int, str]:
 
 
 def _attempt(request: Callable[[], Any], wait: Callable[[float], object], url: str) -> Any:
-    """Makes a request, up to `ATTEMPTS` times, with longer and longer waits in between; DataError where all fail."""
+    """Makes a request up to `ATTEMPTS` times, with growing waits between them; DataError: all failed."""
     waits = [FIRST_WAIT_S * 2**i for i in range(ATTEMPTS - 1)]
     while True:
         try:
@@ -135,7 +134,7 @@ def _attempt(request: Callable[[], Any], wait: Callable[[float], object], url: s
         except (FileNotFoundError, PermissionError) as error:
             kind = "does not exist" if isinstance(error, FileNotFoundError) else "may not be read"
             raise DataError(f"{shown(url)} {kind}", "check the address and its credentials") from error
-        except Exception as error:  # aiohttp, botocore, google: each has errors of its own
+        except Exception as error:  # aiohttp, botocore and google have their own errors
             if not waits:
                 problem = f"{shown(url)} cannot be fetched after {ATTEMPTS} attempts: {reason_of(error)}"
                 raise DataError(problem, "check the network") from error
@@ -143,11 +142,11 @@ def _attempt(request: Callable[[], Any], wait: Callable[[float], object], url: s
 
 
 class RemoteBytes:
-    """A file at a URL, by ranges.
+    """A file at a URL, read by ranges.
 
-    The cache folder keeps what was fetched, in a sparse file with a checksum for each block: processes may share it,
-    and a crash, an eviction or a damaged disk cost a second fetch. `size` and `version` are those of `place_version`;
-    `wait` is called with seconds between attempts.
+    Fetched blocks are kept in a sparse file of the cache folder, each with a checksum. Processes may share it; after a
+    crash, an eviction or a disk error, blocks are fetched again. `size` and `version` come from `place_version`; `wait`
+    is called with seconds between attempts.
     """
 
     def __init__(self, url: str, size: int, version: str, wait: Callable[[float], object] = time.sleep) -> None:
@@ -156,7 +155,7 @@ class RemoteBytes:
         self._data, self._sums = stem.with_suffix(".data"), stem.with_suffix(".sums")
 
     def read(self, start: int, stop: int) -> bytes:
-        """Bytes `start` to `stop - 1`, from the cache where they are there; DataError where they cannot be had."""
+        """Bytes `start` to `stop - 1`, from the cache or the network; DataError: they cannot be fetched."""
         assert 0 <= start <= stop <= self.size
         if start == stop:
             return b""
@@ -169,7 +168,7 @@ class RemoteBytes:
         return bytes(content[start - first * BLOCK : stop - first * BLOCK])
 
     def _kept(self, first: int, last: int) -> list[bytes]:
-        """Blocks `first` to `last` from the cache; b"" for those that are not there, or not whole."""
+        """Blocks `first` to `last` from the cache; b"" for missing and damaged blocks."""
         count = last - first + 1
         try:
             with self._sums.open("rb") as file:
@@ -183,7 +182,7 @@ class RemoteBytes:
         return [block if checksum == _checksum(block) else b"" for block, checksum in zip(blocks, known, strict=True)]
 
     def _fetch(self, first: int, last: int) -> bytes:
-        """Blocks `first` to `last` from the network, and into the cache."""
+        """Fetches blocks `first` to `last` and puts them into the cache."""
         start, stop = first * BLOCK, min((last + 1) * BLOCK, self.size)
         system, path = _file_system(self.url)
 
@@ -196,11 +195,11 @@ class RemoteBytes:
 
         content: bytes = _attempt(request, self._wait, self.url)
         checksums = [_checksum(content[i : i + BLOCK]) for i in range(0, len(content), BLOCK)]
-        with suppress(OSError):  # a full disk: go without
+        with suppress(OSError):  # a full disk: go on without the cache
             self._data.parent.mkdir(parents=True, exist_ok=True)
             _write_at(self._data, BLOCK * first, content)
             _write_at(self._sums, 4 * first, np.array(checksums, dtype="<u4").tobytes())
-            marker = cache_folder() / ".trimmed"  # once in a while, whatever the number of processes
+            marker = cache_folder() / ".trimmed"  # shared by all processes
             if not marker.exists() or abs(time.time() - marker.stat().st_mtime) >= _TRIM_EVERY_S:
                 marker.touch()
                 trim(cache_limit())
@@ -208,7 +207,7 @@ class RemoteBytes:
 
 
 def _write_at(path: Path, offset: int, content: bytes) -> None:
-    """Writes into a file that other processes may write to elsewhere; what lies before `offset` may be a hole."""
+    """Writes at an offset of a file in which other processes may write other blocks; holes are allowed."""
     path.touch()
     with path.open("r+b") as file:
         file.seek(offset)
@@ -216,11 +215,11 @@ def _write_at(path: Path, offset: int, content: bytes) -> None:
 
 
 def _checksum(block: bytes) -> int:
-    return zlib.crc32(block) or 1  # 0 stands for a block that is not there
+    return zlib.crc32(block) or 1  # 0 means a missing block
 
 
 def open_place(place: Place) -> IO[bytes]:
-    """Opens a file for reading, a remote one through the cache; OSError, DataError if remote, where it is not there."""
+    """Opens a file for reading, a remote one through the cache; OSError (remote: DataError): it cannot be read."""
     if isinstance(place, Path):
         return place.open("rb")
     return io.BufferedReader(_RemoteFile(RemoteBytes(place, *place_version(place))), _READ_BUFFER)
@@ -250,13 +249,13 @@ class _RemoteFile(io.RawIOBase):
 
 
 def cache_folder() -> Path:
-    """TORCHMAE_CACHE; else torchmae/ in XDG_CACHE_HOME; else ~/.cache/torchmae. Need not exist."""
+    """TORCHMAE_CACHE, else torchmae/ in XDG_CACHE_HOME, else ~/.cache/torchmae; it may not exist yet."""
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return user_path(os.environ.get("TORCHMAE_CACHE") or f"{caches}/torchmae")
 
 
 def cache_limit() -> int:
-    """Bytes that the cache folder may take: TORCHMAE_CACHE_GIB, 50 GiB if not set; ConfigError if that is no number."""
+    """Largest size of the cache folder in bytes, from TORCHMAE_CACHE_GIB (50 if not set); ConfigError: no number."""
     given = os.environ.get("TORCHMAE_CACHE_GIB") or "50"
     with suppress(ValueError):
         if 0 < float(given) < float("inf"):
@@ -265,8 +264,8 @@ def cache_limit() -> int:
 
 
 def trim(limit: int) -> None:
-    """Removes what is not held open from the cache folder, the oldest first, until it takes `limit` bytes at most."""
-    groups: dict[Path, list[Path]] = defaultdict(list)  # files of one key, which belong together
+    """Removes files that no process holds open from the cache folder, the oldest first, down to `limit` bytes."""
+    groups: dict[Path, list[Path]] = defaultdict(list)  # files that belong together, by key
     for path in (path for name in _FOLDERS for path in (cache_folder() / name).glob("*")):
         if match := re.match(rf"(?:{WRITING}\d+-)?([0-9a-f]{{32}}(-[0-9a-f]{{32}})?)\.", path.name):
             groups[path.with_name(match[1])].append(path)
@@ -275,7 +274,7 @@ def trim(limit: int) -> None:
         with suppress(OSError):  # another process removed one
             states = [file.stat() for file in files]
             newest = max(state.st_mtime for state in states)
-            # Sparse files take less than their size.
+            # The blocks on disk, because sparse files take less than their size.
             size = sum(getattr(state, "st_blocks", state.st_size // 512) * 512 for state in states)
             being_written = any(file.name.startswith(WRITING) for file in files)
             if not being_written or newest < time.time() - _ABANDONED_S:

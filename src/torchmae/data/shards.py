@@ -1,4 +1,4 @@
-"""Tar files of images (WebDataset shards) with random access: an index of each is made once, and kept."""
+"""Tar files of images (WebDataset shards) with random access through an index, which is built once and kept."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ from torchmae.data.sources import EncodedSource, Labels, Strings, digest, evenly
 from torchmae.errors import DataError, printable, reason_of
 from torchmae.files import replace_file
 
-INDEX_SUFFIX = ".index.npz"  # of an index that lies beside its shard, behind the shard's name
-ALL_MEMBERS = "all"  # stands for every picture of each sample
-CLASSES_FILE = "classes.txt"  # the names of the labels, one a line, beside the shards
+INDEX_SUFFIX = ".index.npz"  # added to a shard's name for an index in the same folder
+ALL_MEMBERS = "all"  # a value of `data.member`: every picture of each sample
+CLASSES_FILE = "classes.txt"  # the names of the classes, one per line, in the folder of the shards
 
 _FORMAT = 2
 _COLUMNS = ("offsets", "sizes", "labels", "samples")  # of an index
-_CHECKED = 8  # members whose headers are compared with an index before it is trusted
+_CHECKED = 8  # headers that are compared with an index from the shard's folder before it is used
 _LABEL_BYTES = 20
-_NO_NUMBER = -2  # label in a .cls file that is text
-_INDEX_HEAD = 2**14  # bytes that an index takes before its first member
-_SHOWN = 8  # endings of pictures that a message lists
-_FETCHERS = 16  # requests under way at a time, in each process
+_NO_NUMBER = -2  # the label for a .cls file with text
+_INDEX_HEAD = 2**14  # largest size in bytes of an index without images
+_SHOWN = 8  # largest number of endings in a message
+_FETCHERS = 16  # concurrent requests in each process
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The images of one tar file, in the order they lie in."""
+    """The N images of a tar file, in their order in the file."""
 
-    names: Strings  # their paths in the archive
-    offsets: npt.NDArray[np.int64]  # (N,) where the bytes of each begin
-    sizes: npt.NDArray[np.int64]  # (N,) how many they are
-    labels: Labels  # (N,) -1 where unknown, -2 where there is one that is no number
-    samples: npt.NDArray[np.int64]  # (N,) which sample each belongs to, from 0 on
+    names: Strings  # paths in the archive
+    offsets: npt.NDArray[np.int64]  # (N,) first byte
+    sizes: npt.NDArray[np.int64]  # (N,) number of bytes
+    labels: Labels  # (N,) -1: unknown, -2: not a number
+    samples: npt.NDArray[np.int64]  # (N,) number of the sample, from 0
 
 
 class ShardSource(EncodedSource):
     """Images in uncompressed tar files (or their URLs), in the order of the files and of the images in them.
 
-    Every member that is an image by its name is one image; `0001.cls` holds the label of `0001.jpg` as a number. Where
-    samples have several pictures (`0001.jpg` and `0001.seg.png`), `context.member` chooses. Nothing is unpacked.
-    DataError: a file that is no tar file, is compressed or damaged; no images; several pictures and no `member`.
+    Every member with the suffix of an image is an image. `0001.cls` holds the label of `0001.jpg` as a number. If
+    samples have several pictures (`0001.jpg` and `0001.seg.png`), `context.member` chooses one. Nothing is unpacked.
+    DataError: no tar file, compressed or damaged; no images; several pictures and no `member`.
     """
 
     def __init__(self, shards: Sequence[Place], context: Context = Context()) -> None:
@@ -78,7 +78,7 @@ class ShardSource(EncodedSource):
         self._fetchers: tuple[int, ThreadPoolExecutor] | None = None
 
     def _find(self, index: int) -> tuple[int, int]:
-        """The shard of an image, and its row in the index of that."""
+        """The number of an image's shard, and its row in the shard's index."""
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         return shard, index - int(self._starts[shard])
 
@@ -101,7 +101,7 @@ class ShardSource(EncodedSource):
             raise DataError(reason_of(error)) from None
 
     def read_ahead(self, indices: npt.NDArray[np.int64]) -> None:
-        """Starts to fetch these images; what was wanted before and not read since is given up."""
+        """Starts to fetch remote images; earlier requests that nobody has read are cancelled."""
         if not any(self._remote):
             return
         if self._fetchers is None or self._fetchers[0] != os.getpid():  # threads do not follow into a forked process
@@ -116,7 +116,7 @@ class ShardSource(EncodedSource):
         return f"{last_name(self._shards[shard])}/{printable(self._indexes[shard].names[row])}"
 
     def fingerprint(self) -> str:
-        """Of the shards' names and sizes, and of what lies where in them."""
+        """A digest of the shards' names and sizes and of their images' names and offsets."""
         each = zip(self._shards, self._versions, self._indexes, strict=True)
         parts = ((last_name(shard), size, *index.names.parts, index.offsets) for shard, (size, _), index in each)
         return digest(chain.from_iterable(parts))
@@ -129,7 +129,7 @@ class ShardSource(EncodedSource):
 
 
 def _class_names(shard: Place, labels: Labels) -> tuple[str, ...] | None:
-    """The names in the file beside the shards; None where there is none, or too few."""
+    """The names in the shards' `CLASSES_FILE`; None: no such file, or too few names."""
     with suppress(OSError, DataError), open_place(beside(shard, CLASSES_FILE)) as file:
         names = file.read(2**20).decode("utf-8", "replace").splitlines()
         if len(names) > labels.max(initial=-1):
@@ -138,7 +138,7 @@ def _class_names(shard: Place, labels: Labels) -> tuple[str, ...] | None:
 
 
 def open_index(shard: Place, size: int, version: str) -> ShardIndex:
-    """The index of a shard of a `place_version`: from the cache, from beside the shard, or made now and cached."""
+    """The index of a shard with this `place_version`: from the cache, from the shard's folder, or built and cached."""
     where = shard.absolute() if isinstance(shard, Path) else shard
     cached = cache_folder() / "index" / f"{digest([where, size, version, _FORMAT])}.npz"
     if (index := _read_index(cached, size)) is not None:
@@ -146,13 +146,13 @@ def open_index(shard: Place, size: int, version: str) -> ShardIndex:
     index = _read_index(beside(shard, last_name(shard) + INDEX_SUFFIX), size)
     if index is None or not _agrees(index, shard):
         index = build_index(shard, size)
-    with suppress(DataError):  # a cache folder that cannot be written to costs time, nothing else
+    with suppress(DataError):  # without a cache, the index is built again next time
         write_index(cached, index, size)
     return index
 
 
 def write_index(path: Path, index: ShardIndex, size: int) -> None:
-    """Saves the index of a shard of `size` bytes whole or not at all; DataError where it cannot be written."""
+    """Saves the index of a shard of `size` bytes, whole or not at all; DataError: it cannot be written."""
     content, ends = index.names.parts
     arrays = {
         "size": np.array([size, _FORMAT]),
@@ -164,15 +164,15 @@ def write_index(path: Path, index: ShardIndex, size: int) -> None:
 
 
 def _read_index(place: Place, size: int) -> ShardIndex | None:
-    """A saved index; None where there is none, or it is damaged, or of a shard of another size."""
+    """A saved index; None: it does not exist, is damaged, or belongs to a shard of another size."""
     try:
         with open_place(place) as file, np.load(file, allow_pickle=False) as arrays:
-            if unpacked_bytes(arrays) > size + _INDEX_HEAD:  # an entry is smaller than a member's header in the shard
+            if unpacked_bytes(arrays) > size + _INDEX_HEAD:  # an entry is smaller than a tar header
                 return None
             expected = arrays["size"].tolist() == [size, _FORMAT]
             ends, *columns = (np.asarray(arrays[name], dtype=np.int64) for name in ("ends", *_COLUMNS))
             names = arrays["names"].astype(np.uint8).tobytes()
-    except Exception:  # zip, NumPy and the network fail in many ways; whichever it was, the index is made anew
+    except Exception:  # zip, NumPy and the network raise many errors; after any of them the index is built again
         return None
     index = ShardIndex(Strings.of(names, ends), *columns)
     fits = expected and ends.ndim == 1 and all(column.shape == ends.shape for column in columns)
@@ -182,7 +182,7 @@ def _read_index(place: Place, size: int) -> ShardIndex | None:
 
 
 def _chosen(index: ShardIndex, shard: str, member: str | None) -> ShardIndex:
-    """The pictures that `member` asks for; DataError where it does not and a sample has several, or it has none."""
+    """The pictures that `member` chooses; DataError: several in one sample and no choice, or none at all."""
     if member == ALL_MEMBERS:
         return index
     endings = [] if member is None else [_parts(name)[1] for name in index.names]
@@ -207,7 +207,7 @@ def _chosen(index: ShardIndex, shard: str, member: str | None) -> ShardIndex:
 
 
 def _agrees(index: ShardIndex, shard: Place) -> bool:
-    """Whether members spread over a shard have the headers that its index lets expect."""
+    """Whether the headers of a few evenly spaced members agree with an index."""
     with suppress(OSError, ValueError, tarfile.TarError), open_place(shard) as file:
         for row in evenly_spaced(len(index.sizes), _CHECKED):
             file.seek(int(index.offsets[row]) - tarfile.BLOCKSIZE)
@@ -219,7 +219,10 @@ def _agrees(index: ShardIndex, shard: Place) -> bool:
 
 
 def build_index(shard: Place, size: int) -> ShardIndex:
-    """Reads the headers of a tar file of `size` bytes (of a remote one, all of it); DataError if it is not whole."""
+    """Builds an index from the headers of a tar file of `size` bytes; a remote file is read whole.
+
+    DataError: no uncompressed tar file, or a damaged or incomplete one.
+    """
     name = shown(str(shard))
     try:
         with open_place(shard) as file:
@@ -229,7 +232,7 @@ def build_index(shard: Place, size: int) -> ShardIndex:
         raise DataError(f"{name} is no uncompressed tar file ({error})", fix) from error
     except OSError as error:
         raise DataError(f"cannot read {name}: {reason_of(error)}") from error
-    except (ValueError, ArithmeticError) as error:  # numbers in a header that no file can have
+    except (ValueError, ArithmeticError) as error:  # impossible numbers in a header
         raise DataError(f"{name} is damaged ({error})", "copy it again") from error
 
 
@@ -239,8 +242,8 @@ def _scan(file: IO[bytes], size: int, name: str) -> ShardIndex:
     labels_of: dict[bytes, int] = {}  # by the path of the .cls file without its suffix
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for member in archive:
-            archive.members = []  # type: ignore[attr-defined]  # else it keeps every header
-            if archive.offset <= member.offset:  # a size below 0: the same header would come again, for ever
+            archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
+            if archive.offset <= member.offset:  # a negative size: the same header would come again for ever
                 raise DataError(f"{name} is damaged at byte {member.offset:,}", "copy it again")
             if not member.isreg() or member.issparse() or PurePosixPath(member.name).name.startswith("."):
                 continue
@@ -266,9 +269,9 @@ def _scan(file: IO[bytes], size: int, name: str) -> ShardIndex:
 
 
 def _keys(names: Sequence[bytes]) -> list[bytes]:
-    """The sample that each picture belongs to: WebDataset's key, the path up to the first dot of the file name.
+    """The sample of each picture: WebDataset's key, which is the path up to the first dot of the file name.
 
-    Other names may hold dots too (`scan.0001.jpg`): with more different endings than keys, each name is a sample.
+    Names may hold other dots (`scan.0001.jpg`): if there are more endings than keys, each picture is a sample.
     """
     split = [_parts(name) for name in names]
     if len({part for _, part in split}) <= max(1, len({key for key, _ in split})):
@@ -277,14 +280,14 @@ def _keys(names: Sequence[bytes]) -> list[bytes]:
 
 
 def _parts(name: bytes) -> tuple[bytes, str]:
-    """WebDataset's key, and what stands behind its dot in lower case: b"0001" and "seg.png"."""
+    """WebDataset's key and the ending after its dot, in lower case: b"0001" and "seg.png"."""
     folder, slash, file = name.rpartition(b"/")
     key, _, part = file.partition(b".")
     return folder + slash + key, part.decode("utf-8", "surrogateescape").lower()
 
 
 def _label(file: IO[bytes], member: tarfile.TarInfo) -> int:
-    """The number in a .cls file; -1 where it is empty or negative, -2 where it is none."""
+    """The number in a .cls file; -1: empty or negative, -2: not a number."""
     file.seek(member.offset_data)
     text = file.read(min(member.size, _LABEL_BYTES)).strip()
     if text.isdigit() and len(text) < _LABEL_BYTES - 1:

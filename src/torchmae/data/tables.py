@@ -1,4 +1,4 @@
-"""Encoded images in tables: parquet files, and what the Hugging Face `datasets` library loads."""
+"""Encoded images in tables: parquet files, and data sets of the Hugging Face `datasets` library."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from torchmae.data.sources import EncodedSource, FileSource, Source, Strings, di
 from torchmae.errors import DataError, reason_of, require
 from torchmae.files import hold_open, locked, remove_unless_open, replace_file
 
-HUB_PREFIX = "hf:"  # begins hf:user/name, hf:user/name:configuration, hf:./folder
-IN_MEMORY = 256 * 2**20  # bytes of encoded images that are kept in memory, at most, by each worker process
+HUB_PREFIX = "hf:"  # as in hf:user/name, hf:user/name:configuration, hf:./folder
+IN_MEMORY = 256 * 2**20  # largest size in bytes of encoded images that each worker process keeps in memory
 _ROWS = 256  # read at a time
-_LOOK_EVERY_S = 0.2  # while another process unpacks
+_LOOK_EVERY_S = 0.2  # while another process unpacks the table
 _LABELS = ("label", "labels", "fine_label")
 _LABEL_TYPES = re.compile(r"u?int\d+|halffloat|float|double|(large_)?string")
 
@@ -35,9 +35,9 @@ _LABEL_TYPES = re.compile(r"u?int\d+|halffloat|float|double|(large_)?string")
 class ParquetSource(EncodedSource):
     """Encoded images in parquet files (or their URLs), in the order of the files and of the rows in them.
 
-    All files have the same columns: one of images (a struct with `bytes`, or plain binary), and perhaps one of labels,
-    called label, labels or fine_label. Paths that a table names are never opened. Up to `IN_MEMORY` bytes are kept in
-    memory; larger tables are unpacked once, into the cache folder. DataError: no parquet, or no column of images.
+    All files have the same columns: one with images (a struct with `bytes`, or binary), and perhaps one with labels,
+    named label, labels or fine_label. Paths in a table are never opened. Up to `IN_MEMORY` bytes are kept in memory;
+    larger tables are unpacked once into the cache folder. DataError: no parquet file, or no column of images.
     """
 
     def __init__(self, files: Sequence[Place], context: Context = Context()) -> None:
@@ -67,7 +67,7 @@ class ParquetSource(EncodedSource):
         return f"{self._names[file]}/{index - self._starts[file]}"
 
     def fingerprint(self) -> str:
-        """Of the names and sizes of the files."""
+        """A digest of the names and sizes of the files."""
         return digest([list(zip(self._names, [size for size, _ in self._versions], strict=True)), len(self)])
 
     def stamp(self) -> str:
@@ -75,19 +75,19 @@ class ParquetSource(EncodedSource):
 
 
 class ParquetTable:
-    """One parquet file, read from its beginning to its end."""
+    """One parquet file, which is read in order."""
 
     def __init__(self, file: Place) -> None:
         self.file = file
         with self._opened() as table:
             schema, facts = table.schema_arrow, table.metadata
-        self.leaf = _image_leaf(schema)  # the column of bytes, as parquet names it: "image.bytes"
+        self.leaf = _image_leaf(schema)  # parquet's name of the column of bytes: "image.bytes"
         self.label, self.note = label_column(schema)
         self.classes = _class_names(schema.metadata, self.label)
         self.num_rows: int = facts.num_rows
         column = next(i for i in range(facts.num_columns) if facts.schema.column(i).path == self.leaf)
         groups = [facts.row_group(i).column(column) for i in range(facts.num_row_groups)]
-        self.nbytes = sum(group.total_uncompressed_size for group in groups)  # less where values are repeated
+        self.nbytes = sum(group.total_uncompressed_size for group in groups)  # too small if values are repeated
 
     @contextmanager
     def _opened(self) -> Iterator[Any]:
@@ -99,12 +99,12 @@ class ParquetTable:
             raise DataError(f"cannot read {shown(str(self.file))}: {reason_of(error)}") from error
 
     def labels(self) -> npt.NDArray[Any]:
-        """(N,), as `label_values` gives them."""
+        """(N,), as from `label_values`."""
         with self._opened() as table:
             return label_values(table.read(columns=[self.label]).column(0))
 
     def images(self) -> Iterator[bytes]:
-        """The encoded images; b"" where there is none."""
+        """The encoded images; b"" for a row without one."""
         with self._opened() as table:
             for batch in table.iter_batches(_ROWS, columns=[self.leaf]):
                 column = batch.column(0)
@@ -113,13 +113,13 @@ class ParquetTable:
 
 
 class _Mapped(Strings):
-    """The images of a file of the cache, which is mapped, and kept there as long as this lives."""
+    """The images of a memory-mapped cache file, which `trim` does not remove while this object exists."""
 
     def __init__(self, path: Path, ends: npt.NDArray[np.int64]) -> None:
         super().__init__()
         hold_open(path, self)
         if path.stat().st_size != ends[-1]:
-            raise DataError(f"{path} is damaged", "remove it; it is made anew")
+            raise DataError(f"{path} is damaged", "remove it; it is made again")
         self._content = np.memmap(path, mode="r") if ends[-1] else b""  # an empty file cannot be mapped
         self._ends = array("q", ends.tobytes())
         self._path = path
@@ -140,21 +140,21 @@ def _load(tables: Sequence[ParquetTable], versions: Sequence[tuple[int, str]], p
     images, index = stem.with_suffix(".bin"), stem.with_suffix(".npy")
     found: list[Any] = []
     while True:
-        with suppress(FileNotFoundError):  # not made yet, or removed by `trim` before it was held open
+        with suppress(FileNotFoundError):  # not made yet, or removed by `trim` before it was opened here
             ends = np.load(index, allow_pickle=False)
             mapped = _Mapped(images, ends)
             break
-        with suppress(OSError):  # what is wrong with the folder is said when a file is written to it
+        with suppress(OSError):  # writing a file into the folder reports the problem
             stem.parent.mkdir(parents=True, exist_ok=True)
         try:
             with locked(stem.with_suffix(".lock")):
                 if not (images.exists() and index.exists()):
                     replace_file(images, lambda file: found.append(_unpack(tables, file, progress)), DataError)
-                    # The index last: where it is, the images are whole.
+                    # The index comes last: if it exists, the images are complete.
                     replace_file(index, lambda file: np.save(file, found[-1]), DataError)
-        except BlockingIOError:  # another process, such as another rank, unpacks the same tables
+        except BlockingIOError:  # another process or rank unpacks the same tables
             time.sleep(_LOOK_EVERY_S)
-    for other in {path.with_suffix("") for path in stem.parent.glob(f"{files}-*")} - {stem}:  # of older versions
+    for other in {path.with_suffix("") for path in stem.parent.glob(f"{files}-*")} - {stem}:  # older versions
         remove_unless_open(other.with_suffix(suffix) for suffix in (".bin", ".npy"))
     trim(cache_limit())
     return mapped
@@ -163,7 +163,7 @@ def _load(tables: Sequence[ParquetTable], versions: Sequence[tuple[int, str]], p
 def _unpack(
     tables: Sequence[ParquetTable], file: IO[bytes], progress: Progress | None, limit: float = float("inf")
 ) -> npt.NDArray[np.int64] | None:
-    """Writes the images of all tables one after the other: the end of each; None when they exceed `limit` bytes."""
+    """Writes the images of all tables one after the other and returns their ends; None: more than `limit` bytes."""
     total = sum(table.num_rows for table in tables)
     lengths: list[int] = []
     for image in tracked(chain.from_iterable(table.images() for table in tables), progress, "unpacking parquet", total):
@@ -174,11 +174,11 @@ def _unpack(
 
 
 def _image_leaf(schema: Any) -> str:
-    """The first column that holds bytes, or a struct with `bytes`."""
+    """The first column of bytes, or of structs with `bytes`; DataError: there is none."""
     binary = ("binary", "large_binary")
     for field in schema:
         children = {item.name: str(item.type) for item in field.type} if str(field.type).startswith("struct") else {}
-        if children.get("bytes") in (*binary, "null"):  # null: no row has any
+        if children.get("bytes") in (*binary, "null"):  # null: all rows are empty
             return f"{field.name}.bytes"
         if str(field.type) in binary:
             return str(field.name)
@@ -187,7 +187,7 @@ def _image_leaf(schema: Any) -> str:
 
 
 def label_column(schema: Any) -> tuple[str | None, str]:
-    """The column of labels of an Arrow schema, if any; and what to say of one whose values are no labels, else ""."""
+    """The column of labels of an Arrow schema, or None; and a note if a column's values are no labels, else ""."""
     kinds = {name: str(schema.field(name).type) for name in _LABELS if name in schema.names}
     for name, kind in kinds.items():
         if _LABEL_TYPES.fullmatch(kind):
@@ -197,7 +197,7 @@ def label_column(schema: Any) -> tuple[str | None, str]:
 
 
 def label_values(column: Any) -> npt.NDArray[Any]:
-    """A column of an Arrow table as labels: integers, floats or texts; -1, NaN or "" where it holds nothing."""
+    """A column of an Arrow table as labels: integers, floats or texts; missing values are -1, NaN or ""."""
     kind = str(column.type)
     if "int" in kind:
         return np.asarray(column.cast("int64").fill_null(-1).to_numpy())
@@ -207,8 +207,8 @@ def label_values(column: Any) -> npt.NDArray[Any]:
 
 
 def _class_names(metadata: dict[bytes, bytes] | None, label: str | None) -> tuple[str, ...] | None:
-    """The names that the `datasets` library stores beside the schema."""
-    with suppress(ValueError, AttributeError):  # a stranger's metadata: names are a nicety
+    """The names of classes that the `datasets` library stores with the schema."""
+    with suppress(ValueError, AttributeError):  # unexpected metadata: go on without names
         stored = json.loads((metadata or {}).get(b"huggingface", b"{}"))
         names = stored.get("info", {}).get("features", {}).get(label, {}).get("names")
         return tuple(map(str, names)) if isinstance(names, list) else None
@@ -216,14 +216,15 @@ def _class_names(metadata: dict[bytes, bytes] | None, label: str | None) -> tupl
 
 
 def _absolute(path: str | Path) -> Path:
-    """Without ".."; unlike resolve() it follows no links."""
+    """The absolute path without ".."; unlike resolve(), links are not followed."""
     return Path(os.path.abspath(path))  # noqa: PTH100
 
 
 class HubSource(EncodedSource):
-    """Images of one split (a `datasets.Dataset`), in its order; mapped into memory from the library's own cache.
+    """The images of one split (a `datasets.Dataset`), memory-mapped from the library's own cache.
 
-    Files that it names are read from its own folder and `folders`, links followed. DataError: no column of images.
+    Files that the table names are read (links are followed) only if they are in its own folder or in `folders`.
+    DataError: no column of images.
     """
 
     def __init__(self, rows: Any, title: str, folders: Iterable[Path], context: Context) -> None:
@@ -245,7 +246,7 @@ class HubSource(EncodedSource):
         self._folders = {place for path in (*folders, *tables) for place in (_absolute(path), path.resolve())}
 
     def encoded(self, index: int) -> bytes:
-        """The bytes in the table, or those of the file that it names."""
+        """The bytes in the table, or of the file that it names."""
         cell: dict[str, Any] = self._rows[index][self._image] or {}
         if cell.get("bytes"):
             return bytes(cell["bytes"])
@@ -260,17 +261,18 @@ class HubSource(EncodedSource):
         return f"{self._title}/{index}"
 
     def fingerprint(self) -> str:
-        """Of the length, the version and 64 rows: the library's own differs between two loads of one folder."""
+        """A digest of the length, the version and 64 rows; the library's own changes from load to load."""
         cells = [self._rows[int(i)][self._image] or {} for i in np.linspace(0, len(self) - 1, 64).astype(int)]
         sample = [cell.get("bytes") or Path(cell.get("path") or "").name for cell in cells]
         return digest([self._title, self._rows.info.version, len(self), *sample])
 
 
 def hub_splits(spec: str, context: Context = Context()) -> dict[str, Source]:
-    """The splits of a data set that the `datasets` library loads; it downloads what it does not have.
+    """The splits of a data set that the `datasets` library loads, and downloads if needed.
 
-    `spec` is what follows the prefix. Splits whose names mean no split are left out, unless nothing else is there to
-    train on. ConfigError: the library is not installed. DataError: it cannot be loaded, or has no column of images.
+    `spec` is the source without `HUB_PREFIX`. Splits with other names than train, val and test are left out; if there
+    is no train split, the first one is used. ConfigError: the library is not installed. DataError: the data set cannot
+    be loaded, or has no column of images.
     """
     library = require("datasets", "datasets")
     name, _, configuration = spec.partition(":")

@@ -1,1 +1,1 @@
-"""Weights of other libraries, read and written: timm, transformers, the released MAE checkpoints, ONNX."""
+"""Weights of other libraries: timm, transformers, the released MAE checkpoints."""

@@ -1,4 +1,4 @@
-"""Which parameters of a checkpoint are the encoder: found by name under any wrapper and prefix."""
+"""Finds the encoder's parameters in a checkpoint by name, under any wrapper and prefix."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torchmae.interop.files import plain
 
 _MARK = "patch_embed.proj.weight"
 _HF_MARK = re.compile(r"(?:^|\.)embeddings\.(?:cls_token|patch_embeddings\.)")
-# Names that compiling, data parallelism and activation checkpointing put between those of modules.
+# Names that compilation, data parallelism and activation checkpointing insert between the names of modules.
 _WRAPPER = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_PLAIN_PREFIXES = ("", "model.")  # of a bare state_dict, and of the released checkpoints' layout
+_PLAIN_PREFIXES = ("", "model.")  # a state_dict, and the released checkpoints' layout
 
 
 def split_choice(source: Path) -> tuple[Path, str | None]:
-    """A file and the part of it that FILE#PART names; None where no part is named."""
+    """Splits FILE#PART into the file and the part; the part is None where none is named."""
     file, mark, part = str(source).rpartition("#")
     if mark and not source.exists() and Path(file).is_file():
         return Path(file), part
@@ -29,15 +29,11 @@ def split_choice(source: Path) -> tuple[Path, str | None]:
 
 
 def find_encoder(content: Mapping[str, Any], choice: str | None, origin: str) -> tuple[dict[str, Tensor], list[str]]:
-    """The parameters of the one encoder in a checkpoint, without their prefix, and a sentence on each part left out.
+    """The parameters of one encoder in a checkpoint, without their prefix, and notes about what is not used.
 
-    Args:
-        content: a state_dict, or dictionaries in which there are some.
-        choice: the part to take ("teacher", "model_ema", "student.backbone"); None: the only one.
-        origin: the file, for messages.
-
-    Raises:
-        CheckpointError: no encoder, several without a choice, or a choice that is none of them.
+    `content` is a state_dict or nested dictionaries with state_dicts. `choice` names the encoder ("teacher",
+    "model_ema", "student.backbone"); None: there must be one only. `origin` is the file, for messages.
+    CheckpointError: no encoder, several without a choice, or a choice that matches none.
     """
     tensors = dict(_tensors(content, "", set()))
     if not tensors:
@@ -71,7 +67,7 @@ def find_encoder(content: Mapping[str, Any], choice: str | None, origin: str) ->
 
 
 def _tensors(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in nested dictionaries, by its dotted name; a dictionary that stands in several places, once."""
+    """All tensors in nested dictionaries with their dotted names; a repeated dictionary counts once."""
     value = plain(value)
     if isinstance(value, Tensor):
         yield name, value
@@ -82,7 +78,7 @@ def _tensors(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Tenso
 
 
 def _candidates(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The parameters of each encoder, by its prefix (with its last dot)."""
+    """The parameters of each encoder, by the prefix of their names (which ends in a dot)."""
     marks = [name.removesuffix(_MARK) for name in tensors if name.endswith(_MARK)]
     prefixes = [prefix for prefix in marks if not prefix or prefix.endswith(".")]
     found: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
@@ -94,7 +90,7 @@ def _candidates(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _repeats(found: list[dict[str, Tensor]], index: int) -> bool:
-    """Whether one before is the same encoder, value by value."""
+    """Whether an encoder before it in the list has equal values."""
     one = found[index]
     return any(
         one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -103,7 +99,7 @@ def _repeats(found: list[dict[str, Tensor]], index: int) -> bool:
 
 
 def _labels(prefixes: list[str]) -> dict[str, str]:
-    """The shortest beginning of each prefix that leads to no other one; "." stands for no prefix."""
+    """The shortest unambiguous beginning of each prefix; "." stands for an empty prefix."""
     labels = {}
     for prefix in prefixes:
         parts = prefix.rstrip(".").split(".")
@@ -114,12 +110,12 @@ def _labels(prefixes: list[str]) -> dict[str, str]:
 
 
 def _leads_to(choice: str, prefix: str) -> bool:
-    """Whether `choice` is the prefix, or the first of the names in it."""
+    """Whether `choice` is the prefix or a beginning of it, up to a dot."""
     return prefix == "" if choice in (".", "") else prefix.startswith(f"{choice.rstrip('.')}.")
 
 
 def _group(name: str, prefix: str) -> str:
-    """The first names of a parameter, up to the one in which it leaves `prefix`."""
+    """The beginning of a parameter's name, up to the first part that differs from `prefix`."""
     parts, common = name.split("."), prefix.split(".")
     same = next((i for i, part in enumerate(parts) if i >= len(common) or part != common[i]), len(parts) - 1)
     return ".".join(parts[: same + 1])

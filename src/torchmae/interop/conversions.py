@@ -1,11 +1,11 @@
-"""Layouts of other vision transformers, brought into timm's where the result computes exactly the same."""
+"""Converts the parameters of other vision transformers to timm's layout where the result computes exactly the same."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Never
 
 import torch
 from torch import Tensor, nn
@@ -21,25 +21,24 @@ Weights = dict[str, Tensor]
 
 
 def convert(weights: Weights, facts: dict[str, Any], size: Sequence[int] | None, notes: list[str]) -> Weights:
-    """An encoder's parameters under timm's names and in its shapes.
+    """An encoder's parameters under timm's names and in its shapes; the decoder's are kept.
 
-    Queries, keys and values that stand apart are joined (an absent bias is zero); separable positions are added up;
-    patches of several frames become those of one picture where `size` is that of pictures.
+    Separate queries, keys and values are joined (an absent bias is zero) and separable positions are added up. Patches
+    of several frames become patches of one picture if `size` has two numbers.
 
     Args:
-        weights: with or without the decoder's parameters.
-        facts: what is known of the source; "input_size" is added where the weights and `size` tell it.
-        size: pixels along each axis of the images that the weights were trained on, where they do not show that
-            themselves; two numbers for weights of clips: one frame is wanted.
-        notes: takes what was done to them, a sentence each.
+        weights: the parameters.
+        facts: what is known about the source; "input_size" is added.
+        size: pixels along each axis of the training images, where the weights do not show them.
+        notes: gets a sentence for each change.
 
     Raises:
-        CheckpointError: positions of a grid that is not known.
+        CheckpointError: positions of an unknown grid, or parameters of another kind of network.
     """
     weights = _add_up_positions(join_attention(dict(weights), notes), facts, size, notes)
     for name, dimensions in ((_PATCHES, (3, 4, 5)), ("pos_embed", (3,))):
         if name not in weights:
-            return weights  # as whoever makes an encoder of them says
+            return weights  # `reading` reports it
         if weights[name].ndim not in dimensions:
             raise no_vit(facts["origin"], f"{name} is {tuple(weights[name].shape)}")
     patch = weights[_PATCHES].shape[2:]
@@ -51,7 +50,7 @@ def convert(weights: Weights, facts: dict[str, Any], size: Sequence[int] | None,
 
 
 def join_attention(weights: Weights, notes: list[str]) -> Weights:
-    """`attn.qkv` of what stands apart: q, k and v, or q_bias, k_bias and v_bias; zeros for biases that no block has."""
+    """Joins separate q, k and v, or their biases, into `attn.qkv`; a bias that no block has becomes zeros."""
     said: dict[str, None] = {}
     biases: dict[str, list[str | None]] = {}
     for block in [match[1] for name in weights if (match := _ATTENTION.match(name))]:
@@ -65,7 +64,7 @@ def join_attention(weights: Weights, notes: list[str]) -> Weights:
             biases[block] = [next((name for name in names if name in weights), None) for names in spellings]
     absent = [0 if f"{block}qkv.bias" in weights else found.count(None) for block, found in biases.items()]
     for block, found in biases.items():
-        if f"{block}qkv.bias" in weights or found.count(None) > min(absent):  # the latter is damaged, as is said later
+        if f"{block}qkv.bias" in weights or found.count(None) > min(absent):  # the second: damaged, reported later
             continue
         zero = torch.zeros(len(weights[f"{block}qkv.weight"]) // 3)
         weights[f"{block}qkv.bias"] = torch.cat([zero if name is None else weights.pop(name) for name in found])
@@ -76,7 +75,7 @@ def join_attention(weights: Weights, notes: list[str]) -> Weights:
 
 
 def _add_up_positions(weights: Weights, facts: dict[str, Any], size: Sequence[int] | None, notes: list[str]) -> Weights:
-    """`pos_embed` of positions in space and in time, which are added for each patch; frames come first in the order."""
+    """Makes `pos_embed` of separate positions in space and time: their sum for each patch, in frame-major order."""
     if "pos_embed" in weights or not {"pos_embed_spatial", "pos_embed_temporal"} <= set(weights):
         return weights
     space, time, prefix = (weights.pop(name, None) for name in _SEPARABLE)
@@ -96,9 +95,9 @@ def _add_up_positions(weights: Weights, facts: dict[str, Any], size: Sequence[in
 
 
 def _input_size(weights: Weights, patch: Sequence[int], size: Sequence[int] | None, origin: str) -> tuple[int, ...]:
-    """The size of the images that the positions are for: what `size` says if it fits, else square ones."""
+    """The image size that the number of positions belongs to: `size` if it fits, else a square."""
     count = weights["pos_embed"].shape[1]
-    rows = [count - 1, count] if "cls_token" in weights else [count]  # timm's models may give the token no position
+    rows = [count - 1, count] if "cls_token" in weights else [count]  # in timm the class token may have no position
     for patches in rows:
         grid = _grid(patches, patch, size)
         if grid is not None:
@@ -107,7 +106,7 @@ def _input_size(weights: Weights, patch: Sequence[int], size: Sequence[int] | No
 
 
 def _grid(count: int, patch: Sequence[int], size: Sequence[int] | None) -> tuple[int, ...] | None:
-    """The grid of so many patches: a square where they make one, else that of `size`, with as many frames as fit."""
+    """The grid of `count` patches: a square if possible, else that of `size`, times frames; None: neither fits."""
     side = math.isqrt(count)
     if len(patch) == 1:
         return (count,)
@@ -124,8 +123,8 @@ def _grid(count: int, patch: Sequence[int], size: Sequence[int] | None) -> tuple
     return grid if frames == 1 else None
 
 
-def _unknown(origin: str, count: int, patch: Sequence[int], axes: int) -> Any:
-    """Raises CheckpointError, with the grids that so many positions may be of."""
+def _unknown(origin: str, count: int, patch: Sequence[int], axes: int) -> Never:
+    """Raises CheckpointError with the grids that `count` positions may belong to."""
     grids: list[tuple[int, ...]] = []
     for side in range(math.isqrt(count), 1, -1):
         rest, odd = divmod(count, side * side if axes == 3 else side)
@@ -135,7 +134,7 @@ def _unknown(origin: str, count: int, patch: Sequence[int], axes: int) -> Any:
     sizes = [[n * p for n, p in zip(grid, patch, strict=True)] for grid in grids[:1]]
     more = f", or {sizes[0][1:]} for its first frame alone" if axes == 3 and sizes else ""
     raise CheckpointError(
-        f"{origin} has {count} positions and does not say of which grid: {shown}",
+        f"{origin} has {count} positions and does not say for which grid: {shown}",
         f"say the size of the images it is for, such as --model.input_size {sizes[0]}{more}"
         if sizes
         else "see docs/weights.md",
@@ -143,7 +142,7 @@ def _unknown(origin: str, count: int, patch: Sequence[int], axes: int) -> Any:
 
 
 def _one_frame(weights: Weights, facts: dict[str, Any], notes: list[str]) -> Weights:
-    """Weights of clips as weights of pictures: what they compute of a clip that is one picture, at its first place."""
+    """Converts weights for clips to weights for pictures; a picture stands for all frames of a clip's first patches."""
     length, *patch = weights[_PATCHES].shape[2:]
     frames, *size = facts["input_size"]
     patches = math.prod(n // p for n, p in zip(size, patch, strict=True))
@@ -152,6 +151,6 @@ def _one_frame(weights: Weights, facts: dict[str, Any], notes: list[str]) -> Wei
         notes.append(f"patches of {length} frames summed: exact for a picture that is shown {length} times")
     if frames > length:
         notes.append(f"positions of the first of {frames // length} frames")
-    prefix = weights["pos_embed"].shape[1] % patches  # the class token's row, where it has one
+    prefix = weights["pos_embed"].shape[1] % patches  # 1 if the class token has a position
     positions = weights["pos_embed"][:, : prefix + patches]
     return {**weights, _PATCHES: weights[_PATCHES].sum(2), "pos_embed": positions}

@@ -1,7 +1,6 @@
-"""Weight files of others: what a file is by its first bytes, and its content as tensors and plain values.
+"""Reads weight files of other libraries as tensors and plain values; the kind is detected by the first bytes.
 
-Nothing in a file is ever run. NumPy's values are read by `_Array` and its neighbours here, not by NumPy's own
-unpickling, and paths become text.
+No code in a file is run. Stand-ins such as `_Array` read NumPy's values, not NumPy's own unpickling; paths become text.
 """
 
 from __future__ import annotations
@@ -26,25 +25,21 @@ _COPY_AGAIN = "copy or download it again"
 _NUMBERS = re.compile(r"[biufc?]\d{0,2}$")
 _PATHS = ("PurePath", "PurePosixPath", "PureWindowsPath", "Path", "PosixPath", "WindowsPath")
 _TEXT = bytes([*b"\t\n\r", *range(32, 127)])
-# First bytes, lower case, of what is saved in place of weights: what it is, and what to do.
+# First bytes (lower case) of files that are no weights: what the file is, and the fix.
 _IN_PLACE = (
     (b"version https://git-lfs", "a Git LFS pointer, not the weights", "fetch them: git lfs pull"),
-    (b"<!doctype", "a web page", f"{_COPY_AGAIN}; the address may want a login"),
-    (b"<html", "a web page", f"{_COPY_AGAIN}; the address may want a login"),
-    (b"<?xml", "an XML text, as a server's refusal is", f"{_COPY_AGAIN}; the address may want a login"),
+    (b"<!doctype", "a web page", f"{_COPY_AGAIN}; the address may need a login"),
+    (b"<html", "a web page", f"{_COPY_AGAIN}; the address may need a login"),
+    (b"<?xml", "an XML text, such as a server's error message", f"{_COPY_AGAIN}; the address may need a login"),
     (b"\x1f\x8b", "compressed by gzip", "unpack it: gunzip"),
     (b"\x89hdf", "an HDF5 file", "convert it to .safetensors"),
 )
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """The content of a .safetensors file, or of one that torch.save wrote, told apart by their bytes.
+    """The values in a .safetensors file or a file of torch.save, by name: tensors, plain values, nested containers.
 
-    Returns:
-        Values by name, as they were saved: tensors, plain values, and dictionaries and lists of them.
-
-    Raises:
-        CheckpointError: another kind of file, one that is damaged or cut short, or that asks for code to be run.
+    CheckpointError: another kind of file, a damaged or incomplete one, or one that asks to run code.
     """
     try:
         check_content(path)
@@ -57,7 +52,7 @@ def read_file(path: Path) -> dict[str, Any]:
             f"{path} is no file of plain tensors" + (f": it asks for {what[1]}" if what else ""),
             "torchmae does not run code from files; save its state_dict alone, best as .safetensors",
         ) from error
-    except Exception as error:  # a file that is damaged, or something else, makes torch.load raise nearly anything
+    except Exception as error:  # a damaged file makes torch.load raise nearly anything
         raise CheckpointError(
             f"cannot read {path}: {reason_of(error)}", "give a .safetensors or .pth file of weights"
         ) from error
@@ -67,12 +62,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def check_content(path: Path) -> None:
-    """Refuses what is often saved in place of weights, and what is left of them where a download stopped.
-
-    Raises:
-        CheckpointError: it says what the file is.
-        OSError: it cannot be read.
-    """
+    """Raises CheckpointError, which says what the file is, for files that are no weights and for partial downloads."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(4096)
@@ -111,29 +101,29 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _stated_size(path: Path, size: int) -> int:
-    """The bytes that a safetensors file should have by its header, as far as that can be read."""
+    """The size in bytes that the header of a safetensors file states; 0 data bytes if it cannot be read."""
     with path.open("rb") as file:
         (header,) = struct.unpack("<Q", file.read(8))
         text = file.read(header) if header < size else b""
     end = 0
-    with suppress(ValueError, AttributeError, KeyError, TypeError):  # no JSON of tensors, which load_file says
+    with suppress(ValueError, AttributeError, KeyError, TypeError):  # no JSON of tensors: load_file reports it
         end = max(item["data_offsets"][1] for name, item in json.loads(text).items() if name != "__metadata__")
     return int(8 + header + end)
 
 
 def _load_pickled(path: Path) -> Any:
-    stand_ins: list[Any] = [argparse.Namespace]  # the options of the released code's training: plain data
+    stand_ins: list[Any] = [argparse.Namespace]  # the training options in released checkpoints: plain data
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
         stand_ins += [(_scalar, f"{module}.scalar"), (_Array, f"{module}._reconstruct")]
     stand_ins += [(_Array, "numpy.ndarray"), (_Dtype, "numpy.dtype")]
     stand_ins += [(_no_bytes, f"{module}.bytes") for module in ("builtins", "__builtin__")]
     stand_ins += [(_path, f"{module}.{name}") for module in ("pathlib", "pathlib._local") for name in _PATHS]
-    with torch.serialization.safe_globals(stand_ins), path.open("rb") as file:  # by a path, its name would count
+    with torch.serialization.safe_globals(stand_ins), path.open("rb") as file:  # torch.load heeds the name of a path
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
 class _Dtype:
-    """In the place of numpy.dtype: a number's kind and size; None of any other kind."""
+    """Stand-in for numpy.dtype; `code` is the kind and size of a number, None for any other type."""
 
     def __init__(self, code: str, *_: Any) -> None:
         self.code = code if isinstance(code, str) and _NUMBERS.match(code) else None
@@ -143,7 +133,7 @@ class _Dtype:
         self.order = ">" if state[1] == ">" else "<"
 
     def read(self, raw: Any, shape: Any, *, columns_first: bool = False) -> Any:
-        """The array of these bytes, in the machine's order; None where they are no numbers."""
+        """The bytes as an array in native byte order; None: they are no numbers."""
         if self.code is None or not isinstance(raw, bytes):
             return None
         dtype = np.dtype(self.order + self.code)
@@ -153,7 +143,7 @@ class _Dtype:
 
 
 class _Array:
-    """In the place of numpy.ndarray: `value` is the array; None of what is not numbers."""
+    """Stand-in for numpy.ndarray; `value` is the array, None if it holds no numbers."""
 
     def __init__(self, *_: Any) -> None:
         self.value: Any = None
@@ -165,13 +155,13 @@ class _Array:
 
 
 def _scalar(dtype: Any, raw: Any = b"") -> Any:
-    """In the place of NumPy's scalars: a Python number; None of what is none."""
+    """Stand-in for NumPy's scalars: a Python number; None: it is no number."""
     value = dtype.read(raw, ()) if isinstance(dtype, _Dtype) else None
     return None if value is None else value.item()
 
 
 def _no_bytes(*_: Any) -> bytes:
-    """In the place of bytes, which arrays without values call without arguments."""
+    """Stand-in for `bytes`, which the pickles of empty arrays call."""
     return b""
 
 
@@ -180,9 +170,9 @@ def _path(*parts: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A value of `read_file` with NumPy's arrays as tensors; what is not a number stays None."""
+    """A value of `read_file`; NumPy's arrays become tensors, or None if they hold no numbers."""
     if not isinstance(value, _Array):
         return value
-    with suppress(TypeError):  # kinds of numbers that torch has not
+    with suppress(TypeError):  # types of numbers that torch does not have
         return None if value.value is None else torch.from_numpy(value.value)
     return None

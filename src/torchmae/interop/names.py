@@ -1,10 +1,9 @@
-"""Parameter names: torchmae's, those of the released MAE checkpoints, and transformers'.
+"""Parameter names of torchmae, of the released MAE checkpoints and of transformers.
 
-The released checkpoints' layout is the one in the middle. Its encoder has timm's names, as ours has; its decoder's
-parameters stand beside them as mask_token, decoder_pos_embed, decoder_embed, decoder_blocks, decoder_norm and
-decoder_pred. transformers has two spellings: the classic one (vit.encoder.layer.0.attention.attention.query), which all
-its versions load and which is written here, and the one that its newer versions use themselves
-(vit.layers.0.attention.q_proj). Both are read.
+Conversions go through the released checkpoints' layout: timm's names for the encoder, as in torchmae, and names such as
+decoder_blocks for the decoder. transformers has two spellings. The classic one
+(vit.encoder.layer.0.attention.attention.query) is loaded by all its versions and written here; the new one
+(vit.layers.0.attention.q_proj) is also read.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _DECODER = {
     "norm": "decoder_norm",
     "pred": "decoder_pred",
 }
-# The released layout's names and transformers' classic ones, each between dots; the first that fits is replaced.
+# Parts of names between dots: in the released layout, and in transformers' classic spelling.
 _HF = (
     ("decoder_blocks", "decoder_layers"),
     ("blocks", "encoder.layer"),
@@ -42,7 +41,7 @@ _HF = (
     ("mlp.fc2", "output.dense"),
 )
 _HF_NEW = (
-    # transformers 5.23 writes its decoder's layers so, meaning to turn "layers" back into "encoder.layer".
+    # transformers 5.23 writes the decoder's layers so: it replaces "layers" by "encoder.layer" everywhere.
     ("decoder_blocks", "decoder_encoder.layer"),
     ("blocks", "layers"),
     ("attn.q", "attention.q_proj"),
@@ -53,15 +52,15 @@ _HF_NEW = (
 
 
 def to_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A masked autoencoder's state_dict (paper's decoder) under the released checkpoints' names."""
+    """The state_dict of a masked autoencoder with the paper's decoder, under the released checkpoints' names."""
     named = {}
     for name, tensor in weights.items():
         part, _, rest = name.partition(".")
         if part == "encoder":
             named[rest] = tensor
-        elif part != "decoder":  # a head of training alone, which the layout has no place for
+        elif part != "decoder":  # a head for training only, which the layout does not have
             continue
-        elif rest == "pos_embed":  # theirs has a row of zeros for the class token
+        elif rest == "pos_embed":  # the layout has a row of zeros for the class token
             named["decoder_pos_embed"] = F.pad(tensor, (0, 0, 1, 0))
         else:
             head, dot, tail = rest.partition(".")
@@ -70,9 +69,9 @@ def to_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def split_official(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The encoder's and the decoder's parameters of the released checkpoints' layout, under torchmae's names.
+    """The encoder's and the decoder's parameters in the released layout, under torchmae's names.
 
-    The decoder's positions keep the class token's row. Other names that begin with "decoder" are the decoder's, too.
+    The decoder's positions keep the class token's row. Unknown names that begin with "decoder" go to the decoder.
     """
     ours = {theirs: name for name, theirs in _DECODER.items()}
     encoder, decoder = {}, {}
@@ -86,9 +85,9 @@ def split_official(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
 
 
 def to_huggingface(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The released checkpoints' layout, an encoder alone too, under transformers' classic names.
+    """Parameters in the released layout, under transformers' classic names.
 
-    `prefix` stands before the encoder's names: "vit." in ViTMAEForPreTraining, "" in ViTModel.
+    `prefix` is put before the encoder's names: "vit." for ViTMAEForPreTraining, "" for ViTModel.
     """
     named = {}
     for name, tensor in weights.items():
@@ -100,10 +99,7 @@ def to_huggingface(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tens
 
 
 def from_huggingface(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' ViT or ViTMAE parameters, in either spelling, under the released checkpoints' names.
-
-    Names that neither model has are kept as they are.
-    """
+    """transformers' ViT or ViTMAE parameters, in either spelling, in the released layout; other names stay."""
     ours = [(theirs, name) for name, theirs in (*_HF_NEW, *_HF)]
     named = {}
     for name, tensor in weights.items():
@@ -112,7 +108,7 @@ def from_huggingface(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _renamed(name: str, pairs: Sequence[tuple[str, str]]) -> str:
-    """A parameter's name with whole parts of it replaced, in the order of `pairs`."""
+    """A parameter's name in which each pair, in order, replaces whole parts between dots."""
     for old, new in pairs:
         name = f".{name}.".replace(f".{old}.", f".{new}.", 1)[1:-1]
     return name

@@ -1,7 +1,7 @@
-"""Reads weights that others wrote: files and folders, told apart by what is in them. Nothing in them is ever run.
+"""Reads weights of other libraries from files and folders, without running code in them.
 
-Detect the kind (`IMPORTS`, or the encoder in a single file), rename to the released checkpoints' layout, convert other
-layouts, then take the encoder and the decoder whole.
+The steps: detect the kind (`IMPORTS` for a folder, else the encoder in a single file), rename to the released
+checkpoints' layout, convert other layouts, then take encoder and decoder, each whole or not at all.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 _DECODER_HEADS = {512: 16}
 _TIMM_NAME = re.compile(r"vit_(tiny|small|base|large|huge)_patch\d+_\d+$")
 _TIMM_HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16, "huge": 16}
-# Arguments of timm's VisionTransformer that change nothing here, or that are read off the weights.
+# Arguments of timm's VisionTransformer that change nothing here or follow from the weights.
 _TIMM_ARGUMENTS = frozenset({
     *("img_size", "patch_size", "in_chans", "num_classes", "global_pool", "embed_dim", "depth", "num_heads"),
     *("mlp_ratio", "class_token", "no_embed_class", "reg_tokens", "fc_norm", "dynamic_img_size", "dynamic_img_pad"),
     *("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate", "weight_init"),
 })  # fmt: skip
-# What may stand on top of an encoder and is not part of it.
+# Parameters on top of an encoder that are not part of it.
 _HEAD = re.compile(r"(head|fc_norm|attn_pool|pooler|classifier|pre_logits|embeddings\.mask_token)(\.|$)")
 State = Mapping[str, Tensor]
 Facts = dict[str, Any]
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether a path is a weight file, a part of one (FILE#PART), or a folder with another library's config.json."""
+    """Whether a path is a weight file, a part of one (FILE#PART), or a model folder of another library."""
     path, _ = split_choice(path)
     return path.is_file() or ((path / "config.json").is_file() and not (path / "model.json").is_file())
 
@@ -55,26 +55,25 @@ def read_weights(
     input_size: Sequence[int] | None = None,
     num_heads: int | None = None,
 ) -> Weights:
-    """Weights from a file or folder that is not torchmae's own.
+    """Weights from a file or folder of another library.
 
-    Known are: .safetensors and .pth files in timm's layout, under any wrapper and prefix, with or without the MAE
-    decoder of the released checkpoints; folders of transformers' ViTMAE and ViT models; folders of timm's plain vision
-    transformers.
+    It reads .safetensors and .pth files in timm's layout, under any wrapper and prefix, with or without the MAE decoder
+    of the released checkpoints; folders of transformers' ViTMAE and ViT; folders of timm's plain vision transformers.
 
     Args:
         path: the file or folder; FILE#PART names one of several encoders in a file.
-        norm_pix: whether the decoder's target was normalised patches; None: what the source says.
-        input_size: pixels along each axis of the images it is for, where it does not say and they are not square; two
-            numbers for weights of clips: their first frame is taken.
-        num_heads: attention heads, where it does not say.
+        norm_pix: whether the decoder's target was normalised patches; None: as the source says.
+        input_size: pixels along each axis, where the source does not say and images are not square; for weights of
+            clips, two numbers take the first frame.
+        num_heads: attention heads, where the source does not say.
 
     Raises:
-        CheckpointError: it cannot be read, or holds something that this encoder is not.
-        ConfigError: `norm_pix` is not what the source says.
+        CheckpointError: it cannot be read, or holds another kind of network.
+        ConfigError: the source contradicts `norm_pix`.
     """
     path, choice = split_choice(path)
     if path.is_file() and path.name == "model.safetensors" and is_foreign(path.parent) and choice is None:
-        path = path.parent  # its config.json says more than the file alone
+        path = path.parent  # for its config.json
     try:
         state, facts, notes = _read_folder(path) if path.is_dir() else _read_file(path, choice)
         facts = {"origin": str(path), "num_heads_if_unknown": num_heads, **facts}
@@ -82,18 +81,18 @@ def read_weights(
         weights = _assemble(convert(state, facts, input_size, notes), facts, notes)
     except CheckpointError:
         raise
-    except Exception as error:  # shapes and facts that fit no model fail in as many ways as there are layers
+    except Exception as error:  # wrong shapes and facts can raise anything
         raise no_vit(str(path), error.problem if isinstance(error, ConfigError) else f"{error!r:.200}") from error
     if norm_pix is None:
         return weights
     if weights.norm_pix not in (None, norm_pix):
         said = "normalised" if weights.norm_pix else "pixels"
-        raise ConfigError(f"target is given and {path} says itself that it was {said}", "leave --target out")
+        raise ConfigError(f"target is given, but {path} says that it was {said}", "leave --target out")
     return replace(weights, arguments={**weights.arguments, "norm_pix": norm_pix})
 
 
 def _read_folder(path: Path) -> tuple[State, Facts, list[str]]:
-    """Parameters under the released checkpoints' names, what config.json says, and notes."""
+    """Parameters in the released layout, the facts of config.json, and notes."""
     config = _read_json(path / "config.json")
     for kind in IMPORTS.values():
         if kind.wrote(config):
@@ -153,11 +152,11 @@ def _transformers_facts(path: Path, config: Mapping[str, Any]) -> Facts:
 
 
 class Import(NamedTuple):
-    """A library's folders: whether it wrote a config.json, what that says, and its names in the released layout."""
+    """How to read the folders of a library."""
 
-    wrote: Callable[[Mapping[str, Any]], bool]
-    facts: Callable[[Path, Mapping[str, Any]], Facts]
-    rename: Callable[[State], State]
+    wrote: Callable[[Mapping[str, Any]], bool]  # whether a config.json is this library's
+    facts: Callable[[Path, Mapping[str, Any]], Facts]  # what the config.json says
+    rename: Callable[[State], State]  # to the released checkpoints' layout
 
 
 IMPORTS = {
@@ -169,7 +168,7 @@ IMPORTS = {
 
 
 def _read_file(path: Path, choice: str | None) -> tuple[State, Facts, list[str]]:
-    """Parameters of the encoder in a single file, what the arguments stored beside it say, and notes."""
+    """Parameters of the encoder in a single file, the facts in the arguments stored with it, and notes."""
     content = read_file(path)
     state, notes = find_encoder(content, choice, str(path))
     stored = content.get("args")
@@ -186,7 +185,7 @@ def _read_file(path: Path, choice: str | None) -> tuple[State, Facts, list[str]]
 
 
 def _tensors_of(folder: Path) -> dict[str, Tensor]:
-    """All parameters of a folder: one file, or several that an index names."""
+    """All parameters of a folder, from one file or from the files that its index names."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         files = sorted(set(_read_json(index)["weight_map"].values()))
@@ -200,12 +199,12 @@ def _tensors_of(folder: Path) -> dict[str, Tensor]:
 
 
 def _assemble(state: State, facts: Facts, notes: list[str]) -> Weights:
-    """From parameters in the released checkpoints' layout to encoder and decoder, each whole or refused."""
+    """Splits parameters in the released layout into encoder and decoder, and checks each."""
     origin = facts["origin"]
     encoder, decoder = names.split_official(state)
     if "norm.weight" not in encoder and "fc_norm.weight" in encoder:
         encoder |= {f"norm.{kind}": encoder[f"fc_norm.{kind}"] for kind in ("weight", "bias")}
-        notes.append("the last norm stood behind the pooling (fc_norm); here it stands before it")
+        notes.append("the last norm came after the pooling (fc_norm); here it comes before")
     unused = sorted(name for name in encoder if _HEAD.match(name))
     encoder = {name: value for name, value in encoder.items() if name not in unused}
     if unused:
@@ -218,7 +217,7 @@ def _assemble(state: State, facts: Facts, notes: list[str]) -> Weights:
         notes.append(f"mean and deviation of its {in_chans} channels are not known: {mean[0]:.3g} and {std[0]:.3g}")
     ratio = facts.get("mask_ratio", 0.75)
     weights = Weights(origin, arguments, encoder, None, f"{origin} holds an encoder only", mean, std, ratio)
-    if encoder["pos_embed"].shape[1] == math.prod(weights.grid):  # timm's models may give other tokens no position
+    if encoder["pos_embed"].shape[1] == math.prod(weights.grid):  # in timm, prefix tokens may have no position
         prefix = arguments["class_token"] + arguments["registers"]
         encoder["pos_embed"] = nn.functional.pad(encoder["pos_embed"], (0, 0, prefix, 0))
     problem = difference(encoder, presets.weightless(full_arguments(weights)).encoder)
@@ -232,7 +231,7 @@ def _assemble(state: State, facts: Facts, notes: list[str]) -> Weights:
 
 
 def _encoder_arguments(encoder: State, facts: Facts) -> dict[str, Any]:
-    """Arguments of `ViTEncoder`, read off shapes where they show and off `facts` where they do not."""
+    """Arguments of `ViTEncoder`, from the shapes of the parameters, else from `facts`."""
     for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"):
         if name not in encoder:
             like = sorted(other for other in encoder if re.search(r"pos|rope" if name == "pos_embed" else "mlp", other))
@@ -249,7 +248,7 @@ def _encoder_arguments(encoder: State, facts: Facts) -> dict[str, Any]:
         "embed_dim": embed_dim,
         "depth": _depth(encoder),
         "num_heads": _first(heads, embed_dim, facts["origin"]),
-        # The ratio that gives `hidden` again when `embed_dim` times it is rounded down.
+        # `embed_dim` times the ratio, rounded down, must give `hidden` again.
         "mlp_ratio": ratio if int(embed_dim * ratio) == hidden else math.nextafter(ratio, math.inf),
         "class_token": "cls_token" in encoder,
         "registers": encoder["reg_token"].shape[1] if "reg_token" in encoder else 0,
@@ -257,7 +256,7 @@ def _encoder_arguments(encoder: State, facts: Facts) -> dict[str, Any]:
 
 
 def _with_decoder(weights: Weights, decoder: State, facts: Facts) -> Weights:
-    """The weights with their decoder, or with the reason why it cannot be used as a whole."""
+    """The weights with their decoder, or with the reason why it cannot be used."""
     cannot = f"the decoder of {weights.origin} cannot be used"
     if "pred.weight" not in decoder:
         return replace(weights, no_decoder=f"{cannot}: it lacks pred.weight")
@@ -273,7 +272,7 @@ def _with_decoder(weights: Weights, decoder: State, facts: Facts) -> Weights:
     }
     positions = decoder.get("pos_embed")
     if positions is None or bool(positions[:, 0].any()):
-        what = "its positions are missing, or give the class token one, which torchmae's has not"
+        what = "its positions are missing, or the class token has one, unlike in torchmae"
         return replace(weights, no_decoder=f"{cannot}: {what}")
     decoder = {**decoder, "pos_embed": positions[:, 1:]}
     whole = replace(weights, arguments=arguments, decoder=decoder, no_decoder="")
@@ -282,7 +281,7 @@ def _with_decoder(weights: Weights, decoder: State, facts: Facts) -> Weights:
 
 
 def _check_values(given: State, origin: str) -> None:
-    """Refuses matrices of zeros, as a download that stopped leaves them, and values that are no finite floats."""
+    """Refuses values that are no finite floats, and matrices of zeros, which partial downloads contain."""
     for name, tensor in given.items():
         if not tensor.is_floating_point():
             raise CheckpointError(f"{origin} holds {tensor.dtype} in {name}", "give the weights before quantisation")
@@ -293,12 +292,12 @@ def _check_values(given: State, origin: str) -> None:
 
 
 def _depth(weights: State) -> int:
-    # Not one more than the largest: a name alone would then ask for any number of blocks.
+    # The count, not the largest index: a single name could otherwise ask for any number of blocks.
     return len({name.split(".")[1] for name in weights if re.match(r"blocks\.\d+\.", name)})
 
 
 def _first(heads: Sequence[int | None], width: int, origin: str) -> int:
-    """The first number of heads that is known."""
+    """The first known number of heads; CheckpointError: none is known."""
     known = [number for number in heads if number is not None]
     if not known:
         raise CheckpointError(

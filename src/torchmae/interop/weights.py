@@ -1,4 +1,4 @@
-"""Weights from outside: what they are, and how they are brought into a network of another size."""
+"""Weights from other libraries, and how they are copied into a network of another size."""
 
 from __future__ import annotations
 
@@ -32,44 +32,32 @@ DECODER_SHAPE = ("decoder", "decoder_embed_dim", "decoder_depth", "decoder_num_h
 
 @dataclass(frozen=True)
 class Weights:
-    """An encoder's weights, and its decoder's if it came with one, under torchmae's names.
+    """The weights of an encoder, and of its decoder if there is one, under torchmae's names."""
 
-    Attributes:
-        origin: where they are from, for messages.
-        arguments: of `presets.construct`; those of the decoder, and norm_pix, only where they are known.
-        encoder: as the encoder's `state_dict()`, every parameter.
-        decoder: as the decoder's `state_dict()`, every parameter; None: without one.
-        no_decoder: why there is none, when there is none.
-        mean: per-channel mean of the images, in [0, 1].
-        std: per-channel deviation.
-        mask_ratio: that they were trained with, in (0, 1).
-        notes: what was left out or taken for something else, a sentence each.
-    """
-
-    origin: str
-    arguments: dict[str, Any]
-    encoder: dict[str, Tensor]
-    decoder: dict[str, Tensor] | None
-    no_decoder: str
-    mean: tuple[float, ...]
+    origin: str  # the file or folder, for messages
+    arguments: dict[str, Any]  # of `presets.construct`; the decoder's and norm_pix only where they are known
+    encoder: dict[str, Tensor]  # the whole `state_dict()` of the encoder
+    decoder: dict[str, Tensor] | None  # the whole `state_dict()` of the decoder
+    no_decoder: str  # why there is no decoder
+    mean: tuple[float, ...]  # of the training images, per channel, in [0, 1]
     std: tuple[float, ...]
-    mask_ratio: float = 0.75
-    notes: tuple[str, ...] = ()
+    mask_ratio: float = 0.75  # in training, in (0, 1)
+    notes: tuple[str, ...] = ()  # what is not used or was assumed, a sentence each
 
     @property
     def norm_pix(self) -> bool | None:
-        """Whether the decoder's target was normalised patches; None where that is not known."""
+        """Whether the decoder's target was normalised patches; None: unknown."""
         return self.arguments.get("norm_pix")
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """Patches along each axis, as the positions were made for."""
+        """Patches along each axis."""
         sizes = zip(self.arguments["input_size"], self.arguments["patch_size"], strict=True)
         return tuple(size // patch for size, patch in sizes)
 
 
 class AbsentDecoder(Decoder):
-    """In the place of a decoder that was not loaded: whoever reconstructs with it learns why that cannot be."""
+    """Stands for a decoder that was not loaded; reconstruction raises an error that says why."""
 
     def __init__(self, reason: str, fix: str) -> None:
         super().__init__()
@@ -83,12 +71,12 @@ class AbsentDecoder(Decoder):
         raise CheckpointError(f"this model cannot reconstruct: {reason}", fix)
 
     def flops(self, seen: int, masked: int) -> int:  # noqa: ARG002
-        """None: it computes nothing."""
+        """0, because it computes nothing."""
         return 0
 
 
 def build(weights: Weights) -> MaskedAutoencoder:
-    """The network of the weights, of their own size; without a usable decoder it has an `AbsentDecoder`."""
+    """The network of the weights, at their own size, with an `AbsentDecoder` if their decoder cannot be used."""
     arguments = full_arguments(weights)
     model = presets.construct(arguments)
     model.encoder.load_state_dict(weights.encoder)
@@ -108,7 +96,7 @@ def build(weights: Weights) -> MaskedAutoencoder:
 
 
 def full_arguments(weights: Weights) -> dict[str, Any]:
-    """Arguments of `presets.construct`, with a decoder of one block where there is none."""
+    """Arguments of `presets.construct`, with a decoder of one block if the weights have none."""
     width = weights.arguments["embed_dim"]
     smallest = {
         "decoder": "self",
@@ -122,13 +110,8 @@ def full_arguments(weights: Weights) -> dict[str, Any]:
 def initialise(model: MaskedAutoencoder, weights: Weights) -> tuple[str, ...]:
     """Copies weights into a network whose encoder has the same shape; its grid and channels may differ.
 
-    The decoder is copied as a whole or left as it is.
-
-    Returns:
-        What was copied, adapted, and left as it was, a sentence each.
-
-    Raises:
-        CheckpointError: an encoder of another shape.
+    The decoder is copied as a whole or not at all. Returns a sentence for each part that was copied, adapted or left
+    out. CheckpointError: an encoder of another shape.
     """
     encoder, notes = fit_encoder(weights, model.encoder)
     unfit = difference(encoder, model.encoder)
@@ -149,7 +132,7 @@ def initialise(model: MaskedAutoencoder, weights: Weights) -> tuple[str, ...]:
 
 
 def fit_encoder(weights: Weights, encoder: Encoder) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The encoder's weights for the grid and the channels of `encoder`, and what was done to them."""
+    """The encoder's weights, adapted to the grid and the channels of `encoder`, and a note for each change."""
     fitted, notes = dict(weights.encoder), []
     if weights.grid != encoder.grid and "pos_embed" in fitted:
         fitted["pos_embed"] = resample(fitted["pos_embed"][0], weights.grid, encoder.grid)[None]
@@ -159,19 +142,16 @@ def fit_encoder(weights: Weights, encoder: Encoder) -> tuple[dict[str, Tensor], 
     if old_chans != encoder.in_chans:
         name = f"{encoder.embedding}.weight"
         fitted[name] = adapt_channels(fitted[name], encoder.in_chans)
-        how = (
-            "the sum of theirs" if encoder.in_chans == 1 else f"theirs in turn, times {old_chans} / {encoder.in_chans}"
-        )
+        how = "summed" if encoder.in_chans == 1 else f"repeated in turn, times {old_chans} / {encoder.in_chans}"
         notes.append(f"patch embedding: adapted from {old_chans} to {encoder.in_chans} channels ({how})")
     return fitted, tuple(notes)
 
 
 def adapt_channels(weight: Tensor, in_chans: int) -> Tensor:
-    """A patch embedding for another number of channels, which answers alike to an image whose channels are equal.
+    """Converts a patch embedding (D, C, *patch_size) to another number of channels: (D, in_chans, *patch_size).
 
-    timm's rule: one channel takes the sum of all; more take the old ones in turn, scaled by old / new. (With a
-    number of channels that the old one does not divide, the answer is alike only nearly.) `weight` is (D, C,
-    *patch_size), the result (D, in_chans, *patch_size).
+    timm's rule: one channel gets the sum of all; more channels repeat the old ones in turn, times C / in_chans. Images
+    with equal channels then give the same tokens, exactly if in_chans is 1 or a multiple of C.
     """
     if in_chans == 1:
         return weight.sum(1, keepdim=True)
@@ -180,7 +160,7 @@ def adapt_channels(weight: Tensor, in_chans: int) -> Tensor:
 
 
 def _fit_decoder(weights: Weights, model: MaskedAutoencoder) -> tuple[dict[str, Tensor], str]:
-    """The decoder's weights for the grid of `model`, and why they cannot be copied; empty where they can."""
+    """The decoder's weights for the grid of `model`, and the reason if they cannot be copied, else ""."""
     theirs, ours = weights.arguments["in_chans"], model.encoder.in_chans
     if weights.decoder is None:
         return {}, weights.no_decoder
@@ -195,13 +175,13 @@ def _fit_decoder(weights: Weights, model: MaskedAutoencoder) -> tuple[dict[str, 
 
 
 def difference(given: Mapping[str, Tensor], module: nn.Module) -> str:
-    """What parameters lack, have too much, or have in another shape for a module; empty where they fit."""
+    """How parameters differ from a module's: missing, additional, or of another shape; "" if they fit."""
     wanted = module.state_dict()
     missing, odd = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
     if missing:
         return f"it lacks {listed(missing)}"
     if odd:
-        return f"it has {listed(odd)} besides"
+        return f"it also has {listed(odd)}"
     for name, tensor in given.items():
         if tensor.shape != wanted[name].shape:
             return f"{name} is {tuple(tensor.shape)} where {tuple(wanted[name].shape)} is wanted"
@@ -209,11 +189,11 @@ def difference(given: Mapping[str, Tensor], module: nn.Module) -> str:
 
 
 def no_vit(origin: str, why: str) -> CheckpointError:
-    """The error of weights that torchmae has no network for."""
+    """The error for weights that fit no network of torchmae."""
     return CheckpointError(f"{origin} is no vision transformer that torchmae has: {why}", "see docs/weights.md")
 
 
 def listed(items: Sequence[str], most: int = 4) -> str:
-    """The first few of several names, and how many more there are."""
+    """The first `most` of several names, and the number of the others."""
     more = len(items) - most
     return ", ".join(items[:most]) + (f" and {more} more" if more > 0 else "")

@@ -1,4 +1,4 @@
-"""Patches, masks and the networks. Nothing here knows of configuration or data."""
+"""Patches, masks and networks. Nothing here depends on settings or data."""
 
 from torchmae.nn.classifier import Classifier, ViTClassifier
 from torchmae.nn.convnext import ConvNeXtClassifier, ConvNeXtEncoder

@@ -1,4 +1,4 @@
-"""An encoder that names what an image shows. Its state_dict is that of timm's model."""
+"""Image classifiers: an encoder with a linear head. Their state_dict is timm's."""
 
 from __future__ import annotations
 
@@ -12,17 +12,10 @@ from torchmae.nn.layers import LAYER_NORM_EPS
 
 
 class Classifier(Encoder):
-    """The encoder, the mean of its patch tokens, a norm, and one linear layer (paper section A.1).
+    """The encoder without its last norm, the mean of its patch tokens, a norm and a linear layer (paper section A.1).
 
-    A subclass names the last two as timm does, and is a subclass of its encoder too. The norm stands after the pooling;
-    the encoder's own last norm is gone.
-
-    Args:
-        num_classes: values that it gives for each image.
-        **encoder: arguments of the encoder.
-
-    Raises:
-        ConfigError: sizes that do not fit together.
+    A subclass also inherits from its encoder, which takes the arguments `encoder`, and names norm and layer as timm
+    does.
     """
 
     def __init__(self, num_classes: int, **encoder: Any) -> None:
@@ -30,7 +23,7 @@ class Classifier(Encoder):
         self.num_classes = num_classes
 
     def build_head(self) -> tuple[nn.Module, nn.Module]:
-        """The norm, and a linear layer from zero: the first steps teach it alone and leave what was learned before."""
+        """A norm and a linear layer of zeros, so that the first steps change the head alone."""
         linear = nn.Linear(self.embed_dim, self.num_classes)
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
@@ -38,14 +31,14 @@ class Classifier(Encoder):
 
     @abstractmethod
     def classify(self, features: Tensor) -> Tensor:
-        """(B, D), the mean of the tokens, to logits (B, num_classes)."""
+        """Mean patch tokens (B, D) to logits (B, num_classes)."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, num_classes) of images (B, C, *size), which the encoder may take in other sizes too."""
+        """Images (B, C, *size), of any size that the encoder takes, to logits (B, num_classes)."""
         return self.classify(super().forward(images).patches.mean(1))
 
     def copy_encoder(self, encoder: Encoder) -> None:
-        """Takes a pre-trained encoder's weights, all but its last norm; the head stays as it is."""
+        """Copies a pre-trained encoder's weights, all but its last norm."""
         own = self.state_dict()
         self.load_state_dict(own | {name: value for name, value in encoder.state_dict().items() if name in own})
 
@@ -59,6 +52,5 @@ class ViTClassifier(Classifier, ViTEncoder):  # type: ignore[misc]  # logits, in
         self.fc_norm, self.head = self.build_head()
 
     def classify(self, features: Tensor) -> Tensor:
-        """(B, D) to logits (B, num_classes)."""
-        logits: Tensor = self.head(self.fc_norm(features))
-        return logits
+        """As `Classifier.classify`."""
+        return self.head(self.fc_norm(features))

@@ -1,4 +1,4 @@
-"""ConvNeXt V2 (Woo et al. 2023, arXiv 2301.00808) whose convolutions see visible patches alone; timm's names."""
+"""ConvNeXt V2 (Woo et al. 2023, arXiv 2301.00808) whose convolutions see only visible patches; timm's names."""
 
 from __future__ import annotations
 
@@ -22,27 +22,21 @@ _GRN_EPS = 1e-6
 
 
 class Cells(NamedTuple):
-    """The places of features (B, K * prod(size), C): cell after cell, the pixels of each in row-major order.
+    """The positions of features (B, K * prod(size), C): one cell after the other, its pixels in row-major order."""
 
-    Attributes:
-        ids_keep: (B, K) which cells of the grid these are; None: all of them, in order.
-        grid: cells along each axis; without a mask, the whole image is one cell.
-        size: pixels of a cell along each axis, at the present resolution.
-    """
-
-    ids_keep: Tensor | None
-    grid: tuple[int, ...]
-    size: tuple[int, ...]
+    ids_keep: Tensor | None  # (B, K), indices in the grid; None: all cells, in order
+    grid: tuple[int, ...]  # cells along each axis; without a mask, the whole image is one cell
+    size: tuple[int, ...]  # pixels of a cell along each axis, at the present resolution
 
     def collect(self, images: Tensor) -> Tensor:
-        """The features at these places of images (B, C, *size)."""
+        """The features of these cells in images (B, C, *size)."""
         cells = patchify(images, self.size)
         if self.ids_keep is not None:
             cells = gather(cells, self.ids_keep)
         return cells.reshape(len(images), -1, images.shape[1])
 
     def spread(self, x: Tensor) -> Tensor:
-        """Images (B, C, *size) with these features, and zeros everywhere else."""
+        """Images (B, C, *size) with the features `x` in these cells and zeros everywhere else."""
         cells = x.reshape(len(x), -1, prod(self.size) * x.shape[2])
         if self.ids_keep is not None:
             zeros = cells.new_zeros(len(x), prod(self.grid), cells.shape[2])
@@ -50,13 +44,13 @@ class Cells(NamedTuple):
         return unpatchify(cells, self.size, self.grid)
 
     def reduce(self, x: Tensor, convolution: nn.Module) -> tuple[Tensor, Cells]:
-        """Applies a convolution whose stride is its kernel: no pixel of one cell reaches another."""
+        """Applies a convolution whose stride equals its kernel, so that cells do not mix."""
         y = convolution(x.reshape(-1, *self.size, x.shape[2]).movedim(-1, 1))  # (B * K, C, *size)
         return y.movedim(1, -1).reshape(len(x), -1, y.shape[1]), self._replace(size=tuple(y.shape[2:]))
 
 
 class _GlobalResponseNorm(nn.Module):
-    """Scales each channel by its norm over an image's visible pixels, relative to other channels' (section 4)."""
+    """Scales each channel by its norm over the visible pixels, divided by the mean norm of all channels (section 4)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -70,7 +64,7 @@ class _GlobalResponseNorm(nn.Module):
 
 
 class _ResponseMlp(Mlp):
-    """The MLP with a response norm behind its GELU."""
+    """An MLP with a global response norm after its GELU."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__(dim, hidden_dim)
@@ -81,13 +75,9 @@ class _ResponseMlp(Mlp):
 
 
 class ConvNeXtBlock(nn.Module):
-    """A depthwise convolution, a norm and an MLP with a response norm, beside a shortcut.
+    """A residual block of a depthwise convolution, a norm and an MLP with a response norm, for images of 1 to 3 axes.
 
-    Args:
-        dim: channels.
-        axes: of the images.
-        mlp_ratio: hidden channels of the MLP over `dim`, rounded down as timm does.
-        drop_path: stochastic depth rate.
+    The MLP's width is `mlp_ratio` times `dim`, rounded down as in timm; `drop_path` is the stochastic depth rate.
     """
 
     def __init__(self, dim: int, axes: int, mlp_ratio: float, drop_path: float) -> None:
@@ -98,16 +88,16 @@ class ConvNeXtBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, cells: Cells) -> Tensor:
-        """Features (B, N, C) of these cells to (B, N, C); the convolution finds zeros in all other cells."""
+        """Features (B, N, C) of the cells to (B, N, C); the convolution reads zeros in all other cells."""
         return x + self.drop_path(self.mlp(self.norm(cells.collect(self.conv_dw(cells.spread(x))))))
 
     def flops(self, pixels: int, visible: int) -> int:
-        """Operations for an image of so many pixels, of which so many are visible."""
+        """Operations for an image of `pixels` pixels, of which `visible` are visible."""
         return 2 * pixels * self.conv_dw.weight.numel() + self.mlp.flops(visible)
 
 
 class _Stage(nn.Module):
-    """Blocks of one resolution, behind a downsampling from `in_dim` channels in all stages but the first."""
+    """Blocks of one resolution, after a downsampling from `in_dim` channels (None, the first stage: without)."""
 
     def __init__(self, in_dim: int | None, dim: int, blocks: Sequence[ConvNeXtBlock]) -> None:
         super().__init__()
@@ -118,7 +108,7 @@ class _Stage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor, cells: Cells) -> tuple[Tensor, Cells]:
-        """Features (B, N, C) of these cells, and what they become."""
+        """Features (B, N, C) of the cells; the stage's output, and the cells at its resolution."""
         if len(self.downsample):
             x, cells = cells.reduce(self.downsample[0](x), self.downsample[1])
         for block in self.blocks:
@@ -132,24 +122,16 @@ class _Stage(nn.Module):
 
 
 class ConvNeXtEncoder(Encoder):
-    """A ConvNeXt V2 that sees any subset of an image's patches, which are the pixels of its last stage.
+    """A ConvNeXt V2 that encodes any subset of an image's patches; a token is a pixel of its last stage.
 
-    As in FCMAE (section 3), no layer sees a masked patch: what a depthwise convolution reads there is zero, and the
-    response norm counts visible pixels. Everything else is computed on the visible ones alone. Departure: the tokens
-    are normalised before they are decoded.
+    As in FCMAE (section 3), no layer sees a masked patch: a depthwise convolution reads zeros there, and all other
+    layers compute on visible pixels only. Departure: the tokens are normalised before they are decoded.
 
-    Args:
-        input_size: pixels along each of 1, 2 or 3 axes.
-        patch_size: likewise, the stride of the whole network; divides `input_size`. Each stage but the first halves the
-            image; the stem's stride is what is left.
-        in_chans: channels.
-        depths: blocks of each stage.
-        dims: channels of each stage; those of the last are the width of a token.
-        mlp_ratio: hidden channels of a block's MLP over its channels.
-        drop_path: stochastic depth rate of the last block, rising linearly from 0.
-
-    Raises:
-        ConfigError: sizes that do not fit together.
+    Sizes have 1, 2 or 3 axes. `patch_size`, the stride of the whole network, divides `input_size`. Each stage but the
+    first halves the image; the stem's stride is the rest of the patch size. `depths` and `dims` are the number of
+    blocks and of channels of each stage; the last of `dims` is the width of a token. `drop_path`, in [0, 1), is the
+    stochastic depth rate of the last block; it rises linearly from 0 at the first. ConfigError: sizes that do not fit
+    together.
     """
 
     embedding = "stem.0"
@@ -206,12 +188,7 @@ class ConvNeXtEncoder(Encoder):
         self.apply(_initialise)
 
     def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> EncoderOutput:
-        """Encodes all patches of the images, or those named.
-
-        Args:
-            images: (B, C, *size) float; a multiple of the patch along each axis.
-            ids_keep: (B, K) int64 patch indices; None: all.
-        """
+        """Encodes images (B, C, *size): the patches at indices `ids_keep`, (B, K) int64; None: all."""
         grid = self.grid_of(images)
         whole = Cells(None, (1,) * len(grid), tuple(images.shape[2:]))
         cells = whole if ids_keep is None else Cells(ids_keep, grid, self.patch_size)
@@ -223,12 +200,12 @@ class ConvNeXtEncoder(Encoder):
         return EncoderOutput(patches[:, :0], patches, grid)
 
     @property
-    def blocks(self) -> nn.ModuleList:  # type: ignore[override]  # timm's names have them in their stages
+    def blocks(self) -> nn.ModuleList:  # type: ignore[override]  # timm's names put them into stages
         """The blocks of all stages."""
         return nn.ModuleList(block for stage in self.stages for block in cast(_Stage, stage).blocks)
 
     def layer_of(self, name: str) -> int:
-        """As `Encoder.layer_of`; a downsampling belongs to the block behind it."""
+        """As `Encoder.layer_of`; a downsampling belongs to the block after it."""
         depths = self.arguments["depths"]
         part, *rest = name.split(".")
         if part != "stages":
@@ -236,7 +213,7 @@ class ConvNeXtEncoder(Encoder):
         return sum(depths[: int(rest[0])]) + (int(rest[2]) if rest[1] == "blocks" else 0) + 1
 
     def timm_model(self) -> tuple[str, dict[str, Any]]:
-        """As `Encoder.timm_model`; timm has four stages, and not every stem."""
+        """As `Encoder.timm_model`; timm has four stages and a stem with a stride of 1 or 4."""
         stem = tuple(cast(nn.Conv2d, self.stem[0]).stride)
         ratio = self.arguments["mlp_ratio"]
         if len(self.stages) != 4 or stem not in ((1, 1), (4, 4)) or ratio != 4:
@@ -250,7 +227,7 @@ class ConvNeXtEncoder(Encoder):
         return "convnextv2_atto", {**sizes, "patch_size": stem[0], **fixed, "head_norm_first": normed}
 
     def flops(self, kept: int) -> tuple[int, int]:
-        """Operations of the stem on `kept` patches of an image, and of the stages."""
+        """As `Encoder.flops`: the stem, and the stages."""
         stem = cast(nn.Conv2d, self.stem[0])
         sizes = [prod(self.patch_size) // prod(stem.stride)]  # pixels of a patch in each stage
         sizes += [sizes[0] // 2 ** (len(self.patch_size) * i) for i in range(1, len(self.stages))]
@@ -260,7 +237,7 @@ class ConvNeXtEncoder(Encoder):
 
 
 class ConvNeXtClassifier(Classifier, ConvNeXtEncoder):  # type: ignore[misc]  # logits, in place of tokens
-    """A ConvNeXt V2 that names what an image shows; its state_dict is that of timm's."""
+    """A ConvNeXt V2 that classifies images."""
 
     def __init__(self, num_classes: int, **encoder: Any) -> None:
         super().__init__(num_classes, **encoder)
@@ -269,13 +246,12 @@ class ConvNeXtClassifier(Classifier, ConvNeXtEncoder):  # type: ignore[misc]  # 
         self.head = nn.Sequential(OrderedDict(norm=norm, fc=linear))
 
     def classify(self, features: Tensor) -> Tensor:
-        """(B, D) to logits (B, num_classes)."""
-        logits: Tensor = self.head(features)
-        return logits
+        """As `Classifier.classify`."""
+        return self.head(features)
 
 
 def _initialise(module: nn.Module) -> None:
-    """Truncated normal weights of deviation 0.02 and zero biases, as in the paper."""
+    """Truncated normal weights (standard deviation 0.02) and zero biases, as in the paper."""
     if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

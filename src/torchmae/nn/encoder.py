@@ -1,4 +1,4 @@
-"""Encoders: from the visible patches of images to tokens. The vision transformer's state_dict is timm's."""
+"""Encoders turn the visible patches of images into tokens. The vision transformer's state_dict is timm's."""
 
 from __future__ import annotations
 
@@ -22,44 +22,38 @@ _TIMM = {192: "vit_tiny", 384: "vit_small", 768: "vit_base", 1024: "vit_large", 
 
 
 class EncoderOutput(NamedTuple):
-    """Normalised tokens.
+    """Normalised tokens."""
 
-    Attributes:
-        prefix: (B, R, D), tokens that stand for no patch, such as the class token; R is 0 without any.
-        patches: (B, K, D), the patch tokens in the order they were given.
-        grid: patches along each axis of the images they come from.
-        blocks: only when asked for: what each block was given, and what the last one gave with the final norm's scale
-            and shift; depth + 1 times (B, R + K, D).
-    """
-
-    prefix: Tensor
-    patches: Tensor
-    grid: tuple[int, ...]
+    prefix: Tensor  # (B, R, D), the tokens that stand for no patch, such as the class token; R may be 0
+    patches: Tensor  # (B, K, D), the patch tokens in the order of `ids_keep`
+    grid: tuple[int, ...]  # patches along each axis of the images
+    # With `keep_blocks`: each block's input, then the last block's output times the final norm's scale plus its shift;
+    # depth + 1 times (B, R + K, D).
     blocks: tuple[Tensor, ...] = ()
 
 
 class Encoder(nn.Module, ABC):
-    """What a model asks of an encoder: `forward(images, ids_keep=None) -> EncoderOutput`, and what stands here.
+    """The interface of an encoder: `forward(images, ids_keep=None) -> EncoderOutput`, and these attributes.
 
-    `forward` encodes all of the images (B, C, *size), or what a mask's `ids_keep` names. Where a decoder
-    `reads_blocks`, it is called with `keep_blocks=True` too, which an encoder that `gives_blocks` takes.
+    `forward` encodes images (B, C, *size): all patches, or those that `ids_keep` (B, K) names. A decoder that
+    `reads_blocks` needs an encoder that `gives_blocks`; the model then passes `keep_blocks=True`.
 
     Attributes:
         input_size: pixels along each axis of the images it is made for.
         in_chans: channels.
-        grid: what a mask chooses from, along each axis: the patches.
+        grid: patches along each axis, from which a mask chooses.
         patch_size: pixels of a patch along each axis; empty for an encoder without patches.
         embed_dim: width of a token.
-        num_prefix_tokens: tokens that stand for no patch.
-        has_class_token: the first of them is a class token.
-        gives_blocks: `EncoderOutput.blocks` can be asked for.
-        strategies: how its input can be masked, by name.
-        arguments: that make an encoder of the same shape, without its drop_path; "encoder" names a kind other than vit.
-            Empty: fine-tuning cannot make one.
+        num_prefix_tokens: tokens before the patches, such as the class token and registers.
+        has_class_token: the first prefix token is a class token.
+        gives_blocks: `forward` takes `keep_blocks`.
+        strategies: the mask strategies for its input, by name.
+        arguments: keyword arguments that make an encoder of the same shape, without drop_path; "encoder" is a name in
+            ENCODERS ("vit" if it is left out). Empty: fine-tuning is not possible.
         embedding: the name of the layer that reads pixels.
         head_name: the name of a classifier's linear layer.
-        label: what it is, in words.
-        blocks: whose activations can be saved and which are compiled and sharded one by one; none in some encoders.
+        label: the kind of network, in words.
+        blocks: layers that are checkpointed, compiled and sharded one by one; some encoders have none.
     """
 
     input_size: tuple[int, ...]
@@ -78,11 +72,7 @@ class Encoder(nn.Module, ABC):
     blocks: nn.ModuleList
 
     def grid_of(self, images: Tensor) -> tuple[int, ...]:
-        """The grid of images (B, C, *size), which may be larger or smaller than those it is made for.
-
-        Raises:
-            ConfigError: another number of channels or axes, or a size that the patch does not divide.
-        """
+        """The grid of images (B, C, *size); ConfigError for other channels or axes, or where patches do not fit."""
         if images.ndim != len(self.patch_size) + 2 or images.shape[1] != self.in_chans:
             raise ConfigError(
                 f"images have shape {tuple(images.shape)}",
@@ -92,37 +82,27 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def flops(self, kept: int) -> tuple[int, int]:
-        """Operations of embedding `kept` patches of an image, and of all that follows."""
+        """Operations for one image: embedding `kept` patches, and everything after it."""
 
     def layer_of(self, name: str) -> int:
-        """The layer of a parameter, for learning rates: 0 for the embedding, then the blocks, then the rest."""
+        """The layer number of a parameter, for layer-wise learning rates: embedding 0, then blocks, then the rest."""
         raise ConfigError(f"this model is a {self.label} without layers of {name}", "fine-tune another")
 
     def timm_model(self) -> tuple[str, dict[str, Any]]:
-        """A name that timm has, and the arguments that make that model this one, whose state_dict it loads.
+        """The timm model that loads this state_dict: its name and its arguments; ConfigError: timm has none.
 
-        Its features are the mean of the normalised patch tokens, as `encode` gives them; a classifier's norm stands
-        behind the pooling.
-
-        Raises:
-            ConfigError: timm has no such model.
+        Its features are the mean of the normalised patch tokens. In a classifier the norm follows the pooling.
         """
         raise ConfigError(f"this model is a {self.label}, which timm does not have", "use --to safetensors or onnx")
 
     @property
     def num_patches(self) -> int:
-        """L, the patches of an image of the size trained on."""
+        """L, the number of patches of an image of `input_size`."""
         return prod(self.grid)
 
 
 class PatchEmbed(nn.Module):
-    """Patches to tokens. The weight has the shape of timm's convolution; it is applied as a linear layer.
-
-    Args:
-        patch_size: pixels along each of 1, 2 or 3 axes.
-        in_chans: channels.
-        embed_dim: width of a token.
-    """
+    """Patches to tokens. The weight has the shape of timm's convolution; it is applied as a linear layer."""
 
     def __init__(self, patch_size: Sequence[int], in_chans: int, embed_dim: int) -> None:
         super().__init__()
@@ -132,29 +112,18 @@ class PatchEmbed(nn.Module):
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """(B, K, P), channels last within a patch, to (B, K, D)."""
+        """Patches (B, K, P), channels last within a patch, to tokens (B, K, D)."""
         weight = self.proj.weight.movedim(1, -1).flatten(1)
         return F.linear(patches, weight, self.proj.bias)
 
 
 class ViTEncoder(Encoder):
-    """A vision transformer that sees any subset of an image's patches.
+    """A vision transformer (Dosovitskiy et al. 2021) that encodes any subset of an image's patches.
 
-    Args:
-        input_size: pixels along each of 1, 2 or 3 axes.
-        patch_size: likewise; divides `input_size`.
-        in_chans: channels.
-        embed_dim: width of a token.
-        depth: blocks.
-        num_heads: attention heads; divides `embed_dim`.
-        mlp_ratio: hidden width of a block's MLP over `embed_dim`.
-        class_token: prepend a class token.
-        registers: learned tokens between the class token and the patches, which take part in attention and are not
-            features (Darcet et al. 2024, "Vision transformers need registers"); timm's `reg_tokens`.
-        drop_path: stochastic depth rate of the last block, rising linearly from 0.
-
-    Raises:
-        ConfigError: sizes that do not fit together.
+    Sizes have 1, 2 or 3 axes; `patch_size` divides `input_size` and `num_heads` divides `embed_dim`, else ConfigError.
+    `registers` is the number of learned tokens between the class token and the patches, which take part in attention
+    and are no features (Darcet et al. 2024, timm's `reg_tokens`). `drop_path`, in [0, 1), is the stochastic depth rate
+    of the last block; it rises linearly from 0 at the first.
     """
 
     pos_embed: Tensor
@@ -207,19 +176,16 @@ class ViTEncoder(Encoder):
         self.patch_embed = PatchEmbed(self.patch_size, in_chans, embed_dim)
 
     def forward(self, images: Tensor, ids_keep: Tensor | None = None, *, keep_blocks: bool = False) -> EncoderOutput:
-        """Encodes all patches of the images, or those named.
+        """Encodes images (B, C, *size): the patches at indices `ids_keep`, (B, K) int64; None: all.
 
-        Args:
-            images: (B, C, *size) float; a size other than the one trained on has its positions resampled.
-            ids_keep: (B, K) int64 patch indices; None: all.
-            keep_blocks: give the tokens between blocks too.
+        Positions are resampled for sizes other than `input_size`. `keep_blocks` fills `EncoderOutput.blocks`.
         """
         grid = self.grid_of(images)
         patches = patchify(images, self.patch_size)
         if ids_keep is not None:
             patches = gather(patches, ids_keep)
         x = self.patch_embed(patches)
-        positions = self.positions(grid)
+        positions = resample(self.pos_embed[0], self.grid, grid)  # (num_prefix + L, D)
         patch_positions = positions[self.num_prefix_tokens :]
         x = x + (patch_positions if ids_keep is None else F.embedding(ids_keep, patch_positions))
         tokens: list[Tensor] = [token for token in (self.cls_token, self.reg_token) if token is not None]
@@ -231,14 +197,10 @@ class ViTEncoder(Encoder):
             if keep_blocks:
                 between.append(x)
             x = block(x)
-        if keep_blocks:  # the final norm learns by its scale and shift alone; who mixes blocks normalises the mixture
+        if keep_blocks:  # scale and shift, so that the final norm has a gradient; the decoder normalises its mixture
             between.append(x * self.norm.weight + self.norm.bias)
         prefix, patches = self.norm(x).tensor_split((self.num_prefix_tokens,), dim=1)
         return EncoderOutput(prefix, patches, grid, tuple(between))
-
-    def positions(self, grid: tuple[int, ...]) -> Tensor:
-        """(num_prefix + L, D), resampled where `grid` is not the one trained on."""
-        return resample(self.pos_embed[0], self.grid, grid)
 
     def layer_of(self, name: str) -> int:
         """As `Encoder.layer_of`."""
@@ -256,6 +218,6 @@ class ViTEncoder(Encoder):
         return f"{base}_patch{14 if base == 'vit_huge' else 16}_224", arguments
 
     def flops(self, kept: int) -> tuple[int, int]:
-        """Operations of embedding `kept` patches of an image, and of the blocks."""
+        """As `Encoder.flops`."""
         embed = 2 * kept * prod(self.patch_size) * self.in_chans * self.embed_dim
         return embed, blocks_flops(self.blocks, kept + self.num_prefix_tokens)

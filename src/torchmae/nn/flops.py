@@ -1,7 +1,7 @@
-"""Floating-point operations of a model, by formula: what a step must compute, whatever computes it.
+"""Floating-point operations of a model, by formula.
 
-Matrix products only, a multiplication and an addition each (2 m n k for an (m, k) by (k, n) product), which is what
-`torch.utils.flop_counter` counts. Norms, GELU, softmax and the optimiser are left out: they are bound by memory.
+Only matrix products count, as in `torch.utils.flop_counter`: 2 m n k for an (m, k) by (k, n) product. Norms, GELU,
+softmax and the optimiser are left out, because memory bandwidth limits them.
 """
 
 from __future__ import annotations
@@ -13,17 +13,11 @@ from torchmae.nn.masking import num_keep
 
 
 class Flops(NamedTuple):
-    """Operations for one image.
-
-    Attributes:
-        patch_embed: of the layer that embeds patches; its input needs no gradient.
-        encoder: of a forward pass through the encoder's blocks.
-        decoder: of a forward pass through the decoder, its embedding and its prediction.
-    """
+    """Operations of a forward pass of one image."""
 
     patch_embed: int
-    encoder: int
-    decoder: int
+    encoder: int  # the blocks
+    decoder: int  # embedding, blocks and predictions
 
     @property
     def forward(self) -> int:
@@ -32,24 +26,19 @@ class Flops(NamedTuple):
 
     @property
     def training(self) -> int:
-        """A forward and a backward pass: three times a forward one, less the gradient of the pixels."""
+        """A forward and a backward pass: three forward passes, less the gradient of the pixels, which nothing needs."""
         return 3 * self.forward - self.patch_embed
 
     @property
     def recomputed(self) -> int:
-        """`training` with the blocks' activations computed a second time in the backward pass, to save memory."""
+        """`training` with activation checkpointing: the blocks run a second time in the backward pass."""
         return self.training + self.encoder + self.decoder
 
 
 def count_flops(model: MaskedAutoencoder, mask_ratio: float) -> Flops:
-    """Operations of pre-training on one image of the size that a model is made for.
+    """Operations of pre-training for one image of the model's `input_size`; ConfigError: a ratio outside (0, 1).
 
-    Args:
-        model: on any device, "meta" too.
-        mask_ratio: share of the patches that is masked; the encoder sees the others only.
-
-    Raises:
-        ConfigError: a ratio outside (0, 1).
+    The model may be on any device, "meta" too.
     """
     encoder, decoder = model.encoder, model.decoder
     kept = num_keep(encoder.num_patches, mask_ratio)

@@ -1,4 +1,4 @@
-"""Histograms of oriented gradients (Dalal & Triggs 2005), a target beside pixels (MaskFeat, arXiv 2112.09133)."""
+"""Histograms of oriented gradients (HOG, Dalal & Triggs 2005) as a training target (MaskFeat, arXiv 2112.09133)."""
 
 from __future__ import annotations
 
@@ -16,17 +16,11 @@ _LEAST_CONTRAST = 0.1  # added to a histogram's norm, so that flat patches give 
 
 
 def oriented_gradients(images: Tensor, patch_size: Sequence[int]) -> Tensor:
-    """How strongly each patch changes in each direction, whatever its contrast.
+    """The HOG features of each patch of images (B, C, H, W): (B, L, C * BINS) float32.
 
-    Differences of neighbouring pixels vote for their two nearest orientations with their size; each channel's votes in
-    a patch are divided by their norm. Departure from MaskFeat: a cell is a patch, without a Gaussian window.
-
-    Args:
-        images: (B, C, H, W) float.
-        patch_size: height and width of a patch; divides the image.
-
-    Returns:
-        (B, L, C * BINS) float32, not negative; the mean square of a channel's values is at most 1.
+    Each pixel's gradient votes with its magnitude for the two nearest of `BINS` orientations. Each channel's votes in a
+    patch are divided by their norm: values are 0 or more, and their mean square is at most 1. Departure from MaskFeat:
+    a cell is a patch, without a Gaussian window. `patch_size` divides the image.
     """
     images = images.float()
     batch, channels = images.shape[:2]

@@ -12,7 +12,7 @@ from torchmae.errors import ConfigError
 
 LAYER_NORM_EPS = 1e-6
 FEW_TOKENS = 64
-MOST_PLAIN_TOKENS = 1024  # in bf16; beyond, the weights of plain products take more memory than all else in a block
+MOST_PLAIN_TOKENS = 1024  # in bf16; with more, plain attention weights take more memory than the rest of a block
 
 
 def _heads(width: int, num_heads: int) -> int:
@@ -24,9 +24,9 @@ def _heads(width: int, num_heads: int) -> int:
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for (B, heads, N, D) queries and (B, heads, M, D) keys and values.
 
-    PyTorch's fused attention, but for gradients on a processor in bf16 or of few tokens: its backward pass there takes
-    1.2 to 6 times as long as plain matrix products in bf16, from 17 to 257 tokens, and up to 2.4 times in fp32 from 17
-    to 50 (benchmarks/attention.py).
+    This is PyTorch's fused attention, except for training on the CPU in bf16 or with few tokens. There the fused
+    backward pass takes longer than plain matrix products: 1.2 to 6 times in bf16 (17 to 257 tokens), up to 2.4 times in
+    fp32 (17 to 50 tokens); see benchmarks/attention.py.
     """
     if q.device.type == "cpu":
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # one copy here saves several inside
@@ -38,12 +38,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention.
-
-    Args:
-        dim: width of a token.
-        num_heads: heads; divides `dim`.
-    """
+    """Multi-head self-attention; `num_heads` divides the width `dim`."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -54,30 +49,24 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) to (B, N, D)."""
         batch, tokens, dim = x.shape
-        # Not by index: each index would fill a gradient of all three with zeros.
+        # unbind, not indexing: each index would allocate a gradient of zeros for all three.
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).unbind(2)  # (B, N, heads, D/heads) each
         out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.proj(out.transpose(1, 2).reshape(batch, tokens, dim))
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of queries to a context.
+    """Multi-head attention of queries to context tokens, both of width `dim`, which `num_heads` divides."""
 
-    Args:
-        dim: width of a query.
-        context_dim: width of a context token.
-        num_heads: heads; divides `dim`.
-    """
-
-    def __init__(self, dim: int, context_dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = _heads(dim, num_heads)
         self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(context_dim, 2 * dim)
+        self.kv = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """Queries (B, M, D) and context (B, K, E) to (B, M, D)."""
+        """Queries (B, M, D) and context (B, K, D) to (B, M, D)."""
         batch, queries, dim = x.shape
         q = self.q(x).view(batch, queries, self.num_heads, -1).transpose(1, 2)
         k, v = self.kv(context).view(batch, context.shape[1], 2, self.num_heads, -1).unbind(2)
@@ -86,12 +75,7 @@ class CrossAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a GELU between them.
-
-    Args:
-        dim: width of a token.
-        hidden_dim: width between the layers.
-    """
+    """Two linear layers, from `dim` to `hidden_dim` and back, with a GELU between them."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -110,11 +94,7 @@ class Mlp(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016): in training, zeroes a sample's residual with a given probability.
-
-    Args:
-        rate: the probability, in [0, 1).
-    """
+    """Stochastic depth (Huang et al. 2016): training zeroes a sample's residual with probability `rate`, in [0, 1)."""
 
     drop_share: Tensor
     keep_share: Tensor
@@ -123,7 +103,7 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
         self.active = rate > 0
-        # Tensors and not numbers: blocks that differ in their rate alone then share their compiled code.
+        # Tensors, not numbers: blocks that differ only in their rate then share their compiled code.
         self.register_buffer("drop_share", torch.tensor(float(rate)), persistent=False)
         self.register_buffer("keep_share", torch.tensor(1.0 - rate), persistent=False)
 
@@ -138,11 +118,7 @@ class DropPath(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block (Dosovitskiy et al. 2021).
 
-    Args:
-        dim: width of a token.
-        num_heads: attention heads.
-        mlp_ratio: hidden width of the MLP over `dim`, rounded down as timm does.
-        drop_path: stochastic depth rate.
+    The MLP's width is `mlp_ratio` times `dim`, rounded down as in timm; `drop_path` is the stochastic depth rate.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:
@@ -159,42 +135,35 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def flops(self, tokens: int) -> int:
-        """Operations of a forward pass: projections, queries by keys and weights by values, the MLP."""
+        """Operations of a forward pass: projections, attention, MLP."""
         dim = self.norm1.normalized_shape[0]
         return 2 * tokens * dim * 4 * dim + 4 * tokens * tokens * dim + self.mlp.flops(tokens)
 
 
 class CrossBlock(nn.Module):
-    """A pre-norm block whose attention reads a context instead of its own tokens (Fu et al. 2024, CrossMAE).
+    """A pre-norm block whose queries attend to a context and not to each other (Fu et al. 2024, CrossMAE)."""
 
-    Args:
-        dim: width of a query.
-        context_dim: width of a context token.
-        num_heads: attention heads.
-        mlp_ratio: hidden width of the MLP over `dim`, rounded down as timm does.
-    """
-
-    def __init__(self, dim: int, context_dim: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.cross_attn = CrossAttention(dim, context_dim, num_heads)
+        self.cross_attn = CrossAttention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """Queries (B, M, D) and context (B, K, E) to (B, M, D)."""
+        """Queries (B, M, D) and context (B, K, D) to (B, M, D)."""
         x = x + self.cross_attn(self.norm1(x), context)
         return x + self.mlp(self.norm2(x))
 
     def flops(self, queries: int, context: int) -> int:
-        """Operations of a forward pass with `context` tokens as wide as the queries."""
+        """Operations of a forward pass with `context` tokens."""
         dim = self.norm1.normalized_shape[0]
         projections = 2 * dim * dim * (2 * queries + 2 * context)
         return projections + 4 * queries * context * dim + self.mlp.flops(queries)
 
 
 def blocks_flops(blocks: nn.ModuleList, *tokens: int) -> int:
-    """Operations of a forward pass through blocks, for one image."""
+    """Operations of a forward pass of one image through the blocks."""
     return sum(cast(Block | CrossBlock, block).flops(*tokens) for block in blocks)
 
 

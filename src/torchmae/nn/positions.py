@@ -1,4 +1,4 @@
-"""Fixed sine-cosine positions for any number of axes, and their resampling to another grid."""
+"""Fixed sine-cosine positions for 1, 2 or 3 axes, and their resampling to another grid."""
 
 from __future__ import annotations
 
@@ -16,22 +16,11 @@ _INTERPOLATION = {1: "linear", 2: "bicubic", 3: "trilinear"}
 
 
 def sincos(embed_dim: int, grid: Sequence[int], num_prefix: int = 0) -> Tensor:
-    """Sine-cosine positions (paper section A.1; Vaswani et al. 2017 on each axis).
+    """Sine-cosine positions (paper section A.1; Vaswani et al. 2017 on each axis): (num_prefix + L, embed_dim) float32.
 
-    The width is divided evenly among the axes, last axis first: in 2-D the first half of each vector encodes the
-    column and the second half the row, the order of the released MAE weights. Within an axis sines come before
-    cosines.
-
-    Args:
-        embed_dim: width; at least 2 per axis. What does not divide by twice the number of axes stays zero, at the end.
-        grid: patches along each axis.
-        num_prefix: rows of zeros that stand before the patches', for a class token.
-
-    Returns:
-        (num_prefix + L, embed_dim) float32.
-
-    Raises:
-        ConfigError: a width below 2 per axis.
+    The width is divided evenly among the axes, last axis first, and the remainder at the end is zero. In 2-D the first
+    half of each row encodes the column and the second half the row, the order of the released MAE weights. Within an
+    axis sines come before cosines. The first `num_prefix` rows are zeros. ConfigError: a width below 2 per axis.
     """
     per_axis = embed_dim // (2 * len(grid))  # frequencies
     if per_axis < 1:
@@ -49,15 +38,10 @@ def sincos(embed_dim: int, grid: Sequence[int], num_prefix: int = 0) -> Tensor:
 
 
 def resample(table: Tensor, old_grid: Sequence[int], new_grid: Sequence[int]) -> Tensor:
-    """Interpolates positions (sine-cosine or learned) to another grid; rows before the patches' stay as they are.
+    """Interpolates positions (sine-cosine or learned) to a grid with the same number of axes.
 
-    Args:
-        table: (num_prefix + prod(old_grid), D).
-        old_grid: the grid it was made for.
-        new_grid: the grid wanted, with as many axes.
-
-    Returns:
-        (num_prefix + prod(new_grid), D), of the table's type.
+    `table` is (num_prefix + prod(old_grid), D), the result (num_prefix + prod(new_grid), D) of the same type. The first
+    `num_prefix` rows stay as they are.
     """
     if tuple(old_grid) == tuple(new_grid):
         return table

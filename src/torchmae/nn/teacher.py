@@ -1,4 +1,4 @@
-"""A target that another network computes: its frozen features of the whole image, as in EVA (Fang et al. 2023)."""
+"""The teacher target: features of a frozen network for the whole image, as in EVA (Fang et al. 2023)."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 class TeacherTarget(Target):
     """Features of each patch by a frozen network, normalised over their width.
 
-    The teacher is no part of the model: its weights are in no state_dict and no copy of the model copies them.
+    The teacher's weights are not part of the model: no state_dict holds them, and copies of the model share them.
 
     Args:
-        teacher: a network, which is copied; the copy is moved to the images' device when it is first used. None: it is
-            given to `attach` before training; nothing else needs it.
+        teacher: a network, which is copied; the copy moves to the images' device when it is first used. None: call
+            `attach` before training.
         dim: width of its features.
-        encode: called with the teacher and images (B, C, *size); gives features (B, L, dim) of the patches of the
-            model's grid, in row-major order. For a torchmae model `lambda model, images: model.encode(images,
-            "tokens")`; for a timm one without prefix tokens `lambda model, images: model.forward_features(images)`.
+        encode: maps the teacher and images (B, C, *size) to features (B, L, dim) of the patches of the model's grid, in
+            row-major order. For a torchmae model `lambda model, images: model.encode(images, "tokens")`; for a timm
+            model without prefix tokens `lambda model, images: model.forward_features(images)`.
         weight: of the loss.
     """
 
@@ -52,7 +52,7 @@ class TeacherTarget(Target):
 
     @torch.no_grad()
     def hidden_values(self, images: Tensor, mask: Mask) -> Tensor:
-        """(B, M, dim) float32; ConfigError for a teacher with another number of features than asked for."""
+        """(B, M, dim) float32; ConfigError: no teacher, or features of another shape."""
         if self.teacher is None:
             raise ConfigError("the teacher was not loaded", "train with model.teacher, or call nn.teacher.attach")
         features = self.encode(self.teacher.to(images.device), images)
@@ -65,7 +65,7 @@ class TeacherTarget(Target):
 
 
 def attach(model: MaskedAutoencoder, teacher: nn.Module) -> None:
-    """Gives a teacher to a model whose target waits for one; it is frozen and stays out of the model's state_dict."""
+    """Sets the teacher of a model's `TeacherTarget`, and freezes it."""
     for target in model.targets:
         if isinstance(target, TeacherTarget):
             target.teacher = teacher.eval().requires_grad_(False)

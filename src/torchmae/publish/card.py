@@ -1,4 +1,4 @@
-"""Model cards: the README.md of an export, with what is known of the training and how to load the files."""
+"""Model cards: the README.md of an export, with the facts about the training and how to load the files."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torchmae.report.run import Run, duration, load_run, short_count
 
 
 def model_card(run: Path, exported: Exported, written: Format, check: Check, data_licence: str | None) -> str:
-    """The card's Markdown: what `run` says of the training, how to use the files, what the model is not."""
+    """The card in Markdown: the model, how to use the files, how it was trained, its figures and the check."""
     try:
         known = load_run(run)
-    except CheckpointError:  # weights of others, or an export: nothing is known of the training
+    except CheckpointError:  # weights of another library, or an export
         known = None
     what, task = "Masked autoencoder", "image-feature-extraction"
     if isinstance(exported.model, Classifier):
@@ -30,9 +30,9 @@ def model_card(run: Path, exported: Exported, written: Format, check: Check, dat
         "tags:\n- masked-autoencoder\n- self-supervised-learning\n- torchmae\n---\n",
         f"# {what}, trained on {_plain(data)}\n" if data else f"# {what}\n",
         f"{_summary(exported, written)}\n",
-        f"## Use\n\n`FOLDER` is where this file lies. Images are {_scaled(exported)}, less the mean "
-        f"({', '.join(f'{value:.4g}' for value in description.mean)}), divided by "
-        f"({', '.join(f'{value:.4g}' for value in description.std)}) (for each channel).\n\n"
+        f"## Use\n\n`FOLDER` is the folder of this file. Images are {_scaled(exported)}; then the mean "
+        f"({', '.join(f'{value:.4g}' for value in description.mean)}) is subtracted and the result is divided by "
+        f"({', '.join(f'{value:.4g}' for value in description.std)}), for each channel.\n\n"
         f"```python\n{written.usage(exported)}```\n",
         f"## Training\n\n{_training(known, exported, data_licence)}\n",
     ]
@@ -53,7 +53,7 @@ def model_card(run: Path, exported: Exported, written: Format, check: Check, dat
 
 
 def _scaled(exported: Exported) -> str:
-    """How stored values are scaled."""
+    """How stored values become values from 0 to 1."""
     if exported.scale is None or set(exported.scale) == {"uint8"}:
         return "scaled to [0, 1]"
     return " or ".join(f"{kind} divided by {one:g}" for kind, one in exported.scale.items())
@@ -83,7 +83,7 @@ def _summary(exported: Exported, written: Format) -> str:
 def _training(known: Run | None, exported: Exported, data_licence: str | None) -> str:
     licence = f"Licence of the training data: {_plain(data_licence) if data_licence else 'not given'}."
     if known is None or not known.summary:
-        return f"Nothing is recorded of the training.\n\n{licence}"
+        return f"Nothing is known about the training.\n\n{licence}"
     summary, config = known.summary, known.config
     rows = {
         "data": f"{_data_name(known)}, {summary.get('num_train', 0):,} images, {summary.get('num_val', 0):,} held out",
@@ -102,7 +102,7 @@ def _training(known: Run | None, exported: Exported, data_licence: str | None) -
 
 
 def _figures(known: Run | None) -> str:
-    """A table of what was measured on held-out images, each figure beside its baselines."""
+    """A table of the figures on held-out images, each with its baselines."""
     measured = known.figures if known else {}
     rows = []
     for name, metric in METRICS.items():
@@ -122,10 +122,10 @@ def _data_name(known: Run | None) -> str | None:
 
 
 def _last_part(path: Any) -> str | None:
-    """The last part of a path: a card is for others, and the rest of a path may say more than it should."""
+    """The last part of a path; the rest may be private."""
     return Path(str(path)).name if path else None
 
 
 def _plain(text: str) -> str:
-    """Text on one line that Markdown leaves as it is."""
+    """Text as one line, without characters that have a meaning in Markdown."""
     return " ".join(text.replace("|", "/").replace("<", "(").replace(">", ")").split())

@@ -1,4 +1,4 @@
-"""EXPORTS, the formats; a model is written in one of them, read back with the library it is for, and compared."""
+"""EXPORTS, the export formats. An export is written, read back with the library it is for, and compared."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ EXPORTS = {
     "onnx": Format(onnx.write, onnx.check, onnx.usage, "onnx", _GRAPH),
     "safetensors": Format(own.write, own.check, own.usage, "torchmae", Holds(None, images=False, decoder="any")),
 }
-"""The formats by name, as --to takes them: each is a file of this package and a row here."""
+"""The export formats, by their names for --to; each has a file in this package."""
 
 _FILES = (".onnx", ".pth", ".pt", ".bin", ".safetensors")
 
 
 class Export(NamedTuple):
-    """A finished export: its folder, the files there, how they compare with the model, and what was left out of it."""
+    """A finished export: its folder, its files, the comparison with the model, and notes about what was left out."""
 
     path: Path
     files: tuple[str, ...]
@@ -49,24 +49,19 @@ class Export(NamedTuple):
 
 
 def export(run: str | Path, out: str | Path, options: ExportOptions) -> Export:
-    """Writes a model into a new folder, in another library's format, with a model card (README.md).
+    """Writes a model into the new folder `out`, in the format `options.to`, with a model card (README.md).
 
-    The folder is there whole, its content compared with the model, or not at all.
-
-    Args:
-        run: a run folder, a fine-tuned classifier's folder, or whatever `torchmae.load` takes.
-        out: the folder to make.
-        options: the format.
+    `run` is a run folder, a fine-tuned classifier's folder, or anything that `torchmae.load` takes. The folder appears
+    only when its content was compared with the model.
 
     Raises:
-        ConfigError: a model that the format cannot hold, a folder that exists, or a library that is missing.
-        CheckpointError: a model that cannot be read, a folder that cannot be written, or a check that did not pass;
-            nothing is left then.
+        ConfigError: a model that the format cannot hold, a folder that exists, or a missing library.
+        CheckpointError: a model that cannot be read, a folder that cannot be written, or a check that did not pass.
     """
     path, target = user_path(out), EXPORTS[options.to]
     check_out(path)
     if options.part not in target.holds.parts:
-        raise ConfigError(f"part is {options.part!r} and {options.to} is always whole", "leave --part out")
+        raise ConfigError(f"part is {options.part!r}, but {options.to} holds whole models", "leave --part out")
     exported = open_model(run, options)
     if problem := target.holds.refusal(exported):
         holding = {name: other.holds for name, other in EXPORTS.items() if options.part in other.holds.parts}
@@ -87,7 +82,7 @@ def export(run: str | Path, out: str | Path, options: ExportOptions) -> Export:
 
 
 def check_out(path: Path) -> None:
-    """ConfigError unless `path` can become a new folder."""
+    """Raises ConfigError unless `path` can become a new folder."""
     if path.suffix in _FILES:
         raise ConfigError(f"out is {str(path)!r}", "an export is a folder of files: give a name without suffix")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
@@ -95,7 +90,7 @@ def check_out(path: Path) -> None:
 
 
 def open_model(run: str | Path, options: ExportOptions) -> Exported:
-    """Opens a run, a classifier, or weights of others."""
+    """Opens a run, a classifier, or weights of another library."""
     path = user_path(run)
     if is_classifier(path):
         classifier, about = load_classifier(path)
@@ -106,7 +101,7 @@ def open_model(run: str | Path, options: ExportOptions) -> Exported:
 
 
 def read_back(folder: Path, to: str, exported: Exported) -> Check:
-    """Compares what was written with the model; CheckpointError for files that their library does not load."""
+    """Compares the written files with the model; CheckpointError: their library cannot load them."""
     try:
         return EXPORTS[to].check(folder, exported)
     except TorchmaeError:
@@ -120,11 +115,9 @@ def read_back(folder: Path, to: str, exported: Exported) -> Check:
 
 @contextmanager
 def whole_or_nothing(path: Path) -> Iterator[Path]:
-    """A folder to write to, which takes the name `path` at the end; it is removed when something goes wrong.
+    """A temporary folder that is renamed to `path` at the end, or removed after an error.
 
-    Raises:
-        ConfigError: another process writes there.
-        CheckpointError: the disk is full or cannot be written.
+    ConfigError: another process writes there. CheckpointError: the disk is full or cannot be written.
     """
     writing = path.with_name(f".writing-{path.name}")
     try:

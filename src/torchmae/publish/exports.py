@@ -1,4 +1,4 @@
-"""What every export has in common: the model with its description, the check of what was written, and a format."""
+"""What all export formats share: the model to export, what a format can hold, and the check of the written files."""
 
 from __future__ import annotations
 
@@ -21,73 +21,63 @@ from torchmae.training.saved_model import Description
 
 PROBE_IMAGES = 3
 TOLERANCE = 1e-4
-"""Largest difference that a check lets pass, over the largest value compared (or over 1, if that is more)."""
+"""Largest difference that passes a check, relative to the largest value compared (absolute if that is below 1)."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A model with what its users must know.
+    """A model to export, with the facts that its users need."""
 
-    Attributes:
-        model: an autoencoder, or a fine-tuned classifier; on the CPU, in eval mode.
-        description: as torchmae's own folders have it.
-        part: what is written: the "encoder" (of some formats, the whole model), or the "reconstruction".
-        notes: what was left out or taken for something else when the model was read, a sentence each.
-        mask_ratio: share of the patches that was hidden in training.
-        classes: the name of each logit of a classifier, where known.
-        scale: for each type of stored values, the one that stood for 1 in training; None: as FULL_SCALE says.
-    """
-
-    model: MaskedAutoencoder | Classifier
+    model: MaskedAutoencoder | Classifier  # on the CPU, in eval mode
     description: Description | ClassifierDescription
-    part: str = "encoder"
-    notes: tuple[str, ...] = ()
-    mask_ratio: float = 0.75
-    classes: tuple[str, ...] | None = None
-    scale: Mapping[str, float] | None = None
+    part: str = "encoder"  # what is written: the "encoder" (in some formats the whole model) or the "reconstruction"
+    notes: tuple[str, ...] = ()  # what was not used or was assumed when the model was read, a sentence each
+    mask_ratio: float = 0.75  # in training
+    classes: tuple[str, ...] | None = None  # the name of each logit of a classifier, where known
+    scale: Mapping[str, float] | None = None  # the value that means 1, by type of stored values; None: FULL_SCALE
 
     @property
     def encoder(self) -> Encoder:
-        """The network that makes features."""
+        """The encoder; a classifier is its own encoder."""
         return self.model if isinstance(self.model, Classifier) else self.model.encoder
 
     @property
     def kind(self) -> str:
-        """The encoder's name in `ENCODERS`; empty for one that stands in no table."""
+        """The encoder's name in `ENCODERS`; "" if it is not there."""
         return next((name for name, kind in ENCODERS.items() if isinstance(self.encoder, kind)), "")
 
     @property
     def autoencoder(self) -> MaskedAutoencoder:
-        """The model of a format that holds no classifiers."""
+        """The model, which must not be a classifier."""
         assert not isinstance(self.model, Classifier)
         return self.model
 
     @property
     def shape(self) -> str:
-        """The shape of a batch of images, for people."""
+        """The shape of a batch of images, as text."""
         return f"(batch, {', '.join(map(str, (self.encoder.in_chans, *self.encoder.input_size)))})"
 
     def probe(self) -> Tensor:
-        """(PROBE_IMAGES, C, *size) of noise, the same each time, to compare models on."""
+        """Fixed random images (PROBE_IMAGES, C, *size), on which models are compared."""
         generator = torch.Generator().manual_seed(0)
         return torch.randn(PROBE_IMAGES, self.encoder.in_chans, *self.encoder.input_size, generator=generator)
 
     def noise(self) -> Tensor:
-        """(PROBE_IMAGES, L) uniform numbers for masks, the same each time."""
+        """Fixed uniform numbers (PROBE_IMAGES, L) for masks."""
         return torch.rand(PROBE_IMAGES, self.encoder.num_patches, generator=torch.Generator().manual_seed(1))
 
 
 class Check(NamedTuple):
-    """The largest difference of what was written, as `by` reads it, from the model, and the largest value compared."""
+    """A comparison of the written files with the model."""
 
-    by: str
-    what: str
-    difference: float
-    largest: float
+    by: str  # the library that read the files
+    what: str  # what was compared: weights, features, ...
+    difference: float  # the largest
+    largest: float  # absolute value of the model
 
     @property
     def passed(self) -> bool:
-        """Whether the two are equal up to rounding."""
+        """Whether both are equal up to rounding."""
         return isfinite(self.difference) and self.difference <= TOLERANCE * max(1.0, self.largest)
 
     def __str__(self) -> str:
@@ -96,26 +86,17 @@ class Check(NamedTuple):
 
 @dataclass(frozen=True)
 class Holds:
-    """What a format can hold.
+    """What a format can hold."""
 
-    Attributes:
-        encoders: names in `ENCODERS`; None: any encoder.
-        images: two spatial axes only.
-        as_published: only what the released checkpoints have: square images and patches, a class token alone.
-        decoder: none, "any", or the "published" one alone.
-        classifiers: fine-tuned classifiers too.
-        parts: of the model that can be written; the first one unless said.
-    """
-
-    encoders: tuple[str, ...] | None
-    images: bool = True
-    as_published: bool = False
-    decoder: Literal["", "any", "published"] = ""
-    classifiers: bool = True
-    parts: tuple[str, ...] = ("encoder",)
+    encoders: tuple[str, ...] | None  # names in `ENCODERS`; None: any encoder
+    images: bool = True  # only models with two spatial axes
+    as_published: bool = False  # only square images and patches, a class token and no registers, as in the paper
+    decoder: Literal["", "any", "published"] = ""  # none, any, or only the paper's
+    classifiers: bool = True  # fine-tuned classifiers too
+    parts: tuple[str, ...] = ("encoder",)  # parts of a model that can be written; the first is the default
 
     def refusal(self, exported: Exported) -> str:
-        """What a model has that the format cannot hold; empty where it can hold it."""
+        """What the model has that the format cannot hold; "" if there is nothing."""
         model, encoder = exported.model, exported.encoder
         if self.encoders is not None and exported.kind not in self.encoders:
             return "an encoder of another kind"
@@ -139,36 +120,28 @@ class Holds:
 
 
 class Format(NamedTuple):
-    """A format of exports.
+    """An export format."""
 
-    Attributes:
-        write: puts a model's files into a folder.
-        check: reads them back, with the library that they are for, and compares.
-        usage: Python that loads them from "FOLDER" and applies them to `images`, for the model card.
-        library: that loads them.
-        holds: what it can hold.
-    """
-
-    write: Callable[[Path, Exported], None]
-    check: Callable[[Path, Exported], Check]
-    usage: Callable[[Exported], str]
-    library: str
+    write: Callable[[Path, Exported], None]  # writes a model's files into a folder
+    check: Callable[[Path, Exported], Check]  # reads them back with the library that they are for, and compares
+    usage: Callable[[Exported], str]  # Python code for the model card: loads "FOLDER" and applies it to `images`
+    library: str  # that loads the files
     holds: Holds
 
 
 def compare(by: str, what: str, got: Tensor, wanted: Tensor) -> Check:
-    """The check of one tensor against another; a difference of infinity where their shapes differ."""
+    """Compares two tensors; the difference is infinite if their shapes differ."""
     if got.shape != wanted.shape:
         return Check(by, what, float("inf"), wanted.abs().max().item())
     return Check(by, what, (got.double() - wanted.double()).abs().max().item(), wanted.abs().max().item())
 
 
 def worst(checks: list[Check]) -> Check:
-    """One that did not pass, else the one with the largest difference for its values."""
+    """A check that did not pass, else the one with the largest relative difference."""
     return max(checks, key=lambda check: (not check.passed, check.difference / max(1.0, check.largest)))
 
 
 def save_tensors(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Writes a .safetensors file that transformers and timm take for PyTorch's."""
+    """Writes a .safetensors file with the metadata that transformers and timm expect."""
     copies = {name: tensor.detach().clone().contiguous() for name, tensor in weights.items()}
     save_file(copies, path, metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub."""
+"""Uploads exports to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -14,19 +14,11 @@ _REPO = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 def push(run: str | Path, repo: str, options: ExportOptions, *, private: bool = False) -> str:
-    """Exports a model and uploads it, with its model card, as one commit.
+    """Exports a model (see `export`) and uploads it with its model card as one commit, whose address it returns.
 
-    The hub's address and the token are huggingface_hub's: HF_ENDPOINT, HF_TOKEN, or what `hf auth login` stored.
-
-    The repository `repo` (user/name) is made if it does not exist, as a private one with `private`. The others are
-    arguments of `export`.
-
-    Returns:
-        The address of the commit.
-
-    Raises:
-        ConfigError: a name that is no user/name, or what `export` refuses.
-        CheckpointError: what `export` raises, or an upload that failed.
+    The repository `repo` (user/name) is created if it does not exist, private with `private`. Address and token of the
+    hub are those of huggingface_hub: HF_ENDPOINT, HF_TOKEN, or `hf auth login`. ConfigError: `repo` is no user/name.
+    CheckpointError: the upload failed.
     """
     if not _REPO.fullmatch(repo):
         raise ConfigError(f"repo is {repo!r}", "give user/name")

@@ -1,4 +1,4 @@
-"""transformers: folders for ViTMAEForPreTraining and ViTModel, parameters under the names that all versions know."""
+"""The formats of transformers: folders for ViTMAEForPreTraining and ViTModel, with names that all versions load."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def write_vit(folder: Path, exported: Exported) -> None:
 
 @torch.no_grad()
 def check_mae(folder: Path, exported: Exported) -> Check:
-    """Loads the folder in transformers, nothing missing or left over, and compares loss and predictions."""
+    """Loads the folder in transformers, with all parameters used, and compares loss and predictions."""
     transformers = require("transformers", "hf")
     model = exported.autoencoder
     theirs = _load(transformers.ViTMAEForPreTraining, folder)
     images, noise = exported.probe(), exported.noise()
-    output = theirs(images, noise=noise)  # they hide the patches with the largest numbers, as ours does
+    output = theirs(images, noise=noise)  # masks the patches with the largest numbers, as `random_mask` does
     mask = random_mask(noise, model.encoder.grid, exported.mask_ratio)
     ours = model(images, mask)
     by = f"transformers {transformers.__version__}"
@@ -64,7 +64,7 @@ def check_mae(folder: Path, exported: Exported) -> Check:
 
 @torch.no_grad()
 def check_vit(folder: Path, exported: Exported) -> Check:
-    """Loads the folder in transformers, nothing missing or left over, and compares the tokens."""
+    """Loads the folder in transformers, with all parameters used, and compares the tokens."""
     transformers = require("transformers", "hf")
     theirs = _load(transformers.ViTModel, folder, add_pooling_layer=False)
     images = exported.probe()
@@ -74,7 +74,7 @@ def check_vit(folder: Path, exported: Exported) -> Check:
 
 
 def mae_usage(exported: Exported) -> str:
-    """Python that loads a ViTMAEForPreTraining."""
+    """Python code that loads a ViTMAEForPreTraining."""
     return (
         "from transformers import ViTMAEForPreTraining\n\n"
         'model = ViTMAEForPreTraining.from_pretrained("FOLDER").eval()\n'
@@ -83,7 +83,7 @@ def mae_usage(exported: Exported) -> str:
 
 
 def vit_usage(exported: Exported) -> str:
-    """Python that loads a ViTModel."""
+    """Python code that loads a ViTModel."""
     return (
         "from transformers import ViTModel\n\n"
         'model = ViTModel.from_pretrained("FOLDER", add_pooling_layer=False).eval()\n'
@@ -107,7 +107,7 @@ def _load(kind: Any, folder: Path, **options: Any) -> Any:
 
 
 def _their_ratio(exported: Exported) -> float:
-    """The mask ratio with which transformers, which rounds the count of visible patches down, keeps as many as ours."""
+    """The mask ratio for which transformers, which rounds down, keeps the same number of patches as torchmae."""
     length = exported.encoder.num_patches
     keep = num_keep(length, exported.mask_ratio)
     same = int(length * (1 - exported.mask_ratio)) == keep
@@ -115,7 +115,7 @@ def _their_ratio(exported: Exported) -> float:
 
 
 def _write(folder: Path, exported: Exported, config: dict[str, Any]) -> None:
-    """Writes config.json, of `config` and the encoder's sizes, and preprocessor_config.json."""
+    """Writes config.json (`config` and the encoder's sizes) and preprocessor_config.json."""
     arguments, description = exported.encoder.arguments, exported.description
     height, width = exported.encoder.input_size
     encoder = {

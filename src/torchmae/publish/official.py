@@ -1,4 +1,4 @@
-"""The released MAE checkpoints' layout: {"model": state_dict} with the decoder's parameters beside timm's names."""
+"""The format of the released MAE checkpoints: {"model": state_dict} with timm's names and the decoder's."""
 
 from __future__ import annotations
 
@@ -18,10 +18,7 @@ FILE = "checkpoint.pth"
 
 
 def write(folder: Path, exported: Exported) -> None:
-    """Writes checkpoint.pth.
-
-    Beside "model" stands "args", a dictionary of what the parameters do not show: heads, target, normalisation.
-    """
+    """Writes checkpoint.pth: "model", and "args" for what parameters do not show (heads, target, normalisation)."""
     model, description = exported.autoencoder, exported.description
     arguments = {
         "norm_pix_loss": model.target.norm_pix,
@@ -37,7 +34,7 @@ def write(folder: Path, exported: Exported) -> None:
 
 @torch.no_grad()
 def check(folder: Path, exported: Exported) -> Check:
-    """Reads the file back, by way of its names, and compares predictions."""
+    """Reads the file back as a foreign checkpoint and compares predictions."""
     model, images = exported.autoencoder, exported.probe()
     mask = random_mask(exported.noise(), model.encoder.grid, exported.mask_ratio)
     again = build(read_weights(folder / FILE))
@@ -45,5 +42,5 @@ def check(folder: Path, exported: Exported) -> Check:
 
 
 def usage(_: Exported) -> str:
-    """Python that loads the file."""
+    """Python code that loads the file."""
     return f'import torch\n\nweights = torch.load("FOLDER/{FILE}", weights_only=True)["model"]\n'

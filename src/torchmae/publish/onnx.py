@@ -1,4 +1,4 @@
-"""ONNX, by torch's dynamo exporter: the encoder, a classifier, or the whole reconstruction; any batch size."""
+"""The ONNX format, by torch's dynamo exporter: an encoder, a classifier or the reconstruction, for any batch size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torchmae.nn.masking import Mask, num_keep
 from torchmae.publish.exports import Check, Exported, compare, worst
 
 FILE = "model.onnx"
-_LARGEST = 2**31 - 2**24  # a protobuf ends at 2 GiB; what is larger keeps its weights in a second file
+_LARGEST = 2**31 - 2**24  # a protobuf file ends at 2 GiB; larger models keep their weights in a second file
 
 
 class _Encoder(nn.Module):
@@ -29,7 +29,7 @@ class _Encoder(nn.Module):
         self.encoder = encoder
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Features (B, D), the mean of the patch tokens, and all tokens (B, prefix + L, D)."""
+        """Features (B, D), the mean of the patch tokens; all tokens (B, prefix + L, D)."""
         encoded = self.encoder(images)
         return encoded.patches.mean(1), torch.cat([encoded.prefix, encoded.patches], dim=1)
 
@@ -41,8 +41,8 @@ class _Reconstruction(nn.Module):
         self.keep = num_keep(model.encoder.num_patches, ratio)
 
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
-        """Images filled in, (B, C, *size), and what was hidden, (B, 1, *size) bool."""
-        order = noise.topk(noise.shape[1], dim=1, largest=False).indices  # as random_mask's sort, which ONNX has not
+        """Filled images (B, C, *size), and the masked pixels (B, 1, *size) bool."""
+        order = noise.topk(noise.shape[1], dim=1, largest=False).indices  # random_mask's sort, which ONNX lacks
         result = self.model.reconstruct(images, Mask(order[:, : self.keep], order[:, self.keep :]))
         return result.images, result.removed
 
@@ -50,9 +50,9 @@ class _Reconstruction(nn.Module):
 def write(folder: Path, exported: Exported) -> None:
     """Writes model.onnx.
 
-    Inputs: images (batch, C, *size), normalised as in training; for the reconstruction also noise (batch, L): the
-    patches with the smallest numbers stay, as many as in training. Outputs: features and tokens; logits of a
-    classifier; or reconstruction and removed.
+    Inputs: images (batch, C, *size), normalised as in training; for the reconstruction also noise (batch, L), whose
+    smallest numbers mark the visible patches, as many as in training. Outputs: features and tokens; a classifier's
+    logits; or reconstruction and removed.
     """
     graph, inputs, input_names, output_names = _graph(exported)
     for module in ("onnx", "onnxscript", "onnxruntime"):
@@ -60,7 +60,7 @@ def write(folder: Path, exported: Exported) -> None:
     size = sum(tensor.numel() * tensor.element_size() for tensor in graph.state_dict().values())
     batch = torch.export.Dim("batch")
     with _quiet():
-        # strict: read as Python, len(images) stays the batch, whatever it is; run, it would be the example's.
+        # strict: analyses the code, so that len(images) is any batch size and not the example's.
         traced = torch.export.export(graph, inputs, dynamic_shapes=tuple({0: batch} for _ in inputs), strict=True)
         program = torch.onnx.export(
             traced, dynamo=True, input_names=input_names, output_names=output_names, verbose=False
@@ -71,7 +71,7 @@ def write(folder: Path, exported: Exported) -> None:
 
 @torch.no_grad()
 def check(folder: Path, exported: Exported) -> Check:
-    """Runs the file under onnxruntime with two batch sizes and compares every output."""
+    """Runs the file in onnxruntime with two batch sizes and compares every output."""
     onnxruntime = require("onnxruntime", "onnx")
     graph, inputs, input_names, output_names = _graph(exported)
     session = onnxruntime.InferenceSession(str(folder / FILE), providers=["CPUExecutionProvider"])
@@ -87,7 +87,7 @@ def check(folder: Path, exported: Exported) -> Check:
 
 
 def usage(exported: Exported) -> str:
-    """Python that runs the file."""
+    """Python code that runs the file."""
     session = f'import onnxruntime\n\nsession = onnxruntime.InferenceSession("FOLDER/{FILE}")\n'
     if exported.part == "encoder":
         outputs = "(logits,)" if isinstance(exported.model, Classifier) else "features, tokens"
@@ -112,7 +112,7 @@ def _graph(exported: Exported) -> tuple[nn.Module, tuple[Tensor, ...], list[str]
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the exporter's remarks on its own progress and on versions from the user."""
+    """Hides the exporter's messages about its progress and about versions."""
     level = logging.getLogger("torch.onnx").level
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:

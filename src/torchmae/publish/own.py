@@ -1,4 +1,4 @@
-"""torchmae's own folders: model.json says what the model is, model.safetensors holds its weights."""
+"""torchmae's own format: model.json describes the model, model.safetensors holds its weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check(folder: Path, exported: Exported) -> Check:
 
 
 def usage(exported: Exported) -> str:
-    """Python that loads the folder."""
+    """Python code that loads the folder."""
     if isinstance(exported.model, Classifier):
         return (
             "from pathlib import Path\n\nfrom torchmae.training.saved_classifier import load_classifier\n\n"

@@ -1,4 +1,4 @@
-"""timm: a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads."""
+"""The timm format: a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WEIGHTS = "model.safetensors"
 
 
 def architecture(exported: Exported) -> tuple[str, dict[str, Any]]:
-    """A name that timm has, and the arguments that make that model this one; ConfigError where there is none."""
+    """The name and the arguments of the same model in timm; ConfigError: timm has none."""
     model = exported.model
     name, arguments = exported.encoder.timm_model()
     return name, {
@@ -57,7 +57,7 @@ def write(folder: Path, exported: Exported) -> None:
 
 @torch.no_grad()
 def check(folder: Path, exported: Exported) -> Check:
-    """Loads the folder in timm both ways, by its path and by its weight file, and compares what they compute."""
+    """Loads the folder in timm by its path and by its weight file, and compares the outputs."""
     timm = require("timm", "timm")
     images, by = exported.probe(), f"timm {timm.__version__}"
     if isinstance(exported.model, Classifier):
@@ -73,7 +73,7 @@ def check(folder: Path, exported: Exported) -> Check:
 
 
 def usage(exported: Exported) -> str:
-    """Python that loads the folder, or the weight file alone."""
+    """Python code that loads the folder, or the weight file alone."""
     name, arguments = architecture(exported)
     given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     what = "logits" if isinstance(exported.model, Classifier) else "features"

@@ -1,7 +1,7 @@
-"""Encoder, decoder, target and mask strategies of the tutorial: fully connected, single values masked.
+"""The tutorial's fully connected model, whose masks remove single values: encoder, decoder, target, mask strategies.
 
-The tutorial's own choices (`output_relu=True`, `loss_on="all"`, and the inverted mask) are kept as they are, to be run
-and measured; the other choices are what its text describes.
+`output_relu=True`, `loss_on="all"` and the strategy "elements_inverted" are what the tutorial's code does; the other
+choices are what its text describes.
 """
 
 from __future__ import annotations
@@ -26,13 +26,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class ElementMask(NamedTuple):
-    """Single values that are removed; the counts differ from sample to sample.
+    """A mask of single values; the number of masked ones differs from sample to sample."""
 
-    Attributes:
-        flags: (B, N) bool, True where a value of the flattened image is removed.
-    """
-
-    flags: Tensor
+    flags: Tensor  # (B, N) bool, True where a value of the flattened image is removed
 
     @property
     def ids_keep(self) -> Tensor:
@@ -44,38 +40,32 @@ class ElementMask(NamedTuple):
         return self.flags.view(len(self.flags), -1, *size)
 
     def check(self, batch: int, length: int) -> None:
-        """Raises ConfigError unless this is the mask of `batch` images of `length` values."""
+        """As `Mask.check`."""
         if self.flags.shape != (batch, length):
             raise ConfigError(
                 f"the mask has shape {tuple(self.flags.shape)}", f"give one of shape ({batch}, {length}), flat"
             )
 
     def to(self, device: torch.device | str) -> ElementMask:
-        """The same mask on another device."""
+        """As `Mask.to`."""
         return ElementMask(self.flags.to(device))
 
     def tensor_split(self, parts: int) -> list[ElementMask]:
-        """The masks of the parts that `Tensor.tensor_split` cuts the batch into."""
+        """As `Mask.tensor_split`."""
         return [ElementMask(part) for part in self.flags.tensor_split(parts)]
 
 
 def elements_mask(noise: Tensor, grid: Sequence[int], ratio: float) -> ElementMask:  # noqa: ARG001
-    """Removes single values, each on its own with probability `ratio`.
+    """Removes each value independently with probability `ratio`, in (0, 1), else ConfigError.
 
-    Args:
-        noise: (B, N) uniform random numbers, one for each value of a flattened image.
-        grid: channels, then pixels along each axis; N in all.
-        ratio: the probability, in (0, 1).
-
-    Raises:
-        ConfigError: a ratio outside (0, 1).
+    `noise` is (B, N), one uniform random number for each value of a flattened image.
     """
     check_ratio(ratio)
     return ElementMask(noise < ratio)
 
 
 def inverted_elements_mask(noise: Tensor, grid: Sequence[int], ratio: float) -> ElementMask:
-    """The tutorial's mask: it multiplies the input by `noise < ratio`, and so keeps what it means to remove."""
+    """The mask of the tutorial's code, which multiplies the input by `noise < ratio` and so keeps that share of it."""
     return ElementMask(~elements_mask(noise, grid, ratio).flags)
 
 
@@ -86,13 +76,7 @@ STRATEGIES = {
 
 
 class FlatEncoder(nn.Sequential, Encoder):
-    """Z = ReLU(W_e (X * M) + b_e), where X is the flattened image.
-
-    Args:
-        input_size: pixels along each axis.
-        in_chans: channels.
-        hidden_dim: width of Z.
-    """
+    """Z = ReLU(W_e (X * M) + b_e), where X is the flattened image; Z has `hidden_dim` values."""
 
     strategies = STRATEGIES
 
@@ -106,19 +90,14 @@ class FlatEncoder(nn.Sequential, Encoder):
         self.embed_dim = hidden_dim
 
     def grid_of(self, images: Tensor) -> tuple[int, ...]:
-        """The grid, in which each value is a cell; ConfigError for images of another shape."""
+        """The grid, in which each value is a cell; ConfigError: images of another shape."""
         if images.shape[1:] != self.grid:
             wanted = ", ".join(str(size) for size in self.grid)
             raise ConfigError(f"images have shape {tuple(images.shape)}", f"this model takes (batch, {wanted})")
         return self.grid
 
     def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> EncoderOutput:
-        """Z as the one token (B, 1, hidden_dim) of images (B, C, *size).
-
-        Args:
-            images: of the size it is made for.
-            ids_keep: (B, N) bool, the values that are not set to zero; None: all.
-        """
+        """Z as one token (B, 1, hidden_dim); `ids_keep` (B, N) bool is True where a value is not set to zero."""
         grid = self.grid_of(images)
         x = images.flatten(1)
         if ids_keep is not None:
@@ -127,17 +106,14 @@ class FlatEncoder(nn.Sequential, Encoder):
         return EncoderOutput(z[:, :0], z, grid)
 
     def flops(self, kept: int) -> tuple[int, int]:  # noqa: ARG002
-        """Operations of the one layer, and none that follow; what is kept makes no difference."""
+        """Operations of the one layer, which computes on all values, and 0 for the rest."""
         return 2 * self.num_patches * self.embed_dim, 0
 
 
 class FlatDecoder(nn.Sequential, Decoder):
-    """The prediction W_d Z + b_d of all values, through a ReLU or not.
+    """The prediction W_d Z + b_d of all `width` values of an image.
 
-    Args:
-        hidden_dim: width of Z.
-        width: values of an image.
-        output_relu: end in a ReLU; targets below zero are then out of reach.
+    `output_relu` adds a ReLU, which cannot predict values below zero.
     """
 
     def __init__(self, hidden_dim: int, width: int, *, output_relu: bool) -> None:
@@ -147,8 +123,7 @@ class FlatDecoder(nn.Sequential, Decoder):
 
     def forward(self, encoded: EncoderOutput, mask: ElementMask) -> Tensor:  # type: ignore[override]  # noqa: ARG002
         """(B, N) predictions."""
-        prediction: Tensor = nn.Sequential.forward(self, encoded.patches.squeeze(1))  # type: ignore[no-untyped-call]
-        return prediction
+        return nn.Sequential.forward(self, encoded.patches.squeeze(1))  # type: ignore[no-untyped-call]
 
     def flops(self, seen: int, masked: int) -> int:  # noqa: ARG002
         """Operations of the one layer, which predicts every value."""
@@ -156,11 +131,7 @@ class FlatDecoder(nn.Sequential, Decoder):
 
 
 class ValueTarget(Target):
-    """The values of the image themselves.
-
-    Args:
-        loss_on: "hidden" values only, or "all" of them.
-    """
+    """The values of the image; the loss is computed on the "hidden" (masked) values or on "all" of them."""
 
     label = "pixels"
 
@@ -170,37 +141,37 @@ class ValueTarget(Target):
         self.loss_on = loss_on
 
     def build_head(self, width: int) -> nn.Module:  # noqa: ARG002
-        """No head: the decoder gives predictions."""
+        """An identity, because the decoder gives the predictions."""
         return nn.Identity()
 
     def hidden_values(self, images: Tensor, mask: ElementMask) -> Tensor:
-        """(H,): the removed values of all images, one after the other."""
+        """(H,): the masked values of all images, one after the other."""
         return images.flatten(1)[mask.flags].float()
 
     def hidden_predictions(self, pred: Tensor, mask: ElementMask) -> Tensor:
-        """(H,) float32: the predictions of these values."""
+        """(H,) float32: the predictions of the masked values."""
         return pred[mask.flags].float()
 
     def loss(self, pred: Tensor, images: Tensor, mask: ElementMask) -> Tensor:
-        """The mean squared error, a scalar float32; 0 where nothing is removed."""
+        """The mean squared error, a scalar float32; 0 if nothing is masked."""
         error = (pred.float() - images.flatten(1).float()).square()
         if self.loss_on == "all":
             return error.mean()
         return (error * mask.flags).sum() / mask.flags.sum().clamp(min=1)
 
     def num_values(self, mask: ElementMask) -> int:
-        """Number of values that the loss is the mean of."""
+        """As `Target.num_values`."""
         return mask.flags.numel() if self.loss_on == "all" else int(mask.flags.sum())
 
     def visible_mean(self, images: Tensor, mask: ElementMask) -> Tensor:
-        """(H,): for each removed value the mean of its image's visible ones in the same channel."""
+        """(H,): for each masked value the mean of the visible values in the same image and channel."""
         visible = ~mask.removed_pixels((), images.shape[2:])
         axes = tuple(range(2, images.ndim))
         mean = (images * visible).sum(axes, keepdim=True) / visible.sum(axes, keepdim=True).clamp(min=1)
         return mean.expand_as(images).flatten(1)[mask.flags].float()
 
     def fill(self, images: Tensor, pred: Tensor, mask: ElementMask) -> tuple[Tensor, str]:
-        """Images with the removed values as predicted."""
+        """Images with the masked values as predicted."""
         filled = torch.where(mask.flags, pred.float(), images.flatten(1).float()).view(images.shape)
         return filled, "hidden values as predicted"
 
@@ -208,7 +179,7 @@ class ValueTarget(Target):
 def compose(
     *, input_size: Sequence[int], in_chans: int, hidden_dim: int, output_relu: bool, loss_on: str
 ) -> MaskedAutoencoder:
-    """The tutorial's model; each argument is described at the part that takes it."""
+    """The tutorial's model; see `FlatEncoder`, `FlatDecoder` and `ValueTarget` for the arguments."""
     encoder = FlatEncoder(input_size, in_chans, hidden_dim)
     decoder = FlatDecoder(hidden_dim, encoder.num_patches, output_relu=output_relu)
     return MaskedAutoencoder(encoder, decoder, [ValueTarget(loss_on)])

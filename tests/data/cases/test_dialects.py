@@ -93,9 +93,9 @@ def test_paths_relative_to_the_working_folder(write_pictures, tmp_path: Path, mo
 
 def test_paths_that_lead_nowhere_are_named(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("id,label\nabc,1\nabd,0\n")
-    assert "none is there, such as id" in said(opened(tmp_path / "x.csv"))
+    assert "exists, such as id" in said(opened(tmp_path / "x.csv"))
     (tmp_path / "y.txt").write_text("D:\\photos\\a.png\n")
-    assert "1 Windows' paths of y.txt were tried" in said(opened(tmp_path / "y.txt"))
+    assert "none of 1 Windows' paths of y.txt exists" in said(opened(tmp_path / "y.txt"))
     (tmp_path / "z.csv").write_bytes(b"\xff\xfea")
     with pytest.raises(DataError, match=r"z.csv"):
         opened(tmp_path / "z.csv")
