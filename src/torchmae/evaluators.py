@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmae.config import EvalConfig
 from torchmae.data.loader import Batch, mixed_subset
 from torchmae.data.opening import Data
-from torchmae.evaluation.diagnostics import FeatureProbe
+from torchmae.evaluation.diagnostics import FeatureProbe, encoding_time
 from torchmae.evaluation.images import EVAL_BATCH, without_stand_ins
 from torchmae.evaluation.reconstruction import HoldOut
 from torchmae.evaluation.sharing import share
@@ -26,6 +26,9 @@ from torchmae.training.tracking import Trackers
 from torchmae.training.trainer import Evaluator
 
 PICTURE_COUNT = 4
+SHARE = 0.1  # of a run's time that measurements may take
+LEAST_S = 60.0  # seconds that they may take in any run
+FEWEST = 100  # images: figures of fewer say little
 # Of validation masks in all runs, so that runs can be compared.
 VALIDATION_SEED = 0
 
@@ -40,6 +43,47 @@ class Masked:
     def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
         for batch in self.batches():
             yield batch.images, self.masker(VALIDATION_SEED, 0, batch.indices, batch.images.device)
+
+
+def within_budget(settings: EvalConfig, data: Data, image_s: float, run_s: float) -> EvalConfig:
+    """Settings with fewer images where measurements would take more than `SHARE` of a run's time, and LEAST_S.
+
+    Args:
+        settings: the images asked for.
+        data: the images that there are.
+        image_s: seconds to encode an image.
+        run_s: seconds of the run.
+    """
+    assert data.val is not None
+    train, val = len(data.train), len(data.val)
+    limits = {"images": val}
+    if data.train.labels is not None and settings.knn_count:
+        limits |= {"knn_train": train, "knn_val": val, "linear_train": train}
+    used = {name: min(getattr(settings, name), limit) for name, limit in limits.items()}
+    # Each probe, once more for the untrained network; a reconstruction costs about as much as encoding the image.
+    probed = used.get("knn_train", 0) + used.get("knn_val", 0)
+    images = probed * (settings.knn_count + 1) + used["images"] * settings.count
+    share = max(LEAST_S, SHARE * run_s) / (images * image_s)
+    if share >= 1:
+        return settings
+    return replace(settings, **{name: max(min(count, FEWEST), int(count * share)) for name, count in used.items()})
+
+
+def affordable(
+    settings: EvalConfig, model: MaskedAutoencoder, data: Data, runtime: Runtime, *, epochs: int, minutes: float | None
+) -> tuple[EvalConfig, str]:
+    """`within_budget` at the measured speed, for a run of `minutes`, else of `epochs`; and a line where that is fewer.
+
+    An epoch is taken to last as long as encoding its images once, which is about what a training step costs.
+    """
+    if data.val is None:
+        return settings, ""
+    (image_s,) = runtime.ranks.all_reduce_max(encoding_time(model, data.val, runtime))
+    chosen = within_budget(settings, data, image_s, 60 * minutes if minutes else epochs * len(data.train) * image_s)
+    values = {item.name: getattr(chosen, item.name) for item in fields(chosen)}
+    fewer = (f"eval.{name} {value}" for name, value in values.items() if value != getattr(settings, name))
+    what = "fewer images are measured, so that it takes no more than a tenth of the run's time"
+    return chosen, "" if chosen == settings else f"{what}: {', '.join(fewer)}"
 
 
 def build_evaluators(

@@ -22,7 +22,7 @@ from torchmae.data.loader import one_line_when_a_worker_ends
 from torchmae.data.opening import Data, open_data
 from torchmae.data.sources import data_line
 from torchmae.errors import ConfigError, DataError, Interrupted, TorchmaeError
-from torchmae.evaluators import build_evaluators
+from torchmae.evaluators import affordable, build_evaluators
 from torchmae.interop.weights import initialise
 from torchmae.nn.mae import MaskedAutoencoder, parameter_counts
 from torchmae.nn.masking import Masker
@@ -81,7 +81,9 @@ def start(config: PretrainConfig, own: Own = NOTHING) -> Run:
         raise ConfigError("torchrun may start this run again and would not find its folder", "give --out")
     if done and (path / "config.yaml").is_file():
         given = settings.values_of(config)
-        if config.fit_batch:  # the run's own settings say what fitted
+        # The run's own settings say what fitted into memory and time.
+        given = {name: value for name, value in given.items() if not name.startswith("eval.")}
+        if config.fit_batch:
             del given["fit_batch"], given["batch_size"]
         return resume_run(path, given, own)
     return _run(config, path, own, resume=False)
@@ -183,6 +185,13 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, own: Own, *, resum
             config = replace(config, batch_size=batch_size, fit_batch=False)
             display.say(f"the largest batch that fits: {batch_size} images")
         place(model, config.parallel, runtime)
+        if not resume:
+            chosen, line = affordable(
+                config.eval, model, data, runtime, epochs=config.epochs, minutes=config.max_minutes
+            )
+            config = replace(config, eval=chosen)
+            if line:
+                display.say(line)
         try:
             return _train(config, own, model, arguments, data, runtime, folder, display, checkpoint)
         finally:
@@ -300,7 +309,7 @@ def _finish(
     if not interruption and data.val is not None:
         try:
             model = model.to(runtime.device).eval()  # of one that was in shards, here for the first time
-            write_pictures(folder.path / "pictures", Pretrained(model, description), data, runtime)
+            write_pictures(folder.path / "pictures", Pretrained(model, description), data, runtime, display)
         except Exception as error:  # the run is done and saved; a picture that cannot be drawn must not hide that
             if not isinstance(error, TorchmaeError) and not ran_out_of_memory(error):
                 raise

@@ -14,6 +14,7 @@ from torchmae.config import DataConfig
 from torchmae.data.loader import ImageLoader, Indices, mixed_subset
 from torchmae.data.opening import Data, open_data
 from torchmae.errors import ConfigError
+from torchmae.evaluation.diagnostics import encoding_time
 from torchmae.evaluation.feature_maps import class_attention, content_tokens, embed_2d, patch_colours
 from torchmae.evaluation.images import EVAL_BATCH, run_data
 from torchmae.evaluation.knn import nearest
@@ -30,6 +31,7 @@ from torchmae.report.feature_pictures import (
 )
 from torchmae.report.pictures import save_png
 from torchmae.training.pretrained import Pretrained
+from torchmae.training.progress import Display
 from torchmae.training.runtime import Runtime
 
 RATIOS = (0.25, 0.5, 0.75, 0.9)
@@ -41,13 +43,18 @@ REPORT_IMAGES = 8
 REPORT_ROWS = 4
 REPORT_BANK = 1000
 REPORT_POINTS = 1000
+_FEWEST = 100  # images searched for neighbours, and on the map, of a slow model
+_MOST_S = 60.0  # seconds that encoding them may take
+_NOTICED_S = 2.0  # seconds from which on it is said
 
 
-def write_pictures(folder: Path, pretrained: Pretrained, data: Data, runtime: Runtime) -> list[Path]:
+def write_pictures(
+    folder: Path, pretrained: Pretrained, data: Data, runtime: Runtime, display: Display | None = None
+) -> list[Path]:
     """Draws every kind of picture that suits model and data, for a run's report; returns the files in its order.
 
     The images are held-out ones, the same in every run on the same data; neighbours are training images. Here and in
-    the functions below, the model is on the runtime's device.
+    the functions below, the model is on the runtime's device. A slow model encodes fewer images: those of a minute.
 
     Raises:
         CheckpointError: the folder cannot be written to.
@@ -57,15 +64,19 @@ def write_pictures(folder: Path, pretrained: Pretrained, data: Data, runtime: Ru
     images, labels = sample(loader, REPORT_IMAGES)
     few, few_labels = images[:REPORT_ROWS], labels[:REPORT_ROWS]
     model = pretrained.model
+    image_s = encoding_time(model, loader, runtime)
+    num_images = min(REPORT_BANK, max(_FEWEST, int(_MOST_S / 2 / image_s)))
+    if display is not None and 2 * num_images * image_s > _NOTICED_S:
+        display.say("drawing pictures of the features")
     pictures: dict[str, Image.Image] = {}
     if model.patch_size:
         pictures["1-features"] = draw_pca(pretrained, images)
         if model.encoder.has_class_token:
             pictures["2-attention"] = draw_attention(pretrained, few)
     captions = [name_of(label, data.classes) for label in few_labels.tolist()]
-    pictures["3-neighbours"] = draw_neighbours(pretrained, few, captions, data, runtime, REPORT_BANK)
+    pictures["3-neighbours"] = draw_neighbours(pretrained, few, captions, data, runtime, num_images)
     if len(loader) > NEIGHBOURS:  # a map needs more points
-        pictures["4-map"] = draw_map(pretrained, data, runtime, REPORT_POINTS)
+        pictures["4-map"] = draw_map(pretrained, data, runtime, min(REPORT_POINTS, num_images))
     pictures["5-ratios"] = draw_ratios(pretrained, few)
     paths = [folder / f"{name}.png" for name in pictures]
     for path, picture in zip(paths, pictures.values(), strict=True):

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from torchmae.config import EvalConfig
-from torchmae.data.loader import ImageLoader, Indices
+from torchmae.data.loader import ImageLoader, Indices, mixed_subset
 from torchmae.evaluation import linear
 from torchmae.evaluation.images import EVAL_BATCH, fixed_rows, read_batches, rows_with_label
 from torchmae.evaluation.knn import knn_accuracy
 from torchmae.evaluation.scores import Labelled, majority
 from torchmae.evaluation.sharing import share
 from torchmae.evaluation.subject import Subject, extract
+from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.training.runtime import Runtime
+
+_TIMED = 16  # images whose encoding is timed
+
+
+def encoding_time(model: MaskedAutoencoder, loader: ImageLoader, runtime: Runtime) -> float:
+    """Seconds that this rank takes to encode one whole image."""
+    (batch,) = loader.eval_batches(mixed_subset(len(loader), _TIMED), _TIMED)
+    start = 0.0
+    with torch.no_grad(), runtime.autocast():
+        for _ in range(2):  # the first is a warm-up
+            start = time.perf_counter()
+            model.eval().encode(batch.images).sum().item()  # waits for the device
+    return (time.perf_counter() - start) / len(batch.images)
 
 
 class FeatureProbe:
