@@ -27,12 +27,12 @@ from torchmae.config.finetune import FinetuneConfig
 from torchmae.config.pretrain import Preset, Strategy
 from torchmae.errors import ConfigError
 
-Method = Literal["all", "knn", "linear", "attentive", "reconstruction", "finetune", "anomaly"]
+Method = Literal["all", "knn", "linear", "attentive", "reconstruction", "finetune", "segmentation", "anomaly"]
 APPLIES_TO = {
     "labels_per_class": ("knn", "linear", "finetune", "all"),
-    "out": ("finetune", "anomaly"),
+    "out": ("finetune", "segmentation", "anomaly"),
     "target": ("reconstruction", "anomaly"),
-    "resume": ("finetune",),
+    "resume": ("finetune", "segmentation"),
     "normal": ("anomaly",),
     "test": ("anomaly",),
     "normal_classes": ("anomaly",),
@@ -76,6 +76,44 @@ class AttentiveOptions(Settings, group="attentive."):
 
 
 @dataclass(frozen=True)
+class SegmentationOptions(Settings, group="segmentation."):
+    """What masks mean, and how a segmenter is trained on them.
+
+    Attributes:
+        finetune: train the encoder and a light decoder end to end, as the options of finetune say (its learning rate,
+            epochs, batch size), instead of a linear head on frozen patch tokens.
+        blocks: so many last blocks of the encoder, whose patch tokens the head gets one after the other.
+        classes: number of classes; ids go from 0 to classes - 1; null: as the masks have them.
+        ignore: id of pixels that do not count, such as 255; of masks in colours, 65536 * red + 256 * green + blue.
+        threshold: what is above it is foreground, the rest background; for masks with soft edges, 127.
+        instances: masks number objects: whatever is above 0 is foreground.
+        epochs: passes over the training windows; null: 10, or as many more as 1,000 steps take.
+        lr: AdamW's peak learning rate; it warms up over a tenth of the steps and falls as a cosine.
+        weight_decay: not applied to biases.
+        batch_size: windows per step.
+        memory_limit: GiB that the patch tokens of the training windows (fine-tuning: their pixels) may fill; of more
+            windows, a fixed and evenly mixed part is learned from.
+    """
+
+    finetune: bool = False
+    blocks: Count = 1
+    classes: Annotated[int, Range(2, 255)] | None = None
+    ignore: Annotated[int, Range(0, 2**24 - 1)] | None = None
+    threshold: Annotated[int, Range(0, 65534)] | None = None
+    instances: bool = False
+    epochs: Size | None = None
+    lr: Rate = 3e-3
+    weight_decay: Annotated[float, Range(0, 10)] = 0.05
+    batch_size: Size = 32
+    memory_limit: NotNegative = 4.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.instances and self.threshold is not None:
+            raise ConfigError("segmentation.instances and segmentation.threshold are given", "give one of them")
+
+
+@dataclass(frozen=True)
 class ReconstructionOptions(Settings, group="reconstruction."):
     """Which masks the reconstruction is measured under.
 
@@ -97,14 +135,14 @@ class ReconstructionOptions(Settings, group="reconstruction."):
 
 @dataclass(frozen=True)
 class EvaluateOptions(TargetOption):
-    """Measures what a model learned: nearest neighbours, probes, fine-tuning, anomaly detection.
+    """Measures what a model learned: nearest neighbours, probes, fine-tuning, segmentation, anomalies.
 
     torchrun starts it on several GPUs.
 
     Attributes:
-        method: knn, linear, attentive, reconstruction, finetune (a classifier trained end to end, for minutes to hours)
-            or anomaly (with --normal DIR --test DIR); or all: knn, linear and attentive, beside an untrained network
-            and raw pixels.
+        method: knn, linear, attentive, reconstruction, finetune (a classifier trained end to end, for minutes to
+            hours), segmentation (of pictures with masks) or anomaly (with --normal DIR --test DIR); or all: knn, linear
+            and attentive, beside an untrained network and raw pixels.
         data: the labelled images that probes learn from.
         test_data: the labelled images that are classified: "test" or "val" (that split of the data), "held-out" (some
             of the training images), or what --data takes; null: the test split, else val, else held-out.
@@ -121,10 +159,12 @@ class EvaluateOptions(TargetOption):
             pixels or normalised (patches).
         attentive: how the attentive probe is trained.
         reconstruction: which masks the reconstruction is measured under.
+        segmentation: what masks mean, and how a segmenter is trained on them.
         finetune: how a classifier is trained end to end; its images are flipped only if the run's were.
-        out: folder that finetune makes for the classifier (null: RUN/finetune-...), or that anomaly writes to (null:
-            RUN); to be given where RUN is no folder.
-        resume: of finetune: go on with the training in this folder; without a folder, with the one in `out`.
+        out: folder that finetune makes for the classifier (null: RUN/finetune-...), or that segmentation and anomaly
+            write to (null: RUN); to be given where RUN is no folder.
+        resume: of finetune and segmentation.finetune: go on with the training in this folder; without a folder, with
+            the one in `out`.
         normal: of anomaly: images of what is normal; their training split. It needs no labels.
         test: of anomaly: images to test, in one folder for each class: "good", or a class of the normal ones, is normal
             and any other anomalous.
@@ -144,6 +184,7 @@ class EvaluateOptions(TargetOption):
     preset: Preset | None = None
     attentive: AttentiveOptions = field(default_factory=AttentiveOptions)
     reconstruction: ReconstructionOptions = field(default_factory=ReconstructionOptions)
+    segmentation: SegmentationOptions = field(default_factory=SegmentationOptions)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     out: Place | None = None
     resume: bool | Place = False

@@ -76,6 +76,7 @@ class Source(ABC):
     labels: Labels | None = None  # (N,), -1 where unknown; None: no sample has a label
     classes: tuple[str, ...] | None = None  # the name of each label, where known
     remarks: tuple[str, ...] = ()  # what was assumed or left out, a short phrase each: "3 .heic files not used"
+    masks: Masks | None = None  # of the samples, where there are any
 
     @abstractmethod
     def __len__(self) -> int:
@@ -195,8 +196,6 @@ class EncodedSource(Source):
 class FileSource(EncodedSource):
     """Encoded files on a disk: `names` are paths relative to `root`, with "/"; labels in any form of `read_labels`."""
 
-    masks: Masks | None = None  # beside the files
-
     def __init__(
         self,
         root: Path,
@@ -251,7 +250,7 @@ class Subset(Source):
         self.source = source
         self.indices = indices
         self.labels = None if source.labels is None else source.labels[indices]
-        self.classes, self.remarks = source.classes, source.remarks
+        self.classes, self.remarks, self.masks = source.classes, source.remarks, source.masks
 
     def __len__(self) -> int:
         return len(self.indices)

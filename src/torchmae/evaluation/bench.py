@@ -111,7 +111,8 @@ class Method:
             patches) or "training" (a trained model).
         labelled: take only images with a label, and insist on two classes.
         beside: with `--method all`, also measured on these: "random", "pixels". Empty: not part of "all".
-        left_out: why "all" leaves the method out, a sentence; empty: it does not.
+        compared: likewise, when the method is asked for alone.
+        left_out: why "all" leaves the method out, or one of its baselines is, a sentence; empty: it is not.
         open: opens the images; None: as `images.open_evaluation_data`, of the run's own data where none is named.
     """
 
@@ -119,8 +120,13 @@ class Method:
     needs: Literal["features", "model", "tokens", "training"] = "features"
     labelled: bool = True
     beside: tuple[str, ...] = ()
+    compared: tuple[str, ...] = ()
     left_out: Callable[[Bench, Subject, EvaluateOptions], str] = lambda *_: ""
     open: Callable[[EvaluateOptions, ModelInput], EvaluationData] | None = None
+
+    def baselines(self, options: EvaluateOptions) -> tuple[str, ...]:
+        """The names of what is measured beside the run."""
+        return self.beside if options.method == "all" else self.compared
 
     def suits(self, subject: Subject) -> bool:
         """Whether a subject is what the method needs."""
