@@ -6,9 +6,9 @@ token to logits, which are upsampled to pixels. Pictures larger than the model's
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
-from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +38,7 @@ from torchmae.report.pictures import save_png
 
 NAME = "segmentation"
 GIB = 2**30
+OVERLAP = 0.25  # of windows of a test picture
 _EPOCHS = 10
 _STEPS = 1000
 _RESAMPLES = 1000
@@ -132,7 +133,7 @@ def frozen(
             return subject.patch_tokens(inputs, config.blocks)
 
     one = tokens_of(torch.zeros(1, channels, *size, device=runtime.device))
-    windows, notes = training_windows(images, 2 * one.numel() + prod(size), config.memory_limit)
+    windows, notes = training_windows(images, 2 * one.numel() + math.prod(size), config.memory_limit)
     mine = share(np.arange(len(windows)), images.model.batch_size, runtime.ranks)
     tokens, labels, done = [], [], 0
     for inputs, wanted in window_batches(images, data.maps, [windows[row] for row in mine.rows]):
@@ -169,9 +170,9 @@ def targets(labels: Tensor) -> Tensor:
 # Windows.
 
 
-def evenly_placed(length: int, window: int) -> list[int]:
-    """Where windows begin that cover `length` pixels, evenly spaced, each overlapping the next by a quarter or more."""
-    count = 1 + -(-(length - window) // max(window * 3 // 4, 1))
+def evenly_placed(length: int, window: int, overlap: float) -> list[int]:
+    """Where windows begin that cover `length` pixels, evenly spaced; a share of `overlap` or more lies in two."""
+    count = 1 + math.ceil((length - window) / (window * (1 - overlap)))
     return np.linspace(0, length - window, count).round().astype(int).tolist()
 
 
@@ -181,9 +182,10 @@ def enlarged(size: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
     return tuple(max(wanted, round(have * factor)) for wanted, have in zip(window, size, strict=True))
 
 
-def windows_of(picture: int, size: Sequence[int], window: Sequence[int]) -> list[Window]:
-    """The windows that cover a picture of `size`, once it is `enlarged`."""
-    places = [evenly_placed(have, wanted) for have, wanted in zip(enlarged(size, window), window, strict=True)]
+def windows_of(picture: int, size: Sequence[int], window: Sequence[int], overlap: float = 0.0) -> list[Window]:
+    """The windows that cover a picture of `size`, once it is `enlarged`; `overlap` as of `evenly_placed`."""
+    sides = zip(enlarged(size, window), window, strict=True)
+    places = [evenly_placed(have, wanted, overlap) for have, wanted in sides]
     return [Window(picture, top, left) for top, left in product(*places)]
 
 
@@ -273,7 +275,7 @@ def segmented(
         return None
     picture = images.normalisation.apply(*found)
     size, (height, width) = picture.shape[2:], images.model.input_size
-    windows = windows_of(index, shape, images.model.input_size)
+    windows = windows_of(index, shape, images.model.input_size, OVERLAP)
     total, times = None, torch.zeros(size)
     for start in range(0, len(windows), images.model.batch_size):
         part = windows[start : start + images.model.batch_size]

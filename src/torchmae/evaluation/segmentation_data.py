@@ -150,8 +150,7 @@ def _look(what: str, source: Source, context: Context) -> tuple[Pairs, list[Seen
             raise DataError(
                 f"{masks[index]} is {ours} pixels and its picture {theirs}", "save it in the picture's size"
             )
-        values, counts = np.unique(stored, return_counts=True)
-        return size, Seen(str(masks[index]), is_colour, values, counts, digest([data]))
+        return size, Seen(str(masks[index]), is_colour, *_counted(stored), digest([data]))
 
     found = tracked(map_samples(source, np.arange(len(source)), look), context.progress, f"{what} masks", len(source))
     good, bad = {}, []
@@ -165,6 +164,15 @@ def _look(what: str, source: Source, context: Context) -> tuple[Pairs, list[Seen
     sizes, seen = zip(*good.values(), strict=True)
     content = digest(item.content for item in seen)
     return Pairs(source, np.array([*good]), [masks[index] for index in good], sizes, content), [*seen], bad
+
+
+def _counted(stored: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The different values, rising, and how often each is there."""
+    if stored.min() < 0 or stored.max() >= 2**16:
+        return np.unique(stored, return_counts=True)
+    counts = np.bincount(stored.ravel())  # many times faster
+    values = np.flatnonzero(counts)
+    return values, counts[values]
 
 
 def read_mask(path: Path, context: Context) -> tuple[npt.NDArray[np.int64], bool, bytes]:
