@@ -16,7 +16,7 @@ from torchmae.config.data import DataOptions
 from torchmae.config.evaluate import ComputeOptions, EvaluateOptions, SegmentationOptions
 from torchmae.data.formats import Context
 from torchmae.errors import ConfigError, DataError
-from torchmae.evaluation import segmentation, suite
+from torchmae.evaluation import segmentation, segmentation_windows, suite
 from torchmae.evaluation.images import ModelInput
 from torchmae.evaluation.segmentation_data import SegmentationData, open_segmentation_data, read_mask
 from torchmae.random import Purpose, uniform
@@ -153,9 +153,9 @@ def test_pairs_are_found(made: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [(8, 8), (24, 24), (25, 9), (5, 30), (3, 4)])
 @pytest.mark.parametrize("overlap", [0.0, 0.25])
 def test_windows_cover_every_pixel(size: tuple[int, int], overlap: float) -> None:
-    whole = segmentation.enlarged(size, (8, 8))
+    whole = segmentation_windows.enlarged(size, (8, 8))
     seen = np.zeros(whole, dtype=int)
-    for _, top, left in segmentation.windows_of(0, size, (8, 8), overlap):
+    for _, top, left in segmentation_windows.windows_of(0, size, (8, 8), overlap):
         assert 0 <= top <= whole[0] - 8
         assert 0 <= left <= whole[1] - 8
         seen[top : top + 8, left : left + 8] += 1
@@ -168,7 +168,7 @@ def test_windows_cover_every_pixel(size: tuple[int, int], overlap: float) -> Non
 def test_windows_are_put_together_again(made: Path) -> None:
     """A picture three times the model's input: logits that are the pixels themselves come back as they were."""
     data = opened(made)
-    found = segmentation.read_picture(data.test, 0)
+    found = segmentation_windows.read_picture(data.test, 0)
     assert found is not None
     picture = data.normalisation.apply(*found)[0, 0]
     sizes = []
@@ -177,12 +177,12 @@ def test_windows_are_put_together_again(made: Path) -> None:
         sizes.append(tuple(windows.shape))
         return torch.cat([torch.zeros_like(windows), windows], 1)
 
-    guess = segmentation.segmented(data.test, 0, (24, 24), segment, CPU)
+    guess = segmentation_windows.segmented(data.test, 0, (24, 24), segment, CPU)
     np.testing.assert_array_equal(guess, (picture > 0).numpy())
     assert sum(size[0] for size in sizes) == 16
     assert {size[1:] for size in sizes} == {(1, 8, 8)}
     large = replace(data.test, model=ModelInput((32, 32), 1, None, CPU, 16))  # pictures are enlarged, guesses are not
-    assert segmentation.segmented(large, 0, (24, 24), segment, CPU).shape == (24, 24)  # type: ignore[union-attr]
+    assert segmentation_windows.segmented(large, 0, (24, 24), segment, CPU).shape == (24, 24)  # type: ignore[union-attr]
 
 
 def test_figures_are_those_of_torchmetrics() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from torchmae.config import OptimConfig
 from torchmae.config.finetune import FinetuneConfig
 from torchmae.data.loader import Batch, Indices, Plan
 from torchmae.errors import CheckpointError, ConfigError, DataError
-from torchmae.evaluation.augment import Augment
 from torchmae.nn.classifier import Classifier
 from torchmae.nn.mae import no_weight_decay
+from torchmae.nn.segmenter import Segmenter
 from torchmae.training.checkpoint import Checkpoint
 from torchmae.training.compilation import compile_model
 from torchmae.training.parallel import wrap_ddp
@@ -41,7 +42,9 @@ class SubsetPlan(Plan):
         return epoch, self.rows[chosen]
 
 
-def parameter_groups(model: Classifier, *, lr: float, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: Classifier | Segmenter, *, lr: float, layer_decay: float, weight_decay: float
+) -> list[dict[str, Any]]:
     """The parameters of every layer with a learning rate of its own (Clark et al. 2020, ELECTRA), from the bottom up.
 
     `lr` is the head's; that of each layer below is `layer_decay`, in (0, 1], times the one above it. Each group has its
@@ -66,7 +69,7 @@ class Learner(nn.Module):
         ema: decay of the average; None: no average.
     """
 
-    def __init__(self, classifier: Classifier, ema: float | None) -> None:
+    def __init__(self, classifier: Classifier | Segmenter, ema: float | None) -> None:
         super().__init__()
         self.classifier = classifier
         self.average: AveragedModel | None = None
@@ -74,11 +77,9 @@ class Learner(nn.Module):
             self.average = AveragedModel(classifier, multi_avg_fn=get_ema_multi_avg_fn(ema))  # type: ignore[no-untyped-call]
 
     @property
-    def result(self) -> Classifier:
+    def result(self) -> Any:
         """What is measured and saved."""
-        module: nn.Module = self.classifier if self.average is None else self.average.module
-        assert isinstance(module, Classifier)
-        return module
+        return self.classifier if self.average is None else self.average.module
 
 
 class FinetuneTask(Task):
@@ -104,8 +105,8 @@ class FinetuneTask(Task):
     def __init__(
         self,
         config: FinetuneConfig,
-        classifier: Classifier,
-        augment: Augment,
+        classifier: Classifier | Segmenter,
+        augment: Callable[[Tensor, Tensor], Inputs],
         runtime: Runtime,
         batch_size: int,
         seed: int,
