@@ -32,6 +32,7 @@ class Purpose(IntEnum):
     MASK = 3
     HOLD_OUT = 4
     SUBSET = 5
+    BOOTSTRAP = 6
 
 
 def philox(counter: npt.NDArray[np.uint64], key: tuple[int, int]) -> npt.NDArray[np.uint64]:

@@ -41,7 +41,7 @@ def test_the_probe_finds_what_the_mean_hides() -> None:
     tokens[torch.arange(400), place, 1] = 3.0 * (2 * labels - 1)
     held = held_tokens(tokens[:300].half(), labels[:300], tiny.CPU)
     probe = AttentiveProbe(torch.zeros(8), torch.ones(8), 1, 2)
-    for _ in attentive._train(probe, held, 60, AttentiveOptions(lr=1e-2, batch_size=100), 0):
+    for _ in attentive.train_head(probe, held, 60, AttentiveOptions(lr=1e-2, batch_size=100), 0):
         pass
     with torch.no_grad():
         assert (probe(tokens[300:]).argmax(1) == labels[300:]).float().mean() > 0.9
@@ -105,7 +105,7 @@ def test_statistics_are_those_of_the_tokens() -> None:
     tokens = torch.randn(40, 6, 5) * 3 + torch.arange(5.0)
     tokens[..., 4] = 2.0
     held = held_tokens(tokens.half(), torch.zeros(40, dtype=torch.int64), tiny.CPU)
-    mean, std = attentive._statistics(held, size=16)
+    mean, std = attentive.statistics(held, size=16)
     flat = tokens.half().float().flatten(0, 1)
     torch.testing.assert_close(mean, flat.mean(0))
     torch.testing.assert_close(std[:4], flat.std(0, correction=0)[:4])

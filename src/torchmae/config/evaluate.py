@@ -27,12 +27,12 @@ from torchmae.config.finetune import FinetuneConfig
 from torchmae.config.pretrain import Preset, Strategy
 from torchmae.errors import ConfigError
 
-Method = Literal["all", "knn", "linear", "attentive", "reconstruction", "finetune", "anomaly"]
+Method = Literal["all", "knn", "linear", "attentive", "reconstruction", "finetune", "segmentation", "anomaly"]
 APPLIES_TO = {
     "labels_per_class": ("knn", "linear", "finetune", "all"),
-    "out": ("finetune", "anomaly"),
+    "out": ("finetune", "segmentation", "anomaly"),
     "target": ("reconstruction", "anomaly"),
-    "resume": ("finetune",),
+    "resume": ("finetune", "segmentation"),
     "normal": ("anomaly",),
     "test": ("anomaly",),
     "normal_classes": ("anomaly",),
@@ -76,6 +76,44 @@ class AttentiveOptions(Settings, group="attentive."):
 
 
 @dataclass(frozen=True)
+class SegmentationOptions(Settings, group="segmentation."):
+    """What masks mean, and how a segmenter is trained on them.
+
+    Attributes:
+        finetune: train the encoder and a light decoder end to end, as the options of finetune say (its learning rate,
+            epochs, batch size), instead of a linear head on frozen patch tokens.
+        blocks: so many last blocks of the encoder, whose patch tokens the head gets one after the other.
+        classes: number of classes; ids go from 0 to classes - 1; null: as the masks have them.
+        ignore: id of pixels that do not count, such as 255; of masks in colours, 65536 * red + 256 * green + blue.
+        threshold: what is above it is foreground, the rest background; for masks with soft edges, 127.
+        instances: masks number objects: whatever is above 0 is foreground.
+        epochs: passes over the training windows; null: 10, or as many more as 1,000 steps take.
+        lr: AdamW's peak learning rate; it warms up over a tenth of the steps and falls as a cosine.
+        weight_decay: not applied to biases.
+        batch_size: windows per step.
+        memory_limit: GiB that the patch tokens of the training windows (fine-tuning: their pixels) may fill; of more
+            windows, a fixed and evenly mixed part is learned from.
+    """
+
+    finetune: bool = False
+    blocks: Count = 1
+    classes: Annotated[int, Range(2, 255)] | None = None
+    ignore: Annotated[int, Range(0, 2**24 - 1)] | None = None
+    threshold: Annotated[int, Range(0, 65534)] | None = None
+    instances: bool = False
+    epochs: Size | None = None
+    lr: Rate = 3e-3
+    weight_decay: Annotated[float, Range(0, 10)] = 0.05
+    batch_size: Size = 32
+    memory_limit: NotNegative = 4.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.instances and self.threshold is not None:
+            raise ConfigError("segmentation.instances and segmentation.threshold are given", "give one of them")
+
+
+@dataclass(frozen=True)
 class ReconstructionOptions(Settings, group="reconstruction."):
     """The masks and images of the reconstruction metrics.
 
@@ -97,14 +135,14 @@ class ReconstructionOptions(Settings, group="reconstruction."):
 
 @dataclass(frozen=True)
 class EvaluateOptions(TargetOption):
-    """Measures what a model learned: nearest neighbours, probes, fine-tuning, anomaly detection.
+    """Measures what a model learned: nearest neighbours, probes, fine-tuning, segmentation, anomalies.
 
     Runs on several GPUs with torchrun.
 
     Attributes:
-        method: knn, linear, attentive, reconstruction, finetune (trains a classifier end to end, minutes to hours) or
-            anomaly (with --normal DIR --test DIR); all: knn, linear and attentive, beside an untrained network and raw
-            pixels.
+        method: knn, linear, attentive, reconstruction, finetune (trains a classifier end to end, minutes to hours),
+            segmentation (of pictures with masks) or anomaly (with --normal DIR --test DIR); all: knn, linear and
+            attentive, beside an untrained network and raw pixels.
         data: the labelled training images of the probes.
         test_data: the labelled test images: "test" or "val" (a split of the data), "held-out" (some of the training
             images), or a source as for --data; null: the test split, else val, else held-out.
@@ -121,10 +159,11 @@ class EvaluateOptions(TargetOption):
             normalised (patches).
         attentive: how the attentive probe is trained.
         reconstruction: the masks and images of the reconstruction metrics.
+        segmentation: what masks mean, and how a segmenter is trained on them.
         finetune: how a classifier is trained end to end; its images are flipped if the run's were.
-        out: folder for the classifier of finetune (null: RUN/finetune-...) or the results of anomaly (null: RUN);
-            required if RUN is no folder.
-        resume: finetune: continue the training in this folder; without a folder, in `out`.
+        out: folder for the classifier of finetune (null: RUN/finetune-...) or the results of segmentation and anomaly
+            (null: RUN); required if RUN is no folder.
+        resume: finetune and segmentation.finetune: continue the training in this folder; without a folder, in `out`.
         normal: anomaly: source of the normal images, its training split; labels are not needed.
         test: anomaly: source of the test images, one folder per class. "good" and the classes of the normal images are
             normal, all others anomalous.
@@ -144,6 +183,7 @@ class EvaluateOptions(TargetOption):
     preset: Preset | None = None
     attentive: AttentiveOptions = field(default_factory=AttentiveOptions)
     reconstruction: ReconstructionOptions = field(default_factory=ReconstructionOptions)
+    segmentation: SegmentationOptions = field(default_factory=SegmentationOptions)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     out: Place | None = None
     resume: bool | Place = False

@@ -226,24 +226,33 @@ def masks_among(names: Strings) -> list[int]:
 
 
 class Masks:
-    """The masks of a data set, by their paths relative to its folder; `of` finds the mask of a picture."""
+    """The masks of a data set, by their paths relative to its folder; `of` finds the mask of a picture.
 
-    def __init__(self, root: Path, names: Strings) -> None:
+
+    `pictures` are the paths of the pictures, in the order of their masks; None: those with the mask's folder and stem.
+    """
+
+    def __init__(self, root: Path, names: Strings, pictures: Strings | None = None) -> None:
         self._root = root
         self._names = names
+        self._pictures = pictures
 
     def __len__(self) -> int:
         return len(self._names)
 
+    def _key(self, name: str) -> tuple[str, ...]:
+        return _pair_key(name) if self._pictures is None else (str(self._root / name),)
+
     @cached_property
     def _by_key(self) -> dict[tuple[str, ...], int]:
-        return {_pair_key(os.fsdecode(self._names[i])): i for i in reversed(range(len(self)))}
+        known = self._names if self._pictures is None else self._pictures
+        return {self._key(os.fsdecode(known[i])): i for i in reversed(range(len(self)))}
 
     def of(self, picture: str | Path) -> Path | None:
         """The mask (the first of several) of a picture, whose path is absolute or relative to the root; else None."""
         path = Path(picture)
         name = path.relative_to(self._root) if path.is_relative_to(self._root) else path
-        found = self._by_key.get(_pair_key(name.as_posix()))
+        found = self._by_key.get(self._key(name.as_posix()))
         return None if found is None else self._root / os.fsdecode(self._names[found])
 
 
@@ -315,7 +324,7 @@ def _folder_remarks(
         remarks.append(f"{counts['']:,} images beside the splits ({shortened(beside)}) not used")
     if is_mask.any():
         where = {f"{role.masks}/" if role.masks else "*_mask" for role, n in zip(found, masks_in, strict=True) if n}
-        remarks.append(f"{int(is_mask.sum()):,} masks ({shortened(where)}) not used")
+        remarks.append(f"{int(is_mask.sum()):,} masks ({shortened(where)}) set apart")
     if listing.num_twins:
         remarks.append(
             f"{listing.num_twins:,} images share name and folder with another ({listing.twin}), and all are used; "

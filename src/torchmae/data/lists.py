@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from torchmae.data.folders import SPLIT_NAMES
+from torchmae.data.folders import SPLIT_NAMES, Masks
 from torchmae.data.formats import FORMATS, Context, picture_suffixes
 from torchmae.data.remote import expand_braces
 from torchmae.data.sources import FileSource, Source, Strings, evenly_spaced, from_texts
@@ -31,6 +31,7 @@ LABEL_COLUMNS = (
     *("label", "class", "target", "labels", "category", "class_name", "label_name", "classname", "class_id"),
     *("label_id", "category_id", "diagnosis", "species", "y"),
 )
+MASK_COLUMNS = ("mask", "mask_path", "mask_file", "segmentation", "annotation")
 SPLIT_COLUMNS = ("split", "subset", "partition", "set", "phase")
 
 _MAX_LINE = 2**16  # largest number of characters in a field
@@ -73,6 +74,7 @@ def list_splits(path: Path, context: Context) -> dict[str, Source]:
     """
     csv.field_size_limit(_MAX_LINE)
     names: dict[str, Strings] = {}
+    masks: dict[str, Strings] = {}
     labels: dict[str, array[int]] = {}  # by split; indices of `place_of`
     groups: dict[str, list[str]] = {}
     place_of = {"": 0}
@@ -91,8 +93,9 @@ def list_splits(path: Path, context: Context) -> dict[str, Source]:
                     choices = ", ".join(sorted(SPLIT_NAMES))
                     raise DataError(f"{path}, line {number}: the split is {word!r}", f"choose from {choices}")
                 if split not in names:
-                    names[split], labels[split], groups[split] = Strings(), array("i"), []
+                    names[split], masks[split], labels[split], groups[split] = Strings(), Strings(), array("i"), []
                 names[split].add(name.encode("utf-8", "surrogateescape"))
+                masks[split].add(_cell(row, dialect.mask).encode("utf-8", "surrogateescape"))
                 if dialect.group is not None:
                     groups[split].append(_cell(row, dialect.group))
                 labels[split].append(place_of.setdefault(_cell(row, dialect.label), len(place_of)))
@@ -102,7 +105,8 @@ def list_splits(path: Path, context: Context) -> dict[str, Source]:
         raise DataError(f"{path} is not a list: {error}", "write one path and label a line, as UTF-8") from error
     if "train" not in names:
         raise DataError(f"{path} has no rows of the train split", "write the path of an image on each line")
-    root, names, remarks = _located(path, names)
+    paired = {} if dialect.mask is None else {f"masks of {split}": part for split, part in masks.items()}
+    root, located, remarks = _located(path, names | paired)
     if encoding not in ("utf-8", "utf-8-sig"):
         remarks.insert(0, f"{path.name} read as {encoding}")
     texts = list(place_of)
@@ -113,8 +117,10 @@ def list_splits(path: Path, context: Context) -> dict[str, Source]:
     for split in names:
         own = None if dialect.label is None or numbers is None else numbers[np.frombuffer(labels[split], np.intc)]
         known = classes[: len(trained & set(classes))] if classes and split == "train" else classes
-        found[split] = FileSource(root, names[split], own, None if own is None else known, context, remarks)
+        found[split] = FileSource(root, located[split], own, None if own is None else known, context, remarks)
         found[split].groups = np.array(groups[split]) if groups[split] else None
+        if paired:
+            found[split].masks = Masks(root, located[f"masks of {split}"], located[split])
     return found
 
 
@@ -130,6 +136,7 @@ class _Dialect(NamedTuple):
     path: int = 0
     label: int | None = None
     split: int | None = None
+    mask: int | None = None
     group: int | None = None
     remarks: tuple[str, ...] = ()  # what was decided, a short phrase each
 
@@ -196,9 +203,13 @@ def _dialect(path: Path, encoding: str, group: str | None) -> _Dialect:
     has_header = not _looks_like_path(rows[0][path_at]) and (by_name is not None or like[path_at] > 0)
     label = next((first.index(name) for name in LABEL_COLUMNS if name in first), None) if has_header else None
     split = _split_column(first, rows[1:]) if has_header else None
+    named_mask = next((first.index(name) for name in MASK_COLUMNS if has_header and name in first), None)
+    mask = next((i for i in (named_mask, path_at + 1) if i is not None and i != path_at and like[i]), None)
+    label = None if label == mask else label
     group_at = first.index(group.lower()) if has_header and group is not None and group.lower() in first else None
-    others = [i for i in columns if i not in (path_at, label, split, group_at) and not _is_index(i, rows[has_header:])]
-    if label is None and not has_header and path_at + 1 < len(first):
+    used = (path_at, label, split, mask, group_at)
+    others = [i for i in columns if i not in used and not _is_index(i, rows[has_header:])]
+    if label is None and not has_header and path_at + 1 < len(first) and mask is None:
         label = path_at + 1
     elif label is None and len(others) == 1 and by_name is None:
         label = others[0]
@@ -208,11 +219,13 @@ def _dialect(path: Path, encoding: str, group: str | None) -> _Dialect:
     if has_header and by_name is None:
         names = [rows[0][i].strip() for i in (path_at, *(() if label is None else (label,)))]
         remarks.append(f"paths of {path.name} in the column {' and labels in '.join(map(repr, names))}")
+    if mask is not None:
+        remarks.append(f"masks of {path.name} (column {rows[0][mask].strip() if has_header else mask + 1}) set apart")
     unused = [rows[0][i].strip() if has_header else f"column {i + 1}" for i in others if i != label]
     if unused:
         shown = printable(", ".join(unused[:5])) + (", ..." if len(unused) > 5 else "")
         remarks.append(f"{len(unused)} columns of {path.name} not used ({shown})")
-    return _Dialect(separator, has_header, path_at, label, split, group_at, tuple(remarks))
+    return _Dialect(separator, has_header, path_at, label, split, mask, group_at, tuple(remarks))
 
 
 def _separator(lines: Sequence[str], usual: str) -> str:

@@ -77,6 +77,7 @@ class Source(ABC):
     classes: tuple[str, ...] | None = None  # the name of each label, where known
     groups: npt.NDArray[np.str_] | None = None  # (N,) of data.group: the patient, scene or record of each sample
     remarks: tuple[str, ...] = ()  # what was assumed or left out, a short phrase each: "3 .heic files not used"
+    masks: Masks | None = None  # of the samples, where there are any
 
     @abstractmethod
     def __len__(self) -> int:
@@ -196,8 +197,6 @@ class EncodedSource(Source):
 class FileSource(EncodedSource):
     """Encoded files on a disk: `names` are paths relative to `root`, with "/"; labels in any form of `read_labels`."""
 
-    masks: Masks | None = None  # beside the files
-
     def __init__(
         self,
         root: Path,
@@ -253,7 +252,7 @@ class Subset(Source):
         self.indices = indices
         self.labels = None if source.labels is None else source.labels[indices]
         self.groups = None if source.groups is None else source.groups[indices]
-        self.classes, self.remarks = source.classes, source.remarks
+        self.classes, self.remarks, self.masks = source.classes, source.remarks, source.masks
 
     def __len__(self) -> int:
         return len(self.indices)

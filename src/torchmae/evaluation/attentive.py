@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchmae.config import OptimConfig
-from torchmae.config.evaluate import AttentiveOptions, EvaluateOptions
+from torchmae.config.evaluate import AttentiveOptions, EvaluateOptions, SegmentationOptions
 from torchmae.data.loader import Batch, Indices, mixed_subset
 from torchmae.evaluation.bench import Bench
 from torchmae.evaluation.images import ImageSet
@@ -106,13 +106,13 @@ def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
     """The accuracy of the attentive probe. All ranks train it; each encodes a share of the images."""
     data, runtime, settings = bench.data, bench.runtime, options.attentive
     tokens = open_tokens(subject, data.train, runtime, settings.memory_limit)
-    mean, std = _statistics(tokens, data.train.model.batch_size)
+    mean, std = statistics(tokens, data.train.model.batch_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         probe = AttentiveProbe(mean.cpu(), std.cpu(), _num_heads(len(mean)), len(data.classes))
     probe.to(runtime.device)
-    epochs = settings.epochs or max(_EPOCHS, -(-_STEPS // -(-tokens.count // settings.batch_size)))
-    for epoch in _train(probe, tokens, epochs, settings, options.seed):
+    epochs = settings.epochs or epochs_for(tokens.count, settings.batch_size, _EPOCHS, _STEPS)
+    for epoch in train_head(probe, tokens, epochs, settings, options.seed):
         bench.display.preparing(f"attentive probe, {subject.name}, epochs", epoch, epochs)
     share, batches = data.test.shared(runtime.ranks, f"encoding test images, {subject.name}")
     with torch.no_grad():
@@ -142,7 +142,7 @@ def _num_heads(dim: int) -> int:
     return next(heads for heads in range(max(1, dim // 64), 0, -1) if dim % heads == 0)
 
 
-def _statistics(tokens: Tokens, size: int) -> tuple[Tensor, Tensor]:
+def statistics(tokens: Tokens, size: int) -> tuple[Tensor, Tensor]:
     """Mean and deviation, (D,), of the tokens of a sample of images."""
     sample = np.sort(mixed_subset(tokens.count, _STATISTICS_IMAGES))
     blocks = [block.flatten(0, 1) for block, _ in tokens.batches(sample, size)]
@@ -152,7 +152,14 @@ def _statistics(tokens: Tokens, size: int) -> tuple[Tensor, Tensor]:
     return mean, torch.where(variance > 1e-12, variance, torch.ones_like(variance)).sqrt()
 
 
-def _train(probe: AttentiveProbe, tokens: Tokens, epochs: int, options: AttentiveOptions, seed: int) -> Iterator[int]:
+def epochs_for(count: int, batch_size: int, fewest: int, steps: int) -> int:
+    """Passes over `count` samples: `fewest`, or as many more as `steps` steps take."""
+    return max(fewest, -(-steps // -(-count // batch_size)))
+
+
+def train_head(
+    probe: nn.Module, tokens: Tokens, epochs: int, options: AttentiveOptions | SegmentationOptions, seed: int
+) -> Iterator[int]:
     """Trains, and yields the number of epochs done after each."""
     decayed = [parameter for parameter in probe.parameters() if parameter.ndim > 1]
     plain = [parameter for parameter in probe.parameters() if parameter.ndim <= 1]

@@ -101,7 +101,9 @@ class Method:
             trained model).
         labelled: take only images with a label, of at least two classes.
         beside: the baselines of `--method all`: "random", "pixels". Empty: "all" does not include the method.
-        left_out: a sentence on why "all" leaves the method out of this evaluation; empty where it does not.
+        compared: the baselines when the method is asked for alone.
+        left_out: a sentence on why "all" leaves the method, or one of its baselines, out of this evaluation; empty
+            where it does not.
         open: opens the images; None: `images.open_evaluation_data`.
     """
 
@@ -109,8 +111,13 @@ class Method:
     needs: Literal["features", "model", "tokens", "training"] = "features"
     labelled: bool = True
     beside: tuple[str, ...] = ()
+    compared: tuple[str, ...] = ()
     left_out: Callable[[Bench, Subject, EvaluateOptions], str] = lambda *_: ""
     open: Callable[[EvaluateOptions, ModelInput], EvaluationData] | None = None
+
+    def baselines(self, options: EvaluateOptions) -> tuple[str, ...]:
+        """The names of what is measured beside the run."""
+        return self.beside if options.method == "all" else self.compared
 
     def suits(self, subject: Subject) -> bool:
         """Whether the method can measure the subject."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,14 +18,12 @@ from torchmae.data.loader import Batch, Indices, Plan
 from torchmae.errors import CheckpointError, ConfigError, DataError
 from torchmae.nn.classifier import Classifier
 from torchmae.nn.mae import no_weight_decay
+from torchmae.nn.segmenter import Segmenter
 from torchmae.training.checkpoint import Checkpoint
 from torchmae.training.compilation import compile_model
 from torchmae.training.parallel import wrap_ddp
 from torchmae.training.runtime import Runtime
 from torchmae.training.task import Fixes, Inputs, LoopSettings, Task
-
-if TYPE_CHECKING:
-    from torchmae.evaluation.augment import Augment
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,9 @@ class SubsetPlan(Plan):
         return epoch, self.rows[chosen]
 
 
-def parameter_groups(model: Classifier, *, lr: float, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: Classifier | Segmenter, *, lr: float, layer_decay: float, weight_decay: float
+) -> list[dict[str, Any]]:
     """Parameter groups with layer-wise learning rates (Clark et al. 2020, ELECTRA), from the lowest layer to the head.
 
     `lr` is the head's; each layer below has `layer_decay`, in (0, 1], times the rate of the layer above. Each group
@@ -59,7 +60,7 @@ def parameter_groups(model: Classifier, *, lr: float, layer_decay: float, weight
 class Learner(nn.Module):
     """A classifier, and the moving average of its weights with decay `ema`; None: no average."""
 
-    def __init__(self, classifier: Classifier, ema: float | None) -> None:
+    def __init__(self, classifier: Classifier | Segmenter, ema: float | None) -> None:
         super().__init__()
         self.classifier = classifier
         self.average: AveragedModel | None = None
@@ -67,11 +68,9 @@ class Learner(nn.Module):
             self.average = AveragedModel(classifier, multi_avg_fn=get_ema_multi_avg_fn(ema))  # type: ignore[no-untyped-call]
 
     @property
-    def result(self) -> Classifier:
-        """The classifier to measure and save."""
-        module: nn.Module = self.classifier if self.average is None else self.average.module
-        assert isinstance(module, Classifier)
-        return module
+    def result(self) -> Any:
+        """The model to measure and save."""
+        return self.classifier if self.average is None else self.average.module
 
 
 class FinetuneTask(Task):
@@ -91,8 +90,8 @@ class FinetuneTask(Task):
     def __init__(
         self,
         config: FinetuneConfig,
-        classifier: Classifier,
-        augment: Augment,
+        classifier: Classifier | Segmenter,
+        augment: Callable[[Tensor, Tensor], Inputs],
         runtime: Runtime,
         batch_size: int,
         seed: int,

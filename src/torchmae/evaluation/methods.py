@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from torchmae.evaluation import anomaly, attentive, finetune, knn, linear, quality
+from torchmae.evaluation import anomaly, attentive, finetune, knn, linear, quality, segmentation
 from torchmae.evaluation.anomaly_data import open_anomaly_data
 from torchmae.evaluation.bench import Method
+from torchmae.evaluation.segmentation_data import open_segmentation_data
 from torchmae.evaluation.subject import PIXELS, RANDOM
 
 METHODS: dict[str, Method] = {
@@ -13,6 +14,13 @@ METHODS: dict[str, Method] = {
     "attentive": Method(attentive.measure, "tokens", beside=(RANDOM,), left_out=attentive.left_out),
     "reconstruction": Method(quality.measure, "model", labelled=False),
     "finetune": Method(finetune.measure, "model"),
+    "segmentation": Method(
+        segmentation.measure,
+        labelled=False,
+        compared=(RANDOM, PIXELS),
+        left_out=segmentation.left_out,
+        open=open_segmentation_data,
+    ),
     "anomaly": Method(anomaly.measure, "training", open=open_anomaly_data),
 }
 """Every method by name: what `--method` takes, beside "all". A method is a file beside this one and a row."""

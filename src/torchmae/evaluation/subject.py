@@ -17,7 +17,8 @@ from torchmae.data.sources import digest
 from torchmae.errors import ConfigError
 from torchmae.evaluation.scores import Labelled
 from torchmae.evaluation.sharing import Share
-from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.nn.mae import MaskedAutoencoder, require_patches
+from torchmae.nn.patches import patchify
 from torchmae.training.runtime import Runtime
 
 RANDOM = "random"
@@ -30,10 +31,11 @@ _POOL: dict[int, Callable[..., Tensor]] = {1: F.adaptive_avg_pool1d, 2: F.adapti
 
 @dataclass(frozen=True)
 class Subject:
-    """A source of features, called "model", "random" or "pixels"; pixels have no model."""
+    """A source of features, called "model", "random" or "pixels"; pixels have no model but a `patch_size` to cut."""
 
     name: str
     model: MaskedAutoencoder | None
+    patch_size: tuple[int, ...] = ()
 
     @property
     def pools(self) -> tuple[str, ...]:
@@ -62,6 +64,28 @@ class Subject:
         axes = images.ndim - 2
         size = [min(side, _PIXEL_SIDE[axes]) for side in images.shape[2:]]
         return (images if list(images.shape[2:]) == size else _POOL[axes](images, size)).flatten(1)
+
+    @torch.no_grad()
+    def patch_tokens(self, images: Tensor, blocks: int = 1) -> Tensor:
+        """(B, L, D): of each patch, the outputs of the last `blocks` blocks one after the other, or its pixels.
+
+        Raises:
+            ConfigError: no patches, or fewer blocks.
+        """
+        if self.model is None:
+            return patchify(images, self.patch_size)
+        if blocks == 1:
+            return self.model.encode(images, "tokens")
+        require_patches(self.model, "for segmentation.blocks")
+        encoder = self.model.encoder
+        depth = len(encoder.blocks) if encoder.gives_blocks else 1
+        if blocks > depth:
+            raise ConfigError(
+                f"segmentation.blocks is {blocks} and this {encoder.label} gives {depth}", f"at most {depth}"
+            )
+        output = encoder(images, keep_blocks=True)
+        before = (block[:, encoder.num_prefix_tokens :] for block in output.blocks[-blocks:-1])
+        return torch.cat([*(F.layer_norm(block, block.shape[-1:]) for block in before), output.patches], dim=-1)
 
     def fingerprint(self) -> str:
         """A digest of the weights; empty for pixels."""
@@ -105,6 +129,6 @@ def untrained(
     return Subject(RANDOM, model.to(device).eval())
 
 
-def pixels() -> Subject:
+def pixels(patch_size: tuple[int, ...] = ()) -> Subject:
     """Raw pixels, the baseline that a model has to beat."""
-    return Subject(PIXELS, None)
+    return Subject(PIXELS, None, patch_size)

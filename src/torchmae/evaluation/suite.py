@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -178,17 +178,21 @@ def open_bench(
         splits,
     )
     opener = next((method.open for method in methods.values() if method.open is not None), None)
+    if options.normal is None:
+        options = replace(options, data=own_data(run, options.data))
     if opener is not None:
         data = opener(options, model)
     else:
-        options = replace(options, data=own_data(run, options.data))
         data = open_evaluation_data(options, model, labelled=any(method.labelled for method in methods.values()))
         if options.labels_per_class is not None and data.train.source.labels is not None:
             # Before hours of encoding.
             check_counts(data.train.source.labels, data.classes, options.labels_per_class)
     arguments = {**arguments, "in_chans": len(data.normalisation.mean)}
-    baselines = {RANDOM: lambda: untrained(arguments, options.seed, runtime.device, own), PIXELS: pixels}
-    beside = {name for method in methods.values() if options.method == ALL for name in method.beside}
+    baselines: dict[str, Callable[[], Subject]] = {
+        RANDOM: lambda: untrained(arguments, options.seed, runtime.device, own),
+        PIXELS: lambda: pixels(tuple(arguments.get("patch_size", ()))),
+    }
+    beside = {name for method in methods.values() for name in method.baselines(options)}
     if pretrained is None:
         subjects = [baselines[run]()]
     else:
@@ -213,7 +217,8 @@ def measure(
         elif why := method.left_out(bench, subjects[0], options):
             left_out.append(why)
             continue
-        shown = [item for item in subjects[1:] if item.name in method.beside and method.suits(item)]
+        fitting = [item for item in subjects[1:] if item.name in method.baselines(options) and method.suits(item)]
+        shown = [item for item in fitting if not method.left_out(bench, item, options)]
         results[name] = {item.name: method.measure(bench, item, options) for item in (subjects[0], *shown)}
     return results, tuple(left_out)
 

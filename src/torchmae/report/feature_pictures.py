@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Labels: TypeAlias = npt.NDArray[np.int64]
 
 _MIN_SIDE = 112
+_SEGMENTED_SIDE = 256  # pixels of the longer side
 _PAIRS_PER_ROW = 4  # an image and its map
 # Ten colours of a map, distinct on white and on near-black; ten more classes have another marker.
 _HUES = ["#3b7dd8", "#e0702c", "#2e9b57", "#d9485f", "#8a63d2", "#a9752b", "#d265b3", "#7a8a99", "#9aa41c", "#1fa3b5"]
@@ -130,6 +131,38 @@ def anomaly_picture(images: Images, maps: Mapping[str, FloatArray], truth: Seque
         "all maps of one kind.",
         captions=_in_rows([[word] + [""] * len(maps) for word in truth], 2),
         column_gaps=(len(maps) + 1,),
+    )
+
+
+def segmentation_picture(
+    images: Sequence[FloatArray], truth: Sequence[Labels], guesses: Sequence[Labels], classes: Sequence[str]
+) -> Image.Image:
+    """Images, (C, H, W) in [0, 1] of any size, beside their masks and guesses: classes, (H, W), 255 where none counts.
+
+    Colours lie on all classes but the first.
+    """
+    colours = np.array([Image.new("RGB", (1, 1), hue).getpixel((0, 0)) for hue in _HUES], dtype=np.float32)
+    rows = []
+    for image, *maps in zip(images, truth, guesses, strict=True):
+        plain = sample_panels([image], 1)[0]
+        pixels = np.asarray(plain, dtype=np.float32)
+        panels = [plain]
+        for found in maps:
+            tinted = np.where(found[..., None] == 255, 128, colours[(found.astype(np.int64) - 1) % len(colours)])
+            mixed = np.where(found[..., None] == 0, pixels, 0.45 * pixels + 0.55 * tinted)
+            panels.append(Image.fromarray(np.round(mixed).astype(np.uint8)))
+        factor = _SEGMENTED_SIDE / max(plain.size)
+        size = (max(1, round(plain.width * factor)), max(1, round(plain.height * factor)))
+        kind = Image.Resampling.LANCZOS if factor < 1 else Image.Resampling.NEAREST
+        rows.append([panel.resize(size, kind) for panel in panels])
+    widest, highest = (max(row[0].size[axis] for row in rows) for axis in (0, 1))
+    return draw_table(
+        rows,
+        ("image", "mask", "guess"),
+        size=(widest, highest),
+        Title="Segmentation of test pictures",
+        Description="Beside each picture its mask and what the model makes of it, one colour for each class; "
+        f"without colour: {classes[0]}; grey: does not count.",
     )
 
 

@@ -48,6 +48,7 @@ LOSS = Unit("Loss", "{:.4f}".format, number)
 SHARE = Unit("Share", "{:.3f}".format, percent, "%", 100, is_share=True)
 ACCURACY = Unit("Accuracy, %", "{:.1f}".format, "{:.1f}%".format, "%", is_share=True)
 AUROC = Unit("AUROC", "{:.3f}".format)
+SEGMENTATION = Unit("Segmentation, %", "{:.1f}".format, "{:.1f}%".format, "%", is_share=True)
 COUNT = Unit("Count", "{:,.0f}".format, "{:,.0f}".format)
 TRAINING = Unit("Training")
 """The effort of a fine-tuning; shown beside its accuracy, not in a table."""
@@ -137,6 +138,11 @@ METRICS: dict[str, Metric] = {
     "finetune": Metric("fine-tuned", ACCURACY, max, goal="features"),
     "finetune_random": Metric("trained from random weights", ACCURACY, max),
     r"finetune_(?:random_)?(?P<took>images|seconds|loss)": Metric("{took}", TRAINING),
+    "segmentation_miou": Metric("mean IoU", SEGMENTATION, max),
+    "segmentation_accuracy": Metric("pixel accuracy", SEGMENTATION, max),
+    "segmentation_finetune_miou": Metric("mean IoU, fine-tuned", SEGMENTATION, max),
+    "segmentation_finetune_accuracy": Metric("pixel accuracy, fine-tuned", SEGMENTATION, max),
+    r"segmentation_finetune_(?P<took>images|seconds|loss)": Metric("{took}", TRAINING),
     "anomaly_reconstruction": Metric("reconstruction error", AUROC, max),
     "anomaly_reconstruction_max": Metric("reconstruction error, worst patch", AUROC, max),
     "anomaly_knn": Metric("kNN distance of the mean feature", AUROC, max),

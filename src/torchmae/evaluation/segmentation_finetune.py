@@ -1,0 +1,109 @@
+"""Segmentation end to end: the encoder with a light decoder, trained on windows by the one training loop.
+
+The folder that it leaves holds finetune.json, metrics.jsonl, checkpoints/ and model.safetensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from contextlib import closing
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from torchmae.config import DataConfig
+from torchmae.config.evaluate import EvaluateOptions
+from torchmae.data.arrays import ArraySource, hold
+from torchmae.data.formats import Context
+from torchmae.data.loader import Batch, ImageLoader, Plan, View
+from torchmae.data.transforms import Normalisation
+from torchmae.evaluation.bench import Bench, output_folder
+from torchmae.evaluation.finetune import begin, check_folder
+from torchmae.evaluation.finetune_training import FinetuneTask, check_same
+from torchmae.evaluation.images import run_data
+from torchmae.evaluation.segmentation_data import IGNORED, SegmentationData
+from torchmae.evaluation.segmentation_windows import Segment, targets, training_windows, window_batches
+from torchmae.evaluation.subject import Subject
+from torchmae.nn.segmenter import Segmenter
+from torchmae.training.checkpoint import load_checkpoint
+from torchmae.training.run_folder import RunFolder
+from torchmae.training.saved_model import write_weights
+from torchmae.training.state import State
+from torchmae.training.task import Inputs, seeded, step_seed
+from torchmae.training.tracking import JsonLines, Trackers
+from torchmae.training.trainer import train
+
+
+class SegmentationTask(FinetuneTask):
+    """A segmenter that learns from windows whose last channel are the classes."""
+
+    def inputs(self, batch: Batch, step: int, total: int) -> Inputs:
+        """Images (B, C, h, w), and their classes (B, h, w)."""
+        del step, total
+        return batch.images[:, :-1], targets(batch.images[:, -1].round())
+
+
+def finetuned(
+    bench: Bench, data: SegmentationData, subject: Subject, options: EvaluateOptions
+) -> tuple[Segment, str, dict[str, float], tuple[str, ...]]:
+    """The subject's encoder with a decoder, trained in a folder of its own; the name of its figures; these; notes."""
+    assert subject.model is not None
+    name, config, images, runtime = "segmentation_finetune", options.finetune, data.train, bench.runtime
+    suffix, ranks = "" if subject.name in ("model", bench.run) else f"-{subject.name}", runtime.ranks
+    out = output_folder(bench.run, options) / f"segmentation-finetune{suffix}"
+    begun = ranks.on_main((out / "finetune.json").exists)
+    resume = bool(options.resume) and (begun or not suffix)
+    ranks.on_main(lambda: check_folder(out, resume))
+    size, channels = images.model.input_size, len(images.normalisation.mean)
+    windows, notes = training_windows(images, 4 * (channels + 1) * math.prod(size), options.segmentation.memory_limit)
+    batches = window_batches(images, data.maps, windows)
+    stored = torch.cat([torch.cat([inputs, labels[:, None].float()], 1) for inputs, labels in batches])
+    stored = stored[(stored[:, -1] != IGNORED).flatten(1).any(1)]  # the last channel are the classes
+    source = ArraySource(stored.movedim(1, -1).numpy(), title="windows", context=Context(axes="HWC"))
+    loader = ImageLoader(
+        source,
+        hold(source, math.inf, images.bad),
+        view=View(size, (1, 1), (1, 1), flip=(run_data(bench.run) or DataConfig()).flip),
+        normalisation=Normalisation((0.0,) * (channels + 1), (1.0,) * (channels + 1)),
+        device=runtime.device,
+        num_workers=0,
+        bad=images.bad,
+    )
+    with seeded(step_seed(options.seed, 0)):
+        segmenter = Segmenter(copy.deepcopy(subject.model.encoder), len(data.classes)).to(runtime.device)
+    plan = Plan(len(source), min(config.batch_size or options.segmentation.batch_size, len(source)), options.seed)
+    task = SegmentationTask(config, segmenter, lambda *given: given, runtime, plan.batch_size, options.seed)
+    asked = {"settings": asdict(config), "segmentation": asdict(options.segmentation), "seed": options.seed}
+    about = {"data": images.source.fingerprint(), "labels": images.source.label_fingerprint()}
+    job = json.loads(json.dumps(asked | about))  # with lists for tuples, as files have it
+    folder = RunFolder(out)
+    checkpoint = load_checkpoint(folder.checkpoints, bench.display.warn, ranks) if resume else None
+    if resume:
+        check_same(checkpoint, job, out)
+    ranks.on_main(lambda: begin(folder, job, checkpoint))
+    steps = config.epochs * plan.steps_per_epoch
+    with closing(folder), Trackers(JsonLines(folder.metrics)) if ranks.is_main else Trackers() as tracker:
+        state = train(
+            task,
+            State(0, steps, precision=runtime.precision, data=job["data"], job=job),
+            loader=loader,
+            plan=plan,
+            folder=folder,
+            tracker=tracker,
+            display=bench.display,
+            checkpoint=checkpoint,
+        )
+    ranks.on_main(lambda: write_weights(folder.weights, task.model.result.state_dict()))
+    task.model.eval()
+    notes += (f"{out.name} has the trained weights and is in {out.parent}",)
+    took = {"loss": state.loss, "images": float(len(source)), "seconds": state.seconds}
+
+    def segment(inputs: Tensor) -> Tensor:
+        with runtime.autocast():
+            logits: Tensor = task.model.result(inputs)
+        return logits
+
+    return segment, name, {f"{name}_{key}": value for key, value in took.items()}, notes

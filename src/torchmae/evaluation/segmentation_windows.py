@@ -1,0 +1,161 @@
+"""Windows of the model's input size: cut out of pictures and their masks, and put together to one map of classes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchmae.data.arrays import GIB
+from torchmae.data.loader import mixed_subset
+from torchmae.data.transforms import resample
+from torchmae.errors import DataError
+from torchmae.evaluation.images import ImageSet
+from torchmae.evaluation.segmentation_data import IGNORED, ClassMap, ClassMaps, Pairs
+
+OVERLAP = 0.25  # of windows of a test picture
+_SKIPPED = -100  # the label that PyTorch's cross-entropy leaves out
+
+Segment = Callable[[Tensor], Tensor]
+"""From windows, (B, C, h, w), to logits, (B, K, h, w)."""
+
+
+class Window(NamedTuple):
+    """A place in a picture, of the size of the model's input: the picture's number, and its upper left corner."""
+
+    picture: int
+    top: int
+    left: int
+
+
+def targets(labels: Tensor) -> Tensor:
+    """Classes as cross-entropy takes them: int64."""
+    return labels.long().masked_fill_(labels == IGNORED, _SKIPPED)
+
+
+def upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, K, h, w) to (B, K, *size), bilinear."""
+    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def evenly_placed(length: int, window: int, overlap: float) -> list[int]:
+    """Where windows begin that cover `length` pixels, evenly spaced; a share of `overlap` or more lies in two."""
+    count = 1 + math.ceil((length - window) / (window * (1 - overlap)))
+    return np.linspace(0, length - window, count).round().astype(int).tolist()
+
+
+def enlarged(size: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
+    """The size of a picture in which the window fits: its own, or one in its proportions."""
+    factor = max(1.0, *(wanted / have for wanted, have in zip(window, size, strict=True)))
+    return tuple(max(wanted, round(have * factor)) for wanted, have in zip(window, size, strict=True))
+
+
+def windows_of(picture: int, size: Sequence[int], window: Sequence[int], overlap: float = 0.0) -> list[Window]:
+    """The windows that cover a picture of `size`, once it is `enlarged`; `overlap` as of `evenly_placed`."""
+    sides = zip(enlarged(size, window), window, strict=True)
+    places = [evenly_placed(have, wanted, overlap) for have, wanted in sides]
+    return [Window(picture, top, left) for top, left in product(*places)]
+
+
+def training_windows(images: ImageSet, window_bytes: int, memory_limit: float) -> tuple[list[Window], tuple[str, ...]]:
+    """The windows of all training pictures, or a mixed part that fits `memory_limit` GiB, and a note on that."""
+    pairs = images.source
+    assert isinstance(pairs, Pairs)
+    windows = [window for i, size in enumerate(pairs.sizes) for window in windows_of(i, size, images.model.input_size)]
+    count = max(1, int(memory_limit * GIB / window_bytes))
+    if count >= len(windows):
+        return windows, ()
+    chosen = np.sort(mixed_subset(len(windows), count))
+    note = f"learned from {count:,} of {len(windows):,} training windows, which fit segmentation.memory_limit"
+    return [windows[row] for row in chosen], (note,)
+
+
+def read_picture(images: ImageSet, index: int) -> tuple[Tensor, torch.dtype] | None:
+    """A picture, (1, C, H, W) float32 in stored values and the type of these, `enlarged`; None where it is unreadable.
+
+    The set's `bad` takes it then.
+    """
+    try:
+        values = images.source.open(index).read()
+    except DataError as error:
+        images.bad.add(images.source.name(index), error.problem)
+        return None
+    stored = torch.from_numpy(values).movedim(-1, 0)[None]
+    box = np.array([[[0, length] for length in stored.shape[2:]]])
+    size = enlarged(stored.shape[2:], images.model.input_size)
+    return resample(stored, box, size, np.array([False])), stored.dtype
+
+
+def stretched(classes: ClassMap, size: Sequence[int]) -> ClassMap:
+    """A map of classes in another size: each pixel takes the class of the nearest."""
+    rows, columns = (np.arange(wanted) * have // wanted for wanted, have in zip(size, classes.shape, strict=True))
+    return classes[rows][:, columns]
+
+
+def cut_windows(
+    images: ImageSet, maps: ClassMaps, windows: Sequence[Window]
+) -> Iterator[tuple[Tensor, torch.dtype, Tensor]]:
+    """Of each window its stored values, (C, h, w), their type, and its classes, (h, w) uint8.
+
+    Of a picture that cannot be read, zeros that count nowhere. Windows of one picture follow each other.
+    """
+    pairs, (height, width) = images.source, images.model.input_size
+    assert isinstance(pairs, Pairs)
+    blank = torch.zeros(1, len(images.normalisation.mean), height, width)
+    last = -1
+    for window in windows:
+        if window.picture != last:
+            last, found = window.picture, read_picture(images, window.picture)
+            if found is not None:
+                (picture, dtype), size = found, found[0].shape[2:]
+                classes = torch.from_numpy(stretched(maps.read(pairs.files[last]), size))
+        if found is None:
+            yield blank[0], torch.float32, torch.full((height, width), IGNORED, dtype=torch.uint8)
+            continue
+        rows, columns = slice(window.top, window.top + height), slice(window.left, window.left + width)
+        yield picture[0, :, rows, columns], dtype, classes[rows, columns]
+
+
+def window_batches(images: ImageSet, maps: ClassMaps, windows: Sequence[Window]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Windows as the model's input, (B, C, h, w), and their classes, (B, h, w) uint8."""
+    inputs, labels = [], []
+    for number, (stored, dtype, classes) in enumerate(cut_windows(images, maps, windows), 1):
+        inputs.append(images.normalisation.apply(stored[None], dtype))
+        labels.append(classes)
+        if len(inputs) == images.model.batch_size or number == len(windows):
+            yield torch.cat(inputs), torch.stack(labels)
+            inputs, labels = [], []
+
+
+@torch.no_grad()
+def segmented(
+    images: ImageSet, index: int, shape: tuple[int, ...], segment: Segment, device: torch.device
+) -> ClassMap | None:
+    """The likeliest class of each pixel of a picture, in its own `shape`; None where it cannot be read.
+
+    Logits of windows that overlap are averaged.
+    """
+    found = read_picture(images, index)
+    if found is None:
+        return None
+    picture = images.normalisation.apply(*found)
+    size, (height, width) = picture.shape[2:], images.model.input_size
+    windows = windows_of(index, shape, images.model.input_size, OVERLAP)
+    total, times = None, torch.zeros(size)
+    for start in range(0, len(windows), images.model.batch_size):
+        part = windows[start : start + images.model.batch_size]
+        places = [(slice(w.top, w.top + height), slice(w.left, w.left + width)) for w in part]
+        logits = segment(torch.stack([picture[0][:, *place] for place in places]).to(device)).float().cpu()
+        total = torch.zeros(logits.shape[1], *size) if total is None else total
+        for place, values in zip(places, logits, strict=True):
+            total[:, *place] += values
+            times[place] += 1
+    assert total is not None
+    mean = (total / times)[None]
+    return upsample(mean, shape)[0].argmax(0).numpy().astype(np.uint8)
