@@ -30,6 +30,7 @@ _DEFLATED = b"1.2.840.10008.1.2.1.99"  # the transfer syntax that packs the head
 _FIRST = 2**16  # bytes that hold the name of the transfer syntax
 _LONGEST = 2**20  # bytes of an element of the header that is read
 _GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")  # of files with several frames
+_UNEVEN = 0.05  # share of the mean distance of slices by which distances may differ
 _COLOURS = ("Red", "Green", "Blue")
 _TAGS = [
     *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "PixelRepresentation"),
@@ -92,7 +93,7 @@ class DicomItem(FileItem):
         is_plain = samples == 3 or is_palette or (self._line == (1, 0) and not self._table)
         meta: dict[str, Any] = {"pages": 1 if self._stack else self._frames}
         if (padding := header.get("PixelPaddingValue")) is not None and samples == 1 and not is_palette:
-            meta["nodata"] = float(self._in_units(np.array(padding, stored)))
+            meta["nodata"] = float(self._in_units(np.array(padding).astype(stored)))
         plane = _find(header, "PixelSpacing") or header.get("ImagerPixelSpacing")
         if plane is not None:
             depth = _find(header, "SpacingBetweenSlices") or _find(header, "SliceThickness")
@@ -125,7 +126,7 @@ class DicomItem(FileItem):
     def _take(self, region: Region) -> Image:
         (first, count), *sides = region if self._stack else ((self._page, 1), *region)
         crop = tuple(slice(start, start + length) for start, length in sides)
-        frames = np.stack([self._frame(number)[crop] for number in range(first, first + count)])
+        frames = np.stack([self._frame(number)[crop].copy() for number in range(first, first + count)])
         return frames if self._stack else frames[0]
 
     def _frame(self, number: int) -> Image:
@@ -139,7 +140,7 @@ class DicomItem(FileItem):
         padding, end = self._header.get("PixelPaddingValue"), self._header.get("PixelPaddingRangeLimit")
         if padding is not None and end is not None:
             low, high = sorted((int(padding), int(end)))
-            values = np.where((values >= low) & (values <= high), np.array(padding, values.dtype), values)
+            values = np.where((values >= low) & (values <= high), np.array(padding).astype(values.dtype), values)
         return self._in_units(values)[..., None]
 
     def _decoded(self, number: int) -> Image:
@@ -239,4 +240,9 @@ def by_series(source: Source) -> Source:
         found[key].append((place, index))
     if len(found) == len(source):
         return source
-    return SeriesSource(source, [tuple(index for _, index in sorted(slices)) for slices in found.values()])
+    ordered = [sorted(slices) for slices in found.values()]
+    gaps = [np.diff([place for place, _ in slices]) for slices in ordered if len(slices) > 1]
+    uneven = sum(gap.max() - gap.min() > _UNEVEN * gap.mean() for gap in gaps)
+    volumes = SeriesSource(source, [tuple(index for _, index in slices) for slices in ordered])
+    volumes.remarks += (f"slices of {uneven:,} volumes are not evenly spaced",) if uneven else ()
+    return volumes

@@ -125,6 +125,7 @@ def list_images(folder: Path, suffixes: tuple[str, ...]) -> Listing:
         lower = os.fsdecode(name).lower()
         if not lower.endswith(suffixes):
             suffix = os.path.splitext(lower)[1]  # noqa: PTH122 (a Path is slow)
+            suffix = ".nii.gz" if lower.endswith(".nii.gz") else suffix
             is_bare = not suffix or suffix[1:].isdigit()  # DICOM files are called IM0001, or by an identifier: 1.2.840
             suffix = FORMATS["dicom"].suffixes[0] if is_bare and _is_dicom(root + b"/" + entry) else suffix
             if suffix not in suffixes:

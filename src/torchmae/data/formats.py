@@ -122,8 +122,7 @@ class ArrayItem(Item):
         self._axis = None if channel_axis is None else channel_axis % len(shape)
         channels = 1 if self._axis is None else shape.pop(self._axis)
         super().__init__(tuple(shape), channels, stored_type(values.dtype), **facts)
-        if (values.dtype.kind in "iuf" and values.dtype.itemsize > self.dtype.itemsize) or values.dtype.kind == "i":
-            self.notes += (f"{values.dtype.name} as float32",)
+        self.notes += _type_notes(values.dtype)
         self._values = values
         self._place = () if place is None else (place,)
 
@@ -147,6 +146,12 @@ class ArrayItem(Item):
         return np.moveaxis(np.asarray(self._values[(*self._place, *index)]), self._axis, -1)
 
 
+def _type_notes(dtype: np.dtype[Any]) -> tuple[str, ...]:
+    """What becomes of values of a type that is not kept."""
+    is_kept = dtype.kind != "i" and dtype.itemsize <= stored_type(dtype).itemsize
+    return () if is_kept else (f"{dtype.name} as float32",)
+
+
 def _fill(image: Image, nodata: float | str) -> None:
     """Replaces what is `nodata` or not finite by the mean of its channel, 0 where nothing else is there; in place."""
     gone = ~np.isfinite(image)
@@ -167,6 +172,7 @@ class FileItem(Item):
 
     def __init__(self, size: Sequence[int], channels: int, dtype: Any, context: Context, **facts: Any) -> None:
         super().__init__(tuple(size), channels, stored_type(np.dtype(dtype)), **facts)
+        self.notes += _type_notes(np.dtype(dtype))
         if 0 in (*self.size, channels):
             raise DataError("it holds no values")
         if "nodata" in self.meta:
@@ -535,6 +541,8 @@ def _open_npy(data: bytes, context: Context) -> Item:
 _NIFTI = _opener("nifti", "VolumeItem"), ("nibabel", "torchmae[medical]"), True, (2, 3)
 # Opens encoded files, by name. Add a row to teach every command a format.
 FORMATS: dict[str, Format] = {
+    "jpeg": Format((".jpg", ".jpeg", ".jfif", ".jpe"), rb"\xff\xd8", JpegItem),
+    "png": Format((".png",), rb"\x89PNG\r\n\x1a\n", _open_png),
     "dicom": Format(  # before TIFF, whose first bytes may stand in the 128 that are free
         (".dcm", ".dicom"),
         rb".{128}DICM|[\x02\x08]\0.\0([A-Z]{2}|.{2}\0\0)",  # the latter: without the 128 bytes and the mark
@@ -543,8 +551,6 @@ FORMATS: dict[str, Format] = {
         in_place=True,
         dims=(2, 3),
     ),
-    "jpeg": Format((".jpg", ".jpeg", ".jfif", ".jpe"), rb"\xff\xd8", JpegItem),
-    "png": Format((".png",), rb"\x89PNG\r\n\x1a\n", _open_png),
     "tiff": Format((".tif", ".tiff"), rb"II[*+]\0|MM\0[*+]", _opener("tiff", "open_tiff"), in_place=True, dims=(2, 3)),
     "webp": Format((".webp",), rb"RIFF.{4}WEBP", pillow_format("WEBP")),
     "gif": Format((".gif",), rb"GIF8", _open_gif, dims=(2, 3)),
