@@ -74,7 +74,9 @@ class VolumeItem(FileItem):
                     shape = header.get_data_shape()
                     check_values(shape[:3], math.prod(shape[3:]), header.get_data_dtype(), self._context)
                 stream.seek(0)
-                yield kind.from_file_map(kind.make_file_map({"image": stream}), mmap=False)
+                with require("nibabel.imageglobals", "medical").LoggingOutputSuppressor():  # what it mends in headers
+                    image = kind.from_file_map(kind.make_file_map({"image": stream}), mmap=False)
+                yield image
             except EOFError:
                 raise DataError(f"{CUT_SHORT}: the file ends before its values do") from None
 
