@@ -252,6 +252,23 @@ def test_sound(tmp_path: Path, form: str) -> None:
     np.testing.assert_array_equal(whole, soundfile.read(path, dtype="float32")[0])
 
 
+def test_a_spectrogram_shows_a_tone_where_it_is(tmp_path: Path) -> None:
+    rate, bands = 16000, 40
+    time = np.arange(rate) / rate
+    tone = np.where(time < 0.5, np.sin(2 * np.pi * 1000 * time), 0.0)
+    path = sound(tmp_path / "a.wav", np.stack([tone, np.zeros(rate)], axis=1) * 0.5)
+    item = open_item(path, Context(spectrogram=bands))
+    whole = item.read()
+    assert whole.shape == (bands, 98, 2)  # 1 + (16000 - 400) // 160 frames
+    centres = 700 * (10 ** (np.linspace(0, np.log10(1 + rate / 2 / 700), bands + 2)) - 1)[1:-1]
+    assert whole[:, 20, 0].argmax() == np.abs(centres - 1000).argmin()
+    assert whole[:, 60:, 0].max() == whole[..., 1].max() == pytest.approx(np.log(1e-10))
+    assert item.meta["spacing"] == (1, 0.01)
+    np.testing.assert_allclose(item.read(((5, 20), (30, 11))), whole[5:25, 30:41], atol=1e-4)
+    short = sound(tmp_path / "b.wav", np.zeros((100, 1)))
+    assert open_item(short, Context(spectrogram=bands)).read().shape == (bands, 1, 1)
+
+
 def test_the_shared_recordings(shared_data: Path) -> None:
     soundfile = pytest.importorskip("soundfile")
     source = open_splits(str(shared_data / "fsdd"))["train"]

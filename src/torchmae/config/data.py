@@ -37,6 +37,8 @@ class ReadOptions(Settings, group="data."):
             the mean of their channel in the sample; "nan": only values that are not finite; null: no such value.
         member: picture to take from tar samples with several: what follows the sample's key and a dot ("jpg",
             "seg.png"), or "all" (each picture is a sample); null: no sample has several.
+        spectrogram: number of mel bands of the log-mel spectrograms (bands, frames) that sound becomes, with windows of
+            25 ms every 10 ms; null: sound stays a waveform.
         scale: for each type of stored values, the value that becomes 1; null: 255 for uint8, 65535 for uint16, and
             1 for all other types.
     """
@@ -48,6 +50,7 @@ class ReadOptions(Settings, group="data."):
     max_megapixels: Positive = 100.0
     nodata: Literal["nan"] | float | None = None
     member: str | None = None
+    spectrogram: Annotated[int, Range(8, 512)] | None = None
     scale: dict[str, Positive] | None = None
 
     def changed(self) -> dict[str, Any]:
@@ -61,7 +64,7 @@ class ReadOptions(Settings, group="data."):
 
     def of_one_file(self) -> dict[str, Any]:
         """The options that decide how one file is read, where they are not the defaults."""
-        names = ("axes", "pages", "truncated", "max_megapixels", "nodata")
+        names = ("axes", "pages", "truncated", "max_megapixels", "nodata", "spectrogram")
         return {name: value for name, value in self.changed().items() if name in names}
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import stat
 import struct
@@ -167,8 +168,10 @@ class FileItem(Item):
     """A sample in a file of which a region is read without the rest; subclasses decode it in `_take`.
 
     The limits of pixels and bytes hold for what is read at a time, so that a file may be larger. `facts` are as for
-    `Item`. A file is opened for each read: nothing is shared by processes that are forked.
+    `Item`. No handle is shared by processes that are forked: each opens its own in `_open`, or for each read.
     """
+
+    _held: tuple[int, Any] | None = None  # a process, and its handle
 
     def __init__(self, size: Sequence[int], channels: int, dtype: Any, context: Context, **facts: Any) -> None:
         super().__init__(tuple(size), channels, stored_type(np.dtype(dtype)), **facts)
@@ -179,6 +182,14 @@ class FileItem(Item):
             value = self.meta["nodata"]
             self.notes += (f"{value if value == 'nan' else f'{value:g}'} means no data, as the file says",)
         self._context = context
+
+    def _open(self) -> Any:
+        """What `_handle` keeps, where a library's handle is worth keeping."""
+
+    def _handle(self) -> Any:
+        if self._held is None or self._held[0] != os.getpid():
+            self._held = os.getpid(), self._open()
+        return self._held[1]
 
     @abstractmethod
     def _take(self, region: Region) -> Image:
@@ -573,7 +584,7 @@ FORMATS: dict[str, Format] = {
     "audio": Format(
         (".wav", ".flac", ".ogg"),
         rb"(RIFF|RF64).{4}WAVE|fLaC|OggS",
-        _opener("audio", "SoundItem"),
+        _opener("audio", "open_sound"),
         ("soundfile", "torchmae[audio]"),
         in_place=True,
         dims=(1,),

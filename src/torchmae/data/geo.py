@@ -23,8 +23,7 @@ class SceneItem(FileItem):
     def __init__(self, file: bytes | Path, context: Context, driver: str) -> None:
         logging.getLogger("rasterio").addHandler(logging.NullHandler())  # what GDAL says is raised as well
         self._file, self._driver = file, driver
-        self._opened: tuple[int, Any, Any] | None = None
-        scene = self._scene()
+        scene, _ = self._handle()
         names = [interpretation.name for interpretation in scene.colorinterp]
         self._opacity = names.index("alpha") if "alpha" in names else None
         bands = [i for i in range(scene.count) if i != self._opacity]
@@ -54,26 +53,23 @@ class SceneItem(FileItem):
             meta=meta,
         )
 
-    def _scene(self) -> Any:
-        """The opened data set: GDAL's handle, of this process alone."""
-        if self._opened is None or self._opened[0] != os.getpid():
-            rasterio = require("rasterio", "geo")
-            with rasterio.Env(**_ALONE):
-                if isinstance(self._file, Path):
-                    memory, scene = None, rasterio.open(os.path.abspath(self._file), driver=self._driver)  # noqa: PTH100
-                else:
-                    memory = rasterio.MemoryFile(self._file)
-                    scene = memory.open(driver=self._driver)
-            self._opened = os.getpid(), scene, memory
-        return self._opened[1]
+    def _open(self) -> Any:
+        """The opened data set, and what keeps its memory."""
+        rasterio = require("rasterio", "geo")
+        with rasterio.Env(**_ALONE):
+            if isinstance(self._file, Path):
+                return rasterio.open(os.path.abspath(self._file), driver=self._driver), None  # noqa: PTH100
+            memory = rasterio.MemoryFile(self._file)
+            return memory.open(driver=self._driver), memory
 
     def _take(self, region: Region) -> Image:
         (top, height), (left, width) = region
+        scene, _ = self._handle()
         window = ((top, top + height), (left, left + width))
         try:
-            values = np.moveaxis(self._scene().read(self._indexes, window=window), 0, -1)
+            values = np.moveaxis(scene.read(self._indexes, window=window), 0, -1)
             if self._opacity is not None:
-                values = on_white(values, self._scene().read(self._opacity + 1, window=window))
+                values = on_white(values, scene.read(self._opacity + 1, window=window))
         except require("rasterio.errors", "geo").RasterioIOError as error:
             raise DataError(f"damaged, or cut short: {error.__cause__ or error}") from None
         return values
