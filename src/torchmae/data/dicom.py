@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ _LONGEST = 2**20  # bytes of an element of the header that is read
 _GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")  # of files with several frames
 _UNEVEN = 0.05  # share of the mean distance of slices by which distances may differ
 _COLOURS = ("Red", "Green", "Blue")
+# The ends of names of files that are not looked into for a series.
+_OTHERS = tuple(suffix for name, form in FORMATS.items() if name != "dicom" for suffix in form.suffixes)
 _TAGS = [
     *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "PixelRepresentation"),
     *("BitsAllocated", "BitsStored", "PixelPaddingValue", "PixelPaddingRangeLimit", "PixelSpacing", "SliceThickness"),
@@ -126,12 +128,12 @@ class DicomItem(FileItem):
     def _take(self, region: Region) -> Image:
         (first, count), *sides = region if self._stack else ((self._page, 1), *region)
         crop = tuple(slice(start, start + length) for start, length in sides)
-        frames = np.stack([self._frame(number)[crop].copy() for number in range(first, first + count)])
+        stored = self._stored(range(first, first + count))
+        frames = np.stack([self._frame(values)[crop].copy() for values in stored])
         return frames if self._stack else frames[0]
 
-    def _frame(self, number: int) -> Image:
+    def _frame(self, values: Image) -> Image:
         """(rows, columns, channels) of a frame."""
-        values = self._decoded(number)
         if self._photometric == "PALETTE COLOR":
             colours = require("pydicom.pixels", "medical").apply_color_lut(values, self._header)
             return (colours >> 8 if colours.dtype == np.uint16 else colours).astype(np.uint8)
@@ -143,17 +145,18 @@ class DicomItem(FileItem):
             values = np.where((values >= low) & (values <= high), np.array(padding).astype(values.dtype), values)
         return self._in_units(values)[..., None]
 
-    def _decoded(self, number: int) -> Image:
-        pydicom, decode = require("pydicom", "medical"), require("pydicom.pixels", "medical").pixel_array
-        index = number if self._frames > 1 else None
+    def _stored(self, frames: range) -> Iterator[Image]:
+        """The values of frames as they are stored, one after the other."""
+        pydicom, decode = require("pydicom", "medical"), require("pydicom.pixels", "medical").iter_pixels
         with opened(self._file) as stream:
             if "TransferSyntaxUID" in self._header.file_meta:
-                return decode(stream, index=index)
+                yield from decode(stream, indices=frames)
+                return
             whole = pydicom.dcmread(stream, force=True)  # without the part that names the encoding
         implicit, little = whole.original_encoding
         names = (pydicom.uid.ExplicitVRBigEndian, pydicom.uid.ExplicitVRLittleEndian)
         whole.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian if implicit else names[bool(little)]
-        return decode(whole, index=index)
+        yield from decode(whole, indices=frames)
 
 
 class SeriesItem(FileItem):
@@ -217,27 +220,32 @@ class SeriesSource(EncodedSource):
         return self._source.stamp()
 
 
+def _series_of(file: Path) -> tuple[tuple[Any, ...], float] | None:
+    """What slices of one volume share, and where this slice lies; None: no single slice, or damaged."""
+    if file.name.lower().endswith(_OTHERS):
+        return None
+    try:
+        with regular_file(file) as stream:
+            form = format_of(stream.read(_FIRST))
+        if form is FORMATS["dicom"]:
+            with one_line_errors():
+                header = read_header(file)
+                if int(header.get("NumberOfFrames") or 1) == 1:
+                    along = tuple(round(float(x), 2) for x in header.get("ImageOrientationPatient") or ())
+                    return (str(header.SeriesInstanceUID), header.Rows, header.Columns, along), _position(header)
+    except DataError:  # which says so again when it is read
+        pass
+    return None
+
+
 def by_series(source: Source) -> Source:
     """A source whose samples are series of DICOM slices; the source itself where no two files are of one series."""
     if not isinstance(source, FileSource):
         return source
     found: dict[tuple[Any, ...], list[tuple[float, int]]] = defaultdict(list)
     for index in tracked(range(len(source)), source.context.progress, "finding series", len(source)):
-        key: tuple[Any, ...] = (index,)
-        place = 0.0
-        try:
-            with regular_file(source.content(index)) as file:
-                form = format_of(file.read(_FIRST))
-            if form is FORMATS["dicom"]:
-                with one_line_errors():
-                    header = read_header(source.content(index))
-                    if int(header.get("NumberOfFrames") or 1) == 1:
-                        along = tuple(round(float(x), 2) for x in header.get("ImageOrientationPatient") or ())
-                        key = (str(header.SeriesInstanceUID), header.Rows, header.Columns, along)
-                        place = _position(header)
-        except DataError:  # which says so again when it is read
-            pass
-        found[key].append((place, index))
+        series, place = _series_of(source.content(index)) or ((index,), 0.0)
+        found[series].append((place, index))
     if len(found) == len(source):
         return source
     ordered = [sorted(slices) for slices in found.values()]
