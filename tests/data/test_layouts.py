@@ -81,9 +81,9 @@ def test_links_are_followed_and_loops_are_not(write_pictures, tmp_path: Path) ->
 def test_folders_without_images(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"is empty; accepted are .jpg"):
         folder_splits(tmp_path)
-    for name in ("a.mp4", "b.mp4", "c.txt", "LICENSE"):
+    for name in ("a.pdf", "b.pdf", "c.txt", "LICENSE"):
         (tmp_path / name).touch()
-    expected = r"holds no images, only 4 other files \(2 .mp4, 1 without suffix, 1 .txt\); accepted are .jpg"
+    expected = r"holds no images, only 4 other files \(2 .pdf, 1 without suffix, 1 .txt\); accepted are .jpg"
     with pytest.raises(DataError, match=expected):
         folder_splits(tmp_path)
 

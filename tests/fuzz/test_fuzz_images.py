@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from damage import FUZZ, damaged, reads_or_refuses
+from field_files import clip, scene, slice_file, sound, volume
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -52,6 +53,38 @@ def test_pictures(kind: str) -> None:
         assert pixels.shape[-1] == channels or (channels is None and pixels.shape[-1] > 0)  # a TIFF has any number
         assert 0 < pixels.size <= 30_000
         assert np.isfinite(pixels).all()
+
+    check()
+
+
+FIELDS = {
+    "a.tif": lambda path: scene(path, PIXELS.transpose(2, 0, 1), compress="deflate"),
+    "a.dcm": lambda path: slice_file(path, PIXELS[..., 0], RescaleSlope=2, PixelPaddingValue=0),
+    "a.nii": lambda path: volume(path, PIXELS[..., :2]),
+    "a.nii.gz": lambda path: volume(path, PIXELS[..., :2]),
+    "a.wav": lambda path: sound(path, PIXELS[..., 0] / 256),
+    "a.flac": lambda path: sound(path, PIXELS[..., 0].reshape(-1, 1) / 256),
+    "a.ogg": lambda path: sound(path, PIXELS[..., 0].reshape(-1, 1) / 256),
+    "a.mp4": lambda path: clip(path, 3, "mpeg4"),
+    "a.mkv": lambda path: clip(path, 3, "mpeg4"),
+    "a.mpg": lambda path: clip(path, 3, "mpeg2video"),
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_fields(folder: Path, name: str) -> None:
+    path = FIELDS[name](folder / name)
+
+    @FUZZ
+    @given(damaged(path.read_bytes()), st.booleans())
+    def check(raw: bytes, by_path: bool) -> None:
+        path.write_bytes(raw)
+        try:
+            pixels = open_item(path if by_path else raw, Context(max_megapixels=0.01), lambda: name).read()
+        except DataError as error:
+            assert str(error).isprintable()
+            return
+        assert 0 < pixels.size <= 160_000
 
     check()
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchmae.config.visualize import AppOptions
-from torchmae.data.formats import MAX_BYTES, check_pixels, open_item
+from torchmae.data.formats import check_pixels, open_item
 from torchmae.data.loader import ImageLoader
 from torchmae.data.opening import Data
 from torchmae.errors import ConfigError, DataError, TorchmaeError
@@ -123,8 +123,7 @@ class Session:
         DataError: no image, damaged, or too many pixels. ConfigError: an array of the wrong type or number of channels.
         """
         context = self.first.context
-        with path.open("rb") as file:
-            item = open_item(file.read(MAX_BYTES + 1), context, lambda: path.name)
+        item = open_item(path, context, lambda: path.name)
         check_pixels(item.size, context)
         return self._picture(item.read())
 

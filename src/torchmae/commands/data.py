@@ -118,6 +118,8 @@ def _describe_split(split: str, facts: SplitFacts) -> list[str]:
             f"  values    {_counts(facts.dtypes)}, from {facts.low:g} to {facts.high:g}",
             f"  format    {_counts(facts.formats)}",
         ]
+    lines += [f"  bands     {_one_line(', '.join(names))}" for names, _ in facts.bands.most_common(1)]
+    lines += [f"  files say {_one_line(_counts(facts.said))}"] if facts.said else []
     if facts.classes:
         known = {name: count for name, count in facts.classes.items() if name != "unlabelled"}
         lines.append(f"  classes   {_classes(known)}")

@@ -40,6 +40,8 @@ class ReadOptions(Settings, group="data."):
         group: what belongs together (a patient, a scene, a record, a clip): the name of a column of a list or of an
             array beside the images, or a regular expression on the path with the group in parentheses, such as
             '(case_\\d+)'. Held-out images are of groups of their own; null: each image stands alone.
+        spectrogram: number of mel bands of the log-mel spectrograms (bands, frames) that sound becomes, with windows of
+            25 ms every 10 ms; null: sound stays a waveform.
         scale: for each stored type, the value that becomes 1; null: 255 for uint8, 65535 for uint16, 1 for others.
     """
 
@@ -51,6 +53,7 @@ class ReadOptions(Settings, group="data."):
     nodata: Literal["nan"] | float | None = None
     member: str | None = None
     group: str | None = None
+    spectrogram: Annotated[int, Range(8, 512)] | None = None
     scale: dict[str, Positive] | None = None
 
     def changed(self) -> dict[str, Any]:
@@ -64,7 +67,7 @@ class ReadOptions(Settings, group="data."):
 
     def of_one_file(self) -> dict[str, Any]:
         """The options that change how one file is read, if they differ from their defaults."""
-        names = ("axes", "pages", "truncated", "max_megapixels", "nodata")
+        names = ("axes", "pages", "truncated", "max_megapixels", "nodata", "spectrogram")
         return {name: value for name, value in self.changed().items() if name in names}
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ import re
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from torchmae.data.formats import Context, missing_extra
+from torchmae.data.formats import FORMATS, Context, missing_extra, regular_file
 from torchmae.data.sources import FileSource, Source, Strings, ordered_classes
 from torchmae.errors import DataError, printable, reason_of
 
@@ -123,8 +124,13 @@ def list_images(folder: Path, suffixes: tuple[str, ...]) -> Listing:
         path, _, name = entry.rpartition(b"/")
         lower = os.fsdecode(name).lower()
         if not lower.endswith(suffixes):
-            listing.others[os.path.splitext(lower)[1]] += 1  # noqa: PTH122 (a Path is slow)
-            continue
+            suffix = os.path.splitext(lower)[1]  # noqa: PTH122 (a Path is slow)
+            suffix = ".nii.gz" if lower.endswith(".nii.gz") else suffix
+            is_bare = not suffix or suffix[1:].isdigit()  # DICOM files are called IM0001, or by an identifier: 1.2.840
+            suffix = FORMATS["dicom"].suffixes[0] if is_bare and _is_dicom(root + b"/" + entry) else suffix
+            if suffix not in suffixes:
+                listing.others[suffix] += 1
+                continue
         if len(last) and entry.rpartition(b".")[0] == last.rpartition(b".")[0]:
             listing.num_twins += 1
             listing.twin = listing.twin or printable(last.rpartition(b"/")[2] + b", ." + name.rpartition(b".")[2])
@@ -133,6 +139,13 @@ def list_images(folder: Path, suffixes: tuple[str, ...]) -> Listing:
         listing.place_of.append(number_of.setdefault(os.fsdecode(path), len(number_of)))
     listing.places = list(number_of)
     return listing
+
+
+def _is_dicom(path: bytes) -> bool:
+    """Whether a file without a suffix is a DICOM file, but no directory of such."""
+    with suppress(DataError), regular_file(Path(os.fsdecode(path))) as file:
+        return file.read(132)[128:] == b"DICM" and not path.lower().endswith(b"/dicomdir")
+    return False
 
 
 def split_named(word: str) -> str:

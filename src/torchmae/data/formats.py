@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import stat
 import struct
 import threading
 import warnings
@@ -11,8 +13,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields
+from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, NamedTuple, TypeVar
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,9 +39,12 @@ NOT_FINITE = "holds values that are not finite"
 CUT_SHORT = "cut short"  # the reason begins with it where a file ends before its pixels do
 PACKED_ARRAY = ".sample.npy"  # the end of the name of an array that is one sample, wherever it lies
 CHANNELS = "channels"  # the one field of a .npy file that was packed: its last axis is channels
+MAX_HEADER = 16 * 2**20  # bytes that may stand before the values of a file
 
 _IGNORE_ALL = ("ignore", None, Warning, None, 0)  # what `warnings.simplefilter("ignore")` puts first
 _NO_IMAGE = "not an image, or cut short before its first pixel"
+_HEAD = 512  # bytes at the start of a file that tell its format
+_BYTES_PER_PIXEL = 16  # at the limit of pixels; more pixels may not take more
 ON_WHITE = "transparency laid on white"
 _JPEG_OVER_LIMIT = 10  # a JPEG may have so many times the limit of pixels: it is read at a fraction of its size
 _PIXELS_PER_BYTE = 200  # of a JPEG, at most: its blocks of 64 pixels take two bits or more
@@ -116,8 +123,7 @@ class ArrayItem(Item):
         self._axis = None if channel_axis is None else channel_axis % len(shape)
         channels = 1 if self._axis is None else shape.pop(self._axis)
         super().__init__(tuple(shape), channels, stored_type(values.dtype), **facts)
-        if (values.dtype.kind in "iuf" and values.dtype.itemsize > self.dtype.itemsize) or values.dtype.kind == "i":
-            self.notes += (f"{values.dtype.name} as float32",)
+        self.notes += _type_notes(values.dtype)
         self._values = values
         self._place = () if place is None else (place,)
 
@@ -141,6 +147,12 @@ class ArrayItem(Item):
         return np.moveaxis(np.asarray(self._values[(*self._place, *index)]), self._axis, -1)
 
 
+def _type_notes(dtype: np.dtype[Any]) -> tuple[str, ...]:
+    """What becomes of values of a type that is not kept."""
+    is_kept = dtype.kind != "i" and dtype.itemsize <= stored_type(dtype).itemsize
+    return () if is_kept else (f"{dtype.name} as float32",)
+
+
 def _fill(image: Image, nodata: float | str) -> None:
     """Replaces what is `nodata` or not finite by the mean of its channel, 0 where nothing else is there; in place."""
     gone = ~np.isfinite(image)
@@ -150,6 +162,48 @@ def _fill(image: Image, nodata: float | str) -> None:
         values, missing = image[..., channel], gone[..., channel]
         mean = values[~missing].mean(dtype=np.float64) if not missing.all() else 0.0
         values[missing] = mean if image.dtype.kind == "f" else np.rint(mean)
+
+
+class FileItem(Item):
+    """A sample in a file of which a region is read without the rest; subclasses decode it in `_take`.
+
+    The limits of pixels and bytes hold for what is read at a time, so that a file may be larger. `facts` are as for
+    `Item`. No handle is shared by processes that are forked: each opens its own in `_open`, or for each read.
+    """
+
+    _held: tuple[int, Any] | None = None  # a process, and its handle
+
+    def __init__(self, size: Sequence[int], channels: int, dtype: Any, context: Context, **facts: Any) -> None:
+        super().__init__(tuple(size), channels, stored_type(np.dtype(dtype)), **facts)
+        self.notes += _type_notes(np.dtype(dtype))
+        if 0 in (*self.size, channels):
+            raise DataError("it holds no values")
+        if "nodata" in self.meta:
+            value = self.meta["nodata"]
+            self.notes += (f"{value if value == 'nan' else f'{value:g}'} means no data, as the file says",)
+        self._context = context
+
+    def _open(self) -> Any:
+        """What `_handle` keeps, where a library's handle is worth keeping."""
+
+    def _handle(self) -> Any:
+        if self._held is None or self._held[0] != os.getpid():
+            self._held = os.getpid(), self._open()
+        return self._held[1]
+
+    @abstractmethod
+    def _take(self, region: Region) -> Image:
+        """(*lengths, channels) of a region, of any type that `plain_type` takes."""
+
+    def read(self, region: Region | None = None, reduction: int = 1) -> Image:  # noqa: ARG002
+        region = region or tuple((0, length) for length in self.size)
+        lengths = tuple(length for _, length in region)
+        check_values(lengths, self.channels, self.dtype, self._context)
+        with one_line_errors():
+            values = self._take(region)
+        if values.shape != (*lengths, self.channels):
+            raise DataError(f"{CUT_SHORT}: the file ends before its values do")
+        return plain_type(values)
 
 
 class WithChannels(Item):
@@ -176,21 +230,34 @@ class Format(NamedTuple):
 
     suffixes: tuple[str, ...]  # in lower case, with the dot; files that are packed get the first
     magic: bytes | None  # a regular expression that such files begin with; None: only their names tell
-    open: Callable[[bytes, Context], Item]  # makes an item of the whole content; DataError with the reason
+    open: Callable[[Any, Context], Item]  # makes an item of the whole content, in bytes; DataError with the reason
     needs: tuple[str, str] | None = None  # a module, and what installs it: ("pillow_heif", "torchmae[heif]")
+    in_place: bool = False  # whether `open` takes the `Path` of a local file too, and reads no more of it than needed
+    dims: tuple[int, ...] = (2,)  # how many spatial axes such samples may have
 
     def missing(self) -> str | None:
         """What to install before such files can be read; None: nothing."""
         return None if self.needs is None or find_spec(self.needs[0]) else self.needs[1]
 
 
-def open_item(data: bytes, context: Context, name: Callable[[], str] = str) -> Item:
-    """Opens one encoded file, known by its content or else its `name`; DataError with the reason, without the name."""
+def open_item(content: bytes | Path | tuple[Path, ...], context: Context, name: Callable[[], str] = str) -> Item:
+    """Opens one encoded file, known by its content or else its `name`; DataError with the reason, without the name.
+
+    `content` is that of the file, its path, or the paths of several files that are one sample.
+    """
+    data, form = content, None
+    if isinstance(content, bytes):
+        form = format_of(content, name)
+    else:
+        with regular_file(content if isinstance(content, Path) else content[0]) as file:
+            form = format_of(file.read(_HEAD), name)
+            if form is None or not form.in_place:
+                file.seek(0)
+                data = _whole(file)
     if not data:
         raise DataError("the file is empty")
-    if len(data) > MAX_BYTES:
+    if isinstance(data, bytes) and len(data) > MAX_BYTES:
         raise DataError(TOO_LARGE)
-    form = format_of(data, name)
     if form is None:
         raise DataError(_NO_IMAGE)
     with one_line_errors():
@@ -203,6 +270,37 @@ def open_item(data: bytes, context: Context, name: Callable[[], str] = str) -> I
         return item if context.channels in (None, item.channels) else WithChannels(item, context.channels)
 
 
+@contextmanager
+def regular_file(path: Path) -> Iterator[BinaryIO]:
+    """A file on a disk, opened; DataError: it is not there, cannot be read, or is a pipe or a device."""
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a pipe would block, a device never end
+            raise DataError("no regular file")
+        with path.open("rb") as file:
+            yield file
+    except (OSError, ValueError) as error:  # ValueError: a null byte in a path
+        raise DataError(getattr(error, "strerror", None) or str(error)) from None
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a file on a disk; DataError as for `regular_file`, or more than MAX_BYTES."""
+    with regular_file(path) as file:
+        return _whole(file)
+
+
+def _whole(file: BinaryIO) -> bytes:
+    data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise DataError(TOO_LARGE)
+    return data
+
+
+def opened(file: bytes | Path) -> BinaryIO:
+    """The file at a path, or the content of one, to read from."""
+    return file.open("rb") if isinstance(file, Path) else io.BytesIO(file)
+
+
 def format_of(data: bytes, name: Callable[[], str] = str) -> Format | None:
     """The format of a file by its first bytes, else by the suffix of its name; None where neither is known."""
     for form in FORMATS.values():
@@ -213,10 +311,14 @@ def format_of(data: bytes, name: Callable[[], str] = str) -> Format | None:
     return next((form for form in others if lower.endswith(form.suffixes)), None)
 
 
-def picture_suffixes() -> tuple[str, ...]:
-    """The suffixes of files that are samples wherever they lie: no arrays, and no formats whose library is missing."""
+def picture_suffixes(dims: int | None = None) -> tuple[str, ...]:
+    """The suffixes of files that are samples wherever they lie: no arrays, and no formats whose library is missing.
+
+    With `dims`, of those that may have so many spatial axes.
+    """
     forms = (form for name, form in FORMATS.items() if name != "npy" and not form.missing())
-    return (*(suffix for form in forms for suffix in form.suffixes), PACKED_ARRAY)
+    fitting = (form for form in forms if dims is None or dims in form.dims)
+    return (*(suffix for form in fitting for suffix in form.suffixes), PACKED_ARRAY)
 
 
 def missing_extra(suffix: str) -> str | None:
@@ -251,6 +353,14 @@ def check_pixels(size: Sequence[int], context: Context) -> None:
     if not 0 < np.prod(size, dtype=np.float64) <= context.max_pixels:
         sides = " x ".join(str(length) for length in reversed(size))
         raise DataError(f"{sides} is more than {context.max_pixels:,} pixels", IF_GENUINE)
+
+
+def check_values(size: Sequence[int], channels: int, dtype: np.dtype[Any], context: Context) -> None:
+    """As `check_pixels`, and DataError for more bytes than the limit of pixels may take."""
+    check_pixels(size, context)
+    if np.prod(size, dtype=np.float64) * channels * dtype.itemsize > _BYTES_PER_PIXEL * context.max_pixels:
+        most = f"{_BYTES_PER_PIXEL} bytes for each of {context.max_pixels:,} pixels"
+        raise DataError(f"{channels} bands of {dtype.name} take more than {most}", IF_GENUINE)
 
 
 class JpegItem(Item):
@@ -417,10 +527,16 @@ def _open_avif(data: bytes, context: Context) -> Item:
     return loaded_item(open_pillow(data, "AVIF"), context, ["10 or 12 bits read as 8"] if deep else [])
 
 
-def _open_tiff(data: bytes, context: Context) -> Item:
-    from torchmae.data.tiff import open_tiff
+def _open_gif(data: bytes, context: Context) -> Item:
+    """The first frame, or all frames as a clip where samples have three axes."""
+    if context.spatial_dims == 3 and not FORMATS["video"].missing():
+        return FORMATS["video"].open(data, context)
+    return pillow_format("GIF")(data, context)
 
-    return open_tiff(data, context)
+
+def _opener(module: str, name: str) -> Callable[[Any, Context], Item]:
+    """An opener of `torchmae.data`, whose module is imported when the first such file is opened."""
+    return lambda file, context: getattr(import_module(f"torchmae.data.{module}"), name)(file, context)
 
 
 def _open_npy(data: bytes, context: Context) -> Item:
@@ -433,20 +549,54 @@ def _open_npy(data: bytes, context: Context) -> Item:
     return ArrayItem(values, axis, notes=[note] if note else [])
 
 
+_NIFTI = _opener("nifti", "VolumeItem"), ("nibabel", "torchmae[medical]"), True, (2, 3)
 # Opens encoded files, by name. Add a row to teach every command a format.
 FORMATS: dict[str, Format] = {
     "jpeg": Format((".jpg", ".jpeg", ".jfif", ".jpe"), rb"\xff\xd8", JpegItem),
     "png": Format((".png",), rb"\x89PNG\r\n\x1a\n", _open_png),
-    "tiff": Format((".tif", ".tiff"), rb"II[*+]\0|MM\0[*+]", _open_tiff),
+    "dicom": Format(  # before TIFF, whose first bytes may stand in the 128 that are free
+        (".dcm", ".dicom"),
+        rb".{128}DICM|[\x02\x08]\0.\0([A-Z]{2}|.{2}\0\0)",  # the latter: without the 128 bytes and the mark
+        _opener("dicom", "open_dicom"),
+        ("pydicom", "torchmae[medical]"),
+        in_place=True,
+        dims=(2, 3),
+    ),
+    "tiff": Format((".tif", ".tiff"), rb"II[*+]\0|MM\0[*+]", _opener("tiff", "open_tiff"), in_place=True, dims=(2, 3)),
     "webp": Format((".webp",), rb"RIFF.{4}WEBP", pillow_format("WEBP")),
-    "gif": Format((".gif",), rb"GIF8", pillow_format("GIF")),
+    "gif": Format((".gif",), rb"GIF8", _open_gif, dims=(2, 3)),
     "bmp": Format((".bmp",), rb"BM", pillow_format("BMP")),
     "pnm": Format((".ppm", ".pgm", ".pbm", ".pnm"), rb"P[1-6]", _open_pnm),
     "heif": Format(
         (".heic", ".heif"), rb".{4}ftyp(hei[cxms]|hevc|mif1|msf1)", _open_heif, ("pillow_heif", "torchmae[heif]")
     ),
     "avif": Format((".avif",), rb".{4}ftypavi[fs]", _open_avif, ("PIL._avif", "pillow>=11.3")),
-    "npy": Format((".npy",), rb"\x93NUMPY", _open_npy),
+    "npy": Format((".npy",), rb"\x93NUMPY", _open_npy, dims=(1, 2, 3)),
+    "jp2": Format(
+        (".jp2",),
+        rb"\0\0\0\x0cjP  \r\n\x87\n",
+        _opener("geo", "open_jp2"),
+        ("rasterio", "torchmae[geo]"),
+        in_place=True,
+    ),
+    "nifti": Format((".nii",), rb".{344}n\+1\0|.{4}n\+2\0\r\n\x1a\n", *_NIFTI),
+    "nifti.gz": Format((".nii.gz",), rb"\x1f\x8b", *_NIFTI),
+    "audio": Format(
+        (".wav", ".flac", ".ogg"),
+        rb"(RIFF|RF64).{4}WAVE|fLaC|OggS",
+        _opener("audio", "open_sound"),
+        ("soundfile", "torchmae[audio]"),
+        in_place=True,
+        dims=(1,),
+    ),
+    "video": Format(
+        (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpeg", ".mpg"),
+        rb".{4}(ftyp|moov|mdat|wide|free|skip)|RIFF.{4}AVI |\x1a\x45\xdf\xa3|\0\0\x01[\xba\xb3]",
+        _opener("video", "ClipItem"),
+        ("av", "torchmae[video]"),
+        in_place=True,
+        dims=(3,),
+    ),
 }
 BUILT_IN = dict(FORMATS)
 

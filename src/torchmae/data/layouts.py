@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
@@ -154,6 +156,10 @@ def open_splits(spec: str, context: Context = Context()) -> dict[str, Source]:
     if layout is None:
         raise _unknown(spec, user_path(spec))
     splits = layout.open(spec, context)
+    if context.spatial_dims == 3 and not FORMATS["dicom"].missing():
+        from torchmae.data.dicom import by_series
+
+        splits = {split: by_series(source) for split, source in splits.items()}
     if context.pages == "all":
         splits = {split: each_page(source, context.progress) for split, source in splits.items()}
     name_groups(splits, context.group)
@@ -255,7 +261,24 @@ def folder_splits(folder: Path, context: Context = Context()) -> dict[str, Sourc
         if not listing.others[".npy"] or any((folder / f"{prefix}images.npy").is_file() for prefix, _ in PREFIXES):
             return _other_splits(folder, listing, context)
         listing = list_images(folder, FORMATS["npy"].suffixes)  # one array per sample
+    listing, context = _of_one_kind(folder, listing, context)
     return picture_splits(folder, listing, context)
+
+
+def _of_one_kind(folder: Path, listing: Listing, context: Context) -> tuple[Listing, Context]:
+    """Without files that cannot have as many axes as the model takes, or as most files have: clips beside photographs.
+
+    Where all files are of one kind, or none would be left, the listing as it is.
+    """
+    content = listing.names.parts[0].lower()
+    if not any(suffix.encode() in content for suffix in set(picture_suffixes()) - {*picture_suffixes(2)}):
+        return listing, context
+    names = [os.fsdecode(name).lower() for name in listing.names]
+    fitting = {dims: sum(name.endswith(picture_suffixes(dims)) for name in names) for dims in (2, 3, 1)}
+    dims = context.spatial_dims or max(fitting, key=fitting.__getitem__)
+    if 0 < fitting[dims] < len(names):
+        listing = list_images(folder, picture_suffixes(dims))
+    return listing, replace(context, spatial_dims=dims)
 
 
 def _other_splits(folder: Path, listing: Listing, context: Context) -> dict[str, Source]:

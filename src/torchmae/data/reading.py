@@ -276,6 +276,8 @@ class SplitFacts:
     channels: Counter[int] = field(default_factory=Counter)
     dtypes: Counter[str] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
+    bands: Counter[tuple[str, ...]] = field(default_factory=Counter)  # names of channels
+    said: Counter[str] = field(default_factory=Counter)  # what the files say of their pixels: spacing, rate, no-data
     low: float = math.inf  # smallest value of any image
     high: float = -math.inf
     corrupt: list[tuple[str, str]] = field(default_factory=list)  # (name, reason) of those that cannot be read
@@ -301,6 +303,8 @@ class SplitFacts:
             "channels": {str(number): count for number, count in self.channels.most_common()},
             "dtypes": dict(self.dtypes.most_common()),
             "formats": dict(self.formats.most_common()),
+            "bands": [list(names) for names, _ in self.bands.most_common()],
+            "said": dict(self.said.most_common()),
             "range": [self.low, self.high] if self.sizes else None,
             "cut_short": self.cut_short,
             "not_finite": self.not_finite,
@@ -339,6 +343,8 @@ def inspect_splits(
             found.channels[item.channels] += 1
             found.dtypes[str(item.dtype)] += 1
             found.formats[item.form] += 1
+            found.bands.update([item.bands] if item.bands else [])
+            found.said.update(filter(None, [_said(item.meta)]))
             found.low, found.high = min(found.low, low), max(found.high, high)
             places[values].append((split, index))
         done += found.examined
@@ -364,6 +370,15 @@ def inspect_splits(
         tuple(notes),
         normalisation,
     )
+
+
+def _said(meta: Mapping[str, Any]) -> str:
+    """What a file says of its pixels, for people: "8000 Hz", "spacing 2.5 x 0.5 x 0.5, no data: -1024"."""
+    words = [f"{meta[key]:g} {unit}" for key, unit in (("rate", "Hz"), ("fps", "frames a second")) if key in meta]
+    if not words and "spacing" in meta:
+        words.append("spacing " + " x ".join(f"{length:g}" for length in meta["spacing"]))
+    words += [meta["crs"]] if meta.get("crs") else []
+    return ", ".join([*words, *([f"no data: {meta['nodata']}"] if "nodata" in meta else [])])
 
 
 def class_balance(source: Source) -> dict[str, int]:

@@ -6,7 +6,6 @@ import copy
 import hashlib
 import os
 import re
-import stat
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from torchmae.data.formats import MAX_BYTES, Context, Image, Item, Progress, open_item, tracked
+from torchmae.data.formats import Context, Image, Item, Progress, open_item, read_file, tracked
 from torchmae.errors import DataError, printable
 
 if TYPE_CHECKING:
@@ -185,7 +184,11 @@ class EncodedSource(Source):
 
     def open_page(self, index: int, page: int) -> Item:
         context = self.context if page == self.context.page else replace(self.context, page=page)
-        return open_item(self.encoded(index), context, lambda: self.name(index))
+        return open_item(self.content(index), context, lambda: self.name(index))
+
+    def content(self, index: int) -> bytes | Path | tuple[Path, ...]:
+        """A sample's file as `open_item` takes it: its content, or paths where it lies on a disk."""
+        return self.encoded(index)
 
     def with_channels(self, channels: int) -> Self:
         """The same samples; grey and colour are converted, a sample with another number cannot be opened."""
@@ -214,16 +217,11 @@ class FileSource(EncodedSource):
     def _path(self, index: int) -> Path:
         return self._root / os.fsdecode(self._names[index])
 
+    def content(self, index: int) -> Path:
+        return self._path(index)
+
     def encoded(self, index: int) -> bytes:
-        try:
-            path = self._path(index)
-            mode = path.stat().st_mode
-            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a pipe would block, a device never end
-                raise DataError("no regular file")
-            with path.open("rb") as file:
-                return file.read(MAX_BYTES + 1)  # of which `open_item` refuses the last
-        except (OSError, ValueError) as error:  # ValueError: a null byte in a path
-            raise DataError(getattr(error, "strerror", None) or str(error)) from None
+        return read_file(self._path(index))
 
     def name(self, index: int) -> str:
         return printable(os.fsencode(self._path(index)))

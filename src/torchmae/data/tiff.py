@@ -5,29 +5,40 @@ from __future__ import annotations
 import io
 import logging
 import math
-from typing import Any, Literal
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from torchmae.data import formats
 from torchmae.data.formats import CUT_SHORT, ArrayItem, Context, Image, Item
+from torchmae.data.geo import SceneItem
 from torchmae.errors import ConfigError, DataError, require
 
 # Tags (TIFF 6.0), GDAL's, and what their values mean.
 _KIND, _BITS, _PHOTOMETRIC, _ORIENTATION, _SAMPLES, _EXTRA_SAMPLES, _FORMAT = 254, 258, 262, 274, 277, 338, 339
 _NODATA = 42113
+_GEOREFERENCE = {33550, 34264, 34735}  # of GeoTIFF: size of a pixel, transformation, coordinate system
+_REDUCED, _IS_MASK = 1, 4  # bits of _KIND
 _WHITE_IS_ZERO, _PALETTE, _CMYK = 0, 3, 5
 _PREMULTIPLIED, _ALPHA = 1, 2
 _NAMES = {1: "uint", 2: "int", 3: "float"}
 _TAG_BYTES = {False: 12, True: 20}  # of a tag in a TIFF file, and in a BigTIFF file
 _MAX_PAGES = 100_000
-_BYTES_PER_PIXEL = 16  # at the limit of pixels; more pixels may not take more
 
 
-def open_tiff(data: bytes, context: Context) -> Item:
-    """A TIFF file: a page, or all as a stack, as `context` says, without previews; DataError: damaged, too large."""
-    is_plain, text, is_cut = _read_head(data)
+def open_tiff(file: bytes | Path, context: Context) -> Item:
+    """A TIFF file: a page, or all as a stack, as `context` says, without previews; DataError: damaged, too large.
+
+    A file with one page that is georeferenced is a scene where rasterio is installed (`geo`).
+    """
+    with formats.opened(file) as stream:
+        is_plain, text, is_cut, is_scene = _read_head(stream)
+    if is_scene and find_spec("rasterio"):
+        return SceneItem(file, context, "GTiff")
+    data = formats.read_file(file) if isinstance(file, Path) else file
     if is_cut and context.pages != "first":
         raise DataError(f"{CUT_SHORT}: the file ends before its pages do", "--data.pages first")
     if is_plain:
@@ -41,30 +52,44 @@ def open_tiff(data: bytes, context: Context) -> Item:
         return _open(file, context)
 
 
-def _read_head(data: bytes) -> tuple[bool, str, bool]:
-    """What the tags say: Pillow reads all of it; samples, type and pages, for people; it ends before its pages do."""
-    big = data[2:3] == b"+" or data[3:4] == b"+"
-    pages, tags, length = 0, None, 0
-    at = ImageFileDirectory_v2(data[: 16 if big else 8])
-    file = io.BytesIO(data)
-    order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
-    while 0 < at.next < len(data) and pages < _MAX_PAGES:
-        length += _TAG_BYTES[big] * int.from_bytes(data[at.next : at.next + (8 if big else 2)], order) + 2
-        if length > len(data):  # else a small file could keep a reader busy for hours
+class _Head(NamedTuple):
+    """What the tags of a file say."""
+
+    is_plain: bool  # Pillow reads all of it
+    text: str  # samples, type and pages, for people
+    is_cut: bool  # the file ends before its pages do
+    is_scene: bool  # it is one georeferenced page of plain bands
+
+
+def _read_head(file: BinaryIO) -> _Head:
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    start = file.read(16)
+    big = start[2:3] == b"+" or start[3:4] == b"+"
+    pages, masks, tags, length = 0, 0, None, 0
+    at = ImageFileDirectory_v2(start[: 16 if big else 8])
+    order: Literal["little", "big"] = "little" if start[:2] == b"II" else "big"
+    while 0 < at.next < size and pages < _MAX_PAGES:
+        file.seek(at.next)
+        length += _TAG_BYTES[big] * int.from_bytes(file.read(8 if big else 2), order) + 2
+        if length > min(size, formats.MAX_BYTES):  # else a small file could keep a reader busy for hours
             raise DataError("its pages lead in a circle, or overlap")
         file.seek(at.next)
         at.load(file)
-        if not at.get(_KIND, 0) & 1:
+        kind = at.get(_KIND, 0)
+        if not kind & _REDUCED:
             pages += 1
+            masks += bool(kind & _IS_MASK)
             tags = dict(at) if tags is None else tags
     if tags is None:
         raise DataError("the file holds no page")
     samples, photometric = tags.get(_SAMPLES, 1), tags.get(_PHOTOMETRIC, 1)
-    bits, formats = tags.get(_BITS, (1,)), tags.get(_FORMAT, (1,))
+    bits, formats_ = tags.get(_BITS, (1,)), tags.get(_FORMAT, (1,))
     plain_samples = samples == (4 if photometric == _CMYK else 3 if photometric in (2, 6) else 1)
-    plain = pages == 1 and plain_samples and set(bits) <= {1, 8} and formats[0] == 1 and not tags.get(_EXTRA_SAMPLES)
-    text = f"{samples} bands, {_NAMES.get(formats[0], 'complex ')}{bits[0]}, {pages} page{'s' if pages > 1 else ''}"
-    return plain, text, at.next >= len(data)
+    plain = pages == 1 and plain_samples and set(bits) <= {1, 8} and formats_[0] == 1 and not tags.get(_EXTRA_SAMPLES)
+    text = f"{samples} bands, {_NAMES.get(formats_[0], 'complex ')}{bits[0]}, {pages} page{'s' if pages > 1 else ''}"
+    is_scene = pages - masks == 1 and not _GEOREFERENCE.isdisjoint(tags) and photometric in (1, 2, 6)
+    return _Head(plain, text, at.next >= size, is_scene)
 
 
 def _open(file: Any, context: Context) -> Item:
@@ -86,11 +111,8 @@ def _open(file: Any, context: Context) -> Item:
     size = [length for axis, length in _axes(series) if axis in axes and axis not in "SC"]
     if len(size) > 3:
         raise DataError(f"its axes are {series.axes}, more than three of space and time", "--data.pages first or all")
-    formats.check_pixels(size, context)
     samples = math.prod(length for axis, length in _axes(series) if axis in "SC")
-    if np.prod(size, dtype=np.float64) * samples * series.dtype.itemsize > _BYTES_PER_PIXEL * context.max_pixels:
-        most = f"{_BYTES_PER_PIXEL} bytes for each of {context.max_pixels:,} pixels"
-        raise DataError(f"{samples} bands of {series.dtype.name} take more than {most}", formats.IF_GENUINE)
+    formats.check_values(size, samples, series.dtype, context)
     frame = series.keyframe
     if max(map(sum, zip(frame.dataoffsets, frame.databytecounts, strict=True)), default=0) > file.filehandle.size:
         raise DataError(f"{CUT_SHORT}: the file ends before its pixels do")
