@@ -39,7 +39,7 @@ class Masked:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
         for batch in self.batches():
-            yield batch.images, self.masker(VALIDATION_SEED, 0, batch.indices, batch.images.device)
+            yield batch.images, self.masker(VALIDATION_SEED, 0, batch.indices, batch.images.device, batch.valid)
 
 
 def build_evaluators(
@@ -67,7 +67,7 @@ def build_evaluators(
     hold_out = HoldOut(model, Masked(lambda: without_stand_ins(loader, kept()), masker), runtime, mine)
     pictured = chosen[: settings.pictures]
     (picture_batch,) = loader.eval_batches(pictured, len(pictured))
-    picture_mask = masker(VALIDATION_SEED, 0, pictured, runtime.device)
+    picture_mask = masker(VALIDATION_SEED, 0, pictured, runtime.device, picture_batch.valid)
 
     @torch.no_grad()
     def pictures(step: int) -> dict[str, float]:

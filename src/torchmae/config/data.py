@@ -28,13 +28,15 @@ class ReadOptions(Settings, group="data."):
         root: folder where data sets that go by name are kept and downloaded to.
         axes: axes of one sample in an array, one letter each: C for channels, any other (L, H, W, Z, Y, X, T) for
             space and time, such as HWC, CHW, LC, CL, ZYX or TYXC; null: by the shape, where only one reading fits.
+        channels: channels to read, in this order: names that the file gives them, or numbers from 1; null: all.
         pages: pages of a TIFF: the "first", "all" (each page is a sample) or a "stack" (one sample with one axis more).
         truncated: a JPEG without its last rows: "skip" counts it as unreadable, "keep" fills the missing rows with
             grey.
         max_megapixels: limit of the pixels of a picture, in millions; a JPEG up to ten times as large is read at a
             fraction of its size.
-        nodata: value that means "nothing measured", such as -9999. It and values that are not finite are replaced by
-            the mean of their channel in the sample; "nan": only values that are not finite; null: no such value.
+        nodata: pixels without data, which enter no statistics and no loss: "auto" (the value that the file names, and
+            what is not finite), a value such as -9999 (and what is not finite), "nan" (what is not finite alone), or
+            "none" (an image with a value that is not finite is unreadable).
         member: picture to take from tar samples with several: what follows the sample's key and a dot ("jpg",
             "seg.png"), or "all" (each picture is a sample); null: no sample has several.
         scale: for each type of stored values, the value that becomes 1; null: 255 for uint8, 65535 for uint16, and
@@ -43,10 +45,11 @@ class ReadOptions(Settings, group="data."):
 
     root: Place = "data"
     axes: str | None = None
+    channels: tuple[int | str, ...] | None = None
     pages: Literal["first", "all", "stack"] = "first"
     truncated: Literal["skip", "keep"] = "skip"
     max_megapixels: Positive = 100.0
-    nodata: Literal["nan"] | float | None = None
+    nodata: Literal["auto", "nan", "none"] | float | None = "auto"
     member: str | None = None
     scale: dict[str, Positive] | None = None
 
@@ -61,11 +64,13 @@ class ReadOptions(Settings, group="data."):
 
     def of_one_file(self) -> dict[str, Any]:
         """The options that decide how one file is read, where they are not the defaults."""
-        names = ("axes", "pages", "truncated", "max_megapixels", "nodata")
+        names = ("axes", "channels", "pages", "truncated", "max_megapixels", "nodata")
         return {name: value for name, value in self.changed().items() if name in names}
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.nodata is None:  # as older runs say it
+            object.__setattr__(self, "nodata", "auto")
         for kind in self.scale or {}:
             one_of(f"{self.group}scale", kind, ("uint8", "uint16", "float32"))
         if self.axes is not None:
@@ -84,6 +89,9 @@ class DataOptions(ReadOptions):
 
     Attributes:
         source: what `torchmae pretrain --data` takes: a folder, a file or a name; null: what the run was trained on.
+        window: size in pixels of the windows that images are cut into at their own resolution, for each axis or one for
+            all: random ones in training, an even grid in evaluation; "none": crops of whole images; "auto": windows of
+            the model's input size where the values are no 8-bit picture's and most images are more than twice as large.
         val_size: number of training images that are held out where the data has no such split; at most a fifth of
             them, and the same ones in every command.
         memory_limit: GiB that decoded images may fill; a larger data set is read again in every pass.
@@ -92,6 +100,7 @@ class DataOptions(ReadOptions):
     """
 
     source: Place | None = None
+    window: Literal["auto", "none"] | Count | tuple[Count, ...] = "auto"
     val_size: Count = 2000
     memory_limit: NotNegative = 4.0
     num_workers: Annotated[int, Range(0, 256)] | None = None

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from torchmae.config.evaluate import EvaluateOptions, ReconstructionOptions
+from torchmae.data.formats import Valid
 from torchmae.data.loader import Batch
 from torchmae.data.transforms import Normalisation
 from torchmae.errors import ConfigError, one_of
@@ -91,15 +92,16 @@ def measure_model(
         one_of("reconstruction.strategies", strategy, known)
         for ratio in options.ratios:
             masker = Masker(model.encoder, strategy, ratio)
-            masked = [(batch.images, masker(seed, 0, batch.indices, runtime.device)) for batch in batches]
+            masked = [(batch.images, masker(seed, 0, batch.indices, runtime.device, batch.valid)) for batch in batches]
             found, note = [], ""
-            for images, mask in masked:
+            for batch, (images, mask) in zip(batches, masked, strict=True):
                 with runtime.autocast():
                     filled = model.reconstruct(images, mask)
                 note = filled.note
                 shown = [normalisation.shown(item).numpy() for item in (images, filled.images)]
                 shown.append(normalisation.shown(interpolate(images, filled.removed)).numpy())
-                found.append([_compare_both(metrics, *three) for three in zip(*shown, strict=True)])
+                valid = [None] * len(images) if batch.valid is None else batch.valid[:, 0].cpu().numpy()
+                found.append([_compare_both(metrics, *each) for each in zip(valid, *shown, strict=True)])
             of_all = [item for batch in share.of_all_batches(found) for item in batch]
             values = {name: float(np.mean([item[name] for item in of_all])) for name in of_all[0]}
             hold_out = HoldOut(model, masked, runtime, share).run()
@@ -111,21 +113,26 @@ def measure_model(
     return Result(figures, {"images": count, "rows": rows}, tuple(notes))
 
 
-def _compare_both(metrics: Any, true: Pixels, filled: Pixels, interpolated: Pixels) -> dict[str, float]:
-    beside = _compare(metrics, true, interpolated)
-    return {**_compare(metrics, true, filled), **{f"{name}_interpolation": beside[name] for name in beside}}
+def _compare_both(
+    metrics: Any, valid: Valid | None, true: Pixels, filled: Pixels, interpolated: Pixels
+) -> dict[str, float]:
+    beside = _compare(metrics, true, interpolated, valid)
+    return {**_compare(metrics, true, filled, valid), **{f"{name}_interpolation": beside[name] for name in beside}}
 
 
-def _compare(metrics: Any, true: Pixels, filled: Pixels) -> dict[str, float]:
-    """PSNR and SSIM of one image (C, *size) whose range is 1; SSIM from 3 pixels a side."""
+def _compare(metrics: Any, true: Pixels, filled: Pixels, valid: Valid | None = None) -> dict[str, float]:
+    """PSNR and SSIM of one image (C, *size) whose range is 1, over its pixels with data; SSIM from 3 pixels a side."""
     smallest = min(true.shape[1:])
     window = min(_WINDOW, smallest - 1 + smallest % 2)  # an odd number of pixels
+    pair = (true, filled) if valid is None else (true[:, valid], filled[:, valid])
     with np.errstate(divide="ignore"):  # equal pictures have no noise at all
-        ratio = float(metrics.peak_signal_noise_ratio(true, filled, data_range=1.0))
+        ratio = float(metrics.peak_signal_noise_ratio(*pair, data_range=1.0))
     values = {"psnr": min(ratio, _PSNR_LIMIT)}
     if window >= 3:
-        similarity = metrics.structural_similarity(true, filled, win_size=window, data_range=1.0, channel_axis=0)
-        values["ssim"] = float(similarity)
+        similarity, each = metrics.structural_similarity(
+            true, filled, win_size=window, data_range=1.0, channel_axis=0, full=True
+        )
+        values["ssim"] = float(similarity if valid is None else each[:, valid].mean())
     return values
 
 

@@ -17,7 +17,7 @@ from torchmae.config import ReadOptions
 from torchmae.data.formats import Context, plain_type, stored_type
 from torchmae.data.reading import FAR
 from torchmae.data.sources import FileSource
-from torchmae.data.transforms import eval_box, resample
+from torchmae.data.transforms import eval_box, resample, window_boxes
 from torchmae.errors import ConfigError, DataError, one_of
 from torchmae.interop.reading import is_foreign, read_weights
 from torchmae.interop.weights import Weights, build, full_arguments
@@ -49,10 +49,12 @@ class Pretrained:
         size, options = self.description.input_size, ReadOptions(**(self.description.reading or {}))
         if len(size) > 2 and options.pages == "first":
             options = replace(options, pages="stack")
-        return Context.of(options, channels=self.description.arguments["in_chans"], spatial_dims=len(size))
+        return Context.of(options, num_channels=self.description.arguments["in_chans"], spatial_dims=len(size))
 
     def preprocess(self, *images: str | Path | npt.NDArray[Any]) -> Tensor:
         """Images as the model wants them: centred crop of the model's proportions, resized, normalised.
+
+        For a model that was trained on windows, the window in the middle.
 
         Args:
             *images: image files, or arrays (H, W, C) (or any number of spatial axes, channels last) of uint8, uint16
@@ -79,7 +81,11 @@ class Pretrained:
                 f"an image has shape {array.shape}", f"this model takes {len(size)} axes and {channels} channels, last"
             )
         pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 0)))[None]
-        resized = resample(pixels, eval_box(array.shape[:-1], size)[None], size, np.zeros(1, dtype=np.bool_))
+        window, whole = self.description.window, array.shape[:-1]
+        box = (
+            eval_box(whole, size)[None] if window is None else window_boxes(np.full((1, len(size)), 0.5), whole, window)
+        )
+        resized = resample(pixels, box, size, np.zeros(1, dtype=np.bool_))
         return self.description.normalisation.apply(resized, pixels.dtype)
 
     def _checked(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -41,6 +41,7 @@ class Description:
         low: value of each channel that is shown black; None: 0.
         high: value of each channel that is shown white; None: 1.
         scale: for each type of values that the training images were stored in, the value that stood for 1.
+        window: size of the windows, at their own resolution, that training images were cut into; None: crops of images.
         reading: options of `ReadOptions` that training data was read with, other than the defaults.
     """
 
@@ -55,6 +56,7 @@ class Description:
     high: tuple[float, ...] | None = None
     scale: dict[str, float] | None = None
     reading: dict[str, Any] | None = None
+    window: tuple[int, ...] | None = None
 
     @property
     def normalisation(self) -> Normalisation:
@@ -87,7 +89,7 @@ def load_model(folder: Path, own: MaskedAutoencoder | None = None) -> tuple[Mask
         CheckpointError: nothing there that is whole, or a fine-tuned classifier.
         ConfigError: `own` is needed and not given, or the other way round.
     """
-    description = _read_description(folder / "model.json")
+    description = read_description(folder / "model.json")
     if (description.arguments.get("encoder") == OWN) != (own is not None):
         if own is None:
             raise ConfigError(f"{folder} holds a model handed over in Python", "hand it over again: model=MODEL")
@@ -132,7 +134,8 @@ def check_size(
     raise ValueError(f"model.json describes {depth:,} blocks and the weights hold {len(weights):,} tensors")
 
 
-def _read_description(path: Path) -> Description:
+def read_description(path: Path) -> Description:
+    """What model.json says; CheckpointError: it is missing or damaged."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values.get("kind") == "classifier":  # as saved_classifier, which stands above this module, marks its own
@@ -147,7 +150,7 @@ def _read_description(path: Path) -> Description:
         for name in ("input_size", "patch_size", "depths", "dims"):
             if values["arguments"].get(name) is not None:
                 values["arguments"][name] = tuple(values["arguments"][name])
-        for name in ("mean", "std", "classes", "low", "high"):
+        for name in ("mean", "std", "classes", "low", "high", "window"):
             if values.get(name) is not None:
                 values[name] = tuple(values[name])
         ReadOptions(**(values.get("reading") or {}))
