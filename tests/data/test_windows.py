@@ -137,10 +137,11 @@ def test_a_window_is_read_without_the_rest(tmp_path: Path, monkeypatch: pytest.M
 
     form = Format((".scene",), rb"SCENE", lambda data, _: Scene(SCENES[data[5]], form="scene"))
     monkeypatch.setitem(FORMATS, "scene", form)
+    (tmp_path / "scenes").mkdir()
     for i in range(5):
-        (tmp_path / f"{i}.scene").write_bytes(b"SCENE" + bytes([i]))
+        (tmp_path / "scenes" / f"{i}.scene").write_bytes(b"SCENE" + bytes([i]))
     run = torchmae.pretrain(
-        {"source": tmp_path, "num_workers": 0, "cache": "none", "mean": (0.5,) * 3, "std": (0.2,) * 3},
+        {"source": tmp_path / "scenes", "num_workers": 0, "cache": "none"},
         recipe="digits",
         model={"input_size": SIZE, "patch_size": 4},
         epochs=1,
@@ -150,14 +151,14 @@ def test_a_window_is_read_without_the_rest(tmp_path: Path, monkeypatch: pytest.M
     )
     regions = [region for region in asked if region is not None]
     assert len(regions) > 40 and {tuple(length for _, length in region) for region in regions} == {SIZE}
-    assert asked.count(None) <= 5 + 1  # the range that is shown
+    assert None not in asked
     about = json.loads((run.path / "model.json").read_text())
     assert about["window"] == [16, 16] and about["reading"] is None
     model = torchmae.load(run.path)
     middle = model.preprocess(SCENES[0])
     assert torch.equal(middle, model.preprocess(SCENES[0][12:28, 18:34]))
 
-    torchmae.embed(run.path, out=tmp_path / "x.npz")
+    torchmae.embed(run.path, {"num_workers": 0}, out=tmp_path / "x.npz")
     found = np.load(tmp_path / "x.npz")
     assert found["features"].shape[0] == 5
     grid = grid_of_windows(ArraySource(SCENES), SIZE, None)
@@ -165,6 +166,8 @@ def test_a_window_is_read_without_the_rest(tmp_path: Path, monkeypatch: pytest.M
     row = [Path(path).name for path in found["paths"]].index("0.scene")
     np.testing.assert_allclose(found["features"][row], expected, atol=1e-5)
     with pytest.raises(ConfigError, match="window"):
-        torchmae.embed(run.path, out=tmp_path / "y.npz", pool="tokens")
-    figures = torchmae.evaluate(run.path, method="reconstruction", reconstruction={"ratios": (0.5,)})
+        torchmae.embed(run.path, {"num_workers": 0}, out=tmp_path / "y.npz", pool="tokens")
+    figures = torchmae.evaluate(
+        run.path, {"num_workers": 0}, method="reconstruction", reconstruction={"ratios": (0.5,)}
+    )
     assert any(name.endswith("_psnr") for name in figures)

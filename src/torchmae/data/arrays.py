@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -360,6 +360,11 @@ class Held:
         row = index if self.rows is None else int(self.rows[index])
         part = tuple(slice(start, start + length) for start, length in box.tolist())
         return float(self.valid[row, 0][part].float().mean())
+
+    def repeated(self, indices: npt.NDArray[np.int64]) -> Held:
+        """The images with these indices, in this order; one may come many times."""
+        labels = None if self.labels is None else self.labels[indices]
+        return replace(self, rows=indices if self.rows is None else self.rows[indices], labels=labels)
 
     def source(self) -> Source:
         """The same images, read from memory; not where they were moved to a device."""

@@ -69,15 +69,20 @@ def open_data(
     if window is not None and val is not None:
         fitted.sources[1] = grid_of_windows(fitted.sources[1], window, progress)
     held = _hold(fitted, config, bad, progress)
-    measured = _measure(config, fitted, held[0], progress)
+    measurable = fitted.sources[0] if held[0] is None or held[0].valid is not None else held[0].source()
     view = View(input_size, config.crop_scale, config.crop_ratio, config.flip)
     views, windows = [view, view], []
     if window is not None:
         views[0] = replace(view, window=window)
-        fitted.sources[0], held[0] = random_windows(fitted.sources[0], held[0], window, progress)
+        sizes, boxes = _sizes_and_windows(fitted.sources[0], window, progress)
+        measurable = Windows(measurable, sizes, boxes)
+        rows = np.repeat(np.arange(len(sizes)), -(-sizes.prod(axis=1) // boxes[..., 1].prod(axis=1)))
+        fitted.sources[0] = Subset(fitted.sources[0], rows)
+        held[0] = None if held[0] is None else held[0].repeated(rows)
         sides = "x".join(map(str, window))
         each = f"{len(fitted.sources[0]):,} of {len(train):,} images an epoch"
         windows = [f"windows of {sides} at their own resolution, {each}: --data.window none for crops of whole images"]
+    measured = _measure(config, fitted, measurable, progress)
     loaders = [
         ImageLoader(
             source,
@@ -251,18 +256,6 @@ def grid_of_windows(source: Source, window: tuple[int, ...], progress: Progress 
     return Windows(source, *_sizes_and_windows(source, window, progress))
 
 
-def random_windows(
-    source: Source, held: Held | None, window: tuple[int, ...], progress: Progress | None
-) -> tuple[Source, Held | None]:
-    """A source, and what is held of it, whose image i comes as often as its area is a window's, rounded up."""
-    sizes, boxes = _sizes_and_windows(source, window, progress)
-    rows = np.repeat(np.arange(len(source)), -(-sizes.prod(axis=1) // boxes[..., 1].prod(axis=1)))
-    if held is not None:
-        labels = None if held.labels is None else held.labels[rows]
-        held = replace(held, rows=rows if held.rows is None else held.rows[rows], labels=labels)
-    return Subset(source, rows), held
-
-
 def _hold(fitted: Fitted, config: DataConfig, bad: BadFiles, progress: Progress | None) -> list[Held | None]:
     """The images of each source in memory, as far as `config.cache` wants them there and they fit."""
     held: list[Held | None] = []
@@ -320,15 +313,14 @@ def _on_device(held: Sequence[Held | None], config: DataConfig, device: torch.de
     return placed
 
 
-def _measure(config: DataConfig, fitted: Fitted, held: Held | None, progress: Progress | None) -> Measured:
+def _measure(config: DataConfig, fitted: Fitted, source: Source, progress: Progress | None) -> Measured:
     """Mean, deviation and range of the training images; those that the settings give count."""
     for name, values in (("mean", config.mean), ("std", config.std)):
         if values is not None and len(values) != fitted.channels:
             problem = f"data.{name} has {len(values)} numbers and the images {fitted.channels} channels"
             raise ConfigError(problem, f"give {fitted.channels}, or leave data.mean and data.std out")
-    train = fitted.sources[0] if held is None or held.valid is not None else held.source()
     sample = SAMPLE if config.mean is None else FEW
-    measured = measure(train, scale=config.scale, kinds=fitted.probes[0].kinds, sample=sample, progress=progress)
+    measured = measure(source, scale=config.scale, kinds=fitted.probes[0].kinds, sample=sample, progress=progress)
     if config.mean is None or config.std is None:
         return measured
     return measured._replace(normalisation=replace(measured.normalisation, mean=config.mean, std=config.std))

@@ -301,23 +301,30 @@ class Subset(Source):
 class Windows(Subset):
     """Windows of a source's images, as an even grid over each, as samples; they overlap where they do not come even.
 
-    `boxes`, (N, n, 2), is a window of each image, at any place.
+    `boxes`, (N, n, 2), is a window of each image, at any place. An image stays open until a window of another is asked
+    for: many formats are decoded whole.
     """
 
     def __init__(self, source: Source, sizes: npt.NDArray[np.int64], boxes: npt.NDArray[np.int64]) -> None:
         self._lengths = boxes[..., 1]
         self._free = sizes - self._lengths
         self._counts = -(-sizes // self._lengths)
+        self._last: tuple[tuple[int, int], Item] | None = None  # process and image; no file is shared with a worker
         per_image = self._counts.prod(axis=1)
         super().__init__(source, np.repeat(np.arange(len(sizes)), per_image))
         self._place = np.arange(len(self.indices)) - np.repeat(np.cumsum(per_image) - per_image, per_image)
 
     def open(self, index: int) -> Item:
-        image = int(self.indices[index])
+        image, last = int(self.indices[index]), self._last
+        if last is None or last[0] != (os.getpid(), image):
+            self._last = last = (os.getpid(), image), self.source.open(image)
         steps = np.unravel_index(int(self._place[index]), self._counts[image])
         starts = np.array(steps) * self._free[image] // np.maximum(self._counts[image] - 1, 1)
         region = zip(starts.tolist(), self._lengths[image].tolist(), strict=True)
-        return WindowItem(self.source.open(image), tuple(region))
+        return WindowItem(last[1], tuple(region))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}
 
     def encoded(self, index: int) -> None:  # noqa: ARG002
         """None: a window has no file of its own."""

@@ -119,6 +119,8 @@ def detect(
             ]
         ).mean(0)
         distances = distance(tokens, features.flatten(0, 1), 1).view(errors.shape)
+        if batch.valid is not None:  # a patch without data is no anomaly
+            distances = distances * patchify(batch.valid, model.patch_size).any(-1)
         nearest = distance(means, features.mean(1), NEIGHBOURS)
         values = (errors.mean(1), errors.amax(1), nearest, distances.mean(1), distances.amax(1))
         kept = {"maps_reconstruction": errors, "maps_patch_knn": distances, "labels": batch.labels}

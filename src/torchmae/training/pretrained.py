@@ -14,10 +14,10 @@ from torch import Tensor
 
 import torchmae
 from torchmae.config import ReadOptions
-from torchmae.data.formats import Context, plain_type, stored_type
+from torchmae.data.formats import Context, Valid, plain_type, stored_type
 from torchmae.data.reading import FAR
 from torchmae.data.sources import FileSource
-from torchmae.data.transforms import eval_box, resample, window_boxes
+from torchmae.data.transforms import eval_box, resample, resample_valid, window_boxes
 from torchmae.errors import ConfigError, DataError, one_of
 from torchmae.interop.reading import is_foreign, read_weights
 from torchmae.interop.weights import Weights, build, full_arguments
@@ -54,7 +54,7 @@ class Pretrained:
     def preprocess(self, *images: str | Path | npt.NDArray[Any]) -> Tensor:
         """Images as the model wants them: centred crop of the model's proportions, resized, normalised.
 
-        For a model that was trained on windows, the window in the middle.
+        For a model that was trained on windows, the window in the middle. A pixel without data is 0, the mean.
 
         Args:
             *images: image files, or arrays (H, W, C) (or any number of spatial axes, channels last) of uint8, uint16
@@ -74,7 +74,7 @@ class Pretrained:
     def _preprocess(self, image: str | Path | npt.NDArray[Any]) -> Tensor:
         size = self.description.input_size
         channels = self.description.arguments["in_chans"]
-        array = image if isinstance(image, np.ndarray) else read_image(Path(image), self.context)
+        array, valid = (image, None) if isinstance(image, np.ndarray) else read_image(Path(image), self.context)
         array = self._checked(array)
         if array.ndim != len(size) + 1 or array.shape[-1] != channels:
             raise ConfigError(
@@ -85,8 +85,11 @@ class Pretrained:
         box = (
             eval_box(whole, size)[None] if window is None else window_boxes(np.full((1, len(size)), 0.5), whole, window)
         )
-        resized = resample(pixels, box, size, np.zeros(1, dtype=np.bool_))
-        return self.description.normalisation.apply(resized, pixels.dtype)
+        flip, normalised = np.zeros(1, dtype=np.bool_), self.description.normalisation.apply
+        if valid is None:
+            return normalised(resample(pixels, box, size, flip), pixels.dtype)
+        resized, kept = resample_valid(pixels, torch.from_numpy(valid)[None, None], box, size, flip)
+        return torch.where(kept, normalised(resized, pixels.dtype), 0.0)
 
     def _checked(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """An image of a type, and on a scale, that the model was trained on."""
@@ -181,9 +184,9 @@ def _adopt(weights: Weights) -> Pretrained:
     return Pretrained(build(weights), description, weights.notes)
 
 
-def read_image(path: Path, context: Context) -> npt.NDArray[Any]:
-    """(*size, C) of one file; DataError where it cannot be read."""
+def read_image(path: Path, context: Context) -> tuple[npt.NDArray[Any], Valid | None]:
+    """(*size, C) of one file, and which of its pixels hold data (None: all); DataError where it cannot be read."""
     try:
-        return FileSource(Path(), [str(path)], context=context).read(0)
+        return FileSource(Path(), [str(path)], context=context).read_valid(0)
     except DataError as error:
         raise DataError(f"cannot read {error}", "give image files, such as PNG or JPEG") from error

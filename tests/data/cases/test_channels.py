@@ -81,5 +81,5 @@ def test_a_run_keeps_its_channels(scenes: Path, tmp_path: Path) -> None:
     model = torchmae.load(run.path)
     image = model.preprocess(scenes / "00.scene")
     np.testing.assert_array_equal(image, model.preprocess(BANDS[0][..., [2, 0]]))
-    torchmae.embed(run.path, out=tmp_path / "features.npz")
+    torchmae.embed(run.path, {"num_workers": 0}, out=tmp_path / "features.npz")
     assert len(np.load(tmp_path / "features.npz")["features"]) == 12
