@@ -19,6 +19,7 @@ from torchmae.data.opening import Data, grid_of_windows, open_data, window_size
 from torchmae.data.reading import probe
 from torchmae.data.sources import Source
 from torchmae.errors import ConfigError
+from torchmae.evaluation.images import run_data
 
 RNG = np.random.default_rng(0)
 SCENES = (RNG.random((5, 40, 52, 3)) * 60000).astype(np.uint16)
@@ -171,3 +172,7 @@ def test_a_window_is_read_without_the_rest(tmp_path: Path, monkeypatch: pytest.M
         run.path, {"num_workers": 0}, method="reconstruction", reconstruction={"ratios": (0.5,)}
     )
     assert any(name.endswith("_psnr") for name in figures)
+    assert run_data(str(run.path)).window == SIZE  # for a run that is resumed
+    del about["window"]
+    (run.path / "model.json").write_text(json.dumps(about))
+    assert run_data(str(run.path)).window == "none"  # a run from before there were windows

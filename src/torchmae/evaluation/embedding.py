@@ -111,6 +111,7 @@ def embed_run(
                 compute.batch_size,
                 display.preparing,
                 splits,
+                description.window or "none",
             )
             data = replace(data, num_workers=share_of_cores(data.num_workers, runtime.ranks))
             parts, notes = open_parts(data, options.split, taken)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ class ModelInput:
         batch_size: images in a batch.
         progress: told how far indexing, reading and measuring are.
         own: sources of a caller's own, by split, for data "own".
+        window: what data.window "auto" means: the size of the windows that it was trained on, or "none".
     """
 
     input_size: tuple[int, ...]
@@ -52,6 +54,7 @@ class ModelInput:
     batch_size: int = EVAL_BATCH
     progress: Progress | None = None
     own: Mapping[str, Source] | None = None
+    window: tuple[int, ...] | Literal["auto", "none"] = "auto"
 
     def context(self, data: DataOptions) -> Context:
         """How data for this input is opened."""
@@ -241,8 +244,6 @@ def own_data(run: str, data: DataOptions) -> DataOptions:
     if own is None:
         return data
     same = data.filled_from(own)  # a model sees other data as it saw its own
-    if data.window == "auto":
-        same["window"] = own.window
     if data.source is None:
         return replace(data, **same, source=own.source, val_size=own.val_size)
     return replace(data, **{**same, "root": data.root})
@@ -271,6 +272,8 @@ def image_sets(
         normalisation, types = rescaled(normalisation, data, seen)
         said += [*seen.notes, *types]
     bad = BadFiles(sum(map(len, sources)), data.max_bad)
+    if data.window == "auto":
+        data = replace(data, window=model.window)
     window = window_size(data, fitted.probes[0], model.input_size)
     if window is None:
         sets = [ImageSet(source, data, model, normalisation, bad) for source in fitted.sources]

@@ -187,6 +187,7 @@ def open_bench(
         batch_size,
         display.preparing,
         splits,
+        "auto" if description is None else description.window or "none",
     )
     opener = next((method.open for method in methods.values() if method.open is not None), None)
     if opener is not None:
