@@ -294,7 +294,7 @@ class Masker:
         if torch.device(device).type == "cuda":  # from other than pinned memory, the copy would wait for queued work
             noise = noise.pin_memory()
         mask = self.from_noise(noise.to(device, non_blocking=noise.is_pinned()))
-        if valid is None:
+        if valid is None or not len(valid):  # a rank may have no images
             return mask
         if not self.encoder.patch_size:
             raise ConfigError("some pixels hold no data, and this model has no patches", "use a vit model")
