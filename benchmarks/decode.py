@@ -47,7 +47,7 @@ class InMemory(EncodedSource):
     """Image files that were read before."""
 
     def __init__(self, files: list[bytes]) -> None:
-        super().__init__(len(files), None, None, Context(channels=3))
+        super().__init__(len(files), None, None, Context(num_channels=3))
         self.files = files
 
     def encoded(self, index: int) -> bytes:
@@ -113,7 +113,7 @@ def requests(count: int, epoch: int) -> Iterator[Request]:
 
 def drawn(source: InMemory, view: View, request: Request) -> Iterator[tuple[bytes, Boxes, bool]]:
     """The file, the box and the flip of each image of a request."""
-    numbers, flips = crop_numbers(request), draw_flips(request, view)
+    numbers, flips = crop_numbers(request, view), draw_flips(request, view)
     for i, index in enumerate(request.indices):
         file = source.files[index]
         width, height = Image.open(io.BytesIO(file)).size

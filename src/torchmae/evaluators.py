@@ -42,7 +42,7 @@ class Masked:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
         for batch in self.batches():
-            yield batch.images, self.masker(VALIDATION_SEED, 0, batch.indices, batch.images.device)
+            yield batch.images, self.masker(VALIDATION_SEED, 0, batch.indices, batch.images.device, batch.valid)
 
 
 def within_budget(settings: EvalConfig, data: Data, image_s: float, run_s: float) -> EvalConfig:
@@ -111,7 +111,7 @@ def build_evaluators(
     hold_out = HoldOut(model, Masked(lambda: without_stand_ins(loader, kept()), masker), runtime, mine)
     pictured = chosen[: settings.pictures]
     (picture_batch,) = loader.eval_batches(pictured, len(pictured))
-    picture_mask = masker(VALIDATION_SEED, 0, pictured, runtime.device)
+    picture_mask = masker(VALIDATION_SEED, 0, pictured, runtime.device, picture_batch.valid)
 
     @torch.no_grad()
     def pictures(step: int) -> dict[str, float]:

@@ -22,6 +22,7 @@ from torchmae.data.loader import one_line_when_a_worker_ends
 from torchmae.data.opening import Data, open_data
 from torchmae.data.sources import data_line
 from torchmae.errors import ConfigError, DataError, Interrupted, TorchmaeError
+from torchmae.evaluation.images import run_data
 from torchmae.evaluators import affordable, build_evaluators
 from torchmae.interop.weights import initialise
 from torchmae.nn.mae import MaskedAutoencoder, parameter_counts
@@ -152,9 +153,11 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, own: Own, *, resum
         if ranks.world_size > 1 and own.splits is None:  # rank 0 first: what is downloaded or indexed is so once
             context = Context.of(config.data, spatial_dims=len(arguments["input_size"]), progress=display.preparing)
             ranks.on_main(lambda: len(open_splits(config.data.source, context)))
+        begun = run_data(str(folder.path)) if resume else None
+        window = config.data.window if begun is None else begun.window  # "auto" means what it meant when the run began
         data = ranks.together(
             lambda: open_data(
-                replace(config.data, num_workers=share_of_cores(config.data.num_workers, ranks)),
+                replace(config.data, num_workers=share_of_cores(config.data.num_workers, ranks), window=window),
                 input_size=arguments["input_size"],
                 channels=config.model.in_chans,
                 device=runtime.device,
@@ -230,6 +233,7 @@ def _train(
         classes=data.classes,
         torchmae=torchmae.__version__,
         reading=config.data.of_one_file() or None,
+        window=data.window,
         **asdict(data.normalisation),
     )
     start = checkpoint.state["step"] if checkpoint else 0

@@ -19,7 +19,7 @@ def picture(height: int = 12, width: int = 16, seed: int = 0) -> np.ndarray:
 
 
 def opened(raw: bytes, channels: int | None = None, **options: object) -> Item:
-    return open_item(raw, Context(channels=channels, **options))
+    return open_item(raw, Context(num_channels=channels, **options))
 
 
 def decode(raw: bytes, channels: int | None = None, **options: object) -> np.ndarray:

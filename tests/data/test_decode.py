@@ -106,7 +106,7 @@ def test_float_tiff_stays_float() -> None:
     np.testing.assert_array_equal(pixels[..., 0], values)
     values[0, 0] = np.nan
     with pytest.raises(DataError, match="not finite"):
-        decode(encoded(Image.fromarray(values), "TIFF"), None)
+        decode(encoded(Image.fromarray(values), "TIFF"), None, nodata="none")
 
 
 @pytest.mark.parametrize(

@@ -42,9 +42,7 @@ def test_arrays_and_limits() -> None:
     source = ArraySource(images, [0, 0, -1, *[7] * 7], ["zero"], title="x")
     found = inspect_splits({"train": source}, limit=None).splits["train"]
     assert (found.low, found.high) == (pytest.approx(-1), pytest.approx(3))
-    assert found.corrupt == [
-        ("x/5", "holds values that are not finite; --data.nodata nan puts the mean in such places")
-    ]
+    assert found.corrupt == [("x/5", "holds no data at all")]
     assert found.formats == {"array": 9}
     assert found.classes == {"unlabelled": 1, "zero": 2, "7": 7}
     assert inspect_splits({"train": source}, limit=4).splits["train"].examined == 4

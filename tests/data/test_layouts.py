@@ -130,7 +130,7 @@ def test_single_files_that_are_no_data_set(write_pictures, tmp_path: Path) -> No
 
 def test_channels_are_handed_on(write_pictures, tmp_path: Path) -> None:
     write_pictures("train/a.png", "val/b.png")
-    splits = open_splits(str(tmp_path), Context(channels=1))
+    splits = open_splits(str(tmp_path), Context(num_channels=1))
     assert [item.read(0).shape[-1] for item in splits.values()] == [1, 1]
 
 

@@ -20,7 +20,8 @@ def test_patterns(write_pictures, tmp_path: Path) -> None:
     every = open_splits(f"{tmp_path}/**/*.jpg")["train"]
     assert paths(every, tmp_path) == ["a/1.jpg", "a/deep/3.jpg", "c/[1].jpg"]
     assert every.read(0).shape == (12, 16, 3)
-    assert paths(open_splits(f"{tmp_path}/{{b,a}}/*", Context(channels=1))["train"], tmp_path) == ["a/1.jpg", "b/2.png"]
+    grey = open_splits(f"{tmp_path}/{{b,a}}/*", Context(num_channels=1))["train"]
+    assert paths(grey, tmp_path) == ["a/1.jpg", "b/2.png"]
     with pytest.raises(DataError, match=r"no file matches .*\*\.gif; check the pattern, and quote it"):
         open_splits(f"{tmp_path}/*.gif")
     some = open_splits(f"{tmp_path}/a/*")["train"]

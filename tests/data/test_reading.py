@@ -61,7 +61,7 @@ def test_reading_many_keeps_the_order(
     readings = list(read_many(three_of_five, indices))
     assert [asked for asked, *_ in readings] == indices.tolist()
     assert [read for _, read, *_ in readings] == [0, 0, 3, 2, 2] * 20
-    for _, read, image, _ in readings:
+    for _, read, (image, _), _ in readings:
         np.testing.assert_array_equal(image, three_of_five.read(read))
     assert [len(bad) for *_, bad in readings[:5]] == [1, 0, 0, 1, 0]
 
@@ -117,14 +117,14 @@ def test_statistics_of_a_sample_reaches_over_the_whole_source() -> None:
 def test_values_that_are_not_finite_are_named() -> None:
     images = np.random.default_rng(0).random((6, 2, 2), np.float32)
     images[1, 0, 0] = np.inf
-    source = ArraySource(images)
+    source = ArraySource(images, context=Context(nodata="none"))
     with pytest.raises(DataError, match="array/1: holds values that are not finite"):
         source.read(1)
     bad = BadFiles(6, 0.2)
     held = hold(source, float("inf"), bad)
-    np.testing.assert_array_equal(held.gather(np.arange(6))[:, 0], images[[0, 2, 2, 3, 4, 5]])
+    np.testing.assert_array_equal(held.gather(np.arange(6))[0][:, 0], images[[0, 2, 2, 3, 4, 5]])
     assert [name for name, _ in bad.items] == ["array/1"]
-    with pytest.raises(DataError, match=r"--data\.nodata nan"):
+    with pytest.raises(DataError, match=r"--data\.nodata auto"):
         hold(source, float("inf"), BadFiles(6, 0))
     filled = ArraySource(images, context=Context(nodata="nan")).read(1)
     assert filled[0, 0, 0] == pytest.approx(images[1].ravel()[1:].mean())

@@ -40,25 +40,27 @@ VIEW = View((8, 8), (0.2, 1.0), (0.75, 1.3333), True)
 
 def test_a_view_depends_on_seed_epoch_and_index_alone() -> None:
     request = Request(np.array([5, 0, 9, 2]), 3, 1)
-    numbers, flips = crop_numbers(request), draw_flips(request, VIEW)
+    numbers, flips = crop_numbers(request, VIEW), draw_flips(request, VIEW)
     for i, index in enumerate((5, 0, 9, 2)):
         alone = Request(np.array([index]), 3, 1)
-        np.testing.assert_array_equal(numbers[i : i + 1], crop_numbers(alone))
+        np.testing.assert_array_equal(numbers[i : i + 1], crop_numbers(alone, VIEW))
         assert flips[i] == draw_flips(alone, VIEW)[0]
     for other in (request._replace(seed=4), request._replace(epoch=2)):
-        assert (crop_numbers(other) != numbers).any()
+        assert (crop_numbers(other, VIEW) != numbers).any()
 
 
 def test_one_epoch_for_each_image() -> None:
     mixed = Request(np.array([5, 5, 2]), 3, np.array([1, 7, 1]))
     parts = [Request(np.array([index]), 3, epoch) for index, epoch in ((5, 1), (5, 7), (2, 1))]
-    np.testing.assert_array_equal(crop_numbers(mixed), np.concatenate([crop_numbers(part) for part in parts]))
+    np.testing.assert_array_equal(
+        crop_numbers(mixed, VIEW), np.concatenate([crop_numbers(part, VIEW) for part in parts])
+    )
     np.testing.assert_array_equal(draw_flips(mixed, VIEW), np.concatenate([draw_flips(part, VIEW) for part in parts]))
 
 
 def test_the_view_of_an_evaluation_is_the_centre() -> None:
     request = Request(np.arange(3), None, 0)
-    boxes = boxes_of(crop_numbers(request), (30, 40), VIEW)
+    boxes = boxes_of(crop_numbers(request, VIEW), (30, 40), VIEW)
     assert boxes.shape == (3, 2, 2)
     assert (boxes == eval_box((30, 40), (8, 8))).all()
     assert not draw_flips(request, VIEW).any()
@@ -115,9 +117,9 @@ def test_a_large_jpeg_is_cut_as_if_it_were_decoded_whole(tmp_path: Path, orienta
     reader = Reader(folder_splits(tmp_path)["train"], 3, View((32, 24), (0.2, 1.0), (0.75, 1.3333), True))
     for request in (Request(np.array([0]), 0, 0), Request(np.array([0]), None, 0)):
         jpeg = reader[request].images
-        sample = _Sample(reader.source, crop_numbers(request), 1)
+        sample = _Sample(reader.source, request, crop_numbers(request, reader.view), 1)
         _place([sample], reader.view)
-        sample.read((32, 24))
+        sample.read(reader.view)
         png = cut(sample.image, sample.boxes[0], (32, 24))  # the same crop of a file that is never reduced
         assert jpeg.shape == (1, 32, 24, 3)
         difference = (jpeg[0].float() - png.float()).abs()

@@ -40,6 +40,7 @@ MODELS = {
     "mlp": mlp,
     "cross": lambda: vit(depth=2, decoder="cross", predict_ratio=0.5, feature_weights=True, hog_weight=0.5),
     "dropped": lambda: vit(depth=2, drop_path=0.5),
+    "gaps": lambda: vit(depth=2, norm_pix=True, hog_weight=0.5),
 }
 # 27 images in batches of 8: an epoch is 8, 8, 8, 3; four ranks leave one without an image in its last step.
 COUNT = 27
@@ -87,7 +88,7 @@ def train(
                 model=network,
                 batch_size=config.batch_size,
                 epochs=config.epochs,
-                loader=Spoilt() if spoilt else images(COUNT),  # type: ignore[arg-type]
+                loader=Spoilt() if spoilt else Gaps() if model == "gaps" else images(COUNT),  # type: ignore[arg-type]
                 fingerprint="abc",
                 runtime=runtime,
                 folder=folder,
@@ -120,6 +121,22 @@ class Spoilt(Images):
             spoilt = step >= 5 and self.left > 0
             self.left -= spoilt
             yield replace(batch, images=batch.images * (math.nan if spoilt else 1))
+
+
+class Gaps(Images):
+    """Images without data in one column of patches, and in some more pixels of each second one."""
+
+    def __init__(self) -> None:
+        super().__init__(images(COUNT).images)
+        self.valid = torch.ones_like(self.images, dtype=torch.bool)
+        for i, valid in enumerate(self.valid):
+            valid[..., 2 * (i % 3) : 2 * (i % 3) + 2] = False
+            valid[:, 1 :: 2 + i % 5] &= i % 2 == 0
+        self.images[~self.valid] = 0
+
+    def train_batches(self, plan: Plan, start: int, stop: int, **ranks: int) -> Iterator[Batch]:
+        for batch in super().train_batches(plan, start, stop, **ranks):
+            yield replace(batch, valid=self.valid[batch.indices])
 
 
 def cut() -> list[Any]:

@@ -99,6 +99,8 @@ def test_images_are_divided_in_the_batches_of_one_rank(tmp_path: Path) -> None:
         (2, {"accumulate": 3, "optim": {"clip_grad": 0.1, "name": "muon"}}, "vit"),
         (4, {"accumulate": 2, "parallel": "fsdp"}, "cross"),
         (2, {}, "cross"),
+        (2, {"accumulate": 2}, "gaps"),
+        (4, {"parallel": "fsdp"}, "gaps"),
         (4, {"parallel": "fsdp", "accumulate": 2, "optim": {"clip_grad": 0.1}, "checkpoint_activations": True}, "vit"),
         (2, {"parallel": "fsdp", "compile": True, "activation_memory_budget": 0.5}, "vit"),
         (3, {"mask": {"strategy": "elements"}}, "mlp"),

@@ -45,7 +45,7 @@ def test_pictures(kind: str) -> None:
     @given(damaged(FILES[kind]), st.sampled_from([None, 1, 3]), st.sampled_from([1, 2, 8]))
     def check(raw: bytes, channels: int | None, reduction: int) -> None:
         try:
-            pixels = open_item(raw, Context(channels=channels, max_megapixels=0.01)).read(reduction=reduction)
+            pixels = open_item(raw, Context(num_channels=channels, max_megapixels=0.01)).read(reduction=reduction)
         except DataError as error:
             assert str(error)
             return
@@ -93,7 +93,7 @@ def test_fields(folder: Path, name: str) -> None:
 @given(damaged(encoded("JPEG")), st.sampled_from([((0, 5), (0, 7)), ((8, 12), (3, 16)), ((19, 1), (0, 24))]))
 def test_a_part_of_a_jpeg(raw: bytes, region: Region) -> None:
     try:
-        item = open_item(raw, Context(channels=3, max_megapixels=0.01))
+        item = open_item(raw, Context(num_channels=3, max_megapixels=0.01))
         inside = all(start + length <= have for (start, length), have in zip(region, item.size, strict=True))
         pixels = item.read(region) if inside else None
     except DataError as error:

@@ -128,7 +128,7 @@ def _describe_split(split: str, facts: SplitFacts) -> list[str]:
             lines.append(f"            {', '.join(each)}")
     kinds = f", {facts.cut_short:,} of them cut short (--truncated keep reads such JPEGs)" if facts.cut_short else ""
     if facts.not_finite:
-        kinds += f", {facts.not_finite:,} of them with values that are not finite (--nodata nan replaces these values)"
+        kinds += f", {facts.not_finite:,} of them with values that are not finite (--nodata auto: no data)"
     lines.append(f"  corrupt   {len(facts.corrupt) or 'none'}{kinds}")
     lines += [f"            {name}: {reason}" for name, reason in facts.corrupt[:_SHOWN]]
     if len(facts.corrupt) > _SHOWN:

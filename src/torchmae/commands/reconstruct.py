@@ -51,7 +51,7 @@ def mask_from_image(pretrained: Pretrained, path: Path, count: int) -> Mask:
         raise ConfigError(
             f"this model takes {len(size)} axes and mask_file is an image", "mask patches with --mask.ratio"
         )
-    array = torch.from_numpy(read_image(path, Context(channels=1, spatial_dims=2))[..., 0])
+    array = torch.from_numpy(read_image(path, Context(num_channels=1, spatial_dims=2))[0][..., 0])
     values = (array.float() / FULL_SCALE[str(array.numpy().dtype)])[None, None]
     resized = resample(values, eval_box(tuple(array.shape), size)[None], size, np.zeros(1, dtype=np.bool_))
     removed = (resized[:, 0] > 0.5).expand(count, *size)

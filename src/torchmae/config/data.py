@@ -29,12 +29,14 @@ class ReadOptions(Settings, group="data."):
         root: folder of the data sets that are downloaded by name.
         axes: axes of one sample in an array, one letter each: C for channels, any other (L, H, W, Z, Y, X, T) for
             space and time, such as HWC, CHW, LC, CL, ZYX or TYXC; null: from the shape, if it is unambiguous.
+        channels: channels to read, in this order: names that the file gives them, or numbers from 1; null: all.
         pages: pages of a TIFF: the "first", "all" (each page is a sample) or a "stack" (one sample with one more axis).
         truncated: a JPEG without its last rows: "skip" it as unreadable, or "keep" it with the missing rows grey.
         max_megapixels: largest size of a picture in million pixels; a JPEG of up to ten times this size is decoded at
             reduced size.
-        nodata: value that means "no measurement", such as -9999. It and values that are not finite are replaced by
-            the mean of their channel in the sample; "nan": only values that are not finite; null: no such value.
+        nodata: pixels without data, which enter no statistics and no loss: "auto" (the value that the file names, and
+            what is not finite), a value such as -9999 (and what is not finite), "nan" (what is not finite alone), or
+            "none" (an image with a value that is not finite is unreadable).
         member: picture to take if a tar sample has several: its name after the sample's key and a dot ("jpg",
             "seg.png"), or "all" (each picture is a sample); null: no sample has several.
         group: what belongs together (a patient, a scene, a record, a clip): the name of a column of a list or of an
@@ -47,10 +49,11 @@ class ReadOptions(Settings, group="data."):
 
     root: Place = "data"
     axes: str | None = None
+    channels: tuple[int | str, ...] | None = None
     pages: Literal["first", "all", "stack"] = "first"
     truncated: Literal["skip", "keep"] = "skip"
     max_megapixels: Positive = 100.0
-    nodata: Literal["nan"] | float | None = None
+    nodata: Literal["auto", "nan", "none"] | float | None = "auto"
     member: str | None = None
     group: str | None = None
     spectrogram: Annotated[int, Range(8, 512)] | None = None
@@ -67,11 +70,13 @@ class ReadOptions(Settings, group="data."):
 
     def of_one_file(self) -> dict[str, Any]:
         """The options that change how one file is read, if they differ from their defaults."""
-        names = ("axes", "pages", "truncated", "max_megapixels", "nodata", "spectrogram")
+        names = ("axes", "channels", "pages", "truncated", "max_megapixels", "nodata", "spectrogram")
         return {name: value for name, value in self.changed().items() if name in names}
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.nodata is None:  # as older runs say it
+            object.__setattr__(self, "nodata", "auto")
         for kind in self.scale or {}:
             one_of(f"{self.prefix}scale", kind, ("uint8", "uint16", "float32"))
         if self.group is not None and "(" in self.group:
@@ -96,6 +101,9 @@ class DataOptions(ReadOptions):
 
     Attributes:
         source: a folder, file or name, as for `torchmae pretrain --data`; null: the run's training data.
+        window: size in pixels of the windows that images are cut into at their own resolution, for each axis or one for
+            all: random ones in training, an even grid in evaluation; "none": crops of whole images; "auto": windows of
+            the model's input size unless images are 8-bit pictures or most are at most twice as large.
         val_size: number of training images to hold out if the data has no val split; at most a fifth of them. Every
             command holds out the same images.
         memory_limit: GiB for decoded images; a larger data set is read again in every epoch.
@@ -104,6 +112,7 @@ class DataOptions(ReadOptions):
     """
 
     source: Place | None = None
+    window: Literal["auto", "none"] | Count | tuple[Count, ...] = "auto"
     val_size: Count = 2000
     memory_limit: NotNegative = 4.0
     num_workers: Annotated[int, Range(0, 256)] | None = None

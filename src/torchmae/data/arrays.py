@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from torchmae.data.formats import ArrayItem, Context, Image, Progress, stored_type, tracked
-from torchmae.data.reading import BadFiles, first_readable, read_many, stand_ins
+from torchmae.data.formats import ArrayItem, Context, Image, Item, Progress, prepared, stored_type, tracked
+from torchmae.data.reading import BadFiles, first_readable, read_many
 from torchmae.data.sources import Labels, Source, Subset, digest, evenly_spaced
 from torchmae.data.transforms import to_device
 from torchmae.errors import ConfigError, DataError, TorchmaeError, reason_of, require
@@ -63,8 +63,8 @@ def sample_axes(shape: tuple[int, ...], context: Context, title: str) -> tuple[i
     if len(shape) == 1 or (dims == len(shape) and len(shape) < 3):
         return None, ""
     readings = _readings(shape, dims)
-    if context.channels is not None:  # which may tell them apart
-        fitting = [axes for axes in readings if context.channels == (shape[axes.index("C")] if "C" in axes else 1)]
+    if context.num_channels is not None and context.channels is None:  # which may tell them apart
+        fitting = [axes for axes in readings if context.num_channels == (shape[axes.index("C")] if "C" in axes else 1)]
         readings = fitting[:1] or readings
     if len(readings) != 1:
         readings = readings or _all_readings(shape, dims)
@@ -140,15 +140,13 @@ class ArraySource(Source):
         self.remarks = (note,) if note else ()
         self._take_labels(labels, classes)
         self._title = title
-        self._nodata = context.nodata
+        self._context = context
 
     def __len__(self) -> int:
         return int(self.images.shape[0])
 
-    def open(self, index: int) -> ArrayItem:
-        item = ArrayItem(self.images, self._axis, place=index)
-        item.nodata = self._nodata
-        return item
+    def open(self, index: int) -> Item:
+        return prepared(ArrayItem(self.images, self._axis, place=index), self._context)
 
     def name(self, index: int) -> str:
         return f"{self._title}/{index}"
@@ -165,7 +163,7 @@ class ArraySource(Source):
 
     def with_channels(self, channels: int) -> ArraySource:
         """The source itself; ConfigError where `channels` is not what the array has."""
-        have = 1 if self._axis is None else int(self.images.shape[1:][self._axis])
+        have = self.open(0).channels
         if channels != have:
             problem = f"{self._title} has {have} channels and the model takes {channels}"
             raise ConfigError(problem, f"set model.in_chans to {have}, or leave it out")
@@ -174,7 +172,8 @@ class ArraySource(Source):
     def whole(self) -> tuple[Image, npt.NDArray[np.int64] | None] | None:
         array = self.images.array if isinstance(self.images, FileArray) else self.images
         usable = isinstance(array, np.ndarray) and array.dtype in (np.uint8, np.uint16, np.float32)
-        if not usable or not array.flags.writeable or self._nodata is not None:
+        as_stored = self._context.channels is None and isinstance(self._context.nodata, str)
+        if not usable or not array.flags.writeable or not as_stored:
             return None
         return (array[..., None] if self._axis is None else np.moveaxis(array, self._axis + 1, -1)), None
 
@@ -339,14 +338,40 @@ class Held:
     images: Tensor  # (M, C, *size), uint8, uint16 or float32; on the CPU, unless they were moved
     rows: npt.NDArray[np.int64] | None  # (N,) the row of each image; None: they are in order
     labels: Labels | None  # (N,), of an unreadable image its stand-in's; None: nothing has a label
+    valid: Tensor | None = None  # (M, 1, *size) bool, where there is data, beside `images`; None: everywhere
 
-    def gather(self, indices: npt.NDArray[np.int64]) -> Tensor:
-        """(B, C, *size) copies of some images."""
+    def gather(
+        self, indices: npt.NDArray[np.int64], boxes: npt.NDArray[np.int64] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, C, *size) copies of some images, and of `valid`; of `boxes`, (B, n, 2) of one size, these alone."""
         rows = indices if self.rows is None else self.rows[indices]
         chosen = to_device(torch.from_numpy(rows), self.images.device)
+
+        def take(images: Tensor) -> Tensor:
+            if boxes is None or not len(rows):
+                return images[chosen]
+            pairs = zip(rows.tolist(), boxes.tolist(), strict=True)
+            parts: list[Any] = [
+                (row, slice(None), *(slice(start, start + length) for start, length in box)) for row, box in pairs
+            ]
+            return torch.stack([images[part] for part in parts])
+
+        valid = None if self.valid is None else take(self.valid)
         if self.images.dtype == torch.uint16:  # few kernels know it: CUDA's for this one does not
-            return self.images.view(torch.int16)[chosen].view(torch.uint16)
-        return self.images[chosen]
+            return take(self.images.view(torch.int16)).view(torch.uint16), valid
+        return take(self.images), valid
+
+    def share(self, index: int, box: npt.NDArray[np.int64]) -> float:
+        """The share of the pixels of a box, (n, 2), of an image that hold data."""
+        assert self.valid is not None
+        row = index if self.rows is None else int(self.rows[index])
+        part = tuple(slice(start, start + length) for start, length in box.tolist())
+        return float(self.valid[row, 0][part].float().mean())
+
+    def repeated(self, indices: npt.NDArray[np.int64]) -> Held:
+        """The images with these indices, in this order; one may come many times."""
+        labels = None if self.labels is None else self.labels[indices]
+        return replace(self, rows=indices if self.rows is None else self.rows[indices], labels=labels)
 
     def source(self) -> Source:
         """The same images, read from memory; not where they were moved to a device."""
@@ -365,17 +390,11 @@ def hold(source: Source, limit: float, bad: BadFiles, progress: Progress | None 
         return _decode_all(source, limit, bad, progress)
     images, rows = whole
     _check_limit(images.nbytes, limit)
-    labels = source.labels
     if images.dtype.kind == "f":
         step = max(1, _CHECKED_AT_ONCE // max(1, math.prod(images.shape[1:])))
-        axes = tuple(range(1, images.ndim))
-        parts = [np.isfinite(images[i : i + step]).all(axis=axes) for i in range(0, len(images), step)]
-        used = np.arange(len(images)) if rows is None else rows
-        finite = np.concatenate(parts)[used]
-        if not finite.all():
-            taken = stand_ins(source, finite, bad)
-            rows, labels = used[taken], None if labels is None else labels[taken]
-    return Held(torch.from_numpy(images).movedim(-1, 1), rows, labels)
+        if not all(np.isfinite(images[i : i + step]).all() for i in range(0, len(images), step)):
+            return _decode_all(source, limit, bad, progress)
+    return Held(torch.from_numpy(images).movedim(-1, 1), rows, source.labels)
 
 
 def _check_limit(nbytes: int, limit: float) -> None:
@@ -384,12 +403,13 @@ def _check_limit(nbytes: int, limit: float) -> None:
 
 
 def _decode_all(source: Source, limit: float, bad: BadFiles, progress: Progress | None) -> Held:
-    first, image = first_readable(source, 0, [], source.read)
+    first, (image, _) = first_readable(source, 0, [], source.read_valid)
     _check_limit(image.nbytes * len(source), limit)
     held = np.empty((len(source), image.shape[-1], *image.shape[:-1]), dtype=image.dtype)
     labels = None if source.labels is None else source.labels.copy()
+    valid: Tensor | None = None  # made for the first image with pixels without data
     readings = read_many(source, np.arange(len(source)))
-    for asked, read, other, unread in tracked(readings, progress, "reading images", len(source)):
+    for asked, read, (other, has_data), unread in tracked(readings, progress, "reading images", len(source)):
         for name, reason in unread:
             bad.add(name, reason)
         if (other.shape, other.dtype) != (image.shape, image.dtype):
@@ -399,6 +419,9 @@ def _decode_all(source: Source, limit: float, bad: BadFiles, progress: Progress 
             )
             raise DoesNotFitError(f"the images differ: {', '.join(found)}")
         held[asked] = np.moveaxis(other, -1, 0)
+        if has_data is not None:
+            valid = torch.ones(len(source), 1, *image.shape[:-1], dtype=torch.bool) if valid is None else valid
+            valid[asked, 0] = torch.from_numpy(has_data)
         if labels is not None and source.labels is not None:
             labels[asked] = source.labels[read]
-    return Held(torch.from_numpy(held), None, labels)
+    return Held(torch.from_numpy(held), None, labels, valid)

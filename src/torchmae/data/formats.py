@@ -12,7 +12,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,10 +25,11 @@ from PIL import Image as Pillow
 
 from torchmae.config import ReadOptions
 from torchmae.data import jpeg
-from torchmae.errors import DataError, reason_of
+from torchmae.errors import DataError, nearest, reason_of
 
 Image = npt.NDArray[Any]
 Region = tuple[tuple[int, int], ...]  # first index and length along each spatial axis
+Valid = npt.NDArray[np.bool_]  # (*size), False where a pixel holds no data
 Each = TypeVar("Each")
 Progress = Callable[[str, int, int], None]  # takes the name of the work, how much is done, how much there is
 
@@ -62,7 +63,7 @@ def tracked(items: Iterable[Each], progress: Progress | None, what: str, total: 
 class Context(ReadOptions):
     """All that decides how data is opened, beside where it is. One object, so that no caller forgets a part."""
 
-    channels: int | None = None  # that samples are to have; None: what each has
+    num_channels: int | None = None  # that samples are to have; None: what each has
     spatial_dims: int | None = None  # how many axes of a sample are spatial, 1 to 3; None: as its shape suggests
     page: int = 0  # the page to read, from 0, of a file with several, unless `pages` asks for a stack
     progress: Progress | None = None  # told how far opening is; worker processes do not keep it
@@ -108,6 +109,10 @@ class Item(ABC):
         the region may go unseen.
         """
 
+    def read_valid(self, region: Region | None = None) -> tuple[Image, Valid | None]:
+        """The values of a region, and which of its pixels hold data (None: all); the other values mean nothing."""
+        return self.read(region), None
+
 
 class ArrayItem(Item):
     """A sample whose values lie in an array, or can be read as one: mapped, in HDF5, decoded before.
@@ -115,8 +120,6 @@ class ArrayItem(Item):
     `values` is anything with `shape`, `dtype` and indexing, of any integers, floats or bool: the sample, or many, of
     which this is the one at `place`. Without a `channel_axis` the sample has one channel. `facts` are as for `Item`.
     """
-
-    nodata: float | str | None = None  # as in `ReadOptions`
 
     def __init__(self, values: Any, channel_axis: int | None = -1, *, place: int | None = None, **facts: Any) -> None:
         shape = list(values.shape) if place is None else list(values.shape[1:])
@@ -128,16 +131,9 @@ class ArrayItem(Item):
         self._place = () if place is None else (place,)
 
     def read(self, region: Region | None = None, reduction: int = 1) -> Image:  # noqa: ARG002
-        """As in `Item`. Floats are read whole: one value that is not finite makes all of them unreadable."""
+        """As in `Item`."""
         part = () if region is None else tuple(slice(start, start + length) for start, length in region)
-        if self.nodata is None and self.dtype.kind != "f":
-            return plain_type(self._take(part))
-        image = plain_type(self._take(()))
-        if self.nodata is not None:
-            _fill(image, self.nodata)
-        elif not np.isfinite(image).all():
-            raise DataError(NOT_FINITE, "--data.nodata nan puts the mean in such places")
-        return image[part] if part else image
+        return plain_type(self._take(part))
 
     def _take(self, part: tuple[slice, ...]) -> Image:
         """(*size, channels) of a part, in the type that it is stored in."""
@@ -153,15 +149,94 @@ def _type_notes(dtype: np.dtype[Any]) -> tuple[str, ...]:
     return () if is_kept else (f"{dtype.name} as float32",)
 
 
-def _fill(image: Image, nodata: float | str) -> None:
-    """Replaces what is `nodata` or not finite by the mean of its channel, 0 where nothing else is there; in place."""
-    gone = ~np.isfinite(image)
-    if nodata != "nan":
-        gone |= image == np.asarray(nodata).astype(image.dtype)
-    for channel in np.flatnonzero(gone.any(axis=tuple(range(image.ndim - 1)))):
-        values, missing = image[..., channel], gone[..., channel]
-        mean = values[~missing].mean(dtype=np.float64) if not missing.all() else 0.0
-        values[missing] = mean if image.dtype.kind == "f" else np.rint(mean)
+class NoDataItem(Item):
+    """A sample some of whose pixels may hold no data: those with the value `nodata`, or one that is not finite.
+
+    A pixel holds data where all its channels do. `nodata` "none": a value that is not finite makes all unreadable.
+    """
+
+    def __init__(self, item: Item, nodata: float | str) -> None:
+        super().__init__(item.size, item.channels, item.dtype, item.form, item.bands, item.notes, item.meta)
+        self._item, self._nodata = item, nodata
+
+    def read(self, region: Region | None = None, reduction: int = 1) -> Image:  # noqa: ARG002
+        """As in `Item`; pixels without data have the mean of the others, 0 where there are none."""
+        image, valid = self.read_valid(region)
+        if valid is not None:
+            mean = image[valid].mean(axis=0, dtype=np.float64) if valid.any() else np.zeros(self.channels)
+            image[~valid] = mean if image.dtype.kind == "f" else np.rint(mean)
+        return image
+
+    def read_valid(self, region: Region | None = None) -> tuple[Image, Valid | None]:
+        refused = self._nodata == "none"
+        image = self._item.read(None if refused else region)  # whole: a crop does not decide whether it is readable
+        empty: Valid = ~np.isfinite(image)
+        if not isinstance(self._nodata, str):
+            empty |= image == (np.float32(self._nodata) if image.dtype.kind == "f" else self._nodata)
+        if refused and empty.any():
+            raise DataError(NOT_FINITE, "--data.nodata auto takes such pixels for no data")
+        if refused and region is not None:
+            return image[tuple(slice(start, start + length) for start, length in region)], None
+        return image, np.logical_not(empty.any(axis=-1)) if empty.any() else None
+
+
+class ChosenChannels(Item):
+    """Some channels of a sample, in the order given: by name, or by number from 1; else DataError."""
+
+    def __init__(self, item: Item, chosen: Sequence[int | str]) -> None:
+        self._places = [_place_of(channel, item) for channel in chosen]
+        bands = [item.bands[place] for place in self._places if item.bands]
+        super().__init__(item.size, len(chosen), item.dtype, item.form, tuple(bands), item.notes, item.meta)
+        self._item = item
+        self.reduces = item.reduces
+
+    def read(self, region: Region | None = None, reduction: int = 1) -> Image:
+        return np.ascontiguousarray(self._item.read(region, reduction)[..., self._places])
+
+
+class WindowItem(Item):
+    """A region of a sample as one of its own."""
+
+    def __init__(self, item: Item, region: Region) -> None:
+        lengths = tuple(length for _, length in region)
+        super().__init__(lengths, item.channels, item.dtype, item.form, item.bands, item.notes, item.meta)
+        self._item, self._region = item, region
+
+    def read(self, region: Region | None = None, reduction: int = 1) -> Image:  # noqa: ARG002
+        return self._item.read(self._within(region))
+
+    def read_valid(self, region: Region | None = None) -> tuple[Image, Valid | None]:
+        return self._item.read_valid(self._within(region))
+
+    def _within(self, region: Region | None) -> Region:
+        if region is None:
+            return self._region
+        pairs = zip(self._region, region, strict=True)
+        return tuple((first + start, length) for (first, _), (start, length) in pairs)
+
+
+def _place_of(channel: int | str, item: Item) -> int:
+    if str(channel) in item.bands:
+        return item.bands.index(str(channel))
+    if str(channel).isdecimal() and 1 <= int(channel) <= item.channels:
+        return int(channel) - 1
+    near = nearest(str(channel), item.bands)
+    known = f"{', '.join(item.bands)}, or 1 to {item.channels}".removeprefix(", or ")
+    raise DataError(f"has no channel {channel!r}", f"{f'did you mean {near!r}? ' if near else ''}choose from {known}")
+
+
+def prepared(item: Item, context: Context) -> Item:
+    """The item with the channels that the context chooses, and with its pixels set apart that hold no data."""
+    if context.channels is not None:
+        item = ChosenChannels(item, context.channels)
+    nodata: Any = context.nodata
+    if "nodata" in item.meta and nodata in ("auto", "none"):
+        meaning = "means no data" if nodata == "auto" else "is a value here and means no data"
+        item.notes += (f"{float(item.meta['nodata']):g} {meaning}, as the file says",)
+    if nodata == "auto":
+        nodata = item.meta.get("nodata", "nan")
+    can_have = item.dtype.kind == "f" or not isinstance(nodata, str)
+    return NoDataItem(item, nodata) if can_have else item
 
 
 class FileItem(Item):
@@ -178,9 +253,6 @@ class FileItem(Item):
         self.notes += _type_notes(np.dtype(dtype))
         if 0 in (*self.size, channels):
             raise DataError("it holds no values")
-        if "nodata" in self.meta:
-            value = self.meta["nodata"]
-            self.notes += (f"{value if value == 'nan' else f'{value:g}'} means no data, as the file says",)
         self._context = context
 
     def _open(self) -> Any:
@@ -218,7 +290,13 @@ class WithChannels(Item):
         self.reduces = item.reduces
 
     def read(self, region: Region | None = None, reduction: int = 1) -> Image:
-        image = self._item.read(region, reduction)
+        return self._converted(self._item.read(region, reduction))
+
+    def read_valid(self, region: Region | None = None) -> tuple[Image, Valid | None]:
+        image, valid = self._item.read_valid(region)
+        return self._converted(image), valid
+
+    def _converted(self, image: Image) -> Image:
         if self.channels == 3:
             return np.repeat(image, 3, axis=-1)
         grey = image.astype(np.float64) @ (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow
@@ -263,11 +341,9 @@ def open_item(content: bytes | Path | tuple[Path, ...], context: Context, name: 
     with one_line_errors():
         if missing := form.missing():
             raise DataError(f"a {form.suffixes[0]} file needs an extra", f"pip install '{missing}'")
-        item = form.open(data, context)
-        if context.nodata is not None:
-            item = item if isinstance(item, ArrayItem) else ArrayItem(item.read(), form=item.form, notes=item.notes)
-            item.nodata = context.nodata
-        return item if context.channels in (None, item.channels) else WithChannels(item, context.channels)
+        stored = context if context.channels is None else replace(context, num_channels=None)
+        item = prepared(form.open(data, stored), context)
+        return item if context.num_channels in (None, item.channels) else WithChannels(item, context.num_channels)
 
 
 @contextmanager
@@ -393,10 +469,10 @@ class JpegItem(Item):
             self._reduction = next(factor for factor in (2, 4, 8) if pixels <= context.max_pixels * factor**2)
             notes.append(f"above {context.max_megapixels:g} megapixels: read at 1/{self._reduction} of its size")
             height, width = -(-height // self._reduction), -(-width // self._reduction)
-        if context.channels == 1 and not grey:
+        if context.num_channels == 1 and not grey:
             self._header = None  # Pillow makes colour grey
         size = (height, width) if self._orientation < 5 else (width, height)
-        super().__init__(size, 1 if grey or context.channels == 1 else 3, np.uint8, form="JPEG", notes=tuple(notes))
+        super().__init__(size, 1 if grey or context.num_channels == 1 else 3, np.uint8, form="JPEG", notes=tuple(notes))
 
     def read(self, region: Region | None = None, reduction: int = 1) -> Image:
         with one_line_errors():
@@ -445,7 +521,7 @@ def loaded_item(image: Pillow.Image, context: Context, notes: Sequence[str] = ()
     found, form = list(notes), image.format or "unknown"
     if getattr(image, "is_animated", False):
         found.append("the first frame of an animation")
-    pixels = _pixels(image, context.channels)
+    pixels = _pixels(image, context.num_channels)
     if image.has_transparency_data:
         found.append(ON_WHITE)
     return ArrayItem(pixels, form=form, notes=found)

@@ -126,12 +126,15 @@ NAMED: dict[str, Named] = {
 def open_named(name: str, context: Context) -> dict[str, Source]:
     """The splits of a set in `NAMED`, in the folder `context.root`; DataError: not there, and the download failed."""
     named, root = NAMED[name], context.root
+    for option, given in (("channels", context.channels), ("nodata", isinstance(context.nodata, float))):
+        if given:
+            raise ConfigError(f"data.{option} is given and {name} has 8-bit pictures alone", f"leave data.{option} out")
     try:
         splits = named.build(user_path(root))
     except (OSError, RuntimeError, ValueError, EOFError) as error:  # URLError is an OSError
         problem = f"{name} is not in {root}/ and cannot be downloaded ({reason_of(error)})"
         raise DataError(problem, f"put {named.files} into {root}/, or set data.root to where it lies") from error
-    channels = context.channels
+    channels = context.num_channels
     return splits if channels is None else {split: source.with_channels(channels) for split, source in splits.items()}
 
 

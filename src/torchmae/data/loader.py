@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from torchmae.data.arrays import Held
-from torchmae.data.formats import BUILT_IN, FORMATS, Image, quiet_pillow
+from torchmae.data.formats import BUILT_IN, FORMATS, Image, Valid, quiet_pillow
 from torchmae.data.groups import hold_out_groups
 from torchmae.data.reading import BadFiles, first_readable
 from torchmae.data.sources import Labels, Source
@@ -41,7 +41,9 @@ from torchmae.data.transforms import (
     normalise,
     reduction,
     resample,
+    resample_valid,
     to_device,
+    window_boxes,
 )
 from torchmae.errors import DataError, reason_of
 from torchmae.random import Purpose, permutation, uniform
@@ -49,9 +51,10 @@ from torchmae.random import Purpose, permutation, uniform
 Indices = npt.NDArray[np.int64]
 Numbers = npt.NDArray[np.float32]  # random ones, a row of CROP_NUMBERS for each crop; (B, 0) in evaluation
 
-Finish = Callable[..., Any]  # takes images before normalisation, their stored type, labels and the request
+Finish = Callable[..., Any]  # takes images before normalisation, their stored type, labels, the request, `valid`
 
 PER_WORKER = 4  # slots: two batches that PyTorch asks for in advance, and two on their way to a GPU
+_ATTEMPTS = 4  # crops of an image that are drawn where less than half of the first holds data
 _GROUP = 16  # images that are opened, then decoded, then cut up together
 _GROUP_PIXELS = 2**22  # of such images: 12 MB in colour
 
@@ -113,12 +116,16 @@ def hold_out(source: Source, val_size: int) -> tuple[Indices, Indices]:
 
 @dataclass(frozen=True)
 class View:
-    """How an image becomes the model's input: its spatial size there, and crops and flips as in DataConfig."""
+    """How an image becomes the model's input: its spatial size there, and crops and flips as in DataConfig.
+
+    With a `window`, in pixels of the image, the crops are windows of that size at random places, in evaluation too.
+    """
 
     input_size: tuple[int, ...]
     crop_scale: tuple[float, float]
     crop_ratio: tuple[float, float]
     flip: bool
+    window: tuple[int, ...] | None = None
 
 
 class Request(NamedTuple):
@@ -128,19 +135,47 @@ class Request(NamedTuple):
     seed: int | None  # of crops and flips; None: evaluation, without either
     epoch: int | Indices  # of crops and flips; one for all, or (B,)
 
+    def only(self, rows: slice | Indices) -> Request:
+        """The request of some of the images."""
+        return Request(self.indices[rows], self.seed, self.epoch if isinstance(self.epoch, int) else self.epoch[rows])
 
-def crop_numbers(request: Request) -> Numbers:
-    """The random numbers of each crop: (B, CROP_NUMBERS), a function of (seed, epoch, index); in evaluation (B, 0)."""
-    if request.seed is None:
+
+def crop_numbers(request: Request, view: View, attempt: int = 0) -> Numbers:
+    """The random numbers of each crop: (B, CROP_NUMBERS), a function of (seed, epoch, index).
+
+    In evaluation (B, 0), or with a window those of seed 0. Another `attempt` has other numbers, for crops that hold too
+    little data.
+    """
+    if request.seed is None and view.window is None:
         return np.empty((len(request.indices), 0), dtype=np.float32)
-    return uniform(request.seed, request.epoch, request.indices, Purpose.CROP, CROP_NUMBERS)
+    count = CROP_NUMBERS * (attempt + 1)
+    return uniform(request.seed or 0, request.epoch, request.indices, Purpose.CROP, count)[:, -CROP_NUMBERS:]
 
 
 def boxes_of(numbers: Numbers, size: npt.ArrayLike, view: View) -> Boxes:
     """Where images of a spatial size, (n,) or (B, n), are cropped; without numbers the centred box of evaluation."""
+    if view.window is not None:
+        return window_boxes(numbers, size, view.window)
     if numbers.shape[1] == 0:
         return eval_box(np.broadcast_to(size, (len(numbers), len(view.input_size))), view.input_size)
     return crop_boxes(numbers, size, view.crop_scale, view.crop_ratio, view.input_size)
+
+
+def redrawn(request: Request, size: npt.ArrayLike, view: View, share_of: Callable[[Boxes], float]) -> Boxes:
+    """The crop of one image, drawn anew while less than half of it holds data; the best of a few.
+
+    `share_of` a box, (n, 2), is the share of its pixels that hold data.
+    """
+    best, most = None, -1.0
+    for attempt in range(_ATTEMPTS):
+        box = boxes_of(crop_numbers(request, view, attempt), size, view)[0]
+        share = share_of(box)
+        if share > most:
+            best, most = box, share
+        if most >= 0.5 or request.seed is None:
+            break
+    assert best is not None
+    return best
 
 
 def draw_flips(request: Request, view: View) -> npt.NDArray[np.bool_]:
@@ -158,6 +193,7 @@ class Fetched(NamedTuple):
     bad: list[tuple[str, str]]  # name and reason of each image that could not be read
     failure: str | None = None  # why there is no batch; None: there is
     slot: int | None = None  # where the images lie, to be given back (`Slots.give_back`)
+    valid: Tensor | None = None  # (B, *input_size, 1) bool, False where a pixel holds no data; None: all do
 
 
 class Slots:
@@ -216,12 +252,19 @@ class Reader(Dataset[Fetched]):
         self.source.read_ahead(request.indices)
         bad: list[tuple[str, str]] = []
         images: list[Tensor] = []
+        valid: dict[int, Tensor] = {}  # of the images with pixels without data
         read: list[int] = []
         try:
             for group in _groups(self._opened(request, bad)):
                 _place(group, self.view)
                 # Each step for all of the group: its code and data are still in the processor's cache.
                 for sample in [self._read(sample, bad) for sample in group]:
+                    if sample.crops:
+                        for crop, has_data in sample.crops:
+                            valid[len(images)] = has_data
+                            images.append(crop)
+                            read.append(sample.index)
+                        continue
                     cutter = cut if sample.boxes.dtype == np.int64 else cut_between_pixels
                     images += [cutter(sample.image, box, self.view.input_size) for box in sample.boxes]
                     read += [sample.index] * len(sample.boxes)
@@ -231,14 +274,18 @@ class Reader(Dataset[Fetched]):
         if not images:  # a rank's part of a batch smaller than the world
             return Fetched(torch.empty(0, *self.view.input_size, self.channels), labels, bad)
         batch, slot = self.slots.stack(of_one_type(images, self.scale))
-        return Fetched(batch, labels, bad, slot=slot)
+        if not valid:
+            return Fetched(batch, labels, bad, slot=slot)
+        everywhere = torch.ones(*self.view.input_size, 1, dtype=torch.bool)
+        maps = torch.stack([valid.get(row, everywhere) for row in range(len(images))])
+        return Fetched(batch, labels, bad, slot=slot, valid=maps)
 
     def _opened(self, request: Request, bad: list[tuple[str, str]]) -> Iterator[_Sample]:
         """One sample for each run of one index; where it cannot be opened, the next that can."""
-        numbers = crop_numbers(request)
+        numbers = crop_numbers(request, self.view)
         runs = np.split(np.arange(len(numbers)), np.flatnonzero(np.diff(request.indices)) + 1)
         for rows in runs if len(numbers) else ():
-            make = partial(_Sample, self.source, numbers[rows])
+            make = partial(_Sample, self.source, request.only(rows), numbers[rows])
             yield first_readable(self.source, int(request.indices[rows[0]]), bad, make)[1]
 
     def _read(self, sample: _Sample, bad: list[tuple[str, str]]) -> _Sample:
@@ -247,9 +294,9 @@ class Reader(Dataset[Fetched]):
         def read(index: int) -> _Sample:
             ready = sample
             if index != sample.index:
-                ready = _Sample(self.source, sample.numbers, index)
+                ready = _Sample(self.source, sample.request, sample.numbers, index)
                 _place([ready], self.view)
-            ready.read(self.view.input_size)
+            ready.read(self.view)
             return ready
 
         return first_readable(self.source, sample.index, bad, read)[1]
@@ -260,16 +307,18 @@ class _Sample:
 
     boxes: npt.NDArray[Any]  # of the crops, (crops, n, 2), in pixels of `image` once it is read
     image: Image
+    crops: Sequence[tuple[Tensor, Tensor]] = ()  # of an image with pixels without data, and where each holds data
 
-    def __init__(self, source: Source, numbers: Numbers, index: int) -> None:
+    def __init__(self, source: Source, request: Request, numbers: Numbers, index: int) -> None:
         self.index = index
+        self.request = request
         self.numbers = numbers
         self.item = source.open(index)
         self.pixels = math.prod(self.item.size)
 
-    def read(self, target: tuple[int, ...]) -> None:
+    def read(self, view: View) -> None:
         """Reads the pixels that the crops need; DataError where they cannot be."""
-        factor = reduction(self.boxes, target) if self.item.reduces else 1
+        factor = reduction(self.boxes, view.input_size) if self.item.reduces else 1
         if factor > 1:
             self.image = self.item.read(reduction=factor)
             if self.image.shape[:-1] != self.item.size:
@@ -279,8 +328,27 @@ class _Sample:
         for sides in zip(*self.boxes.tolist(), strict=True):
             start = min(start for start, _ in sides)
             region.append((start, max(start + length for start, length in sides) - start))
-        self.image = self.item.read(tuple(region))
-        self.boxes = self.boxes - np.array([[start, 0] for start, _ in region])
+        self.image, valid = self.item.read_valid(tuple(region))
+        if valid is None:
+            self.boxes = self.boxes - np.array([[start, 0] for start, _ in region])
+        else:
+            self.crops = [self._with_data(self.request.only(slice(i, i + 1)), view) for i in range(len(self.boxes))]
+
+    def _with_data(self, request: Request, view: View) -> tuple[Tensor, Tensor]:
+        """One crop, (*size, C), and (*size, 1) where it holds data."""
+        found: dict[bytes, tuple[Image, Valid]] = {}
+
+        def share_of(box: Boxes) -> float:
+            image, valid = self.item.read_valid(tuple((start, length) for start, length in box.tolist()))
+            found[box.tobytes()] = image, np.ones(image.shape[:-1], dtype=bool) if valid is None else valid
+            return float(found[box.tobytes()][1].mean())
+
+        box = redrawn(request, self.item.size, view, share_of)
+        image, valid = (torch.from_numpy(np.ascontiguousarray(item)) for item in found[box.tobytes()])
+        whole = np.array([[[0, length] for length in valid.shape]])
+        channels_first, flip = image[None].movedim(-1, 1), np.array([False])
+        crop, has_data = resample_valid(channels_first, valid[None, None], whole, view.input_size, flip)
+        return crop[0].movedim(0, -1).to(image.dtype).contiguous(), has_data[0].movedim(0, -1).contiguous()
 
 
 def _place(samples: Sequence[_Sample], view: View) -> None:
@@ -372,6 +440,14 @@ class Batch:
     labels: Tensor  # (B,) int64 on the device, -1 where unknown
     indices: Indices  # (B,) which images of the loader these are
     epoch: int | Indices  # that they were drawn in, one for all or, with data.repeats, (B,); 0 in evaluation
+    valid: Tensor | None = None  # (B, 1, *input_size) bool, False where a pixel holds no data and is 0; None: all do
+
+    def only(self, rows: Indices) -> Batch:
+        """Some of the images."""
+        chosen = torch.from_numpy(rows).to(self.images.device)
+        epoch = self.epoch if isinstance(self.epoch, int) else self.epoch[rows]
+        valid = None if self.valid is None else self.valid[chosen]
+        return Batch(self.images[chosen], self.labels[chosen], self.indices[rows], epoch, valid)
 
 
 @dataclass(eq=False)
@@ -447,11 +523,25 @@ class ImageLoader:
 
     def _from_memory(self, requests: Iterator[Request], held: Held, finish: Finish) -> Generator[Any, None, None]:
         for request in requests:
-            images = to_device(held.gather(request.indices), self.device)
-            boxes = boxes_of(crop_numbers(request), tuple(images.shape[2:]), self.view)
-            images = resample(images, boxes, self.view.input_size, draw_flips(request, self.view))
+            size, flips = tuple(held.images.shape[2:]), draw_flips(request, self.view)
+            boxes = boxes_of(crop_numbers(request, self.view), size, self.view)
+            if held.valid is not None and request.seed is not None:
+                for row, index in enumerate(request.indices):
+                    share_of = partial(held.share, int(index))
+                    boxes[row] = redrawn(request.only(slice(row, row + 1)), size, self.view, share_of)
+            if self.view.window is None:
+                images, valid = held.gather(request.indices)
+            else:  # of images that may be much larger
+                images, valid = held.gather(request.indices, boxes)
+                boxes[..., 0] = 0
+            images = to_device(images, self.device)
+            if valid is None:
+                images = resample(images, boxes, self.view.input_size, flips)
+            else:
+                valid = to_device(valid, self.device)
+                images, valid = resample_valid(images, valid, boxes, self.view.input_size, flips)
             labels = to_device(labels_of(held.labels, request.indices), self.device)
-            yield finish(images, held.images.dtype, labels, request)
+            yield finish(images, held.images.dtype, labels, request, valid)
 
     def _from_workers(self, requests: Iterator[Request], count: int, finish: Finish) -> Generator[Any, None, None]:
         asked: deque[Request] = deque()
@@ -481,7 +571,10 @@ class ImageLoader:
             request = asked.popleft()
             mirrored = to_device(torch.from_numpy(np.flatnonzero(draw_flips(request, self.view))), self.device)
             images = mirror(images, mirrored).movedim(-1, 1)
-            batch = finish(images, fetched.images.dtype, labels, request)
+            valid = None
+            if fetched.valid is not None:
+                valid = mirror(to_device(fetched.valid, self.device), mirrored).movedim(-1, 1)
+            batch = finish(images, fetched.images.dtype, labels, request, valid)
             slots.give_back(fetched.slot)
             yield batch
 
@@ -506,9 +599,13 @@ class ImageLoader:
                 labels.record_stream(current)
                 yield fetched, images, labels
 
-    def _batch(self, images: Tensor, dtype: torch.dtype, labels: Tensor, request: Request) -> Batch:
+    def _batch(
+        self, images: Tensor, dtype: torch.dtype, labels: Tensor, request: Request, valid: Tensor | None = None
+    ) -> Batch:
         normalised = normalise(images, self._mean, self._std, self.normalisation.one(dtype))
-        return Batch(normalised, labels, request.indices, request.epoch)
+        if valid is not None:
+            normalised.masked_fill_(~valid, 0)  # the mean of the channel
+        return Batch(normalised, labels, request.indices, request.epoch, valid)
 
 
 def repeated(plan: Plan, start: int, stop: int, repeats: int) -> Iterator[tuple[Indices, Indices]]:

@@ -9,17 +9,19 @@ from os.path import commonprefix
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from torchmae.config import DataConfig
+from torchmae.config.data import DataOptions
 from torchmae.data.arrays import GIB, DoesNotFitError, Held, hold
-from torchmae.data.formats import Context, Progress
+from torchmae.data.formats import Context, Progress, tracked
 from torchmae.data.groups import shared_groups
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import ImageLoader, View, hold_out
-from torchmae.data.reading import FEW, SAMPLE, BadFiles, Measured, Probe, measure, probe, reader_processes
-from torchmae.data.sources import Source, Subset, all_notes, evenly_spaced, in_training_classes
-from torchmae.data.transforms import Normalisation
+from torchmae.data.reading import FEW, SAMPLE, BadFiles, Measured, Probe, map_samples, measure, probe, reader_processes
+from torchmae.data.sources import Source, Subset, Windows, all_notes, evenly_spaced, in_training_classes
+from torchmae.data.transforms import Boxes, Normalisation, window_boxes
 from torchmae.errors import ConfigError, DataError
 
 HELD_OUT = "held-out"  # some of the training images
@@ -36,6 +38,7 @@ class Data:
     val: ImageLoader | None  # held-out images, where there are any
     channels: int
     normalisation: Normalisation
+    window: tuple[int, ...] | None  # size of the windows that images are cut into; None: crops of whole images
     classes: tuple[str, ...] | None  # the name of each label, where known
     fingerprint: str  # of the training images: changes when they do
     notes: tuple[str, ...]  # what was assumed, decided or left out, a short phrase each
@@ -61,31 +64,50 @@ def open_data(
     splits = open_splits(config.source, context) if own is None else dict(own)
     train, val, apart = choose_splits(config, splits, context)
     fitted = fit_to_model([train] if val is None else [train, val], input_size, channels)
+    fingerprint = fitted.sources[0].fingerprint()
     bad = BadFiles(sum(map(len, fitted.sources)), config.max_bad)
+    window = window_size(config, fitted.probes[0], input_size)
+    if window is not None and val is not None:
+        fitted.sources[1] = grid_of_windows(fitted.sources[1], window, progress)
     held = _hold(fitted, config, bad, progress)
-    measured = _measure(config, fitted, held[0], progress)
+    measurable = fitted.sources[0] if held[0] is None or held[0].valid is not None else held[0].source()
     view = View(input_size, config.crop_scale, config.crop_ratio, config.flip)
+    views, windows = [view, view], []
+    if window is not None:
+        views[0] = replace(view, window=window)
+        sizes, boxes = _sizes_and_windows(fitted.sources[0], window, progress)
+        measurable = Windows(measurable, sizes, boxes)
+        rows = np.repeat(np.arange(len(sizes)), -(-sizes.prod(axis=1) // boxes[..., 1].prod(axis=1)))
+        fitted.sources[0] = Subset(fitted.sources[0], rows)
+        held[0] = None if held[0] is None else held[0].repeated(rows)
+        sides = "x".join(map(str, window))
+        each = f"{len(fitted.sources[0]):,} of {len(train):,} images an epoch"
+        windows = [f"windows of {sides} at their own resolution, {each}: --data.window none for crops of whole images"]
+    measured = _measure(config, fitted, measurable, progress)
     loaders = [
         ImageLoader(
             source,
             in_memory,
-            view=view,
+            view=each_view,
             normalisation=measured.normalisation,
             device=device,
             num_workers=reader_processes(config.num_workers),
             bad=bad,
             repeats=config.repeats,
         )
-        for source, in_memory in zip(fitted.sources, _on_device(held, config, device), strict=True)
+        for source, in_memory, each_view in zip(fitted.sources, _on_device(held, config, device), views, strict=False)
     ]
     return Data(
         train=loaders[0],
         val=None if val is None else loaders[1],
         channels=fitted.channels,
         normalisation=measured.normalisation,
+        window=window,
         classes=train.classes,
-        fingerprint=fitted.sources[0].fingerprint(),
-        notes=tuple(dict.fromkeys([*all_notes(splits.values()), *apart, *fitted.probes[0].notes, *measured.notes])),
+        fingerprint=fingerprint,
+        notes=tuple(
+            dict.fromkeys([*all_notes(splits.values()), *apart, *fitted.probes[0].notes, *windows, *measured.notes])
+        ),
         bad=bad,
     )
 
@@ -199,6 +221,45 @@ def fit_to_model(sources: Sequence[Source], input_size: tuple[int, ...], channel
     return Fitted([source.with_channels(channels) for source in sources], probes, channels)
 
 
+def window_size(options: DataOptions, seen: Probe, input_size: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The size of the windows that images like those seen are cut into, by `options.window`; None: they are not.
+
+    ConfigError: another number of axes than the model takes.
+    """
+    asked = options.window
+    if asked == "none":
+        return None
+    if asked == "auto":
+        is_picture = len(input_size) == 2 and set(seen.kinds) == {"uint8"} and seen.channels in (1, 3)
+        large = np.median([*seen.sizes], axis=0) > 2 * np.array(input_size)
+        return input_size if large.any() and not is_picture else None
+    window = (asked,) * len(input_size) if isinstance(asked, int) else tuple(map(int, asked))
+    if len(window) != len(input_size):
+        problem = f"data.window has {len(window)} numbers and model.input_size {len(input_size)}"
+        raise ConfigError(problem, "give one for each axis, or one for all")
+    return window
+
+
+def _sizes_and_windows(
+    source: Source, window: tuple[int, ...], progress: Progress | None
+) -> tuple[npt.NDArray[np.int64], Boxes]:
+    """(N, n) the size of each image, the window's where it cannot be opened, and (N, n, 2) a window of each."""
+
+    def size_of(index: int) -> tuple[int, ...]:
+        with suppress(DataError):  # which says so again when it is read
+            return source.open(index).size
+        return window
+
+    found = map_samples(source, np.arange(len(source)), size_of)
+    sizes = np.array([*tracked(found, progress, "looking at sizes", len(source))])
+    return sizes, window_boxes(np.zeros((len(source), len(window))), sizes, window)
+
+
+def grid_of_windows(source: Source, window: tuple[int, ...], progress: Progress | None) -> Windows:
+    """The windows of a source's images, in an even grid over each, as samples."""
+    return Windows(source, *_sizes_and_windows(source, window, progress))
+
+
 def _hold(fitted: Fitted, config: DataConfig, bad: BadFiles, progress: Progress | None) -> list[Held | None]:
     """The images of each source in memory, as far as `config.cache` wants them there and they fit."""
     held: list[Held | None] = []
@@ -246,24 +307,24 @@ def _on_device(held: Sequence[Held | None], config: DataConfig, device: torch.de
         key = item.images.data_ptr()
         try:
             moved[key] = moved[key] if key in moved else item.images.to(device)
+            valid = None if item.valid is None else item.valid.to(device)
         except torch.OutOfMemoryError:
             problem = (
                 f"data.cache is {config.cache!r}, but the images take {item.images.nbytes / GIB:.1f} GiB of {device}"
             )
             raise ConfigError(problem, "set data.cache to memory") from None
-        placed.append(replace(item, images=moved[key]))
+        placed.append(replace(item, images=moved[key], valid=valid))
     return placed
 
 
-def _measure(config: DataConfig, fitted: Fitted, held: Held | None, progress: Progress | None) -> Measured:
+def _measure(config: DataConfig, fitted: Fitted, source: Source, progress: Progress | None) -> Measured:
     """Mean, deviation and range of the training images; those that the settings give count."""
     for name, values in (("mean", config.mean), ("std", config.std)):
         if values is not None and len(values) != fitted.channels:
             problem = f"data.{name} has {len(values)} numbers and the images {fitted.channels} channels"
             raise ConfigError(problem, f"give {fitted.channels}, or leave data.mean and data.std out")
-    train = fitted.sources[0] if held is None else held.source()
     sample = SAMPLE if config.mean is None else FEW
-    measured = measure(train, scale=config.scale, kinds=fitted.probes[0].kinds, sample=sample, progress=progress)
+    measured = measure(source, scale=config.scale, kinds=fitted.probes[0].kinds, sample=sample, progress=progress)
     if config.mean is None or config.std is None:
         return measured
     return measured._replace(normalisation=replace(measured.normalisation, mean=config.mean, std=config.std))

@@ -207,7 +207,12 @@ def _readable(writer: _Writer, options: PackOptions, before: int, progress: Prog
 def _content(source: Source, options: PackOptions, index: int) -> bytes | Image | DataError:
     """The content to write: pixel values, the source's own file if it need not change, or a newly encoded file."""
     try:
-        image = source.open(index).read()  # always, to leave out unreadable images
+        item = source.open(index)
+        image, valid = item.read_valid()  # always, to leave out unreadable images
+        if valid is not None and image.dtype.kind == "f":
+            image[~valid] = np.nan
+        elif valid is not None:
+            image = item.read()  # integers have no value for "no data" that every reader knows
         is_small = options.max_size is None or max(image.shape[:-1]) <= options.max_size
         image = image if is_small else reduce(image, options.max_size or 0)
         if options.format == "npy":
@@ -224,7 +229,7 @@ def _content(source: Source, options: PackOptions, index: int) -> bytes | Image 
 
 def _is_plain(raw: bytes, options: PackOptions) -> bool:
     """Whether a file gives the same image without the options for reading."""
-    odd = options.nodata is not None or options.pages != "first" or options.axes is not None
+    odd = {"nodata", "pages", "axes", "channels"} & options.changed().keys()
     return not odd and (options.truncated == "skip" or not raw.startswith(b"\xff\xd8") or jpeg.is_whole(raw))
 
 

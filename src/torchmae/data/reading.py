@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from torchmae.data.formats import CUT_SHORT, NOT_FINITE, Image, Item, Progress, quiet_pillow, tracked
+from torchmae.data.formats import CUT_SHORT, NOT_FINITE, Image, Item, Progress, Valid, quiet_pillow, tracked
 from torchmae.data.groups import proposed_group
 from torchmae.data.sources import Source, all_notes, digest, evenly_spaced, in_training_classes
 from torchmae.data.transforms import FULL_SCALE, Normalisation
@@ -36,7 +36,7 @@ _AT_ONCE = 64  # images under way at a time in threads
 _ANNOUNCED = 256  # images at a time that a source is told of
 _WORTH_THREADS = 128 * 128 * 3  # values in an image: of a smaller one, most of the work holds Python's lock
 _MENDS = {
-    NOT_FINITE: "nodata nan puts the mean in such places",
+    NOT_FINITE: "nodata auto takes such pixels for no data",
     CUT_SHORT: "truncated keep takes the rows that are there",
 }
 """By what the reason begins with, the option that makes bad files good ones."""
@@ -94,15 +94,8 @@ def first_readable(
     raise DataError(f"{attempts} images in a row cannot be read; the last: {name}: {reason}", fix or "check the data")
 
 
-def stand_ins(source: Source, finite: npt.NDArray[np.bool_], bad: BadFiles) -> npt.NDArray[np.int64]:
-    """(N,) the sample read in place of each: itself, or the next finite one; `bad` takes those that are not."""
-    for index in np.flatnonzero(~finite):
-        bad.add(source.name(int(index)), NOT_FINITE)
-    good = np.flatnonzero(finite)
-    return good[np.searchsorted(good, np.arange(len(finite))) % len(good)]
-
-
-Reading = tuple[int, int, Image, list[tuple[str, str]]]  # asked for, read; (*size, C); name and reason of bad ones
+Pixels = tuple[Image, Valid | None]  # (*size, C), and which pixels hold data, None: all
+Reading = tuple[int, int, Pixels, list[tuple[str, str]]]  # asked for, read; name and reason of bad ones
 
 
 def read_many(source: Source, indices: npt.NDArray[np.int64]) -> Iterator[Reading]:
@@ -110,11 +103,11 @@ def read_many(source: Source, indices: npt.NDArray[np.int64]) -> Iterator[Readin
 
     def read_one(index: int) -> Reading:
         bad: list[tuple[str, str]] = []
-        return index, *first_readable(source, index, bad, source.read), bad
+        return index, *first_readable(source, index, bad, source.read_valid), bad
 
     first = read_one(int(indices[0]))
     yield first
-    yield from map_samples(source, indices[1:], read_one, threads=first[2].size >= _WORTH_THREADS)
+    yield from map_samples(source, indices[1:], read_one, threads=first[2][0].size >= _WORTH_THREADS)
 
 
 def map_samples(
@@ -191,20 +184,28 @@ def measure(
 ) -> Measured:
     """Mean and deviation of each channel of scaled values, the range that is shown, and what is odd about the values.
 
-    At most `sample` images are read, evenly spaced, and count alike whatever their size. A channel that never changes
-    gets a deviation of 1. `scale` is data.scale, `kinds` are types known to be there. DataError: they cannot be read.
+    At most `sample` images are read, evenly spaced, and count alike whatever their size, each by its pixels that hold
+    data. A channel that never changes gets a deviation of 1. `scale` is data.scale, `kinds` are types known to be
+    there. DataError: they cannot be read.
     """
     indices = evenly_spaced(len(source), sample)
     first: list[npt.NDArray[np.float64]] = []
     second: list[npt.NDArray[np.float64]] = []
     stored: dict[str, list[Image]] = {}  # of each type, (values, C) of each image
     given = Normalisation((), (), scale=scale)
-    for _, _, image, _ in tracked(read_many(source, indices), progress, "measuring mean and deviation", len(indices)):
-        values = image.reshape(-1, image.shape[-1])
+    empty: list[float] = []  # share of the pixels of each image
+    readings = tracked(read_many(source, indices), progress, "measuring mean and deviation", len(indices))
+    for _, _, (image, valid), _ in readings:
+        values = image.reshape(-1, image.shape[-1]) if valid is None else image[valid]
+        empty.append(0.0 if valid is None else 1 - valid.mean())
+        if not len(values):
+            continue
         scaled = values.astype(np.float64) * (1 / given.one(image.dtype))
         first.append(scaled.mean(axis=0))
         second.append(np.square(scaled).mean(axis=0))
         stored.setdefault(str(image.dtype), []).append(values[evenly_spaced(len(values), _PICKED)])
+    if not first:
+        raise DataError(f"none of {len(indices)} images holds data", "data.nodata none takes every value as one")
     mean = np.mean(first, axis=0)
     std = np.sqrt(np.maximum(np.mean(second, axis=0) - mean**2, 0))
     std[std < 1e-6] = 1.0
@@ -215,7 +216,8 @@ def measure(
     low, high = _shown_range(usual, given)
     used = {kind: given.one(np.dtype(kind)) for kind in (*FULL_SCALE, *(scale or {})) if kind in {*pools, *kinds}}
     normalisation = Normalisation(tuple(mean.tolist()), tuple(std.tolist()), low, high, used)
-    return Measured(normalisation, tuple(_value_notes(pools, odd, used)))
+    share = f"{np.mean(empty):.1%} of the pixels hold no data" if any(empty) else ""
+    return Measured(normalisation, (*filter(None, [share]), *_value_notes(pools, odd, used)))
 
 
 def lone_extremes(values: Image) -> list[float]:
@@ -394,11 +396,14 @@ def _look(source: Source, index: int) -> tuple[Item, str, float, float] | DataEr
     """A readable image, a digest of its values, the smallest and the largest of them; or why it is not readable."""
     try:
         item = source.open(index)
-        image = item.read()
+        image, valid = item.read_valid()
+        if valid is not None and not valid.any():
+            raise DataError("holds no data at all")
     except DataError as error:
         return error
     values = digest([image.shape, image.dtype, np.ascontiguousarray(image)])
-    return item, values, float(image.min()), float(image.max())
+    measured = image if valid is None else image[valid]
+    return item, values, float(measured.min()), float(measured.max())
 
 
 def median_size(sizes: Counter[tuple[int, ...]]) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from torchmae.data.formats import Context, Image, Item, Progress, open_item, read_file, tracked
+from torchmae.data.formats import Context, Image, Item, Progress, Valid, WindowItem, open_item, read_file, tracked
 from torchmae.errors import DataError, printable
 
 if TYPE_CHECKING:
@@ -104,8 +104,18 @@ class Source(ABC):
 
     def read(self, index: int) -> Image:
         """The values of a sample, (*size, C) uint8, uint16 or float32; DataError with the sample's name."""
-        try:
+        with self._named(index):
             return self.open(index).read()
+
+    def read_valid(self, index: int) -> tuple[Image, Valid | None]:
+        """As `Item.read_valid`, of a whole sample; DataError with its name."""
+        with self._named(index):
+            return self.open(index).read_valid()
+
+    @contextmanager
+    def _named(self, index: int) -> Iterator[None]:
+        try:
+            yield
         except DataError as error:
             raise DataError(f"{self.name(index)}: {error.problem}", error.fix) from None
 
@@ -193,7 +203,7 @@ class EncodedSource(Source):
     def with_channels(self, channels: int) -> Self:
         """The same samples; grey and colour are converted, a sample with another number cannot be opened."""
         same = copy.copy(self)
-        same.context = replace(self.context, channels=channels)
+        same.context = replace(self.context, num_channels=channels)
         return same
 
 
@@ -285,6 +295,48 @@ class Subset(Source):
 
     def read_ahead(self, indices: npt.NDArray[np.int64]) -> None:
         self.source.read_ahead(self.indices[indices])
+
+
+class Windows(Subset):
+    """Windows of a source's images, as an even grid over each, as samples; they overlap where they do not come even.
+
+    `boxes`, (N, n, 2), is a window of each image, at any place. An image stays open until a window of another is asked
+    for: many formats are decoded whole.
+    """
+
+    def __init__(self, source: Source, sizes: npt.NDArray[np.int64], boxes: npt.NDArray[np.int64]) -> None:
+        self._lengths = boxes[..., 1]
+        self._free = sizes - self._lengths
+        self._counts = -(-sizes // self._lengths)
+        self._last: tuple[tuple[int, int], Item] | None = None  # process and image; no file is shared with a worker
+        per_image = self._counts.prod(axis=1)
+        super().__init__(source, np.repeat(np.arange(len(sizes)), per_image))
+        self._place = np.arange(len(self.indices)) - np.repeat(np.cumsum(per_image) - per_image, per_image)
+
+    def open(self, index: int) -> Item:
+        image, last = int(self.indices[index]), self._last
+        if last is None or last[0] != (os.getpid(), image):
+            self._last = last = (os.getpid(), image), self.source.open(image)
+        steps = np.unravel_index(int(self._place[index]), self._counts[image])
+        starts = np.array(steps) * self._free[image] // np.maximum(self._counts[image] - 1, 1)
+        region = zip(starts.tolist(), self._lengths[image].tolist(), strict=True)
+        return WindowItem(last[1], tuple(region))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}
+
+    def encoded(self, index: int) -> None:  # noqa: ARG002
+        """None: a window has no file of its own."""
+        return
+
+    def fingerprint(self) -> str:
+        return digest(
+            [self.source.fingerprint(), np.ascontiguousarray(self._lengths), np.ascontiguousarray(self._free)]
+        )
+
+    def whole(self) -> None:
+        """None: the windows lie in no array of their own."""
+        return
 
 
 class EachPage(Subset):

@@ -118,11 +118,9 @@ def _open(file: Any, context: Context) -> Item:
         raise DataError(f"{CUT_SHORT}: the file ends before its pixels do")
     pixels, found = _in_order(_values(series, page), axes, frame)
     item = ArrayItem(pixels, form="TIFF", notes=[*notes, *found], meta={"pages": sum(counts)})
-    tag = frame.tags.get(_NODATA)
-    if tag is not None and context.nodata is None:
-        text = str(tag.value).strip("\0 ").lower()
-        item.nodata = "nan" if text == "nan" else float(text)
-        item.notes += (f"{item.nodata} means no data, as the file says",)
+    if (tag := frame.tags.get(_NODATA)) is not None:
+        value = float(str(tag.value).strip("\0 "))
+        item.meta["nodata"] = "nan" if math.isnan(value) else value
     return item
 
 

@@ -64,6 +64,18 @@ def crop_boxes(
     return np.stack([starts, lengths], axis=-1)
 
 
+def window_boxes(u: npt.NDArray[Any], size: npt.ArrayLike, window: tuple[int, ...]) -> Boxes:
+    """Windows, (B, n, 2) boxes, at the places that `u`, (B, n or more) in [0, 1), gives by its last columns.
+
+    `size` is that of all images, (n,), or of each, (B, n). Of an image that is smaller along an axis, the window is
+    reduced along all.
+    """
+    sizes = np.broadcast_to(np.asarray(size), (len(u), len(window)))
+    lengths = np.clip(np.rint(window * np.minimum((sizes / window).min(-1, keepdims=True), 1)), 1, sizes)
+    starts = np.floor(u[:, -len(window) :].astype(np.float64) * (sizes - lengths + 1))
+    return np.stack([starts, lengths], axis=-1).astype(np.int64)
+
+
 def eval_box(size: npt.ArrayLike, target: tuple[int, ...]) -> Boxes:
     """The largest centred box with the target's proportions, (..., n, 2), in images of `size`, (..., n)."""
     sizes = np.asarray(size)
@@ -121,6 +133,23 @@ def resample(images: Tensor, boxes: Boxes, target: tuple[int, ...], flip: npt.ND
     if images.is_floating_point():
         return resampled
     return resampled.round_().clamp_(0, torch.iinfo(images.dtype).max)
+
+
+def resample_valid(
+    images: Tensor, valid: Tensor, boxes: Boxes, target: tuple[int, ...], flip: npt.NDArray[np.bool_]
+) -> tuple[Tensor, Tensor]:
+    """`resample` of the pixels that hold data alone; no other pixel counts, whatever its value.
+
+    `valid`, (B, 1, *size) bool, becomes (B, 1, *target): a pixel holds data where most of its source does. The others
+    are 0.
+    """
+    share = resample(valid.float(), boxes, target, flip)
+    sums = resample(torch.where(valid, images.float(), 0.0), boxes, target, flip)
+    kept = share > 0.5
+    values = torch.where(kept, sums / share, 0.0)
+    if images.is_floating_point():
+        return values, kept
+    return values.round_().clamp_(0, torch.iinfo(images.dtype).max), kept
 
 
 def resample_long(values: Tensor, boxes: Boxes, target: int) -> Tensor:

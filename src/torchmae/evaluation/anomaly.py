@@ -28,6 +28,7 @@ from torchmae.evaluation.subject import Subject
 from torchmae.files import replace_file
 from torchmae.nn.mae import MaskedAutoencoder, require_patches
 from torchmae.nn.masking import Mask
+from torchmae.nn.patches import patchify
 from torchmae.random import Purpose, permutation, uniform
 from torchmae.report.feature_pictures import anomaly_picture
 from torchmae.report.pictures import save_png
@@ -109,9 +110,14 @@ def detect(
             features = model.encode(batch.images, "tokens").float()
         noise = [uniform(seed, i, batch.indices, Purpose.MASK, model.encoder.num_patches) for i in range(rounds)]
         errors = torch.stack(
-            [patch_errors(model, batch.images, torch.from_numpy(u).to(runtime.device), ratio, runtime) for u in noise]
+            [
+                patch_errors(model, batch.images, torch.from_numpy(u).to(runtime.device), ratio, runtime, batch.valid)
+                for u in noise
+            ]
         ).mean(0)
         distances = distance(tokens, features.flatten(0, 1), 1).view(errors.shape)
+        if batch.valid is not None:  # a patch without data is no anomaly
+            distances = distances * patchify(batch.valid, model.patch_size).any(-1)
         nearest = distance(means, features.mean(1), NEIGHBOURS)
         values = (errors.mean(1), errors.amax(1), nearest, distances.mean(1), distances.amax(1))
         kept = {"maps_reconstruction": errors, "maps_patch_knn": distances, "labels": batch.labels}
@@ -150,19 +156,27 @@ def covering_masks(noise: Tensor, ratio: float) -> list[Mask]:
     return [Mask(ring[:, masked:].flatten(1), ring[:, :masked].flatten(1)) for ring in rings]
 
 
-def patch_errors(model: MaskedAutoencoder, images: Tensor, noise: Tensor, ratio: float, runtime: Runtime) -> Tensor:
+def patch_errors(
+    model: MaskedAutoencoder, images: Tensor, noise: Tensor, ratio: float, runtime: Runtime, valid: Tensor | None = None
+) -> Tensor:
     """Mean squared error (B, L) of each patch over all masks of `covering_masks` that remove it.
 
     Errors are in the space of the model's target: if it normalises patches, a patch of the wrong brightness is no
-    anomaly.
+    anomaly. Pixels that are not `valid`, (B, 1, *size) bool, do not count; a patch of such pixels has no error.
     """
     masks = covering_masks(noise, ratio)
+    if valid is not None:
+        masks = [mask._replace(valid=patchify(valid, model.patch_size)) for mask in masks]
     total = torch.zeros(noise.shape, device=images.device)
     for mask in masks:
         with runtime.autocast():
             output = model(images, mask)
         guess = model.target.hidden_predictions(output.pred, mask)
-        error = (guess - model.target.hidden_values(images, mask)).square().mean(-1)
+        error = (guess - model.target.hidden_values(images, mask)).square()
+        weights = model.target.weights(mask)
+        if weights is not None:
+            error = error * weights / weights.expand_as(error).mean(-1, keepdim=True).clamp(min=1e-6)
+        error = error.mean(-1)
         total.scatter_add_(1, mask.ids_masked, error)
     times = len(masks) * masks[0].ids_masked.shape[1] // noise.shape[1]
     return total / times

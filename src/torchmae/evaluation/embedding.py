@@ -106,6 +106,7 @@ def embed_run(
                 compute.batch_size,
                 display.preparing,
                 splits,
+                description.window or "none",
             )
             data = replace(data, num_workers=share_of_cores(data.num_workers, runtime.ranks))
             parts, notes = open_parts(data, options.split, taken)
@@ -142,13 +143,15 @@ def embed(
     """
     if out.suffix == ".parquet":
         require("pyarrow.parquet", "parquet")
+    if pool == "tokens" and any(part.images is not None for part in parts):
+        raise ConfigError("pool is 'tokens', and images are covered by windows", "use pool mean, or --data.window none")
     first = next(iter(parts[0].batches(np.arange(1), 1)))
     with runtime.autocast():
         shape = tuple(subject.encode(first.images, pool).shape[1:])
     size = parts[0].model.batch_size
     in_bytes = BLOCK_BYTES // (4 * int(np.prod(shape)))
     step = size * max(1, min(block_images, in_bytes) // size)
-    blocks = plan_blocks([len(part) for part in parts], step)
+    blocks = plan_blocks([part.num_images for part in parts], step)
     ranks, lock = runtime.ranks, ExitStack()
 
     def begin() -> tuple[Path, dict[str, Any], list[Block]]:
@@ -214,27 +217,39 @@ def open_partial(out: Path, identity: dict[str, Any]) -> Path:
 def compute(
     subject: Subject, parts: Sequence[ImageSet], blocks: Sequence[Block], partial: Path, pool: str, runtime: Runtime
 ) -> Iterator[Block]:
-    """Encodes blocks in order and yields each once it is on disk. Leaves out unreadable images."""
+    """Encodes blocks in order and yields each once it is on disk. Leaves out unreadable images.
+
+    The features of an image that is covered by windows are the mean over its windows.
+    """
     for number, part in enumerate(parts):
         mine = [block for block in blocks if block.part == number]
-        if not mine:
-            continue
-        chosen = np.concatenate([np.arange(block.start, block.stop) for block in mine])
-        rest = part.only(chosen)  # one pass over all missing images, so that workers start once
-        batches = rest.batches()
-        for block in mine:
-            features: list[Array] = []
-            labels: list[Array] = []
-            names: list[str] = []
-            for batch in islice(batches, -(-(block.stop - block.start) // part.model.batch_size)):
-                with runtime.autocast():
-                    features.append(subject.encode(batch.images, pool).float().cpu().numpy())
-                labels.append(batch.labels.cpu().numpy())
-                names += [rest.source.name(int(row)) for row in batch.indices]
-            content, paths = BytesIO(), np.array(names, dtype=np.str_)
-            np.savez(content, features=np.concatenate(features), labels=np.concatenate(labels), paths=paths)
-            replace_file(_block_path(partial, block), content.getvalue())
-            yield block
+        # One pass over all that is left, so that workers start once; windows of a block fill no whole batches.
+        for together in [mine] if part.images is None else [[block] for block in mine]:
+            if not together:
+                continue
+            rest = part.only(np.concatenate([part.samples_of(block.start, block.stop) for block in together]))
+            batches = rest.batches()
+            for block in together:
+                samples = len(part.samples_of(block.start, block.stop))
+                features: list[Array] = []
+                labels: list[Array] = []
+                rows: list[Array] = []
+                for batch in islice(batches, -(-samples // part.model.batch_size)):
+                    with runtime.autocast():
+                        features.append(subject.encode(batch.images, pool).float().cpu().numpy())
+                    labels.append(batch.labels.cpu().numpy())
+                    rows.append(batch.indices)
+                chosen = np.concatenate(rows)
+                first = np.arange(len(chosen))  # of the rows of each image
+                if rest.images is not None:
+                    first = np.unique(rest.images[chosen], return_index=True)[1]
+                counts = np.diff([*first, len(chosen)]).reshape(-1, *[1] * (features[0].ndim - 1))
+                means = np.add.reduceat(np.concatenate(features), first) / counts.astype(np.float32)
+                content = BytesIO()
+                paths = np.array([rest.source.name(int(row)) for row in chosen[first]], dtype=np.str_)
+                np.savez(content, features=means, labels=np.concatenate(labels)[first], paths=paths)
+                replace_file(_block_path(partial, block), content.getvalue())
+                yield block
 
 
 def assemble(
@@ -281,7 +296,7 @@ def _identity(subject: Subject, parts: Sequence[ImageSet], pool: str, runtime: R
         "weights": subject.fingerprint(),
         "data": [part.source.fingerprint() for part in parts],
         "labels": [part.source.label_fingerprint() for part in parts],
-        "images": [len(part) for part in parts],
+        "images": [part.num_images for part in parts],
         "pool": pool,
         "precision": runtime.precision,
         "block": step,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torchmae.data.arrays import GIB
 from torchmae.data.formats import Context, Progress
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import Batch, ImageLoader, Indices, View, mixed_subset
-from torchmae.data.opening import HELD_OUT, fit_to_model, held_out_images, hold_if_it_fits
+from torchmae.data.opening import HELD_OUT, fit_to_model, grid_of_windows, held_out_images, hold_if_it_fits, window_size
 from torchmae.data.reading import BadFiles, Probe, measure, probe, reader_processes
 from torchmae.data.sources import Source, Subset, all_notes, data_line, in_training_classes
 from torchmae.data.transforms import Normalisation
@@ -25,6 +26,7 @@ from torchmae.errors import ConfigError, DataError, one_of
 from torchmae.evaluation.sharing import Share, share
 from torchmae.paths import user_path
 from torchmae.training.ranks import Ranks
+from torchmae.training.saved_model import read_description
 
 EVAL_BATCH = 250
 """The default batch size of an evaluation."""
@@ -42,6 +44,7 @@ class ModelInput:
         batch_size: images in a batch.
         progress: called while images are indexed, read and measured.
         own: the caller's own sources by split, for data "own".
+        window: what data.window "auto" means: the size of the windows of the model's training, or "none".
     """
 
     input_size: tuple[int, ...]
@@ -51,6 +54,7 @@ class ModelInput:
     batch_size: int = EVAL_BATCH
     progress: Progress | None = None
     own: Mapping[str, Source] | None = None
+    window: tuple[int, ...] | Literal["auto", "none"] = "auto"
 
     def context(self, data: DataOptions) -> Context:
         """How to open data for this input."""
@@ -67,6 +71,7 @@ class ImageSet:
     """Images of one split for a model, without augmentation; read into memory at first use if they fit.
 
     `normalisation` is that of the model's training, or measured; `bad` collects the images that cannot be read.
+    `images` is set where samples are windows: (N,) the image of each, rising.
     """
 
     source: Source
@@ -74,6 +79,7 @@ class ImageSet:
     model: ModelInput
     normalisation: Normalisation
     bad: BadFiles
+    images: Indices | None = None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -96,11 +102,22 @@ class ImageSet:
             bad=self.bad,
         )
 
+    @property
+    def num_images(self) -> int:
+        """Number of images, of which windows are parts."""
+        return len(self) if self.images is None else int(self.images[-1]) + 1
+
+    def samples_of(self, start: int, stop: int) -> Indices:
+        """The samples of images `start` to `stop` - 1."""
+        first, end = (start, stop) if self.images is None else np.searchsorted(self.images, [start, stop]).tolist()
+        return np.arange(first, end)
+
     def only(self, indices: Indices) -> ImageSet:
         """Some of the images, in this order."""
         if np.array_equal(indices, np.arange(len(self))):
             return self
-        return replace(self, source=Subset(self.source, indices))
+        images = None if self.images is None else self.images[indices]
+        return replace(self, source=Subset(self.source, indices), images=images)
 
     def shared(self, ranks: Ranks, what: str) -> tuple[Share, Iterator[Batch]]:
         """This rank's share of the images, and its batches; `what` names the work for `progress`."""
@@ -143,20 +160,20 @@ class EvaluationData:
 
 
 def read_batches(loader: ImageLoader, indices: Indices, batch_size: int = EVAL_BATCH) -> Iterator[Batch]:
-    """`ImageLoader.eval_batches` without the neighbours that replace unreadable images."""
+    """`ImageLoader.eval_batches` without images that cannot be read or hold no data."""
     return without_stand_ins(loader, loader.eval_batches(indices, batch_size))
 
 
 def without_stand_ins(loader: ImageLoader, batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Batches without the neighbours that replace unreadable images."""
+    """Batches without the neighbours that replace unreadable images, and without images that hold no data."""
     for batch in batches:
         unread = {name for name, _ in loader.bad.items}
-        kept = np.flatnonzero([loader.source.name(int(row)) not in unread for row in batch.indices] if unread else [])
-        if not unread or len(kept) == len(batch.indices):
-            yield batch
-        else:
-            rows = torch.from_numpy(kept).to(batch.images.device)
-            yield replace(batch, images=batch.images[rows], labels=batch.labels[rows], indices=batch.indices[kept])
+        read = np.ones(len(batch.indices), dtype=bool)
+        if unread:
+            read &= [loader.source.name(int(row)) not in unread for row in batch.indices]
+        if batch.valid is not None:
+            read &= batch.valid.flatten(1).any(1).cpu().numpy()
+        yield batch if read.all() else batch.only(np.flatnonzero(read))
 
 
 def open_evaluation_data(options: EvaluateOptions, model: ModelInput, *, labelled: bool = True) -> EvaluationData:
@@ -188,9 +205,14 @@ def open_evaluation_data(options: EvaluateOptions, model: ModelInput, *, labelle
 
 
 def run_data(run: str) -> DataConfig | None:
-    """The data of a run's training; None where it is unknown."""
-    config = user_path(run) / "config.yaml"
-    return settings.read_config(config).data if config.is_file() else None
+    """The data of a run's training, with what its `window` "auto" came to mean; None where it is unknown."""
+    folder = user_path(run)
+    if not (folder / "config.yaml").is_file():
+        return None
+    data = settings.read_config(folder / "config.yaml").data
+    if data.window == "auto" and (folder / "model.json").is_file():
+        data = replace(data, window=read_description(folder / "model.json").window or "none")
+    return data
 
 
 def own_data(run: str, data: DataOptions) -> DataOptions:
@@ -226,8 +248,19 @@ def image_sets(
         normalisation, types = rescaled(normalisation, data, seen)
         said += [*seen.notes, *types]
     bad = BadFiles(sum(map(len, sources)), data.max_bad)
-    sets = [ImageSet(source, data, model, normalisation, bad) for source in fitted.sources]
-    resampled = next(filter(None, (_resampled(seen, model.input_size) for seen in fitted.probes)), "")
+    if data.window == "auto":
+        data = replace(data, window=model.window)
+    window = window_size(data, fitted.probes[0], model.input_size)
+    if window is None:
+        sets = [ImageSet(source, data, model, normalisation, bad) for source in fitted.sources]
+        resampled = next(filter(None, (_resampled(seen, model.input_size) for seen in fitted.probes)), "")
+    else:
+        grids = [grid_of_windows(source, window, model.progress) for source in fitted.sources]
+        sets = [ImageSet(grid, data, model, normalisation, bad, grid.indices) for grid in grids]
+        sides = "x".join(map(str, window))
+        resampled = (
+            f"each image is covered by windows of {sides} at their own resolution, {sum(map(len, grids)):,} in all"
+        )
     return sets, tuple(filter(None, [resampled, data_line(said)]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from torchmae.config.evaluate import EvaluateOptions
+from torchmae.data.formats import Valid
 from torchmae.errors import one_of, require
 from torchmae.evaluation.bench import Bench
 from torchmae.evaluation.images import EVAL_BATCH, fixed_rows
@@ -46,7 +48,7 @@ def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
     chosen = fixed_rows(len(bench.data.test), options.reconstruction.images)
     mine = share(np.arange(len(chosen)), EVAL_BATCH, runtime.ranks)
     own = bench.data.test.only(chosen[mine.rows])
-    batches = [(batch.images, mine.rows[batch.indices]) for batch in own.batches(None, EVAL_BATCH)]
+    batches = [replace(batch, indices=mine.rows[batch.indices]) for batch in own.batches(None, EVAL_BATCH)]
     known = strategies_of(model)
     figures: dict[str, float] = {}
     notes: dict[str, None] = {}
@@ -55,18 +57,22 @@ def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
         one_of("reconstruction.strategies", strategy, known)
         for ratio in options.reconstruction.ratios:
             masker = Masker(model.encoder, strategy, ratio)
-            masked = [(images, masker(options.seed, 0, indices, runtime.device)) for images, indices in batches]
+            masked = [
+                (batch.images, masker(options.seed, 0, batch.indices, runtime.device, batch.valid)) for batch in batches
+            ]
             found, note = [], ""
-            for images, mask in masked:
+            for batch, (images, mask) in zip(batches, masked, strict=True):
                 with runtime.autocast():
                     filled = model.reconstruct(images, mask)
                 note = filled.note
                 versions = (images, filled.images, interpolate(images, filled.removed))
                 shown = (normalisation.shown(item).numpy() for item in versions)
+                valid = [None] * len(images) if batch.valid is None else batch.valid[:, 0].cpu().numpy()
                 found.append(
                     [
-                        _compare(metrics, true, guess) | _compare(metrics, true, interpolated, "_interpolation")
-                        for true, guess, interpolated in zip(*shown, strict=True)
+                        _compare(metrics, true, guess, kept)
+                        | _compare(metrics, true, interpolated, kept, "_interpolation")
+                        for true, guess, interpolated, kept in zip(*shown, valid, strict=True)
                     ]
                 )
             of_all = [item for batch in mine.of_all_batches(found) for item in batch]
@@ -76,18 +82,23 @@ def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
             rows.append({"strategy": strategy, "ratio": ratio, **values})
             figures |= {f"{strategy}_{ratio:g}_{name}": value for name, value in values.items()}
             notes[f"PSNR and SSIM: {note}"] = None
-    count = sum(mine.of_all_batches([len(images) for images, _ in batches]))
+    count = sum(mine.of_all_batches([len(batch.images) for batch in batches]))
     return Result(figures, {"images": count, "rows": rows}, tuple(notes))
 
 
-def _compare(metrics: Any, true: Pixels, filled: Pixels, suffix: str = "") -> dict[str, float]:
-    """PSNR and SSIM of one image (C, *size) in [0, 1]; SSIM needs 3 pixels a side."""
+def _compare(
+    metrics: Any, true: Pixels, filled: Pixels, valid: Valid | None = None, suffix: str = ""
+) -> dict[str, float]:
+    """PSNR and SSIM of one image (C, *size) in [0, 1], over its pixels with data; SSIM needs 3 pixels a side."""
     smallest = min(true.shape[1:])
     window = min(_WINDOW, smallest - 1 + smallest % 2)  # an odd number of pixels
+    pair = (true, filled) if valid is None else (true[:, valid], filled[:, valid])
     with np.errstate(divide="ignore"):  # of equal images the noise is 0
-        ratio = float(metrics.peak_signal_noise_ratio(true, filled, data_range=1.0))
+        ratio = float(metrics.peak_signal_noise_ratio(*pair, data_range=1.0))
     values = {f"psnr{suffix}": min(ratio, _PSNR_LIMIT)}
     if window >= 3:
-        similarity = metrics.structural_similarity(true, filled, win_size=window, data_range=1.0, channel_axis=0)
-        values[f"ssim{suffix}"] = float(similarity)
+        similarity, each = metrics.structural_similarity(
+            true, filled, win_size=window, data_range=1.0, channel_axis=0, full=True
+        )
+        values[f"ssim{suffix}"] = float(similarity if valid is None else each[:, valid].mean())
     return values

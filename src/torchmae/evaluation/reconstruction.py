@@ -43,14 +43,12 @@ class HoldOut:
         found = []
         for images, mask in batches:
             target = exact(model.target.hidden_values(images, mask))
+            weights = self._weights(mask, target)
             removed = mask.removed_pixels(model.patch_size, images.shape[2:])
             guess = exact(model.target.hidden_values(interpolate(images, removed), mask))
-            sums = (
-                *(target.sum(), target.square().sum()),
-                (exact(model.target.visible_mean(images, mask)) - target).square().sum(),
-                *(guess.square().sum(), (guess * target).sum()),
-            )
-            found.append((target.numel(), *(value.item() for value in sums)))
+            means = exact(model.target.visible_mean(images, mask))
+            sums = (weights, target, target.square(), (means - target).square(), guess.square(), guess * target)
+            found.append(tuple((values * weights).sum().item() for values in sums))
         count, total, square, mean_patch, guess_square, guess_target = self._totals(found)
         scale = max(guess_target / guess_square, 0.0) if model.target.norm_pix and guess_square > 0 else 1.0
         self.variance = max(square / count - (total / count) ** 2, 1e-12)
@@ -72,7 +70,8 @@ class HoldOut:
             target = self._model.target
             guess = exact(target.hidden_predictions(output.pred, mask))
             error = guess - exact(target.hidden_values(images, mask))
-            found.append((error.square().sum().item(), error.numel()))
+            weights = self._weights(mask, error)
+            found.append(((error.square() * weights).sum().item(), weights.sum().item()))
         total, count = self._totals(found)
         loss = total / count
         return {
@@ -82,6 +81,11 @@ class HoldOut:
             "explained_variance": 1 - loss / self.variance,
             "explained_variance_interpolation": 1 - self.loss_interpolation / self.variance,
         }
+
+    def _weights(self, mask: Any, values: Tensor) -> Tensor:
+        """How much each of the hidden values counts, 0 to 1."""
+        weights = self._model.target.weights(mask)
+        return torch.ones_like(values) if weights is None else exact(weights).expand_as(values)
 
     def _totals(self, found: Sequence[tuple[float, ...]]) -> list[float]:
         """Sums over the batches of all ranks, added up in the order of a single rank."""

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from torchmae.config.evaluate import EvaluateOptions, SegmentationOptions
-from torchmae.data.formats import ArrayItem, Context, check_pixels, one_line_errors, open_pillow, tracked
+from torchmae.data.formats import Context, check_pixels, one_line_errors, open_pillow, tracked
 from torchmae.data.loader import Indices
 from torchmae.data.opening import HELD_OUT, check_apart, held_out_images
 from torchmae.data.reading import map_samples
@@ -180,7 +180,7 @@ def read_mask(path: Path, context: Context) -> tuple[npt.NDArray[np.int64], bool
 
     A palette is not looked up: its numbers are the values. DataError, without the path: it cannot be read as a mask.
     """
-    context = Context(max_megapixels=context.max_megapixels)
+    context = Context(max_megapixels=context.max_megapixels, nodata="none")  # else 0 may be lost where a TIFF says so
     source = FileSource(Path(), [str(path)], context=context)
     data = source.encoded(0)
     if data[:4] == b"\x89PNG" and data[25:26] == b"\3":
@@ -188,10 +188,7 @@ def read_mask(path: Path, context: Context) -> tuple[npt.NDArray[np.int64], bool
             picture = open_pillow(data, "PNG")
             check_pixels((picture.height, picture.width), context)
             return np.asarray(picture, dtype=np.int64), False, data
-    item = source.open(0)
-    if isinstance(item, ArrayItem):
-        item.nodata = None  # of a TIFF file that says so, 0 would be lost
-    values = item.read()
+    values = source.open(0).read()
     if values.dtype.kind == "f" and (values != np.rint(values)).any():
         raise DataError("its values are no whole numbers", "save ids of classes")
     stored = values.astype(np.int64)

@@ -176,6 +176,7 @@ def open_bench(
         batch_size,
         display.preparing,
         splits,
+        "auto" if description is None else description.window or "none",
     )
     opener = next((method.open for method in methods.values() if method.open is not None), None)
     if options.normal is None:

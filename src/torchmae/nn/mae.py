@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torchmae.errors import ConfigError, one_of, within
 from torchmae.nn.decoder import Decoder
 from torchmae.nn.encoder import Encoder
-from torchmae.nn.masking import Mask, evenly_spaced
+from torchmae.nn.masking import evenly_spaced
+from torchmae.nn.patches import unpatchify
 from torchmae.nn.targets import Target
 
 POOLS = ("mean", "cls", "both", "tokens")
@@ -95,7 +96,7 @@ class MaskedAutoencoder(nn.Module):
 
         Args:
             images: (B, C, *size) float, normalised as in training; a size other than the one trained on has its
-                positions resampled.
+                positions resampled. A pixel without data is 0.
             mask: which of their patches are masked.
 
         Raises:
@@ -104,8 +105,7 @@ class MaskedAutoencoder(nn.Module):
         mask.check(len(images), prod(self.encoder.grid_of(images)))
         asked = {"keep_blocks": True} if self.decoder.reads_blocks else {}
         encoded = self.encoder(images, mask.ids_keep, **asked)
-        if self.training and self.predict_ratio < 1:
-            mask = Mask(mask.ids_keep, evenly_spaced(mask.ids_masked, self.predict_ratio))
+        mask = self.predicted(mask)
         tokens = self.decoder(encoded, mask)
         pred = self._head(0)(tokens)
         losses = [self.target.loss(pred, images, mask)]
@@ -114,6 +114,12 @@ class MaskedAutoencoder(nn.Module):
             losses += [target.loss(self._head(i)(tokens), images, mask) for i, target in others]
         weighted = [target.weight * loss for target, loss in zip(self.targets, losses, strict=False)]
         return MAEOutput(cast(Tensor, sum(weighted)), pred, mask, tuple(loss.detach() for loss in losses))
+
+    def predicted(self, mask: Any) -> Any:
+        """The mask whose `ids_masked` are those that a forward pass predicts."""
+        if not self.training or self.predict_ratio == 1:
+            return mask
+        return mask._replace(ids_masked=evenly_spaced(mask.ids_masked, self.predict_ratio))
 
     def encode(self, images: Tensor, pool: str = "mean") -> Tensor:
         """Features of whole images; nothing is ever masked here.
@@ -140,6 +146,9 @@ class MaskedAutoencoder(nn.Module):
     def reconstruct(self, images: Tensor, mask: Any) -> Reconstruction:
         """Fills in the masked patches and leaves the visible ones as they are. Arguments as for `forward`."""
         filled, note = self.target.fill(images, self(images, mask).pred, mask)
+        if getattr(mask, "valid", None) is not None:
+            grid = self.encoder.grid_of(images)
+            filled = torch.where(unpatchify(mask.valid, self.patch_size, grid), filled, 0.0)
         return Reconstruction(filled, mask.removed_pixels(self.patch_size, images.shape[2:]), note)
 
     def _head(self, number: int) -> nn.Module:

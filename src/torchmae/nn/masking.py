@@ -27,10 +27,12 @@ class Mask(NamedTuple):
     Attributes:
         ids_keep: (B, K) int64, the patches the encoder sees.
         ids_masked: (B, L - K) int64, the patches to predict.
+        valid: (B, L, pixels of a patch) bool, False where a pixel holds no data and enters no loss; None: all do.
     """
 
     ids_keep: Tensor
     ids_masked: Tensor
+    valid: Tensor | None = None
 
     def removed(self) -> Tensor:
         """(B, L) bool, True where a patch is removed."""
@@ -40,8 +42,9 @@ class Mask(NamedTuple):
         return flags.scatter_(1, self.ids_masked, True)
 
     def removed_pixels(self, patch_size: Sequence[int], size: Sequence[int]) -> Tensor:
-        """(B, 1, *size) bool, True where a pixel of an image of this size is removed."""
+        """(B, 1, *size) bool, True where a pixel of an image of this size is removed or holds no data."""
         flags = self.removed().unsqueeze(-1).expand(-1, -1, prod(patch_size))
+        flags = flags if self.valid is None else flags | ~self.valid
         return unpatchify(flags, patch_size, grid_size(size, patch_size))
 
     def check(self, batch: int, length: int) -> None:
@@ -55,12 +58,28 @@ class Mask(NamedTuple):
 
     def to(self, device: torch.device | str) -> Mask:
         """The same mask on another device."""
-        return Mask(self.ids_keep.to(device), self.ids_masked.to(device))
+        valid = None if self.valid is None else self.valid.to(device)
+        return Mask(self.ids_keep.to(device), self.ids_masked.to(device), valid)
 
     def tensor_split(self, parts: int) -> list[Mask]:
         """The masks of the parts that `Tensor.tensor_split` cuts the batch into."""
-        pairs = zip(self.ids_keep.tensor_split(parts), self.ids_masked.tensor_split(parts), strict=True)
-        return [Mask(*pair) for pair in pairs]
+        split = ([None] * parts if part is None else part.tensor_split(parts) for part in self)
+        return [Mask(*each) for each in zip(*split, strict=True)]
+
+    def among(self, valid: Tensor, ratio: float) -> Mask:
+        """The mask of images some of whose pixels hold no data; `valid` is as in `Mask`.
+
+        Kept patches are taken in the order of this mask from those with a valid pixel. Their number is lowered, to half
+        at most, where an image of the batch would have less than half of its valid patches masked, or less than
+        `ratio`. An image with fewer valid patches than that has no valid patch to predict: it weighs nothing.
+        """
+        order = torch.cat([self.ids_keep, self.ids_masked], 1)
+        has_data = valid.any(-1)
+        order = order.gather(1, (~has_data).gather(1, order).int().argsort(dim=1, stable=True))
+        counts, keep = [*has_data.sum(1).tolist(), order.shape[1]], self.ids_keep.shape[1]
+        fewest = min(counts)
+        keep = min(keep, max(-(-keep // 2), fewest // 2, round(fewest * (1 - ratio))))
+        return Mask(order[:, :keep].contiguous(), order[:, keep:].contiguous(), valid)
 
 
 def num_keep(length: int, ratio: float) -> int:
@@ -227,6 +246,7 @@ class Maskable(Protocol):
     """What a `Masker` asks of an encoder; `nn.encoder.Encoder` says what each of them is."""
 
     grid: tuple[int, ...]
+    patch_size: tuple[int, ...]
     strategies: Mapping[str, Strategy]
 
     def grid_of(self, images: Tensor) -> tuple[int, ...]: ...  # noqa: D102
@@ -263,12 +283,22 @@ class Masker:
         epoch: npt.NDArray[np.integer] | int,
         indices: npt.NDArray[np.int64],
         device: torch.device | str = "cpu",
+        valid: Tensor | None = None,
     ) -> Any:
-        """The masks of the samples with these indices in an epoch."""
+        """The masks of the samples with these indices in an epoch.
+
+        `valid`, (B, 1, *size) bool on the device, is False where a pixel holds no data; None: all do. ConfigError: it
+        is given, and the encoder has no patches.
+        """
         noise = torch.from_numpy(uniform(seed, epoch, indices, Purpose.MASK, self.noise_count))
         if torch.device(device).type == "cuda":  # from other than pinned memory, the copy would wait for queued work
             noise = noise.pin_memory()
-        return self.from_noise(noise.to(device, non_blocking=noise.is_pinned()))
+        mask = self.from_noise(noise.to(device, non_blocking=noise.is_pinned()))
+        if valid is None or not len(valid):  # a rank may have no images
+            return mask
+        if not self.encoder.patch_size:
+            raise ConfigError("some pixels hold no data, and this model has no patches", "use a vit model")
+        return mask.among(patchify(valid, self.encoder.patch_size), self.ratio)
 
     def from_noise(self, noise: Tensor) -> Any:
         """The masks, on its device, that (B, `noise_count`) uniform random numbers give."""

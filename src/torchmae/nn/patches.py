@@ -74,13 +74,18 @@ def gather(tokens: Tensor, ids: Tensor) -> Tensor:
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
 
 
-def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+def patch_statistics(patches: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean and deviation of each patch, over its pixels and channels together: two tensors (B, L, 1).
 
     The variance is the unbiased one and `NORM_EPS` stands inside the root, as in the released MAE weights' training
-    (paper section 4.1, "normalized pixels").
+    (paper section 4.1, "normalized pixels"). `valid`, (B, L, P), is 1 where a value counts and 0 elsewhere.
     """
-    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    if valid is None:
+        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    else:
+        count = valid.sum(-1, keepdim=True)
+        mean = (patches * valid).sum(-1, keepdim=True) / count.clamp(min=1)
+        variance = ((patches - mean).square() * valid).sum(-1, keepdim=True) / (count - 1).clamp(min=1)
     return mean, (variance + NORM_EPS).sqrt()
 
 

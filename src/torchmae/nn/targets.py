@@ -54,18 +54,38 @@ class Target(ABC):
         """Float32: the part of a prediction that stands against `hidden_values`, value for value."""
         return pred.float()
 
+    def weights(self, mask: Any) -> Tensor | None:
+        """How much each of `hidden_values` counts, 0 to 1, (B, M, 1) or (B, M, P) float32; None: all of them, alike.
+
+        Here a patch counts by the share of its pixels that hold data.
+        """
+        if getattr(mask, "valid", None) is None:
+            return None
+        return gather(mask.valid, mask.ids_masked).float().mean(-1, keepdim=True)
+
     def loss(self, pred: Tensor, images: Tensor, mask: Any) -> Tensor:
-        """The mean squared error, a scalar float32."""
-        return F.mse_loss(self.hidden_predictions(pred, mask), self.hidden_values(images, mask))
+        """The mean squared error, a scalar float32; 0 where nothing counts."""
+        guess, values = self.hidden_predictions(pred, mask), self.hidden_values(images, mask)
+        weights = self.weights(mask)
+        if weights is None:
+            return F.mse_loss(guess, values)
+        weights = weights.expand_as(values)
+        return ((guess - values).square() * weights).sum() / weights.sum().clamp(min=1)
 
     def num_values(self, mask: Any) -> int:
         """Number of values that the loss is the mean of; weights the losses of micro-batches."""
-        return mask.ids_masked.numel() * self.dim
+        weights = self.weights(mask)
+        shape = (*mask.ids_masked.shape, self.dim)
+        return prod(shape) if weights is None else round(weights.double().expand(shape).sum().item())
 
     def visible_mean(self, images: Tensor, mask: Any) -> Tensor:
         """The simplest prediction, which takes no learning: the mean over an image's visible patches, (B, 1, P)."""
-        visible = Mask(mask.ids_masked, mask.ids_keep)
-        return self.hidden_values(images, visible).mean(1, keepdim=True)
+        visible = Mask(mask.ids_masked, mask.ids_keep, mask.valid)
+        values, weights = self.hidden_values(images, visible), self.weights(visible)
+        if weights is None:
+            return values.mean(1, keepdim=True)
+        weights = weights.expand_as(values)
+        return (values * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp(min=1)
 
     def fill(self, images: Tensor, pred: Tensor, mask: Any) -> tuple[Tensor, str]:  # noqa: ARG002
         """Images (B, C, *size) whose masked pixels are the predicted ones, and a note on how the target was undone.
@@ -101,15 +121,22 @@ class PixelTarget(Target):
         patches = gather(patchify(images, self.patch_size), mask.ids_masked).float()
         if not self.norm_pix:
             return patches
-        mean, std = patch_statistics(patches)
+        mean, std = patch_statistics(patches, self.weights(mask))
         return (patches - mean) / std
+
+    def weights(self, mask: Mask) -> Tensor | None:
+        """(B, M, P) float32: 1 for the values of pixels that hold data, 0 for the others."""
+        if mask.valid is None:
+            return None
+        channels = self.dim // prod(self.patch_size)
+        return gather(mask.valid, mask.ids_masked).repeat_interleave(channels, -1).float()
 
     def fill(self, images: Tensor, pred: Tensor, mask: Mask) -> tuple[Tensor, str]:
         """Images with the masked patches as predicted; the true mean and deviation undo the normalisation."""
         patches, pred = patchify(images, self.patch_size), pred.float()
         note = "hidden patches as predicted"
         if self.norm_pix:
-            mean, std = patch_statistics(gather(patches, mask.ids_masked))
+            mean, std = patch_statistics(gather(patches, mask.ids_masked), self.weights(mask))
             pred = pred * std + mean
             note = "hidden patches as predicted, with the true mean and contrast of each patch put back"
         pasted = patches.scatter(1, mask.ids_masked.unsqueeze(-1).expand_as(pred), pred.to(patches.dtype))

@@ -87,12 +87,14 @@ class PretrainTask(Task):
 
     def inputs(self, batch: Batch, step: int, total: int) -> Inputs:
         """Images and their masks; the first part of a run may have small images (DailyMAE, arXiv 2404.00509)."""
-        images = batch.images
-        size = self.loop.start_size
+        images, valid, size = batch.images, batch.valid, self.loop.start_size
         if size is not None and size != tuple(images.shape[2:]) and step < self.loop.start_share * total:
             images = F.interpolate(images, size=size, mode=_RESAMPLING[len(size)], antialias=len(size) == 2)
+            if valid is not None:
+                valid = F.interpolate(valid.float(), size=size, mode="area") > 0.5
+                images = torch.where(valid, images, 0.0)
         masker = self._masker.at(step, total).for_images(images)
-        return images, masker(self.loop.seed, batch.epoch, batch.indices, self.runtime.device)
+        return images, masker(self.loop.seed, batch.epoch, batch.indices, self.runtime.device, valid)
 
     def stand_in(self, inputs: Inputs) -> Inputs:
         """As `Task.stand_in`."""
@@ -100,8 +102,8 @@ class PretrainTask(Task):
         return images, self._masker.for_images(images)(self.loop.seed, 0, np.zeros(1, dtype=np.int64), images.device)
 
     def weight(self, inputs: Inputs) -> int:
-        """Number of predicted values."""
-        return self.model.target.num_values(inputs[1])
+        """Number of predicted values that count."""
+        return self.model.target.num_values(self.model.predicted(inputs[1]))
 
     def losses(self, inputs: Inputs) -> tuple[Tensor, ...]:
         """The weighted sum of the targets' losses, then each target's."""

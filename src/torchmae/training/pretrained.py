@@ -14,10 +14,10 @@ from torch import Tensor
 
 import torchmae
 from torchmae.config import ReadOptions
-from torchmae.data.formats import Context, plain_type, stored_type
+from torchmae.data.formats import Context, Valid, plain_type, stored_type
 from torchmae.data.reading import FAR
 from torchmae.data.sources import FileSource
-from torchmae.data.transforms import eval_box, resample
+from torchmae.data.transforms import eval_box, resample, resample_valid, window_boxes
 from torchmae.errors import ConfigError, DataError, one_of
 from torchmae.interop.reading import is_foreign, read_weights
 from torchmae.interop.weights import build, full_arguments
@@ -47,10 +47,12 @@ class Pretrained:
         size, options = self.description.input_size, ReadOptions(**(self.description.reading or {}))
         if len(size) > 2 and options.pages == "first":
             options = replace(options, pages="stack")
-        return Context.of(options, channels=self.description.arguments["in_chans"], spatial_dims=len(size))
+        return Context.of(options, num_channels=self.description.arguments["in_chans"], spatial_dims=len(size))
 
     def preprocess(self, *images: str | Path | npt.NDArray[Any]) -> Tensor:
         """Crops images to the model's aspect ratio (centred), resizes and normalises them.
+
+        For a model that was trained on windows, the window in the middle. A pixel without data is 0, the mean.
 
         Args:
             *images: image files, or arrays (H, W, C) (or any number of spatial axes, channels last) of uint8, uint16
@@ -65,18 +67,26 @@ class Pretrained:
         """
         if not images:
             raise ConfigError("no images were given", "give one or more files or arrays")
-        size, channels = self.description.input_size, self.description.arguments["in_chans"]
+        description, size = self.description, self.description.input_size
+        channels = description.arguments["in_chans"]
+        flip, window, normalised = np.zeros(1, dtype=np.bool_), description.window, description.normalisation.apply
         prepared = []
         for image in images:
-            array = self._checked(image if isinstance(image, np.ndarray) else read_image(Path(image), self.context))
+            array, valid = (image, None) if isinstance(image, np.ndarray) else read_image(Path(image), self.context)
+            array = self._checked(array)
             if array.ndim != len(size) + 1 or array.shape[-1] != channels:
                 raise ConfigError(
                     f"an image has shape {array.shape}",
                     f"this model takes {len(size)} axes and {channels} channels, last",
                 )
-            pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 0)))[None]
-            resized = resample(pixels, eval_box(array.shape[:-1], size)[None], size, np.zeros(1, dtype=np.bool_))
-            prepared.append(self.description.normalisation.apply(resized, pixels.dtype))
+            pixels, whole = torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 0)))[None], array.shape[:-1]
+            centre = np.full((1, len(size)), 0.5)
+            box = eval_box(whole, size)[None] if window is None else window_boxes(centre, whole, window)
+            if valid is None:
+                prepared.append(normalised(resample(pixels, box, size, flip), pixels.dtype))
+                continue
+            resized, kept = resample_valid(pixels, torch.from_numpy(valid)[None, None], box, size, flip)
+            prepared.append(torch.where(kept, normalised(resized, pixels.dtype), 0.0))
         return torch.cat(prepared)
 
     def _checked(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -164,9 +174,9 @@ def load(
     return Pretrained(*load_model(path, model))
 
 
-def read_image(path: Path, context: Context) -> npt.NDArray[Any]:
-    """Reads one file as an array (*size, C); DataError if it cannot be read."""
+def read_image(path: Path, context: Context) -> tuple[npt.NDArray[Any], Valid | None]:
+    """Reads one file: its values (*size, C), and its pixels with data (None: all); DataError if it cannot be read."""
     try:
-        return FileSource(Path(), [str(path)], context=context).read(0)
+        return FileSource(Path(), [str(path)], context=context).read_valid(0)
     except DataError as error:
         raise DataError(f"cannot read {error}", "give image files, such as PNG or JPEG") from error

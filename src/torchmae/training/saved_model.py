@@ -41,6 +41,7 @@ class Description:
     high: tuple[float, ...] | None = None  # value of each channel that is shown white; None: 1
     scale: dict[str, float] | None = None  # for each stored type of the training images, the value that becomes 1
     reading: dict[str, Any] | None = None  # `ReadOptions` of the training data that differ from the defaults
+    window: tuple[int, ...] | None = None  # size of the windows that training images were cut into; None: crops
 
     @property
     def normalisation(self) -> Normalisation:
@@ -73,7 +74,7 @@ def load_model(folder: Path, own: MaskedAutoencoder | None = None) -> tuple[Mask
         CheckpointError: the folder holds no whole model, or a fine-tuned classifier.
         ConfigError: `own` is missing, or it is given for a run that does not need it.
     """
-    description = _read_description(folder / "model.json")
+    description = read_description(folder / "model.json")
     if (description.arguments.get("encoder") == OWN) != (own is not None):
         if own is None:
             raise ConfigError(f"{folder} holds a model handed over in Python", "hand it over again: model=MODEL")
@@ -118,7 +119,8 @@ def check_size(
     raise ValueError(f"model.json describes {depth:,} blocks and the weights hold {len(weights):,} tensors")
 
 
-def _read_description(path: Path) -> Description:
+def read_description(path: Path) -> Description:
+    """What model.json says; CheckpointError: it is missing or damaged."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values.get("kind") == "classifier":  # saved_classifier.KIND
@@ -133,7 +135,7 @@ def _read_description(path: Path) -> Description:
         for name in ("input_size", "patch_size", "depths", "dims"):
             if values["arguments"].get(name) is not None:
                 values["arguments"][name] = tuple(values["arguments"][name])
-        for name in ("mean", "std", "classes", "low", "high"):
+        for name in ("mean", "std", "classes", "low", "high", "window"):
             if values.get(name) is not None:
                 values[name] = tuple(values[name])
         ReadOptions(**(values.get("reading") or {}))

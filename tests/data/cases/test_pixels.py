@@ -186,7 +186,7 @@ def test_values_that_the_file_declares_to_be_none() -> None:
     pixels = item.read()[..., 0]
     assert pixels.min() >= 0
     np.testing.assert_allclose(pixels[0, 0], values[values > 0].mean(), rtol=1e-5)
-    assert item.notes == ("-9999.0 means no data, as the file says",)
+    assert item.notes == ("-9999 means no data, as the file says",)
 
 
 @pytest.mark.parametrize("missing", ["tifffile", "imagecodecs"])

@@ -52,14 +52,14 @@ def test_nan_in_many_images(tmp_path: Path) -> None:
         return open_data(config, input_size=(8, 8), channels=None, device=torch.device("cpu"))
 
     for cache in ("memory", "none"):
-        with pytest.raises(DataError, match=r"--data\.nodata nan"):
-            data = opened(cache=cache)
+        with pytest.raises(DataError, match=r"--data\.nodata auto"):
+            data = opened(cache=cache, nodata="none")
             list(data.train.eval_batches(np.arange(40), 10))
-        filled = opened(cache=cache, nodata="nan")
+        filled = opened(cache=cache)
         assert all(torch.isfinite(batch.images).all() for batch in filled.train.eval_batches(np.arange(40), 10))
         assert filled.bad.items == []
     with pytest.raises(DataError, match=r"x\.npy/\d+: holds values that are not finite"):
-        opened(cache="memory", max_bad=0.4)
+        opened(cache="memory", max_bad=0.4, nodata="none")
 
 
 def mixed(folder: Path, names: str) -> None:
