@@ -241,6 +241,28 @@ def test_ranks_find_anomalies_together(alone: Path, tmp_path: Path) -> None:
     assert (outs[1] / "anomaly.png").read_bytes() == (outs[0] / "anomaly.png").read_bytes()
 
 
+@pytest.mark.parametrize("finetune", ["false", "true"])
+def test_ranks_segment_together(alone: Path, tmp_path: Path, finetune: str) -> None:
+    random = np.random.default_rng(0)
+    for i in range(7):
+        ids = np.kron(random.integers(0, 2, (2, 3)), np.ones((7, 6), int)).astype(np.uint8)
+        for kind, values in (("images", ids * 150 + 40), ("masks", ids)):
+            (tmp_path / "data" / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values.astype(np.uint8)).save(tmp_path / "data" / kind / f"{i}.png")
+    words = ("--method=segmentation", f"--data={tmp_path / 'data'}", "--batch=4", "--segmentation.epochs=3")
+    tuned = (f"--segmentation.finetune={finetune}", "--finetune.epochs=2", "--finetune.base_lr=1e-2")
+    shared = ("--device=cpu", "--precision=fp32", "--progress=none", "--json")
+    figures = []
+    for count in (1, 2):
+        words_of = ("evaluate", str(alone), *words, *tuned, *shared, f"--out={tmp_path / str(count)}")
+        assert run(count, command, *words_of, logs=tmp_path / f"logs-{count}") == [0] * count
+        results = load_run(alone).evaluations[-1]["results"]
+        figures.append({f"{r['subject']}.{name}": value for r in results for name, value in r["figures"].items()})
+    ours, theirs = ({k: v for k, v in found.items() if "seconds" not in k} for found in figures)
+    assert ours == pytest.approx(theirs, rel=1e-3)
+    assert any(name.endswith("_miou") for name in ours)
+
+
 FINETUNE = (
     *("--method=finetune", "--finetune.epochs=2", "--finetune.batch-size=33", "--finetune.randaugment=0"),
     *("--finetune.mixup=0", "--finetune.cutmix=0", "--finetune.drop-path=0", "--finetune.evaluations=2"),

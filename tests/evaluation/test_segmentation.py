@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,15 +12,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pytest import MonkeyPatch
+from safetensors.torch import load_file
 from tiny import write_run
 
 from torchmae.config.data import DataOptions
 from torchmae.config.evaluate import ComputeOptions, EvaluateOptions, SegmentationOptions
+from torchmae.config.finetune import FinetuneConfig
 from torchmae.data.formats import Context
-from torchmae.errors import ConfigError, DataError
+from torchmae.errors import ConfigError, DataError, Interrupted
 from torchmae.evaluation import segmentation, segmentation_windows, suite
 from torchmae.evaluation.images import ModelInput
 from torchmae.evaluation.segmentation_data import SegmentationData, open_segmentation_data, read_mask
+from torchmae.evaluation.segmentation_finetune import SegmentationTask
 from torchmae.random import Purpose, uniform
 
 CPU = torch.device("cpu")
@@ -283,3 +289,37 @@ def test_options_that_cannot_work(made: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="out is not given"):
         evaluated("random", made, preset="vit_digits")
     assert list(evaluated("pixels", made, preset="vit_digits", out=str(tmp_path / "o")).figures()) == ["pixels"]
+
+
+def test_fine_tuning_goes_on_where_it_was(made: Path, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    tuned: dict[str, Any] = {"config": {"finetune": True}}
+    whole = FinetuneConfig(epochs=4, base_lr=2e-2)
+    evaluation = evaluated(run, made, finetune=whole, out=str(tmp_path / "whole"), **tuned)
+    figures = evaluation.figures()
+    assert list(figures) == ["model", "random"]
+    assert figures["model"]["segmentation_finetune_images"] == 8 * 9  # windows
+    assert (run / "pictures").exists() is False
+    assert (tmp_path / "whole" / "pictures" / "segmentation_finetune.png").exists()
+    weights = load_file(tmp_path / "whole" / "segmentation-finetune" / "model.safetensors")
+    with pytest.raises(ConfigError, match="exists already; go on with --resume"):
+        evaluated(run, made, finetune=whole, out=str(tmp_path / "whole"), **tuned)
+    with MonkeyPatch.context() as patch:
+        patch.setattr(SegmentationTask, "after_step", stop_after(5))
+        with pytest.raises(Interrupted):
+            evaluated(run, made, finetune=whole, out=str(tmp_path / "parts"), **tuned)
+    again = evaluated(run, made, finetune=whole, resume=str(tmp_path / "parts"), **tuned)
+    assert again.figures()["model"]["segmentation_finetune_miou"] == figures["model"]["segmentation_finetune_miou"]
+    resumed = load_file(tmp_path / "parts" / "segmentation-finetune" / "model.safetensors")
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+
+
+def stop_after(count: int) -> Any:
+    steps = []
+
+    def after_step(task: SegmentationTask) -> None:
+        steps.append(task)
+        if len(steps) == count:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return after_step
