@@ -15,6 +15,7 @@ from torchmae.errors import DataError, require
 
 _MISSING = re.compile(r"^data : (\d+) \(should be \d+\)", re.MULTILINE)  # in libsndfile's words on a WAV file
 _WINDOW_S, _HOP_S = 0.025, 0.01  # of a spectrogram, in seconds
+_FRAMES = 256  # whose spectra are in memory at a time
 _SILENCE = 1e-10  # the smallest power, before the logarithm
 _UNKNOWN_LENGTH = 2**31 - 2**16  # bytes, or more: written by programs that cannot go back to the header
 
@@ -67,9 +68,12 @@ class SpectrogramItem(FileItem):
         samples = self._sound.read(((first * self._hop, length),))
         samples = np.pad(samples, ((0, max(0, len(self._window) - length)), (0, 0)))
         windows = np.lib.stride_tricks.sliding_window_view(samples, len(self._window), axis=0)[:: self._hop]
-        power = np.abs(np.fft.rfft(windows * self._window, self._length)) ** 2  # (frames, channels, frequencies)
-        energy = power @ self._filters[low : low + bands].T
-        return np.log(np.maximum(energy, _SILENCE)).transpose(2, 0, 1).astype(np.float32)
+        values = np.empty((bands, frames, self.channels), np.float32)
+        for at in range(0, frames, _FRAMES):
+            spectrum = np.fft.rfft(windows[at : at + _FRAMES] * self._window, self._length)
+            energy = np.abs(spectrum) ** 2 @ self._filters[low : low + bands].T  # (frames, channels, bands)
+            values[:, at : at + _FRAMES] = np.log(np.maximum(energy, _SILENCE)).transpose(2, 0, 1)
+        return values
 
 
 def mel_filters(bands: int, length: int, rate: float) -> Image:
