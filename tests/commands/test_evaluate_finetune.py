@@ -159,7 +159,7 @@ def test_random_needs_a_folder_to_write_to(tmp_path: Path, capsys: pytest.Captur
         (["--out", "nowhere", "--resume"], "nowhere holds no fine-tuning to go on with; leave --resume out to begin"),
         (["--out", "full", "--resume"], "full holds no fine-tuning to go on with"),
         (["--method", "knn", "--resume"], "resume does not apply to method 'knn'; use --method finetune"),
-        (["--method", "knn", "--out", "x"], "out does not apply to method 'knn'; use --method finetune or anomaly"),
+        (["--method", "knn", "--out", "x"], "out does not apply to method 'knn'; use --method finetune, segmentation"),
         (
             ["--method", "anomaly", "--labels-per-class", "3", "--normal", "a", "--test", "b"],
             "labels_per_class does not",

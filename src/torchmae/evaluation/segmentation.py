@@ -41,14 +41,11 @@ from torchmae.report.feature_pictures import segmentation_picture
 from torchmae.report.pictures import save_png
 
 NAME = "segmentation"
-GIB = 2**30
-OVERLAP = 0.25  # of windows of a test picture
 _EPOCHS = 10
 _STEPS = 1000
 _RESAMPLES = 1000
 _PICTURED = 6
 _NAMED = 10  # classes whose IoU a note says
-_SKIPPED = -100  # the label that PyTorch's cross-entropy leaves out
 
 
 class LinearHead(nn.Module):

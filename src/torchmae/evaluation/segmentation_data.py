@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,7 +117,8 @@ def open_segmentation_data(options: EvaluateOptions, model: ModelInput) -> Segme
             f"all {len(seen[0]):,} training masks are of {', '.join(found) or 'no class'} alone",
             "give masks of two classes or more, or change segmentation.threshold or segmentation.ignore",
         )
-    sets, said = image_sets(pairs, options.data, model)
+    # Windows are cut here, of pictures and masks together.
+    sets, said = image_sets(pairs, replace(options.data, window="none"), model)
     for name, reason in (item for items in unread for item in items):
         sets[0].bad.add(name, reason)
     notes += tuple(note for note in said if note.startswith("data:"))
