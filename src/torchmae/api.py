@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -226,7 +225,7 @@ def proposed(model: ModelConfig, shape: dict[str, Any]) -> dict[str, Any]:
 def typical_size(train: Source) -> tuple[int, ...]:
     """The median size of a sample of the training images, in pixels."""
     seen = probe(train, sample=PROBED)
-    return median_size(Counter(seen.sizes))
+    return median_size(seen.sizes)
 
 
 def recommend(size: tuple[int, ...]) -> tuple[str, dict[str, Any]]:
