@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from math import prod
@@ -220,8 +219,8 @@ def proposed(model: ModelConfig, shape: dict[str, Any]) -> dict[str, Any]:
 
 
 def typical_size(train: Source) -> tuple[int, ...]:
-    """The median size of some training images, in pixels."""
-    return median_size(Counter(probe(train, sample=PROBED).sizes))
+    """The median size of a sample of the training images, in pixels."""
+    return median_size(probe(train, sample=PROBED).sizes)
 
 
 def recommend(size: tuple[int, ...]) -> tuple[str, dict[str, Any]]:

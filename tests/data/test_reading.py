@@ -69,14 +69,14 @@ def test_reading_many_keeps_the_order(
 def test_probe_finds_channels_sizes_and_type(write_pictures, tmp_path: Path) -> None:
     write_pictures("a.png", "b.png")
     source = folder_splits(tmp_path)["train"]
-    assert (probe(source).channels, probe(source).sizes) == (3, {(12, 16)})
+    assert (probe(source).channels, set(probe(source).sizes)) == (3, {(12, 16)})
     for name in ("a", "b"):
         Image.fromarray(picture(5, 7)).convert("L").save(tmp_path / f"{name}.png")
-    assert (probe(source).channels, probe(source).sizes) == (1, {(5, 7)})
+    assert (probe(source).channels, set(probe(source).sizes)) == (1, {(5, 7)})
     Image.fromarray(np.zeros((6, 7), np.uint16)).save(tmp_path / "a.png")
     write_pictures("c.png")
     mixed = probe(folder_splits(tmp_path)["train"])
-    assert (mixed.channels, mixed.sizes) == (3, {(6, 7), (5, 7), (12, 16)})
+    assert (mixed.channels, set(mixed.sizes)) == (3, {(6, 7), (5, 7), (12, 16)})
 
 
 @pytest.mark.parametrize(("dtype", "high"), [("uint8", 255), ("uint16", 65535), ("float32", 1)])

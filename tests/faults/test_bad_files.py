@@ -164,7 +164,7 @@ def test_a_bad_file_is_replaced_by_the_next_counted_and_named(folder: Path, what
     (folder / "bad.jpg").write_bytes(raw)  # third in order, before c.png
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        data = opened(folder, cache=cache, mean=(0.5,) * 3, std=(0.25,) * 3, nodata="none")
+        data = opened(folder, cache=cache, mean=(0.5,) * 3, std=(0.25,) * 3, nodata="none", window="none")
         batches = one_epoch(data)
     assert sum(len(batch.images) for batch in batches) == 7
     assert all(torch.isfinite(batch.images).all() for batch in batches)

@@ -19,7 +19,18 @@ from torchmae.data.formats import Context, Progress, tracked
 from torchmae.data.groups import shared_groups
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import ImageLoader, View, hold_out
-from torchmae.data.reading import FEW, SAMPLE, BadFiles, Measured, Probe, map_samples, measure, probe, reader_processes
+from torchmae.data.reading import (
+    FEW,
+    SAMPLE,
+    BadFiles,
+    Measured,
+    Probe,
+    map_samples,
+    measure,
+    median_size,
+    probe,
+    reader_processes,
+)
 from torchmae.data.sources import Source, Subset, Windows, all_notes, evenly_spaced, in_training_classes
 from torchmae.data.transforms import Boxes, Normalisation, window_boxes
 from torchmae.errors import ConfigError, DataError
@@ -230,8 +241,9 @@ def window_size(options: DataOptions, seen: Probe, input_size: tuple[int, ...]) 
     if asked == "none":
         return None
     if asked == "auto":
-        is_picture = len(input_size) == 2 and set(seen.kinds) == {"uint8"} and seen.channels in (1, 3)
-        large = np.median([*seen.sizes], axis=0) > 2 * np.array(input_size)
+        mostly = seen.kinds.most_common(1)[0][0]
+        is_picture = len(input_size) == 2 and mostly == "uint8" and seen.channels in (1, 3)
+        large = np.array(median_size(seen.sizes)) > 2 * np.array(input_size)
         return input_size if large.any() and not is_picture else None
     window = (asked,) * len(input_size) if isinstance(asked, int) else tuple(map(int, asked))
     if len(window) != len(input_size):

@@ -131,7 +131,7 @@ class Probe(NamedTuple):
     """What some samples of a source look like."""
 
     channels: int  # 3 where some samples are grey and the rest in colour; else what most have
-    sizes: frozenset[tuple[int, ...]]  # spatial
+    sizes: Counter[tuple[int, ...]]  # how many have each spatial size
     kinds: Counter[str]  # how many have each type of values
     notes: tuple[str, ...]  # what was decided about them, a short phrase each
 
@@ -161,7 +161,7 @@ def probe(source: Source, sample: int = FEW) -> Probe:
     shares = {n: "" if count == len(items) else f" ({count} of {len(items)} looked at)" for n, count in notes.items()}
     return Probe(
         channels,
-        frozenset(item.size for item in items),
+        Counter(item.size for item in items),
         Counter(str(item.dtype) for item in items),
         tuple(f"{note}{share}" for note, share in shares.items()),
     )

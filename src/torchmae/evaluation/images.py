@@ -328,7 +328,7 @@ def check_classes(train: Source, classes: tuple[str, ...]) -> None:
 
 def _resampled(seen: Probe, input_size: tuple[int, ...]) -> str:
     """A note if images are resampled, else ""."""
-    if seen.sizes == {input_size}:
+    if set(seen.sizes) == {input_size}:
         return ""
     found = "x".join(map(str, next(iter(seen.sizes)))) if len(seen.sizes) == 1 else "several sizes"
     return f"images of {found} are cropped and resampled to the model's {'x'.join(map(str, input_size))}"
