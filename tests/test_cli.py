@@ -250,6 +250,7 @@ def test_an_image_that_is_not_finite_is_named_and_skipped(place: Path, capsys: p
     images[17] = np.nan
     np.save(place / "images.npy", images)
     options = ("--recipe=digits", "--data=images.npy", "--data.mean=[0.5]", "--data.std=[0.3]", "--batch=4")
+    options += ("--data.nodata=none",)
     assert main(["pretrain", *SMALL, *options, "--data.val=none", "--data.max_bad=0.05", "--out", "a"]) == 0
     assert "skipped: the loss" not in capsys.readouterr().err
     assert (place / "a" / "bad_files.txt").read_text().startswith("images.npy/17\t")

@@ -165,7 +165,6 @@ def test_arrays_for_models_of_other_channels(tmp_path: Path, photo: Path) -> Non
     [
         (np.zeros((9, 9, 4)), "has 4 channels where 3 are wanted"),
         (np.zeros((4, 4, 3), dtype=np.complex64), "holds complex64"),
-        (np.full((4, 4, 3), np.nan), "holds values that are not finite"),
         (np.zeros((0, 4, 3)), "samples of shape 0 x 4 x 3: they are empty"),
         (np.array([print], dtype=object), "holds objects"),
     ],

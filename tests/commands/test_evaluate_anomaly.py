@@ -79,9 +79,9 @@ def test_the_share_that_is_hidden_is_that_of_training(run: Path, monkeypatch: py
     ratios = []
     original = anomaly.patch_errors
 
-    def spied(model: Any, images: Any, noise: Any, ratio: float, runtime: Any) -> Any:
+    def spied(model: Any, images: Any, noise: Any, ratio: float, *others: Any) -> Any:
         ratios.append(ratio)
-        return original(model, images, noise, ratio, runtime)
+        return original(model, images, noise, ratio, *others)
 
     monkeypatch.setattr(anomaly, "patch_errors", spied)
     description = json.loads((run / "model.json").read_text(encoding="utf-8"))

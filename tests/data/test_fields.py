@@ -116,9 +116,14 @@ def test_values_are_in_the_unit_of_the_modality(tmp_path: Path) -> None:
 
 def test_a_range_of_padding_is_one_value(tmp_path: Path) -> None:
     values = np.arange(12, dtype=np.uint16).reshape(3, 4)
-    item, whole = check_parts(slice_file(tmp_path / "a", values, PixelPaddingValue=0, PixelPaddingRangeLimit=3))
+    path = slice_file(tmp_path / "a", values, PixelPaddingValue=0, PixelPaddingRangeLimit=3)
+    item, whole = check_parts(path, nodata="none")
     assert whole.ravel().tolist() == [0, 0, 0, 0, *range(4, 12)]
     assert item.meta["nodata"] == 0
+    filled, valid = open_item(path, Context(), lambda: path.name).read_valid()
+    assert valid is not None
+    assert valid.ravel().tolist() == [False] * 4 + [True] * 8
+    np.testing.assert_array_equal(filled[valid], whole[valid])
 
 
 def test_monochrome1_is_inverted(tmp_path: Path) -> None:
@@ -182,7 +187,7 @@ def test_slices_become_volumes_where_the_model_takes_three_axes(tmp_path: Path) 
 
 def test_the_shared_slices(shared_data: Path) -> None:
     pydicom = pytest.importorskip("pydicom")
-    source = open_splits(str(shared_data / "ct-dicom"))["train"]
+    source = open_splits(str(shared_data / "ct-dicom"), Context(nodata="none"))["train"]
     assert len(source) == 30
     data = pydicom.dcmread(source.name(0))
     expected = data.pixel_array.astype(np.float32) * float(data.RescaleSlope) + float(data.RescaleIntercept)

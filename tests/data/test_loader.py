@@ -212,9 +212,9 @@ def test_closing_ends_the_workers(mixed: Path) -> None:
 
 
 def test_a_signal_to_all_processes_leaves_the_workers_alone(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    main, encoded = os.getpid(), FileSource.encoded
+    main, encoded = os.getpid(), FileSource.content
 
-    def interrupted(self: FileSource, index: int) -> bytes:
+    def interrupted(self: FileSource, index: int) -> Path:
         if os.getpid() != main:
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGINT)
@@ -223,7 +223,7 @@ def test_a_signal_to_all_processes_leaves_the_workers_alone(mixed: Path, monkeyp
     data = opened(mixed, (16, 16), val="none", num_workers=1)
     if multiprocessing.get_start_method() != "fork":
         pytest.skip("the changed class does not reach the workers")
-    monkeypatch.setattr(FileSource, "encoded", interrupted)
+    monkeypatch.setattr(FileSource, "content", interrupted)
     assert len(steps(data)) == 6
 
 
@@ -231,16 +231,16 @@ def test_a_worker_that_dies_is_said_so(mixed: Path, monkeypatch: pytest.MonkeyPa
     data = opened(mixed, (16, 16), val="none", num_workers=1)
     if multiprocessing.get_start_method() != "fork":
         pytest.skip("the changed class does not reach the workers")
-    monkeypatch.setattr(FileSource, "encoded", lambda self, index: os._exit(1))
+    monkeypatch.setattr(FileSource, "content", lambda self, index: os._exit(1))
     with pytest.raises(DataError, match=r"ended unexpectedly .*lower data.num_workers"):
         steps(data)
 
 
 def test_a_worker_that_hangs_does_not_hold_up_the_end(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a file server that has gone."""
-    main, encoded = os.getpid(), FileSource.encoded
+    main, encoded = os.getpid(), FileSource.content
 
-    def hanging(self: FileSource, index: int) -> bytes:
+    def hanging(self: FileSource, index: int) -> Path:
         if os.getpid() != main:
             time.sleep(1000)
         return encoded(self, index)
@@ -248,7 +248,7 @@ def test_a_worker_that_hangs_does_not_hold_up_the_end(mixed: Path, monkeypatch: 
     data = opened(mixed, (16, 16), val="none", num_workers=1)
     if multiprocessing.get_start_method() != "fork":
         pytest.skip("the changed class does not reach the workers")
-    monkeypatch.setattr(FileSource, "encoded", hanging)
+    monkeypatch.setattr(FileSource, "content", hanging)
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)  # how long PyTorch waits
 
     def stop(*_: object) -> None:

@@ -131,8 +131,8 @@ def test_an_image_that_follows_itself_is_decoded_once(tmp_path: Path, monkeypatc
         Image.fromarray(picture(seed=i)).save(tmp_path / f"{i}.png")
     source = folder_splits(tmp_path)["train"]
     reads: list[int] = []
-    original = type(source).encoded
-    monkeypatch.setattr(type(source), "encoded", lambda self, i: reads.append(i) or original(self, i))
+    original = type(source).content
+    monkeypatch.setattr(type(source), "content", lambda self, i: reads.append(i) or original(self, i))
     request = Request(np.array([2, 2, 2, 0, 1, 1]), 0, np.array([4, 5, 6, 4, 4, 5]))
     views = Reader(source, 3, VIEW)[request].images
     assert reads == [2, 0, 1]

@@ -12,6 +12,7 @@ from small import RUNTIME, mlp, vit
 
 import torchmae
 from torchmae import presets
+from torchmae.building import pretrain_settings
 from torchmae.config import DataConfig, MaskConfig, OptimConfig, PretrainConfig
 from torchmae.data.arrays import ArraySource
 from torchmae.data.formats import Context
@@ -163,7 +164,7 @@ def test_parts_of_a_batch_make_the_step_of_the_whole(name: str) -> None:
     for parts in (1, 5):
         model = MODELS[name]()
         config = PretrainConfig(batch_size=24, accumulate=parts, optim=OptimConfig(lr=0.1))
-        task = PretrainTask(config, model, RUNTIME, 24)
+        task = PretrainTask(pretrain_settings(config, model), model, RUNTIME, 24)
         task.optimizers = [torch.optim.SGD(model.parameters(), lr=0.1)]
         loss = train_step(task, task.inputs(batch, 0, 1)).loss
         results.append([loss, *(p.detach() for p in model.parameters())])
@@ -187,7 +188,8 @@ def test_figures_are_of_valid_pixels_whatever_stands_elsewhere() -> None:
 def test_an_early_part_of_small_images_and_a_model_without_patches() -> None:
     batch = whole(with_value(np.nan))
     config = PretrainConfig(batch_size=24, start_size=8, mask=MaskConfig(ratio=0.5))
-    images, mask = PretrainTask(config, MODELS["pixels"](), RUNTIME, 24).inputs(batch, 0, 4)
+    model = MODELS["pixels"]()
+    images, mask = PretrainTask(pretrain_settings(config, model), model, RUNTIME, 24).inputs(batch, 0, 4)
     assert images.shape[2:] == (8, 8) and mask.valid.shape == (24, 16, 4)
     encoder = mlp(input_size=(16, 16), in_chans=2).encoder
     with pytest.raises(ConfigError, match="vit"):
