@@ -271,7 +271,7 @@ def test_files_that_cannot_be_read_are_counted_and_named(place: Path, capsys: py
 
 def test_reconstruct(run: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reconstruct", str(run), "images/0.png", "images/1.png", "--out", "new/grid.png"]) == 0
-    assert capsys.readouterr().out == "new/grid.png  (hidden patches as predicted)\n"
+    assert capsys.readouterr().out == "new/grid.png  (masked patches as predicted)\n"
     with Image.open(place / "new" / "grid.png") as picture:
         assert picture.width > picture.height / 2
     options = ["images/0.png", "--mask.ratio=0.9", "--mask.strategy=block", "--device=cpu", "--out", "a.png"]

@@ -101,7 +101,7 @@ def test_others_weights_reconstruct_once_their_target_is_said(
     assert "does not say what its decoder's target was; say it with --target normalised" in capsys.readouterr().err
     assert not out.exists()
     assert main([*command, "--target", "pixels"]) == 0
-    assert capsys.readouterr().out == f"{out}  (hidden patches as predicted)\n"
+    assert capsys.readouterr().out == f"{out}  (masked patches as predicted)\n"
     assert main([*command, "--target", "normalised"]) == 0
     assert "true mean and contrast" in capsys.readouterr().out
 

@@ -246,4 +246,4 @@ def test_reconstruction_needs_no_labels(run: Path) -> None:
     options = ReconstructionOptions(ratios=(0.5,), strategies=("random",), images=20)
     evaluation = evaluate(run, method="reconstruction", reconstruction=options)
     assert evaluation.results["reconstruction"]["model"].details["images"] == 20
-    assert evaluation.notes == ("PSNR and SSIM: hidden patches as predicted",)
+    assert evaluation.notes == ("PSNR and SSIM: masked patches as predicted",)

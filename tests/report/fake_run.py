@@ -13,7 +13,7 @@ import yaml
 from torchmae.config import PretrainConfig
 from torchmae.report.pictures import reconstruction_grid
 
-NOTE = "hidden patches as predicted, with their true mean put back"
+NOTE = "masked patches as predicted, with their true mean put back"
 
 
 def train_records() -> list[dict[str, Any]]:

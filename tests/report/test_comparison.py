@@ -128,7 +128,7 @@ def test_the_same_images_are_shown_once(runs: list[Path], tmp_path: Path) -> Non
     page = page_of(runs, tmp_path)
     (picture,) = page.all("img")
     assert "what A, B, C make of it" in picture["alt"]
-    assert "A, B, C: hidden patches as predicted, with their true mean put back." in page.words()
+    assert "A, B, C: masked patches as predicted, with their true mean put back." in page.words()
 
 
 def test_different_images_are_shown_each(runs: list[Path], tmp_path: Path) -> None:

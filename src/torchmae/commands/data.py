@@ -155,7 +155,8 @@ def _sizes(facts: SplitFacts) -> str:
     same = [size for size in facts.sizes if len(size) == len(median)]
     low, high = (tuple(reduce(axis) for axis in zip(*same, strict=True)) for reduce in (min, max))
     texts = ["x".join(map(str, size)) for size in (low, high, median)]
-    return f"{len(facts.sizes):,} different, from {texts[0]} to {texts[1]}, median {texts[2]} (height x width)"
+    order = " (height x width)" if len(median) == 2 else ""
+    return f"{len(facts.sizes):,} different, from {texts[0]} to {texts[1]}, median {texts[2]}{order}"
 
 
 def _counts(counter: Counter[Any]) -> str:

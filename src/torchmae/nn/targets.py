@@ -134,11 +134,11 @@ class PixelTarget(Target):
     def fill(self, images: Tensor, pred: Tensor, mask: Mask) -> tuple[Tensor, str]:
         """Images with the masked patches as predicted; the true mean and deviation undo the normalisation."""
         patches, pred = patchify(images, self.patch_size), pred.float()
-        note = "hidden patches as predicted"
+        note = "masked patches as predicted"
         if self.norm_pix:
             mean, std = patch_statistics(gather(patches, mask.ids_masked), self.weights(mask))
             pred = pred * std + mean
-            note = "hidden patches as predicted, with the true mean and contrast of each patch put back"
+            note = "masked patches as predicted, with the true mean and contrast of each patch put back"
         pasted = patches.scatter(1, mask.ids_masked.unsqueeze(-1).expand_as(pred), pred.to(patches.dtype))
         grid = [pixels // patch for pixels, patch in zip(images.shape[2:], self.patch_size, strict=True)]
         return unpatchify(pasted, self.patch_size, grid), note
