@@ -211,13 +211,13 @@ def test_few_labels_are_exact_and_by_seed_and_draw(tmp_path: Path, monkeypatch: 
     images, labels = bars()
     data = data_of(tmp_path, images, labels)
     seen: list[set[int]] = []
-    original = finetune.train_task
+    original = finetune_training.train
 
     def train(*args: Any, plan: Any, **options: Any) -> Any:
         seen.append(set(plan.rows.tolist()))
         return original(*args, plan=plan, **options)
 
-    monkeypatch.setattr(finetune, "train_task", train)
+    monkeypatch.setattr(finetune_training, "train", train)
     config = replace(CONFIG, epochs=1)
     for i, (seed, draw) in enumerate(((0, 0), (0, 0), (0, 1), (1, 0))):
         figures = run(data, tmp_path / f"{i}", config, labels_per_class=4, seed=seed, draw=draw)

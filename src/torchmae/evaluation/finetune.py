@@ -6,9 +6,7 @@ and model.json with model.safetensors: the classifier, under timm's parameter na
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
-from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from torchmae.data.loader import Batch, ImageLoader
 from torchmae.data.transforms import Normalisation
 from torchmae.errors import CheckpointError, ConfigError
 from torchmae.evaluation.bench import Bench, draw_images, output_folder
-from torchmae.evaluation.finetune_training import FinetuneTask, SubsetPlan, check_same
+from torchmae.evaluation.finetune_training import FinetuneTask, SubsetPlan, trained_in
 from torchmae.evaluation.images import EVAL_BATCH, read_batches, run_data
 from torchmae.evaluation.scores import Result, over_draws, rank, score
 from torchmae.evaluation.sharing import share
@@ -33,16 +31,11 @@ from torchmae.evaluation.subject import Subject
 from torchmae.nn.classifier import Classifier
 from torchmae.nn.encoder import Encoder
 from torchmae.nn.mae import MaskedAutoencoder, require_patches
-from torchmae.training.checkpoint import Checkpoint, load_checkpoint
 from torchmae.training.progress import Display
-from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime
 from torchmae.training.saved_classifier import ClassifierDescription, build_classifier, save_classifier
-from torchmae.training.state import State
 from torchmae.training.task import seeded, step_seed
-from torchmae.training.tracking import JsonLines, Trackers
 from torchmae.training.trainer import Evaluator
-from torchmae.training.trainer import train as train_task
 
 NAME = "finetune"
 
@@ -165,7 +158,7 @@ def finetune(
         rows = draw_images(train.labels, labels_per_class, seed, draw)
     about = {"labels_per_class": labels_per_class, "draw": draw, "seed": seed, "data": train.source.fingerprint()}
     about["labels"] = train.source.label_fingerprint()
-    job = json.loads(json.dumps({"settings": asdict(config), **about}))  # with lists for tuples, as files have it
+    job = {"settings": asdict(config), **about}
     with seeded(step_seed(seed, 0)):
         classifier, arguments = start_classifier(model, len(classes), config)
     fitting = config.for_input(arguments["input_size"], arguments["in_chans"])
@@ -174,11 +167,6 @@ def finetune(
 
     augment = build_augment(fitting, arguments["input_size"], normalisation.mean, normalisation.std, len(classes))
     task = FinetuneTask(config, classifier.to(runtime.device), augment, runtime, plan.batch_size, seed)
-    folder = RunFolder(out)
-    checkpoint = load_checkpoint(folder.checkpoints, display.warn, ranks) if resume else None
-    if resume:
-        check_same(checkpoint, job, out)
-    ranks.on_main(lambda: begin(folder, job, checkpoint))
     measured: list[Result] = []
 
     def scores_now() -> Result:
@@ -191,18 +179,9 @@ def finetune(
         measured.append(scores_now())
         return measured[-1].figures
 
-    with closing(folder), Trackers(JsonLines(folder.metrics)) if ranks.is_main else Trackers() as tracker:
-        state = train_task(
-            task,
-            State(0, config.epochs * plan.steps_per_epoch, precision=runtime.precision, data=job["data"], job=job),
-            loader=train,
-            plan=plan,
-            folder=folder,
-            tracker=tracker,
-            display=display,
-            evaluators=[Evaluator(config.evaluations, figures_now, at_epoch_ends=True)],
-            checkpoint=checkpoint,
-        )
+    at_ends = [Evaluator(config.evaluations, figures_now, at_epoch_ends=True)]
+    trained = trained_in(out, task, train, plan, job, display, resume=resume, evaluators=at_ends)
+    with trained as (state, tracker, folder):
         scores = measured[-1] if measured else scores_now()  # of a training that had ended
         done = (line["step"] for line in folder.read_metrics() if line["kind"] == "val") if ranks.is_main else ()
         if state.step not in done:
@@ -212,17 +191,6 @@ def finetune(
     ranks.on_main(lambda: save_classifier(out, task.model.result, described))
     training = {"loss": state.loss, "images": float(len(rows)), "seconds": state.seconds}
     return Result(scores.figures | {f"{NAME}_{name}": value for name, value in training.items()}, scores.details)
-
-
-def begin(folder: RunFolder, job: dict[str, Any], checkpoint: Checkpoint | None) -> None:
-    """Makes the folder of a new training, or cuts off figures after the checkpoint of a resumed one; locks it."""
-    if checkpoint is None:
-        RunFolder.create(folder.path)
-    folder.lock()
-    if checkpoint is not None:
-        folder.rewind_metrics(checkpoint.state["step"])
-    if checkpoint is None or checkpoint.state["job"] != job:
-        folder.write_json("finetune.json", job)
 
 
 def require_encoder(model: MaskedAutoencoder) -> Encoder:

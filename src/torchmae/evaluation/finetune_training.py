@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,16 +16,21 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from torchmae.config import OptimConfig
 from torchmae.config.finetune import FinetuneConfig
-from torchmae.data.loader import Batch, Indices, Plan
+from torchmae.data.loader import Batch, ImageLoader, Indices, Plan
 from torchmae.errors import CheckpointError, ConfigError, DataError
 from torchmae.nn.classifier import Classifier
 from torchmae.nn.mae import no_weight_decay
 from torchmae.nn.segmenter import Segmenter
-from torchmae.training.checkpoint import Checkpoint
+from torchmae.training.checkpoint import Checkpoint, load_checkpoint
 from torchmae.training.compilation import compile_model
 from torchmae.training.parallel import wrap_ddp
+from torchmae.training.progress import Display
+from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime
+from torchmae.training.state import State
 from torchmae.training.task import Fixes, Inputs, LoopSettings, Task
+from torchmae.training.tracking import JsonLines, Trackers
+from torchmae.training.trainer import Evaluator, train
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,7 @@ class FinetuneTask(Task):
         self.loop = LoopSettings(
             seed, config.accumulate, schedule, config.compile, config.checkpoint_minutes, per_epoch=True
         )
-        self._config = config
+        self.config = config
         self._augment = augment
         groups = parameter_groups(
             classifier,
@@ -134,7 +141,7 @@ class FinetuneTask(Task):
         images, targets = inputs
         with self.runtime.autocast():
             logits = self.forward(images)
-        loss = F.cross_entropy(logits.float(), targets, label_smoothing=self._config.label_smoothing)
+        loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.config.label_smoothing)
         return loss, loss.detach()
 
     def after_step(self) -> None:
@@ -166,3 +173,52 @@ def check_same(checkpoint: Checkpoint | None, job: dict[str, Any], out: Path) ->
             raise ConfigError(
                 f"{name} is {value} and was {old.get(name)} in {out}", "resume with the settings it began with"
             )
+
+
+@contextmanager
+def trained_in(
+    out: Path,
+    task: FinetuneTask,
+    loader: ImageLoader,
+    plan: Plan,
+    job: dict[str, Any],
+    display: Display,
+    *,
+    resume: bool,
+    evaluators: Sequence[Evaluator] = (),
+) -> Iterator[tuple[State, Trackers, RunFolder]]:
+    """Trains in the folder `out`, which stays locked in the context; yields the last state, the tracker, the folder.
+
+    `job` says what is trained, with "data"; only the same one can `resume`.
+    """
+    ranks, folder = task.runtime.ranks, RunFolder(out)
+    job = json.loads(json.dumps(job))  # with lists for tuples, as files have it
+    checkpoint = load_checkpoint(folder.checkpoints, display.warn, ranks) if resume else None
+    if resume:
+        check_same(checkpoint, job, out)
+    ranks.on_main(lambda: begin(folder, job, checkpoint))
+    steps = task.config.epochs * plan.steps_per_epoch
+    with closing(folder), Trackers(JsonLines(folder.metrics)) if ranks.is_main else Trackers() as tracker:
+        state = train(
+            task,
+            State(0, steps, precision=task.runtime.precision, data=job["data"], job=job),
+            loader=loader,
+            plan=plan,
+            folder=folder,
+            tracker=tracker,
+            display=display,
+            evaluators=evaluators,
+            checkpoint=checkpoint,
+        )
+        yield state, tracker, folder
+
+
+def begin(folder: RunFolder, job: dict[str, Any], checkpoint: Checkpoint | None) -> None:
+    """Makes the folder of a new training, or cuts off figures after the checkpoint of a resumed one; locks it."""
+    if checkpoint is None:
+        RunFolder.create(folder.path)
+    folder.lock()
+    if checkpoint is not None:
+        folder.rewind_metrics(checkpoint.state["step"])
+    if checkpoint is None or checkpoint.state["job"] != job:
+        folder.write_json("finetune.json", job)

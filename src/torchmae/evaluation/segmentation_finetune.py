@@ -6,9 +6,7 @@ The folder that it leaves holds finetune.json, metrics.jsonl, checkpoints/ and m
 from __future__ import annotations
 
 import copy
-import json
 import math
-from contextlib import closing
 from dataclasses import asdict
 
 import torch
@@ -21,20 +19,15 @@ from torchmae.data.formats import Context
 from torchmae.data.loader import Batch, ImageLoader, Plan, View
 from torchmae.data.transforms import Normalisation
 from torchmae.evaluation.bench import Bench, output_folder
-from torchmae.evaluation.finetune import begin, check_folder
-from torchmae.evaluation.finetune_training import FinetuneTask, check_same
+from torchmae.evaluation.finetune import check_folder
+from torchmae.evaluation.finetune_training import FinetuneTask, trained_in
 from torchmae.evaluation.images import run_data
 from torchmae.evaluation.segmentation_data import IGNORED, SegmentationData
 from torchmae.evaluation.segmentation_windows import Segment, targets, training_windows, window_batches
 from torchmae.evaluation.subject import Subject
 from torchmae.nn.segmenter import Segmenter
-from torchmae.training.checkpoint import load_checkpoint
-from torchmae.training.run_folder import RunFolder
 from torchmae.training.saved_model import write_weights
-from torchmae.training.state import State
 from torchmae.training.task import Inputs, seeded, step_seed
-from torchmae.training.tracking import JsonLines, Trackers
-from torchmae.training.trainer import train
 
 
 class SegmentationTask(FinetuneTask):
@@ -78,25 +71,8 @@ def finetuned(
     task = SegmentationTask(config, segmenter, lambda *given: given, runtime, plan.batch_size, options.seed)
     asked = {"settings": asdict(config), "segmentation": asdict(options.segmentation), "seed": options.seed}
     about = {"data": images.source.fingerprint(), "labels": images.source.label_fingerprint()}
-    job = json.loads(json.dumps(asked | about))  # with lists for tuples, as files have it
-    folder = RunFolder(out)
-    checkpoint = load_checkpoint(folder.checkpoints, bench.display.warn, ranks) if resume else None
-    if resume:
-        check_same(checkpoint, job, out)
-    ranks.on_main(lambda: begin(folder, job, checkpoint))
-    steps = config.epochs * plan.steps_per_epoch
-    with closing(folder), Trackers(JsonLines(folder.metrics)) if ranks.is_main else Trackers() as tracker:
-        state = train(
-            task,
-            State(0, steps, precision=runtime.precision, data=job["data"], job=job),
-            loader=loader,
-            plan=plan,
-            folder=folder,
-            tracker=tracker,
-            display=bench.display,
-            checkpoint=checkpoint,
-        )
-    ranks.on_main(lambda: write_weights(folder.weights, task.model.result.state_dict()))
+    with trained_in(out, task, loader, plan, asked | about, bench.display, resume=resume) as (state, _, folder):
+        ranks.on_main(lambda: write_weights(folder.weights, task.model.result.state_dict()))
     task.model.eval()
     notes += (f"{out.name} has the trained weights and is in {out.parent}",)
     took = {"loss": state.loss, "images": float(len(source)), "seconds": state.seconds}
