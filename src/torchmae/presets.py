@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from inspect import signature
 from typing import Any
 
-import torch
 
 from torchmae import tutorial
 from torchmae.config.pretrain import OWN
 from torchmae.errors import ConfigError, one_of, within
 from torchmae.nn import DECODERS, ENCODERS, HogTarget, MaskedAutoencoder, PixelTarget, Target, TeacherTarget
+from torchmae.nn.layers import without_weights
 
 _PAPER_DECODER = {"decoder": "self", "decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
 
@@ -173,7 +173,7 @@ def construct(values: dict[str, Any]) -> MaskedAutoencoder:
 
 def weightless(values: dict[str, Any]) -> MaskedAutoencoder:
     """As `construct`, on the device "meta": shapes without memory for weights."""
-    with torch.device("meta"):
+    with without_weights():
         return construct(values)
 
 

@@ -25,6 +25,7 @@ from torchmae.errors import ConfigError, DataError, Interrupted, TorchmaeError
 from torchmae.evaluation.images import run_data
 from torchmae.evaluators import affordable, build_evaluators
 from torchmae.interop.weights import initialise
+from torchmae.nn.layers import without_weights
 from torchmae.nn.mae import MaskedAutoencoder, parameter_counts
 from torchmae.nn.masking import Masker
 from torchmae.nn.teacher import attach
@@ -127,7 +128,7 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, own: Own, *, resum
         grid = presets.weightless({**arguments, "teacher_dim": 1}).encoder.grid
         teacher = ranks.main_first(lambda: read_teacher(source, grid))
         arguments["teacher_dim"] = teacher.dim
-    with torch.device("meta"):
+    with without_weights():
         check_model(config, own.construct(arguments))
     own.try_out(config)  # before there is a folder, which would refuse the next try
     display = Display(config.progress) if ranks.is_main else Display("none", io.StringIO())

@@ -35,23 +35,28 @@ def patch_colours(tokens: Tensor) -> FloatArray:
     between its 1st and 99th percentile, with the sign that makes its largest weight positive: the same features always
     have the same colours. A component that is missing or constant is 0.5.
     """
-    from sklearn.decomposition import PCA
-
     batch, length, dim = tokens.shape
     assert batch * length >= 2
-    rows = tokens.detach().cpu().double().reshape(-1, dim).numpy()
-    pca = PCA(min(3, *rows.shape), svd_solver="full")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # shares of a variance of zero, which are not used here
-        scores = pca.fit_transform(rows)
-    largest = np.abs(pca.components_).argmax(1)
-    scores *= np.where(pca.components_[np.arange(len(largest)), largest] < 0, -1.0, 1.0)
+    rows = tokens.detach().cpu().double().reshape(-1, dim)
+    scores = principal_components(rows, 3)
     low, high = np.percentile(scores, [_CLIPPED, 100 - _CLIPPED], axis=0)
     # A spread at the level of rounding errors counts as none.
-    spread = np.where(high - low > 1e-9 * max(float(np.abs(rows).max()), 1e-30), high - low, np.inf)
+    spread = np.where(high - low > 1e-9 * max(float(rows.abs().max()), 1e-30), high - low, np.inf)
     colours = np.full((len(rows), 3), 0.5, dtype=np.float32)
     colours[:, : scores.shape[1]] = ((scores - (low + high) / 2) / spread + 0.5).clip(0, 1)
     return colours.reshape(batch, length, 3)
+
+
+def principal_components(rows: Tensor, most: int) -> npt.NDArray[np.float64]:
+    """The first `most` principal components of (N, D) rows, or as many as there are: scores (N, min(most, N, D)).
+
+    The sign of a component makes its largest weight positive.
+    """
+    centred = rows - rows.mean(0)
+    components = torch.linalg.svd(centred, full_matrices=False).Vh[:most]
+    signs = components.gather(1, components.abs().argmax(1, keepdim=True)).sign()
+    scores: npt.NDArray[np.float64] = (centred @ (components * signs).T).numpy()
+    return scores
 
 
 @torch.no_grad()
@@ -119,21 +124,20 @@ def embed_2d(features: Tensor, method: str = "tsne", seed: int = 0) -> FloatArra
     Raises:
         ConfigError: UMAP is not installed, or there are too few images.
     """
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
-
     one_of("method", method, EMBEDDINGS)
     count = len(features)
     if count < 3:
         raise ConfigError(f"a map of {count} images says nothing", "give 3 or more")
-    rows = F.normalize((features - features.mean(0)).cpu().double(), dim=1).numpy()
-    reduced = PCA(min(_MAP_DIMS, count - 1, rows.shape[1]), svd_solver="full").fit_transform(rows)
+    rows = F.normalize((features - features.mean(0)).cpu().double(), dim=1)
+    reduced = principal_components(rows, min(_MAP_DIMS, count - 1))
     reduced = np.pad(reduced, ((0, 0), (0, max(0, 2 - reduced.shape[1]))))  # one feature alone is a line
     if method == "pca":
         place = reduced[:, :2]
     elif method == "umap":
         place = _umap(reduced, seed)
     else:
+        from sklearn.manifold import TSNE
+
         place = TSNE(perplexity=min(30.0, (count - 1) / 3), init="pca", random_state=0, n_jobs=1).fit_transform(reduced)
     return place.astype(np.float32)
 

@@ -20,6 +20,7 @@ from torchmae.data.transforms import Normalisation
 from torchmae.errors import CheckpointError, ConfigError, reason_of
 from torchmae.files import replace_file
 from torchmae.interop.files import check_content
+from torchmae.nn.layers import without_weights
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.training.checkpoint import load_checkpoint
 
@@ -110,7 +111,7 @@ def check_size(
     """ValueError if a model is larger than its weights: to build it could take unlimited memory and time."""
     depth = max(arguments.get("depth", 0), arguments.get("decoder_depth", 0), sum(arguments.get("depths", ())))
     if depth <= len(weights):
-        with torch.device("meta"):
+        with without_weights():
             wanted = sum(tensor.numel() for tensor in build(arguments).state_dict().values())
         given = sum(tensor.numel() for tensor in weights.values())
         if wanted <= given:
