@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from inspect import signature
 from typing import Any
 
-
 from torchmae import tutorial
 from torchmae.config.pretrain import OWN
 from torchmae.errors import ConfigError, one_of, within

@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import torchmae
 from torchmae import presets, settings
 from torchmae.building import NOTHING, Own, check_model, check_parallel, pretrain_settings
