@@ -31,7 +31,6 @@ from torchmae.training.pretrained import load
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-pytest.importorskip("gradio")
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
@@ -55,6 +54,7 @@ def runs(images: Path) -> tuple[Path, Path]:
 
 def serve(session: Session, uploads: Path) -> Iterator[str]:
     """The page's address, while it is served."""
+    pytest.importorskip("gradio")
     from torchmae.app.server import build_server, listen
 
     ready, addresses = threading.Event(), []
