@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from torchmae.data.loader import Batch, Plan
 from torchmae.errors import Interrupted, TrainingError
 from torchmae.evaluation.sharing import share
 from torchmae.settings import read_words
-from torchmae.training import checkpoint, ranks
+from torchmae.training import checkpoint
 from torchmae.training.checkpoint import load_checkpoint
 from torchmae.training.parallel import local, place, whole, whole_state
 from torchmae.training.pretrain import pretrain
@@ -220,9 +219,8 @@ def late_listing(*words: str) -> int:
 
 def wait_for_others(seconds: float) -> str:
     """Opens ranks of which one is never started; what is said then."""
-    ranks.MEETING = timedelta(seconds=seconds)
     try:
-        with ranks.open_ranks("cpu"):
+        with open_ranks("cpu", seconds / 60):
             return ""
     except TrainingError as error:
         return str(error)

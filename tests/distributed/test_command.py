@@ -16,6 +16,7 @@ from jobs import choose_recipe, command, command_of_each, embed_in_blocks, late_
 from PIL import Image
 from safetensors.torch import load_file
 
+from torchmae import files
 from torchmae.errors import CheckpointError
 from torchmae.evaluation.embedding import read_features
 from torchmae.report.run import load_run
@@ -160,9 +161,12 @@ def test_rank_0_says_which_checkpoint_is_resumed(alone: Path, tmp_path: Path, mo
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) > 1
     assert run(2, late_listing, "pretrain", "--resume", str(tmp_path / "run"), logs=tmp_path / "logs") == [0, 0]
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
+    monkeypatch.setattr(files, "LATE", 0.1)
     monkeypatch.setattr(Ranks, "on_main", lambda self, action: "step-00000099")
     monkeypatch.setattr(Ranks, "together", lambda self, action: action())
-    with pytest.raises(CheckpointError, match="step-00000099: it is not there; let all machines see one run folder"):
+    with pytest.raises(
+        CheckpointError, match="step-00000099: it does not show up here; let all machines see one run folder"
+    ):
         load_checkpoint(tmp_path / "run" / "checkpoints", ranks=Ranks(1, 2))
 
 
