@@ -15,9 +15,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-SOURCE = Path(__file__).resolve().parents[2] / "src"
+HERE = Path(__file__).resolve().parent
 PORT = 29400
-FORWARD = Path(__file__).with_name("forward.py")
 
 
 def ip(*words: str) -> str:
@@ -55,7 +54,7 @@ class Host:
     def said(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def start(self, words: Sequence[str], **environment: str) -> None:
+    def start(self, words: Sequence[str]) -> None:
         """Starts a program, which sees this host alone."""
         self.started += 1
         hosts = self.folder / f"{self.name}.hosts"
@@ -69,17 +68,17 @@ class Host:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*enter, *words],
-                env={**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", **environment},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "SLOW_STEPS": str(self.network.slow_steps)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
 
-    def torchrun(self, nodes: str, *words: str, options: Sequence[str] = (), **environment: str) -> None:
-        """Starts torchrun with one rank; the hosts meet at the first one."""
+    def torchrun(self, nodes: str, *words: str, options: Sequence[str] = (), meet_at: str | None = None) -> None:
+        """Starts torchrun with one rank of `torchmae`; the hosts meet at the first one."""
         run = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", "--nproc-per-node=1"]
-        run += ["--rdzv-backend=c10d", f"--rdzv-endpoint={self.network.hosts[0].address}:{PORT}", *options]
-        self.start([*run, "-m", "torchmae", *words], **environment)
+        run += ["--rdzv-backend=c10d", f"--rdzv-endpoint={meet_at or self.network.hosts[0].address}:{PORT}", *options]
+        self.start([*run, str(HERE / "job.py"), *words])
 
     def kill(self) -> None:
         """SIGKILL of every process."""
@@ -103,6 +102,7 @@ class Network:
     """Hosts and the switch between them."""
 
     def __init__(self, count: int, folder: Path) -> None:
+        self.slow_steps = folder / "slow-steps"  # while this file exists, a step takes a second
         self.hosts = [Host(self, number, folder) for number in range(count)]
         names = {host.name: host.address for host in self.hosts}
         for host in self.hosts:
@@ -150,7 +150,7 @@ def network(count: int, folder: Path, *, slow: bool = False) -> Iterator[Network
                 ip("-n", switch, "link", "set", host.name, "master", "bridge")
             made.plug(host, True)
         if slow:
-            line = [sys.executable, str(FORWARD), *(host.name for host in made.hosts)]
+            line = [sys.executable, str(HERE / "forward.py"), *(host.name for host in made.hosts)]
             forwarder = subprocess.Popen(["ip", "netns", "exec", switch, *line])
             stack.callback(forwarder.wait)
             stack.callback(forwarder.kill)

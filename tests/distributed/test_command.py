@@ -164,9 +164,7 @@ def test_rank_0_says_which_checkpoint_is_resumed(alone: Path, tmp_path: Path, mo
     monkeypatch.setattr(files, "LATE", 0.1)
     monkeypatch.setattr(Ranks, "on_main", lambda self, action: "step-00000099")
     monkeypatch.setattr(Ranks, "together", lambda self, action: action())
-    with pytest.raises(
-        CheckpointError, match="step-00000099: it does not show up here; let all machines see one run folder"
-    ):
+    with pytest.raises(CheckpointError, match="step-00000099: it does not show up here; let all machines see one"):
         load_checkpoint(tmp_path / "run" / "checkpoints", ranks=Ranks(1, 2))
 
 
