@@ -179,7 +179,7 @@ def one_line_when_lost(ranks: Ranks, kept: str) -> Iterator[None]:
     except RuntimeError as error:
         if ranks.world_size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        reason = re.sub(r"\[\S*?:\d+\] ", "", " ".join(str(error).split()))[:120]
+        reason = re.sub(r"\[\S*?:\d+\] ", "", " ".join(str(error).split())).split(". ")[0][:120]
         if "timed out" in reason.lower():
             raise TrainingError(
                 f"rank {ranks.rank} heard nothing from another for {ranks.timeout:g} minutes ({reason})",
