@@ -178,8 +178,8 @@ def test_a_host_vanishes_and_comes_back(
     out = tmp_path / "run"
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     # Soon enough for a test: when torchrun takes a host for lost, and how long it waits for more of them.
-    soon = "--rdzv-conf=last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=5"
-    options = ["--max-restarts=3", "--rdzv-id=a-job", soon, "--monitor-interval=0.5"]
+    soon = "--rdzv-conf=last_call_timeout=12,keep_alive_interval=1,keep_alive_max_attempt=5"
+    options = ["--max-restarts=10", "--rdzv-id=a-job", soon, "--monitor-interval=0.5"]
 
     def rounds(several: str) -> int:
         return sum(path.read_text().count(several) for path in tmp_path.glob("host-*.log"))
