@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from torchmae.data.loader import Batch, Plan
 from torchmae.errors import Interrupted, TrainingError
 from torchmae.evaluation.sharing import share
 from torchmae.settings import read_words
-from torchmae.training import checkpoint
+from torchmae.training import checkpoint, ranks
 from torchmae.training.checkpoint import load_checkpoint
 from torchmae.training.parallel import local, place, whole, whole_state
 from torchmae.training.pretrain import pretrain
@@ -181,6 +182,18 @@ def identify() -> list[Any]:
         rows = torch.full((ranks.rank, 2), float(ranks.rank), dtype=torch.float16)
         both = [ranks.gather(ranks.rank), ranks.gather_rows(rows).tolist(), list(ranks.share(7))]
         return [ranks.rank, ranks.is_main, largest, total, said, *both]
+
+
+def take_long() -> list[int]:
+    """Of work that takes one rank longer than ranks wait for one that gives no sign of life: what came of it."""
+    ranks.BEAT = 0.1
+    with open_ranks("cpu", 2 / 60) as group:
+
+        def work(slow: int) -> int:
+            time.sleep(2.5 if group.rank == slow else 0)
+            return group.rank
+
+        return [group.on_main(lambda: work(0)), group.together(lambda: work(1))]
 
 
 def look(counts: list[int], size: int) -> list[Any]:
