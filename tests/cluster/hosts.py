@@ -102,7 +102,7 @@ class Network:
     """Hosts and the switch between them."""
 
     def __init__(self, count: int, folder: Path) -> None:
-        self.slow_steps = folder / "slow-steps"  # while this file exists, a step takes a second
+        self.slow_steps = folder / "slow-steps"  # if it exists, a step takes so many seconds
         self.hosts = [Host(self, number, folder) for number in range(count)]
         names = {host.name: host.address for host in self.hosts}
         for host in self.hosts:

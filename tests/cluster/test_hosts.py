@@ -145,7 +145,7 @@ def test_a_link_that_is_cut(alone: Path, words: list[str], tmp_path: Path) -> No
     """For a while, then for good: the run goes on, then ends on both sides, and can be resumed."""
     out = tmp_path / "run"
     with network(2, tmp_path) as hosts:
-        hosts.slow_steps.touch()
+        hosts.slow_steps.write_text("1")
         plain(hosts, [*words, "--out", str(out), "--rank_timeout=0.25"])
         hosts.wait_for(reaches(out, 3), PATIENCE)
         hosts.plug(hosts.hosts[1], False)
@@ -185,7 +185,7 @@ def test_a_host_vanishes_and_comes_back(
         return sum(path.read_text().count(several) for path in tmp_path.glob("host-*.log"))
 
     with network(3, tmp_path) as hosts:
-        hosts.slow_steps.touch()
+        hosts.slow_steps.write_text("1")
         lost, _, stays = hosts.hosts
         for host in hosts.hosts:
             host.torchrun("2:3", *words, "--out", str(out), options=options, meet_at=stays.address)
@@ -196,6 +196,7 @@ def test_a_host_vanishes_and_comes_back(
         without = saved(out)
         assert without >= 3
         hosts.wait_for(reaches(out, without + 2), PATIENCE)
+        hosts.slow_steps.write_text("4")  # long enough for a host to start
         lost.torchrun("2:3", *words, "--out", str(out), options=options, meet_at=stays.address)
         hosts.wait_for(lambda: rounds("3 ranks") == 2, PATIENCE)
         assert without + 2 <= saved(out) < STEPS
