@@ -167,9 +167,9 @@ def embed_in_blocks(*words: str) -> int:
     return command(*words)
 
 
-def restarted(*words: str) -> int:
-    """The command line in a group that torchrun has started again."""
-    os.environ |= {"TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_MAX_RESTARTS": "1"}
+def of_one_job(*words: str) -> int:
+    """The command line in a job of torchrun, each time for the first time: machines that join count no failure."""
+    os.environ |= {"TORCHELASTIC_RUN_ID": "a-job", "TORCHELASTIC_MAX_RESTARTS": "1"}
     return command(*words)
 
 

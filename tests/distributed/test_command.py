@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from group import run, start
-from jobs import choose_recipe, command, command_of_each, embed_in_blocks, late_listing, restarted
+from jobs import choose_recipe, command, command_of_each, embed_in_blocks, late_listing, of_one_job
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -79,10 +79,10 @@ def test_two_ranks_make_one_run(alone: Path, tmp_path: Path, kind: str) -> None:
 
 
 def test_a_killed_rank_ends_the_others_and_the_group_goes_on(alone: Path, tmp_path: Path) -> None:
-    """As `torchrun --max-restarts` does: all are started again with the same words."""
+    """As `torchrun --max-restarts --rdzv-id` does: all are started again with the same words."""
     out, logs = tmp_path / "run", tmp_path / "logs"
     words = (*OPTIONS, "--out", str(out), "--checkpoint-minutes=0")
-    processes = start(2, command, *words, logs=logs)
+    processes = start(2, of_one_job, *words, logs=logs)
     while not (out / "checkpoints" / "step-00000004").exists():
         processes[0].join(0.01)
         assert processes[0].exitcode is None, (logs / "0.log").read_text()
@@ -96,7 +96,7 @@ def test_a_killed_rank_ends_the_others_and_the_group_goes_on(alone: Path, tmp_pa
     checkpoint = load_checkpoint(out / "checkpoints")
     assert checkpoint is not None
     assert 4 <= checkpoint.state["step"] < STEPS
-    assert run(2, restarted, *words, logs=tmp_path / "logs-again") == [0, 0]
+    assert run(2, of_one_job, *words, logs=tmp_path / "logs-again") == [0, 0]
     losses = [[line["loss"] for line in metrics(path, "epoch")] for path in (out, alone)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 

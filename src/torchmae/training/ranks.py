@@ -270,7 +270,7 @@ def meet(ranks: Ranks) -> tuple[Any, list[str]]:
     check_address(ranks, host, port)
     me = [uuid.uuid4().hex, own_address(host)]
     limit = timedelta(minutes=ranks.timeout)
-    end = time.monotonic() + limit.total_seconds()
+    start = time.monotonic()
     try:
         store, _, _ = next(rendezvous("env://", timeout=limit))
         if ranks.is_main:
@@ -285,15 +285,16 @@ def meet(ranks: Ranks) -> tuple[Any, list[str]]:
             while me not in everyone:
                 name = store.get("meeting").decode()
                 store.set(f"{name}/{ranks.rank}", json.dumps(me))
-                if time.monotonic() > end:
+                if time.monotonic() - start > limit.total_seconds():
                     raise dist.DistStoreError("the others did not come")
                 if store.check([f"{name}/all"]):
                     everyone = json.loads(store.get(f"{name}/all"))
                 else:
                     time.sleep(0.05)
     except dist.DistError as error:
+        waited = (time.monotonic() - start) / 60
         raise TrainingError(
-            f"rank {ranks.rank} of {ranks.world_size} waited {ranks.timeout:g} minutes for the others at {host}:{port}",
+            f"rank {ranks.rank} of {ranks.world_size} waited {waited:.2g} minutes for the others at {host}:{port}",
             "start as many processes as --nnodes times --nproc-per-node; look at the address, the port, the firewall",
         ) from error
     return dist.PrefixStore(name, store), [address for _, address in everyone]  # type: ignore[attr-defined]
