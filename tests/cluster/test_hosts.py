@@ -106,13 +106,13 @@ def no_names(hosts: Network, words: list[str]) -> None:
     for host in hosts.hosts:
         host.names = {}
         first = int(host is hosts.hosts[0])
-        host.torchrun("2", *words, options=[f"--local-addr={host.address}", f"--rdzv-conf=is_host={first}"])
+        host.torchrun("3", *words, options=[f"--local-addr={host.address}", f"--rdzv-conf=is_host={first}"])
 
 
 @pytest.mark.parametrize(
     ("count", "slow", "begin"),
-    [(3, False, plain), (2, True, plain), (2, False, own_names_lead_nowhere), (2, False, no_names)],
-    ids=["three", "two, slow and lossy", "two, own names at 127.0.1.1", "two, no names"],
+    [(2, True, plain), (2, False, own_names_lead_nowhere), (3, False, no_names)],
+    ids=["slow and lossy", "own names at 127.0.1.1", "no names"],
 )
 def test_hosts_make_the_run_of_one(
     alone: Path,
@@ -125,7 +125,7 @@ def test_hosts_make_the_run_of_one(
     with network(count, tmp_path, slow=slow) as hosts:
         begin(hosts, [*words, "--out", str(tmp_path / "run")])
         ended(hosts, *[0] * count)
-        assert f"{count} ranks" in hosts.hosts[0].said() + hosts.hosts[1].said()
+        assert f"{count} ranks" in hosts.hosts[0].said()
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-4)
 
 
@@ -137,7 +137,7 @@ def test_a_name_that_does_not_resolve(words: list[str], tmp_path: Path) -> None:
         (told,) = ours(hosts.hosts[1].said())
         assert re.search("rank 1 cannot find the address .* 'host-a'; start torchrun .* --local-addr", told)
         (told,) = ours(hosts.hosts[0].said())
-        assert re.search("rank 0 of 2 waited 0.3 minutes for the others at host-a:", told)
+        assert re.search(r"rank 0 of 2 waited 0\.[34]\d? minutes for the others at host-a:", told)
     assert not (tmp_path / "run").exists()
 
 
