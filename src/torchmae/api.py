@@ -171,7 +171,8 @@ def splits_of(source: Source | Mapping[str, Source] | None) -> Mapping[str, Sour
 
 def begin(given: Mapping[str, Any], own: Own = NOTHING) -> Run:
     """Starts a new run from settings by dotted name. Ranks are connected before rank 0 opens the data."""
-    with open_ranks(settings.from_recipe(given).device):
+    config = settings.from_recipe(given)
+    with open_ranks(config.device, config.rank_timeout):
         return start(configure(given, own.splits), own)
 
 
@@ -194,7 +195,7 @@ def configure(given: Mapping[str, Any], splits: Mapping[str, Source] | None = No
             context = Context.of(config.data, progress=display.preparing)
             return typical_size((splits or open_splits(config.data.source, context))["train"])
 
-    with open_ranks(config.device) as ranks:
+    with open_ranks(config.device, config.rank_timeout) as ranks:
         recipe, shape = recommend(ranks.on_main(look))  # rank 0 alone, so that data is downloaded once
     sizes = {} if config.init_from is not None else proposed(config.model, shape)
     shape = {f"model.{name}": size for name, size in sizes.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,8 @@ from torchmae.errors import CheckpointError, TorchmaeError
 
 WRITING = ".writing-"
 """The prefix of an unfinished file's name."""
+LATE = 90.0
+"""Seconds until a shared disk shows every machine what one of them has written."""
 
 
 def replace_file(
@@ -47,6 +50,21 @@ def replace_file(
         if isinstance(failure, FileExistsError):  # the parent is a file
             reason = os.strerror(errno.ENOTDIR)
         raise error(f"cannot write {path}: {reason}", "free space, or name another folder") from failure
+
+
+def seen_late(path: Path) -> bool:
+    """Waits for a path that another machine has made, up to LATE seconds; returns whether it is there.
+
+    A shared disk may show it late: NFS keeps what it knows of a folder for up to a minute.
+    """
+    end = time.monotonic() + LATE
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
+        with suppress(OSError):
+            next(path.parent.iterdir(), None)  # which makes some clients ask the server again
+        time.sleep(0.2)
+    return True
 
 
 def lock_file(path: Path) -> BinaryIO | None:

@@ -22,6 +22,7 @@ from torchmae.data.sources import data_line
 from torchmae.errors import ConfigError, DataError, Interrupted, TorchmaeError
 from torchmae.evaluation.images import run_data
 from torchmae.evaluators import affordable, build_evaluators
+from torchmae.files import seen_late
 from torchmae.interop.weights import initialise
 from torchmae.nn.layers import without_weights
 from torchmae.nn.mae import MaskedAutoencoder, parameter_counts
@@ -36,7 +37,15 @@ from torchmae.training.parallel import is_sharded, place, whole_state
 from torchmae.training.pretrain import fit_batch, pretrain
 from torchmae.training.pretrained import Pretrained
 from torchmae.training.progress import Display
-from torchmae.training.ranks import Ranks, concatenate, open_ranks, restarts, share_of_cores
+from torchmae.training.ranks import (
+    Ranks,
+    concatenate,
+    job_name,
+    open_ranks,
+    ranks_from_environment,
+    restarts,
+    share_of_cores,
+)
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime, environment, open_runtime
 from torchmae.training.saved_model import Description, write_description, write_weights
@@ -50,7 +59,8 @@ from torchmae.visualize import write_pictures
 # diverged.
 MAY_CHANGE = frozenset({
     *("device", "threads", "compile", "precision", "log_every", "checkpoint_minutes", "progress", "trackers"),
-    *("accumulate", "parallel", "compress_gradients", "checkpoint_activations", "activation_memory_budget"),
+    *("accumulate", "parallel", "rank_timeout", "compress_gradients"),
+    *("checkpoint_activations", "activation_memory_budget"),
     *("data.allow_change", "data.num_workers", "data.cache", "data.memory_limit", "data.root", "data.max_bad"),
     *("optim.lr", "optim.base_lr", "optim.muon_lr", "optim.clip_grad", "max_skipped"),
 })  # fmt: skip
@@ -69,24 +79,32 @@ class Run:
 def start(config: PretrainConfig, own: Own = NOTHING) -> Run:
     """Runs `config` in a new folder.
 
-    A group of ranks that torchrun has started again (`--max-restarts`) goes on with the run that it began.
+    A job of torchrun that was started again (`--max-restarts`, or for a machine that joined) goes on with the run that
+    it began. Restarts are counted by each machine for itself, so rank 0 decides, also by the job's name.
     """
     config = own.named_in(config)
     if config.init_from is not None:
         config = replace(config, model=adopt_shape(config.model, read_initial(config.init_from, config.model)))
     name = config.recipe if config.recipe != "auto" else "run"
     path = user_path(config.out) if config.out else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    done, allowed = restarts()
-    if allowed and config.out is None:
+    if restarts()[1] and config.out is None:
         raise ConfigError("torchrun may start this run again and would not find its folder", "give --out")
-    if done and (path / "config.yaml").is_file():
+
+    def begun() -> bool:
+        folder = RunFolder(path)
+        own_job = job_name() is not None and folder.first_start().get("job") == job_name()
+        return (own_job or any(counts)) and folder.config.is_file()
+
+    with open_ranks(config.device, config.rank_timeout) as ranks:
+        counts = ranks.gather(restarts()[0])
+        if not ranks.on_main(begun):
+            return _run(config, path, own, resume=False)
         given = settings.values_of(config)
         # The run's own settings say what fitted into memory and time.
         given = {name: value for name, value in given.items() if not name.startswith("eval.")}
         if config.fit_batch:
             del given["fit_batch"], given["batch_size"]
         return resume_run(path, given, own)
-    return _run(config, path, own, resume=False)
 
 
 def resume_run(path: Path, given: Mapping[str, Any], own: Own = NOTHING) -> Run:
@@ -96,6 +114,8 @@ def resume_run(path: Path, given: Mapping[str, Any], own: Own = NOTHING) -> Run:
     `own` are the objects that the run was begun with. CheckpointError: no run, or all its checkpoints damaged.
     """
     path = user_path(path)
+    if not ranks_from_environment().is_main:
+        seen_late(path / "config.yaml")
     folder = RunFolder.open(path)
     saved = settings.read_file(folder.config)
     config = own.named_in(make(PretrainConfig, {**saved, **given}))
@@ -109,7 +129,7 @@ def resume_run(path: Path, given: Mapping[str, Any], own: Own = NOTHING) -> Run:
 
 
 def _run(config: PretrainConfig, path: Path, own: Own, *, resume: bool) -> Run:
-    with callers_state(), open_ranks(config.device) as ranks, one_line_when_a_worker_ends():
+    with callers_state(), open_ranks(config.device, config.rank_timeout) as ranks, one_line_when_a_worker_ends():
         try:
             return _run_on(ranks, config, path, own, resume=resume)
         except (ConfigError, Interrupted) as error:  # the same on all ranks: one says it
@@ -240,7 +260,7 @@ def _train(
     def begin() -> None:
         folder.write_text("config.yaml", settings.to_yaml(config))
         folder.remove_results()
-        about = {**environment(runtime), **folder.first_start()}
+        about = {**environment(runtime), **folder.first_start(), **({"job": name} if (name := job_name()) else {})}
         folder.write_json("environment.json", {**about, "data": "; ".join(data.notes)} if data.notes else about)
         write_description(folder.model_json, description)
         folder.rewind_metrics(start if checkpoint else -1)

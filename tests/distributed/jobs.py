@@ -6,9 +6,9 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -167,9 +167,9 @@ def embed_in_blocks(*words: str) -> int:
     return command(*words)
 
 
-def restarted(*words: str) -> int:
-    """The command line in a group that torchrun has started again."""
-    os.environ |= {"TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_MAX_RESTARTS": "1"}
+def of_one_job(*words: str) -> int:
+    """The command line in a job of torchrun, each time for the first time: machines that join count no failure."""
+    os.environ |= {"TORCHELASTIC_RUN_ID": "a-job", "TORCHELASTIC_MAX_RESTARTS": "1"}
     return command(*words)
 
 
@@ -182,6 +182,18 @@ def identify() -> list[Any]:
         rows = torch.full((ranks.rank, 2), float(ranks.rank), dtype=torch.float16)
         both = [ranks.gather(ranks.rank), ranks.gather_rows(rows).tolist(), list(ranks.share(7))]
         return [ranks.rank, ranks.is_main, largest, total, said, *both]
+
+
+def take_long() -> list[int]:
+    """Of work that takes one rank longer than ranks wait for one that gives no sign of life: what came of it."""
+    ranks.BEAT = 0.1
+    with open_ranks("cpu", 2 / 60) as group:
+
+        def work(slow: int) -> int:
+            time.sleep(2.5 if group.rank == slow else 0)
+            return group.rank
+
+        return [group.on_main(lambda: work(0)), group.together(lambda: work(1))]
 
 
 def look(counts: list[int], size: int) -> list[Any]:
@@ -220,9 +232,8 @@ def late_listing(*words: str) -> int:
 
 def wait_for_others(seconds: float) -> str:
     """Opens ranks of which one is never started; what is said then."""
-    ranks.MEETING = timedelta(seconds=seconds)
     try:
-        with ranks.open_ranks("cpu"):
+        with open_ranks("cpu", seconds / 60):
             return ""
     except TrainingError as error:
         return str(error)

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from group import run, start
-from jobs import choose_recipe, command, command_of_each, embed_in_blocks, late_listing, restarted
+from jobs import choose_recipe, command, command_of_each, embed_in_blocks, late_listing, of_one_job
 from PIL import Image
 from safetensors.torch import load_file
 
+from torchmae import files
 from torchmae.errors import CheckpointError
 from torchmae.evaluation.embedding import read_features
 from torchmae.report.run import load_run
@@ -78,10 +79,10 @@ def test_two_ranks_make_one_run(alone: Path, tmp_path: Path, kind: str) -> None:
 
 
 def test_a_killed_rank_ends_the_others_and_the_group_goes_on(alone: Path, tmp_path: Path) -> None:
-    """As `torchrun --max-restarts` does: all are started again with the same words."""
+    """As `torchrun --max-restarts --rdzv-id` does: all are started again with the same words."""
     out, logs = tmp_path / "run", tmp_path / "logs"
     words = (*OPTIONS, "--out", str(out), "--checkpoint-minutes=0")
-    processes = start(2, command, *words, logs=logs)
+    processes = start(2, of_one_job, *words, logs=logs)
     while not (out / "checkpoints" / "step-00000004").exists():
         processes[0].join(0.01)
         assert processes[0].exitcode is None, (logs / "0.log").read_text()
@@ -95,7 +96,7 @@ def test_a_killed_rank_ends_the_others_and_the_group_goes_on(alone: Path, tmp_pa
     checkpoint = load_checkpoint(out / "checkpoints")
     assert checkpoint is not None
     assert 4 <= checkpoint.state["step"] < STEPS
-    assert run(2, restarted, *words, logs=tmp_path / "logs-again") == [0, 0]
+    assert run(2, of_one_job, *words, logs=tmp_path / "logs-again") == [0, 0]
     losses = [[line["loss"] for line in metrics(path, "epoch")] for path in (out, alone)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
@@ -160,9 +161,10 @@ def test_rank_0_says_which_checkpoint_is_resumed(alone: Path, tmp_path: Path, mo
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) > 1
     assert run(2, late_listing, "pretrain", "--resume", str(tmp_path / "run"), logs=tmp_path / "logs") == [0, 0]
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
+    monkeypatch.setattr(files, "LATE", 0.1)
     monkeypatch.setattr(Ranks, "on_main", lambda self, action: "step-00000099")
     monkeypatch.setattr(Ranks, "together", lambda self, action: action())
-    with pytest.raises(CheckpointError, match="step-00000099: it is not there; let all machines see one run folder"):
+    with pytest.raises(CheckpointError, match="step-00000099: it does not show up here; let all machines see one"):
         load_checkpoint(tmp_path / "run" / "checkpoints", ranks=Ranks(1, 2))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from group import enter, free_port, run
-from jobs import cut, identify, look, train, wait_for_others
+from jobs import cut, identify, look, take_long, train, wait_for_others
 
 from torchmae.errors import ConfigError
 from torchmae.training.compilation import check_compiler
@@ -56,6 +56,10 @@ def test_what_ranks_tell_each_other(tmp_path: Path) -> None:
     assert answers == [
         [rank, rank == 0, [2.0, 0.0], [3.0, 3.0], "0", [0, 1, 2], rows, shares[rank]] for rank in range(3)
     ]
+
+
+def test_a_rank_that_lives_may_take_longer_than_the_timeout(tmp_path: Path) -> None:
+    assert run(2, take_long, logs=tmp_path) == [[0, 0], [0, 1]]
 
 
 def test_ranks_that_never_meet_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

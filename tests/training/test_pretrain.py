@@ -448,7 +448,7 @@ def test_other_errors_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind
 def test_another_rank_that_is_gone_is_no_lack_of_memory() -> None:
     with (
         pytest.raises(TrainingError, match="^rank 0 lost another"),
-        one_line_when_lost(Ranks(0, 2, 0, 2)),
+        one_line_when_lost(Ranks(0, 2, 0, 2), "resume"),
         out_of_memory(PretrainTask(pretrain_settings(CONFIG, vit()), vit(), RUNTIME, 4), 4),
     ):
         raise dist.DistBackendError("NCCL error: remote process exited or there was a network error")

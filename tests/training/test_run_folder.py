@@ -123,9 +123,9 @@ def test_results_of_an_interrupted_part_are_removed(tmp_path: Path) -> None:
 def test_the_first_start_is_kept(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     assert folder.first_start() == {}
-    started = {"command": "torchmae pretrain", "started": "2026-01-01T00:00:00+00:00"}
+    started = {"command": "torchmae pretrain", "started": "2026-01-01T00:00:00+00:00", "job": "a-job"}
     folder.write_json("environment.json", {"torch": "2.9.0", **started})
     assert folder.first_start() == started
-    for text in ("{", "[]", '{"command": "x"}'):
+    for text in ("{", "[]"):
         folder.write_text("environment.json", text)
         assert folder.first_start() == {}

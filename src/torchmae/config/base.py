@@ -60,6 +60,7 @@ PositiveShare = Annotated[float, Range(0, 1, open_low=True)]
 Fraction = Annotated[float, Range(0, 1, open_low=True, open_high=True)]
 Momentum = Annotated[float, Range(0, 1, open_high=True)]
 Threads = Annotated[int, Range(1, 1024)]
+Minutes = Annotated[float, Range(0.05, 10_000)]
 Device = Literal["auto", "cpu", "cuda", "mps"] | str  # cuda:1
 Precision = Literal["auto", "bf16", "fp32"]
 

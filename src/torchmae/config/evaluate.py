@@ -10,6 +10,7 @@ from torchmae.config.base import (
     DeviceOption,
     Fraction,
     JsonOption,
+    Minutes,
     NotNegative,
     Place,
     Precision,
@@ -48,11 +49,13 @@ class ComputeOptions(ProgressOption, DeviceOption):
         batch_size: images per forward pass.
         precision: precision of the encoder: auto (bf16 where it is faster, else fp32), bf16 or fp32.
         threads: processor threads; null: OMP_NUM_THREADS, else every core.
+        rank_timeout: minutes that the ranks of torchrun wait for one that does not start, or gives no sign of life.
     """
 
     batch_size: Size = 250
     precision: Precision = "auto"
     threads: Threads | None = None
+    rank_timeout: Minutes = 10.0
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torchmae.config.base import (
     Device,
     Fraction,
     JsonOption,
+    Minutes,
     Momentum,
     NotNegative,
     Place,
@@ -256,6 +257,7 @@ class PretrainConfig(Settings):
         compile: train the model with torch.compile.
         parallel: how the ranks of torchrun share the work: "ddp" (each rank has the whole model) or "fsdp" (each rank
             has a shard of every weight, for models that do not fit on one GPU).
+        rank_timeout: minutes that the ranks of torchrun wait for one that does not start, or gives no sign of life.
         compress_gradients: exchange gradients in bf16 ("ddp" only).
         checkpoint_activations: keep only each block's input for the backward pass and compute the rest again: a third
             more work, a fraction of the memory.
@@ -292,6 +294,7 @@ class PretrainConfig(Settings):
     threads: Threads | None = None
     compile: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
+    rank_timeout: Minutes = 10.0
     compress_gradients: bool = False
     checkpoint_activations: bool = False
     activation_memory_budget: Share = 1.0

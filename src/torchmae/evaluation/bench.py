@@ -21,7 +21,7 @@ from torchmae.evaluation.subject import RANDOM, Subject, extract
 from torchmae.paths import user_path
 from torchmae.random import Purpose, permutation
 from torchmae.training.progress import Display
-from torchmae.training.ranks import one_line_when_lost, open_ranks
+from torchmae.training.ranks import open_ranks
 from torchmae.training.runtime import Runtime, open_runtime
 from torchmae.training.task import callers_state
 
@@ -34,8 +34,7 @@ def opened(compute: ComputeOptions, kept: str) -> Iterator[tuple[Runtime, Displa
     """Runtime and display of a command; `kept` tells the user how to go on after a lost rank."""
     with (
         callers_state(),
-        open_ranks(compute.device) as ranks,
-        one_line_when_lost(ranks, kept),
+        open_ranks(compute.device, compute.rank_timeout, kept) as ranks,
         one_line_when_a_worker_ends(),
         closing(Display(compute.progress if ranks.is_main else "none")) as display,
     ):

@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from torchmae.errors import CheckpointError, reason_of
+from torchmae.files import seen_late
 from torchmae.training.parallel import is_sharded
 from torchmae.training.ranks import ALONE, Ranks
 
@@ -161,7 +162,9 @@ def load_checkpoint(
         if name is None:
             return None
         path = folder / name
-        problem = None if ranks.is_main else verify(path) if path.is_dir() else "it is not there"
+        # The last file of a checkpoint that is renamed into place as a whole.
+        seen = ranks.is_main or seen_late(path / "checksums.json")
+        problem = None if ranks.is_main else verify(path) if seen else "it does not show up here"
         if problem is not None:
             raise CheckpointError(f"rank 0 goes on from {path}: {problem}", "let all machines see one run folder")
         return _read(path)

@@ -25,7 +25,7 @@ from torchmae.training.compilation import compile_model, first_shapes_only, plai
 from torchmae.training.optim import build_optimizers, set_lr
 from torchmae.training.parallel import checkpoint_activations, place, wrap_ddp
 from torchmae.training.progress import Display
-from torchmae.training.ranks import ALONE, one_line_when_lost
+from torchmae.training.ranks import ALONE
 from torchmae.training.runtime import Runtime
 from torchmae.training.state import State
 from torchmae.training.task import Fixes, Inputs, LoopSettings, Task
@@ -174,7 +174,6 @@ def measure_speed(
     """
     ranks, warm_up, done, start = runtime.ranks, PROBE_STEPS // 2, 0, time.perf_counter()
     with (
-        one_line_when_lost(ranks),
         trial(settings, model, runtime, plan.batch_size) as (task, compiled),
         out_of_memory(task, plan.batch_size),
     ):

@@ -5,11 +5,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import socket
+import struct
+import threading
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from ipaddress import ip_address
 from typing import Any, TypeVar
 
 import torch
@@ -21,8 +29,8 @@ from torchmae.data.reading import reader_processes
 from torchmae.errors import ConfigError, TorchmaeError, TrainingError
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=30)  # the others wait while rank 0 writes a checkpoint to a slow disk, or draws pictures
-MEETING = timedelta(minutes=5)  # all ranks have to be started within this time
+BEAT = 1.0  # seconds between two signs of life of a rank that the others wait for
+_SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of a network interface
 
 
 @dataclass(frozen=True)
@@ -36,12 +44,14 @@ class Ranks:
         world_size: number of ranks on all machines.
         local_rank: rank on this machine, and the index of its GPU.
         local_world_size: number of ranks on this machine.
+        timeout: minutes that ranks wait for one that neither answers nor gives a sign of life.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
+    timeout: float = 10.0
 
     @property
     def is_main(self) -> bool:
@@ -68,12 +78,13 @@ class Ranks:
             return action()
         answer: list[Any] = [None, None]
         error: Exception | None = None
-        if self.is_main:
-            try:
-                answer[0] = action()
-            except Exception as caught:
-                error = caught
-                answer[1] = getattr(caught, "exit_status", 1)
+        with self._signs_of_life():
+            if self.is_main:
+                try:
+                    answer[0] = action()
+                except Exception as caught:
+                    error = caught
+                    answer[1] = getattr(caught, "exit_status", 1)
         dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
         if error is not None:
             raise error
@@ -88,10 +99,11 @@ class Ranks:
             TorchmaeError: on rank 0, the error of the first rank that failed; other ranks raise SystemExit.
         """
         error: TorchmaeError | None = None
-        try:
-            found = action()
-        except TorchmaeError as caught:
-            error = caught
+        with self._signs_of_life():
+            try:
+                found = action()
+            except TorchmaeError as caught:
+                error = caught
         failures = self.gather(None if error is None else (error.problem, error.fix, error.exit_status))
         rank, failure = next(((i, item) for i, item in enumerate(failures) if item is not None), (0, None))
         if failure is None:
@@ -105,6 +117,32 @@ class Ranks:
         found: list[T] = []
         self.on_main(lambda: found.append(action()))
         return found[0] if self.is_main else action()
+
+    @contextmanager
+    def _signs_of_life(self) -> Iterator[None]:
+        """Waits at its end until all ranks are there; a rank may take as long as it needs if it lives.
+
+        A thread exchanges signs of life meanwhile, so that the timeout only counts for a rank that gives none.
+        """
+        if self.world_size == 1:
+            yield
+            return
+        ended = threading.Event()
+
+        def beat() -> None:
+            busy = 1.0
+            with suppress(RuntimeError):  # a rank is lost, which the next exchange reports
+                while busy:
+                    ended.wait(BEAT)
+                    (busy,) = self.all_reduce_max(not ended.is_set())
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def share(self, count: int) -> range:
         """This rank's contiguous part of `range(count)`; the last rank has the largest part."""
@@ -134,16 +172,21 @@ ALONE = Ranks()
 
 
 @contextmanager
-def one_line_when_lost(ranks: Ranks, kept: str = "the last checkpoint was kept: resume the run") -> Iterator[None]:
+def one_line_when_lost(ranks: Ranks, kept: str) -> Iterator[None]:
     """Converts a failed collective into a one-line TrainingError; `kept` is the end of its fix."""
     try:
         yield
     except RuntimeError as error:
         if ranks.world_size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
+        reason = re.sub(r"\[\S*?:\d+\] ", "", " ".join(str(error).split())).split(". ")[0][:120]
+        if "timed out" in reason.lower():
+            raise TrainingError(
+                f"rank {ranks.rank} heard nothing from another for {ranks.timeout:g} minutes ({reason})",
+                f"look at that machine and the network, or allow more by --rank_timeout; {kept}",
+            ) from error
         raise TrainingError(
-            f"rank {ranks.rank} lost another ({' '.join(str(error).split())[:120]})",
-            f"what that one said last tells why; {kept}",
+            f"rank {ranks.rank} lost another ({reason})", f"what that one said last tells why; {kept}"
         ) from error
 
 
@@ -163,56 +206,155 @@ def ranks_from_environment() -> Ranks:
 
 
 def restarts() -> tuple[int, int]:
-    """The number of times that torchrun has restarted the ranks, and its limit (`--max-restarts`)."""
+    """The number of failures after which torchrun has restarted this rank, and its limit (`--max-restarts`)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
 
 
+def job_name() -> str | None:
+    """The name of this job, torchrun's `--rdzv-id`; None without torchrun or a name."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if name == "none" else name
+
+
 @contextmanager
-def open_ranks(device: str) -> Iterator[Ranks]:
+def open_ranks(
+    device: str, timeout: float = ALONE.timeout, kept: str = "resume the run, or start it again if it has no checkpoint"
+) -> Iterator[Ranks]:
     """Connects the ranks that torchrun started, by NCCL for GPUs, gloo for processors, while the context lasts.
 
-    Each rank takes its own GPU, or all share the processor. A process group that the caller opened is used.
+    Each rank takes its own GPU, or all share the processor. A process group that the caller opened is used. `timeout`
+    is in minutes; `kept` tells the user how to go on after a lost rank.
 
     Raises:
-        ConfigError: this machine has fewer GPUs than ranks, or `device` is one GPU for all ranks.
+        ConfigError: this machine has fewer GPUs than ranks, or `device` is one GPU for all ranks, or rank 0's address
+            cannot be right.
+        TrainingError: ranks did not meet in time, or one was lost.
     """
-    ranks = ranks_from_environment()
+    ranks = replace(ranks_from_environment(), timeout=timeout)
     if ranks.world_size == 1:
         yield ranks
         return
     with_gpus = check_device(device, ranks, torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    if dist.is_initialized():
-        yield ranks
-        return
-    if with_gpus:
-        torch.cuda.set_device(ranks.local_rank)
-    backend = "cpu:gloo,cuda:nccl" if with_gpus else "gloo"
-    with one_line_when_lost(ranks, "start all ranks again"):
-        dist.init_process_group(
-            backend, store=meet(ranks), rank=ranks.rank, world_size=ranks.world_size, timeout=TIMEOUT
-        )
-    try:
-        yield ranks
-    finally:
-        dist.destroy_process_group()
+    with one_line_when_lost(ranks, kept):
+        if dist.is_initialized():
+            yield ranks
+            return
+        if with_gpus:
+            torch.cuda.set_device(ranks.local_rank)
+        store, addresses = meet(ranks)
+        with gloo_interface(ranks, addresses):
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if with_gpus else "gloo",
+                store=store,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                timeout=timedelta(minutes=timeout),
+            )
+            try:
+                yield ranks
+            finally:
+                dist.destroy_process_group()
 
 
-def meet(ranks: Ranks) -> Any:
-    """Waits for all ranks and returns the store of the process group; TrainingError after MEETING."""
+def meet(ranks: Ranks) -> tuple[Any, list[str]]:
+    """Waits for all ranks; returns the store of the process group and each rank's address.
+
+    torchrun's store outlives the ranks. After a restart it holds what the ranks that ended have written, some of which
+    may have had the same number. So rank 0 names each meeting anew, and a rank looks for itself in the list of all.
+
+    Raises:
+        ConfigError: the address of rank 0 cannot be right.
+        TrainingError: not all ranks came within the timeout.
+    """
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    check_address(ranks, host, port)
+    me = [uuid.uuid4().hex, own_address(host)]
+    limit = timedelta(minutes=ranks.timeout)
+    start = time.monotonic()
     try:
-        store, _, _ = next(rendezvous("env://", timeout=MEETING))
-        # After a restart by torchrun the store still holds the addresses of the ranks that ended.
-        attempt = dist.PrefixStore(f"attempt-{restarts()[0]}", store)  # type: ignore[attr-defined]
-        attempt.set(f"here-{ranks.rank}", "")
-        attempt.wait([f"here-{rank}" for rank in range(ranks.world_size)], MEETING)
+        store, _, _ = next(rendezvous("env://", timeout=limit))
+        if ranks.is_main:
+            name = me[0]
+            store.set("meeting", name)
+            there = [f"{name}/{rank}" for rank in range(1, ranks.world_size)]
+            store.wait(there, limit)
+            everyone = [me, *(json.loads(store.get(key)) for key in there)]
+            store.set(f"{name}/all", json.dumps(everyone))
+        else:
+            everyone = []
+            while me not in everyone:
+                name = store.get("meeting").decode()
+                store.set(f"{name}/{ranks.rank}", json.dumps(me))
+                if time.monotonic() - start > limit.total_seconds():
+                    raise dist.DistStoreError("the others did not come")
+                if store.check([f"{name}/all"]):
+                    everyone = json.loads(store.get(f"{name}/all"))
+                else:
+                    time.sleep(0.05)
     except dist.DistError as error:
-        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        minutes = MEETING.total_seconds() / 60
+        waited = (time.monotonic() - start) / 60
         raise TrainingError(
-            f"rank {ranks.rank} of {ranks.world_size} waited {minutes:g} minutes for the others at {place}",
+            f"rank {ranks.rank} of {ranks.world_size} waited {waited:.2g} minutes for the others at {host}:{port}",
             "start as many processes as --nnodes times --nproc-per-node; look at the address, the port, the firewall",
         ) from error
-    return attempt
+    return dist.PrefixStore(name, store), [address for _, address in everyone]  # type: ignore[attr-defined]
+
+
+def check_address(ranks: Ranks, host: str, port: str) -> None:
+    """ConfigError if the address of rank 0 has no number, or stands for this machine while rank 0 is elsewhere."""
+    fix = "start torchrun on every machine with --local-addr and the machine's own address, or mend /etc/hosts"
+    try:
+        found = {item[4][0] for item in socket.getaddrinfo(host, port)}
+    except OSError as error:
+        raise ConfigError(f"rank {ranks.rank} cannot find the address of rank 0's machine, {host!r}", fix) from error
+    its_own = ranks.rank == ranks.local_rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if its_own or not all(ip_address(address).is_loopback for address in found):
+        return
+    with suppress(OSError), socket.create_connection((host, int(port)), 5):  # several torchruns on one machine
+        return
+    raise ConfigError(f"rank {ranks.rank} looks for rank 0 at {host!r}, which is its own machine here", fix)
+
+
+def own_address(host: str) -> str:
+    """This machine's IPv4 address on the way to another one; empty if there is no way."""
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # nothing is sent
+        return str(probe.getsockname()[0])
+    return ""
+
+
+@contextmanager
+def gloo_interface(ranks: Ranks, addresses: Sequence[str]) -> Iterator[None]:
+    """Makes gloo use the network interface that leads to the other machines; `addresses` are those of all ranks.
+
+    gloo would take the address that the machine's own name stands for, often 127.0.1.1, which leads nowhere from
+    others. A name in GLOO_SOCKET_IFNAME goes first.
+    """
+    mine = addresses[ranks.rank]
+    others = [address for address in addresses if address and not ip_address(address).is_loopback]
+    if others and (not mine or ip_address(mine).is_loopback):  # rank 0's machine finds itself under such a name
+        mine = own_address(others[0])
+    name = interface_of(mine)
+    if ranks.world_size == ranks.local_world_size or name is None or "GLOO_SOCKET_IFNAME" in os.environ:
+        yield
+        return
+    os.environ["GLOO_SOCKET_IFNAME"] = name
+    try:
+        yield
+    finally:
+        del os.environ["GLOO_SOCKET_IFNAME"]
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface with an IPv4 address; None if it is not found, or not on Linux."""
+    with suppress(ImportError, OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        from fcntl import ioctl
+
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # it has no IPv4 address
+                if socket.inet_ntoa(ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))[20:24]) == address:
+                    return name
+    return None
 
 
 def check_device(device: str, ranks: Ranks, num_gpus: int) -> bool:

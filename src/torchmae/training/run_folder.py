@@ -117,11 +117,11 @@ class RunFolder:
             path.unlink(missing_ok=True)
 
     def first_start(self) -> dict[str, Any]:
-        """Command and start time from an existing environment.json; empty if there is none."""
+        """Command, start time and torchrun's job from an existing environment.json; empty if there is none."""
         try:
             values = json.loads(self.environment.read_text(encoding="utf-8"))
-            return {name: values[name] for name in ("command", "started")}
-        except (OSError, ValueError, KeyError, TypeError):
+            return {name: values[name] for name in ("command", "started", "job") if name in values}
+        except (OSError, ValueError, TypeError):
             return {}
 
     def read_metrics(self) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from torchmae.training.compilation import first_shapes_only, plain_at_the_end
 from torchmae.training.optim import copy_matrices, gradient_norm, lr_factor, set_lr, update_to_weight
 from torchmae.training.parallel import exchanging, whole
 from torchmae.training.progress import Display
-from torchmae.training.ranks import Ranks, one_line_when_lost
+from torchmae.training.ranks import Ranks
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.signals import stop_signals
 from torchmae.training.state import State, diverged, interrupted, restore, save
@@ -93,7 +93,6 @@ def train(
         return True
 
     with (
-        one_line_when_lost(ranks),
         stop_signals() as stop,
         out_of_memory(task, plan.batch_size),
         plain_at_the_end(task.model),
