@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass, field
 from functools import lru_cache, partial
 from itertools import chain
@@ -196,11 +196,6 @@ class Fetched(NamedTuple):
     slot: int | None = None  # where the images lie, to be given back (`Slots.give_back`)
     valid: Tensor | Valid | None = None  # (B, *input_size, 1) bool, False where a pixel holds no data; None: all do
 
-    def as_arrays(self) -> Fetched:
-        """The same without shared memory."""
-        valid = None if self.valid is None else np.asarray(self.valid)
-        return self._replace(images=np.asarray(self.images), labels=np.asarray(self.labels), valid=valid)
-
 
 class Slots:
     """Shared memory in which workers hand batches over, kept from batch to batch; made in the main process.
@@ -222,14 +217,31 @@ class Slots:
             slot = next((slot for slot in own if slot < len(self._taken) and not self._taken[slot]), None)
         first = images[0]
         num_bytes = len(images) * first.nbytes
-        if slot is None or num_bytes > self.room:
+        if slot is not None and (slot not in self._memory or self._memory[slot].nbytes < num_bytes):
+            memory = self.share(torch.empty(num_bytes, dtype=torch.uint8))
+            if isinstance(memory, Tensor):
+                self._memory[slot] = memory
+            else:
+                slot = None
+        if slot is None:
             return torch.stack(list(images)), None
         self._taken[slot] = True
-        if slot not in self._memory or self._memory[slot].nbytes < num_bytes:
-            self._memory[slot] = torch.empty(num_bytes, dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
         batch = self._memory[slot][:num_bytes].view(first.dtype).view(len(images), *first.shape)
         torch.stack(list(images), out=batch)
         return batch, slot
+
+    def share(self, tensor: Tensor) -> Tensor | npt.NDArray[Any]:
+        """The tensor in shared memory, or an array where that has no room.
+
+        PyTorch would share it in a thread, whose failure nobody hears of: the main process would wait for ever.
+        """
+        if get_worker_info() is None or tensor.is_shared():  # type: ignore[no-untyped-call]
+            return tensor
+        if tensor.nbytes <= self.room:
+            with suppress(RuntimeError):
+                tensor.share_memory_()  # type: ignore[no-untyped-call]
+                return tensor
+        return tensor.numpy()
 
     def give_back(self, slot: int | None) -> None:
         """In the main process: the batch in the slot was copied, and may be written over."""
@@ -277,17 +289,16 @@ class Reader(Dataset[Fetched]):
                     images += [cutter(sample.image, box, self.view.input_size) for box in sample.boxes]
                     read += [sample.index] * len(sample.boxes)
         except DataError as error:  # as text: an exception from a worker arrives with its traceback for a message
-            return Fetched(torch.empty(0), torch.empty(0), bad, str(error))
+            return Fetched(np.empty(0), np.empty(0, np.int64), bad, str(error))
         labels = labels_of(self.source.labels, np.array(read, dtype=np.int64))
         if not images:  # a rank's part of a batch smaller than the world
-            return Fetched(torch.empty(0, *self.view.input_size, self.channels), labels, bad)
+            return Fetched(np.empty((0, *self.view.input_size, self.channels), np.float32), labels.numpy(), bad)
         batch, slot = self.slots.stack(of_one_type(images, self.scale))
-        maps = None
+        maps, share = None, self.slots.share
         if valid:
             everywhere = torch.ones(*self.view.input_size, 1, dtype=torch.bool)
             maps = torch.stack([valid.get(row, everywhere) for row in range(len(images))])
-        fetched = Fetched(batch, labels, bad, slot=slot, valid=maps)
-        return fetched.as_arrays() if batch.nbytes > self.slots.room else fetched
+        return Fetched(share(batch), share(labels), bad, slot=slot, valid=None if maps is None else share(maps))
 
     def _opened(self, request: Request, bad: list[tuple[str, str]]) -> Iterator[_Sample]:
         """One sample for each run of one index; where it cannot be opened, the next that can."""
@@ -523,9 +534,10 @@ class ImageLoader:
         need = batch_size * len(self._mean) * math.prod(self.view.input_size)
         if need <= self.room(workers):
             return ""
+        wanted = 2 * PER_WORKER * workers * need >> 20
         return (
-            f"batches come through pipes, which is slower: {workers} readers need {2 * PER_WORKER * workers * need >> 20:,} "
-            f"MiB of /dev/shm and {int(free_shared_memory()) >> 20:,} are free (docker run --shm-size)"
+            f"batches come through pipes, which is slower: {workers} readers want {wanted:,} MiB of /dev/shm, and "
+            f"{int(free_shared_memory()) >> 20:,} are free (docker run --shm-size)"
         )
 
     def close(self) -> None:
@@ -606,8 +618,9 @@ class ImageLoader:
     def _sent(self, batches: Iterator[Fetched]) -> Iterator[tuple[Fetched, Tensor, Tensor]]:
         """Each batch with its images and labels on the device; on CUDA, the next one is on its way there by then."""
         if self.device.type != "cuda":
-            for item in batches:
-                yield item, *(torch.as_tensor(values).to(self.device) for values in (item.images, item.labels))
+            for fetched in batches:
+                images, labels = torch.as_tensor(fetched.images), torch.as_tensor(fetched.labels)
+                yield fetched, images.to(self.device), labels.to(self.device)
             return
         if self._side is None:  # one for all: what is freed on a stream serves that stream alone
             self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
