@@ -27,9 +27,12 @@ OPTIONS = (
 STEPS = 3 * 15  # 1437 images in batches of 96
 
 
-def run(args: list[str], log: Path) -> None:
-    """What a process of its own does: the command, with all that it prints in a file."""
-    multiprocessing.set_start_method(None, force=True)  # not this process's own, but the platform's
+def run(args: list[str], log: Path, method: str | None) -> None:
+    """What a process of its own does: the command, with all that it prints in a file.
+
+    `method` is how its readers start; None: as is usual on the platform.
+    """
+    multiprocessing.set_start_method(method, force=True)
     os.setpgrp()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
@@ -37,11 +40,11 @@ def run(args: list[str], log: Path) -> None:
     sys.exit(main(args))
 
 
-def launch(log: Path, *args: object) -> BaseProcess:
+def launch(log: Path, *args: object, method: str | None = None) -> BaseProcess:
     """Starts `torchmae pretrain` in a process of its own, without the seconds that imports take."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torchmae.api", "torchmae.report.table", "sklearn.datasets"])
-    process = context.Process(target=run, args=(["pretrain", *map(str, args)], log))
+    process = context.Process(target=run, args=(["pretrain", *map(str, args)], log, method))
     process.start()
     return process
 
@@ -96,6 +99,21 @@ def test_killed_three_times(whole: Path, tmp_path: Path) -> None:
     losses = [[line["loss"] for line in of_kind(path, "epoch")] for path in (out, whole)]
     assert len(losses[0]) == 3
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])  # macOS and Windows; Linux from Python 3.14 on
+def test_readers_that_are_not_forked(whole: Path, tmp_path: Path, method: str) -> None:
+    out, log = tmp_path / "run", tmp_path / "log"
+    few = ("--eval.count=1", "--eval.images=1", "--eval.knn_count=0", "--data.num_workers=1")
+    process = launch(log, "--out", out, *OPTIONS, *few, method=method)
+    wait_for_step(process, out, 5)
+    process.kill()
+    process.join()
+    assert not (out / "model.safetensors").exists()
+    process = launch(log, "--resume", out, method=method)
+    process.join()
+    assert process.exitcode == 0, log.read_text()
+    assert weights(out) == weights(whole)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -153,23 +153,17 @@ def small_shared_memory() -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", "/dev/shm"], check=True)
 
 
-def nobody_known() -> None:
-    """Becomes a user whom the system does not know, whose home is another's."""
-    for name in ("USER", "LOGNAME", "USERNAME", "LNAME"):
+def unknown_user_without_a_home() -> None:
+    """Becomes a user whom the system does not know; the effective user stays, who may read Python's own files."""
+    for name in ("USER", "LOGNAME", "USERNAME", "LNAME", "HOME", "TORCHMAE_CACHE"):
         os.environ.pop(name, None)
-    os.environ["HOME"] = "/"
-    os.setgroups([])
-    os.setgid(54321)
-    os.setuid(54321)
+    os.setresuid(54321, 0, 0)
 
 
-def no_home() -> None:
-    del os.environ["HOME"]
-    nobody_known()
-    del os.environ["HOME"]
-
-
-def few_files() -> None:
+def read_only_home_and_few_files() -> None:
+    """A home folder that nobody can write to, and 64 open files at most."""
+    os.environ["HOME"] = "/sys/kernel"
+    os.environ.pop("TORCHMAE_CACHE", None)
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 
 
@@ -183,7 +177,7 @@ def run_in(prepare: Callable[[], Any], words: list[str], log: Path) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     multiprocessing.set_start_method(None, force=True)  # not this process's own, but the platform's
-    faulthandler.dump_traceback_later(80, exit=True)
+    faulthandler.dump_traceback_later(300, exit=True)  # rather than wait for ever
     os.chdir(log.parent)
     prepare()
     sys.exit(main(words))
@@ -194,9 +188,8 @@ def run_in(prepare: Callable[[], Any], words: list[str], log: Path) -> None:
     ("prepare", "status", "said"),
     [
         (small_shared_memory, 0, "of /dev/shm, and"),
-        (nobody_known, 0, "report: "),
-        (no_home, 0, "report: "),
-        (few_files, 0, "report: "),
+        (unknown_user_without_a_home, 0, "report: "),
+        (read_only_home_and_few_files, 0, "report: "),
         (very_few_files, 2, "ulimit -n"),
     ],
 )
