@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import random
 import signal
 import threading
@@ -20,7 +21,8 @@ from PIL import Image
 from torch._functorch import config as functorch
 
 import torchmae
-from torchmae.errors import ConfigError
+from torchmae.data.loader import one_line_when_a_worker_ends
+from torchmae.errors import ConfigError, DataError
 from torchmae.training import compilation, trainer
 
 SETTINGS: dict[str, Any] = {
@@ -150,3 +152,29 @@ def test_a_missing_compiler_is_found_before_there_is_a_folder(
     with pytest.raises(ConfigError, match="C\\+\\+ compiler"):
         pretrain(images, tmp_path / "run", compile=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_program_that_its_readers_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they are not forked, they run all that is not guarded."""
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(ConfigError, match='if __name__ == "__main__"'):
+        torchmae.pretrain("digits", out=str(tmp_path / "run"), progress="none")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "method", "fix"),
+    [
+        (RuntimeError("DataLoader worker (pid(s) 3) exited unexpectedly"), "spawn", "__main__"),
+        (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."), "spawn", "most often memory"),
+        (RuntimeError("DataLoader worker (pid(s) 3) exited unexpectedly"), "fork", "most often memory"),
+        (RuntimeError("DataLoader worker (pid 3) is killed by signal: Bus error. out of shared memory"), "fork", "shm"),
+        (OSError(24, "Too many open files"), "fork", "ulimit -n"),
+        (RuntimeError("received 0 items of ancillary data"), "fork", "ulimit -n"),
+    ],
+)
+def test_why_a_reader_ended(error: Exception, method: str, fix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: method)
+    with pytest.raises(DataError) as caught, one_line_when_a_worker_ends():
+        raise error
+    assert fix in caught.value.fix.partition(";")[0]
