@@ -28,7 +28,7 @@ def measure(case: str, keep: bool, steps: int) -> None:
     """Prints images a second (median step) and page faults of a step, as JSON; for a process of its own."""
     import os
 
-    from torchmae.threads import wait_briefly
+    from torchmae.machine import wait_briefly
 
     wait_briefly(os.environ)
     from torchmae import settings

@@ -39,7 +39,7 @@ WAYS = {
 
 def measure(case: str, way: str, steps: int, rest: list[str]) -> None:
     """Prints seconds of the first step, images a second and peak memory, as JSON; for a process of its own."""
-    from torchmae.threads import wait_briefly
+    from torchmae.machine import wait_briefly
 
     wait_briefly(os.environ)
     from torchmae import settings

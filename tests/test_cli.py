@@ -310,7 +310,7 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_shows_every_option_with_its_description(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pretrain", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "--data.source SOURCE" in shown
+    assert re.search(r"--data\.source( SOURCE)?, --data SOURCE", shown)  # from Python 3.13 on without the first
     assert f"--mask.ratio RATIO {settings_of(PretrainConfig)['mask.ratio'].about} (default: 0.75)" in shown
     assert "--resume" in shown
     assert "--json" in shown

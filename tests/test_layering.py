@@ -18,7 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # From the bottom up. Units of one layer do not import each other; the files of one unit may.
 LAYERS = (
     ("errors",),
-    ("files", "paths", "random", "threads"),
+    ("files", "machine", "paths", "random"),
     ("config",),
     ("settings", "data", "nn"),
     ("tutorial",),
@@ -47,7 +47,7 @@ LIGHT = (
     "torchmae.paths",
     "torchmae.random",
     "torchmae.settings",
-    "torchmae.threads",
+    "torchmae.machine",
     "torchmae.cli",
     *sorted(f"torchmae.config.{path.stem}" for path in (ROOT / "config").glob("[a-z]*.py")),
 )

@@ -24,12 +24,16 @@ OPTIONS = (
     *("--eval.count=3", "--eval.images=40", "--eval.knn_count=2", "--eval.knn_train=100", "--eval.knn_val=50"),
     *("--data.cache=none", "--data.mean=[0.3]", "--data.std=[0.4]"),
 )
+UNMEASURED = ("--data.val=none", "--epochs=1")
 STEPS = 3 * 15  # 1437 images in batches of 96
 
 
-def run(args: list[str], log: Path) -> None:
-    """What a process of its own does: the command, with all that it prints in a file."""
-    multiprocessing.set_start_method(None, force=True)  # not this process's own, but the platform's
+def run(args: list[str], log: Path, method: str | None) -> None:
+    """What a process of its own does: the command, with all that it prints in a file.
+
+    `method` is how its readers start; None: as is usual on the platform.
+    """
+    multiprocessing.set_start_method(method, force=True)
     os.setpgrp()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
@@ -37,11 +41,11 @@ def run(args: list[str], log: Path) -> None:
     sys.exit(main(args))
 
 
-def launch(log: Path, *args: object) -> BaseProcess:
+def launch(log: Path, *args: object, method: str | None = None) -> BaseProcess:
     """Starts `torchmae pretrain` in a process of its own, without the seconds that imports take."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torchmae.api", "torchmae.report.table", "sklearn.datasets"])
-    process = context.Process(target=run, args=(["pretrain", *map(str, args)], log))
+    process = context.Process(target=run, args=(["pretrain", *map(str, args)], log, method))
     process.start()
     return process
 
@@ -96,6 +100,28 @@ def test_killed_three_times(whole: Path, tmp_path: Path) -> None:
     losses = [[line["loss"] for line in of_kind(path, "epoch")] for path in (out, whole)]
     assert len(losses[0]) == 3
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+@pytest.fixture(scope="module")
+def unmeasured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without held-out images, for which more readers would have to start, that nothing interrupted."""
+    out = tmp_path_factory.mktemp("unmeasured") / "run"
+    assert main(["pretrain", "--out", str(out), *OPTIONS, *UNMEASURED, "--data.num_workers=0"]) == 0
+    return out
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])  # macOS and Windows; Linux from Python 3.14 on
+def test_readers_that_are_not_forked(unmeasured: Path, tmp_path: Path, method: str) -> None:
+    out, log = tmp_path / "run", tmp_path / "log"
+    process = launch(log, "--out", out, *OPTIONS, *UNMEASURED, "--data.num_workers=1", method=method)
+    wait_for_step(process, out, 3)
+    process.kill()
+    process.join()
+    assert not (out / "model.safetensors").exists()
+    process = launch(log, "--resume", out, method=method)
+    process.join()
+    assert process.exitcode == 0, log.read_text()
+    assert weights(out) == weights(unmeasured)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -11,8 +11,8 @@ from torchmae.commands import COMMANDS, Command, describe
 from torchmae.config import PretrainConfig
 from torchmae.config.base import make
 from torchmae.errors import ConfigError, TorchmaeError, nearest
+from torchmae.machine import wait_briefly
 from torchmae.settings import read_words
-from torchmae.threads import wait_briefly
 
 EXAMPLES = """
   torchmae pretrain                                  digits, on the processor, about a minute, no network

@@ -32,6 +32,7 @@ from torchmae.paths import user_path
 from torchmae.report.html import write_report
 from torchmae.report.verdict import hints
 from torchmae.training.checkpoint import Checkpoint, load_checkpoint
+from torchmae.training.compilation import check_compiler
 from torchmae.training.initial import adopt_shape, read_initial
 from torchmae.training.parallel import is_sharded, place, whole_state
 from torchmae.training.pretrain import fit_batch, pretrain
@@ -47,9 +48,9 @@ from torchmae.training.ranks import (
     share_of_cores,
 )
 from torchmae.training.run_folder import RunFolder
-from torchmae.training.runtime import Runtime, environment, open_runtime
+from torchmae.training.runtime import Runtime, callers_state, environment, find_device, open_runtime
 from torchmae.training.saved_model import Description, write_description, write_weights
-from torchmae.training.task import callers_state, seeded
+from torchmae.training.task import seeded
 from torchmae.training.teacher import Teacher, read_teacher
 from torchmae.training.tracking import Trackers, open_trackers, tracker_names
 from torchmae.training.trainer import ran_out_of_memory
@@ -149,6 +150,8 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, own: Own, *, resum
     with without_weights():
         check_model(config, own.construct(arguments))
     own.try_out(config)  # before there is a folder, which would refuse the next try
+    if config.compile and find_device(config.device).type == "cpu":
+        ranks.together(check_compiler)
     display = Display(config.progress) if ranks.is_main else Display("none", io.StringIO())
     folder = RunFolder(path)
 
@@ -196,6 +199,8 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, own: Own, *, resum
             display.warn(f"{changed}; going on with what is there")
         if data.notes:
             display.say(data_line(data.notes))
+        if note := data.train.note_on_room(-(-config.batch_size // ranks.world_size)):
+            display.say(note)
         arguments["in_chans"] = data.channels
         with seeded(config.seed):
             model = own.construct(arguments)

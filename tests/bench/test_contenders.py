@@ -26,9 +26,9 @@ from torchmae.bench.contenders import (
 )
 from torchmae.config import MaskConfig, ModelConfig, OptimConfig, PretrainConfig
 from torchmae.errors import ConfigError
+from torchmae.machine import SPIN_COUNT
 from torchmae.nn.layers import Block
 from torchmae.nn.masking import num_keep, random_mask
-from torchmae.threads import SPIN_COUNT
 from torchmae.training.runtime import Runtime
 
 MODEL = ModelConfig(

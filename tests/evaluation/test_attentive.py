@@ -67,7 +67,7 @@ def test_tokens_in_memory_are_half_precision_and_encoded_once(monkeypatch: pytes
     encode, seen = Subject.encode, []
     monkeypatch.setattr(Subject, "encode", lambda *args: (seen.append(len(args[1])), encode(*args))[1])
     held, encoded = (open_tokens(subject, train, tiny.RUNTIME, limit) for limit in (1.0, 1e-6))
-    assert attentive.token_gib(subject, 64) * 2**30 == 64 * 16 * 16 * 2
+    assert attentive.token_bytes(subject, 64) == 64 * 16 * 16 * 2
     for tokens, times in ((held, 1), (encoded, 4)):  # the held ones when they were opened
         for _ in range(3):
             (pair,) = tokens.batches(order, 64)

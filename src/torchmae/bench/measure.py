@@ -30,8 +30,8 @@ from torchmae.data.loader import Plan, start_worker
 from torchmae.data.opening import Data, open_data
 from torchmae.data.transforms import to_device
 from torchmae.errors import ConfigError, Interrupted
+from torchmae.machine import num_cores
 from torchmae.nn.flops import count_flops
-from torchmae.threads import num_cores
 from torchmae.training.pretrain import pretrain
 from torchmae.training.progress import Display
 from torchmae.training.run_folder import RunFolder

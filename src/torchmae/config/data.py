@@ -106,7 +106,8 @@ class DataOptions(ReadOptions):
             the model's input size unless images are 8-bit pictures or most are at most twice as large.
         val_size: number of training images to hold out if the data has no val split; at most a fifth of them. Every
             command holds out the same images.
-        memory_limit: GiB for decoded images; a larger data set is read again in every epoch.
+        memory_limit: GiB for decoded images, at most half of the memory that this process may use; a larger data set is
+            read again in every epoch.
         num_workers: reader processes if images are not in memory; null: one per core, at most 8.
         max_bad: largest allowed share of unreadable images, which are skipped, counted and named.
     """

@@ -21,6 +21,7 @@ from torchmae.data.reading import BadFiles, first_readable, read_many
 from torchmae.data.sources import Labels, Source, Subset, digest, evenly_spaced
 from torchmae.data.transforms import to_device
 from torchmae.errors import ConfigError, DataError, TorchmaeError, reason_of, require
+from torchmae.machine import GIB, memory
 
 HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf")
 ZARR_SUFFIX = ".zarr"
@@ -28,7 +29,6 @@ ZARR_SUFFIX = ".zarr"
 # What the names of the arrays `images` and `labels` may begin with, and the split that it means.
 PREFIXES = (("", "train"), ("train_", "train"), ("val_", "val"), ("test_", "test"))
 
-GIB = 2**30
 _FEW = 16  # channels that an axis may be taken for
 _SURE = 4  # channels that a last axis is taken for whatever the others are
 _ELONGATED = 3  # a picture whose sides differ more may as well be a signal
@@ -274,7 +274,7 @@ def named_arrays(
 
 def npz_splits(path: Path, context: Context, max_bytes: float | None = None) -> dict[str, Source]:
     """The splits of an .npz file: arrays named as for `named_arrays`, in memory, of which they may take `max_bytes`."""
-    limit = _memory_bytes() if max_bytes is None else max_bytes
+    limit = memory() if max_bytes is None else max_bytes
     with _npy_errors(path), path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         ends = ("images", "labels", *([context.group] if context.group else []))
         wanted = [name for name in arrays.files if name.endswith(ends)]
@@ -285,14 +285,6 @@ def npz_splits(path: Path, context: Context, max_bytes: float | None = None) -> 
         held = {name: arrays[name] for name in wanted}
     # A member that is no array comes as bytes.
     return named_arrays({name: x for name, x in held.items() if isinstance(x, np.ndarray)}, context, path.name)
-
-
-def _memory_bytes() -> float:
-    """Memory of this machine; infinite where it does not say."""
-    try:
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (AttributeError, ValueError, OSError):  # Windows has no sysconf, others not these names
-        return float("inf")
 
 
 def open_store(path: Path) -> dict[str, Any]:
@@ -399,7 +391,7 @@ def hold(source: Source, limit: float, bad: BadFiles, progress: Progress | None 
 
 def _check_limit(nbytes: int, limit: float) -> None:
     if nbytes > limit:
-        raise DoesNotFitError(f"the images take {nbytes / GIB:.1f} GiB and data.memory_limit leaves {limit / GIB:.1f}")
+        raise DoesNotFitError(f"the images take {nbytes / GIB:.1f} GiB, and {limit / GIB:.1f} GiB are there for them")
 
 
 def _decode_all(source: Source, limit: float, bad: BadFiles, progress: Progress | None) -> Held:

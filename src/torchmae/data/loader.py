@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass, field
 from functools import lru_cache, partial
 from itertools import chain
@@ -46,6 +46,7 @@ from torchmae.data.transforms import (
     window_boxes,
 )
 from torchmae.errors import DataError, reason_of
+from torchmae.machine import free_shared_memory
 from torchmae.random import Purpose, permutation, uniform
 
 Indices = npt.NDArray[np.int64]
@@ -186,23 +187,25 @@ def draw_flips(request: Request, view: View) -> npt.NDArray[np.bool_]:
 
 
 class Fetched(NamedTuple):
-    """What a worker process hands back."""
+    """What a worker process hands back: tensors in shared memory, or arrays, which come through a pipe."""
 
-    images: Tensor  # (B, *input_size, C), uint8, uint16 or float32, not yet mirrored
-    labels: Tensor  # (B,) int64
+    images: Tensor | Image  # (B, *input_size, C), uint8, uint16 or float32, not yet mirrored
+    labels: Tensor | Labels  # (B,) int64
     bad: list[tuple[str, str]]  # name and reason of each image that could not be read
     failure: str | None = None  # why there is no batch; None: there is
     slot: int | None = None  # where the images lie, to be given back (`Slots.give_back`)
-    valid: Tensor | None = None  # (B, *input_size, 1) bool, False where a pixel holds no data; None: all do
+    valid: Tensor | Valid | None = None  # (B, *input_size, 1) bool, False where a pixel holds no data; None: all do
 
 
 class Slots:
     """Shared memory in which workers hand batches over, kept from batch to batch; made in the main process.
 
     New shared memory for each batch, as PyTorch takes it, costs an eighth of a worker's time (docs/performance.md).
+    `room` is the number of bytes that a batch may take; a larger one goes through a pipe.
     """
 
-    def __init__(self, num_workers: int) -> None:
+    def __init__(self, num_workers: int, room: float = math.inf) -> None:
+        self.room = room
         self._taken = torch.zeros(num_workers * PER_WORKER, dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
         self._memory: dict[int, Tensor] = {}  # a worker's own
 
@@ -212,16 +215,33 @@ class Slots:
         if worker is not None:
             own = range(worker.id * PER_WORKER, (worker.id + 1) * PER_WORKER)
             slot = next((slot for slot in own if slot < len(self._taken) and not self._taken[slot]), None)
+        first = images[0]
+        num_bytes = len(images) * first.nbytes
+        if slot is not None and (slot not in self._memory or self._memory[slot].nbytes < num_bytes):
+            memory = self.share(torch.empty(num_bytes, dtype=torch.uint8))
+            if isinstance(memory, Tensor):
+                self._memory[slot] = memory
+            else:
+                slot = None
         if slot is None:
             return torch.stack(list(images)), None
         self._taken[slot] = True
-        first = images[0]
-        num_bytes = len(images) * first.nbytes
-        if slot not in self._memory or self._memory[slot].nbytes < num_bytes:
-            self._memory[slot] = torch.empty(num_bytes, dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
         batch = self._memory[slot][:num_bytes].view(first.dtype).view(len(images), *first.shape)
         torch.stack(list(images), out=batch)
         return batch, slot
+
+    def share(self, tensor: Tensor) -> Tensor | npt.NDArray[Any]:
+        """The tensor in shared memory, or an array where that has no room.
+
+        PyTorch would share it in a thread, whose failure nobody hears of: the main process would wait for ever.
+        """
+        if get_worker_info() is None or tensor.is_shared():  # type: ignore[no-untyped-call]
+            return tensor
+        if tensor.nbytes <= self.room:
+            with suppress(RuntimeError):
+                tensor.share_memory_()  # type: ignore[no-untyped-call]
+                return tensor
+        return tensor.numpy()
 
     def give_back(self, slot: int | None) -> None:
         """In the main process: the batch in the slot was copied, and may be written over."""
@@ -269,16 +289,16 @@ class Reader(Dataset[Fetched]):
                     images += [cutter(sample.image, box, self.view.input_size) for box in sample.boxes]
                     read += [sample.index] * len(sample.boxes)
         except DataError as error:  # as text: an exception from a worker arrives with its traceback for a message
-            return Fetched(torch.empty(0), torch.empty(0), bad, str(error))
+            return Fetched(np.empty(0), np.empty(0, np.int64), bad, str(error))
         labels = labels_of(self.source.labels, np.array(read, dtype=np.int64))
         if not images:  # a rank's part of a batch smaller than the world
-            return Fetched(torch.empty(0, *self.view.input_size, self.channels), labels, bad)
+            return Fetched(np.empty((0, *self.view.input_size, self.channels), np.float32), labels.numpy(), bad)
         batch, slot = self.slots.stack(of_one_type(images, self.scale))
-        if not valid:
-            return Fetched(batch, labels, bad, slot=slot)
-        everywhere = torch.ones(*self.view.input_size, 1, dtype=torch.bool)
-        maps = torch.stack([valid.get(row, everywhere) for row in range(len(images))])
-        return Fetched(batch, labels, bad, slot=slot, valid=maps)
+        maps, share = None, self.slots.share
+        if valid:
+            everywhere = torch.ones(*self.view.input_size, 1, dtype=torch.bool)
+            maps = torch.stack([valid.get(row, everywhere) for row in range(len(images))])
+        return Fetched(share(batch), share(labels), bad, slot=slot, valid=None if maps is None else share(maps))
 
     def _opened(self, request: Request, bad: list[tuple[str, str]]) -> Iterator[_Sample]:
         """One sample for each run of one index; where it cannot be opened, the next that can."""
@@ -504,6 +524,22 @@ class ImageLoader:
         kept = list(self._eval_batches(indices, batch_size, keep))
         return lambda: (self._batch(to_device(item[0], self.device), *item[1:]) for item in kept)
 
+    def room(self, workers: int) -> float:
+        """Bytes of shared memory for each batch under way, so that all of them take at most half of what is free."""
+        return free_shared_memory() / (2 * PER_WORKER * workers) if self.held is None and workers else math.inf
+
+    def note_on_room(self, batch_size: int) -> str:
+        """A sentence if batches of bytes are too large for shared memory, else ""."""
+        workers = self.num_workers
+        need = batch_size * len(self._mean) * math.prod(self.view.input_size)
+        if need <= self.room(workers):
+            return ""
+        wanted = 2 * PER_WORKER * workers * need >> 20
+        return (
+            f"batches come through pipes, which is slower: {workers} readers want {wanted:,} MiB of /dev/shm, and "
+            f"{int(free_shared_memory()) >> 20:,} are free (docker run --shm-size)"
+        )
+
     def close(self) -> None:
         """Ends whatever iterations are under way, and their worker processes."""
         for running in list(self._running):
@@ -553,7 +589,7 @@ class ImageLoader:
 
         workers = min(self.num_workers, count)
         # Copies to other devices may still be under way when their slot is given back; CUDA's are from pinned copies.
-        slots = Slots(workers if self.device.type in ("cpu", "cuda") else 0)
+        slots = Slots(workers if self.device.type in ("cpu", "cuda") else 0, self.room(workers))
         loader = DataLoader(
             Reader(self.source, len(self._mean), self.view, slots, self.normalisation.scale),
             sampler=noted(),
@@ -570,18 +606,21 @@ class ImageLoader:
                 raise DataError(fetched.failure)
             request = asked.popleft()
             mirrored = to_device(torch.from_numpy(np.flatnonzero(draw_flips(request, self.view))), self.device)
+            stored_type = images.dtype
             images = mirror(images, mirrored).movedim(-1, 1)
             valid = None
             if fetched.valid is not None:
-                valid = mirror(to_device(fetched.valid, self.device), mirrored).movedim(-1, 1)
-            batch = finish(images, fetched.images.dtype, labels, request, valid)
+                valid = mirror(to_device(torch.as_tensor(fetched.valid), self.device), mirrored).movedim(-1, 1)
+            batch = finish(images, stored_type, labels, request, valid)
             slots.give_back(fetched.slot)
             yield batch
 
     def _sent(self, batches: Iterator[Fetched]) -> Iterator[tuple[Fetched, Tensor, Tensor]]:
         """Each batch with its images and labels on the device; on CUDA, the next one is on its way there by then."""
         if self.device.type != "cuda":
-            yield from ((item, item.images.to(self.device), item.labels.to(self.device)) for item in batches)
+            for fetched in batches:
+                images, labels = torch.as_tensor(fetched.images), torch.as_tensor(fetched.labels)
+                yield fetched, images.to(self.device), labels.to(self.device)
             return
         if self._side is None:  # one for all: what is freed on a stream serves that stream alone
             self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
@@ -589,7 +628,8 @@ class ImageLoader:
         for item in chain(batches, [None]):
             if item is not None:
                 with torch.cuda.stream(self._side):
-                    images, labels = (to_device(tensor, self.device) for tensor in (item.images, item.labels))
+                    parts = (torch.as_tensor(values) for values in (item.images, item.labels))
+                    images, labels = (to_device(tensor, self.device) for tensor in parts)
                     under_way.append((item, images, labels, self._side.record_event()))
             if len(under_way) == 2 or (item is None and under_way):
                 fetched, images, labels, copied = under_way.popleft()
@@ -626,17 +666,25 @@ def repeated(plan: Plan, start: int, stop: int, repeats: int) -> Iterator[tuple[
 
 @contextmanager
 def one_line_when_a_worker_ends() -> Iterator[None]:
-    """The unexpected end of a process that reads images becomes a DataError of one line; other errors stay.
+    """The unexpected end of a process that reads images, or too many open files, become a DataError of one line.
 
     It belongs around what is done with batches too: PyTorch raises from a signal, wherever the main process is by then.
     """
     try:
         yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, OSError) as error:
+        reason = reason_of(error)
+        if any(words in str(error) for words in ("Too many open files", "ancillary data")):
+            fix = "allow more (ulimit -n 4096), or lower data.num_workers"
+            raise DataError(f"this process has too many files open ({reason[:100]})", fix) from error
+        if "DataLoader worker" not in str(error) and not isinstance(error, EOFError | ConnectionError):
             raise
-        problem = f"a process that reads images ended unexpectedly ({reason_of(error)[:100]})"
-        raise DataError(problem, "most often memory ran out: lower data.num_workers or batch_size") from error
+        fix = "most often memory ran out: lower data.num_workers or batch_size"
+        if "shared memory" in reason:
+            fix = "enlarge /dev/shm (docker run --shm-size), or lower data.num_workers or batch_size"
+        elif multiprocessing.get_start_method() != "fork" and "signal" not in reason:
+            fix = f'put what the program does under `if __name__ == "__main__":`; if it is, {fix}'
+        raise DataError(f"a process that reads images ended unexpectedly ({reason[:100]})", fix) from error
 
 
 def _survivors(loader: DataLoader[Fetched]) -> Iterator[Fetched]:

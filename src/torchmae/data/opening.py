@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ import torch
 
 from torchmae.config import DataConfig
 from torchmae.config.data import DataOptions
-from torchmae.data.arrays import GIB, DoesNotFitError, Held, hold
+from torchmae.data.arrays import DoesNotFitError, Held, hold
 from torchmae.data.formats import Context, Progress, tracked
 from torchmae.data.groups import shared_groups
 from torchmae.data.layouts import open_splits
@@ -34,6 +35,7 @@ from torchmae.data.reading import (
 from torchmae.data.sources import Source, Subset, Windows, all_notes, evenly_spaced, in_training_classes
 from torchmae.data.transforms import Boxes, Normalisation, window_boxes
 from torchmae.errors import ConfigError, DataError
+from torchmae.machine import GIB, bytes_to_keep, memory
 
 HELD_OUT = "held-out"  # some of the training images
 _COMPARED = 64  # held-out images that are looked for among the training images
@@ -280,12 +282,13 @@ def _hold(fitted: Fitted, config: DataConfig, bad: BadFiles, progress: Progress 
         whole = source.whole()
         is_there = whole is not None and whole[0].ctypes.data in sizes
         item = None
+        most = bytes_to_keep(config.memory_limit) if config.cache == "auto" else memory()
+        free = math.inf if is_there else most - sum(sizes.values())
         if config.cache == "auto":
-            free = float("inf") if is_there else config.memory_limit * GIB - sum(sizes.values())
             item = hold_if_it_fits(source, seen, free, bad, progress)
         elif config.cache != "none":
             try:
-                item = hold(source, float("inf"), bad, progress)
+                item = hold(source, free, bad, progress)
             except DoesNotFitError as error:
                 problem = f"data.cache is {config.cache!r}, but {error}"
                 raise ConfigError(problem, "set data.cache to auto or none") from error

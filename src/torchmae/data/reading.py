@@ -20,7 +20,7 @@ from torchmae.data.groups import proposed_group
 from torchmae.data.sources import Source, all_notes, digest, evenly_spaced, in_training_classes
 from torchmae.data.transforms import FULL_SCALE, Normalisation
 from torchmae.errors import DataError
-from torchmae.threads import num_cores
+from torchmae.machine import num_cores
 
 Result = TypeVar("Result")
 

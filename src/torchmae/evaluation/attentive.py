@@ -21,11 +21,12 @@ from torchmae.evaluation.bench import Bench
 from torchmae.evaluation.images import ImageSet
 from torchmae.evaluation.scores import Result, rank, score
 from torchmae.evaluation.subject import Subject
+from torchmae.machine import GIB, bytes_to_keep
 from torchmae.random import Purpose, permutation
 from torchmae.training.optim import lr_factor
 from torchmae.training.runtime import Runtime
+from torchmae.training.task import seeded
 
-_GIB = 2**30
 _STATISTICS_IMAGES = 500
 _SCHEDULE = OptimConfig(warmup=0.1)
 _EPOCHS = 30
@@ -85,16 +86,16 @@ def held_tokens(tokens: Tensor, labels: Tensor, device: torch.device) -> Tokens:
     return Tokens(len(labels), batches)
 
 
-def token_gib(subject: Subject, count: int) -> float:
-    """Size of the tokens of `count` images in half precision, in GiB."""
+def token_bytes(subject: Subject, count: int) -> int:
+    """Size of the tokens of `count` images in half precision."""
     assert subject.model is not None
     encoder = subject.model.encoder
-    return 2.0 * count * encoder.num_patches * encoder.embed_dim / _GIB
+    return 2 * count * encoder.num_patches * encoder.embed_dim
 
 
 def open_tokens(subject: Subject, images: ImageSet, runtime: Runtime, memory_limit: float) -> Tokens:
     """The tokens of all images: kept in memory if they take at most `memory_limit` GiB, else encoded each time."""
-    if token_gib(subject, len(images)) > memory_limit:
+    if token_bytes(subject, len(images)) > bytes_to_keep(memory_limit):
         return Tokens(len(images), lambda rows, size: _encoded(subject, images.batches(rows, size), runtime))
     share, batches = images.shared(runtime.ranks, f"encoding training images, {subject.name}")
     parts = [(tokens.half().cpu(), labels.cpu()) for tokens, labels in _encoded(subject, batches, runtime)]
@@ -107,8 +108,7 @@ def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
     data, runtime, settings = bench.data, bench.runtime, options.attentive
     tokens = open_tokens(subject, data.train, runtime, settings.memory_limit)
     mean, std = statistics(tokens, data.train.model.batch_size)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
+    with seeded(options.seed):
         probe = AttentiveProbe(mean.cpu(), std.cpu(), _num_heads(len(mean)), len(data.classes))
     probe.to(runtime.device)
     epochs = settings.epochs or epochs_for(tokens.count, settings.batch_size, _EPOCHS, _STEPS)
@@ -123,10 +123,10 @@ def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
 
 def left_out(bench: Bench, subject: Subject, options: EvaluateOptions) -> str:
     """A sentence if the tokens of the training images take more than `memory_limit`, else ""."""
-    need = token_gib(subject, len(bench.data.train))
-    if need <= options.attentive.memory_limit:
+    need = token_bytes(subject, len(bench.data.train))
+    if need <= bytes_to_keep(options.attentive.memory_limit):
         return ""
-    return f"attentive is left out: its tokens take {need:.1f} GiB; run it alone with --method attentive"
+    return f"attentive is left out: its tokens take {need / GIB:.1f} GiB; run it alone with --method attentive"
 
 
 def _encoded(subject: Subject, batches: Iterable[Batch], runtime: Runtime) -> Iterator[tuple[Tensor, Tensor]]:

@@ -22,8 +22,7 @@ from torchmae.paths import user_path
 from torchmae.random import Purpose, permutation
 from torchmae.training.progress import Display
 from torchmae.training.ranks import open_ranks
-from torchmae.training.runtime import Runtime, open_runtime
-from torchmae.training.task import callers_state
+from torchmae.training.runtime import Runtime, callers_state, open_runtime
 
 Classify = Callable[[Labelled, Labelled, int], dict[str, Tensor]]
 """From training and test features and the number of classes to rankings of `scores.rank` by name."""

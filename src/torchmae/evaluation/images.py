@@ -14,7 +14,6 @@ from torchmae import settings
 from torchmae.config import DataConfig
 from torchmae.config.data import DataOptions
 from torchmae.config.evaluate import EvaluateOptions
-from torchmae.data.arrays import GIB
 from torchmae.data.formats import Context, Progress
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import Batch, ImageLoader, Indices, View, mixed_subset
@@ -24,6 +23,7 @@ from torchmae.data.sources import Source, Subset, all_notes, data_line, in_train
 from torchmae.data.transforms import Normalisation
 from torchmae.errors import ConfigError, DataError, one_of
 from torchmae.evaluation.sharing import Share, share
+from torchmae.machine import bytes_to_keep
 from torchmae.paths import user_path
 from torchmae.training.ranks import Ranks
 from torchmae.training.saved_model import read_description
@@ -91,7 +91,7 @@ class ImageSet:
 
     def augmented(self, augmentation: DataConfig) -> ImageLoader:
         """A loader for training, with the crops and flips of `augmentation` and nothing else of it."""
-        limit = self.data.memory_limit * GIB
+        limit = bytes_to_keep(self.data.memory_limit)
         return ImageLoader(
             self.source,
             hold_if_it_fits(self.source, probe(self.source), limit, self.bad, self.model.progress),

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchmae.data.arrays import GIB
 from torchmae.data.loader import mixed_subset
 from torchmae.data.transforms import resample
 from torchmae.errors import DataError
 from torchmae.evaluation.images import ImageSet
 from torchmae.evaluation.segmentation_data import IGNORED, ClassMap, ClassMaps, Pairs
+from torchmae.machine import bytes_to_keep
 
 OVERLAP = 0.25  # of windows of a test picture
 _SKIPPED = -100  # the label that PyTorch's cross-entropy leaves out
@@ -68,7 +68,7 @@ def training_windows(images: ImageSet, window_bytes: int, memory_limit: float) -
     pairs = images.source
     assert isinstance(pairs, Pairs)
     windows = [window for i, size in enumerate(pairs.sizes) for window in windows_of(i, size, images.model.input_size)]
-    count = max(1, int(memory_limit * GIB / window_bytes))
+    count = max(1, int(bytes_to_keep(memory_limit) / window_bytes))
     if count >= len(windows):
         return windows, ()
     chosen = np.sort(mixed_subset(len(windows), count))

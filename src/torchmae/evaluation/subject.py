@@ -20,6 +20,7 @@ from torchmae.evaluation.sharing import Share
 from torchmae.nn.mae import MaskedAutoencoder, require_patches
 from torchmae.nn.patches import patchify
 from torchmae.training.runtime import Runtime
+from torchmae.training.task import seeded
 
 RANDOM = "random"
 PIXELS = "pixels"
@@ -123,8 +124,7 @@ def untrained(
     """
     if own is not None:
         return Subject(RANDOM, copy.deepcopy(own).to(device).eval())
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would seed GPUs too
+    with seeded(seed):
         model = presets.construct(arguments)
     return Subject(RANDOM, model.to(device).eval())
 

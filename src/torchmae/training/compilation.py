@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -14,9 +15,11 @@ from torch import nn
 
 from torchmae.errors import ConfigError
 from torchmae.training.parallel import blocks
+from torchmae.training.runtime import undo_later
 
 COMPILERS = ("g++", "clang++", "c++")
 MAX_WHOLE = 12  # blocks: two cores compile them in about a minute
+_COMPILING = threading.RLock()
 
 
 def compile_model(model: nn.Module, device: torch.device, *, budget: float = 1.0, by_block: bool = False) -> None:
@@ -35,9 +38,9 @@ def compile_model(model: nn.Module, device: torch.device, *, budget: float = 1.0
 
     if device.type == "cpu":
         check_compiler()
-    torch.compiler.set_stance("default")
     if functorch.activation_memory_budget != budget:
         torch.compiler.reset()  # else code that was compiled for another budget would be used
+        undo_later(setattr, functorch, "activation_memory_budget", functorch.activation_memory_budget)
         functorch.activation_memory_budget = budget
     for part in parts(model, by_block or budget < 1):
         part.forward = torch.compile(part.forward, dynamic=False)
@@ -71,7 +74,8 @@ def first_shapes_only(active: bool, *, keep: bool = False) -> Iterator[Callable[
 
     The first step with a full batch is compiled. All other shapes run eagerly: an epoch's smaller last batch (even if
     a resumed run begins with it) and evaluation are too rare to repay a compilation. Without `active`, nothing
-    happens. With `keep`, the compiled code stays for the run that follows.
+    happens. With `keep`, the compiled code stays for the run that follows. The compiler's stance is the process's: a
+    second thread that enters here waits.
     """
     if not active:
         yield lambda _full: nullcontext()
@@ -91,14 +95,13 @@ def first_shapes_only(active: bool, *, keep: bool = False) -> Iterator[Callable[
         if first:
             torch.compiler.set_stance("eager_on_recompile")
 
-    try:
-        torch.compiler.set_stance("force_eager")
-        yield step
-    finally:
-        torch.compiler.set_stance("default")
-        if not keep:
-            torch.compiler.reset()  # torch limits the shapes compiled of one function: the next run starts from zero
-            functorch.activation_memory_budget = 1.0
+    with _COMPILING, torch.compiler.set_stance("force_eager"):
+        try:
+            yield step
+        finally:
+            if not keep:
+                torch.compiler.reset()  # torch limits the shapes compiled of a function: the next run starts from zero
+                functorch.activation_memory_budget = 1.0
 
 
 @contextmanager

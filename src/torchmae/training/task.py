@@ -44,30 +44,19 @@ _DRAWING = threading.RLock()
 
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Seeds torch's generators of the processor and of `device`.
+    """Seeds torch's generators of the processor, whose state is restored at the end, and of `device`.
 
     All threads of a process share them: a second thread that enters here waits.
     """
     with _DRAWING:
+        before = torch.default_generator.get_state()
         torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 2 ms if there is no GPU
         if device is not None and device.type != "cpu":
             torch.get_device_module(device).manual_seed(seed)
-        yield
-
-
-@contextmanager
-def callers_state() -> Iterator[None]:
-    """Gives torch's random state and number of threads back at the end, to a program that calls torchmae."""
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
-    on_gpu = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        with _DRAWING:
-            torch.set_rng_state(state)
-            if on_gpu is not None:
-                torch.cuda.set_rng_state(on_gpu)
+        try:
+            yield
+        finally:
+            torch.default_generator.set_state(before)
 
 
 def step_seed(seed: int, step: int, ranks: Ranks = ALONE) -> int:
