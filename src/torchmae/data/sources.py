@@ -305,7 +305,7 @@ class Windows(Subset):
     """
 
     def __init__(self, source: Source, sizes: npt.NDArray[np.int64], boxes: npt.NDArray[np.int64]) -> None:
-        self._lengths = boxes[..., 1]
+        self._sizes, self._lengths = sizes, boxes[..., 1]
         self._free = sizes - self._lengths
         self._counts = -(-sizes // self._lengths)
         self._last: tuple[tuple[int, int], Item] | None = None  # process and image; no file is shared with a worker
@@ -317,10 +317,18 @@ class Windows(Subset):
         image, last = int(self.indices[index]), self._last
         if last is None or last[0] != (os.getpid(), image):
             self._last = last = (os.getpid(), image), self.source.open(image)
+        return WindowItem(last[1], self.region(index))
+
+    def region(self, index: int) -> tuple[tuple[int, int], ...]:
+        """Start and length of a window along each axis of its image."""
+        image = int(self.indices[index])
         steps = np.unravel_index(int(self._place[index]), self._counts[image])
         starts = np.array(steps) * self._free[image] // np.maximum(self._counts[image] - 1, 1)
-        region = zip(starts.tolist(), self._lengths[image].tolist(), strict=True)
-        return WindowItem(last[1], tuple(region))
+        return tuple(zip(starts.tolist(), self._lengths[image].tolist(), strict=True))
+
+    def size(self, image: int) -> tuple[int, ...]:
+        """The size of an image of the source."""
+        return tuple(self._sizes[image].tolist())
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None}
@@ -334,9 +342,9 @@ class Windows(Subset):
             [self.source.fingerprint(), np.ascontiguousarray(self._lengths), np.ascontiguousarray(self._free)]
         )
 
-    def whole(self) -> None:
-        """None: the windows lie in no array of their own."""
-        return
+    def whole(self) -> tuple[Image, npt.NDArray[np.int64] | None] | None:
+        """None, unless each window is its whole image: they lie in no array of their own."""
+        return None if self._free.any() else super().whole()
 
 
 class EachPage(Subset):

@@ -89,7 +89,7 @@ def token_gib(subject: Subject, count: int) -> float:
     """Size of the tokens of `count` images in half precision, in GiB."""
     assert subject.model is not None
     encoder = subject.model.encoder
-    return 2.0 * count * encoder.num_patches * encoder.embed_dim / _GIB
+    return 2.0 * count * encoder.num_patches * encoder.embed_dim * len(subject.blocks or [0]) / _GIB
 
 
 def open_tokens(subject: Subject, images: ImageSet, runtime: Runtime, memory_limit: float) -> Tokens:

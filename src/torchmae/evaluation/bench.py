@@ -87,7 +87,6 @@ class Bench:
 _NEEDS = {
     "model": ("network", "evaluate a run, or random with --preset"),
     "tokens": ("patch tokens", "evaluate a vit model, or use knn or linear"),
-    "training": ("trained weights", "give a run folder"),
 }
 
 
@@ -97,8 +96,7 @@ class Method:
 
     Attributes:
         measure: from images, a subject and the options to figures.
-        needs: "features" (any subject), "model" (trained or not), "tokens" (a model with patches) or "training" (a
-            trained model).
+        needs: "features" (any subject), "model" (trained or not) or "tokens" (a model with patches).
         labelled: take only images with a label, of at least two classes.
         beside: the baselines of `--method all`: "random", "pixels". Empty: "all" does not include the method.
         compared: the baselines when the method is asked for alone.
@@ -108,7 +106,7 @@ class Method:
     """
 
     measure: Callable[[Bench, Subject, EvaluateOptions], Result]
-    needs: Literal["features", "model", "tokens", "training"] = "features"
+    needs: Literal["features", "model", "tokens"] = "features"
     labelled: bool = True
     beside: tuple[str, ...] = ()
     compared: tuple[str, ...] = ()
@@ -121,9 +119,7 @@ class Method:
 
     def suits(self, subject: Subject) -> bool:
         """Whether the method can measure the subject."""
-        is_model = subject.model is not None
-        found = {"model": is_model, "tokens": subject.has_tokens, "training": is_model and subject.name != RANDOM}
-        return found.get(self.needs, True)
+        return {"model": subject.model is not None, "tokens": subject.has_tokens}.get(self.needs, True)
 
     def check(self, name: str, subject: Subject, run: str) -> None:
         """ConfigError unless the method suits the subject; `name` and `run` are the user's words for the two."""

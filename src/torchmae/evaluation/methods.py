@@ -21,6 +21,6 @@ METHODS: dict[str, Method] = {
         left_out=segmentation.left_out,
         open=open_segmentation_data,
     ),
-    "anomaly": Method(anomaly.measure, "training", open=open_anomaly_data),
+    "anomaly": Method(anomaly.measure, labelled=False, compared=(RANDOM, PIXELS), open=open_anomaly_data),
 }
 """Every method by name: what `--method` takes, beside "all". A method is a file beside this one and a row."""

@@ -18,7 +18,7 @@ from torchmae.evaluation.bench import Bench, Method, check_counts, opened, outpu
 from torchmae.evaluation.images import EvaluationData, ModelInput, open_evaluation_data, own_data
 from torchmae.evaluation.methods import METHODS
 from torchmae.evaluation.scores import Result, chance_note
-from torchmae.evaluation.subject import PIXELS, RANDOM, Subject, pixels, untrained
+from torchmae.evaluation.subject import PIXELS, RANDOM, Subject, network, pixels, untrained
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.paths import user_path
 from torchmae.training.pretrained import load
@@ -190,14 +190,14 @@ def open_bench(
             check_counts(data.train.source.labels, data.classes, options.labels_per_class)
     arguments = {**arguments, "in_chans": len(data.normalisation.mean)}
     baselines: dict[str, Callable[[], Subject]] = {
-        RANDOM: lambda: untrained(arguments, options.seed, runtime.device, own),
+        RANDOM: lambda: untrained(arguments, options.seed, runtime.device, own, options.layer),
         PIXELS: lambda: pixels(tuple(arguments.get("patch_size", ()))),
     }
     beside = {name for method in methods.values() for name in method.baselines(options)}
     if pretrained is None:
         subjects = [baselines[run]()]
     else:
-        trained = Subject("model", pretrained.model.to(runtime.device))
+        trained = network("model", pretrained.model, runtime.device, options.layer)
         subjects = [trained, *(make() for name, make in baselines.items() if name in beside)]
         data = replace(data, notes=(*pretrained.notes, *data.notes))
     ratio = 0.75 if description is None else float(description.mask.get("ratio", 0.75))  # 0.75: unknown

@@ -48,6 +48,7 @@ LOSS = Unit("Loss", "{:.4f}".format, number)
 SHARE = Unit("Share", "{:.3f}".format, percent, "%", 100, is_share=True)
 ACCURACY = Unit("Accuracy, %", "{:.1f}".format, "{:.1f}%".format, "%", is_share=True)
 AUROC = Unit("AUROC", "{:.3f}".format)
+AUPRO = Unit("AUPRO (false positive rates up to 0.3)", "{:.3f}".format)
 SEGMENTATION = Unit("Segmentation, %", "{:.1f}".format, "{:.1f}%".format, "%", is_share=True)
 COUNT = Unit("Count", "{:,.0f}".format, "{:,.0f}".format)
 TRAINING = Unit("Training")
@@ -148,6 +149,10 @@ METRICS: dict[str, Metric] = {
     "anomaly_knn": Metric("kNN distance of the mean feature", AUROC, max),
     "anomaly_patch_knn": Metric("kNN distance of patches", AUROC, max),
     "anomaly_patch_knn_max": Metric("kNN distance, oddest patch", AUROC, max),
+    "anomaly_reconstruction_pixel": Metric("reconstruction error, pixels", AUROC, max),
+    "anomaly_patch_knn_pixel": Metric("kNN distance of patches, pixels", AUROC, max),
+    "anomaly_reconstruction_aupro": Metric("AUPRO, reconstruction error", AUPRO, max),
+    "anomaly_patch_knn_aupro": Metric("AUPRO, kNN distance of patches", AUPRO, max),
     f"{_MASK}_psnr": Metric("{strategy}, {share}% masked", Unit("PSNR, dB", "{:.2f}".format), max, ("interpolation",)),
     f"{_MASK}_ssim": Metric("{strategy}, {share}% masked", Unit("SSIM", "{:.3f}".format), max, ("interpolation",)),
     f"{_MASK}_explained_variance": Metric(
