@@ -79,9 +79,10 @@ class ComputeOptions(ProgressOption, DeviceOption):
 
 @dataclass(frozen=True)
 class AttentiveOptions(Settings, group="attentive."):
-    """How the attentive probe is trained.
+    """How the attentive probe is built and trained.
 
     Attributes:
+        queries: number of learned queries, a divisor of the width of the tokens.
         epochs: passes over the training images; null: 30, or more to reach 2,000 steps.
         lr: AdamW's peak learning rate, with a warm-up over a tenth of the steps, then a cosine.
         weight_decay: not applied to biases and norms.
@@ -90,6 +91,7 @@ class AttentiveOptions(Settings, group="attentive."):
             every epoch, and `--method all` leaves this probe out.
     """
 
+    queries: Count = 8
     epochs: Size | None = None
     lr: Rate = 3e-3
     weight_decay: Annotated[float, Range(0, 10)] = 0.05
@@ -235,7 +237,7 @@ class EvaluateOptions(LayerOption, TargetOption):
                 raise ConfigError(f"resume is {self.resume!r} and out {self.out!r}", "give one of them")
             object.__setattr__(self, "out", self.resume)
             object.__setattr__(self, "resume", True)
-        if (self.normal is None) != (self.test is None):
+        if self.method == "anomaly" and (self.normal is None) != (self.test is None):
             missing = "normal" if self.normal is None else "test"
             raise ConfigError(f"method anomaly has no {missing} images", "give --normal DIR --test DIR, or --data DIR")
         if self.normal is not None and self.data.source is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -58,7 +58,7 @@ class Bench:
 
     def probe(self, subject: Subject, pool: str, classify: Classify, options: EvaluateOptions) -> Result:
         """`scores.score` of each ranking that `classify` gives of the test images; few-shot, `over_draws` of them."""
-        train, test = (self._features(subject, split, pool) for split in ("train", "test"))
+        train, test = (self.features(subject, split, pool) for split in ("train", "test"))
         classes = self.data.classes
         if options.labels_per_class is None:
             guesses = classify(train, test, len(classes))
@@ -67,15 +67,21 @@ class Bench:
         check_counts(train.labels.cpu().numpy(), classes, options.labels_per_class)
         for few in draws_of(train, options.labels_per_class, options.draws, options.seed):
             guesses = classify(few, test, len(classes))
-            draws.append({n: score(n, ranking, test.labels, classes).figures[n] for n, ranking in guesses.items()})
+            figures = join(score(name, ranking, test.labels, classes) for name, ranking in guesses.items()).figures
+            draws.append({name: value for name, value in figures.items() if name.removesuffix("_macro") in guesses})
         return over_draws(draws, draws[0])
 
-    def _features(self, subject: Subject, split: str, pool: str) -> Labelled:
+    def features(self, subject: Subject, split: str, pool: str) -> Labelled:
+        """Features and labels of the "train" or "test" images; of images of several classes each, (N, C) tags."""
         widest = subject.pools[-1]  # "both" holds the other two: one pass over the images serves all three
         if (subject.name, split) not in self._cache:
             images: ImageSet = getattr(self.data, split)
             share, batches = images.shared(self.runtime.ranks, f"encoding {split} images, {subject.name}")
-            self._cache[subject.name, split] = extract(subject, batches, self.runtime, widest, share)
+            tags = images.source.tags
+            if tags is not None:
+                batches = (replace(item, labels=torch.from_numpy(tags[item.indices])) for item in batches)
+            held = extract(subject, batches, self.runtime, widest, share)
+            self._cache[subject.name, split] = Labelled(held.features, held.labels.to(held.features.device))
         held = self._cache[subject.name, split]
         if pool == widest:
             return held
@@ -103,6 +109,7 @@ class Method:
         left_out: a sentence on why "all" leaves the method, or one of its baselines, out of this evaluation; empty
             where it does not.
         open: opens the images; None: `images.open_evaluation_data`.
+        several: `measure` for images of several classes each; None: the method cannot measure them.
     """
 
     measure: Callable[[Bench, Subject, EvaluateOptions], Result]
@@ -112,6 +119,7 @@ class Method:
     compared: tuple[str, ...] = ()
     left_out: Callable[[Bench, Subject, EvaluateOptions], str] = lambda *_: ""
     open: Callable[[EvaluateOptions, ModelInput], EvaluationData] | None = None
+    several: Callable[[Bench, Subject, EvaluateOptions], Result] | None = None
 
     def baselines(self, options: EvaluateOptions) -> tuple[str, ...]:
         """The names of what is measured beside the run."""
