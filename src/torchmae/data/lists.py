@@ -115,12 +115,12 @@ def list_splits(path: Path, context: Context) -> dict[str, Source]:
     remarks += [*dialect.remarks, *([note] if note else [])]
     found: dict[str, Source] = {}
     for split in names:
-        rows = np.frombuffer(labels[split], np.intc)
-        own = None if dialect.label is None or numbers is None else numbers[rows]
+        texts_of = np.frombuffer(labels[split], np.intc)
+        own = None if dialect.label is None or numbers is None else numbers[texts_of]
         known = classes[: len(trained & set(classes))] if classes and split == "train" else classes
         found[split] = FileSource(root, located[split], own, None if own is None else known, context, remarks)
         if tags is not None:
-            found[split].tags, found[split].classes = tags[rows], classes
+            found[split].tags, found[split].classes = tags[texts_of], classes
         found[split].groups = np.array(groups[split]) if groups[split] else None
         if paired:
             found[split].masks = Masks(root, located[f"masks of {split}"], located[split])

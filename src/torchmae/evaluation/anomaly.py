@@ -7,7 +7,6 @@ images only serve to measure the scores.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,17 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchmae.config.evaluate import EvaluateOptions
-from torchmae.data.opening import covering_windows, grid_of_windows
 from torchmae.data.sources import Windows
-from torchmae.errors import DataError
+from torchmae.errors import ConfigError, DataError
 from torchmae.evaluation.anomaly_data import AnomalyData
 from torchmae.evaluation.anomaly_maps import pixel_figures, write_files
 from torchmae.evaluation.bench import Bench, output_folder
-from torchmae.evaluation.images import ImageSet
 from torchmae.evaluation.knn import nearest_directions
 from torchmae.evaluation.scores import Result
 from torchmae.evaluation.subject import RANDOM, Subject
-from torchmae.nn.mae import MaskedAutoencoder, require_patches
+from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Mask
 from torchmae.nn.patches import grid_size, patchify
 from torchmae.random import Purpose, permutation, uniform
@@ -101,12 +98,13 @@ def detect(bench: Bench, subject: Subject, *, coreset: float = 1.0, rounds: int 
     """
     data, runtime = bench.data, bench.runtime
     assert isinstance(data, AnomalyData)
+    if not patch_size(subject):
+        raise ConfigError("this model has no patches to find anomalies by", "use a vit model")
     if subject.model is not None:
-        require_patches(subject.model, "to find anomalies by")
         subject.model.eval()
     predicts = subject.model if subject.name != RANDOM else None
     means, tokens = normal_features(bench, subject, coreset, seed)
-    test = in_windows(data.test, data.window)
+    test = data.test_windows
     mine, batches = test.shared(runtime.ranks, f"test images, {subject.name}")
     found: list[dict[str, Tensor]] = []
     for batch in batches:
@@ -127,7 +125,7 @@ def detect(bench: Bench, subject: Subject, *, coreset: float = 1.0, rounds: int 
     by_name = dict(zip(found[0], of_all, strict=True))
     assert isinstance(test.source, Windows) and test.images is not None
     images = torch.from_numpy(test.images).to(runtime.device)[by_name["windows"]]
-    rows, groups = images.unique(return_inverse=True)
+    rows, groups = torch.unique(images, return_inverse=True)
     maps = {name: by_name[name] for name in ("reconstruction", "patch_knn") if name in by_name}
     scores = {"knn": distance(means, mean_of(by_name["mean"], groups), NEIGHBOURS)}
     for name, values in maps.items():
@@ -136,22 +134,12 @@ def detect(bench: Bench, subject: Subject, *, coreset: float = 1.0, rounds: int 
     grid = grid_size(data.test.model.input_size, patch_size(subject))
     return Detection(
         {name: scores[name].cpu() for name in SCORES if name in scores},
-        {name: values.unflatten(1, grid).cpu() for name, values in maps.items()},
+        {name: values.view(-1, *grid).cpu() for name, values in maps.items()},
         mean_of(by_name["labels"].float(), groups).cpu() == 1,
         rows.cpu(),
         by_name["windows"].cpu(),
         test.source,
     )
-
-
-def in_windows(images: ImageSet, window: tuple[int, ...] | None) -> ImageSet:
-    """The images as windows that cover each of them, of the size `window`; None: the largest that an image holds."""
-    source, model = images.source, images.model
-    if window is None:
-        grid = covering_windows(source, model.input_size, model.progress)
-    else:
-        grid = grid_of_windows(source, window, model.progress)
-    return replace(images, source=grid, images=grid.indices)
 
 
 def features_of(subject: Subject, images: Tensor, runtime: Runtime) -> tuple[Tensor, Tensor]:
@@ -238,7 +226,7 @@ def normal_features(bench: Bench, subject: Subject, share: float, seed: int) -> 
     """
     data, runtime = bench.data, bench.runtime
     assert isinstance(data, AnomalyData)
-    normal = in_windows(data.train, data.window)
+    normal = data.normal_windows
     mine, batches = normal.shared(runtime.ranks, f"normal images, {subject.name}")
     means, tokens, windows = [], [], []
     for batch in batches:
@@ -256,7 +244,7 @@ def normal_features(bench: Bench, subject: Subject, share: float, seed: int) -> 
     subset = permutation(seed, 1, len(kept), Purpose.SUBSET)[:MAX_TOKENS]
     bank = F.normalize(kept[torch.from_numpy(subset).to(kept.device)], dim=1)
     rows = runtime.ranks.on_main(lambda: coreset_of(bank, share, seed, bench).cpu())
-    return F.normalize(mean_of(mean, images.unique(return_inverse=True)[1]), dim=1), bank[rows.to(bank.device)]
+    return F.normalize(mean_of(mean, torch.unique(images, return_inverse=True)[1]), dim=1), bank[rows.to(bank.device)]
 
 
 def coreset_of(features: Tensor, share: float, seed: int, bench: Bench) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,18 @@ from torchmae.config.evaluate import EvaluateOptions
 from torchmae.data.formats import Context, tracked
 from torchmae.data.groups import shared_groups
 from torchmae.data.layouts import open_splits
-from torchmae.data.opening import HELD_OUT, check_apart, held_out_images, window_size
+from torchmae.data.opening import (
+    HELD_OUT,
+    check_apart,
+    covering_windows,
+    grid_of_windows,
+    held_out_images,
+    window_size,
+)
 from torchmae.data.reading import probe
 from torchmae.data.sources import Source, Subset, digest, relabelled
 from torchmae.errors import ConfigError, DataError
-from torchmae.evaluation.images import EvaluationData, ModelInput, fixed_part, fixed_rows, image_sets
+from torchmae.evaluation.images import EvaluationData, ImageSet, ModelInput, fixed_part, fixed_rows, image_sets
 from torchmae.evaluation.segmentation_data import Seen, look_at, read_mask
 
 GOOD = "good"
@@ -44,6 +52,24 @@ class AnomalyData(EvaluationData):
     threshold: int = 0
     window: tuple[int, ...] | None = None
     content: str = ""
+
+    @cached_property
+    def normal_windows(self) -> ImageSet:
+        """The windows that cover the normal images."""
+        return self._in_windows(self.train)
+
+    @cached_property
+    def test_windows(self) -> ImageSet:
+        """The windows that cover the test images."""
+        return self._in_windows(self.test)
+
+    def _in_windows(self, images: ImageSet) -> ImageSet:
+        source, model = images.source, images.model
+        if self.window is None:
+            grid = covering_windows(source, model.input_size, model.progress)
+        else:
+            grid = grid_of_windows(source, self.window, model.progress)
+        return replace(images, source=grid, images=grid.indices)
 
     def fingerprints(self) -> dict[str, str]:
         """As of `EvaluationData`, with the masks."""
@@ -103,7 +129,7 @@ def divided(
 ) -> tuple[Source, Source, set[str], tuple[str, ...]]:
     """Normal images to learn from, held-out ones together with all others to test, the names of normal, notes."""
     names = names or {GOOD} & set(class_list(source))
-    if not names:
+    if not names or not class_list(source):
         listed = ", ".join(class_list(source)) or "it has none"
         raise DataError(
             f"the data has no test split, and which of its classes are normal is not known ({listed})",
@@ -190,10 +216,9 @@ def with_masks(data: AnomalyData, tests: Mapping[str, Source], context: Context)
                 "add their masks, or remove all masks of this kind",
             )
     notes = [f"no masks of {', '.join(without)}: they enter figures of images alone"] if without else []
-    rows = np.array([*masks])
-    found = look_at(Subset(source, rows), [*masks.values()], context)
+    found = look_at(Subset(source, np.array([*masks])), [*masks.values()], context)
     unread, seen = [], []
-    for row, item in zip(rows.tolist(), tracked(found, context.progress, "masks", len(rows)), strict=True):
+    for row, item in zip(masks, tracked(found, context.progress, "masks", len(masks)), strict=True):
         if isinstance(item[1], Seen):
             seen.append(item[1])
         else:

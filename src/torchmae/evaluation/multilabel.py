@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from statistics import mean
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchmae.config.evaluate import EvaluateOptions
+from torchmae.errors import DataError
 from torchmae.evaluation import knn, linear
 from torchmae.evaluation.bench import Bench, chosen_pools
 from torchmae.evaluation.scores import Labelled, Result, join
@@ -69,18 +71,23 @@ def ranked(name: str, scores: Tensor, tags: Tensor, classes: tuple[str, ...]) ->
         figures, in [0, 1]: NAME_map, the mean over classes of the average precision, and NAME_auroc, of the area under
         the ROC curve (0.5: chance); classes that all test images are of, or none, are left out. details, under NAME:
         of each class its images and both figures.
+
+    Raises:
+        DataError: no class is left.
     """
     from sklearn.metrics import average_precision_score, roc_auc_score
 
-    rows, notes = [], []
+    rows: list[dict[str, Any]] = []
     for word, guesses, truth in zip(classes, scores.cpu().T.numpy(), tags.cpu().T.numpy(), strict=True):
-        row = {"class": word, "images": int(truth.sum()), "ap": None, "auroc": None}
-        if 0 < truth.sum() < len(truth):
-            row["ap"] = float(average_precision_score(truth, guesses))
-            row["auroc"] = float(roc_auc_score(truth, guesses))
-        rows.append(row)
+        is_mixed = 0 < truth.sum() < len(truth)
+        ap = float(average_precision_score(truth, guesses)) if is_mixed else None
+        area = float(roc_auc_score(truth, guesses)) if is_mixed else None
+        rows.append({"class": word, "images": int(truth.sum()), "ap": ap, "auroc": area})
     known = [row for row in rows if row["ap"] is not None]
-    if len(known) < len(rows):
-        notes.append(f"{len(rows) - len(known)} of {len(rows)} classes are left out: all test images are alike in them")
+    notes: tuple[str, ...] = ()
+    if lost := len(rows) - len(known):
+        notes = (f"{lost} of {len(rows)} classes are left out: test images have all of them or none",)
+    if not known:
+        raise DataError("no class is of some test images but not of all", "give other test images")
     figures = {f"{name}_{end}": mean(row[key] for row in known) for end, key in (("map", "ap"), ("auroc", "auroc"))}
-    return Result(figures if known else {}, {name: {"per_class": rows}}, tuple(notes))
+    return Result(figures, {name: {"per_class": rows}}, notes)

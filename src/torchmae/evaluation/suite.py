@@ -97,9 +97,10 @@ def evaluate(
     own = {name: value for by in results.values() for name, value in by[subjects[0].name].figures.items()}
     train, test = bench.data.train.source.labels, bench.data.test.source.labels
     chance: tuple[str, ...] = ()
-    if train is not None and test is not None and any(METHODS[name].labelled for name in results):
+    if train is not None and test is not None and any(name.endswith(("_low", "_std")) for name in own):
         chance = chance_note(own, train, test, bench.data.classes)
-        next(iter(results.values()))[subjects[0].name].figures["majority"] = majority(train, test)[1]
+        for result in next(iter(results.values())).values():
+            result.figures["majority"] = majority(train, test)[1]
     notes = tuple(dict.fromkeys([*bench.data.notes, *unread, *left_out, *of_methods, *chance]))
     return Evaluation(results, bench.data, notes, make_record(str(run), bench, subjects, options, results, notes))
 
