@@ -28,6 +28,8 @@ Tags = npt.NDArray[np.int8]
 SEVERAL = "|"
 """Between the names of several classes of one image, in the label of a list."""
 
+_AS_TAGS = "read as several classes an image, which data pack leaves out"
+_MOST_TAGS = 2**28
 _SIZES_ASKED = 10_000
 _NUMBER = re.compile(r"-?\d{1,18}(\.0+)?")  # "3.0": a table with gaps turns whole numbers into floats
 _MEASURED = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
@@ -409,7 +411,7 @@ def read_labels(values: npt.ArrayLike, count: int) -> ReadLabels:
     if is_table and np.isin(array, (0, 1)).all():
         if (array.sum(axis=1) == 1).all():
             return ReadLabels(array.argmax(axis=1).astype(np.int64), None, f"{given} are read as one class an image")
-        return ReadLabels(None, None, f"{given} are read as several classes an image", array.astype(np.int8))
+        return ReadLabels(None, None, f"{given} are {_AS_TAGS}", array.astype(np.int8))
     return ReadLabels(None, None, f"{given} are not used: figures of classes need one number or name an image")
 
 
@@ -437,8 +439,11 @@ def _from_several(texts: Sequence[str], training: Iterable[str]) -> ReadLabels:
     split = [{name.strip() for name in text.split(SEVERAL)} - _UNKNOWN for text in texts]
     trained = {name.strip() for text in training for name in text.split(SEVERAL)} - _UNKNOWN
     classes = ordered_classes(trained, set().union(*split))
+    if len(classes) * len(split) > _MOST_TAGS:
+        note = f"labels of {len(classes):,} classes, several an image, are not used: too many"
+        return ReadLabels(None, None, note)
     tags = np.array([[name in names for name in classes] if names else [-1] * len(classes) for names in split], np.int8)
-    note = f"labels such as {next(text for text in texts if SEVERAL in text)} are read as several classes an image"
+    note = f"labels such as {printable(next(text for text in texts if SEVERAL in text)[:80])} are {_AS_TAGS}"
     return ReadLabels(None, classes, note, tags)
 
 
