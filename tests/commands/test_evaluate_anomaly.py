@@ -43,13 +43,17 @@ def test_figures_files_and_their_record(run: Path, capsys: pytest.CaptureFixture
     assert main(["evaluate", str(run), *ANOMALY, "--normal", "normal", "--test", "test", "--json"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert "16 normal images, 24 to test, 8 of them anomalous" in printed
-    assert f"note: anomaly.png and anomaly_scores.csv are in {run}" in printed
+    assert f"note: pictures/anomaly.png and anomaly_scores.csv are in {run}" in printed
     record = load_run(run).evaluations[-1]
     figures = record["results"][0]["figures"]
     assert json.loads(printed[-1])["figures"]["model"] == figures
+    beside = [result["figures"] for result in record["results"][1:]]
+    assert [result["subject"] for result in record["results"]] == ["model", "random", "pixels"]
     for name, value in figures.items():
         row = next(line for line in printed if line.strip().startswith(f"{measure_of(name).label}  "))
-        assert row.split()[-1] == f"{value:.3f}"
+        values = [value, *(other[name] for other in beside if name in other)]
+        assert row.split()[-len(values) :] == [f"{value:.3f}" for value in values]
+    assert "anomaly_reconstruction" in figures.keys() - beside[0].keys()
     assert figures["anomaly_knn"] > 0.9  # which a network that learned nothing can tell too
     assert (record["method"], record["options"]["normal"], record["options"]["test"]) == ("anomaly", "normal", "test")
     assert record["data"]["classes"] == ["normal", "anomalous"]
@@ -58,7 +62,7 @@ def test_figures_files_and_their_record(run: Path, capsys: pytest.CaptureFixture
         rows = list(csv.DictReader(file))
     assert [row["anomalous"] for row in rows if "scratch" in row["path"]] == ["1"] * 8
     assert sum(int(row["anomalous"]) for row in rows) == 8
-    with Image.open(run / "anomaly.png") as picture:
+    with Image.open(run / "pictures" / "anomaly.png") as picture:
         assert picture.width > 100
 
 
@@ -94,9 +98,11 @@ def test_the_share_that_is_hidden_is_that_of_training(run: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "method anomaly has no normal and test images; give --normal DIR --test DIR"),
-        (["--normal", "normal"], "method anomaly has no test images; give --normal DIR --test DIR"),
-        (["--test", "test"], "method anomaly has no normal images; give --normal DIR --test DIR"),
+        (["--data", "strange"], "which of its classes are normal is not known (crack, hole); give --normal-classes"),
+        (["--normal", "normal"], "method anomaly has no test images; give --normal DIR --test DIR, or --data DIR"),
+        (["--test", "test"], "method anomaly has no normal images; give --normal DIR --test DIR, or --data DIR"),
+        (["--normal", "normal", "--test", "test", "--data", "test"], "data is 'test' and normal 'normal'; give one"),
+        (["--data", "test", "--test-data", "val"], "test_data does not apply to method 'anomaly'"),
         (["--normal", "normal", "--test", "normal"], "leads to the training images"),
         (
             ["--normal", "normal", "--test", "strange"],
@@ -120,11 +126,11 @@ def test_mistakes_end_in_one_line(
     assert load_run(run).evaluations == ()
 
 
-def test_pixels_and_random_are_no_models(capsys: pytest.CaptureFixture[str]) -> None:
+def test_pixels_and_random_have_features_but_predict_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     given = [*ANOMALY, "--preset", "vit_digits", "--normal", "normal", "--test", "test"]
     for name in ("pixels", "random"):
         assert main(["evaluate", name, *given]) == 2
-        assert (
-            f"'{name}' has no trained weights, which method 'anomaly' needs; give a run folder"
-            in capsys.readouterr().err
-        )
+        assert f"out is not given, and {name} is no folder" in capsys.readouterr().err
+        assert main(["evaluate", name, *given, "--out", name, "--json"]) == 0
+        (figures,) = json.loads(capsys.readouterr().out.splitlines()[-1])["figures"].values()
+        assert figures.keys() == {"anomaly_knn", "anomaly_patch_knn", "anomaly_patch_knn_max"}

@@ -51,7 +51,7 @@ def test_images_without_labels_stay_as_they_are() -> None:
         (np.array(["b", "a", "b"], dtype=object), [1, 0, 1], ("a", "b"), ""),
         ([[0, 1], [1, 0], [0, 1]], [1, 0, 1], None, "one class an image"),
         ([10**12, 7, -1], [1, 0, -1], ("7", str(10**12)), ""),  # identifiers, not a million million classes
-        ([[0, 1, 1], [0, 0, 0], [1, 1, 1]], None, None, "not used"),
+        ([[0, 1, 1], [0, 0, 0], [1, 1, 1]], None, None, "several classes an image"),
         ([0.5, 1.0, 2.0], None, None, "not used"),
         ([0, 1], None, None, "not used"),
         (np.zeros((3, 8, 8), int), None, None, "not used"),

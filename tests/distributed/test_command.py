@@ -240,7 +240,7 @@ def test_ranks_find_anomalies_together(alone: Path, tmp_path: Path) -> None:
     assert len(tables[0]) == 19
     for ours, theirs in zip(*tables, strict=True):
         assert ours == theirs  # with the masks of one rank
-    assert (outs[1] / "anomaly.png").read_bytes() == (outs[0] / "anomaly.png").read_bytes()
+    assert (outs[1] / "pictures" / "anomaly.png").read_bytes() == (outs[0] / "pictures" / "anomaly.png").read_bytes()
 
 
 @pytest.mark.parametrize("finetune", ["false", "true"])

@@ -10,22 +10,25 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchmetrics
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from scipy import ndimage
 
 from torchmae import presets
 from torchmae.config.data import DataOptions
-from torchmae.config.evaluate import EvaluateOptions
+from torchmae.config.evaluate import AnomalyOptions, EvaluateOptions
 from torchmae.data.arrays import ArraySource
 from torchmae.data.reading import BadFiles
-from torchmae.data.sources import Source
+from torchmae.data.sources import FileSource, Source
 from torchmae.data.transforms import Normalisation
 from torchmae.errors import CheckpointError, ConfigError, DataError
-from torchmae.evaluation import anomaly
+from torchmae.evaluation import anomaly, anomaly_maps
+from torchmae.evaluation.anomaly_data import AnomalyData
 from torchmae.evaluation.bench import Bench
-from torchmae.evaluation.images import EvaluationData, ImageSet, ModelInput
-from torchmae.evaluation.subject import Subject
+from torchmae.evaluation.images import ImageSet, ModelInput
+from torchmae.evaluation.subject import PIXELS, Subject
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.training.progress import Display
 from torchmae.training.runtime import Runtime
@@ -43,11 +46,11 @@ def model(**changes: Any) -> MaskedAutoencoder:
     return built
 
 
-def image_set(source: Source) -> ImageSet:
+def image_set(source: Source, size: tuple[int, int] = (8, 8)) -> ImageSet:
     return ImageSet(
         source,
         data=DataOptions(num_workers=0),
-        model=ModelInput((8, 8), 1, NORMALISATION, CPU, 16),
+        model=ModelInput(size, 1, NORMALISATION, CPU, 16),
         normalisation=NORMALISATION,
         bad=BadFiles(len(source), 0.0),
     )
@@ -78,8 +81,12 @@ def sets() -> tuple[ImageSet, ImageSet]:
     return image_set(ArraySource(normal[0])), image_set(ArraySource(*test, ("normal", "anomalous")))
 
 
-def detect(*args: Any, **options: Any) -> anomaly.Detection:
-    return anomaly.detect(*args, runtime=RUNTIME, **options)
+def bench_of(normal: ImageSet, test: ImageSet, **more: Any) -> Bench:
+    return Bench(AnomalyData(normal, test, ("normal", "anomalous"), (), **more), RUNTIME, Display("none"), "run")
+
+
+def detect(network: MaskedAutoencoder, normal: ImageSet, test: ImageSet, **options: Any) -> anomaly.Detection:
+    return anomaly.detect(bench_of(normal, test), Subject("model", network), **options)
 
 
 # Masks.
@@ -174,14 +181,14 @@ def test_auroc_by_hand() -> None:
 
 
 def test_an_odd_patch_is_found_and_located(tmp_path: Path) -> None:
-    data = EvaluationData(*sets(), ("normal", "anomalous"), ())
-    options = EvaluateOptions(method="anomaly", normal="a", test="b", out=str(tmp_path / "new"))
-    bench = Bench(data, RUNTIME, Display("none"), "run")
-    figures = anomaly.measure(bench, Subject("model", predicts_grey()), options).figures
+    options = EvaluateOptions(
+        method="anomaly", normal="a", test="b", out=str(tmp_path / "new"), anomaly=AnomalyOptions(maps=True)
+    )
+    figures = anomaly.measure(bench_of(*sets()), Subject("model", predicts_grey()), options).figures
     assert set(figures) == {f"anomaly_{name}" for name in anomaly.SCORES}
     assert figures["anomaly_reconstruction_max"] == 1.0
     assert figures["anomaly_patch_knn_max"] == 1.0
-    with Image.open(tmp_path / "new" / "anomaly.png") as picture:
+    with Image.open(tmp_path / "new" / "pictures" / "anomaly.png") as picture:
         assert picture.size[0] > 2 * 3 * 96
         assert len(set(picture.get_flattened_data())) > 50
         assert "unusual" in picture.info["Description"]
@@ -189,25 +196,31 @@ def test_an_odd_patch_is_found_and_located(tmp_path: Path) -> None:
     rows = list(csv.DictReader(text.splitlines()))
     assert [row["anomalous"] for row in rows] == ["0"] * 20 + ["1"] * 10
     assert rows[29]["path"] == "array/29"
+    every = sorted((tmp_path / "new" / "anomaly_maps").iterdir())
+    assert len(every) == 2 * 30
+    with Image.open(every[-1]) as picture:
+        assert (picture.size, picture.mode) == ((8, 8), "L")
     worst = [float(row["reconstruction_max"]) for row in rows]
     assert min(worst[20:]) > max(worst[:20])
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    detection = detect(model(), *sets())
+    bench = bench_of(*sets())
+    detection = anomaly.detect(bench, Subject("model", model()))
     with pytest.raises(CheckpointError, match=r"cannot write .*file.*; .*another folder"):
-        anomaly.write_files(tmp_path / "file" / "new", detection, sets()[1], (4, 4))
+        anomaly_maps.write_files(tmp_path / "file" / "new", bench.data, detection)
 
 
 def test_maps_point_at_the_patch() -> None:
     detection = detect(predicts_grey(), *sets())
     assert detection.anomalous.tolist() == [False] * 20 + [True] * 10
     for name in ("reconstruction", "patch_knn"):
-        assert detection.maps[name].shape == (30, 16)
-        assert detection.maps[name][20:].argmax(1).tolist() == [6] * 10
-    torch.testing.assert_close(detection.scores["reconstruction_max"], detection.maps["reconstruction"].amax(1))
-    torch.testing.assert_close(detection.scores["reconstruction"], detection.maps["reconstruction"].mean(1))
+        assert detection.maps[name].shape == (30, 4, 4)
+        assert detection.maps[name][20:].flatten(1).argmax(1).tolist() == [6] * 10
+    maps = detection.maps["reconstruction"]
+    torch.testing.assert_close(detection.scores["reconstruction_max"], maps.amax((1, 2)))
+    torch.testing.assert_close(detection.scores["reconstruction"], maps.mean((1, 2)))
 
 
 def test_the_seed_decides() -> None:
@@ -227,9 +240,22 @@ def test_a_test_image_that_is_normal_in_every_pixel_has_no_distance() -> None:
 
 def test_normal_patches_are_kept_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(anomaly, "MAX_TOKENS", 50)
-    normal, _ = sets()
-    means, tokens = anomaly.normal_features(model(), normal, RUNTIME, 0)
-    assert (len(means), len(tokens)) == (40, 50)
+    for share, count in ((1.0, 50), (0.2, 10)):
+        means, tokens = anomaly.normal_features(bench_of(*sets()), Subject("model", model()), share, 0)
+        assert (len(means), len(tokens)) == (40, count)
+    means, tokens = anomaly.normal_features(bench_of(*sets()), Subject(PIXELS, None, (2, 2)), 1.0, 0)
+    assert (means.shape, tokens.shape) == ((40, 64), (50, 4))
+
+
+def test_a_coreset_covers_what_a_random_choice_leaves_out() -> None:
+    torch.manual_seed(0)
+    crowd, rare = torch.randn(500, 300) * 0.01, torch.eye(300)[:9] * 5
+    features = torch.cat([crowd, rare])
+    bench = bench_of(*sets())
+    chosen = anomaly.coreset_of(features, 10 / 509, 0, bench)
+    assert sorted(chosen.tolist()) == [0, *range(500, 509)]
+    assert torch.equal(chosen, anomaly.coreset_of(features, 10 / 509, 0, bench))
+    assert torch.equal(anomaly.coreset_of(features, 1.0, 0, bench), torch.arange(509))
 
 
 def test_the_mlp_model_cannot() -> None:
@@ -240,12 +266,72 @@ def test_the_mlp_model_cannot() -> None:
 # Pictures.
 
 
-def test_maps_are_on_the_scale_of_all_test_images() -> None:
-    maps = {"reconstruction": torch.rand(5, 6), "patch_knn": torch.rand(5, 6) + 3}
-    detection = anomaly.Detection({}, maps, torch.tensor([True, False, True, False, True]), torch.arange(5))
-    shown = anomaly.heat_maps(detection, torch.tensor([4, 0, 1]), (2, 3), (8, 12))
-    assert {name: values.shape for name, values in shown.items()} == dict.fromkeys(maps, (3, 8, 12))
-    everything = anomaly.heat_maps(detection, torch.arange(5), (2, 3), (2, 3))
-    for name, values in everything.items():
-        assert (values.min(), values.max()) == (0, 1)
-        assert np.array_equal(values.reshape(-1) == 1, maps[name].numpy().reshape(-1) == maps[name].max().item())
+def published(scores: Any, truth: Any, limit: float) -> float:
+    """AUPRO as Bergmann et al. define it, a threshold at a time."""
+    regions, count = ndimage.label(truth, np.ones((3, 3)))
+    fpr, overlap = [0.0], [0.0]
+    for threshold in np.unique(scores)[::-1]:
+        found = scores >= threshold
+        fpr.append(found[~truth].mean())
+        overlap.append(np.mean([found[regions == number].mean() for number in range(1, count + 1)]))
+    grid = np.linspace(0, limit, 200_001)
+    return float(np.trapezoid(np.interp(grid, fpr, overlap), grid) / limit)
+
+
+def test_pixel_figures_are_torchmetrics_and_the_published_ones() -> None:
+    torch.manual_seed(1)
+    truth = np.zeros((40, 60), dtype=bool)
+    truth[5:9, 5:30], truth[9, 30], truth[20:38, 40:58], truth[30, 3] = True, True, True, True
+    scores = (torch.rand(40, 60) + 0.3 * torch.from_numpy(truth)).numpy().round(2)
+    values, numbers = np.unique(scores, return_inverse=True)
+    regions, count = ndimage.label(truth, np.ones((3, 3)))
+    assert count == 3  # one of them joined by a corner
+    sizes = np.bincount(regions.ravel())
+    normal, defects, of_regions = (
+        np.bincount(numbers.ravel(), weights.ravel(), minlength=len(values))
+        for weights in (~truth * 1.0, truth * 1.0, np.where(truth, 1 / sizes[regions], 0.0))
+    )
+    theirs = torchmetrics.functional.auroc(torch.from_numpy(scores), torch.from_numpy(truth), task="binary")
+    assert anomaly_maps.area(normal, defects) == pytest.approx(float(theirs), abs=1e-5)
+    for limit in (0.3, 0.05):
+        assert anomaly_maps.area(normal, of_regions, limit) == pytest.approx(published(scores, truth, limit), abs=1e-4)
+
+
+def test_maps_cover_pictures_of_any_size_and_are_compared_with_masks(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    names, masks = [], {}
+    for number, (height, width) in enumerate([(16, 16), (16, 40), (30, 16), (9, 8), (16, 16), (20, 20)]):
+        pixels = 128 + random.normal(0, 2, (height, width))
+        mask = np.zeros((height, width), dtype=np.uint8)
+        if number in (1, 2):
+            pixels[4:8, -8:-4] += np.array([[60, -60], [-60, 60]]).repeat(2, 0).repeat(2, 1)
+            mask[4:8, -8:-4] = 255
+        names.append(f"{number}.png")
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(tmp_path / names[-1])
+        masks[number] = tmp_path / f"{number}_mask.png"
+        Image.fromarray(mask).save(masks[number])
+    labels = np.array([0, 1, 1, 0, 0, 0])
+    normal = image_set(FileSource(tmp_path, [names[i] for i in (0, 4, 5)]))
+    test = image_set(FileSource(tmp_path, names, labels, ("normal", "anomalous")))
+    bench = bench_of(normal, test, masks=masks, threshold=127)
+    detection = anomaly.detect(bench, Subject("model", predicts_grey()))
+    assert len(detection.windows) == 1 + 3 + 2 + 2 + 1 + 1
+    for place in range(6):
+        found = anomaly_maps.map_of(detection, "reconstruction", place)
+        assert found.shape == detection.grid.size(place)
+        assert bool(found.isfinite().all())
+    place = anomaly_maps.map_of(detection, "reconstruction", 1).argmax().item()
+    assert 2 <= place // 40 <= 9 and 30 <= place % 40 <= 37
+    figures = anomaly_maps.pixel_figures(bench.data, detection, lambda *_: None)
+    truth = torch.cat([torch.from_numpy(bench.data.defect(i, detection.grid.size(i))).flatten() for i in range(6)])
+    for name in ("reconstruction", "patch_knn"):
+        scores = torch.cat([anomaly_maps.map_of(detection, name, i).flatten() for i in range(6)])
+        theirs = torchmetrics.functional.auroc(scores, truth, task="binary")
+        assert figures[f"anomaly_{name}_pixel"] == pytest.approx(float(theirs), abs=2e-3)
+        assert 0 < figures[f"anomaly_{name}_aupro"] <= 1
+    # Without the pixels of the defects that can be seen.
+    bench = bench_of(normal, test, masks=masks, threshold=127, unscored=frozenset({1, 2}))
+    with pytest.raises(DataError, match="of the pixels of the test images, none is a defect"):
+        anomaly_maps.pixel_figures(bench.data, detection, lambda *_: None)
+    own = anomaly.detect(bench_of(normal, test, window=(8, 8)), Subject("model", model()))
+    assert len(own.windows) == 4 + 10 + 8 + 2 + 4 + 9  # at their own resolution

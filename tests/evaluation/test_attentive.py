@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from torchmae.config.evaluate import AttentiveOptions, EvaluateOptions
+from torchmae.errors import ConfigError
 from torchmae.evaluation import attentive
 from torchmae.evaluation.attentive import AttentiveProbe, held_tokens, open_tokens
 from torchmae.evaluation.images import ImageSet
@@ -21,13 +22,13 @@ def measure(train: ImageSet, test: ImageSet, options: AttentiveOptions, seed: in
 
 def test_the_order_of_products_does_not_change_attention() -> None:
     mean, std = torch.randn(12), torch.rand(12) + 0.5
-    probe = AttentiveProbe(mean, std, num_heads=3, num_classes=5)
+    probe = AttentiveProbe(mean, std, num_queries=3, num_classes=5)
     torch.nn.init.normal_(probe.head.weight)
     tokens = torch.randn(2, 7, 12)
-    # As written in the textbooks: every token's key and value, then the weighted sum of values.
+    # As written in the textbooks: every token's value, then the weighted sum of values.
     x = (tokens - mean) / std
-    keys, values = (torch.einsum("bld,hkd->bhlk", x, matrix) for matrix in (probe.key, probe.value))
-    pooled = F.scaled_dot_product_attention(probe.query.expand(2, -1, -1).unsqueeze(2), keys, values)
+    keys, values = x[:, None].expand(-1, 3, -1, -1), torch.einsum("bld,hkd->bhlk", x, probe.value)
+    pooled = F.scaled_dot_product_attention(probe.query.expand(2, -1, -1).unsqueeze(2), keys, values, scale=1.0)
     expected = probe.head(probe.norm(pooled.flatten(1)))
     torch.testing.assert_close(probe(tokens), expected)
 
@@ -96,9 +97,10 @@ def test_the_number_of_epochs(epochs: int | None, expected: int, monkeypatch: py
     assert told == [(done, expected) for done in range(1, 5)]
 
 
-@pytest.mark.parametrize(("dim", "heads"), [(192, 3), (768, 12), (64, 1), (16, 1), (200, 2), (203, 1)])
-def test_heads_are_of_about_64_values(dim: int, heads: int) -> None:
-    assert attentive._num_heads(dim) == heads
+def test_queries_divide_the_width_of_tokens() -> None:
+    train = tiny.digits("train", 30)
+    with pytest.raises(ConfigError, match="attentive.queries is 5 and tokens have 16 values; use 4"):
+        measure(train, train, AttentiveOptions(queries=5))
 
 
 def test_statistics_are_those_of_the_tokens() -> None:

@@ -41,7 +41,7 @@ def test_the_file_holds_what_the_model_gives(tmp_path: Path, suffix: str, pool: 
     np.testing.assert_array_equal(content.features, np.concatenate([item.features.numpy() for item in pairs]))
     np.testing.assert_array_equal(content.labels, np.concatenate([item.labels.numpy() for item in pairs]))
     assert content.paths.tolist() == [part.source.name(i) for part in parts() for i in range(70)]
-    assert content.about == {"weights": tiny.subject().fingerprint(), "pool": pool}
+    assert content.about == {"weights": tiny.subject().fingerprint(), "pool": pool, "layer": ""}
     assert list(tmp_path.iterdir()) == [out]
 
 

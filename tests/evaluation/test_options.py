@@ -27,6 +27,12 @@ from torchmae.errors import ConfigError
         (ReconstructionOptions, {"ratios": (0.5, 1.0)}, "reconstruction.ratios is 1; it must lie in (0, 1)"),
         (ReconstructionOptions, {"ratios": ()}, "reconstruction.ratios is empty"),
         (EvaluateOptions, {"pool": "max"}, "pool is 'max'; did you mean 'mean'? choose from mean, cls, both"),
+        (
+            EvaluateOptions,
+            {"layer": "last-0"},
+            "layer is 'last-0'; give the number of a block, such as 5 or -2, or las",
+        ),
+        (EvaluateOptions, {"layer": 3, "method": "finetune"}, "layer does not apply to method 'finetune'"),
         (EvaluateOptions, {"labels_per_class": 0}, "labels_per_class is 0; it must be 1 or more"),
         (EvaluateOptions, {"labels_per_class": 5, "method": "attentive"}, "labels_per_class does not apply to method"),
         (

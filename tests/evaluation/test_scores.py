@@ -22,7 +22,11 @@ def test_scores_by_hand() -> None:
     ranking = torch.tensor([[0, 1, 2], [1, 0, 2], [1, 2, 0], [2, 1, 0]])
     result = score("knn20", ranking, torch.tensor([0, 0, 1, 0]), ["cat", "dog", "eel", "owl"])
     low, high = (100 * end for end in wilson_interval(2, 4))
-    assert result.figures == {"knn20": 50.0, "knn20_low": low, "knn20_high": high}  # top-5 of four would say nothing
+    macro = 100 * (1 / 3 + 1) / 2
+    wanted = {"knn20": 50.0, "knn20_low": low, "knn20_high": high, "knn20_macro": macro}
+    assert result.figures == pytest.approx(wanted)  # top-5 of four would say nothing
+    even = score("knn20", ranking, torch.tensor([0, 1, 1, 0]), ["cat", "dog", "eel", "owl"]).figures
+    assert "knn20_macro" not in even  # it would be the accuracy
     details = json.loads(json.dumps(result.details["knn20"], allow_nan=False))
     assert details["per_class"] == [
         {"class": "cat", "images": 3, "top1": pytest.approx(100 / 3)},

@@ -92,10 +92,12 @@ def test_brightness_decides(made: Path, tmp_path: Path) -> None:
 
 def test_blocks_are_concatenated(made: Path, tmp_path: Path) -> None:
     run = write_run(tmp_path / "deep", depth=2)
-    evaluation = evaluated(run, made, config={"blocks": 2, "epochs": 2})
+    evaluation = evaluated(run, made, layer="last-2", config={"epochs": 2})
     assert np.isfinite(evaluation.figures()["model"]["segmentation_miou"])
-    with pytest.raises(ConfigError, match="segmentation.blocks is 3 and this vision transformer gives 2; at most 2"):
-        evaluated(run, made, config={"blocks": 3})
+    with pytest.raises(ConfigError, match="layer is 'last-3' and this vision transformer gives 2 blocks; .*last-2"):
+        evaluated(run, made, layer="last-3")
+    with pytest.raises(ConfigError, match="segmentation.finetune trains the whole encoder; leave layer out"):
+        evaluated(run, made, layer=-2, config={"finetune": True})
 
 
 def test_masks_are_read_as_people_store_them(tmp_path: Path) -> None:

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 
 from torchmae import presets
 from torchmae.data.loader import Batch
 from torchmae.errors import ConfigError
-from torchmae.evaluation.subject import Subject, extract, pixels, untrained
+from torchmae.evaluation.subject import Subject, blocks_of, extract, pixels, untrained
 from torchmae.training.runtime import Runtime
 
 
@@ -19,6 +22,36 @@ def test_both_is_mean_and_then_cls() -> None:
     assert torch.equal(subject.encode(images, "both"), expected)
     assert expected.shape == (3, 32)
     torch.testing.assert_close(subject.encode(images, "tokens").mean(1), expected[:, :16])
+
+
+def test_layers_are_blocks_of_the_encoder() -> None:
+    subject, images = tiny.subject(depth=3), torch.randn(2, 1, 8, 8)
+    assert subject.model is not None
+    encoder = subject.model.encoder
+    outputs: list[torch.Tensor] = []
+    for block in encoder.blocks:
+        block.register_forward_hook(lambda module, given, output: outputs.append(output))
+    with torch.no_grad():
+        encoder(images)
+    between = [F.layer_norm(output, (16,))[:, 1:] for output in outputs]
+    final = subject.encode(images, "tokens")
+    wanted = {
+        0: between[0],
+        -2: between[1],
+        -1: final,
+        2: final,
+        "last-1": final,
+        "last-3": torch.cat([*between[:2], final], dim=-1),
+    }
+    for layer, tokens in wanted.items():
+        one = replace(subject, blocks=blocks_of(encoder, layer))
+        torch.testing.assert_close(one.encode(images, "tokens"), tokens)
+        torch.testing.assert_close(one.encode(images, "both")[:, : tokens.shape[-1]], tokens.mean(1))
+        assert one.encode(images, "cls").shape == (2, tokens.shape[-1])
+    for beyond in (3, -4, "last-4"):
+        with pytest.raises(ConfigError, match=r"gives 3 blocks; choose from -3 to 2, or at most last-3"):
+            blocks_of(encoder, beyond)
+    assert blocks_of(presets.build("mlp", hidden_dim=4).encoder, -1) is None
 
 
 def test_what_a_model_without_a_class_token_has() -> None:

@@ -49,9 +49,10 @@ def test_all_stands_beside_an_untrained_network_and_pixels_and_twice_is_the_same
     assert list(figures) == ["model", "random", "pixels"]
     tables = {name: {key for key in values if "_top5" not in key} for name, values in figures.items()}
     accuracies = {"knn10", "knn20", "knn100", "linear_mean", "linear_c0.1"}
-    bounded = {name + end for name in accuracies for end in ("", "_low", "_high")}
+    ends = ("", "_low", "_high", "_macro")
+    bounded = {"majority"} | {name + end for name in accuracies for end in ends}
     assert tables["pixels"] == bounded
-    more = {name + end for name in ("linear_cls", "linear_both", "attentive") for end in ("", "_low", "_high")}
+    more = {name + end for name in ("linear_cls", "linear_both", "attentive") for end in ends}
     assert tables["model"] == tables["random"] == bounded | more
     # The run's model is untrained too, with the same seed and the same normalisation.
     assert figures["model"] == figures["random"]
@@ -138,7 +139,9 @@ def test_few_shot(run: Path) -> None:
 
 def test_the_paper_protocol(run: Path) -> None:
     figures = evaluate(run, method="linear", protocol="paper", pool="mean").figures()["model"]
-    assert set(figures) == {f"linear_paper_mean{end}" for end in ("", "_top5", "_low", "_high")}
+    assert set(figures) == {"majority"} | {
+        f"linear_paper_mean{end}" for end in ("", "_top5", "_low", "_high", "_macro")
+    }
 
 
 def test_what_is_recorded(run: Path) -> None:
@@ -185,7 +188,8 @@ def test_an_unreadable_test_image_counts_in_no_method(run: Path, tmp_path: Path)
     options = ReconstructionOptions(ratios=(0.5,), strategies=("random",))
     filled = evaluate(run, method="reconstruction", reconstruction=options, **data).results["reconstruction"]
     assert filled["model"].details["images"] == 9
-    evaluate(run, method="anomaly", normal=str(tmp_path / "train" / "good"), test=str(tmp_path / "test"), **data)
+    given = {"normal": str(tmp_path / "train" / "good"), "test": str(tmp_path / "test")}
+    evaluate(run, method="anomaly", **given, data=DataOptions(num_workers=0, max_bad=0.5))
     assert len((run / "anomaly_scores.csv").read_text(encoding="utf-8").splitlines()) == 10
 
 

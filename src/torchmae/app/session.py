@@ -166,7 +166,7 @@ class Session:
         """The images of the embedded data set whose features are nearest to the picture's, nearest first."""
         assert self.bank is not None
         with self._busy:
-            query = self.first.encode(picture[0], self.bank.about.get("pool", "mean")).float()
+            query = self.first.encode(picture[0], self.bank.about.get("pool", "mean"), self.bank.layer).float()
         found, cosines = (item[0].tolist() for item in nearest(self._features, query, count))
         classes = self.first.description.classes
         names, labels = self.bank.paths[found].tolist(), self.bank.labels[found].tolist()
@@ -292,7 +292,7 @@ def check_bank(bank: Features, pretrained: Pretrained) -> None:
         raise ConfigError(f"pool is {pool!r} but the model has no class token", fix)
     if bank.about.get("weights") not in (None, Subject("model", model).fingerprint()):
         raise ConfigError("the features are those of another model", fix)
-    expected = model.encoder.embed_dim * (2 if pool == "both" else 1)
+    expected = model.encoder.embed_dim * (2 if pool == "both" else 1) * len(bank.layer or [0])
     if features.shape[1] != expected:
         raise ConfigError(f"the features have {features.shape[1]} values an image and this model gives {expected}", fix)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -13,6 +14,7 @@ from torchmae.config.base import (
     Minutes,
     NotNegative,
     Place,
+    PositiveShare,
     Precision,
     ProgressOption,
     Range,
@@ -29,16 +31,36 @@ from torchmae.config.pretrain import Preset, Strategy
 from torchmae.errors import ConfigError
 
 Method = Literal["all", "knn", "linear", "attentive", "reconstruction", "finetune", "segmentation", "anomaly"]
+Layer = int | str
 APPLIES_TO = {
+    "layer": ("knn", "linear", "attentive", "segmentation", "anomaly", "all"),
     "labels_per_class": ("knn", "linear", "finetune", "all"),
     "out": ("finetune", "segmentation", "anomaly"),
     "target": ("reconstruction", "anomaly"),
     "resume": ("finetune", "segmentation"),
+    "test_data": ("knn", "linear", "attentive", "reconstruction", "finetune", "segmentation", "all"),
     "normal": ("anomaly",),
     "test": ("anomaly",),
     "normal_classes": ("anomaly",),
 }
 """The methods of each option that does not apply to all methods."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerOption(Settings):
+    """Which layer features are of.
+
+    Attributes:
+        layer: number of the block whose output is used, from 0 or, negative, from the end; or last-N: the outputs of
+            the last N blocks, concatenated; null: the encoder's output, as -1.
+    """
+
+    layer: Layer | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.layer, str) and not re.fullmatch(r"last-[1-9]\d{0,3}", self.layer):
+            raise ConfigError(f"layer is {self.layer!r}", "give the number of a block, such as 5 or -2, or last-4")
 
 
 @dataclass(frozen=True)
@@ -60,9 +82,10 @@ class ComputeOptions(ProgressOption, DeviceOption):
 
 @dataclass(frozen=True)
 class AttentiveOptions(Settings, group="attentive."):
-    """How the attentive probe is trained.
+    """How the attentive probe is built and trained.
 
     Attributes:
+        queries: number of learned queries, a divisor of the width of the tokens.
         epochs: passes over the training images; null: 30, or more to reach 2,000 steps.
         lr: AdamW's peak learning rate, with a warm-up over a tenth of the steps, then a cosine.
         weight_decay: not applied to biases and norms.
@@ -71,6 +94,7 @@ class AttentiveOptions(Settings, group="attentive."):
             every epoch, and `--method all` leaves this probe out.
     """
 
+    queries: Count = 8
     epochs: Size | None = None
     lr: Rate = 3e-3
     weight_decay: Annotated[float, Range(0, 10)] = 0.05
@@ -85,7 +109,6 @@ class SegmentationOptions(Settings, group="segmentation."):
     Attributes:
         finetune: train the encoder and a light decoder end to end, as the options of finetune say (its learning rate,
             epochs, batch size), instead of a linear head on frozen patch tokens.
-        blocks: so many last blocks of the encoder, whose patch tokens the head gets one after the other.
         classes: number of classes; ids go from 0 to classes - 1; null: as the masks have them.
         ignore: id of pixels that do not count, such as 255; of masks in colours, 65536 * red + 256 * green + blue.
         threshold: what is above it is foreground, the rest background; for masks with soft edges, 127.
@@ -99,7 +122,6 @@ class SegmentationOptions(Settings, group="segmentation."):
     """
 
     finetune: bool = False
-    blocks: Count = 1
     classes: Annotated[int, Range(2, 255)] | None = None
     ignore: Annotated[int, Range(0, 2**24 - 1)] | None = None
     threshold: Annotated[int, Range(0, 65534)] | None = None
@@ -137,15 +159,29 @@ class ReconstructionOptions(Settings, group="reconstruction."):
 
 
 @dataclass(frozen=True)
-class EvaluateOptions(TargetOption):
+class AnomalyOptions(Settings, group="anomaly."):
+    """What features of test images are compared with, and what is written.
+
+    Attributes:
+        coreset: share of the normal images' patch features that is kept, far from each other (PatchCore's greedy
+            coreset); 1: all.
+        maps: write the heat map of every test picture, in its own size, into OUT/anomaly_maps.
+    """
+
+    coreset: PositiveShare = 0.1
+    maps: bool = False
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(LayerOption, TargetOption):
     """Measures what a model learned: nearest neighbours, probes, fine-tuning, segmentation, anomalies.
 
     Runs on several GPUs with torchrun.
 
     Attributes:
         method: knn, linear, attentive, reconstruction, finetune (trains a classifier end to end, minutes to hours),
-            segmentation (of pictures with masks) or anomaly (with --normal DIR --test DIR); all: knn, linear and
-            attentive, beside an untrained network and raw pixels.
+            segmentation (of pictures with masks) or anomaly (of normal images and others, as in MVTec AD); all: knn,
+            linear and attentive, beside an untrained network and raw pixels.
         data: the labelled training images of the probes.
         test_data: the labelled test images: "test" or "val" (a split of the data), "held-out" (some of the training
             images), or a source as for --data; null: the test split, else val, else held-out.
@@ -163,14 +199,15 @@ class EvaluateOptions(TargetOption):
         attentive: how the attentive probe is trained.
         reconstruction: the masks and images of the reconstruction metrics.
         segmentation: what masks mean, and how a segmenter is trained on them.
+        anomaly: what features of test images are compared with.
         finetune: how a classifier is trained end to end; its images are flipped if the run's were.
         out: folder for the classifier of finetune (null: RUN/finetune-...) or the results of segmentation and anomaly
             (null: RUN); required if RUN is no folder.
         resume: finetune and segmentation.finetune: continue the training in this folder; without a folder, in `out`.
-        normal: anomaly: source of the normal images, its training split; labels are not needed.
+        normal: anomaly: source of the normal images, its training split; labels are not needed; null: those of data.
         test: anomaly: source of the test images, one folder per class. "good" and the classes of the normal images are
-            normal, all others anomalous.
-        normal_classes: anomaly: use only these classes of the normal images, separated by commas.
+            normal, all others anomalous; null: the test split of data, else some of the normal images and all others.
+        normal_classes: anomaly: only these classes are normal, separated by commas.
         seed: seed of the untrained network, draws, masks and initial weights.
     """
 
@@ -187,6 +224,7 @@ class EvaluateOptions(TargetOption):
     attentive: AttentiveOptions = field(default_factory=AttentiveOptions)
     reconstruction: ReconstructionOptions = field(default_factory=ReconstructionOptions)
     segmentation: SegmentationOptions = field(default_factory=SegmentationOptions)
+    anomaly: AnomalyOptions = field(default_factory=AnomalyOptions)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     out: Place | None = None
     resume: bool | Place = False
@@ -202,9 +240,13 @@ class EvaluateOptions(TargetOption):
                 raise ConfigError(f"resume is {self.resume!r} and out {self.out!r}", "give one of them")
             object.__setattr__(self, "out", self.resume)
             object.__setattr__(self, "resume", True)
-        if self.method == "anomaly" and (self.normal is None or self.test is None):
-            missing = " and ".join(name for name in ("normal", "test") if getattr(self, name) is None)
-            raise ConfigError(f"method anomaly has no {missing} images", "give --normal DIR --test DIR")
+        if self.method == "anomaly" and (self.normal is None) != (self.test is None):
+            missing = "normal" if self.normal is None else "test"
+            raise ConfigError(f"method anomaly has no {missing} images", "give --normal DIR --test DIR, or --data DIR")
+        if self.normal is not None and self.data.source is not None:
+            raise ConfigError(f"data is {self.data.source!r} and normal {self.normal!r}", "give one of them")
+        if self.layer is not None and self.method == "segmentation" and self.segmentation.finetune:
+            raise ConfigError("layer is given and segmentation.finetune trains the whole encoder", "leave layer out")
         for name, methods in APPLIES_TO.items():
             if getattr(self, name) not in (None, False) and self.method not in methods:
                 listed = " or ".join(filter(None, [", ".join(methods[:-1]), methods[-1]]))
@@ -221,7 +263,7 @@ class RunOrBaseline(JsonOption, RunArgument):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedOptions(RunArgument):
+class EmbedOptions(LayerOption, RunArgument):
     """Writes the features of all images of a data set to a file.
 
     Nothing is masked. If the command is stopped, run it again to continue. Runs on several GPUs with torchrun.

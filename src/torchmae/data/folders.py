@@ -263,10 +263,20 @@ class Masks:
 
     def of(self, picture: str | Path) -> Path | None:
         """The mask (the first of several) of a picture, whose path is absolute or relative to the root; else None."""
-        path = Path(picture)
-        name = path.relative_to(self._root) if path.is_relative_to(self._root) else path
-        found = self._by_key.get(self._key(name.as_posix()))
+        found = self._by_key.get(self._key_of(picture))
         return None if found is None else self._root / os.fsdecode(self._names[found])
+
+    def alone(self, pictures: Iterable[str]) -> list[Path]:
+        """The masks of none of these pictures."""
+        used = {self._key_of(picture) for picture in pictures}
+        return [self._root / os.fsdecode(self._names[i]) for key, i in self._by_key.items() if key not in used]
+
+    def _key_of(self, picture: str | Path) -> tuple[str, ...]:
+        path = Path(picture)
+        key = self._key((path.relative_to(self._root) if path.is_relative_to(self._root) else path).as_posix())
+        # MVTec AD: ground_truth/KIND/x_mask.png is of test/KIND/x.png.
+        is_below_split = key not in self._by_key and len(key) > 2 and split_named(key[0])
+        return key[1:] if is_below_split else key
 
 
 def _pair_key(name: str) -> tuple[str, ...]:

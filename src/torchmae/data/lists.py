@@ -111,13 +111,16 @@ def list_splits(path: Path, context: Context) -> dict[str, Source]:
         remarks.insert(0, f"{path.name} read as {encoding}")
     texts = list(place_of)
     trained = {texts[place] for place in set(labels["train"])}
-    numbers, classes, note = from_texts(texts, trained)
+    numbers, classes, note, tags = from_texts(texts, trained)
     remarks += [*dialect.remarks, *([note] if note else [])]
     found: dict[str, Source] = {}
     for split in names:
-        own = None if dialect.label is None or numbers is None else numbers[np.frombuffer(labels[split], np.intc)]
+        texts_of = np.frombuffer(labels[split], np.intc)
+        own = None if dialect.label is None or numbers is None else numbers[texts_of]
         known = classes[: len(trained & set(classes))] if classes and split == "train" else classes
         found[split] = FileSource(root, located[split], own, None if own is None else known, context, remarks)
+        if tags is not None:
+            found[split].tags, found[split].classes = tags[texts_of], classes
         found[split].groups = np.array(groups[split]) if groups[split] else None
         if paired:
             found[split].masks = Masks(root, located[f"masks of {split}"], located[split])

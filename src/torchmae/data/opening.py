@@ -33,7 +33,7 @@ from torchmae.data.reading import (
     reader_processes,
 )
 from torchmae.data.sources import Source, Subset, Windows, all_notes, evenly_spaced, in_training_classes
-from torchmae.data.transforms import Boxes, Normalisation, window_boxes
+from torchmae.data.transforms import Boxes, Normalisation, eval_box, window_boxes
 from torchmae.errors import ConfigError, DataError
 from torchmae.machine import GIB, bytes_to_keep, memory
 
@@ -258,20 +258,29 @@ def _sizes_and_windows(
     source: Source, window: tuple[int, ...], progress: Progress | None
 ) -> tuple[npt.NDArray[np.int64], Boxes]:
     """(N, n) the size of each image, the window's where it cannot be opened, and (N, n, 2) a window of each."""
+    sizes = _sizes(source, window, progress)
+    return sizes, window_boxes(np.zeros((len(source), len(window))), sizes, window)
 
+
+def _sizes(source: Source, missing: tuple[int, ...], progress: Progress | None) -> npt.NDArray[np.int64]:
     def size_of(index: int) -> tuple[int, ...]:
         with suppress(DataError):  # which says so again when it is read
             return source.open(index).size
-        return window
+        return missing
 
     found = map_samples(source, np.arange(len(source)), size_of)
-    sizes = np.array([*tracked(found, progress, "looking at sizes", len(source))])
-    return sizes, window_boxes(np.zeros((len(source), len(window))), sizes, window)
+    return np.array([*tracked(found, progress, "looking at sizes", len(source))])
 
 
 def grid_of_windows(source: Source, window: tuple[int, ...], progress: Progress | None) -> Windows:
     """The windows of a source's images, in an even grid over each, as samples."""
     return Windows(source, *_sizes_and_windows(source, window, progress))
+
+
+def covering_windows(source: Source, input_size: tuple[int, ...], progress: Progress | None) -> Windows:
+    """As `grid_of_windows`, each window the largest of the input's proportions that an image holds."""
+    sizes = _sizes(source, input_size, progress)
+    return Windows(source, sizes, eval_box(sizes, input_size))
 
 
 def _hold(fitted: Fitted, config: DataConfig, bad: BadFiles, progress: Progress | None) -> list[Held | None]:

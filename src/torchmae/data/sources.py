@@ -24,7 +24,12 @@ if TYPE_CHECKING:
     from torchmae.data.folders import Masks
 
 Labels = npt.NDArray[np.int64]
+Tags = npt.NDArray[np.int8]
+SEVERAL = "|"
+"""Between the names of several classes of one image, in the label of a list."""
 
+_AS_TAGS = "read as several classes an image, which data pack leaves out"
+_MOST_TAGS = 2**28
 _SIZES_ASKED = 10_000
 _NUMBER = re.compile(r"-?\d{1,18}(\.0+)?")  # "3.0": a table with gaps turns whole numbers into floats
 _MEASURED = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
@@ -73,7 +78,8 @@ class Source(ABC):
     """Samples in a fixed order, with labels where there are any."""
 
     labels: Labels | None = None  # (N,), -1 where unknown; None: no sample has a label
-    classes: tuple[str, ...] | None = None  # the name of each label, where known
+    classes: tuple[str, ...] | None = None  # the name of each label or column of tags, where known
+    tags: Tags | None = None  # (N, C) of samples with several classes each: 1 where it is of a class; -1: unknown
     groups: npt.NDArray[np.str_] | None = None  # (N,) of data.group: the patient, scene or record of each sample
     remarks: tuple[str, ...] = ()  # what was assumed or left out, a short phrase each: "3 .heic files not used"
     masks: Masks | None = None  # of the samples, where there are any
@@ -122,13 +128,15 @@ class Source(ABC):
     def _take_labels(self, labels: npt.ArrayLike | None, classes: Sequence[str] | None) -> None:
         """Sets labels and classes from any form that they are stored in (`read_labels`)."""
         read = ReadLabels(None) if labels is None else read_labels(labels, len(self))
-        self.labels = read.labels
-        self.classes = read.classes or (None if classes is None or read.note else tuple(classes))
+        self.labels, self.tags = read.labels, read.tags
+        is_named = classes is not None and (not read.note or read.tags is not None)
+        self.classes = read.classes or (tuple(classes or ()) if is_named else None)
         self.remarks += (read.note,) if read.note else ()
 
     def label_fingerprint(self) -> str:
         """A hexadecimal digest that changes when labels or classes do; "" without labels."""
-        return "" if self.labels is None else digest([np.ascontiguousarray(self.labels), *(self.classes or ())])
+        known = self.labels if self.tags is None else self.tags
+        return "" if known is None else digest([np.ascontiguousarray(known), *(self.classes or ())])
 
     def stamp(self) -> str:
         """A text that changes when a file is replaced by one of the same name and size; "" where nothing tells."""
@@ -259,6 +267,7 @@ class Subset(Source):
         self.source = source
         self.indices = indices
         self.labels = None if source.labels is None else source.labels[indices]
+        self.tags = None if source.tags is None else source.tags[indices]
         self.groups = None if source.groups is None else source.groups[indices]
         self.classes, self.remarks, self.masks = source.classes, source.remarks, source.masks
 
@@ -305,7 +314,7 @@ class Windows(Subset):
     """
 
     def __init__(self, source: Source, sizes: npt.NDArray[np.int64], boxes: npt.NDArray[np.int64]) -> None:
-        self._lengths = boxes[..., 1]
+        self._sizes, self._lengths = sizes, boxes[..., 1]
         self._free = sizes - self._lengths
         self._counts = -(-sizes // self._lengths)
         self._last: tuple[tuple[int, int], Item] | None = None  # process and image; no file is shared with a worker
@@ -317,10 +326,18 @@ class Windows(Subset):
         image, last = int(self.indices[index]), self._last
         if last is None or last[0] != (os.getpid(), image):
             self._last = last = (os.getpid(), image), self.source.open(image)
+        return WindowItem(last[1], self.region(index))
+
+    def region(self, index: int) -> tuple[tuple[int, int], ...]:
+        """Start and length of a window along each axis of its image."""
+        image = int(self.indices[index])
         steps = np.unravel_index(int(self._place[index]), self._counts[image])
         starts = np.array(steps) * self._free[image] // np.maximum(self._counts[image] - 1, 1)
-        region = zip(starts.tolist(), self._lengths[image].tolist(), strict=True)
-        return WindowItem(last[1], tuple(region))
+        return tuple(zip(starts.tolist(), self._lengths[image].tolist(), strict=True))
+
+    def size(self, image: int) -> tuple[int, ...]:
+        """The size of an image of the source."""
+        return tuple(self._sizes[image].tolist())
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None}
@@ -334,9 +351,9 @@ class Windows(Subset):
             [self.source.fingerprint(), np.ascontiguousarray(self._lengths), np.ascontiguousarray(self._free)]
         )
 
-    def whole(self) -> None:
-        """None: the windows lie in no array of their own."""
-        return
+    def whole(self) -> tuple[Image, npt.NDArray[np.int64] | None] | None:
+        """None, unless each window is its whole image: they lie in no array of their own."""
+        return None if self._free.any() else super().whole()
 
 
 class EachPage(Subset):
@@ -370,13 +387,14 @@ class ReadLabels(NamedTuple):
     labels: Labels | None  # (N,), -1 where unknown; None: they are no classes
     classes: tuple[str, ...] | None = None  # the name of each number, where there are names
     note: str = ""  # what was made of them where that is not plain
+    tags: Tags | None = None  # (N, C), as of `Source`
 
 
 def read_labels(values: npt.ArrayLike, count: int) -> ReadLabels:
     """Labels of `count` images from an array: whole numbers, names, or a column for each class.
 
     Integers and floats without a fraction are numbers of classes; negative ones and NaN mean unknown. Text is names,
-    "" unknown. (N, C) with a single 1 in each row is one class of C. Anything else (several classes an image, masks,
+    "" unknown. (N, C) of 0 and 1 is one class of C where each row has a single 1, else tags. Anything else (masks,
     measurements) is no class of an image: training does without it.
     """
     array = np.asarray(values)
@@ -390,13 +408,18 @@ def read_labels(values: npt.ArrayLike, count: int) -> ReadLabels:
         if array.dtype.kind in "biuf" and (numbers == np.rint(numbers)).all() and (np.abs(numbers) < 2**53).all():
             return _from_numbers(numbers.astype(np.int64))
     is_table = array.ndim == 2 and len(array) == count and array.shape[1] > 1 and array.dtype.kind in "biuf"
-    if is_table and np.isin(array, (0, 1)).all() and (array.sum(axis=1) == 1).all():
-        return ReadLabels(array.argmax(axis=1).astype(np.int64), None, f"{given} are read as one class an image")
+    if is_table and np.isin(array, (0, 1)).all():
+        if (array.sum(axis=1) == 1).all():
+            return ReadLabels(array.argmax(axis=1).astype(np.int64), None, f"{given} are read as one class an image")
+        return ReadLabels(None, None, f"{given} are {_AS_TAGS}", array.astype(np.int8))
     return ReadLabels(None, None, f"{given} are not used: figures of classes need one number or name an image")
 
 
 def from_texts(texts: Sequence[str], training: Iterable[str] | None = None) -> ReadLabels:
-    """Labels as numbers where all are whole, else as names; "" and "-1": unknown. `training` None: all of them."""
+    """Labels as numbers where all are whole, else as names; "" and "-1": unknown. `training` None: all of them.
+
+    Where any names several classes with `SEVERAL` between them, tags.
+    """
     different, inverse = np.unique(np.array(texts, dtype=object), return_inverse=True)
     if all(text == "" or _NUMBER.fullmatch(text) for text in different):
         numbers = np.array([int(text.partition(".")[0] or -1) for text in different], dtype=np.int64)
@@ -404,10 +427,24 @@ def from_texts(texts: Sequence[str], training: Iterable[str] | None = None) -> R
     if all(text == "" or _MEASURED.fullmatch(text) for text in different):
         example = next(text for text in different if text)
         return ReadLabels(None, None, f"labels such as {example} are measurements and not used")
+    if any(SEVERAL in text for text in different):
+        return _from_several(texts, texts if training is None else training)
     names = set(different) - _UNKNOWN
     classes = ordered_classes(names if training is None else names & set(training), names)
     number_of = {**dict.fromkeys(_UNKNOWN, -1), **{name: i for i, name in enumerate(classes)}}
     return ReadLabels(np.array([number_of[name] for name in different], dtype=np.int64)[inverse], classes)
+
+
+def _from_several(texts: Sequence[str], training: Iterable[str]) -> ReadLabels:
+    split = [{name.strip() for name in text.split(SEVERAL)} - _UNKNOWN for text in texts]
+    trained = {name.strip() for text in training for name in text.split(SEVERAL)} - _UNKNOWN
+    classes = ordered_classes(trained, set().union(*split))
+    if len(classes) * len(split) > _MOST_TAGS:
+        note = f"labels of {len(classes):,} classes, several an image, are not used: too many"
+        return ReadLabels(None, None, note)
+    tags = np.array([[name in names for name in classes] if names else [-1] * len(classes) for names in split], np.int8)
+    note = f"labels such as {printable(next(text for text in texts if SEVERAL in text)[:80])} are {_AS_TAGS}"
+    return ReadLabels(None, classes, note, tags)
 
 
 def _from_numbers(numbers: Labels) -> ReadLabels:

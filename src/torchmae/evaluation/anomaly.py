@@ -1,136 +1,164 @@
 """Anomaly detection by a model and normal images alone.
 
 Two kinds of scores, for images and for patches: the error of predicting a patch from others, and the distance of
-features from those of normal images. Labels of the test images only serve to measure the scores.
+features from those of normal images, as in PatchCore (Roth et al. 2022, arXiv 2106.08265). Labels and masks of the test
+images only serve to measure the scores.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from torchmae.config.evaluate import EvaluateOptions
-from torchmae.data.sources import Source
-from torchmae.errors import DataError
+from torchmae.data.sources import Windows
+from torchmae.errors import ConfigError, DataError
+from torchmae.evaluation.anomaly_data import AnomalyData
+from torchmae.evaluation.anomaly_maps import pixel_figures, write_files
 from torchmae.evaluation.bench import Bench, output_folder
-from torchmae.evaluation.images import ImageSet
 from torchmae.evaluation.knn import nearest_directions
 from torchmae.evaluation.scores import Result
-from torchmae.evaluation.subject import Subject
-from torchmae.files import replace_file
-from torchmae.nn.mae import MaskedAutoencoder, require_patches
+from torchmae.evaluation.subject import RANDOM, Subject
+from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Mask
-from torchmae.nn.patches import patchify
+from torchmae.nn.patches import grid_size, patchify
 from torchmae.random import Purpose, permutation, uniform
-from torchmae.report.feature_pictures import anomaly_picture
-from torchmae.report.pictures import save_png
 from torchmae.training.runtime import Runtime
-
-FloatArray = npt.NDArray[np.float32]
 
 SCORES = ("reconstruction", "reconstruction_max", "knn", "patch_knn", "patch_knn_max")
 MAX_MASKS = 16
-MAX_TOKENS = 20000
+MAX_TOKENS = 50_000
+"""Largest number of patches of normal images from which a coreset is chosen."""
 NEIGHBOURS = 5
-PICTURED = 16
+PROJECTED = 128
+"""Dimensions of the random projection in which a coreset is chosen."""
 
 
 class Detection(NamedTuple):
     """Anomaly scores of the test images, on the CPU; a larger score is more unusual.
 
     Attributes:
-        scores: (N,) float32 by name:
+        scores: (N,) float32 by name; the first two where the model was trained:
             reconstruction: mean squared error of the image's patches, each predicted from others;
             reconstruction_max: the error of the worst patch, for small defects;
             knn: mean cosine distance of the mean feature to the nearest ones of normal images;
             patch_knn: mean over the patches of the distance to the nearest patch of normal images;
             patch_knn_max: the largest distance of a patch, for small defects.
-        maps: (N, L) float32, "reconstruction" and "patch_knn" of each patch.
+        maps: (S, *grid) of each window, "reconstruction" and "patch_knn" of each patch.
         anomalous: (N,) bool, the truth.
-        rows: (N,) indices of these images among the test images; unreadable ones are missing.
+        rows: (N,) rising indices of these images among the test images; unreadable ones are missing.
+        windows: (S,) rising indices of the windows in `grid`.
+        grid: the windows of all test images.
     """
 
     scores: dict[str, Tensor]
     maps: dict[str, Tensor]
     anomalous: Tensor
     rows: Tensor
+    windows: Tensor
+    grid: Windows
 
 
 def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
-    """Area under the ROC curve, in [0, 1], as anomaly_NAME for each name in `SCORES`; calls `write_files`.
+    """Areas under curves, in [0, 1]; of what is evaluated, files are written too.
 
-    The area is the probability that an anomalous image gets a higher score than a normal one; 0.5 is chance.
+    The area under the ROC curve (anomaly_NAME for each name of `Detection.scores`) is the probability that an anomalous
+    image gets a higher score than a normal one; 0.5 is chance. With masks, also `pixel_figures` of each map.
     """
-    assert subject.model is not None
-    data, model, out = bench.data, subject.model, output_folder(bench.run, options)
-    detection = detect(model, data.train, data.test, runtime=bench.runtime, ratio=bench.mask_ratio, seed=options.seed)
+    data, runtime = bench.data, bench.runtime
+    assert isinstance(data, AnomalyData)
+    is_evaluated = subject.name in ("model", bench.run)
+    out = output_folder(bench.run, options) if is_evaluated else None
+    detection = detect(bench, subject, coreset=options.anomaly.coreset, seed=options.seed)
     figures = {f"anomaly_{name}": auroc(values, detection.anomalous) for name, values in detection.scores.items()}
-    grid = model.encoder.grid
-    written = bench.runtime.ranks.on_main(lambda: write_files(out, detection, data.test, grid))
+    if data.masks:
+        figures |= runtime.ranks.on_main(lambda: pixel_figures(data, detection, bench.display.preparing))
+    if out is None:
+        return Result(figures, {})
+    written = runtime.ranks.on_main(lambda: write_files(out, data, detection, every_map=options.anomaly.maps))
     return Result(figures, {}, (f"{' and '.join(written)} {'are' if len(written) > 1 else 'is'} in {out}",))
 
 
 @torch.no_grad()
-def detect(
-    model: MaskedAutoencoder,
-    normal: ImageSet,
-    test: ImageSet,
-    *,
-    runtime: Runtime,
-    ratio: float = 0.75,
-    rounds: int = 2,
-    seed: int = 0,
-) -> Detection:
-    """Scores of all test images, labelled 0 for normal and 1 for anomalous; ConfigError for a model without patches.
+def detect(bench: Bench, subject: Subject, *, coreset: float = 1.0, rounds: int = 2, seed: int = 0) -> Detection:
+    """Scores of all test images; each image is covered by windows of the model's proportions.
 
     Args:
-        model: the pre-trained model.
-        normal: normal images; their labels are not used.
-        test: test images of `anomaly_data.open_anomaly_data`.
-        runtime: where to compute.
-        ratio: share of patches that a mask removes, in (0, 1), best that of training.
+        bench: with `AnomalyData`; the training images are the normal ones.
+        subject: whose features are compared. Only what was trained predicts patches.
+        coreset: share of the normal patches that is kept, in (0, 1].
         rounds: number of random groupings of an image's patches; more rounds reduce the noise.
         seed: of the masks, and of the choice of normal patches.
+
+    Raises:
+        ConfigError: a model without patches.
     """
-    require_patches(model, "to find anomalies by")
-    model.eval()
-    means, tokens = normal_features(model, normal, runtime, seed)
-    mine, batches = test.shared(runtime.ranks, "test images")
+    data, runtime = bench.data, bench.runtime
+    assert isinstance(data, AnomalyData)
+    if not patch_size(subject):
+        raise ConfigError("this model has no patches to find anomalies by", "use a vit model")
+    if subject.model is not None:
+        subject.model.eval()
+    predicts = subject.model if subject.name != RANDOM else None
+    means, tokens = normal_features(bench, subject, coreset, seed)
+    test = data.test_windows
+    mine, batches = test.shared(runtime.ranks, f"test images, {subject.name}")
     found: list[dict[str, Tensor]] = []
     for batch in batches:
-        with runtime.autocast():
-            features = model.encode(batch.images, "tokens").float()
-        noise = [uniform(seed, i, batch.indices, Purpose.MASK, model.encoder.num_patches) for i in range(rounds)]
-        errors = torch.stack(
-            [
-                patch_errors(model, batch.images, torch.from_numpy(u).to(runtime.device), ratio, runtime, batch.valid)
-                for u in noise
-            ]
-        ).mean(0)
-        distances = distance(tokens, features.flatten(0, 1), 1).view(errors.shape)
+        mean, features = features_of(subject, batch.images, runtime)
+        nearest = distance(tokens, features.flatten(0, 1), 1).view(features.shape[:2])
+        kept = {"mean": mean, "patch_knn": nearest, "labels": batch.labels}
+        if predicts is not None:
+            noise = (
+                torch.from_numpy(uniform(seed, i, batch.indices, Purpose.MASK, features.shape[1])).to(runtime.device)
+                for i in range(rounds)
+            )
+            errors = [patch_errors(predicts, batch.images, u, bench.mask_ratio, runtime, batch.valid) for u in noise]
+            kept = {"reconstruction": torch.stack(errors).mean(0), **kept}
         if batch.valid is not None:  # a patch without data is no anomaly
-            distances = distances * patchify(batch.valid, model.patch_size).any(-1)
-        nearest = distance(means, features.mean(1), NEIGHBOURS)
-        values = (errors.mean(1), errors.amax(1), nearest, distances.mean(1), distances.amax(1))
-        kept = {"maps_reconstruction": errors, "maps_patch_knn": distances, "labels": batch.labels}
-        rows = torch.from_numpy(batch.indices).to(runtime.device)
-        found.append({**dict(zip(SCORES, values, strict=True)), **kept, "rows": rows})
+            kept["patch_knn"] = nearest * patchify(batch.valid, patch_size(subject)).any(-1)
+        found.append({**kept, "windows": torch.from_numpy(batch.indices).to(runtime.device)})
     of_all = mine.of_all_images(*([item[name] for item in found] for name in found[0]))
-    by_name = {name: values.cpu() for name, values in zip(found[0], of_all, strict=True)}
+    by_name = dict(zip(found[0], of_all, strict=True))
+    assert isinstance(test.source, Windows) and test.images is not None
+    images = torch.from_numpy(test.images).to(runtime.device)[by_name["windows"]]
+    rows, groups = torch.unique(images, return_inverse=True)
+    maps = {name: by_name[name] for name in ("reconstruction", "patch_knn") if name in by_name}
+    scores = {"knn": distance(means, mean_of(by_name["mean"], groups), NEIGHBOURS)}
+    for name, values in maps.items():
+        scores[name] = mean_of(values.mean(1), groups)
+        scores[f"{name}_max"] = scores[name].scatter_reduce(0, groups, values.amax(1), "amax", include_self=False)
+    grid = grid_size(data.test.model.input_size, patch_size(subject))
     return Detection(
-        {name: by_name[name] for name in SCORES},
-        {name: by_name[f"maps_{name}"] for name in ("reconstruction", "patch_knn")},
-        by_name["labels"] == 1,
-        by_name["rows"],
+        {name: scores[name].cpu() for name in SCORES if name in scores},
+        {name: values.view(-1, *grid).cpu() for name, values in maps.items()},
+        mean_of(by_name["labels"].float(), groups).cpu() == 1,
+        rows.cpu(),
+        by_name["windows"].cpu(),
+        test.source,
     )
+
+
+def features_of(subject: Subject, images: Tensor, runtime: Runtime) -> tuple[Tensor, Tensor]:
+    """The mean feature, (B, D), and those of all patches, (B, L, D)."""
+    with runtime.autocast():
+        tokens = subject.patch_tokens(images).float()
+    return tokens.mean(1) if subject.model is not None else subject.encode(images, "mean"), tokens
+
+
+def patch_size(subject: Subject) -> tuple[int, ...]:
+    """Pixels of a patch along each axis."""
+    return subject.patch_size if subject.model is None else subject.model.patch_size
+
+
+def mean_of(values: Tensor, groups: Tensor) -> Tensor:
+    """(N, ...) the mean of the values, (S, ...), of each group, numbered from 0."""
+    counts = torch.bincount(groups)
+    total = values.new_zeros(len(counts), *values.shape[1:]).index_add_(0, groups, values)
+    return total / counts.view(-1, *[1] * (values.ndim - 1))
 
 
 def mask_groups(length: int, ratio: float) -> tuple[int, int]:
@@ -191,22 +219,56 @@ def distance(normal: Tensor, queries: Tensor, k: int) -> Tensor:
     return 1 - torch.cat([cosine.mean(1) for _, cosine in nearest_directions(normal, queries, k)])
 
 
-def normal_features(model: MaskedAutoencoder, normal: ImageSet, runtime: Runtime, seed: int) -> tuple[Tensor, Tensor]:
-    """The mean features of all normal images, and `MAX_TOKENS` patch features, evenly from all images; of length 1."""
-    per_image = min(max(-(-MAX_TOKENS // len(normal)), 1), model.encoder.num_patches)
-    mine, batches = normal.shared(runtime.ranks, "normal images")
-    means, tokens = [], []
+def normal_features(bench: Bench, subject: Subject, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """The mean features of all normal images, and a coreset of their patch features; of length 1.
+
+    The coreset is a `share` of at most `MAX_TOKENS` patches, evenly from all images.
+    """
+    data, runtime = bench.data, bench.runtime
+    assert isinstance(data, AnomalyData)
+    normal = data.normal_windows
+    mine, batches = normal.shared(runtime.ranks, f"normal images, {subject.name}")
+    means, tokens, windows = [], [], []
     for batch in batches:
-        with runtime.autocast():
-            features = model.encode(batch.images, "tokens").float()
+        mean, features = features_of(subject, batch.images, runtime)
+        per_image = min(max(-(-MAX_TOKENS // len(normal)), 1), features.shape[1])
         order = uniform(seed, 0, batch.indices, Purpose.SUBSET, features.shape[1]).argsort(axis=1)[:, :per_image]
         chosen = torch.from_numpy(order).to(features.device).unsqueeze(-1).expand(-1, -1, features.shape[2])
-        means.append(features.mean(1))
+        means.append(mean)
         tokens.append(features.gather(1, chosen))
-    mean, token = mine.of_all_images(means, tokens)
+        windows.append(torch.from_numpy(batch.indices).to(features.device))
+    mean, token, window = mine.of_all_images(means, tokens, windows)
+    assert normal.images is not None
+    images = torch.from_numpy(normal.images).to(window.device)[window]
     kept = token.flatten(0, 1)
     subset = permutation(seed, 1, len(kept), Purpose.SUBSET)[:MAX_TOKENS]
-    return F.normalize(mean, dim=1), F.normalize(kept[torch.from_numpy(subset).to(kept.device)], dim=1)
+    bank = F.normalize(kept[torch.from_numpy(subset).to(kept.device)], dim=1)
+    rows = runtime.ranks.on_main(lambda: coreset_of(bank, share, seed, bench).cpu())
+    return F.normalize(mean_of(mean, torch.unique(images, return_inverse=True)[1]), dim=1), bank[rows.to(bank.device)]
+
+
+def coreset_of(features: Tensor, share: float, seed: int, bench: Bench) -> Tensor:
+    """Indices of a share of (N, D) features: each is the farthest from those before it (Roth et al. 2022, section 3.2).
+
+    Distances are those of a random projection to at most `PROJECTED` dimensions.
+    """
+    count = max(1, round(share * len(features)))
+    if count == len(features):
+        return torch.arange(count)
+    if features.shape[1] > PROJECTED:
+        generator = torch.Generator().manual_seed(seed)
+        matrix = torch.empty(features.shape[1], PROJECTED).normal_(std=PROJECTED**-0.5, generator=generator)
+        features = features @ matrix.to(features.device)
+    chosen = torch.zeros(count, dtype=torch.int64, device=features.device)
+    nearest = (features - features[0]).square().sum(1)
+    squares = features.square().sum(1)
+    for number in range(1, count):
+        last = nearest.argmax()
+        chosen[number] = last
+        nearest = torch.minimum(nearest, squares - 2 * (features @ features[last]) + squares[last])
+        if number % 500 == 0 or number == count - 1:
+            bench.display.preparing("coreset of patches", number + 1, count)
+    return chosen
 
 
 def auroc(scores: Tensor, anomalous: Tensor) -> float:
@@ -217,49 +279,3 @@ def auroc(scores: Tensor, anomalous: Tensor) -> float:
     from sklearn.metrics import roc_auc_score
 
     return float(roc_auc_score(anomalous.numpy(), scores.numpy()))
-
-
-# Files.
-
-
-def write_files(out: Path, detection: Detection, test: ImageSet, grid: tuple[int, ...]) -> list[str]:
-    """Writes anomaly_scores.csv, and for 2-D images anomaly.png with maps of the most unusual; returns the names.
-
-    Raises:
-        CheckpointError: they cannot be written.
-    """
-    write_scores(out / "anomaly_scores.csv", test.source, detection)
-    shown = detection.scores["patch_knn"].argsort(descending=True, stable=True)[:PICTURED]
-    images = torch.cat([batch.images.cpu() for batch in test.only(detection.rows[shown].numpy()).batches()])
-    if images.ndim != 4:
-        return ["anomaly_scores.csv"]
-    words = ["anomalous" if flag else "normal" for flag in detection.anomalous[shown].tolist()]
-    maps = heat_maps(detection, shown, grid, images.shape[2:])
-    save_png(anomaly_picture(test.normalisation.shown(images), maps, words), out / "anomaly.png")
-    return ["anomaly.png", "anomaly_scores.csv"]
-
-
-def write_scores(path: Path, source: Source, detection: Detection) -> None:
-    """Writes a table of all test images: path, anomalous (0 or 1), and each score."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["path", "anomalous", *detection.scores])
-    columns = torch.stack(list(detection.scores.values()), dim=1).tolist()
-    for row, values, anomalous in zip(detection.rows.tolist(), columns, detection.anomalous.tolist(), strict=True):
-        table.writerow([source.name(row), int(anomalous), *(f"{value:.6g}" for value in values)])
-    replace_file(path, text.getvalue().encode("utf-8"))
-
-
-def heat_maps(
-    detection: Detection, shown: Tensor, grid: tuple[int, ...], size: tuple[int, ...]
-) -> dict[str, FloatArray]:
-    """Anomaly maps, (M, H, W) in [0, 1] by name, of the M test images in `shown`.
-
-    A value means the same in all maps of one kind: 0 is the 1st percentile of all test images, 1 the 99.9th.
-    """
-    found = {}
-    for name, maps in detection.maps.items():
-        low, high = np.percentile(maps.numpy(), [1, 99.9])
-        pixels = F.interpolate(maps[shown].view(-1, 1, *grid), size=size, mode="bilinear", align_corners=False)
-        found[name] = ((pixels[:, 0].numpy() - low) / max(high - low, 1e-12)).clip(0, 1)
-    return found

@@ -1,7 +1,8 @@
-"""Attentive probing: a learned query pools an image's frozen patch tokens by attention, a linear layer classifies.
+"""Attentive probing: learned queries pool an image's frozen patch tokens by attention, a linear layer classifies.
 
 Patch tokens of masked autoencoders hold more than their mean (Chen et al. 2022, "Context Autoencoder", arXiv
-2202.03026, section 4.1, there with a full cross-attention layer).
+2202.03026, section 4.1, there with a full cross-attention layer). Several queries without a key matrix are enough
+(Psomas et al. 2025, "Attention, please!", arXiv 2506.10178).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torchmae.config import OptimConfig
 from torchmae.config.evaluate import AttentiveOptions, EvaluateOptions, SegmentationOptions
 from torchmae.data.loader import Batch, Indices, mixed_subset
+from torchmae.errors import ConfigError
 from torchmae.evaluation.bench import Bench
 from torchmae.evaluation.images import ImageSet
 from torchmae.evaluation.scores import Result, rank, score
@@ -34,22 +36,21 @@ _STEPS = 2000
 
 
 class AttentiveProbe(nn.Module):
-    """Standardised tokens, multi-head attention of one learned query to them, layer norm, linear.
+    """Standardised tokens, attention of learned queries to them, a part of the value matrix each, layer norm, linear.
 
-    `mean` and `std`, above 0, are of the tokens, (D,); `num_heads` divides D.
+    `mean` and `std`, above 0, are of the tokens, (D,); `num_queries` divides D.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: Tensor, std: Tensor, num_heads: int, num_classes: int) -> None:
+    def __init__(self, mean: Tensor, std: Tensor, num_queries: int, num_classes: int) -> None:
         super().__init__()
         dim = len(mean)
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
-        self.query = nn.Parameter(torch.empty(num_heads, dim // num_heads).normal_())
-        self.key = nn.Parameter(torch.empty(num_heads, dim // num_heads, dim).normal_(std=dim**-0.5))
-        self.value = nn.Parameter(torch.empty(num_heads, dim // num_heads, dim).normal_(std=dim**-0.5))
+        self.query = nn.Parameter(torch.empty(num_queries, dim).normal_(std=dim**-0.5))
+        self.value = nn.Parameter(torch.empty(num_queries, dim // num_queries, dim).normal_(std=dim**-0.5))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_classes)
         nn.init.normal_(self.head.weight, std=0.01)
@@ -58,13 +59,9 @@ class AttentiveProbe(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, L, D) to (B, C) logits."""
         tokens = (tokens - self.mean) / self.std
-        # With one query, another order of the products gives the same result with less work: the query is multiplied
-        # by the key matrix once, and tokens are averaged before the product with the value matrix. Two products have
-        # `num_heads` columns instead of D.
-        directions = torch.einsum("hk,hkd->hd", self.query, self.key) * self.query.shape[1] ** -0.5
-        weights = F.linear(tokens, directions).softmax(1)  # (B, L, heads)
-        gathered = weights.transpose(1, 2) @ tokens  # (B, heads, D)
-        pooled = torch.einsum("bhd,hkd->bhk", gathered, self.value).flatten(1)
+        weights = F.linear(tokens, self.query).softmax(1)  # (B, L, queries)
+        gathered = weights.transpose(1, 2) @ tokens  # (B, queries, D), averaged before the product with the values
+        pooled = torch.einsum("bqd,qkd->bqk", gathered, self.value).flatten(1)
         return self.head(self.norm(pooled))
 
 
@@ -90,7 +87,7 @@ def token_bytes(subject: Subject, count: int) -> int:
     """Size of the tokens of `count` images in half precision."""
     assert subject.model is not None
     encoder = subject.model.encoder
-    return 2 * count * encoder.num_patches * encoder.embed_dim
+    return 2 * count * encoder.num_patches * encoder.embed_dim * len(subject.blocks or [0])
 
 
 def open_tokens(subject: Subject, images: ImageSet, runtime: Runtime, memory_limit: float) -> Tokens:
@@ -108,8 +105,12 @@ def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
     data, runtime, settings = bench.data, bench.runtime, options.attentive
     tokens = open_tokens(subject, data.train, runtime, settings.memory_limit)
     mean, std = statistics(tokens, data.train.model.batch_size)
+    if len(mean) % settings.queries:
+        fitting = [count for count in range(1, len(mean) + 1) if len(mean) % count == 0]
+        near = min(fitting, key=lambda count: abs(count - settings.queries))
+        raise ConfigError(f"attentive.queries is {settings.queries} and tokens have {len(mean)} values", f"use {near}")
     with seeded(options.seed):
-        probe = AttentiveProbe(mean.cpu(), std.cpu(), _num_heads(len(mean)), len(data.classes))
+        probe = AttentiveProbe(mean.cpu(), std.cpu(), settings.queries, len(data.classes))
     probe.to(runtime.device)
     epochs = settings.epochs or epochs_for(tokens.count, settings.batch_size, _EPOCHS, _STEPS)
     for epoch in train_head(probe, tokens, epochs, settings, options.seed):
@@ -135,11 +136,6 @@ def _encoded(subject: Subject, batches: Iterable[Batch], runtime: Runtime) -> It
         with runtime.autocast():
             tokens = subject.encode(batch.images, "tokens")
         yield tokens.half().float(), batch.labels
-
-
-def _num_heads(dim: int) -> int:
-    """Heads of about 64 values, as in the vision transformers of the paper."""
-    return next(heads for heads in range(max(1, dim // 64), 0, -1) if dim % heads == 0)
 
 
 def statistics(tokens: Tokens, size: int) -> tuple[Tensor, Tensor]:

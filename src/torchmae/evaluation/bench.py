@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -56,7 +56,7 @@ class Bench:
 
     def probe(self, subject: Subject, pool: str, classify: Classify, options: EvaluateOptions) -> Result:
         """`scores.score` of each ranking that `classify` gives of the test images; few-shot, `over_draws` of them."""
-        train, test = (self._features(subject, split, pool) for split in ("train", "test"))
+        train, test = (self.features(subject, split, pool) for split in ("train", "test"))
         classes = self.data.classes
         if options.labels_per_class is None:
             guesses = classify(train, test, len(classes))
@@ -65,15 +65,21 @@ class Bench:
         check_counts(train.labels.cpu().numpy(), classes, options.labels_per_class)
         for few in draws_of(train, options.labels_per_class, options.draws, options.seed):
             guesses = classify(few, test, len(classes))
-            draws.append({n: score(n, ranking, test.labels, classes).figures[n] for n, ranking in guesses.items()})
+            figures = join(score(name, ranking, test.labels, classes) for name, ranking in guesses.items()).figures
+            draws.append({name: value for name, value in figures.items() if name.removesuffix("_macro") in guesses})
         return over_draws(draws, draws[0])
 
-    def _features(self, subject: Subject, split: str, pool: str) -> Labelled:
+    def features(self, subject: Subject, split: str, pool: str) -> Labelled:
+        """Features and labels of the "train" or "test" images; of images of several classes each, (N, C) tags."""
         widest = subject.pools[-1]  # "both" holds the other two: one pass over the images serves all three
         if (subject.name, split) not in self._cache:
             images: ImageSet = getattr(self.data, split)
             share, batches = images.shared(self.runtime.ranks, f"encoding {split} images, {subject.name}")
-            self._cache[subject.name, split] = extract(subject, batches, self.runtime, widest, share)
+            tags = images.source.tags
+            if tags is not None:
+                batches = (replace(item, labels=torch.from_numpy(tags[item.indices])) for item in batches)
+            held = extract(subject, batches, self.runtime, widest, share)
+            self._cache[subject.name, split] = Labelled(held.features, held.labels.to(held.features.device))
         held = self._cache[subject.name, split]
         if pool == widest:
             return held
@@ -85,7 +91,6 @@ class Bench:
 _NEEDS = {
     "model": ("network", "evaluate a run, or random with --preset"),
     "tokens": ("patch tokens", "evaluate a vit model, or use knn or linear"),
-    "training": ("trained weights", "give a run folder"),
 }
 
 
@@ -95,23 +100,24 @@ class Method:
 
     Attributes:
         measure: from images, a subject and the options to figures.
-        needs: "features" (any subject), "model" (trained or not), "tokens" (a model with patches) or "training" (a
-            trained model).
+        needs: "features" (any subject), "model" (trained or not) or "tokens" (a model with patches).
         labelled: take only images with a label, of at least two classes.
         beside: the baselines of `--method all`: "random", "pixels". Empty: "all" does not include the method.
         compared: the baselines when the method is asked for alone.
         left_out: a sentence on why "all" leaves the method, or one of its baselines, out of this evaluation; empty
             where it does not.
         open: opens the images; None: `images.open_evaluation_data`.
+        several: `measure` for images of several classes each; None: the method cannot measure them.
     """
 
     measure: Callable[[Bench, Subject, EvaluateOptions], Result]
-    needs: Literal["features", "model", "tokens", "training"] = "features"
+    needs: Literal["features", "model", "tokens"] = "features"
     labelled: bool = True
     beside: tuple[str, ...] = ()
     compared: tuple[str, ...] = ()
     left_out: Callable[[Bench, Subject, EvaluateOptions], str] = lambda *_: ""
     open: Callable[[EvaluateOptions, ModelInput], EvaluationData] | None = None
+    several: Callable[[Bench, Subject, EvaluateOptions], Result] | None = None
 
     def baselines(self, options: EvaluateOptions) -> tuple[str, ...]:
         """The names of what is measured beside the run."""
@@ -119,9 +125,7 @@ class Method:
 
     def suits(self, subject: Subject) -> bool:
         """Whether the method can measure the subject."""
-        is_model = subject.model is not None
-        found = {"model": is_model, "tokens": subject.has_tokens, "training": is_model and subject.name != RANDOM}
-        return found.get(self.needs, True)
+        return {"model": subject.model is not None, "tokens": subject.has_tokens}.get(self.needs, True)
 
     def check(self, name: str, subject: Subject, run: str) -> None:
         """ConfigError unless the method suits the subject; `name` and `run` are the user's words for the two."""

@@ -27,7 +27,7 @@ from torchmae.data.sources import Source
 from torchmae.errors import CheckpointError, ConfigError, DataError, reason_of, require
 from torchmae.evaluation.bench import opened
 from torchmae.evaluation.images import ImageSet, ModelInput, open_parts, own_data
-from torchmae.evaluation.subject import Subject
+from torchmae.evaluation.subject import Subject, network
 from torchmae.files import locked, replace_file
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.training.pretrained import load
@@ -49,13 +49,20 @@ class Features(NamedTuple):
         features: (N, D) float32, or (N, L, D) patch tokens.
         labels: (N,) int64, -1 where unknown.
         paths: (N,) text, the source of each image.
-        about: "pool" and "weights", a digest of the model; may be empty.
+        about: "pool", "weights" (a digest of the model) and "layer" (numbers of blocks, "" for the encoder's output);
+            may be empty.
     """
 
     features: Array
     labels: Array
     paths: Array
     about: Mapping[str, str]
+
+    @property
+    def layer(self) -> tuple[int, ...] | None:
+        """The blocks whose outputs they are, as `MaskedAutoencoder.encode` takes them."""
+        numbers = self.about.get("layer")
+        return tuple(map(int, numbers.split(","))) if numbers else None
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ def embed_run(
             parts, notes = open_parts(data, options.split, taken)
             for note in (*pretrained.notes, *notes):
                 display.say(note)
-            return Subject("model", pretrained.model.to(runtime.device)), parts
+            return network("model", pretrained.model, runtime.device, options.layer), parts
 
         subject, parts = runtime.ranks.main_first(open_all)
         out = Path(options.out)
@@ -173,7 +180,7 @@ def embed(
             if progress is not None:
                 progress("embedding", done, resumed + count_images(mine))
         ranks.gather(None)  # a barrier: all blocks are on the disk
-        about = {name: identity[name] for name in ("weights", "pool")}
+        about = {name: identity[name] for name in ("weights", "pool", "layer")}
         count = ranks.on_main(lambda: assemble(out, partial, blocks, shape, about))
     return Written(out, count, shape, total - count, resumed)
 
@@ -298,6 +305,7 @@ def _identity(subject: Subject, parts: Sequence[ImageSet], pool: str, runtime: R
         "labels": [part.source.label_fingerprint() for part in parts],
         "images": [part.num_images for part in parts],
         "pool": pool,
+        "layer": "" if subject.blocks is None else ",".join(map(str, subject.blocks)),
         "precision": runtime.precision,
         "block": step,
     }

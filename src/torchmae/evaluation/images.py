@@ -188,7 +188,10 @@ def open_evaluation_data(options: EvaluateOptions, model: ModelInput, *, labelle
     name = options.test_data or next((name for name in ("test", "val") if name in splits), HELD_OUT)
     order = ("test", "val", "train")
     train, test, notes = held_out_images(splits, name, options.data.val_size, context, "test_data", order)
-    if labelled:
+    if labelled and train.tags is not None:
+        train, test, lost = tagged(train, test)
+        notes += lost
+    elif labelled:
         for what, source in (("training", train), ("test", test)):
             unlabelled = 0 if source.labels is None else int((source.labels < 0).sum())
             if unlabelled:
@@ -198,7 +201,7 @@ def open_evaluation_data(options: EvaluateOptions, model: ModelInput, *, labelle
         train, test = only_labelled(train, "training"), only_labelled(test, "test")
     train, test = fixed_part(train, options.train_images), fixed_part(test, options.test_images)
     classes = class_names(train)
-    if labelled:
+    if labelled and train.tags is None:
         check_classes(train, classes)
     sets, said = image_sets([train, test], options.data, model)
     return EvaluationData(sets[0], sets[1], classes, (*notes, *said))
@@ -302,6 +305,21 @@ def only_labelled(source: Source, what: str) -> Source:
     return source if len(known) == len(source) else Subset(source, known)
 
 
+def tagged(train: Source, test: Source) -> tuple[Source, Source, tuple[str, ...]]:
+    """Training and test images of known tags, and notes; DataError where test images have other classes, or none."""
+    assert train.tags is not None
+    if test.tags is None or test.tags.shape[1] != train.tags.shape[1] or test.classes != train.classes:
+        raise DataError(
+            "the training images have several classes each, and the test images have not the same ones",
+            "give labels of one list or table",
+        )
+    known = [Subset(item, np.flatnonzero((item.tags >= 0).all(1))) for item in (train, test) if item.tags is not None]
+    lost = len(train) + len(test) - sum(map(len, known))
+    if not all(map(len, known)):
+        raise DataError("no training or no test image has a label", "give both")
+    return known[0], known[1], (f"{lost:,} images without a label are left out",) if lost else ()
+
+
 def fixed_part(source: Source, count: int | None) -> Source:
     """The images of `fixed_rows`."""
     rows = fixed_rows(len(source), count)
@@ -312,6 +330,8 @@ def class_names(train: Source) -> tuple[str, ...]:
     """The name of each label of the training images, or its number."""
     if train.classes is not None:
         return train.classes
+    if train.tags is not None:
+        return tuple(map(str, range(train.tags.shape[1])))
     return tuple(str(i) for i in range(0 if train.labels is None else int(train.labels.max(initial=-1)) + 1))
 
 

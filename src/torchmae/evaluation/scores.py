@@ -51,9 +51,10 @@ def rank(votes: Tensor) -> Tensor:
 def score(name: str, ranking: Tensor, labels: Tensor, classes: Sequence[str]) -> Result:
     """Accuracies of a classifier, from (M, at most 5) classes of `rank` and the (M,) int64 labels.
 
-    Figures in percent: NAME (top-1), NAME_low and NAME_high (its 95% interval), and NAME_top5 with more than five
-    classes. Details, under NAME: images and top-1 of each class, and for at most `MAX_CONFUSION_CLASSES` classes the
-    confusion matrix, whose rows are the labels.
+    Figures in percent: NAME (top-1), NAME_low and NAME_high (its 95% interval), NAME_top5 with more than five classes,
+    and, where some classes have more images than others, NAME_macro, the mean of the classes' own top-1. Details, under
+    NAME: images and top-1 of each class, and for at most `MAX_CONFUSION_CLASSES` classes the confusion matrix, whose
+    rows are the labels.
     """
     ranking, labels, num_classes = ranking.cpu(), labels.cpu(), len(classes)
     right = ranking == labels[:, None]
@@ -68,6 +69,9 @@ def score(name: str, ranking: Tensor, labels: Tensor, classes: Sequence[str]) ->
         figures[f"{name}_top5"] = 100 * right.any(1).double().mean().item()
     low, high = wilson_interval(sum(right_counts), len(labels))
     figures |= {f"{name}_low": 100 * low, f"{name}_high": 100 * high}
+    if len({count for count in counts if count}) > 1:
+        shares = [correct / count for correct, count in zip(right_counts, counts, strict=True) if count]
+        figures[f"{name}_macro"] = 100 * mean(shares)
     per_class = [
         {"class": word, "images": count, "top1": 100 * correct / count if count else None}
         for word, count, correct in zip(classes, counts, right_counts, strict=True)

@@ -116,7 +116,7 @@ def frozen(
 
     def tokens_of(inputs: Tensor) -> Tensor:
         with runtime.autocast():
-            return subject.patch_tokens(inputs, config.blocks)
+            return subject.patch_tokens(inputs)
 
     one = tokens_of(torch.zeros(1, channels, *size, device=runtime.device))
     windows, notes = training_windows(images, 2 * one.numel() + math.prod(size), config.memory_limit)

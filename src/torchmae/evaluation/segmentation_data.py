@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,8 +136,30 @@ def _look(what: str, source: Source, context: Context) -> tuple[Pairs, list[Seen
             "columns image and mask",
         )
     masks = [file for file in files if file is not None]
+    found = tracked(look_at(source, masks, context), context.progress, f"{what} masks", len(source))
+    good, bad = {}, []
+    for index, item in enumerate(found):
+        if isinstance(item[1], Seen):
+            good[index] = item[0], item[1]
+        else:
+            bad.append(item)
+    if not good:
+        raise DataError(f"none of {len(source):,} {what} pairs can be read; the last: {': '.join(bad[-1])}")
+    sizes, seen = zip(*good.values(), strict=True)
+    content = digest(item.content for item in seen)
+    return Pairs(source, np.array([*good]), [masks[index] for index in good], sizes, content), [*seen], bad
 
-    def look(index: int) -> tuple[Any, Seen] | tuple[str, str]:
+
+def look_at(
+    source: Source, masks: Sequence[Path], context: Context
+) -> Iterator[tuple[tuple[int, ...], Seen] | tuple[str, str]]:
+    """Of each picture its size and what its mask holds; a name and a reason where one of them cannot be read.
+
+    Raises:
+        DataError: a mask has another size than its picture.
+    """
+
+    def look(index: int) -> tuple[tuple[int, ...], Seen] | tuple[str, str]:
         try:
             size = source.open(index).size
         except DataError as error:
@@ -153,18 +175,7 @@ def _look(what: str, source: Source, context: Context) -> tuple[Pairs, list[Seen
             )
         return size, Seen(str(masks[index]), is_colour, *_counted(stored), digest([data]))
 
-    found = tracked(map_samples(source, np.arange(len(source)), look), context.progress, f"{what} masks", len(source))
-    good, bad = {}, []
-    for index, item in enumerate(found):
-        if isinstance(item[1], Seen):
-            good[index] = item[0], item[1]
-        else:
-            bad.append(item)
-    if not good:
-        raise DataError(f"none of {len(source):,} {what} pairs can be read; the last: {': '.join(bad[-1])}")
-    sizes, seen = zip(*good.values(), strict=True)
-    content = digest(item.content for item in seen)
-    return Pairs(source, np.array([*good]), [masks[index] for index in good], sizes, content), [*seen], bad
+    return map_samples(source, np.arange(len(source)), look)
 
 
 def _counted(stored: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchmae import presets
+from torchmae.config.evaluate import Layer
 from torchmae.data.loader import Batch
 from torchmae.data.sources import digest
 from torchmae.errors import ConfigError
 from torchmae.evaluation.scores import Labelled
 from torchmae.evaluation.sharing import Share
-from torchmae.nn.mae import MaskedAutoencoder, require_patches
+from torchmae.nn.encoder import Encoder
+from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.patches import patchify
 from torchmae.training.runtime import Runtime
 from torchmae.training.task import seeded
@@ -32,11 +34,15 @@ _POOL: dict[int, Callable[..., Tensor]] = {1: F.adaptive_avg_pool1d, 2: F.adapti
 
 @dataclass(frozen=True)
 class Subject:
-    """A source of features, called "model", "random" or "pixels"; pixels have no model but a `patch_size` to cut."""
+    """A source of features, called "model", "random" or "pixels"; pixels have no model but a `patch_size` to cut.
+
+    `blocks` are the numbers of the encoder's blocks that features are of (`blocks_of`); None: its output.
+    """
 
     name: str
     model: MaskedAutoencoder | None
     patch_size: tuple[int, ...] = ()
+    blocks: tuple[int, ...] | None = None
 
     @property
     def pools(self) -> tuple[str, ...]:
@@ -59,34 +65,16 @@ class Subject:
             ConfigError: the subject does not have these features.
         """
         if self.model is not None:
-            return self.model.encode(images, pool)
+            return self.model.encode(images, pool, self.blocks)
         if pool != "mean":
             raise ConfigError(f"pool is {pool!r} but pixels have no tokens", "leave --pool out")
         axes = images.ndim - 2
         size = [min(side, _PIXEL_SIDE[axes]) for side in images.shape[2:]]
         return (images if list(images.shape[2:]) == size else _POOL[axes](images, size)).flatten(1)
 
-    @torch.no_grad()
-    def patch_tokens(self, images: Tensor, blocks: int = 1) -> Tensor:
-        """(B, L, D): of each patch, the outputs of the last `blocks` blocks one after the other, or its pixels.
-
-        Raises:
-            ConfigError: no patches, or fewer blocks.
-        """
-        if self.model is None:
-            return patchify(images, self.patch_size)
-        if blocks == 1:
-            return self.model.encode(images, "tokens")
-        require_patches(self.model, "for segmentation.blocks")
-        encoder = self.model.encoder
-        depth = len(encoder.blocks) if encoder.gives_blocks else 1
-        if blocks > depth:
-            raise ConfigError(
-                f"segmentation.blocks is {blocks} and this {encoder.label} gives {depth}", f"at most {depth}"
-            )
-        output = encoder(images, keep_blocks=True)
-        before = (block[:, encoder.num_prefix_tokens :] for block in output.blocks[-blocks:-1])
-        return torch.cat([*(F.layer_norm(block, block.shape[-1:]) for block in before), output.patches], dim=-1)
+    def patch_tokens(self, images: Tensor) -> Tensor:
+        """(B, L, D), as of `encode` with "tokens"; of pixels, those of each patch."""
+        return patchify(images, self.patch_size) if self.model is None else self.encode(images, "tokens")
 
     def fingerprint(self) -> str:
         """A digest of the weights; empty for pixels."""
@@ -94,6 +82,21 @@ class Subject:
             return ""
         weights = self.model.state_dict()
         return digest(part for name in sorted(weights) for part in (name, weights[name].cpu().numpy().tobytes()))
+
+
+def blocks_of(encoder: Encoder, layer: Layer | None) -> tuple[int, ...] | None:
+    """The numbers of the blocks that the option `layer` means; ConfigError for more than there are."""
+    if layer is None:
+        return None
+    depth = len(encoder.blocks) if encoder.gives_blocks else 1
+    blocks = [int(layer)] if isinstance(layer, int) else range(-int(layer.removeprefix("last-")), 0)
+    if not all(-depth <= number < depth for number in blocks):
+        what = "block" if depth == 1 else "blocks"
+        raise ConfigError(
+            f"layer is {layer!r} and this {encoder.label} gives {depth} {what}",
+            f"choose from {-depth} to {depth - 1}, or at most last-{depth}",
+        )
+    return tuple(number % depth for number in blocks) if encoder.gives_blocks else None
 
 
 def extract(
@@ -116,17 +119,26 @@ def extract(
 
 
 def untrained(
-    arguments: dict[str, Any], seed: int, device: torch.device, own: MaskedAutoencoder | None = None
+    arguments: dict[str, Any],
+    seed: int,
+    device: torch.device,
+    own: MaskedAutoencoder | None = None,
+    layer: Layer | None = None,
 ) -> Subject:
     """A network with fresh weights, drawn without a change of torch's generator; or a copy of `own` with its weights.
 
-    `arguments` are those of `presets.construct`.
+    `arguments` are those of `presets.construct`; `layer` is as of `blocks_of`.
     """
     if own is not None:
-        return Subject(RANDOM, copy.deepcopy(own).to(device).eval())
+        return network(RANDOM, copy.deepcopy(own), device, layer)
     with seeded(seed):
         model = presets.construct(arguments)
-    return Subject(RANDOM, model.to(device).eval())
+    return network(RANDOM, model, device, layer)
+
+
+def network(name: str, model: MaskedAutoencoder, device: torch.device, layer: Layer | None) -> Subject:
+    """A model, moved to the device, whose features are those of `layer`; ConfigError as of `blocks_of`."""
+    return Subject(name, model.to(device).eval(), blocks=blocks_of(model.encoder, layer))
 
 
 def pixels(patch_size: tuple[int, ...] = ()) -> Subject:

@@ -17,8 +17,8 @@ from torchmae.errors import CheckpointError, ConfigError, one_of
 from torchmae.evaluation.bench import Bench, Method, check_counts, opened, output_folder
 from torchmae.evaluation.images import EvaluationData, ModelInput, open_evaluation_data, own_data
 from torchmae.evaluation.methods import METHODS
-from torchmae.evaluation.scores import Result, chance_note
-from torchmae.evaluation.subject import PIXELS, RANDOM, Subject, pixels, untrained
+from torchmae.evaluation.scores import Result, chance_note, majority
+from torchmae.evaluation.subject import PIXELS, RANDOM, Subject, network, pixels, untrained
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.paths import user_path
 from torchmae.training.pretrained import load
@@ -96,7 +96,11 @@ def evaluate(
     of_methods = (note for by_subject in results.values() for result in by_subject.values() for note in result.notes)
     own = {name: value for by in results.values() for name, value in by[subjects[0].name].figures.items()}
     train, test = bench.data.train.source.labels, bench.data.test.source.labels
-    chance = () if train is None or test is None else chance_note(own, train, test, bench.data.classes)
+    chance: tuple[str, ...] = ()
+    if train is not None and test is not None and any(name.endswith(("_low", "_std")) for name in own):
+        chance = chance_note(own, train, test, bench.data.classes)
+        for result in next(iter(results.values())).values():
+            result.figures["majority"] = majority(train, test)[1]
     notes = tuple(dict.fromkeys([*bench.data.notes, *unread, *left_out, *of_methods, *chance]))
     return Evaluation(results, bench.data, notes, make_record(str(run), bench, subjects, options, results, notes))
 
@@ -185,23 +189,40 @@ def open_bench(
         data = opener(options, model)
     else:
         data = open_evaluation_data(options, model, labelled=any(method.labelled for method in methods.values()))
+        if data.train.source.tags is not None:
+            check_several(options, methods)
         if options.labels_per_class is not None and data.train.source.labels is not None:
             # Before hours of encoding.
             check_counts(data.train.source.labels, data.classes, options.labels_per_class)
     arguments = {**arguments, "in_chans": len(data.normalisation.mean)}
     baselines: dict[str, Callable[[], Subject]] = {
-        RANDOM: lambda: untrained(arguments, options.seed, runtime.device, own),
+        RANDOM: lambda: untrained(arguments, options.seed, runtime.device, own, options.layer),
         PIXELS: lambda: pixels(tuple(arguments.get("patch_size", ()))),
     }
     beside = {name for method in methods.values() for name in method.baselines(options)}
     if pretrained is None:
         subjects = [baselines[run]()]
     else:
-        trained = Subject("model", pretrained.model.to(runtime.device))
+        trained = network("model", pretrained.model, runtime.device, options.layer)
         subjects = [trained, *(make() for name, make in baselines.items() if name in beside)]
         data = replace(data, notes=(*pretrained.notes, *data.notes))
     ratio = 0.75 if description is None else float(description.mask.get("ratio", 0.75))  # 0.75: unknown
     return Bench(data, runtime, display, run, ratio), subjects, options
+
+
+def check_several(options: EvaluateOptions, methods: Mapping[str, Method]) -> None:
+    """ConfigError for a method or an option that images of several classes each do not go with."""
+    able = [name for name, row in METHODS.items() if row.several is not None]
+    if not any(row.several is not None or not row.labelled for row in methods.values()):
+        raise ConfigError(
+            f"the images have several classes each, and method {options.method!r} needs one class an image",
+            f"use --method {' or '.join(able)}",
+        )
+    if options.labels_per_class is not None or options.protocol != "sweep":
+        name = "labels_per_class" if options.labels_per_class is not None else "protocol"
+        raise ConfigError(
+            f"{name} is {getattr(options, name)!r} and the images have several classes each", "leave it out"
+        )
 
 
 def measure(
@@ -210,9 +231,13 @@ def measure(
     """Results by method and subject, and sentences on the methods that "all" left out."""
     results: dict[str, dict[str, Result]] = {}
     left_out = []
+    several = bench.data.train.source.tags is not None
     for name, method in chosen_methods(options).items():
         if options.method != ALL:
             method.check(name, subjects[0], bench.run)
+        elif several and method.several is None:
+            left_out.append(f"{name} is left out: the images have several classes each")
+            continue
         elif not method.suits(subjects[0]):
             continue
         elif why := method.left_out(bench, subjects[0], options):
@@ -220,7 +245,8 @@ def measure(
             continue
         fitting = [item for item in subjects[1:] if item.name in method.baselines(options) and method.suits(item)]
         shown = [item for item in fitting if not method.left_out(bench, item, options)]
-        results[name] = {item.name: method.measure(bench, item, options) for item in (subjects[0], *shown)}
+        call = method.several if several and method.several is not None else method.measure
+        results[name] = {item.name: call(bench, item, options) for item in (subjects[0], *shown)}
     return results, tuple(left_out)
 
 

@@ -95,6 +95,17 @@ class Encoder(nn.Module, ABC):
         """
         raise ConfigError(f"this model is a {self.label}, which timm does not have", "use --to safetensors or onnx")
 
+    def at_blocks(self, images: Tensor, blocks: Sequence[int]) -> EncoderOutput:
+        """The outputs of some blocks, by number, concatenated along D; see `MaskedAutoencoder.encode`."""
+        output = self(images, keep_blocks=True)
+        depth, final = len(self.blocks), torch.cat([output.prefix, output.patches], dim=1)
+        found = [
+            final if number == depth - 1 else F.layer_norm(output.blocks[number + 1], final.shape[-1:])
+            for number in blocks
+        ]
+        prefix, patches = torch.cat(found, dim=-1).tensor_split((self.num_prefix_tokens,), dim=1)
+        return EncoderOutput(prefix, patches, output.grid)
+
     @property
     def num_patches(self) -> int:
         """L, the number of patches of an image of `input_size`."""

@@ -121,13 +121,15 @@ class MaskedAutoencoder(nn.Module):
             return mask
         return mask._replace(ids_masked=evenly_spaced(mask.ids_masked, self.predict_ratio))
 
-    def encode(self, images: Tensor, pool: str = "mean") -> Tensor:
+    def encode(self, images: Tensor, pool: str = "mean", blocks: Sequence[int] | None = None) -> Tensor:
         """Features of whole images; nothing is ever masked here.
 
         Args:
             images: (B, C, *size) float, normalised as in training.
             pool: "mean" of the patch tokens (B, D), the class token "cls" (B, D), "both" of them (B, 2 D), or all patch
                 "tokens" (B, L, D).
+            blocks: numbers of the blocks whose outputs are concatenated along D, each standardised without learned
+                scale and shift, the last one by the encoder's own norm; None: the last one.
 
         Raises:
             ConfigError: features that the model does not have.
@@ -137,7 +139,7 @@ class MaskedAutoencoder(nn.Module):
             require_patches(self, "for pool 'tokens'")
         elif pool not in self.pools:
             raise ConfigError(f"pool is {pool!r} but the model has no class token", "use 'mean' or 'tokens'")
-        encoded = self.encoder(images)
+        encoded = self.encoder(images) if blocks is None else self.encoder.at_blocks(images, blocks)
         if pool == "tokens":
             return encoded.patches
         found = {"mean": [encoded.patches.mean(1)], "cls": [encoded.prefix[:, :1].squeeze(1)]}

@@ -16,6 +16,7 @@ from PIL import Image
 
 from torchmae.report.panels import (
     TEXT,
+    BoolArray,
     FloatArray,
     as_numpy,
     draw_table,
@@ -31,6 +32,7 @@ Labels: TypeAlias = npt.NDArray[np.int64]
 
 _MIN_SIDE = 112
 _SEGMENTED_SIDE = 256  # pixels of the longer side
+_MAP_SIDE = 160
 _PAIRS_PER_ROW = 4  # an image and its map
 # Ten colours of a map, distinct on white and on near-black; ten more classes have another marker.
 _HUES = ["#3b7dd8", "#e0702c", "#2e9b57", "#d9485f", "#8a63d2", "#a9752b", "#d265b3", "#7a8a99", "#9aa41c", "#1fa3b5"]
@@ -117,20 +119,35 @@ def ratios_picture(
     )
 
 
-def anomaly_picture(images: Images, maps: Mapping[str, FloatArray], truth: Sequence[str]) -> Image.Image:
-    """Images, (N, C, H, W) in [0, 1], beside anomaly maps by name, (N, H, W) in [0, 1]; `truth` are the captions."""
-    groups = [
-        _beside(image, [heat(values[number], "inferno") for values in maps.values()])
-        for number, image in enumerate(as_numpy(images))
-    ]
+def anomaly_picture(
+    images: Sequence[FloatArray],
+    masks: Sequence[BoolArray | None],
+    maps: Mapping[str, Sequence[FloatArray]],
+    truth: Sequence[str],
+) -> Image.Image:
+    """Images, (C, H, W) in [0, 1] of any size, beside their masks and anomaly maps by name, (H, W) in [0, 1], on them.
+
+    `truth` are the captions. A column of masks is there where any image has one.
+    """
+    groups = []
+    has_masks = any(mask is not None for mask in masks)
+    for number, (image, mask) in enumerate(zip(images, masks, strict=True)):
+        plain = sample_panels([image], 1)[0]
+        tints = [None if mask is None else np.where(mask[..., None], 255, 0)] if has_masks else []
+        tints += [255 * heat(values[number], "inferno") for values in maps.values()]
+        group = [plain, *(plain if tint is None else _mixed(plain, tint) for tint in tints)]
+        groups.append([_resized(panel, _MAP_SIDE) for panel in group])
+    headers = ("image", *(["mask"] if has_masks else []), *maps)
     return draw_table(
         _in_rows(groups, 2),
-        ("image", *maps) * len(groups[:2]),
+        headers * len(groups[:2]),
+        size=_largest(groups),
         Title="The most unusual images",
-        Description="Beside each image, maps of what is unusual in it: bright is unusual. A colour means the same in "
-        "all maps of one kind.",
-        captions=_in_rows([[word] + [""] * len(maps) for word in truth], 2),
-        column_gaps=(len(maps) + 1,),
+        Description="Beside each image, maps of what is unusual in it, drawn over it: bright is unusual. A colour "
+        "means the same in all maps of one kind."
+        + (" The mask shows the defects as they were marked." if has_masks else ""),
+        captions=_in_rows([[word] + [""] * (len(headers) - 1) for word in truth], 2),
+        column_gaps=(len(headers),),
     )
 
 
@@ -149,17 +166,12 @@ def segmentation_picture(
         panels = [plain]
         for found in maps:
             tinted = np.where(found[..., None] == 255, 128, colours[(found.astype(np.int64) - 1) % len(colours)])
-            mixed = np.where(found[..., None] == 0, pixels, 0.45 * pixels + 0.55 * tinted)
-            panels.append(Image.fromarray(np.round(mixed).astype(np.uint8)))
-        factor = _SEGMENTED_SIDE / max(plain.size)
-        size = (max(1, round(plain.width * factor)), max(1, round(plain.height * factor)))
-        kind = Image.Resampling.LANCZOS if factor < 1 else Image.Resampling.NEAREST
-        rows.append([panel.resize(size, kind) for panel in panels])
-    widest, highest = (max(row[0].size[axis] for row in rows) for axis in (0, 1))
+            panels.append(_mixed(plain, np.where(found[..., None] == 0, pixels, tinted)))
+        rows.append([_resized(panel, _SEGMENTED_SIDE) for panel in panels])
     return draw_table(
         rows,
         ("image", "mask", "guess"),
-        size=(widest, highest),
+        size=_largest(rows),
         Title="Segmentation of test pictures",
         Description="Beside each picture its mask and what the model makes of it, one colour for each class; "
         f"without colour: {classes[0]}; grey: does not count.",
@@ -234,6 +246,25 @@ def _beside(image: FloatArray, maps: Iterable[FloatArray]) -> list[Image.Image]:
     """An image, and maps of the same size."""
     panel = _panel(image)
     return [panel, *(map_panel(colours, panel.size) for colours in maps)]
+
+
+def _mixed(panel: Image.Image, tint: npt.NDArray[Any]) -> Image.Image:
+    """A panel under colours, (H, W, 1 or 3) from 0 to 255."""
+    mixed = 0.45 * np.asarray(panel, dtype=np.float32) + 0.55 * tint
+    return Image.fromarray(np.round(mixed).astype(np.uint8))
+
+
+def _resized(panel: Image.Image, side: int) -> Image.Image:
+    """A panel whose longer side has `side` pixels."""
+    factor = side / max(panel.size)
+    kind = Image.Resampling.LANCZOS if factor < 1 else Image.Resampling.NEAREST
+    return panel.resize((max(1, round(panel.width * factor)), max(1, round(panel.height * factor))), kind)
+
+
+def _largest(rows: Sequence[Sequence[Image.Image]]) -> tuple[int, int]:
+    """Width and height of a cell for all panels."""
+    width, height = (max(row[0].size[axis] for row in rows) for axis in (0, 1))
+    return width, height
 
 
 def _in_rows(groups: Sequence[list[Any]], count: int) -> list[list[Any]]:

@@ -48,6 +48,9 @@ LOSS = Unit("Loss", "{:.4f}".format, number)
 SHARE = Unit("Share", "{:.3f}".format, percent, "%", 100, is_share=True)
 ACCURACY = Unit("Accuracy, %", "{:.1f}".format, "{:.1f}%".format, "%", is_share=True)
 AUROC = Unit("AUROC", "{:.3f}".format)
+CLASS_AUROC = Unit("AUROC, mean of the classes", "{:.3f}".format)
+MAP = Unit("Average precision, mean of the classes", "{:.3f}".format)
+AUPRO = Unit("AUPRO (false positive rates up to 0.3)", "{:.3f}".format)
 SEGMENTATION = Unit("Segmentation, %", "{:.1f}".format, "{:.1f}%".format, "%", is_share=True)
 COUNT = Unit("Count", "{:,.0f}".format, "{:,.0f}".format)
 TRAINING = Unit("Training")
@@ -130,10 +133,14 @@ METRICS: dict[str, Metric] = {
     "images_per_s": Metric("Images per second", COUNT, chart="Throughput"),
     "data_wait": Metric("Share of time waiting for data", SHARE, chart="Throughput"),
     # By `torchmae evaluate`.
+    "majority": Metric("always the commonest class", ACCURACY),
+    r"(?P<of>[\w.]+)_macro": Metric("{of}, mean of the classes", ACCURACY, max),
     r"knn(?P<k>\d+)": Metric("kNN, k = {k}", ACCURACY, max),
     r"linear_(?P<pool>mean|cls|both)": Metric("linear probe, {pool}", ACCURACY, max),
     r"linear_c(?P<c>[\d.]+)": Metric("linear probe, patch mean, C = {c}", ACCURACY, max),
     r"linear_paper_(?P<pool>mean|cls|both)": Metric("linear probe, as in the paper, {pool}", ACCURACY, max),
+    r"(?P<of>[\w.]+)_map": Metric("{of}", MAP, max),
+    r"(?P<of>[\w.]+)_auroc": Metric("{of}", CLASS_AUROC, max),
     "attentive": Metric("attentive probe", ACCURACY, max),
     "finetune": Metric("fine-tuned", ACCURACY, max, goal="features"),
     "finetune_random": Metric("trained from random weights", ACCURACY, max),
@@ -148,6 +155,10 @@ METRICS: dict[str, Metric] = {
     "anomaly_knn": Metric("kNN distance of the mean feature", AUROC, max),
     "anomaly_patch_knn": Metric("kNN distance of patches", AUROC, max),
     "anomaly_patch_knn_max": Metric("kNN distance, oddest patch", AUROC, max),
+    "anomaly_reconstruction_pixel": Metric("reconstruction error, pixels", AUROC, max),
+    "anomaly_patch_knn_pixel": Metric("kNN distance of patches, pixels", AUROC, max),
+    "anomaly_reconstruction_aupro": Metric("AUPRO, reconstruction error", AUPRO, max),
+    "anomaly_patch_knn_aupro": Metric("AUPRO, kNN distance of patches", AUPRO, max),
     f"{_MASK}_psnr": Metric("{strategy}, {share}% masked", Unit("PSNR, dB", "{:.2f}".format), max, ("interpolation",)),
     f"{_MASK}_ssim": Metric("{strategy}, {share}% masked", Unit("SSIM", "{:.3f}".format), max, ("interpolation",)),
     f"{_MASK}_explained_variance": Metric(
@@ -218,6 +229,8 @@ def measure_of(name: str) -> Measure:
         if found:
             parts = found.groupdict()
             beside = BASELINES.get(parts.pop("beside") or "", "")
+            if "of" in parts:
+                parts["of"] = measure_of(parts["of"]).label
             if "share" in parts:
                 parts["share"] = f"{100 * float(parts['share']):g}"
             return Measure(

@@ -110,13 +110,9 @@ class Pretrained:
         return array
 
     @torch.no_grad()
-    def encode(self, images: Tensor, pool: str = "mean") -> Tensor:
-        """Features of whole images, (B, C, *size) from `preprocess`; nothing is masked.
-
-        `pool` is "mean" of the patch tokens (B, D), "cls" for the class token (B, D), or "tokens" for all patches
-        (B, L, D).
-        """
-        return self.model.encode(images, pool)
+    def encode(self, images: Tensor, pool: str = "mean", blocks: Sequence[int] | None = None) -> Tensor:
+        """Features of whole images, (B, C, *size) from `preprocess`, as of `MaskedAutoencoder.encode`."""
+        return self.model.encode(images, pool, blocks)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask: Any) -> Reconstruction:
