@@ -55,8 +55,8 @@ def test_a_column_a_pattern_and_an_array_give_the_same_groups(tmp_path: Path) ->
         train, val = hold_out(source, 8)
         assert set(source.groups[train]).isdisjoint(source.groups[val])
         assert len(val) == 8
-        kept, held, notes = held_out_images({"train": source}, HELD_OUT, 8, Context(), "data.val")
-        assert (len(kept), len(held), notes, shared_groups(kept, held)) == (32, 8, (), ())
+        kept, held, apart = held_out_images({"train": source}, HELD_OUT, 8, Context(), "data.val")
+        assert (len(kept), len(held), apart.notes, shared_groups(kept, held)) == (32, 8, (), ())
     assert not any("Patient" in note for note in sources[0].remarks)
 
 
@@ -78,9 +78,9 @@ def test_all_of_one_group_cannot_be_held_out(tmp_path: Path) -> None:
 
 
 def test_groups_on_both_sides_are_said() -> None:
-    train, test = (ArraySource(np.zeros((4, 8, 8))) for _ in range(2))
+    train, test = (ArraySource(np.full((4, 8, 8), value)) for value in range(2))
     train.groups, test.groups = np.array(["a", "b", "b", "c"]), np.array(["c", "d", "d", "a"])
-    (note,) = held_out_images({"train": train, "test": test}, "test", 8, Context(), "test_data")[2]
+    (note,) = held_out_images({"train": train, "test": test}, "test", 8, Context(), "test_data")[2].notes
     assert "2 of 3 groups" in note
 
 

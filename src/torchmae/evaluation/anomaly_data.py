@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from torchmae.config.evaluate import EvaluateOptions
+from torchmae.data.apart import check_apart
 from torchmae.data.layouts import open_splits
-from torchmae.data.opening import check_apart
 from torchmae.data.sources import Source, Subset, relabelled
 from torchmae.errors import ConfigError, DataError
 from torchmae.evaluation.images import EvaluationData, ModelInput, image_sets
@@ -33,14 +33,15 @@ def open_anomaly_data(options: EvaluateOptions, model: ModelInput) -> Evaluation
     context = model.context(options.data)
     source, tests = open_splits(options.normal, context)["train"], open_splits(options.test, context)
     tested = next(tests[split] for split in ("test", "val", "train") if split in tests)
-    check_apart(tested, source, f"test {options.test!r} has no test split, and", "other images to test")
+    fix = "other images to test"
+    apart = check_apart(tested, source, f"test {options.test!r}", fix, progress=context.progress)
     if options.normal_classes is None:
         known, names = source, {GOOD} | folder_names(source)
     else:
         names = {name.strip() for name in options.normal_classes.split(",")}
         known = only_classes(source, sorted(names))
     sets, notes = image_sets([known, mark_anomalous(tested, names)], options.data, model)
-    return EvaluationData(sets[0], sets[1], ("normal", "anomalous"), notes)
+    return EvaluationData(sets[0], sets[1], ("normal", "anomalous"), (*apart.notes, *notes), twins=apart.twins)
 
 
 def only_classes(source: Source, names: Sequence[str]) -> Source:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -14,6 +14,7 @@ from torchmae import settings
 from torchmae.config import DataConfig
 from torchmae.config.data import DataOptions
 from torchmae.config.evaluate import EvaluateOptions
+from torchmae.data.apart import Twins
 from torchmae.data.arrays import GIB
 from torchmae.data.formats import Context, Progress
 from torchmae.data.layouts import open_splits
@@ -140,12 +141,16 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """The images of an evaluation; `classes` names the labels, `notes` are sentences for readers of the figures."""
+    """The images of an evaluation; `classes` names the labels, `notes` are sentences for readers of the figures.
+
+    `twins` are of training images among the test images.
+    """
 
     train: ImageSet
     test: ImageSet
     classes: tuple[str, ...]
     notes: tuple[str, ...]
+    twins: Twins = field(default=Twins(), kw_only=True)
 
     @property
     def normalisation(self) -> Normalisation:
@@ -187,7 +192,8 @@ def open_evaluation_data(options: EvaluateOptions, model: ModelInput, *, labelle
     splits = model.splits(options.data)
     name = options.test_data or next((name for name in ("test", "val") if name in splits), HELD_OUT)
     order = ("test", "val", "train")
-    train, test, notes = held_out_images(splits, name, options.data.val_size, context, "test_data", order)
+    train, test, apart = held_out_images(splits, name, options.data.val_size, context, "test_data", order)
+    notes = apart.notes
     if labelled:
         for what, source in (("training", train), ("test", test)):
             unlabelled = 0 if source.labels is None else int((source.labels < 0).sum())
@@ -201,7 +207,7 @@ def open_evaluation_data(options: EvaluateOptions, model: ModelInput, *, labelle
     if labelled:
         check_classes(train, classes)
     sets, said = image_sets([train, test], options.data, model)
-    return EvaluationData(sets[0], sets[1], classes, (*notes, *said))
+    return EvaluationData(sets[0], sets[1], classes, (*notes, *said), twins=apart.twins)
 
 
 def run_data(run: str) -> DataConfig | None:
