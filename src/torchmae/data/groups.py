@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +38,7 @@ def name_groups(splits: Mapping[str, Source], group: str | None) -> None:
         source.groups = np.array([match[1] if match else "" for match in found])
 
 
-def hold_out_groups(groups: Groups, count: int) -> npt.NDArray[np.bool_]:
+def hold_out_groups(groups: npt.NDArray[Any], count: int, seed: int = 0) -> npt.NDArray[np.bool_]:
     """(N,) which samples are held out: whole groups, at most `count` samples, or else the smallest group.
 
     None of them where all samples are of one group.
@@ -46,7 +47,7 @@ def hold_out_groups(groups: Groups, count: int) -> npt.NDArray[np.bool_]:
     chosen = np.zeros(len(names), dtype=bool)
     taken = 0
     count = min(count, len(groups) - 1)
-    for group in permutation(0, 0, len(names), Purpose.HOLD_OUT):
+    for group in permutation(seed, 0, len(names), Purpose.HOLD_OUT):
         if taken + sizes[group] <= count:
             chosen[group] = True
             taken += int(sizes[group])

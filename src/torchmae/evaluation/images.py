@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from torchmae import settings
 from torchmae.config import DataConfig
@@ -102,6 +103,12 @@ class ImageSet:
             num_workers=reader_processes(self.data.num_workers),
             bad=self.bad,
         )
+
+    @property
+    def groups(self) -> Tensor | None:
+        """(N,) int64: samples of one number belong together, by `data.group` or as windows of one image; None: none."""
+        named = self.images if self.source.groups is None else self.source.groups
+        return None if named is None else torch.from_numpy(np.unique(named, return_inverse=True)[1])
 
     @property
     def num_images(self) -> int:
