@@ -72,11 +72,13 @@ def check_apart(test: Source, train: Source, what: str, fix: str = "", *, progre
     others, bank = thumbnails_of(train, progress)
     found = nearest_twins(thumbnails, bank)
     twin_of = {int(rows[i]): int(others[j]) for i, j in found}
-    if fix and training_share(test, train, twin_of) == 1:
+    share = training_share(test, train, twin_of) if fix else 0.0
+    if share == 1:
         raise ConfigError(f"{what} leads to the training images", f"choose {fix}")
+    same = (f"about {share:.0%} of the images of {what} are training images too: figures flatter",) if share else ()
     examples = tuple((test.name(i), train.name(j)) for i, j in [*twin_of.items()][:_EXAMPLES])
     twins = Twins(len(found), len(rows), len(others), examples)
-    return Apart((*twins.note(), *shared_groups(train, test)), twins)
+    return Apart((*same, *twins.note(), *shared_groups(train, test)), twins)
 
 
 def training_share(test: Source, train: Source, twin_of: dict[int, int]) -> float:
