@@ -28,9 +28,8 @@ from torchmae.training.ranks import one_line_when_lost, open_ranks
 from torchmae.training.runtime import Runtime, open_runtime
 from torchmae.training.task import callers_state
 
-Classify = Callable[[Labelled, Labelled, int, Parts], dict[str, Tensor]]
-"""From this rank's training features, all test features, the number of classes and how the training images are divided
-to rankings of `scores.rank` by name."""
+Classify = Callable[..., dict[str, Tensor]]
+"""From training and test features (`Labelled`) and the number of classes to rankings of `scores.rank` by name."""
 
 
 @contextmanager
@@ -62,18 +61,24 @@ class Bench:
     mask_ratio: float = 0.75
     _cache: dict[tuple[str, str], tuple[Tensor, ...]] = field(default_factory=dict)
 
-    def probe(self, subject: Subject, pool: str, classify: Classify, options: EvaluateOptions) -> Result:
-        """`scores.score` of each ranking that `classify` gives of the test images; few-shot, `over_draws` of them."""
+    def probe(
+        self, subject: Subject, pool: str, classify: Classify, options: EvaluateOptions, *, by_parts: bool = False
+    ) -> Result:
+        """`scores.score` of each ranking that `classify` gives of the test images; few-shot, `over_draws` of them.
+
+        `by_parts`: `classify` takes this rank's part of the training features, and `Parts` as a fourth argument.
+        """
         (train, rows), (test, _) = (self._features(subject, split, pool) for split in ("train", "test"))
         classes, groups = self.data.classes, self.data.train.groups
         parts = Parts(None if groups is None else groups.to(rows.device)[rows], self.runtime.ranks)
         if options.labels_per_class is None:
-            guesses = classify(train, test, len(classes), parts)
+            given = (train, test, len(classes), parts) if by_parts else (parts.whole(train), test, len(classes))
+            guesses = classify(*given)
             return join(score(name, ranking, test.labels, classes) for name, ranking in guesses.items())
         draws = []
         check_counts(parts.ranks.gather_rows(train.labels).cpu().numpy(), classes, options.labels_per_class)
         for few, of_few in draws_of(train, options.labels_per_class, options.draws, options.seed, parts):
-            guesses = classify(few, test, len(classes), of_few)
+            guesses = classify(few, test, len(classes), *([of_few] if by_parts else []))
             draws.append({n: score(n, ranking, test.labels, classes).figures[n] for n, ranking in guesses.items()})
         return over_draws(draws, draws[0])
 

@@ -24,7 +24,7 @@ MAX_VALUES = 2**26
 def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
     """Accuracies for each number of neighbours in `KS`."""
     (pool,) = chosen_pools(subject, options, ("mean",))
-    return bench.probe(subject, pool, classify, options)
+    return bench.probe(subject, pool, classify, options, by_parts=True)
 
 
 def classify(

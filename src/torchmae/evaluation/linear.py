@@ -75,7 +75,7 @@ def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
                 found[f"linear_c{FIXED_C}"] = classify(train, test, num_classes, parts, c=FIXED_C)
             return found
 
-        results.append(bench.probe(subject, pool, guesses, options))
+        results.append(bench.probe(subject, pool, guesses, options, by_parts=True))
     return join(results)
 
 
