@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from torchmae import presets, visualize
+from torchmae.cli import main
 from torchmae.config import DataConfig
 from torchmae.data.loader import mixed_subset
 from torchmae.data.opening import Data, open_data
@@ -65,6 +66,28 @@ def test_a_report_has_every_picture(tmp_path: Path) -> None:
     assert names(paths) == ["features", "attention", "neighbours", "map", "ratios"]
     titled = [load_titled(path) for path in paths]
     assert all(picture is not None and len(picture.description) > 100 for picture in titled)
+
+
+def test_features_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def again(*_: Any) -> None:
+        raise AssertionError("features of the last measurement are at hand")
+
+    monkeypatch.setattr(visualize, "extract", again)
+    small = [
+        "--recipe",
+        "digits",
+        "--epochs",
+        "1",
+        "--eval.count",
+        "1",
+        "--eval.knn_train",
+        "300",
+        "--eval.knn_val",
+        "60",
+    ]
+    probed = ["--eval.knn_train", "300", "--eval.knn_val", "60", "--threads", "1", "--progress", "none"]
+    assert main(["pretrain", *small, *probed, "--out", str(tmp_path / "run")]) == 0
+    assert names(sorted((tmp_path / "run" / "pictures").iterdir()))[2:4] == ["neighbours", "map"]
 
 
 def test_the_same_model_gives_the_same_pictures(tmp_path: Path) -> None:

@@ -96,14 +96,14 @@ def build_evaluators(
     tracker: Trackers,
     *,
     fresh: bool,
-) -> list[Evaluator]:
-    """The evaluators: reconstruction figures, pictures, and with labels kNN and a linear probe.
+) -> tuple[list[Evaluator], FeatureProbe | None]:
+    """The evaluators: reconstruction figures, pictures, and with labels kNN and a linear probe, given beside them.
 
     Each rank measures a share of the images, under the masks of `masker`. `fresh`: the model is untrained, and its
     accuracies and those of raw pixels are logged as baselines.
     """
     if data.val is None:
-        return []
+        return [], None
     chosen = mixed_subset(len(data.val), settings.images)
     mine = share(chosen, EVAL_BATCH, runtime.ranks)
     loader = data.val
@@ -132,11 +132,13 @@ def build_evaluators(
         Evaluator(min(PICTURE_COUNT, settings.count), pictures),
     ]
     probe = FeatureProbe(data.train, data.val, settings)
-    if probe.is_possible and settings.knn_count:
-        subject = Subject("model", model)
-        if fresh:
-            by_pixels = {f"{name}_pixels": value for name, value in probe.run(pixels(), runtime).items()}
-            untrained = {f"{name}_untrained": value for name, value in probe.run(subject, runtime).items()}
-            tracker.log("baseline", 0, {**by_pixels, **untrained, **probe.majority()})
-        evaluators.append(Evaluator(min(settings.knn_count, settings.count), lambda _: probe.run(subject, runtime)))
-    return evaluators
+    if not probe.is_possible or not settings.knn_count:
+        return evaluators, None
+    subject = Subject("model", model)
+    if fresh:
+        by_pixels = {f"{name}_pixels": value for name, value in probe.run(pixels(), runtime).items()}
+        untrained = {f"{name}_untrained": value for name, value in probe.run(subject, runtime).items()}
+        tracker.log("baseline", 0, {**by_pixels, **untrained, **probe.majority()})
+    count = min(settings.knn_count, settings.count)
+    evaluators.append(Evaluator(count, lambda step: probe.run(subject, runtime, step)))
+    return evaluators, probe

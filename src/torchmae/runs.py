@@ -20,6 +20,7 @@ from torchmae.data.loader import one_line_when_a_worker_ends
 from torchmae.data.opening import Data, open_data
 from torchmae.data.sources import data_line
 from torchmae.errors import ConfigError, DataError, Interrupted, TorchmaeError
+from torchmae.evaluation.diagnostics import Seen
 from torchmae.evaluation.images import run_data
 from torchmae.evaluators import affordable, build_evaluators
 from torchmae.files import seen_late
@@ -278,14 +279,15 @@ def _train(
     interruption: Interrupted | None = None
     with open_trackers(config.trackers, folder, display, start) if ranks.is_main else Trackers() as tracker:
         masker = Masker(model.encoder, config.mask.strategy, config.mask.ratio)  # the same masks, whatever the schedule
-        evaluators = build_evaluators(
+        evaluators, probe = build_evaluators(
             config.eval, masker, model, data, runtime, folder, tracker, fresh=checkpoint is None
         )
         if config.init_from is not None and checkpoint is None:  # after the baselines, which are of random weights
             for line in initialise(model, read_initial(config.init_from, config.model)):
                 display.say(line)
+        seen: Mapping[str, Seen] = {}
         try:
-            pretrain(
+            state = pretrain(
                 pretrain_settings(config, model),
                 model=model,
                 loader=data.train,
@@ -300,6 +302,8 @@ def _train(
                 evaluators=evaluators,
                 checkpoint=checkpoint,
             )
+            if probe is not None and probe.seen[0] == state.step:
+                seen = probe.seen[1]
         except Interrupted as error:
             interruption = error
     weights = whole_state(model)
@@ -310,7 +314,7 @@ def _train(
         if any(map(is_sharded, model.parameters())):
             whole = own.construct(arguments)
             whole.load_state_dict(weights)
-        return _finish(config, Pretrained(whole, description), data, bad, runtime, folder, display, interruption)
+        return _finish(config, Pretrained(whole, description), data, bad, runtime, folder, display, seen, interruption)
 
     return ranks.on_main(end)
 
@@ -323,6 +327,7 @@ def _finish(
     runtime: Runtime,
     folder: RunFolder,
     display: Display,
+    seen: Mapping[str, Seen],
     interruption: Interrupted | None,
 ) -> Run:
     """Writes weights, figures, pictures and the report; raises the interruption if there was one."""
@@ -337,7 +342,7 @@ def _finish(
     if not interruption and data.val is not None:
         try:
             model = model.to(runtime.device).eval()  # of one that was in shards, here for the first time
-            write_pictures(folder.path / "pictures", Pretrained(model, description), data, runtime, display)
+            write_pictures(folder.path / "pictures", Pretrained(model, description), data, runtime, display, seen)
         except Exception as error:  # the run is done and saved; a picture that cannot be drawn must not hide that
             if not isinstance(error, TorchmaeError) and not ran_out_of_memory(error):
                 raise

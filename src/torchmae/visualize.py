@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,15 +11,14 @@ from PIL import Image
 from torch import Tensor
 
 from torchmae.config import DataConfig
-from torchmae.data.loader import ImageLoader, Indices, mixed_subset
+from torchmae.data.loader import ImageLoader, mixed_subset
 from torchmae.data.opening import Data, open_data
 from torchmae.errors import ConfigError
-from torchmae.evaluation.diagnostics import encoding_time
+from torchmae.evaluation.diagnostics import Seen, encoding_time
 from torchmae.evaluation.feature_maps import class_attention, content_tokens, embed_2d, patch_colours
 from torchmae.evaluation.images import EVAL_BATCH, run_data
 from torchmae.evaluation.knn import nearest
 from torchmae.evaluation.quality import strategies_of
-from torchmae.evaluation.scores import Labelled
 from torchmae.evaluation.subject import Subject, extract
 from torchmae.report.feature_pictures import (
     attention_picture,
@@ -49,12 +48,18 @@ _NOTICED_S = 2.0  # seconds from which on it is said
 
 
 def write_pictures(
-    folder: Path, pretrained: Pretrained, data: Data, runtime: Runtime, display: Display | None = None
+    folder: Path,
+    pretrained: Pretrained,
+    data: Data,
+    runtime: Runtime,
+    display: Display | None = None,
+    seen: Mapping[str, Seen] | None = None,
 ) -> list[Path]:
     """Draws every kind of picture that suits model and data, for a run's report; returns the files in its order.
 
     The images are held-out ones, the same in every run on the same data; neighbours are training images. Here and in
     the functions below, the model is on the runtime's device. A slow model encodes fewer images: those of a minute.
+    Features of "train" and "val" in `seen` are not computed again.
 
     Raises:
         CheckpointError: the folder cannot be written to.
@@ -66,7 +71,8 @@ def write_pictures(
     model = pretrained.model
     image_s = encoding_time(model, loader, runtime)
     num_images = min(REPORT_BANK, max(_FEWEST, int(_MOST_S / 2 / image_s)))
-    if display is not None and 2 * num_images * image_s > _NOTICED_S:
+    seen = seen or {}
+    if display is not None and (2 - len(seen)) * num_images * image_s > _NOTICED_S:
         display.say("drawing pictures of the features")
     pictures: dict[str, Image.Image] = {}
     if model.patch_size:
@@ -74,9 +80,9 @@ def write_pictures(
         if model.encoder.has_class_token:
             pictures["2-attention"] = draw_attention(pretrained, few)
     captions = [name_of(label, data.classes) for label in few_labels.tolist()]
-    pictures["3-neighbours"] = draw_neighbours(pretrained, few, captions, data, runtime, num_images)
+    pictures["3-neighbours"] = draw_neighbours(pretrained, few, captions, data, runtime, num_images, seen.get("train"))
     if len(loader) > NEIGHBOURS:  # a map needs more points
-        pictures["4-map"] = draw_map(pretrained, data, runtime, min(REPORT_POINTS, num_images))
+        pictures["4-map"] = draw_map(pretrained, data, runtime, min(REPORT_POINTS, num_images), seen=seen.get("val"))
     pictures["5-ratios"] = draw_ratios(pretrained, few)
     paths = [folder / f"{name}.png" for name in pictures]
     for path, picture in zip(paths, pictures.values(), strict=True):
@@ -117,11 +123,16 @@ def draw_ratios(pretrained: Pretrained, images: Tensor, ratios: Sequence[float] 
 
 
 def draw_neighbours(
-    pretrained: Pretrained, images: Tensor, captions: Sequence[str], data: Data, runtime: Runtime, num_images: int
+    pretrained: Pretrained,
+    images: Tensor,
+    captions: Sequence[str],
+    data: Data,
+    runtime: Runtime,
+    num_images: int,
+    seen: Seen | None = None,
 ) -> Image.Image:
-    """Images, as for `draw_pca`, with captions, beside the nearest of at most `num_images` training images."""
-    bank = mixed_subset(len(data.train), num_images)
-    features, labels = _features(pretrained, data.train, bank, runtime)
+    """Images, as for `draw_pca`, with captions, beside the nearest of `num_images` training images or those `seen`."""
+    features, labels, bank = seen or _features(pretrained, data.train, num_images, runtime)
     found, cosines = (item.cpu() for item in nearest(features, pretrained.encode(images), NEIGHBOURS))
     shape = (*found.shape, *images.shape[1:])
     batches = data.train.eval_batches(bank[found.flatten().numpy()], EVAL_BATCH)
@@ -134,11 +145,16 @@ def draw_neighbours(
 
 
 def draw_map(
-    pretrained: Pretrained, data: Data, runtime: Runtime, num_images: int, method: str = "tsne", seed: int = 0
+    pretrained: Pretrained,
+    data: Data,
+    runtime: Runtime,
+    num_images: int,
+    method: str = "tsne",
+    seed: int = 0,
+    seen: Seen | None = None,
 ) -> Image.Image:
-    """A map of at most `num_images` held-out images by `embed_2d`, with its method, seed and errors."""
-    loader = held_out(data)
-    features, labels = _features(pretrained, loader, mixed_subset(len(loader), num_images), runtime)
+    """A map of `num_images` held-out images, or those `seen`, by `embed_2d`, with its method, seed and errors."""
+    features, labels, _ = seen or _features(pretrained, held_out(data), num_images, runtime)
     points = embed_2d(features, method, seed)
     return map_picture(points, labels.cpu().numpy(), data.classes, METHOD_NAMES[method])
 
@@ -183,8 +199,11 @@ def name_of(label: int, classes: Sequence[str] | None) -> str:
     return "" if label < 0 else class_name(label, classes)
 
 
-def _features(pretrained: Pretrained, loader: ImageLoader, rows: Indices, runtime: Runtime) -> Labelled:
-    return extract(Subject("model", pretrained.model), loader.eval_batches(rows, EVAL_BATCH), runtime)
+def _features(pretrained: Pretrained, loader: ImageLoader, num_images: int, runtime: Runtime) -> Seen:
+    """Of at most `num_images` images."""
+    rows = mixed_subset(len(loader), num_images)
+    found = extract(Subject("model", pretrained.model), loader.eval_batches(rows, EVAL_BATCH), runtime)
+    return Seen(*found, rows)
 
 
 def _to_show(pretrained: Pretrained, images: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +56,8 @@ def test_a_column_a_pattern_and_an_array_give_the_same_groups(tmp_path: Path) ->
         train, val = hold_out(source, 8)
         assert set(source.groups[train]).isdisjoint(source.groups[val])
         assert len(val) == 8
-        kept, held, notes = held_out_images({"train": source}, HELD_OUT, 8, Context(), "data.val")
-        assert (len(kept), len(held), notes, shared_groups(kept, held)) == (32, 8, (), ())
+        kept, held, apart = held_out_images({"train": source}, HELD_OUT, 8, Context(), "data.val")
+        assert (len(kept), len(held), apart.notes, shared_groups(kept, held)) == (32, 8, (), ())
     assert not any("Patient" in note for note in sources[0].remarks)
 
 
@@ -78,10 +79,28 @@ def test_all_of_one_group_cannot_be_held_out(tmp_path: Path) -> None:
 
 
 def test_groups_on_both_sides_are_said() -> None:
-    train, test = (ArraySource(np.zeros((4, 8, 8))) for _ in range(2))
+    train, test = (ArraySource(np.full((4, 8, 8), value)) for value in range(2))
     train.groups, test.groups = np.array(["a", "b", "b", "c"]), np.array(["c", "d", "d", "a"])
-    (note,) = held_out_images({"train": train, "test": test}, "test", 8, Context(), "test_data")[2]
+    (note,) = held_out_images({"train": train, "test": test}, "test", 8, Context(), "test_data")[2].notes
     assert "2 of 3 groups" in note
+
+
+@pytest.mark.parametrize(
+    ("names", "groups"),
+    [
+        ([f"P{i:03}_{j:02}.png" for i in range(10) for j in range(5)], 10),
+        ([f"patient_{i}/slice_{j}.png" for i in range(10) for j in range(5)], 10),
+        ([f"slide{i}_x{x}_y{y}.png" for i in range(6) for x in range(4) for y in range(4)], 6),
+        ([f"scene-{i}_{x}_{y}.tif" for i in range(6) for x in range(4) for y in range(4)], 6),
+        ([f"{i}_2025010{d}_{t}_{x}_{y}.tif" for i in "abcd" for d in "12" for t in ("pre", "post") for x in "012"
+          for y in "012"], 4),
+        ([f"vid{i}_frame{j:05}.jpg" for i in range(6) for j in range(30)], 6),
+    ],
+)  # fmt: skip
+def test_whole_patients_clips_and_scenes_are_proposed(names: list[str], groups: int) -> None:
+    pattern = proposed_group(names)
+    assert pattern is not None
+    assert len({match[1] for name in names if (match := re.search(pattern, name))}) == groups
 
 
 @pytest.mark.parametrize(

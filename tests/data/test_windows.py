@@ -152,7 +152,7 @@ def test_a_window_is_read_without_the_rest(tmp_path: Path, monkeypatch: pytest.M
     )
     regions = [region for region in asked if region is not None]
     assert len(regions) > 40 and {tuple(length for _, length in region) for region in regions} == {SIZE}
-    assert None not in asked
+    assert asked.count(None) <= 5  # each scene once, to look for near twins among the held-out scenes
     about = json.loads((run.path / "model.json").read_text())
     assert about["window"] == [16, 16] and about["reading"] is None
     model = torchmae.load(run.path)

@@ -23,14 +23,17 @@ from torchmae.building import pretrain_settings
 from torchmae.config import MaskConfig, OptimConfig, PretrainConfig
 from torchmae.data.loader import Batch, Plan
 from torchmae.errors import Interrupted, TrainingError
-from torchmae.evaluation.sharing import share
+from torchmae.evaluation import knn, linear
+from torchmae.evaluation.bench import draws_of
+from torchmae.evaluation.scores import Labelled
+from torchmae.evaluation.sharing import Parts, share
 from torchmae.settings import read_words
 from torchmae.training import checkpoint, ranks
 from torchmae.training.checkpoint import load_checkpoint
 from torchmae.training.parallel import local, place, whole, whole_state
 from torchmae.training.pretrain import pretrain
 from torchmae.training.progress import Display
-from torchmae.training.ranks import open_ranks
+from torchmae.training.ranks import Ranks, open_ranks
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime
 from torchmae.training.trainer import Evaluator
@@ -181,7 +184,28 @@ def identify() -> list[Any]:
         said = ranks.on_main(lambda: os.environ["RANK"])
         rows = torch.full((ranks.rank, 2), float(ranks.rank), dtype=torch.float16)
         both = [ranks.gather(ranks.rank), ranks.gather_rows(rows).tolist(), list(ranks.share(7))]
-        return [ranks.rank, ranks.is_main, largest, total, said, *both]
+        return [[ranks.rank, ranks.is_main, largest, total, said, *both], probe(ranks)]
+
+
+def probe(ranks: Ranks) -> dict[str, Any]:
+    """What kNN, linear probes and draws say where each rank has a part of the training images."""
+    generator = torch.Generator().manual_seed(0)
+    labels, groups = torch.arange(203) % 4, torch.arange(203) // 5
+    features = torch.randn(203, 12, generator=generator) + 0.8 * torch.eye(12)[labels]
+    queries = torch.randn(50, 12, generator=generator) + 0.8 * torch.eye(12)[torch.arange(50) % 4]
+    test = Labelled(queries, torch.arange(50) % 4)
+    said = {}
+    for count in (203, 2):  # more and fewer images than ranks
+        mine = slice(ranks.share(count).start, ranks.share(count).stop)
+        train, parts = Labelled(features[mine], labels[mine]), Parts(groups[mine], ranks)
+        found = knn.classify(train, test, 4, parts)
+        found["linear"] = linear.classify(train, test, 4, parts, c=1.0)
+        said |= {f"{name} of {count}": ranking.tolist() for name, ranking in found.items()}
+        if count == 203:
+            said["c"] = linear.choose_c(train, 4, parts)
+            drawn = draws_of(train, 3, 2, 0, parts)
+            said["drawn"] = [(few.features[:, 0].tolist(), some.all_groups().tolist()) for few, some in drawn]
+    return said
 
 
 def take_long() -> list[int]:

@@ -8,9 +8,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from group import enter, free_port, run
-from jobs import cut, identify, look, take_long, train, wait_for_others
+from jobs import cut, identify, look, probe, take_long, train, wait_for_others
 
 from torchmae.errors import ConfigError
 from torchmae.training.compilation import check_compiler
@@ -51,9 +52,13 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_what_ranks_tell_each_other(tmp_path: Path) -> None:
-    answers = run(3, identify, logs=tmp_path)
+    answers, probed = zip(*run(3, identify, logs=tmp_path), strict=True)
+    alone = probe(ALONE)
+    assert len(np.unique(alone["knn10 of 203"])) == 4
+    for found in probed:  # each had a part of the training images, and all say what one rank says
+        assert found == json.loads(json.dumps(alone))
     rows, shares = [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]], ([0, 1], [2, 3], [4, 5, 6])
-    assert answers == [
+    assert list(answers) == [
         [rank, rank == 0, [2.0, 0.0], [3.0, 3.0], "0", [0, 1, 2], rows, shares[rank]] for rank in range(3)
     ]
 

@@ -93,9 +93,9 @@ def test_images_without_a_label_are_left_out_and_said(save: Save) -> None:
 
 
 def test_classes_are_those_of_the_training_images(save: Save) -> None:
-    data = opened(save([0, 1, 0, 1], test=[0, 1, 2, 2]))
+    data = opened(save([0, 1, 0, 1], test=[0, 1, 2, 2, 2]))
     assert (len(data.test), data.classes) == (2, ("0", "1"))
-    assert sum("2 of 4 test images" in note for note in data.notes) == 1
+    assert sum("3 of 5 test images" in note for note in data.notes) == 1
 
 
 def test_training_images_are_no_test_images(save: Save, tmp_path: Path) -> None:

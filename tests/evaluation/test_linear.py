@@ -12,6 +12,8 @@ from sklearn.preprocessing import StandardScaler
 
 from torchmae.evaluation import linear
 from torchmae.evaluation.scores import Labelled
+from torchmae.evaluation.sharing import Parts
+from torchmae.training.ranks import Ranks
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +88,7 @@ def test_the_sweep_ends_when_it_only_gets_worse(monkeypatch: pytest.MonkeyPatch)
     fitted: list[float] = []
 
     def fit(
-        features: torch.Tensor, labels: torch.Tensor, num_classes: int, cs: Sequence[float]
+        features: torch.Tensor, labels: torch.Tensor, num_classes: int, cs: Sequence[float], ranks: Ranks
     ) -> Iterator[linear.Linear]:
         for c in cs:
             fitted.append(c)
@@ -106,6 +108,22 @@ def test_the_held_out_part_is_a_fifth_of_each_class() -> None:
     held_out = torch.from_numpy(linear._every_fifth(labels, seed=0))
     assert torch.bincount(labels[held_out], minlength=4).tolist() == [10, 2, 1, 0]
     assert not torch.equal(held_out, torch.from_numpy(linear._every_fifth(labels, seed=1)))
+
+
+def test_no_group_lies_in_both_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels, groups = torch.arange(60) % 2, torch.arange(60) // 6  # six images of each patient
+    held_out = linear._every_fifth(labels, 0, groups.numpy())
+    assert held_out.sum() == 12
+    assert not set(groups[held_out].tolist()) & set(groups[~held_out].tolist())
+    # The features tell patients apart and nothing else: on other patients' images, no C does better than chance.
+    patient_labels = torch.arange(10) % 2
+    labels, features = patient_labels[groups], torch.eye(10)[groups] + 0.01 * torch.randn(60, 10)
+    seen: list[torch.Tensor] = []
+    fit = linear.fit
+    monkeypatch.setattr(linear, "fit", lambda features, *rest: (seen.append(features), fit(features, *rest))[1])
+    linear.choose_c(Labelled(features, labels), 2, Parts(groups))
+    assert [len(item) for item in seen] == [48]
+    assert linear.choose_c(Labelled(features, labels), 2, Parts(torch.zeros(60).long())) == linear.FIXED_C
 
 
 def test_one_image_a_class_leaves_nothing_to_sweep() -> None:

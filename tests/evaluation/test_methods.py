@@ -7,6 +7,7 @@ import torch
 from torchmae.errors import ConfigError
 from torchmae.evaluation import bench, knn
 from torchmae.evaluation.scores import Labelled
+from torchmae.evaluation.sharing import Parts
 
 CLASSES = ("cat", "dog", "owl")
 LABELS = np.repeat([0, 1, 2], [20, 12, 8])
@@ -31,16 +32,31 @@ def test_every_image_is_drawn_about_equally_often() -> None:
 
 def test_each_draw_is_of_features_and_their_labels() -> None:
     train = Labelled(torch.arange(40.0)[:, None], torch.from_numpy(LABELS))
-    draws = list(bench.draws_of(train, 4, draws=3, seed=0))
+    draws = [few for few, _ in bench.draws_of(train, 4, draws=3, seed=0)]
     assert [np.bincount(draw.labels).tolist() for draw in draws] == [[4, 4, 4]] * 3
     for draw in draws:
         assert torch.equal(train.labels[draw.features[:, 0].long()], draw.labels)
 
 
+def test_a_draw_is_of_as_many_groups_as_there_are() -> None:
+    labels = np.repeat([0, 1], 30)
+    groups = np.array([f"{i // 10}" for i in range(30)] + [f"{i // 3}" for i in range(30)])  # 3 and 10 groups
+    for draw in range(20):
+        chosen = bench.draw_images(labels, 6, 0, draw, groups)
+        assert np.bincount(labels[chosen]).tolist() == [6, 6]
+        counts = [np.unique(groups[chosen[labels[chosen] == label]], return_counts=True)[1] for label in (0, 1)]
+        assert [sorted(item) for item in counts] == [[2, 2, 2], [1] * 6]
+    train = Labelled(torch.arange(60.0)[:, None], torch.from_numpy(labels))
+    numbers = torch.from_numpy(np.unique(groups, return_inverse=True)[1])
+    ((few, parts),) = bench.draws_of(train, 6, 1, 0, Parts(numbers))
+    assert parts.groups is not None
+    assert torch.equal(parts.groups, numbers[few.features[:, 0].long()])
+
+
 def test_knn_with_fewer_images_than_neighbours() -> None:
     labels = torch.from_numpy(LABELS)
     train = Labelled(torch.eye(3)[labels] + 0.01 * torch.randn(40, 3), labels)
-    for few in bench.draws_of(train, 1, draws=2, seed=0):
+    for few, _ in bench.draws_of(train, 1, draws=2, seed=0):
         rankings = knn.classify(few, train, 3)
         assert [*rankings] == ["knn10", "knn20", "knn100"]
         assert all(torch.equal(ranking[:, 0], labels) for ranking in rankings.values())

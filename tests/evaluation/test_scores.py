@@ -90,3 +90,5 @@ def test_accuracies_at_chance_are_said_to_be_so() -> None:
     assert "shards" in note
     assert not chance_note({**poor, "linear": 60.0, "linear_low": 41.0}, train, test, ("0", "1", "2"))
     assert not chance_note({"loss": 1.0}, train, test, ("0", "1", "2"))
+    assert chance_note({"knn20": 45.0, "knn20_std": 6.0}, train, test, ("cat", "dog", "eel"))
+    assert not chance_note({"knn20": 75.0, "knn20_std": 6.0}, train, test, ("cat", "dog", "eel"))

@@ -21,6 +21,7 @@ def record(knn: float, **others: Any) -> dict[str, Any]:
             {"method": "knn", "subject": "pixels", "figures": {"knn20": 38.1}},
             {"method": "knn", "subject": "model", "figures": figures, "details": {"confusion": [[1, 2]]}},
         ],
+        "notes": ["3 of 5,000 held-out images have a near twin"],
         **others,
     }
 
@@ -29,6 +30,7 @@ def test_a_table_has_the_model_first_and_intervals_beside_figures() -> None:
     (evaluation,), left = latest_evaluations([record(42.0)])
     assert left == 0
     assert (evaluation.title, evaluation.command) == ("knn", "torchmae evaluate a")
+    assert evaluation.notes == ("3 of 5,000 held-out images have a near twin",)
     assert evaluation.remark == "10,000 training images, 5,000 test images, 2026-01-02"
     (table,) = evaluation.tables
     assert (table.head, table.columns) == (ACCURACY, ("This model", "Raw pixels"))

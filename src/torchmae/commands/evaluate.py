@@ -37,7 +37,8 @@ def run(options: EvaluateOptions, compute: ComputeOptions, model: RunOrBaseline)
         if record is not None:
             print(f"recorded with settings, top-5, classes and confusions: {record}")
     finally:  # print the figures even if the record cannot be written
-        figures = {"run": model.run, "method": options.method, "figures": evaluation.figures()}
+        twins = evaluation.data.twins._asdict()
+        figures = {"run": model.run, "method": options.method, "figures": evaluation.figures(), "twins": twins}
         print_json(model.json, figures)
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,10 @@ from torchmae.random import Purpose, permutation
 
 Groups = npt.NDArray[np.str_]
 
-_PARTS = (r"([^/]*?)[ _-]?\d+[^\d/]*$", r"(.*?)[ _-]?\d+[^\d/]*$")  # a file's name, or path, up to its last number
+# A file's name up to its last three, two or one numbers (of a tile: date, row, column), or its path up to the last one.
+_COORDINATES = tuple(rf"([^/]*?)(?:[ _-][A-Za-z]*[ _-]?\d++){{{count}}}[^\d/]*$" for count in (3, 2))
+_PARTS = (*_COORDINATES, r"([^/]*?)[ _-]?\d+[^\d/]*$", r"(.*?)[ _-]?\d+[^\d/]*$")
+_FEWEST_GROUPS = dict.fromkeys(_COORDINATES, 3)  # fewer may be kinds of images
 _FEWEST = 3  # images of a group, on average, from which on names look like those of frames or tiles
 
 
@@ -37,7 +41,7 @@ def name_groups(splits: Mapping[str, Source], group: str | None) -> None:
         source.groups = np.array([match[1] if match else "" for match in found])
 
 
-def hold_out_groups(groups: Groups, count: int) -> npt.NDArray[np.bool_]:
+def hold_out_groups(groups: npt.NDArray[Any], count: int, seed: int = 0) -> npt.NDArray[np.bool_]:
     """(N,) which samples are held out: whole groups, at most `count` samples, or else the smallest group.
 
     None of them where all samples are of one group.
@@ -46,7 +50,7 @@ def hold_out_groups(groups: Groups, count: int) -> npt.NDArray[np.bool_]:
     chosen = np.zeros(len(names), dtype=bool)
     taken = 0
     count = min(count, len(groups) - 1)
-    for group in permutation(0, 0, len(names), Purpose.HOLD_OUT):
+    for group in permutation(seed, 0, len(names), Purpose.HOLD_OUT):
         if taken + sizes[group] <= count:
             chosen[group] = True
             taken += int(sizes[group])
@@ -74,9 +78,10 @@ def proposed_group(names: Sequence[str], labels: npt.ArrayLike | None = None) ->
     for pattern in _PARTS:
         found = [re.search(pattern, name) for name in names]
         if None in found:
-            return None
+            continue
         groups, numbers = np.unique([match[1] if match else "" for match in found], return_inverse=True)
-        if not 1 < len(groups) <= len(names) / _FEWEST or any(group.endswith("/") for group in groups):
+        fewest = _FEWEST_GROUPS.get(pattern, 2)
+        if not fewest <= len(groups) <= len(names) / _FEWEST or any(group.endswith("/") for group in groups):
             continue
         if labels is not None:  # the groups may only repeat the classes: cat_1.jpg, dog_1.jpg
             pairs = np.unique(np.stack([numbers, np.asarray(labels)]), axis=1)

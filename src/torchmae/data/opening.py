@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from os.path import commonprefix
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +14,9 @@ import torch
 
 from torchmae.config import DataConfig
 from torchmae.config.data import DataOptions
+from torchmae.data.apart import Apart, check_apart
 from torchmae.data.arrays import DoesNotFitError, Held, hold
 from torchmae.data.formats import Context, Progress, tracked
-from torchmae.data.groups import shared_groups
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import ImageLoader, View, hold_out
 from torchmae.data.reading import (
@@ -32,14 +31,12 @@ from torchmae.data.reading import (
     probe,
     reader_processes,
 )
-from torchmae.data.sources import Source, Subset, Windows, all_notes, evenly_spaced, in_training_classes
+from torchmae.data.sources import Source, Subset, Windows, all_notes, in_training_classes
 from torchmae.data.transforms import Boxes, Normalisation, eval_box, window_boxes
 from torchmae.errors import ConfigError, DataError
 from torchmae.machine import GIB, bytes_to_keep, memory
 
 HELD_OUT = "held-out"  # some of the training images
-_COMPARED = 64  # held-out images that are looked for among the training images
-_NAMESAKES = 4  # training images that each is compared with
 _DEVICE_SHARE = 0.1  # of a GPU's free memory that images may take unasked: the model is not there yet
 
 
@@ -136,7 +133,7 @@ def choose_splits(
         return train, None, ()
     train, val, apart = held_out_images(splits, name, config.val_size, context, "data.val")
     val, lost = in_training_classes(val, train, name if name in (HELD_OUT, *splits) else "val")
-    return train, val, (*apart, *lost)
+    return train, val, (*apart.notes, *lost)
 
 
 def held_out_images(
@@ -146,8 +143,8 @@ def held_out_images(
     context: Context,
     option: str,
     order: Sequence[str] = ("train",),
-) -> tuple[Source, Source, tuple[str, ...]]:
-    """Training and held-out images, and a note where they overlap.
+) -> tuple[Source, Source, Apart]:
+    """Training and held-out images, and what they have in common.
 
     `name`, the value of `option`, is HELD_OUT (`val_size` of the training images), a split, or a path or name of other
     data, of which the first split in `order` counts. ConfigError: a name that cannot be used, or that leads to the
@@ -157,55 +154,25 @@ def held_out_images(
     if name == "train":
         raise ConfigError(f"{option} is 'train'", f"choose images that are not trained on: {HELD_OUT} or a path")
     if name in splits:
-        return train, splits[name], shared_groups(train, splits[name])
+        fix = f"--{option.replace('_', '-')} {HELD_OUT}, or other images"
+        apart = check_apart(splits[name], train, f"the {name} split", fix, progress=context.progress)
+        return train, splits[name], apart
     if name == HELD_OUT:
         kept, held_out = hold_out(train, val_size)
         if not len(held_out):
             of_groups = "" if train.groups is None else f" of {len(np.unique(train.groups))} groups"
             problem = f"{len(train)} training images{of_groups} are too few to hold some out"
             raise DataError(problem, f"give {option} a path")
-        return Subset(train, kept), Subset(train, held_out), ()
+        rest, taken = Subset(train, kept), Subset(train, held_out)
+        return rest, taken, check_apart(taken, rest, HELD_OUT, progress=context.progress)
     try:
         others = open_splits(name, context)
     except DataError as error:
         known = ", ".join([*(split for split in splits if split != "train"), HELD_OUT, "or a path"])
         raise ConfigError(f"{option} {name!r} cannot be used: {error.problem}", f"choose from {known}") from error
     images = next(others[split] for split in order if split in others)
-    apart = check_apart(images, train, f"{option} {name!r}", f"{HELD_OUT} or another path")
-    return train, images, (*apart, *shared_groups(train, images))
-
-
-def check_apart(test: Source, train: Source, what: str, fix: str) -> tuple[str, ...]:
-    """A note where some of the held-out images, called `what`, are training images too; ConfigError where all are."""
-    share = training_share(test, train)
-    if share == 1:
-        raise ConfigError(f"{what} leads to the training images", f"choose {fix}")
-    return (f"about {share:.0%} of the images of {what} are training images too: figures flatter",) if share else ()
-
-
-def training_share(test: Source, train: Source) -> float:
-    """Share of held-out images that are training images too, as far as 64 of them show.
-
-    It is the same one when it has the same file name (or number in an array) and the same pixels, wherever it lies.
-    """
-    looked_for = {int(i): test.name(int(i)) for i in evenly_spaced(len(test), _COMPARED)}
-    namesakes: dict[str, list[int]] = {name.rpartition("/")[2]: [] for name in looked_for.values()}
-    for i in range(len(train)):
-        last = train.name(i).rpartition("/")[2]
-        if last in namesakes:
-            namesakes[last].append(i)
-
-    def is_same(index: int, i: int) -> bool:
-        with suppress(DataError):
-            return np.array_equal(test.read(index), train.read(i))
-        return False
-
-    found = 0
-    for index, name in looked_for.items():
-        alike = namesakes[name.rpartition("/")[2]]
-        alike.sort(key=lambda i: -len(commonprefix([name[::-1], train.name(i)[::-1]])))  # noqa: RUF071
-        found += any(is_same(index, i) for i in alike[:_NAMESAKES])
-    return found / len(looked_for)
+    fix = f"{HELD_OUT} or another path"
+    return train, images, check_apart(images, train, f"{option} {name!r}", fix, progress=context.progress)
 
 
 class Fitted(NamedTuple):

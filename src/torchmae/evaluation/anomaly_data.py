@@ -11,17 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from torchmae.config.evaluate import EvaluateOptions
+from torchmae.data.apart import Apart, check_apart
 from torchmae.data.formats import Context, tracked
 from torchmae.data.groups import shared_groups
 from torchmae.data.layouts import open_splits
-from torchmae.data.opening import (
-    HELD_OUT,
-    check_apart,
-    covering_windows,
-    grid_of_windows,
-    held_out_images,
-    window_size,
-)
+from torchmae.data.opening import HELD_OUT, covering_windows, grid_of_windows, held_out_images, window_size
 from torchmae.data.reading import probe
 from torchmae.data.sources import Source, Subset, digest, relabelled
 from torchmae.errors import ConfigError, DataError
@@ -96,7 +90,6 @@ def open_anomaly_data(options: EvaluateOptions, model: ModelInput) -> AnomalyDat
             another size than its picture, or of no picture; pictures without masks among those of a kind with masks.
     """
     context = model.context(options.data)
-    notes: tuple[str, ...] = ()
     if options.normal is None or options.test is None:
         splits = tests = model.splits(options.data)
         what, fix = "the test split", "other data"
@@ -107,27 +100,28 @@ def open_anomaly_data(options: EvaluateOptions, model: ModelInput) -> AnomalyDat
     names = set() if options.normal_classes is None else {name.strip() for name in options.normal_classes.split(",")}
     known = only_classes(source, sorted(names)) if names else source
     if splits is tests and splits.keys() == {"train"}:
-        known, tested, names, notes = divided(source, names, options.data.val_size, context)
+        known, tested, names, apart = divided(source, names, options.data.val_size, context)
     else:
         tested = next(tests[split] for split in ("test", "val", "train") if split in tests)
-        notes = (*check_apart(tested, source, what, fix), *shared_groups(known, tested))
+        apart = check_apart(tested, source, what, fix, progress=context.progress)
         names = names or {GOOD} | folder_names(source)
     marked, kinds = mark_anomalous(tested, names)
     rows = fixed_rows(len(marked), options.test_images)
     pair = fixed_part(known, options.train_images), Subset(marked, rows)
     sets, said = image_sets(pair, replace(options.data, window="none"), model)
-    notes += tuple(note for note in said if note.startswith("data:"))
+    notes = (*apart.notes, *(note for note in said if note.startswith("data:")))
     data = options.data if options.data.window != "auto" else replace(options.data, window=model.window)
     window = window_size(data, probe(sets[0].source), model.input_size)
     shown = tuple(kinds[row] for row in rows)
-    opened = AnomalyData(sets[0], sets[1], ("normal", "anomalous"), notes, shown, window=window)
+    opened = AnomalyData(sets[0], sets[1], ("normal", "anomalous"), notes, shown, window=window, twins=apart.twins)
     return opened if len(model.input_size) != 2 else with_masks(opened, tests, context)
 
 
 def divided(
     source: Source, names: set[str], val_size: int, context: Context
-) -> tuple[Source, Source, set[str], tuple[str, ...]]:
-    """Normal images to learn from, held-out ones together with all others to test, the names of normal, notes."""
+) -> tuple[Source, Source, set[str], Apart]:
+    """Normal images to learn from, held-out ones together with all others to test, the names of normal, and what the
+    normal images of both have in common."""
     names = names or {GOOD} & set(class_list(source))
     if not names or not class_list(source):
         listed = ", ".join(class_list(source)) or "it has none"
@@ -136,12 +130,12 @@ def divided(
             "give --normal-classes NAME, or --normal DIR --test DIR",
         )
     normal = only_classes(source, sorted(names))
-    kept, held_out, _ = held_out_images({"train": normal}, HELD_OUT, val_size, context, "normal_classes")
+    kept, held_out, apart = held_out_images({"train": normal}, HELD_OUT, val_size, context, "normal_classes")
     assert isinstance(normal, Subset) and isinstance(held_out, Subset) and source.labels is not None
     others = np.setdiff1d(np.flatnonzero(source.labels >= 0), normal.indices)
     tested = Subset(source, np.sort(np.concatenate([normal.indices[held_out.indices], others])))
     note = f"{len(held_out):,} of {len(normal):,} normal images are held out to test"
-    return kept, tested, names, (note, *shared_groups(kept, tested))
+    return kept, tested, names, apart._replace(notes=(note, *apart.notes, *shared_groups(kept, tested)))
 
 
 def only_classes(source: Source, names: Sequence[str]) -> Source:

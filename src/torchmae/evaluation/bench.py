@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,15 +19,16 @@ from torchmae.data.loader import Indices, one_line_when_a_worker_ends
 from torchmae.errors import ConfigError
 from torchmae.evaluation.images import EvaluationData, ImageSet, ModelInput
 from torchmae.evaluation.scores import Labelled, Result, join, over_draws, score
-from torchmae.evaluation.subject import RANDOM, Subject, extract
+from torchmae.evaluation.sharing import WHOLE, Parts
+from torchmae.evaluation.subject import RANDOM, Subject, encode
 from torchmae.paths import user_path
 from torchmae.random import Purpose, permutation
 from torchmae.training.progress import Display
 from torchmae.training.ranks import open_ranks
 from torchmae.training.runtime import Runtime, callers_state, open_runtime
 
-Classify = Callable[[Labelled, Labelled, int], dict[str, Tensor]]
-"""From training and test features and the number of classes to rankings of `scores.rank` by name."""
+Classify = Callable[..., dict[str, Tensor]]
+"""From training and test features (`Labelled`) and the number of classes to rankings of `scores.rank` by name."""
 
 
 @contextmanager
@@ -44,6 +47,8 @@ def opened(compute: ComputeOptions, kept: str) -> Iterator[tuple[Runtime, Displa
 class Bench:
     """Data, a place to compute, and a cache of features: each subject encodes each image once, shared among ranks.
 
+    Each rank keeps the features of its training images, and of all test images.
+
     `run` is what the user evaluates: a folder, "random" or "pixels". `mask_ratio` is that of the model's training.
     """
 
@@ -52,25 +57,35 @@ class Bench:
     display: Display
     run: str
     mask_ratio: float = 0.75
-    _cache: dict[tuple[str, str], Labelled] = field(default_factory=dict)
+    _cache: dict[tuple[str, str], tuple[Tensor, ...]] = field(default_factory=dict)
 
-    def probe(self, subject: Subject, pool: str, classify: Classify, options: EvaluateOptions) -> Result:
-        """`scores.score` of each ranking that `classify` gives of the test images; few-shot, `over_draws` of them."""
-        train, test = (self.features(subject, split, pool) for split in ("train", "test"))
-        classes = self.data.classes
+    def probe(
+        self, subject: Subject, pool: str, classify: Classify, options: EvaluateOptions, *, by_parts: bool = False
+    ) -> Result:
+        """`scores.score` of each ranking that `classify` gives of the test images; few-shot, `over_draws` of them.
+
+        `by_parts`: `classify` takes this rank's part of the training features, and `Parts` as a fourth argument.
+        """
+        (train, rows), (test, _) = (self.features(subject, split, pool) for split in ("train", "test"))
+        classes, groups = self.data.classes, self.data.train.groups
+        parts = Parts(None if groups is None else groups.to(rows.device)[rows], self.runtime.ranks)
         if options.labels_per_class is None:
-            guesses = classify(train, test, len(classes))
+            given = (train, test, len(classes), parts) if by_parts else (parts.whole(train), test, len(classes))
+            guesses = classify(*given)
             return join(score(name, ranking, test.labels, classes) for name, ranking in guesses.items())
         draws = []
-        check_counts(train.labels.cpu().numpy(), classes, options.labels_per_class)
-        for few in draws_of(train, options.labels_per_class, options.draws, options.seed):
-            guesses = classify(few, test, len(classes))
+        check_counts(parts.ranks.gather_rows(train.labels).cpu().numpy(), classes, options.labels_per_class)
+        for few, of_few in draws_of(train, options.labels_per_class, options.draws, options.seed, parts):
+            guesses = classify(few, test, len(classes), *([of_few] if by_parts else []))
             figures = join(score(name, ranking, test.labels, classes) for name, ranking in guesses.items()).figures
             draws.append({name: value for name, value in figures.items() if name.removesuffix("_macro") in guesses})
         return over_draws(draws, draws[0])
 
-    def features(self, subject: Subject, split: str, pool: str) -> Labelled:
-        """Features and labels of the "train" or "test" images; of images of several classes each, (N, C) tags."""
+    def features(self, subject: Subject, split: str, pool: str) -> tuple[Labelled, Tensor]:
+        """Features and labels of a split, and which images these are; of "train" this rank's, of "test" all.
+
+        Labels of images of several classes each are (N, C) tags.
+        """
         widest = subject.pools[-1]  # "both" holds the other two: one pass over the images serves all three
         if (subject.name, split) not in self._cache:
             images: ImageSet = getattr(self.data, split)
@@ -78,14 +93,15 @@ class Bench:
             tags = images.source.tags
             if tags is not None:
                 batches = (replace(item, labels=torch.from_numpy(tags[item.indices])) for item in batches)
-            held = extract(subject, batches, self.runtime, widest, share)
-            self._cache[subject.name, split] = Labelled(held.features, held.labels.to(held.features.device))
-        held = self._cache[subject.name, split]
-        if pool == widest:
-            return held
-        width = held.features.shape[1] // 2
-        part = held.features[:, :width] if pool == "mean" else held.features[:, width:]
-        return Labelled(part, held.labels)
+            kept = share.of_this_rank if split == "train" else share.of_all_images
+            encoded = encode(subject, batches, self.runtime, widest)
+            features, labels, rows = kept(*encoded)
+            self._cache[subject.name, split] = features, labels.to(features.device), rows
+        features, labels, rows = self._cache[subject.name, split]
+        if pool != widest:
+            width = features.shape[1] // 2
+            features = features[:, :width] if pool == "mean" else features[:, width:]
+        return Labelled(features, labels), rows
 
 
 _NEEDS = {
@@ -152,12 +168,16 @@ def output_folder(run: str, options: EvaluateOptions) -> Path:
     return user_path(run if options.out is None else options.out)
 
 
-def draws_of(train: Labelled, labels_per_class: int, draws: int, seed: int) -> Iterator[Labelled]:
-    """`labels_per_class` images of each class, `draws` times."""
-    labels = train.labels.cpu().numpy()
+def draws_of(
+    train: Labelled, labels_per_class: int, draws: int, seed: int, parts: Parts = WHOLE
+) -> Iterator[tuple[Labelled, Parts]]:
+    """`labels_per_class` images of each class, `draws` times, all of them on every rank."""
+    labels, groups = parts.ranks.gather_rows(train.labels).cpu().numpy(), parts.all_groups()
     for draw in range(draws):
-        chosen = torch.from_numpy(draw_images(labels, labels_per_class, seed, draw)).to(train.labels.device)
-        yield Labelled(train.features[chosen], train.labels[chosen])
+        chosen = draw_images(labels, labels_per_class, seed, draw, groups)
+        mine = parts.of_this_rank(chosen, len(train.labels)).to(train.labels.device)
+        few = parts.whole(Labelled(train.features[mine], train.labels[mine]))
+        yield few, Parts(None if groups is None else torch.from_numpy(groups[chosen]).to(mine.device))
 
 
 def check_counts(labels: Indices, classes: Sequence[str], labels_per_class: int) -> None:
@@ -172,8 +192,20 @@ def check_counts(labels: Indices, classes: Sequence[str], labels_per_class: int)
         )
 
 
-def draw_images(labels: Indices, labels_per_class: int, seed: int, draw: int) -> Indices:
-    """Sorted indices of `labels_per_class` images of each class: a function of (seed, draw)."""
+def draw_images(
+    labels: Indices, labels_per_class: int, seed: int, draw: int, groups: npt.NDArray[Any] | None = None
+) -> Indices:
+    """Sorted indices of `labels_per_class` images of each class: a function of (seed, draw).
+
+    With `groups`, those of a class are of as many groups as can be: ten frames of a patient are not ten labels.
+    """
     order = permutation(seed, draw + 1, len(labels), Purpose.SUBSET)
+    if groups is not None:
+        seen: Counter[Any] = Counter()
+        turn = np.zeros(len(order), dtype=np.int64)  # how many images of the same group and class come before
+        for place, pair in enumerate(zip(groups[order].tolist(), labels[order].tolist(), strict=True)):
+            turn[place] = seen[pair]
+            seen[pair] += 1
+        order = order[np.argsort(turn, kind="stable")]
     chosen = [order[labels[order] == label][:labels_per_class] for label in np.unique(labels)]
     return np.sort(np.concatenate(chosen))

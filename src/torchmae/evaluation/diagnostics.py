@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,13 +13,15 @@ from torchmae.config import EvalConfig
 from torchmae.data.loader import ImageLoader, Indices, mixed_subset
 from torchmae.evaluation import linear
 from torchmae.evaluation.images import EVAL_BATCH, fixed_rows, read_batches, rows_with_label
-from torchmae.evaluation.knn import knn_accuracy
+from torchmae.evaluation.knn import classify
 from torchmae.evaluation.scores import Labelled, majority
-from torchmae.evaluation.sharing import share
-from torchmae.evaluation.subject import Subject, extract
+from torchmae.evaluation.sharing import Parts, share
+from torchmae.evaluation.subject import Subject, encode
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.training.runtime import Runtime
 
+NEIGHBOURS = 20
+KEPT = 1000  # images of each split whose features are kept for pictures
 _TIMED = 16  # images whose encoding is timed
 
 
@@ -33,6 +36,22 @@ def encoding_time(model: MaskedAutoencoder, loader: ImageLoader, runtime: Runtim
     return (time.perf_counter() - start) / len(batch.images)
 
 
+class Seen(NamedTuple):
+    """Features and labels of some images, and which images these are, on every rank."""
+
+    features: Tensor
+    labels: Tensor
+    rows: Indices
+
+
+def _some(images: Labelled, rows: Tensor, parts: Parts) -> Seen:
+    """Of at most `KEPT` of all ranks' images."""
+    count = len(parts.ranks.gather_rows(rows))
+    few = parts.of_this_rank(fixed_rows(count, KEPT), len(rows)).to(rows.device)
+    features, labels, chosen = (parts.ranks.gather_rows(values[few]) for values in (*images, rows))
+    return Seen(features, labels, chosen.cpu().numpy())
+
+
 class FeatureProbe:
     """kNN and a linear probe on one fixed choice of labelled images, as often as a training run asks for them."""
 
@@ -41,6 +60,7 @@ class FeatureProbe:
         self._train_rows = _labelled(train, config.knn_train)
         self._val_rows = _labelled(val, config.knn_val)
         self._linear_train = config.linear_train
+        self.seen: tuple[int, dict[str, Seen]] = -1, {}  # a step, and features after it, by split
 
     @property
     def is_possible(self) -> bool:
@@ -49,27 +69,34 @@ class FeatureProbe:
             return False
         return len(np.unique(self._train.labels[self._train_rows])) > 1
 
-    def run(self, subject: Subject, runtime: Runtime) -> dict[str, float]:
+    def run(self, subject: Subject, runtime: Runtime, step: int = 0) -> dict[str, float]:
         """Accuracies on the held-out images in percent, and of a model also the `effective_rank` of their features.
 
         knn: 20 neighbours vote (`knn.classify`). linear: a logistic regression with C = 0.1, the "linear_c0.1" of
         `torchmae evaluate`; it takes 0.2 s for 2,000 images with 192 values on two cores. All ranks call this
-        together; each encodes a share of the images, and all get the figures.
+        together; each encodes a share of the images, and all get the figures. Some features of a model are kept in
+        `seen`, with the `step` of its training.
         """
-        found = []
+        parts, found = Parts(ranks=runtime.ranks), []
         for loader, rows in ((self._train, self._train_rows), (self._val, self._val_rows)):
             mine = share(rows, EVAL_BATCH, runtime.ranks)
-            found.append(extract(subject, read_batches(loader, mine.rows), runtime, share=mine))
-        train, val = found
-        figures = {"knn": knn_accuracy(*train, *val)}
+            kept = mine.of_this_rank if loader is self._train else mine.of_all_images
+            found.append(kept(*encode(subject, read_batches(loader, mine.rows), runtime)))
+        (*of_train, train_rows), (*of_val, val_rows) = found
+        train, val = Labelled(*of_train), Labelled(*of_val)
+        all_labels = parts.ranks.gather_rows(train.labels)
+        num_classes = 1 + int(max(all_labels.max(), val.labels.max()))
+        guesses = {"knn": classify(train, val, num_classes, parts, ks=(NEIGHBOURS,))[f"knn{NEIGHBOURS}"]}
         if self._linear_train:
-            few = torch.from_numpy(fixed_rows(len(train.labels), self._linear_train)).to(train.labels.device)
-            some = Labelled(train.features[few], train.labels[few])
-            num_classes = 1 + int(max(train.labels.max(), val.labels.max()))
-            guesses = linear.classify(some, val, num_classes, c=linear.FIXED_C)[:, 0]
-            figures["linear"] = 100.0 * (guesses == val.labels).sum().item() / len(val.labels)
-        if subject.model is not None and len(val.features) > 1:
-            figures["effective_rank"] = effective_rank(val.features)
+            few = parts.of_this_rank(fixed_rows(len(all_labels), self._linear_train), len(train.labels))
+            some = Labelled(*(values[few.to(values.device)] for values in train))
+            guesses["linear"] = linear.classify(some, val, num_classes, parts, c=linear.FIXED_C)
+        right = {name: int((ranking[:, 0] == val.labels).sum()) for name, ranking in guesses.items()}
+        figures = {name: 100.0 * number / len(val.labels) for name, number in right.items()}
+        if subject.model is not None:
+            self.seen = step, {"train": _some(train, train_rows, parts), "val": _some(val, val_rows, Parts())}
+            if len(val.features) > 1:
+                figures["effective_rank"] = effective_rank(val.features)
         return figures
 
     def majority(self) -> dict[str, float]:

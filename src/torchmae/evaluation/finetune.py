@@ -155,7 +155,7 @@ def finetune(
     rows = np.arange(len(train))
     if labels_per_class is not None:
         assert train.labels is not None
-        rows = draw_images(train.labels, labels_per_class, seed, draw)
+        rows = draw_images(train.labels, labels_per_class, seed, draw, train.source.groups)
     about = {"labels_per_class": labels_per_class, "draw": draw, "seed": seed, "data": train.source.fingerprint()}
     about["labels"] = train.source.label_fingerprint()
     job = {"settings": asdict(config), **about}

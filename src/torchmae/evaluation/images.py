@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from torchmae import settings
 from torchmae.config import DataConfig
 from torchmae.config.data import DataOptions
 from torchmae.config.evaluate import EvaluateOptions
+from torchmae.data.apart import Twins
 from torchmae.data.formats import Context, Progress
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import Batch, ImageLoader, Indices, View, mixed_subset
@@ -103,6 +105,12 @@ class ImageSet:
         )
 
     @property
+    def groups(self) -> Tensor | None:
+        """(N,) int64: samples of one number belong together, by `data.group` or as windows of one image; None: none."""
+        named = self.images if self.source.groups is None else self.source.groups
+        return None if named is None else torch.from_numpy(np.unique(named, return_inverse=True)[1])
+
+    @property
     def num_images(self) -> int:
         """Number of images, of which windows are parts."""
         return len(self) if self.images is None else int(self.images[-1]) + 1
@@ -140,12 +148,16 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """The images of an evaluation; `classes` names the labels, `notes` are sentences for readers of the figures."""
+    """The images of an evaluation; `classes` names the labels, `notes` are sentences for readers of the figures.
+
+    `twins` are of training images among the test images.
+    """
 
     train: ImageSet
     test: ImageSet
     classes: tuple[str, ...]
     notes: tuple[str, ...]
+    twins: Twins = field(default=Twins(), kw_only=True)
 
     @property
     def normalisation(self) -> Normalisation:
@@ -187,7 +199,8 @@ def open_evaluation_data(options: EvaluateOptions, model: ModelInput, *, labelle
     splits = model.splits(options.data)
     name = options.test_data or next((name for name in ("test", "val") if name in splits), HELD_OUT)
     order = ("test", "val", "train")
-    train, test, notes = held_out_images(splits, name, options.data.val_size, context, "test_data", order)
+    train, test, apart = held_out_images(splits, name, options.data.val_size, context, "test_data", order)
+    notes = apart.notes
     if labelled and train.tags is not None:
         train, test, lost = tagged(train, test)
         notes += lost
@@ -204,7 +217,7 @@ def open_evaluation_data(options: EvaluateOptions, model: ModelInput, *, labelle
     if labelled and train.tags is None:
         check_classes(train, classes)
     sets, said = image_sets([train, test], options.data, model)
-    return EvaluationData(sets[0], sets[1], classes, (*notes, *said))
+    return EvaluationData(sets[0], sets[1], classes, (*notes, *said), twins=apart.twins)
 
 
 def run_data(run: str) -> DataConfig | None:

@@ -11,7 +11,9 @@ from torch import Tensor
 from torchmae.config.evaluate import EvaluateOptions
 from torchmae.evaluation.bench import Bench, chosen_pools
 from torchmae.evaluation.scores import Labelled, Result, rank
+from torchmae.evaluation.sharing import WHOLE, Parts
 from torchmae.evaluation.subject import Subject
+from torchmae.training.ranks import ALONE, Ranks
 
 KS = (10, 20, 100)
 TEMPERATURE = 0.07
@@ -22,25 +24,29 @@ MAX_VALUES = 2**26
 def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
     """Accuracies for each number of neighbours in `KS`."""
     (pool,) = chosen_pools(subject, options, ("mean",))
-    return bench.probe(subject, pool, classify, options)
+    return bench.probe(subject, pool, classify, options, by_parts=True)
 
 
 def classify(
     train: Labelled,
     test: Labelled,
     num_classes: int,
+    parts: Parts = WHOLE,
     *,
     ks: Sequence[int] = KS,
     temperature: float = TEMPERATURE,
 ) -> dict[str, Tensor]:
     """Rankings of `scores.rank` of the test images, as "knn<k>" for each number of neighbours in `ks`.
 
-    The k nearest training images, as of `nearest`, vote with weight exp(cosine / temperature). Test images are taken
-    in blocks, so that beside the centred features no more than `MAX_VALUES` numbers are held.
+    The k nearest training images, as of `nearest`, vote with weight exp(cosine / temperature). Each rank looks for
+    them among its part of the training images. Test images are taken in blocks, so that beside the centred features no
+    more than `MAX_VALUES` numbers are held.
     """
     guesses: dict[str, list[Tensor]] = {f"knn{k}": [] for k in ks}
-    for index, cosine in nearest_directions(*_centred(train.features, test.features), max(ks), num_classes):
-        labels = train.labels[index]
+    width = max(num_classes, *parts.ranks.gather(len(train.labels)))  # the same blocks on all ranks
+    directions = _centred(train.features, test.features, parts.ranks)
+    for index, cosine in nearest_directions(*directions, max(ks), width):
+        cosine, labels = _of_all_ranks(cosine, train.labels[index], max(ks), parts.ranks)
         for k in ks:
             guesses[f"knn{k}"].append(rank(_vote(cosine[:, :k], labels[:, :k], num_classes, temperature)))
     return {name: torch.cat(parts) for name, parts in guesses.items()}
@@ -81,8 +87,19 @@ def nearest_directions(bank: Tensor, queries: Tensor, k: int, width: int = 1) ->
         yield index, cosine
 
 
-def _centred(features: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
-    mean = features.mean(0)
+def _of_all_ranks(cosine: Tensor, labels: Tensor, k: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Cosines and labels of the k nearest, (B, k), of those that each rank has found, (B, at most k)."""
+    if ranks.world_size == 1:
+        return cosine, labels
+    free = k - cosine.shape[1]
+    padded = F.pad(cosine, (0, free), value=-torch.inf), F.pad(labels, (0, free))  # a cosine that has no vote
+    found, names = (ranks.gather_rows(part.T).T for part in padded)
+    cosine, order = found.topk(k, dim=1)
+    return cosine, names.gather(1, order)
+
+
+def _centred(features: Tensor, queries: Tensor, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor]:
+    mean = ranks.sum(features.sum(0)) / sum(ranks.gather(len(features)))
     bank = features - mean
     bank /= bank.norm(dim=1, keepdim=True).clamp_(min=1e-12)  # in place: of a million features one copy is enough
     return bank, queries - mean

@@ -17,11 +17,15 @@ from torch import Tensor, nn
 
 from torchmae.config import OptimConfig
 from torchmae.config.evaluate import EvaluateOptions
+from torchmae.data.groups import hold_out_groups
+from torchmae.data.loader import Indices
 from torchmae.evaluation.bench import Bench, chosen_pools
 from torchmae.evaluation.scores import Labelled, Result, join, rank
+from torchmae.evaluation.sharing import WHOLE, Parts
 from torchmae.evaluation.subject import Subject
 from torchmae.random import Purpose, permutation
 from torchmae.training.optim import lr_factor
+from torchmae.training.ranks import ALONE, Ranks
 
 SWEEP = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 FIXED_C = 0.1
@@ -60,74 +64,97 @@ def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
     results = []
     for pool in chosen_pools(subject, options, subject.pools):
 
-        def guesses(train: Labelled, test: Labelled, num_classes: int, pool: str = pool) -> dict[str, Tensor]:
+        def guesses(
+            train: Labelled, test: Labelled, num_classes: int, parts: Parts, pool: str = pool
+        ) -> dict[str, Tensor]:
             if options.protocol == "paper":
-                return {f"linear_paper_{pool}": classify_paper(train, test, num_classes, seed=options.seed)}
-            found = {f"linear_{pool}": classify(train, test, num_classes, seed=options.seed)}
+                whole = parts.whole(train)  # each batch mixes the images of all ranks
+                return {f"linear_paper_{pool}": classify_paper(whole, test, num_classes, seed=options.seed)}
+            found = {f"linear_{pool}": classify(train, test, num_classes, parts, seed=options.seed)}
             if pool == "mean":
-                found[f"linear_c{FIXED_C}"] = classify(train, test, num_classes, c=FIXED_C)
+                found[f"linear_c{FIXED_C}"] = classify(train, test, num_classes, parts, c=FIXED_C)
             return found
 
-        results.append(bench.probe(subject, pool, guesses, options))
+        results.append(bench.probe(subject, pool, guesses, options, by_parts=True))
     return join(results)
 
 
-def classify(train: Labelled, test: Labelled, num_classes: int, *, c: float | None = None, seed: int = 0) -> Tensor:
+def classify(
+    train: Labelled, test: Labelled, num_classes: int, parts: Parts = WHOLE, *, c: float | None = None, seed: int = 0
+) -> Tensor:
     """Ranking, as of `scores.rank`, by a logistic regression on standardised features.
 
-    `c` is scikit-learn's C; None: `choose_c` with `seed`, on training images alone.
+    `c` is scikit-learn's C; None: `choose_c` with `seed`, on training images alone. Each rank computes on its part of
+    the training images.
     """
-    c = choose_c(train, num_classes, seed=seed) if c is None else c
-    scaled, others = standardise(train.features, test.features)
-    return rank(next(fit(scaled, train.labels, num_classes, (c,))).logits(others))
+    c = choose_c(train, num_classes, parts, seed=seed) if c is None else c
+    scaled, others = standardise(train.features, test.features, ranks=parts.ranks)
+    return rank(next(fit(scaled, train.labels, num_classes, (c,), parts.ranks)).logits(others))
 
 
-def choose_c(train: Labelled, num_classes: int, *, seed: int = 0, sweep: Sequence[float] = SWEEP) -> float:
+def choose_c(
+    train: Labelled, num_classes: int, parts: Parts = WHOLE, *, seed: int = 0, sweep: Sequence[float] = SWEEP
+) -> float:
     """The C whose classifier, fitted on four fifths of the images, classifies the other fifth best.
 
-    On a tie the smallest C; `FIXED_C` where no class has two images. The search goes from the strongest penalty to the
+    No group lies in both. On a tie the smallest C; `FIXED_C` where no class has two images, or all are of one group.
+    The search goes from the strongest penalty to the
     weakest and stops after two fits in a row below the best, because the last fits take by far the longest.
     """
-    is_val = torch.from_numpy(_every_fifth(train.labels, seed)).to(train.labels.device)
-    if not bool(is_val.any()):
+    ranks, device = parts.ranks, train.labels.device
+    held_out = _every_fifth(ranks.gather_rows(train.labels), seed, parts.all_groups())
+    if not held_out.any():
         return FIXED_C
+    is_val = torch.zeros(len(train.labels), dtype=torch.bool, device=device)
+    is_val[parts.of_this_rank(np.flatnonzero(held_out), len(is_val)).to(device)] = True
     labels, val_labels = train.labels[~is_val], train.labels[is_val]
-    features, val_features = standardise(train.features[~is_val], train.features[is_val])
+    features, val_features = standardise(train.features[~is_val], train.features[is_val], ranks=ranks)
     right: list[int] = []
-    for classifier in fit(features, labels, num_classes, sweep):
-        right.append(int((classifier.logits(val_features).argmax(1) == val_labels).sum()))
+    for classifier in fit(features, labels, num_classes, sweep, ranks):
+        right.append(int(ranks.sum((classifier.logits(val_features).argmax(1) == val_labels).sum())))
         if len(right) > _PATIENCE and max(right[-_PATIENCE:]) < max(right):
             break
     return sweep[right.index(max(right))]
 
 
-def standardise(features: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """All tensors standardised by mean and deviation of the first; a constant column is only centred."""
-    mean, std = features.mean(0), features.std(0, correction=0)
+def standardise(features: Tensor, *others: Tensor, ranks: Ranks = ALONE) -> tuple[Tensor, ...]:
+    """All tensors standardised by mean and deviation of all ranks' first; a constant column is only centred."""
+    count = sum(ranks.gather(len(features)))
+    mean = ranks.sum(features.sum(0)) / count
+    std = (ranks.sum((features - mean).square().sum(0)) / count).sqrt()
     std = torch.where(std > 1e-6 * mean.abs().clamp(min=1e-6), std, torch.ones_like(std))
     return tuple((item - mean) / std for item in (features, *others))
 
 
-def fit(features: Tensor, labels: Tensor, num_classes: int, cs: Sequence[float]) -> Iterator[Linear]:
+def fit(
+    features: Tensor, labels: Tensor, num_classes: int, cs: Sequence[float], ranks: Ranks = ALONE
+) -> Iterator[Linear]:
     """Multinomial logistic regressions on standardised (N, D) features, each fitted to its optimum by L-BFGS.
 
     The objective is scikit-learn's: C times the summed cross-entropy plus half the squared weights, without a penalty
     on biases (with two classes it has one weight vector for both, which halves the penalty). The values of C rise,
     and each fit starts from the one before it. Classes without an image are never predicted.
     """
-    present, targets = torch.unique(labels, return_inverse=True)
+    present = torch.unique(ranks.gather_rows(labels))
+    targets = torch.searchsorted(present, labels)
+    count = sum(ranks.gather(len(labels)))
     weight = features.new_zeros(len(present), features.shape[1])
     bias = features.new_zeros(len(present))
     for c in cs:
-        penalty = (2 if len(present) == 2 else 1) / (c * len(features))
-        weight, bias = _minimise(features, targets, weight, bias, penalty)
+        penalty = (2 if len(present) == 2 else 1) / (c * count)
+        weight, bias = _minimise(features, targets, weight, bias, penalty, count, ranks)
         full = Linear(features.new_zeros(num_classes, features.shape[1]), features.new_full((num_classes,), -torch.inf))
         full.weight[present], full.bias[present] = weight, bias
         yield full
 
 
-def _minimise(features: Tensor, targets: Tensor, weight: Tensor, bias: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
-    """Weights and biases that minimise mean cross-entropy + penalty / 2 * squared weights."""
+def _minimise(
+    features: Tensor, targets: Tensor, weight: Tensor, bias: Tensor, penalty: float, count: int, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
+    """Weights and biases that minimise mean cross-entropy + penalty / 2 * squared weights.
+
+    The mean is over the `count` images of all ranks, which add up their gradients and go the same way.
+    """
     weight, bias = weight.clone(), bias.clone()
     optimizer = torch.optim.LBFGS(
         [weight, bias],
@@ -139,23 +166,31 @@ def _minimise(features: Tensor, targets: Tensor, weight: Tensor, bias: Tensor, p
     rows = max(1, MAX_VALUES // len(bias))  # a million images times a thousand classes would not fit
 
     def closure() -> Tensor:
-        loss = 0.5 * penalty * weight.square().sum()
-        weight.grad, bias.grad = penalty * weight, torch.zeros_like(bias)
+        loss = weight.new_zeros(())
+        weight.grad, bias.grad = torch.zeros_like(weight), torch.zeros_like(bias)
         for block, wanted in zip(torch.split(features, rows), torch.split(targets, rows), strict=True):
             log_probability = F.log_softmax(F.linear(block, weight, bias), dim=1)
-            loss = loss - log_probability.gather(1, wanted[:, None]).sum() / len(features)
-            error = log_probability.exp() / len(features)  # becomes the gradient with respect to the logits
-            error[torch.arange(len(block), device=block.device), wanted] -= 1 / len(features)
+            loss -= log_probability.gather(1, wanted[:, None]).sum() / count
+            error = log_probability.exp() / count  # becomes the gradient with respect to the logits
+            error[torch.arange(len(block), device=block.device), wanted] -= 1 / count
             weight.grad += error.T @ block
             bias.grad += error.sum(0)
-        return loss
+        for total in (loss, weight.grad, bias.grad):
+            ranks.sum(total)
+        weight.grad += penalty * weight
+        return loss + 0.5 * penalty * weight.square().sum()
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
     return weight, bias
 
 
-def _every_fifth(labels: Tensor, seed: int) -> npt.NDArray[np.bool_]:
-    """(N,) whether an image is held out: a fifth of each class, at least one if the class has two."""
+def _every_fifth(labels: Tensor, seed: int, groups: Indices | None = None) -> npt.NDArray[np.bool_]:
+    """(N,) whether an image is held out: a fifth of each class, at least one if the class has two.
+
+    With `groups`, whole groups: at most a fifth of all images, or else the smallest group.
+    """
+    if groups is not None:
+        return hold_out_groups(groups, round(VALIDATION_SHARE * len(labels)), seed)
     classes = labels.cpu().numpy()
     order = permutation(seed, 0, len(classes), Purpose.HOLD_OUT)
     held_out = np.zeros(len(classes), dtype=np.bool_)

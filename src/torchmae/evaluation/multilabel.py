@@ -14,6 +14,7 @@ from torchmae.errors import DataError
 from torchmae.evaluation import knn, linear
 from torchmae.evaluation.bench import Bench, chosen_pools
 from torchmae.evaluation.scores import Labelled, Result, join
+from torchmae.evaluation.sharing import Parts
 from torchmae.evaluation.subject import Subject
 
 Votes = Callable[[Labelled, Labelled], dict[str, Tensor]]
@@ -37,8 +38,8 @@ def measure_linear(bench: Bench, subject: Subject, options: EvaluateOptions) -> 
 
 def measured(bench: Bench, subject: Subject, pool: str, votes: Votes) -> Result:
     """`ranked` of the scores that the test images get."""
-    train, test = (bench.features(subject, split, pool) for split in ("train", "test"))
-    classes = bench.data.classes
+    (part, _), (test, _) = (bench.features(subject, split, pool) for split in ("train", "test"))
+    train, classes = Parts(ranks=bench.runtime.ranks).whole(part), bench.data.classes
     return join(ranked(name, scores, test.labels, classes) for name, scores in votes(train, test).items())
 
 

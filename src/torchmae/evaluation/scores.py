@@ -86,11 +86,12 @@ def majority(train: Indices, test: Indices) -> tuple[int, float]:
 
 
 def chance_note(figures: Mapping[str, float], train: Indices, test: Indices, classes: Sequence[str]) -> tuple[str, ...]:
-    """A note if no figure of `score` is above the accuracy of always answering the commonest class.
+    """A note if no figure of `score` or `over_draws` is above the accuracy of always answering the commonest class.
 
-    "Above" means that the whole interval is; `train` and `test` are labels.
+    "Above" means that the whole interval is, or over draws the mean less two deviations; `train` and `test` are labels.
     """
     lowest = [figures[f"{name}_low"] for name in figures if f"{name}_low" in figures]
+    lowest += [figures[name] - 2 * figures[f"{name}_std"] for name in figures if f"{name}_std" in figures]
     if not lowest:
         return ()
     commonest, share = majority(train, test)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from torchmae.config.evaluate import EvaluateOptions, SegmentationOptions
 from torchmae.data.formats import Context, check_pixels, one_line_errors, open_pillow, tracked
 from torchmae.data.loader import Indices
-from torchmae.data.opening import HELD_OUT, check_apart, held_out_images
+from torchmae.data.opening import HELD_OUT, held_out_images
 from torchmae.data.reading import map_samples
 from torchmae.data.sources import FileSource, Source, Subset, digest
 from torchmae.errors import ConfigError, DataError
@@ -104,9 +104,7 @@ def open_segmentation_data(options: EvaluateOptions, model: ModelInput) -> Segme
     splits = model.splits(options.data)
     name = options.test_data or next((name for name in ("test", "val") if name in splits), HELD_OUT)
     order = ("test", "val", "train")
-    train, test, notes = held_out_images(splits, name, options.data.val_size, context, "test_data", order)
-    if name in splits:
-        notes += check_apart(test, train, f"the {name} split", "--test-data held-out, or other pictures to test")
+    train, test, apart = held_out_images(splits, name, options.data.val_size, context, "test_data", order)
     wanted = {"training": fixed_part(train, options.train_images), "test": fixed_part(test, options.test_images)}
     pairs, seen, unread = zip(*(_look(what, source, context) for what, source in wanted.items()), strict=True)
     maps, classes = read_classes([*seen[0], *seen[1]], options.segmentation, context)
@@ -121,8 +119,8 @@ def open_segmentation_data(options: EvaluateOptions, model: ModelInput) -> Segme
     sets, said = image_sets(pairs, replace(options.data, window="none"), model)
     for name, reason in (item for items in unread for item in items):
         sets[0].bad.add(name, reason)
-    notes += tuple(note for note in said if note.startswith("data:"))
-    return SegmentationData(sets[0], sets[1], classes, notes, maps)
+    notes = (*apart.notes, *(note for note in said if note.startswith("data:")))
+    return SegmentationData(sets[0], sets[1], classes, notes, maps, twins=apart.twins)
 
 
 def _look(what: str, source: Source, context: Context) -> tuple[Pairs, list[Seen], list[tuple[str, str]]]:

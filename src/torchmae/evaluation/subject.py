@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,6 @@ from torchmae.data.loader import Batch
 from torchmae.data.sources import digest
 from torchmae.errors import ConfigError
 from torchmae.evaluation.scores import Labelled
-from torchmae.evaluation.sharing import Share
 from torchmae.nn.encoder import Encoder
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.patches import patchify
@@ -99,23 +98,31 @@ def blocks_of(encoder: Encoder, layer: Layer | None) -> tuple[int, ...] | None:
     return tuple(number % depth for number in blocks) if encoder.gives_blocks else None
 
 
-def extract(
-    subject: Subject, batches: Iterable[Batch], runtime: Runtime, pool: str = "mean", share: Share | None = None
-) -> Labelled:
-    """Features, as of `Subject.encode`, and labels (-1 where unknown) of all batches; puts the model into eval mode.
+class Encoded(NamedTuple):
+    """Of each batch: features (B, D) float32, labels (-1 where unknown) and the numbers of the images, both int64."""
 
-    With `share`, `batches` are this rank's part of the images, and all ranks get the features of all images.
-    """
+    features: list[Tensor]
+    labels: list[Tensor]
+    rows: list[Tensor]
+
+
+def encode(subject: Subject, batches: Iterable[Batch], runtime: Runtime, pool: str = "mean") -> Encoded:
+    """Features, as of `Subject.encode`, of all batches; puts the model into eval mode."""
     if subject.model is not None:
         subject.model.eval()
-    features, labels = [], []
+    encoded = Encoded([], [], [])
     for batch in batches:
         with runtime.autocast():
-            features.append(subject.encode(batch.images, pool).float())
-        labels.append(batch.labels)
-    if share is None:
-        return Labelled(torch.cat(features), torch.cat(labels))
-    return Labelled(*share.of_all_images(features, labels))
+            encoded.features.append(subject.encode(batch.images, pool).float())
+        encoded.labels.append(batch.labels)
+        encoded.rows.append(torch.from_numpy(batch.indices).to(batch.labels.device))
+    return encoded
+
+
+def extract(subject: Subject, batches: Iterable[Batch], runtime: Runtime, pool: str = "mean") -> Labelled:
+    """Features and labels, as of `encode`, of all batches."""
+    features, labels, _ = encode(subject, batches, runtime, pool)
+    return Labelled(torch.cat(features), torch.cat(labels))
 
 
 def untrained(

@@ -267,6 +267,7 @@ def make_record(
             "train_images": len(bench.data.train),
             "test_images": len(bench.data.test),
             "classes": list(bench.data.classes),
+            "twins": bench.data.twins._asdict(),
             **{f"{split}_fingerprint": value for split, value in bench.data.fingerprints().items()},
         },
         "weights": {item.name: item.fingerprint() for item in subjects},

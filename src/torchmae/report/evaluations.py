@@ -17,12 +17,13 @@ _INCIDENTAL = ("method", "data", "test_data", "train_images", "test_images", "pr
 
 
 class Evaluation(NamedTuple):
-    """One call of `torchmae evaluate`: methods, a table for each unit, numbers of images and date, command."""
+    """One call of `torchmae evaluate`: methods, a table for each unit, numbers of images and date, command, notes."""
 
     title: str
     tables: tuple[Table, ...]
     remark: str
     command: str
+    notes: tuple[str, ...] = ()
 
 
 class Measured(NamedTuple):
@@ -95,6 +96,7 @@ def _evaluation(record: Record, by_subject: Mapping[str, Mapping[str, float]]) -
         tables=tuple(tables),
         remark=_remark(record, by_subject),
         command=command if command.startswith("torchmae ") else "",
+        notes=tuple(str(note) for note in notes) if isinstance(notes := record.get("notes"), list) else (),
     )
 
 
@@ -130,7 +132,7 @@ def _remark(record: Record, by_subject: Mapping[str, Mapping[str, float]]) -> st
 def _basis(record: Record) -> str:
     """The options and images of a record, as text."""
     kept = {name: value for name, value in _mapping(record, "options").items() if name not in _INCIDENTAL}
-    images = {name: value for name, value in _mapping(record, "data").items() if name != "classes"}
+    images = {name: value for name, value in _mapping(record, "data").items() if name not in ("classes", "twins")}
     return json.dumps([kept, images], sort_keys=True)
 
 
