@@ -18,7 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # From the bottom up. Units of one layer do not import each other; the files of one unit may.
 LAYERS = (
     ("errors",),
-    ("files", "paths", "random", "threads"),
+    ("files", "paths", "random", "threads", "words"),
     ("config",),
     ("settings", "data", "nn"),
     ("tutorial",),

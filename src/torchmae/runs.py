@@ -45,7 +45,7 @@ from torchmae.training.task import callers_state, seeded
 from torchmae.training.teacher import Teacher, read_teacher
 from torchmae.training.tracking import Trackers, open_trackers, tracker_names
 from torchmae.training.trainer import ran_out_of_memory
-from torchmae.visualize import write_pictures
+from torchmae.visualize import look_of, write_pictures
 
 # Settings that may change when a run is resumed: where and how fast it computes, and the learning rate, for runs that
 # diverged.
@@ -227,8 +227,11 @@ def _train(
 ) -> Run:
     """Writes the run folder around one call of the training loop."""
     ranks = runtime.ranks
+    first = data.example
     description = Description(
         arguments,
+        moving=first.meta.get("fps") is not None or "T" in (config.data.axes or ""),
+        bands=first.bands or None,
         mask=asdict(config.mask),
         classes=data.classes,
         torchmae=torchmae.__version__,
@@ -255,7 +258,7 @@ def _train(
     with open_trackers(config.trackers, folder, display, start) if ranks.is_main else Trackers() as tracker:
         masker = Masker(model.encoder, config.mask.strategy, config.mask.ratio)  # the same masks, whatever the schedule
         evaluators = build_evaluators(
-            config.eval, masker, model, data, runtime, folder, tracker, fresh=checkpoint is None
+            config.eval, masker, model, data, runtime, folder, tracker, look_of(description), fresh=checkpoint is None
         )
         if config.init_from is not None and checkpoint is None:  # after the baselines, which are of random weights
             for line in initialise(model, read_initial(config.init_from, config.model)):

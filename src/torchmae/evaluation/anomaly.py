@@ -22,6 +22,7 @@ from torchmae.data.sources import Source
 from torchmae.errors import DataError
 from torchmae.evaluation.bench import Bench, output_folder
 from torchmae.evaluation.images import ImageSet
+from torchmae.evaluation.inpainting import LINEAR
 from torchmae.evaluation.knn import nearest_directions
 from torchmae.evaluation.scores import Result
 from torchmae.evaluation.subject import Subject
@@ -31,6 +32,7 @@ from torchmae.nn.masking import Mask
 from torchmae.nn.patches import patchify
 from torchmae.random import Purpose, permutation, uniform
 from torchmae.report.feature_pictures import anomaly_picture
+from torchmae.report.panels import Look
 from torchmae.report.pictures import save_png
 from torchmae.training.runtime import Runtime
 
@@ -74,7 +76,7 @@ def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
     detection = detect(model, data.train, data.test, runtime=bench.runtime, ratio=bench.mask_ratio, seed=options.seed)
     figures = {f"anomaly_{name}": auroc(values, detection.anomalous) for name, values in detection.scores.items()}
     grid = model.encoder.grid
-    written = bench.runtime.ranks.on_main(lambda: write_files(out, detection, data.test, grid))
+    written = bench.runtime.ranks.on_main(lambda: write_files(out, detection, data.test, grid, bench.look))
     return Result(figures, {}, (f"{' and '.join(written)} {'are' if len(written) > 1 else 'is'} in {out}",))
 
 
@@ -107,7 +109,7 @@ def detect(
     found: list[dict[str, Tensor]] = []
     for batch in batches:
         with runtime.autocast():
-            features = model.encode(batch.images, "tokens").float()
+            features = model.encode(batch.images, "tokens", batch.valid).float()
         noise = [uniform(seed, i, batch.indices, Purpose.MASK, model.encoder.num_patches) for i in range(rounds)]
         errors = torch.stack(
             [
@@ -198,9 +200,11 @@ def normal_features(model: MaskedAutoencoder, normal: ImageSet, runtime: Runtime
     means, tokens = [], []
     for batch in batches:
         with runtime.autocast():
-            features = model.encode(batch.images, "tokens").float()
-        order = uniform(seed, 0, batch.indices, Purpose.SUBSET, features.shape[1]).argsort(axis=1)[:, :per_image]
-        chosen = torch.from_numpy(order).to(features.device).unsqueeze(-1).expand(-1, -1, features.shape[2])
+            features = model.encode(batch.images, "tokens", batch.valid).float()
+        noise = torch.from_numpy(uniform(seed, 0, batch.indices, Purpose.SUBSET, features.shape[1])).to(features.device)
+        if batch.valid is not None:  # patches without data come last
+            noise = noise + ~patchify(batch.valid, model.patch_size).any(-1)
+        chosen = noise.argsort(dim=1)[:, :per_image].unsqueeze(-1).expand(-1, -1, features.shape[2])
         means.append(features.mean(1))
         tokens.append(features.gather(1, chosen))
     mean, token = mine.of_all_images(means, tokens)
@@ -222,20 +226,20 @@ def auroc(scores: Tensor, anomalous: Tensor) -> float:
 # Files.
 
 
-def write_files(out: Path, detection: Detection, test: ImageSet, grid: tuple[int, ...]) -> list[str]:
-    """Writes anomaly_scores.csv, and for 2-D images anomaly.png with maps of the most unusual; returns the names.
+def write_files(out: Path, detection: Detection, test: ImageSet, grid: tuple[int, ...], look: Look) -> list[str]:
+    """Writes anomaly_scores.csv, and anomaly.png with maps of the most unusual images; returns the names.
 
     Raises:
         CheckpointError: they cannot be written.
     """
     write_scores(out / "anomaly_scores.csv", test.source, detection)
     shown = detection.scores["patch_knn"].argsort(descending=True, stable=True)[:PICTURED]
-    images = torch.cat([batch.images.cpu() for batch in test.only(detection.rows[shown].numpy()).batches()])
-    if images.ndim != 4:
-        return ["anomaly_scores.csv"]
+    batches = [*test.only(detection.rows[shown].numpy()).batches()]
+    images = torch.cat([test.normalisation.shown(batch.images, batch.valid) for batch in batches])
     words = ["anomalous" if flag else "normal" for flag in detection.anomalous[shown].tolist()]
     maps = heat_maps(detection, shown, grid, images.shape[2:])
-    save_png(anomaly_picture(test.normalisation.shown(images), maps, words), out / "anomaly.png")
+    flat = {name: look.flat(values[:, None])[:, 0] for name, values in maps.items()}
+    save_png(anomaly_picture(look.flat(images), flat, words, look.kind), out / "anomaly.png")
     return ["anomaly.png", "anomaly_scores.csv"]
 
 
@@ -253,13 +257,14 @@ def write_scores(path: Path, source: Source, detection: Detection) -> None:
 def heat_maps(
     detection: Detection, shown: Tensor, grid: tuple[int, ...], size: tuple[int, ...]
 ) -> dict[str, FloatArray]:
-    """Anomaly maps, (M, H, W) in [0, 1] by name, of the M test images in `shown`.
+    """Anomaly maps, (M, *size) in [0, 1] by name, of the M test images in `shown`.
 
     A value means the same in all maps of one kind: 0 is the 1st percentile of all test images, 1 the 99.9th.
     """
     found = {}
     for name, maps in detection.maps.items():
         low, high = np.percentile(maps.numpy(), [1, 99.9])
-        pixels = F.interpolate(maps[shown].view(-1, 1, *grid), size=size, mode="bilinear", align_corners=False)
+        mode = LINEAR[len(size)]
+        pixels = F.interpolate(maps[shown].view(-1, 1, *grid), size=size, mode=mode, align_corners=False)
         found[name] = ((pixels[:, 0].numpy() - low) / max(high - low, 1e-12)).clip(0, 1)
     return found

@@ -20,6 +20,7 @@ from torchmae.evaluation.scores import Labelled, Result, join, over_draws, score
 from torchmae.evaluation.subject import RANDOM, Subject, extract
 from torchmae.paths import user_path
 from torchmae.random import Purpose, permutation
+from torchmae.report.panels import Look
 from torchmae.training.progress import Display
 from torchmae.training.ranks import one_line_when_lost, open_ranks
 from torchmae.training.runtime import Runtime, open_runtime
@@ -46,7 +47,8 @@ def opened(compute: ComputeOptions, kept: str) -> Iterator[tuple[Runtime, Displa
 class Bench:
     """Data, a place to compute, and a cache of features: each subject encodes each image once, shared among ranks.
 
-    `run` is what the user evaluates: a folder, "random" or "pixels". `mask_ratio` is that of the model's training.
+    `run` is what the user evaluates: a folder, "random" or "pixels". `mask_ratio` is that of the model's training,
+    `look` how its samples are drawn.
     """
 
     data: EvaluationData
@@ -54,6 +56,7 @@ class Bench:
     display: Display
     run: str
     mask_ratio: float = 0.75
+    look: Look = field(default_factory=Look)
     _cache: dict[tuple[str, str], Labelled] = field(default_factory=dict)
 
     def probe(self, subject: Subject, pool: str, classify: Classify, options: EvaluateOptions) -> Result:

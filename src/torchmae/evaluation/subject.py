@@ -48,17 +48,18 @@ class Subject:
         return self.model is not None and bool(self.model.patch_size)
 
     @torch.no_grad()
-    def encode(self, images: Tensor, pool: str) -> Tensor:
+    def encode(self, images: Tensor, pool: str, valid: Tensor | None = None) -> Tensor:
         """Features of normalised (B, C, *size) float32 images without a mask: (B, D), or (B, L, D) with "tokens".
 
-        `pool` is one of `pools`, or "tokens" where `has_tokens`; "both" is "mean" followed by "cls". Pixels give all
+        `pool` is one of `pools`, or "tokens" where `has_tokens`; "both" is "mean" followed by "cls"; `valid` is as in
+        `MaskedAutoencoder.encode`. Pixels give all
         values of an image, averaged down to at most 32 x 32 (1,024 on one axis, 10 x 10 x 10 on three).
 
         Raises:
             ConfigError: the subject does not have these features.
         """
         if self.model is not None:
-            return self.model.encode(images, pool)
+            return self.model.encode(images, pool, valid)
         if pool != "mean":
             raise ConfigError(f"pool is {pool!r} but pixels have no tokens", "leave --pool out")
         axes = images.ndim - 2
@@ -107,7 +108,7 @@ def extract(
     features, labels = [], []
     for batch in batches:
         with runtime.autocast():
-            features.append(subject.encode(batch.images, pool).float())
+            features.append(subject.encode(batch.images, pool, batch.valid).float())
         labels.append(batch.labels)
     if share is None:
         return Labelled(torch.cat(features), torch.cat(labels))

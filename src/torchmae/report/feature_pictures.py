@@ -23,6 +23,7 @@ from torchmae.report.panels import (
     map_panel,
     sample_panels,
 )
+from torchmae.words import in_words
 
 if TYPE_CHECKING:
     from torchmae.report.panels import Images
@@ -38,8 +39,11 @@ _MARKERS = ("o", "^")
 _LONGEST_NAME = 15
 
 
-def pca_picture(images: Images, colours: FloatArray) -> Image.Image:
-    """Images, (N, C, *size) in [0, 1], beside the colours of their patches, (N, *grid, 3) in [0, 1]."""
+def pca_picture(images: Images, colours: FloatArray, kind: str = "image") -> Image.Image:
+    """Images, (N, C, H, W) in [0, 1], beside the colours of their patches, (N, rows, columns, 3) in [0, 1].
+
+    Here and below, `images` may be signals (N, C, L) too, beside (N, columns, 3); `kind` names them.
+    """
     pairs = [_beside(image, [colour]) for image, colour in zip(as_numpy(images), colours, strict=True)]
     headers = ("image", "features") * len(pairs[:_PAIRS_PER_ROW])
     return draw_table(
@@ -50,19 +54,20 @@ def pca_picture(images: Images, colours: FloatArray) -> Image.Image:
         "features of all patches shown, as red, green and blue; what depends on a patch's place alone is left out. "
         "Patches of the same colour look alike to the model.",
         column_gaps=range(2, len(headers), 2),
+        kind=kind,
     )
 
 
-def attention_picture(images: Images, attention: FloatArray) -> Image.Image:
-    """Images, (N, C, *size) in [0, 1], beside the class token's attention: the mean of the heads, then each head.
+def attention_picture(images: Images, attention: FloatArray, kind: str = "image") -> Image.Image:
+    """Images, (N, C, H, W) in [0, 1], beside the class token's attention: the mean of the heads, then each head.
 
-    `attention` is (N, heads, *grid), 0 or more; each map is drawn from 0 to its own largest value.
+    `attention` is (N, heads, rows, columns), 0 or more; each map is drawn from 0 to its own largest value.
     """
     count = attention.shape[1]
     rows = []
     for image, heads in zip(as_numpy(images), attention, strict=True):
         maps = [heads.mean(0), *heads] if count > 1 else list(heads)
-        rows.append(_beside(image, [heat(values / max(float(values.max()), 1e-12)) for values in maps]))
+        rows.append(_beside(image, [heat(by_largest(values)) for values in maps]))
     return draw_table(
         rows,
         ("image", *(["mean"] if count > 1 else []), *(f"head {i + 1}" for i in range(count))),
@@ -70,13 +75,18 @@ def attention_picture(images: Images, attention: FloatArray) -> Image.Image:
         Description="Beside each image, how much the class token attends to each patch in the last block, for the "
         "mean of its heads and for each head: bright is much, dark little, each map on its own scale.",
         column_gaps=(1,),
+        kind=kind,
     )
 
 
 def neighbours_picture(
-    queries: Images, neighbours: Images, captions: Sequence[Sequence[str]], query_captions: Sequence[str]
+    queries: Images,
+    neighbours: Images,
+    captions: Sequence[Sequence[str]],
+    query_captions: Sequence[str],
+    kind: str = "image",
 ) -> Image.Image:
-    """Images, (N, C, *size) in [0, 1], beside their neighbours in feature space, (N, K, C, *size), nearest first.
+    """Images, (N, C, H, W) in [0, 1], beside their neighbours in feature space, (N, K, C, H, W), nearest first.
 
     `captions` are N times K lines below the neighbours, `query_captions` N lines below the images.
     """
@@ -91,15 +101,21 @@ def neighbours_picture(
         "nearest first, with their cosine similarity.",
         captions=[[one, *others] for one, others in zip(query_captions, captions, strict=True)],
         column_gaps=(1,),
+        kind=kind,
     )
 
 
 def ratios_picture(
-    originals: Images, masked: Sequence[Images], reconstructed: Sequence[Images], ratios: Sequence[float], note: str
+    originals: Images,
+    masked: Sequence[Images],
+    reconstructed: Sequence[Images],
+    ratios: Sequence[float],
+    note: str,
+    kind: str = "image",
 ) -> Image.Image:
     """Images, and at each mask ratio, in (0, 1), the masked images (NaN where masked) and the reconstructions.
 
-    All are (N, C, *size) in [0, 1]. `note` is that of the `Reconstruction`.
+    All are (N, C, H, W) in [0, 1]. `note` is that of the `Reconstruction`.
     """
     versions = [as_numpy(images) for images in (*masked, *reconstructed, originals)]
     rows: list[list[Image.Image | None]] = []
@@ -113,11 +129,14 @@ def ratios_picture(
         Description="For each image, the masked image (blue-grey: masked) at rising mask ratios, and below it the "
         f"reconstruction: visible patches as they were, {note}.",
         column_gaps=(1,),
+        kind=kind,
         row_gaps=range(2, len(rows), 2),
     )
 
 
-def anomaly_picture(images: Images, maps: Mapping[str, FloatArray], truth: Sequence[str]) -> Image.Image:
+def anomaly_picture(
+    images: Images, maps: Mapping[str, FloatArray], truth: Sequence[str], kind: str = "image"
+) -> Image.Image:
     """Images, (N, C, H, W) in [0, 1], beside anomaly maps by name, (N, H, W) in [0, 1]; `truth` are the captions."""
     groups = [
         _beside(image, [heat(values[number], "inferno") for values in maps.values()])
@@ -131,6 +150,7 @@ def anomaly_picture(images: Images, maps: Mapping[str, FloatArray], truth: Seque
         "all maps of one kind.",
         captions=_in_rows([[word] + [""] * len(maps) for word in truth], 2),
         column_gaps=(len(maps) + 1,),
+        kind=kind,
     )
 
 
@@ -166,7 +186,9 @@ def segmentation_picture(
     )
 
 
-def map_picture(points: FloatArray, labels: Labels | None, classes: Sequence[str] | None, method: str) -> Image.Image:
+def map_picture(
+    points: FloatArray, labels: Labels | None, classes: Sequence[str] | None, method: str, kind: str = "image"
+) -> Image.Image:
     """A map of points (N, 2) with the 20 commonest classes in colour and the rest in grey.
 
     `labels` are (N,), -1 where unknown; `classes` are their names; `method` has made the points, such as "t-SNE".
@@ -215,7 +237,7 @@ def map_picture(points: FloatArray, labels: Labels | None, classes: Sequence[str
     if shown:
         extent = "" if len(shown) == len(values) else f", for the {len(shown)} commonest"
         description += f" A point's colour is its class{extent}."
-    picture.info = {"Title": "Map of the features", "Description": description}
+    picture.info = {"Title": "Map of the features", "Description": in_words(description, kind)}
     return picture
 
 
@@ -224,6 +246,12 @@ def class_name(label: int, classes: Sequence[str] | None) -> str:
     name = classes[label] if classes is not None and label < len(classes) else ""
     drawable = name and not name.startswith("_") and all(ord(letter) < 0x250 for letter in name)
     return name if drawable else f"class {label}"
+
+
+def by_largest(values: FloatArray) -> FloatArray:
+    """Values, 0 or more, divided by the largest that is finite."""
+    scaled: FloatArray = values / max(float(values.max(initial=0, where=np.isfinite(values))), 1e-12)
+    return scaled
 
 
 def _panel(image: FloatArray) -> Image.Image:
