@@ -311,7 +311,7 @@ def _finish(
         display.warn(f"{len(bad)} images could not be read and were skipped: see {folder.bad_files}")
     write_weights(folder.weights, model.state_dict())
     state = "interrupted" if interruption else "finished"
-    figures = {**summarise(config, model, description.arguments, data, folder, state), "bad_files": len(bad)}
+    figures = {**summarise(config, model, description, data, folder, state), "bad_files": len(bad)}
     folder.write_json("summary.json", figures)
     if not interruption and data.val is not None:
         try:
@@ -330,7 +330,7 @@ def _finish(
 def summarise(
     config: PretrainConfig,
     model: MaskedAutoencoder,
-    arguments: dict[str, Any],
+    description: Description,
     data: Data,
     folder: RunFolder,
     state: str,
@@ -342,7 +342,7 @@ def summarise(
         last[record["kind"]] = {**last.get(record["kind"], {}), **record}
     training, validation, baseline = (last.get(kind, {}) for kind in ("train", "val", "baseline"))
     encoder, rest = parameter_counts(model)
-    epoch = training.get("epoch", 0.0)
+    epoch, arguments = training.get("epoch", 0.0), description.arguments
     seconds = training.get("seconds", 0.0)
     images_seen = round(epoch * len(data.train))
     names = ("loss", "loss_mean_patch", "loss_interpolation", "explained_variance", "explained_variance_interpolation")
@@ -368,6 +368,7 @@ def summarise(
         "mask_strategy": config.mask.strategy,
         "mask_ratio": config.mask.ratio,
         "data": config.data.source,
+        "kind": description.kind,
         "preset": config.model.preset,
         "input_size": list(arguments["input_size"]),
         "patch_size": list(arguments.get("patch_size", ())),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 POINTS = {"signal": "sample", "image": "pixel", "volume": "voxel", "clip": "pixel"}
-_WORD = re.compile(r"(?<![\w/.'-])(?:([Aa])n? )?([Ii]mage|[Pp]ixel)(s?)(?![\w/='-]|\.\w)")
+_WORD = re.compile(r"(?<![\w/.'-])(?:([Aa])n? )?([Ii]mage|[Pp]ixel)(s?)(?![\w/=:'-]|\.\w)")
 
 
 def kind_of(axes: int, *, moving: bool = False) -> str:

@@ -18,7 +18,7 @@ from torchmae.data.opening import open_data
 from torchmae.errors import ConfigError, DataError
 from torchmae.evaluation.embedding import Features, read_features
 from torchmae.nn.masking import mask_from_tokens
-from torchmae.training.pretrained import Pretrained, load
+from torchmae.training.pretrained import Prepared, Pretrained, load
 from torchmae.training.saved_model import Description
 
 CPU = torch.device("cpu")
@@ -214,7 +214,7 @@ def test_neighbours_whose_images_are_gone_or_lie_in_the_runs_data(session: Sessi
     bank = Features(model.encode(tensors).numpy(), np.full(4, -1), names, {})
     with_data = Session([("a", model)], CPU, data, bank)
     assert [example.shape for example in with_data.examples] == [(3, 16, 24)]
-    found = {item.name: item for item in with_data.neighbours((tensors[:1],))}
+    found = {item.name: item for item in with_data.neighbours((Prepared(tensors[:1], None, ("",)),))}
     assert found["gone-0"].image is None and found["gone-0"].label == ""
     expected = next(iter(data.train.eval_batches(np.array([0]), 1))).images[0].numpy() * 0.25 + 0.5
     image = found[str(names[0])].image

@@ -238,7 +238,9 @@ def write_files(out: Path, detection: Detection, test: ImageSet, grid: tuple[int
     images = torch.cat([test.normalisation.shown(batch.images, batch.valid) for batch in batches])
     words = ["anomalous" if flag else "normal" for flag in detection.anomalous[shown].tolist()]
     maps = heat_maps(detection, shown, grid, images.shape[2:])
-    flat = {name: look.flat(values[:, None])[:, 0] for name, values in maps.items()}
+    empty = np.isinf(images[:, :1].numpy())
+    one = Look(look.kind)  # a map has one channel
+    flat = {name: one.flat(np.where(empty, np.inf, values[:, None]))[:, 0] for name, values in maps.items()}
     save_png(anomaly_picture(look.flat(images), flat, words, look.kind), out / "anomaly.png")
     return ["anomaly.png", "anomaly_scores.csv"]
 

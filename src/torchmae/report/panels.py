@@ -120,8 +120,11 @@ def as_numpy(images: Images) -> FloatArray:
 
 
 def panel_scale(size: Sequence[int], min_side: int) -> int:
-    """The smallest integer factor that gives an image's longer side `min_side` pixels; 1 for signals."""
-    return 1 if len(size) == 1 else -(-min_side // max(size[-2:]))
+    """The smallest integer factor that gives an image's longer side `min_side` pixels; 1 for signals.
+
+    Of an image more than twice as wide as high (planes or frames side by side), half of the height's `min_side` counts.
+    """
+    return 1 if len(size) == 1 else -(-min_side // max(size[-2], min(size[-1], 2 * size[-2])))
 
 
 def sample_panels(versions: Sequence[FloatArray], min_side: int) -> list[Image.Image]:
