@@ -39,8 +39,8 @@ class VisualizeOptions(ModelOptions):
 
     Attributes:
         images: files or folders of images; without any, some of the held-out images.
-        show: the channels drawn, by name or by number from 1: one as grey, three as red, green and blue (of signals,
-            any); null: bands named red, green and blue, else the first.
+        show: list of the channels drawn, by name or by number from 1, such as '[nir, red, green]': one as grey, three
+            as red, green and blue (of signals, any number); empty: bands named red, green and blue, else the first.
         kind: pca (patch features as colours), attention (of the class token), neighbours (the training images with
             the nearest features), map (all held-out images on a plane), or ratios (reconstructions at growing mask
             ratios).
