@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from math import prod
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -76,21 +77,20 @@ def content_tokens(model: MaskedAutoencoder, images: Tensor, valid: Tensor | Non
     grid = model.encoder.grid_of(images)
     axes = tuple(range(2, images.ndim))
     places = permutation(0, 0, prod(grid), Purpose.SUBSET)[:_SHIFTS]
+    known = images.new_ones(len(images), 1, *images.shape[2:]).bool() if valid is None else valid
+
+    def shifted(steps: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        shift = [int(step) * patch for step, patch in zip(steps, model.patch_size, strict=True)]
+        rolled = known.roll(shift, axes)
+        tokens = model.encode(images.roll(shift, axes), "tokens", rolled).float()
+        return tokens, patchify(rolled, model.patch_size).any(-1, keepdim=True)
+
     total, count = torch.zeros((), device=images.device), torch.zeros((), device=images.device)
-
-    def tokens_and_weights(shift: Sequence[int]) -> tuple[Tensor, Tensor]:
-        rolled = None if valid is None else valid.roll(list(shift), axes)
-        tokens = model.encode(images.roll(list(shift), axes), "tokens", rolled).float()
-        has_data = None if rolled is None else patchify(rolled, model.patch_size).any(-1, keepdim=True)
-        return tokens, torch.ones_like(tokens[..., :1]) if has_data is None else has_data.float()
-
     for place in places:
-        steps = [int(step) for step in np.unravel_index(place, grid)]
-        shift = [step * patch for step, patch in zip(steps, model.patch_size, strict=True)]
-        tokens, weights = tokens_and_weights(shift)
-        total, count = total + (tokens * weights).sum(0), count + weights.sum(0)
-    tokens, weights = tokens_and_weights([0] * len(axes))
-    return (tokens - total / count.clamp(min=1)).masked_fill(weights == 0, torch.nan)
+        tokens, has_data = shifted(np.unravel_index(place, grid))
+        total, count = total + (tokens * has_data).sum(0), count + has_data.sum(0)
+    tokens, has_data = shifted([0] * len(axes))
+    return (tokens - total / count.clamp(min=1)).masked_fill(~has_data, torch.nan)
 
 
 @torch.no_grad()
