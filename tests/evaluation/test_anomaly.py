@@ -27,6 +27,7 @@ from torchmae.evaluation.bench import Bench
 from torchmae.evaluation.images import EvaluationData, ImageSet, ModelInput
 from torchmae.evaluation.subject import Subject
 from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.report.panels import Look
 from torchmae.training.progress import Display
 from torchmae.training.runtime import Runtime
 
@@ -197,7 +198,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     detection = detect(model(), *sets())
     with pytest.raises(CheckpointError, match=r"cannot write .*file.*; .*another folder"):
-        anomaly.write_files(tmp_path / "file" / "new", detection, sets()[1], (4, 4))
+        anomaly.write_files(tmp_path / "file" / "new", detection, sets()[1], (4, 4), Look())
 
 
 def test_maps_point_at_the_patch() -> None:
