@@ -49,7 +49,11 @@ def test_the_defaults_of_the_paper() -> None:
     optim = OptimConfig()
     assert (optim.base_lr, optim.betas, optim.weight_decay, optim.schedule) == (1.5e-4, (0.9, 0.95), 0.05, "cosine")
     assert (MaskConfig().strategy, MaskConfig().ratio) == ("random", 0.75)
-    assert DataConfig().crop_scale == (0.2, 1.0)
+    ratio = DataConfig().crop_ratio
+    assert DataConfig().augmentation(2) == ((0.2, 1.0), ratio, True)
+    assert DataConfig().augmentation(1) == DataConfig().augmentation(3) == ((0.8, 1.0), ratio, False)
+    assert DataConfig().augmentation(2, "DICOM") == ((0.2, 1.0), ratio, False)
+    assert DataConfig(crop_scale=(0.5, 1), flip=True).augmentation(1) == ((0.5, 1), ratio, True)
 
 
 def test_parts_are_configs_of_their_own() -> None:

@@ -18,7 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # From the bottom up. Units of one layer do not import each other; the files of one unit may.
 LAYERS = (
     ("errors",),
-    ("files", "machine", "paths", "random"),
+    ("files", "machine", "paths", "random", "words"),
     ("config",),
     ("settings", "data", "nn"),
     ("tutorial",),

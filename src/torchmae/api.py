@@ -196,9 +196,12 @@ def configure(given: Mapping[str, Any], splits: Mapping[str, Source] | None = No
             return typical_size((splits or open_splits(config.data.source, context))["train"])
 
     with open_ranks(config.device, config.rank_timeout) as ranks:
-        recipe, shape = recommend(ranks.on_main(look))  # rank 0 alone, so that data is downloaded once
+        size = ranks.on_main(look)  # rank 0 alone, so that data is downloaded once
+    recipe, shape = recommend(size)
     sizes = {} if config.init_from is not None else proposed(config.model, shape)
-    shape = {f"model.{name}": size for name, size in sizes.items()}
+    if len(size) != 2:  # the recipe's crops and flips are for pictures
+        given = {"data.crop_scale": None, "data.flip": None, **given}
+    shape = {f"model.{name}": length for name, length in sizes.items()}
     unset = {}
     if "model.preset" in given:  # the recipe's sizes belong to its own preset
         names = overrides(config).keys() - presets.arguments(config.model.preset).keys()

@@ -19,11 +19,14 @@ from torchmae.evaluation.sharing import share
 from torchmae.evaluation.subject import Subject, pixels
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Masker
+from torchmae.report.panels import Look
 from torchmae.report.pictures import reconstruction_grid
+from torchmae.training.pretrained import Prepared
 from torchmae.training.run_folder import RunFolder
 from torchmae.training.runtime import Runtime
 from torchmae.training.tracking import Trackers
 from torchmae.training.trainer import Evaluator
+from torchmae.visualize import triplet
 
 PICTURE_COUNT = 4
 SHARE = 0.1  # of a run's time that measurements may take
@@ -94,13 +97,14 @@ def build_evaluators(
     runtime: Runtime,
     folder: RunFolder,
     tracker: Trackers,
+    look: Look,
     *,
     fresh: bool,
 ) -> tuple[list[Evaluator], FeatureProbe | None]:
     """The evaluators: reconstruction figures, pictures, and with labels kNN and a linear probe, given beside them.
 
-    Each rank measures a share of the images, under the masks of `masker`. `fresh`: the model is untrained, and its
-    accuracies and those of raw pixels are logged as baselines.
+    Each rank measures a share of the images, under the masks of `masker`; pictures have the `look`. `fresh`: the model
+    is untrained, and its accuracies and those of raw pixels are logged as baselines.
     """
     if data.val is None:
         return [], None
@@ -120,10 +124,8 @@ def build_evaluators(
         result = model.reconstruct(picture_batch.images, picture_mask)
         path = folder.reconstructions / f"step-{step:08d}.png"
         if runtime.ranks.is_main:
-            original = data.normalisation.shown(picture_batch.images)
-            masked = original.masked_fill(result.removed.cpu(), torch.nan)
-            filled = data.normalisation.shown(result.images)
-            reconstruction_grid(masked, filled, original, path, note=result.note)
+            shown = Prepared(picture_batch.images, picture_batch.valid, ())
+            reconstruction_grid(*triplet(data.normalisation, shown, result, look), path, note=result.note)
         tracker.log_picture("reconstruction", step, path)
         return {}
 

@@ -55,7 +55,7 @@ from torchmae.training.task import seeded
 from torchmae.training.teacher import Teacher, read_teacher
 from torchmae.training.tracking import Trackers, open_trackers, tracker_names
 from torchmae.training.trainer import ran_out_of_memory
-from torchmae.visualize import write_pictures
+from torchmae.visualize import look_of, write_pictures
 
 # Settings that may change when a run is resumed: where and how fast it computes, and the learning rate, for runs that
 # diverged.
@@ -252,8 +252,11 @@ def _train(
 ) -> Run:
     """Writes the run folder around one call of the training loop."""
     ranks = runtime.ranks
+    first = data.example
     description = Description(
         arguments,
+        moving=first.meta.get("fps") is not None or "T" in (config.data.axes or ""),
+        bands=first.bands or None,
         mask=asdict(config.mask),
         classes=data.classes,
         torchmae=torchmae.__version__,
@@ -280,7 +283,7 @@ def _train(
     with open_trackers(config.trackers, folder, display, start) if ranks.is_main else Trackers() as tracker:
         masker = Masker(model.encoder, config.mask.strategy, config.mask.ratio)  # the same masks, whatever the schedule
         evaluators, probe = build_evaluators(
-            config.eval, masker, model, data, runtime, folder, tracker, fresh=checkpoint is None
+            config.eval, masker, model, data, runtime, folder, tracker, look_of(description), fresh=checkpoint is None
         )
         if config.init_from is not None and checkpoint is None:  # after the baselines, which are of random weights
             for line in initialise(model, read_initial(config.init_from, config.model)):
@@ -337,7 +340,7 @@ def _finish(
         display.warn(f"{len(bad)} images could not be read and were skipped: see {folder.bad_files}")
     write_weights(folder.weights, model.state_dict())
     state = "interrupted" if interruption else "finished"
-    figures = {**summarise(config, model, description.arguments, data, folder, state), "bad_files": len(bad)}
+    figures = {**summarise(config, model, description, data, folder, state), "bad_files": len(bad)}
     folder.write_json("summary.json", figures)
     if not interruption and data.val is not None:
         try:
@@ -356,7 +359,7 @@ def _finish(
 def summarise(
     config: PretrainConfig,
     model: MaskedAutoencoder,
-    arguments: dict[str, Any],
+    description: Description,
     data: Data,
     folder: RunFolder,
     state: str,
@@ -368,7 +371,7 @@ def summarise(
         last[record["kind"]] = {**last.get(record["kind"], {}), **record}
     training, validation, baseline = (last.get(kind, {}) for kind in ("train", "val", "baseline"))
     encoder, rest = parameter_counts(model)
-    epoch = training.get("epoch", 0.0)
+    epoch, arguments = training.get("epoch", 0.0), description.arguments
     seconds = training.get("seconds", 0.0)
     images_seen = round(epoch * len(data.train))
     names = ("loss", "loss_mean_patch", "loss_interpolation", "explained_variance", "explained_variance_interpolation")
@@ -394,6 +397,7 @@ def summarise(
         "mask_strategy": config.mask.strategy,
         "mask_ratio": config.mask.ratio,
         "data": config.data.source,
+        "kind": description.kind,
         "preset": config.model.preset,
         "input_size": list(arguments["input_size"]),
         "patch_size": list(arguments.get("patch_size", ())),

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from torchmae.config import DataConfig
 from torchmae.data.loader import ImageLoader, mixed_subset
 from torchmae.data.opening import Data, open_data
+from torchmae.data.transforms import Normalisation
 from torchmae.errors import ConfigError
 from torchmae.evaluation.diagnostics import Seen, encoding_time
 from torchmae.evaluation.feature_maps import class_attention, content_tokens, embed_2d, patch_colours
@@ -20,6 +21,7 @@ from torchmae.evaluation.images import EVAL_BATCH, run_data
 from torchmae.evaluation.knn import nearest
 from torchmae.evaluation.quality import strategies_of
 from torchmae.evaluation.subject import Subject, extract
+from torchmae.nn.mae import Reconstruction
 from torchmae.report.feature_pictures import (
     attention_picture,
     class_name,
@@ -28,10 +30,12 @@ from torchmae.report.feature_pictures import (
     pca_picture,
     ratios_picture,
 )
+from torchmae.report.panels import FloatArray, Look
 from torchmae.report.pictures import save_png
-from torchmae.training.pretrained import Pretrained
+from torchmae.training.pretrained import Prepared, Pretrained
 from torchmae.training.progress import Display
 from torchmae.training.runtime import Runtime
+from torchmae.training.saved_model import Description
 
 RATIOS = (0.25, 0.5, 0.75, 0.9)
 NEIGHBOURS = 7
@@ -66,9 +70,9 @@ def write_pictures(
         DataError: images that are no longer readable.
     """
     loader = held_out(data)
-    images, labels = sample(loader, REPORT_IMAGES)
-    few, few_labels = images[:REPORT_ROWS], labels[:REPORT_ROWS]
-    model = pretrained.model
+    images = sample(loader, REPORT_IMAGES, data.classes)
+    few = images.part(slice(REPORT_ROWS))
+    model, look = pretrained.model, look_of(pretrained.description)
     image_s = encoding_time(model, loader, runtime)
     num_images = min(REPORT_BANK, max(_FEWEST, int(_MOST_S / 2 / image_s)))
     seen = seen or {}
@@ -76,35 +80,43 @@ def write_pictures(
         display.say("drawing pictures of the features")
     pictures: dict[str, Image.Image] = {}
     if model.patch_size:
-        pictures["1-features"] = draw_pca(pretrained, images)
+        pictures["1-features"] = draw_pca(pretrained, images, look)
         if model.encoder.has_class_token:
-            pictures["2-attention"] = draw_attention(pretrained, few)
-    captions = [name_of(label, data.classes) for label in few_labels.tolist()]
-    pictures["3-neighbours"] = draw_neighbours(pretrained, few, captions, data, runtime, num_images, seen.get("train"))
+            pictures["2-attention"] = draw_attention(pretrained, few, look)
+    pictures["3-neighbours"] = draw_neighbours(pretrained, few, look, data, runtime, num_images, seen.get("train"))
     if len(loader) > NEIGHBOURS:  # a map needs more points
         pictures["4-map"] = draw_map(pretrained, data, runtime, min(REPORT_POINTS, num_images), seen=seen.get("val"))
-    pictures["5-ratios"] = draw_ratios(pretrained, few)
+    pictures["5-ratios"] = draw_ratios(pretrained, few, look)
     paths = [folder / f"{name}.png" for name in pictures]
     for path, picture in zip(paths, pictures.values(), strict=True):
         save_png(picture, path)
     return paths
 
 
-def draw_pca(pretrained: Pretrained, images: Tensor) -> Image.Image:
-    """Images of `Pretrained.preprocess` beside their patch features as colours; ConfigError without patches."""
-    colours = patch_colours(content_tokens(pretrained.model, images))
-    grid = pretrained.model.encoder.grid
-    return pca_picture(_to_show(pretrained, images), colours.reshape(len(images), *grid, 3))
+def look_of(description: Description, show: Sequence[int | str] = ()) -> Look:
+    """How the samples of a model are drawn; `show` names the channels. ConfigError: channels that it does not have."""
+    return Look.of(description.kind, description.arguments["in_chans"], description.bands or (), show)
 
 
-def draw_attention(pretrained: Pretrained, images: Tensor) -> Image.Image:
+def draw_pca(pretrained: Pretrained, images: Prepared, look: Look) -> Image.Image:
+    """Images of `Pretrained.prepare` beside their patch features as colours; ConfigError without patches."""
+    colours = patch_colours(content_tokens(pretrained.model, images.images, images.valid))
+    encoder = pretrained.model.encoder
+    maps = look.spread(colours, encoder.grid, encoder.input_size)
+    return pca_picture(_to_show(pretrained, images, look), maps, look.kind)
+
+
+def draw_attention(pretrained: Pretrained, images: Prepared, look: Look) -> Image.Image:
     """Images, as for `draw_pca`, beside the class token's attention; ConfigError without a class token."""
-    attention = class_attention(pretrained.model, images)
-    grid = pretrained.model.encoder.grid
-    return attention_picture(_to_show(pretrained, images), attention.reshape(*attention.shape[:2], *grid))
+    attention = class_attention(pretrained.model, images.images, images.valid)
+    encoder = pretrained.model.encoder
+    maps = look.spread(attention.swapaxes(1, 2), encoder.grid, encoder.input_size)
+    return attention_picture(_to_show(pretrained, images, look), np.moveaxis(maps, -1, 1), look.kind)
 
 
-def draw_ratios(pretrained: Pretrained, images: Tensor, ratios: Sequence[float] = RATIOS, seed: int = 0) -> Image.Image:
+def draw_ratios(
+    pretrained: Pretrained, images: Prepared, look: Look, ratios: Sequence[float] = RATIOS, seed: int = 0
+) -> Image.Image:
     """Images, as for `draw_pca`, and their reconstructions at several mask ratios.
 
     Random masks of one seed are nested: a higher ratio masks the same patches and more.
@@ -114,34 +126,46 @@ def draw_ratios(pretrained: Pretrained, images: Tensor, ratios: Sequence[float] 
     strategy = trained if trained in known else known[0]
     masked, filled, note = [], [], ""
     for ratio in ratios:
-        mask = pretrained.mask(len(images), strategy=strategy, ratio=ratio, seed=seed)
-        result = pretrained.reconstruct(images, mask.to(images.device))
-        masked.append(_to_show(pretrained, images).masked_fill(result.removed.cpu(), torch.nan))
-        filled.append(_to_show(pretrained, result.images))
+        mask = pretrained.mask(len(images.images), strategy=strategy, ratio=ratio, seed=seed, valid=images.valid)
+        result = pretrained.reconstruct(images.images, mask.to(images.images.device))
+        before, after, _ = triplet(pretrained.description.normalisation, images, result, look)
+        masked.append(before)
+        filled.append(after)
         note = result.note
-    return ratios_picture(_to_show(pretrained, images), masked, filled, ratios, note)
+    return ratios_picture(_to_show(pretrained, images, look), masked, filled, ratios, note, look.kind)
+
+
+def triplet(
+    normalisation: Normalisation, images: Prepared, result: Reconstruction, look: Look
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Masked, reconstructed and original images, laid out for pictures."""
+    original, filled = (normalisation.shown(item, images.valid) for item in (images.images, result.images))
+    masked = original.masked_fill(result.removed.cpu() & ~original.isinf(), torch.nan)
+    return look.flat(masked), look.flat(filled), look.flat(original)
 
 
 def draw_neighbours(
     pretrained: Pretrained,
-    images: Tensor,
-    captions: Sequence[str],
+    images: Prepared,
+    look: Look,
     data: Data,
     runtime: Runtime,
     num_images: int,
     seen: Seen | None = None,
 ) -> Image.Image:
-    """Images, as for `draw_pca`, with captions, beside the nearest of `num_images` training images or those `seen`."""
+    """Images, as for `draw_pca`, beside the nearest of `num_images` training images or of those `seen`."""
     features, labels, bank = seen or _features(pretrained, data.train, num_images, runtime)
-    found, cosines = (item.cpu() for item in nearest(features, pretrained.encode(images), NEIGHBOURS))
-    shape = (*found.shape, *images.shape[1:])
+    queries = pretrained.encode(images.images, valid=images.valid)
+    found, cosines = (item.cpu() for item in nearest(features, queries, NEIGHBOURS))
     batches = data.train.eval_batches(bank[found.flatten().numpy()], EVAL_BATCH)
-    neighbours = torch.cat([_to_show(pretrained, batch.images) for batch in batches]).view(shape)
+    shown = pretrained.description.normalisation.shown
+    flat = look.flat(torch.cat([shown(batch.images, batch.valid) for batch in batches]))
+    neighbours = flat.reshape(*found.shape, *flat.shape[1:])
     lines = [
         [f"{cosine:.2f} {name_of(label, data.classes)}".rstrip() for cosine, label in zip(row, names, strict=True)]
         for row, names in zip(cosines.tolist(), labels.cpu()[found].tolist(), strict=True)
     ]
-    return neighbours_picture(_to_show(pretrained, images), neighbours, lines, captions)
+    return neighbours_picture(_to_show(pretrained, images, look), neighbours, lines, images.names, look.kind)
 
 
 def draw_map(
@@ -156,7 +180,8 @@ def draw_map(
     """A map of `num_images` held-out images, or those `seen`, by `embed_2d`, with its method, seed and errors."""
     features, labels, _ = seen or _features(pretrained, held_out(data), num_images, runtime)
     points = embed_2d(features, method, seed)
-    return map_picture(points, labels.cpu().numpy(), data.classes, METHOD_NAMES[method])
+    kind = pretrained.description.kind
+    return map_picture(points, labels.cpu().numpy(), data.classes, METHOD_NAMES[method], kind)
 
 
 def open_run_data(run: Path, pretrained: Pretrained, runtime: Runtime, source: str | None, root: str | None) -> Data:
@@ -188,10 +213,10 @@ def held_out(data: Data) -> ImageLoader:
     return data.train if data.val is None else data.val
 
 
-def sample(loader: ImageLoader, count: int) -> tuple[Tensor, Tensor]:
-    """A fixed choice of images (at most `count`) and their labels, -1 where unknown, on the loader's device."""
-    batches = list(loader.eval_batches(mixed_subset(len(loader), count), EVAL_BATCH))
-    return torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches])
+def sample(loader: ImageLoader, count: int, classes: Sequence[str] | None) -> Prepared:
+    """A fixed choice of images (at most `count`), named by their classes, on the loader's device."""
+    (batch,) = loader.eval_batches(mixed_subset(len(loader), count), count)
+    return Prepared(batch.images, batch.valid, tuple(name_of(label, classes) for label in batch.labels.tolist()))
 
 
 def name_of(label: int, classes: Sequence[str] | None) -> str:
@@ -206,5 +231,5 @@ def _features(pretrained: Pretrained, loader: ImageLoader, num_images: int, runt
     return Seen(*found, rows)
 
 
-def _to_show(pretrained: Pretrained, images: Tensor) -> Tensor:
-    return pretrained.description.normalisation.shown(images)
+def _to_show(pretrained: Pretrained, images: Prepared, look: Look) -> FloatArray:
+    return look.flat(pretrained.description.normalisation.shown(images.images, images.valid))

@@ -12,12 +12,13 @@ from PIL import Image
 from torchmae import presets
 from torchmae.app import markup
 from torchmae.app.session import Session
+from torchmae.app.strings import TEXT
 from torchmae.config import DataConfig
 from torchmae.data.opening import open_data
 from torchmae.errors import ConfigError, DataError
 from torchmae.evaluation.embedding import Features, read_features
 from torchmae.nn.masking import mask_from_tokens
-from torchmae.training.pretrained import Pretrained, load
+from torchmae.training.pretrained import Prepared, Pretrained, load
 from torchmae.training.saved_model import Description
 
 CPU = torch.device("cpu")
@@ -67,7 +68,7 @@ def test_filling_is_the_models_own_and_its_errors_are_of_the_hidden_pixels(
     assert filled.masked == pytest.approx(5 / 24)
     assert filled.mse == pytest.approx(squares[:, hidden].mean(), rel=1e-5)
     assert f"<td>21 %</td><td>{filled.mse:.4f}</td><td>{-10 * np.log10(filled.mse):.1f} dB</td>" in markup.filled(
-        [filled], "en"
+        [filled], TEXT["en"]
     )
     np.testing.assert_array_equal(np.isnan(filled.error).ravel(), ~flags.numpy())
     assert filled.error[0, 1] == pytest.approx(squares[:, :4, 4:8].mean() ** 0.5, rel=1e-5)
@@ -139,8 +140,6 @@ def test_runs_that_cannot_be_compared(run: Path, other: Pretrained, message: str
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (pretrained(input_size=(64,), patch_size=(8,)), r"m is a model of signals \(1 axes\)"),
-        (pretrained(input_size=(8, 8, 8), patch_size=(4, 4, 4)), r"m is a model of volumes \(3 axes\)"),
         (pretrained("mlp"), r"this model has no patches to look at \(m\)"),
     ],
 )
@@ -215,7 +214,7 @@ def test_neighbours_whose_images_are_gone_or_lie_in_the_runs_data(session: Sessi
     bank = Features(model.encode(tensors).numpy(), np.full(4, -1), names, {})
     with_data = Session([("a", model)], CPU, data, bank)
     assert [example.shape for example in with_data.examples] == [(3, 16, 24)]
-    found = {item.name: item for item in with_data.neighbours((tensors[:1],))}
+    found = {item.name: item for item in with_data.neighbours((Prepared(tensors[:1], None, ("",)),))}
     assert found["gone-0"].image is None and found["gone-0"].label == ""
     expected = next(iter(data.train.eval_batches(np.array([0]), 1))).images[0].numpy() * 0.25 + 0.5
     image = found[str(names[0])].image

@@ -30,6 +30,7 @@ from torchmae.evaluation.bench import Bench
 from torchmae.evaluation.images import ImageSet, ModelInput
 from torchmae.evaluation.subject import PIXELS, Subject
 from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.report.panels import Look
 from torchmae.training.progress import Display
 from torchmae.training.runtime import Runtime
 
@@ -209,7 +210,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     bench = bench_of(*sets())
     detection = anomaly.detect(bench, Subject("model", model()))
     with pytest.raises(CheckpointError, match=r"cannot write .*file.*; .*another folder"):
-        anomaly_maps.write_files(tmp_path / "file" / "new", bench.data, detection)
+        anomaly_maps.write_files(tmp_path / "file" / "new", bench.data, detection, Look())
 
 
 def test_maps_point_at_the_patch() -> None:

@@ -195,7 +195,7 @@ def test_what_a_classifier_cannot_become(fine_tuned: Path, tmp_path: Path, to: s
         ({"registers": 2}, "hf-vit", "registers; use --to timm, onnx, safetensors"),
         ({"input_size": (16, 24)}, "official", "images of 16x24, which are not square; use --to timm"),
         ({"patch_size": (4, 8)}, "hf-vit", "patches of 4x8, which are not square; use --to timm"),
-        ({"input_size": (16,), "patch_size": (4,)}, "timm", "inputs of 1 axes; use --to onnx, safetensors"),
+        ({"input_size": (16,), "patch_size": (4,)}, "timm", "inputs of 1 axis; use --to onnx, safetensors"),
     ],
 )
 def test_what_a_format_cannot_hold_is_refused(tmp_path: Path, arguments: Any, to: str, message: str) -> None:

@@ -105,9 +105,12 @@ def test_values_outside_zero_to_one_are_clipped() -> None:
     assert panel(grid, layout, 0, 0)[0, :2, 0].tolist() == [0, 255]
 
 
-def test_a_volume_shows_its_middle_slice() -> None:
-    grid, layout, original = grid_of((1, 1, 5, 8, 8), min_side=80)
-    assert (panel(grid, layout, 0, 2)[..., 0] == as_bytes(original[0, 0, 2]).repeat(10, 0).repeat(10, 1)).all()
+def test_a_volume_shows_its_three_middle_planes() -> None:
+    grid, layout, original = grid_of((1, 1, 5, 8, 8), min_side=26)  # three planes of 8 columns, with gaps of 1
+    shown = panel(grid, layout, 0, 2)[..., 0]
+    volume = as_bytes(original[0, 0])
+    for left, plane in ((0, volume[2]), (9, volume[:, 4]), (18, volume[:, :, 4])):
+        assert (shown[: len(plane), left : left + 8] == plane).all()
 
 
 def test_a_signal_is_a_line_with_grey_where_it_is_hidden() -> None:

@@ -23,7 +23,7 @@ from torchmae.errors import ConfigError
 from torchmae.evaluation.reconstruction import HoldOut
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Masker
-from torchmae.nn.patches import gather, patchify
+from torchmae.nn.patches import gather, patchify, unpatchify
 from torchmae.training.pretrain import PretrainTask
 from torchmae.training.trainer import train_step
 
@@ -183,6 +183,35 @@ def test_figures_are_of_valid_pixels_whatever_stands_elsewhere() -> None:
         assert result.removed[~batch.valid].all()
     assert figures[0] == figures[1]
     assert 0.9 < figures[0]["loss_mean_patch"] < 1.2  # of normalised noise
+
+
+@pytest.mark.parametrize("name", ["pixels", "convnext"])
+def test_features_are_of_the_patches_with_data(name: str) -> None:
+    model, batch = MODELS[name]().eval(), whole(VALUES)
+    valid = torch.ones(24, 1, 16, 16, dtype=torch.bool)
+    valid[1::2, :, :9, :10] = False
+    has_data = patchify(valid, model.patch_size).any(-1)
+    changed = torch.where(unpatchify_flags(has_data, model), batch.images, 7.0)
+    for pool in model.pools:
+        found = model.encode(changed, pool, valid)
+        for row in (0, 1):
+            ids = has_data[row].nonzero().T
+            encoded = model.encoder(batch.images[row : row + 1], ids)
+            features = {
+                "mean": [encoded.patches.mean(1)],
+                "cls": [encoded.prefix[:, 0]] if "cls" in model.pools else [],
+            }
+            wanted = torch.cat(features["mean"] + features["cls"] if pool == "both" else features[pool], 1)
+            torch.testing.assert_close(found[row : row + 1], wanted, rtol=1e-4, atol=1e-5)
+    tokens = model.encode(changed, "tokens", valid)
+    assert not tokens[~has_data].any() and tokens[has_data].any(-1).all()
+    assert torch.equal(model.encode(batch.images, valid=torch.ones_like(valid)), model.encode(batch.images))
+
+
+def unpatchify_flags(flags: torch.Tensor, model: MaskedAutoencoder) -> torch.Tensor:
+    """(B, 1, *size) of (B, L)."""
+    pixels = flags[..., None].expand(-1, -1, int(np.prod(model.patch_size)))
+    return unpatchify(pixels, model.patch_size, model.encoder.grid)
 
 
 def test_an_early_part_of_small_images_and_a_model_without_patches() -> None:

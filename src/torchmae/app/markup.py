@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from torchmae.app.session import Filled, FloatArray, Neighbour, Seen
-from torchmae.app.strings import TEXT
+from torchmae.report.feature_pictures import by_largest
 from torchmae.report.page import embed
 from torchmae.report.panels import heat, map_panel, sample_panels
 
@@ -51,9 +51,8 @@ def examples(images: Sequence[FloatArray], title: str) -> str:
     return f'<h3>{escape(title)}</h3><div class="examples">{"".join(buttons)}</div>' if images else ""
 
 
-def filled(results: Sequence[Filled], language: str) -> str:
+def filled(results: Sequence[Filled], text: Mapping[str, str]) -> str:
     """Reconstructions with their errors, and a table of the errors beside those of interpolation."""
-    text = TEXT[language]
     peak = max(float(np.nanmax(result.error)) for result in results)
     rows = []
     for result in results:
@@ -68,9 +67,8 @@ def filled(results: Sequence[Filled], language: str) -> str:
     return f'{"".join(rows)}{_table(results, text)}<p class="help">{escape(note)} {escape(text["units"])}</p>'
 
 
-def seen(results: Sequence[Seen], language: str) -> str:
+def seen(results: Sequence[Seen], text: Mapping[str, str]) -> str:
     """Pictures, their features as colours, and the attention of the class token."""
-    text = TEXT[language]
     rows = []
     for result in results:
         original = _panel(result.original)
@@ -80,16 +78,15 @@ def seen(results: Sequence[Seen], language: str) -> str:
         if len(heads) > 1:
             maps = {text["mean_head"]: np.mean(heads, axis=0), **maps}
         for name, values in maps.items():
-            panels.append((name, map_panel(heat(values / max(float(values.max()), 1e-12)), original.size)))
+            panels.append((name, map_panel(heat(by_largest(values)), original.size)))
         rows.append(_figures(results, result, panels))
         if not heads:
             rows.append(message(text["no_class_token"].format(name=result.name)))
     return f'{"".join(rows)}<p class="help">{escape(text["see_help"])}</p>'
 
 
-def neighbours(found: Sequence[Neighbour], original: FloatArray, language: str) -> str:
+def neighbours(found: Sequence[Neighbour], original: FloatArray, text: Mapping[str, str]) -> str:
     """The picture, and the images with the nearest features."""
-    text = TEXT[language]
     figures = [_figure(_panel(original), text["original"])]
     for neighbour in found:
         caption = f"{neighbour.cosine:.2f} {neighbour.label}".rstrip()
@@ -99,11 +96,11 @@ def neighbours(found: Sequence[Neighbour], original: FloatArray, language: str) 
     return f'<div class="panels">{"".join(figures)}</div><p class="help">{escape(text["near_help"])}</p>'
 
 
-def no_neighbours(run: str, language: str) -> str:
+def no_neighbours(run: str, text: Mapping[str, str]) -> str:
     """The commands that embed a data set for the page."""
     run = shlex.quote(run)
     commands = f"torchmae embed {run} --data PATH --out features.npz\ntorchmae app {run} --features features.npz"
-    return f"{message(TEXT[language]['near_none'])}<pre>{escape(commands)}</pre>"
+    return f"{message(text['near_none'])}<pre>{escape(commands)}</pre>"
 
 
 def _panel(image: FloatArray, min_side: int = _MIN_SIDE) -> Image.Image:
@@ -133,7 +130,7 @@ def _figure(content: Image.Image | str, caption: str, tooltip: str = "") -> str:
     return f"<figure{title}>{content}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def _table(results: Sequence[Filled], text: dict[str, str]) -> str:
+def _table(results: Sequence[Filled], text: Mapping[str, str]) -> str:
     first = results[0]
     figures = [(result.name, result.masked, result.mse) for result in results]
     rows = "".join(

@@ -11,7 +11,7 @@ import gradio as gr
 
 from torchmae.app import markup
 from torchmae.app.session import Picture, Session
-from torchmae.app.strings import LANGUAGES, TEXT, preferred
+from torchmae.app.strings import LANGUAGES, preferred, text_for
 from torchmae.data.formats import picture_suffixes
 from torchmae.errors import TorchmaeError
 from torchmae.nn.masking import STRATEGIES
@@ -55,6 +55,9 @@ class Page:
             self._connect(blocks)
         return blocks
 
+    def _text(self, lang: str) -> dict[str, str]:
+        return text_for(lang, self._session.kind)
+
     def _lay_out(self) -> None:
         """Places the components. Their texts are set when the page is loaded, in the visitor's language."""
         with gr.Row(equal_height=False):
@@ -71,7 +74,11 @@ class Page:
         self._status = _html("status")
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=260):
-                self._file = gr.File(file_types=[*picture_suffixes(), ".npy"], height=180, elem_id="upload")
+                self._file = gr.File(
+                    file_types=[*picture_suffixes(len(self._session.first.model.patch_size)), ".npy"],
+                    height=180,
+                    elem_id="upload",
+                )
                 self._examples = _html("examples", js_on_load=_CHOOSE)
             with gr.Column(scale=3, min_width=320), gr.Tabs():
                 with gr.Tab(id="fill", elem_id="tab-fill") as self._fill_tab:
@@ -123,7 +130,7 @@ class Page:
 
     def _words(self, lang: str) -> Updates:
         """The texts of all components."""
-        text, sizes = TEXT[lang], self._session.first.description.arguments
+        text, sizes = self._text(lang), self._session.first.description.arguments
         about = text["about"].format(
             size=" x ".join(map(str, sizes["input_size"])),
             channels=sizes["in_chans"],
@@ -160,7 +167,7 @@ class Page:
     def _open(self, view: View, lang: str, strategy: str, ratio: float, seed: float, file: str | None) -> Updates:
         """Opens an uploaded picture and empties the upload field."""
         if file is None:
-            return {self._file: None, **self._failed(view, TEXT[lang]["start"])}
+            return {self._file: None, **self._failed(view, self._text(lang)["start"])}
         path = Path(file)
         shown = self._draw(view, lang, strategy, ratio, seed, lambda: self._session.open(path), "cannot_read")
         return {self._file: None, **shown}
@@ -185,7 +192,7 @@ class Page:
             masked = self._session.draw_mask(strategy, ratio / 100, int(seed))
             return self._show(replace(view, picture=picture, masked=masked), lang)
         except (TorchmaeError, ValueError) as error:
-            return self._failed(view, TEXT[lang][failure].format(reason=error))
+            return self._failed(view, self._text(lang)[failure].format(reason=error))
 
     def _paint(self, view: View, lang: str, event: gr.EventData) -> Updates:
         """Takes the mask from the painter, which already shows it."""
@@ -194,7 +201,7 @@ class Page:
 
     def _show(self, view: View, lang: str) -> Updates:
         """The picture, its mask and the reconstructions."""
-        text, session = TEXT[lang], self._session
+        text, session = self._text(lang), self._session
         shown: Updates = {self._view: view, self._painter: None, self._result: "", self._status: ""}
         if view.picture is None:
             return {**shown, self._status: markup.message(text["start"])}
@@ -204,7 +211,7 @@ class Page:
             line = text["all_masked" if view.masked else "none_masked"]
             return {**shown, self._status: markup.message(line)}
         try:
-            return {**shown, self._result: markup.filled(session.fill(view.picture, view.masked), lang)}
+            return {**shown, self._result: markup.filled(session.fill(view.picture, view.masked), self._text(lang))}
         except TorchmaeError as error:
             return {**shown, self._status: markup.message(text["failed"].format(reason=error), "error")}
 
@@ -218,13 +225,13 @@ class Page:
         shown = ""
         try:
             if tab == "see" and picture is not None:
-                shown = markup.seen(session.look(picture), lang)
+                shown = markup.seen(session.look(picture), self._text(lang))
             elif tab == "near" and session.bank is None:
-                shown = markup.no_neighbours(session.names[0], lang)
+                shown = markup.no_neighbours(session.names[0], self._text(lang))
             elif tab == "near" and picture is not None:
-                shown = markup.neighbours(session.neighbours(picture), session.original(picture), lang)
+                shown = markup.neighbours(session.neighbours(picture), session.original(picture), self._text(lang))
         except TorchmaeError as error:
-            shown = markup.message(TEXT[lang]["failed"].format(reason=error), "error")
+            shown = markup.message(self._text(lang)["failed"].format(reason=error), "error")
         return {self._seen: shown if tab == "see" else "", self._near: shown if tab == "near" else ""}
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -19,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchmae.config.visualize import AppOptions
-from torchmae.data.formats import check_pixels, open_item
+from torchmae.data.formats import Valid, check_pixels, open_item
 from torchmae.data.loader import ImageLoader
 from torchmae.data.opening import Data
 from torchmae.errors import ConfigError, DataError, TorchmaeError
@@ -31,13 +33,13 @@ from torchmae.evaluation.subject import Subject
 from torchmae.nn.mae import require_patches
 from torchmae.nn.masking import Mask, mask_from_pixels, mask_from_tokens
 from torchmae.nn.patches import patchify
-from torchmae.training.pretrained import Pretrained, load
+from torchmae.training.pretrained import Prepared, Pretrained, load
 from torchmae.training.runtime import open_runtime
-from torchmae.visualize import held_out, name_of, open_run_data, sample
+from torchmae.visualize import held_out, look_of, name_of, open_run_data, sample
 
 FloatArray: TypeAlias = npt.NDArray[np.float32]
-Picture: TypeAlias = tuple[Tensor, ...]
-"""One image, prepared for each run: (1, C, *size), on the device, normalised as in the run's training."""
+Picture: TypeAlias = tuple[Prepared, ...]
+"""One image, prepared for each run, on the device."""
 
 MAX_RUNS = 2
 NUM_EXAMPLES = 12
@@ -45,7 +47,7 @@ NUM_NEIGHBOURS = 8
 
 
 class Filled(NamedTuple):
-    """One model's reconstruction of a picture; images are (C, H, W) in [0, 1]."""
+    """One model's reconstruction of a picture; images are laid out (`laid_out`), in [0, 1]."""
 
     name: str  # of the run
     original: FloatArray
@@ -61,7 +63,7 @@ class Seen(NamedTuple):
     """One model's features of a whole picture."""
 
     name: str  # of the run
-    original: FloatArray  # (C, H, W) in [0, 1]
+    original: FloatArray  # laid out, in [0, 1]
     colours: FloatArray  # (rows, columns, 3) in [0, 1], `feature_maps.patch_colours`
     attention: FloatArray | None  # (heads, rows, columns), `feature_maps.class_attention`; None without a class token
 
@@ -72,7 +74,7 @@ class Neighbour(NamedTuple):
     name: str  # its path, or its place in the data set
     label: str  # its class; "" if unknown
     cosine: float  # similarity of its features to the picture's
-    image: FloatArray | None  # (C, H, W) in [0, 1]; None: it cannot be read
+    image: FloatArray | None  # laid out, in [0, 1]; None: it cannot be read
 
 
 class Session:
@@ -80,9 +82,10 @@ class Session:
 
     `runs` are one or two pairs of a name and a model, on the device, in eval mode. `data` is the first run's data set,
     for examples and for the pictures of neighbours. `bank` is the embedded data set, among which neighbours are found.
+    `show` names the channels that are drawn.
 
     Raises:
-        ConfigError: a model without 2-D patches, two models for different images, or features of another model.
+        ConfigError: a model without patches, two models for different images, or features of another model.
         DataError: `bank` is empty.
     """
 
@@ -92,6 +95,7 @@ class Session:
         device: torch.device,
         data: Data | None = None,
         bank: Features | None = None,
+        show: Sequence[int | str] = (),
     ) -> None:
         self.runs = tuple(runs)
         self.names = tuple(name for name, _ in runs)
@@ -101,56 +105,80 @@ class Session:
         self._data = data
         self._busy = threading.Lock()  # `class_attention` hooks into the model: one call at a time
         for name, pretrained in runs:
-            check_model(name, pretrained)
+            require_patches(pretrained.model, f"to look at ({name})")
+        self.kind = self.first.description.kind
+        self._look = look_of(self.first.description, show)
+        places = np.arange(self.first.model.encoder.num_patches).reshape(self.first.model.encoder.grid)
+        self._places = torch.from_numpy(
+            side_by_side(places).flatten()
+        )  # of the patches on the page, in the model's order
         check_same_images(runs[0], runs[-1])
         if bank is not None:
             check_bank(bank, self.first)
             self._features = torch.from_numpy(bank.features).to(device)
+        self._samples: Prepared | None = None
         self.examples: tuple[FloatArray, ...] = ()
         if data is not None:
-            images, _ = sample(held_out(data), NUM_EXAMPLES)
-            self.examples = tuple(self.first.description.normalisation.shown(images).numpy())
+            self._samples = sample(held_out(data), NUM_EXAMPLES, None)
+            count = len(self._samples.names)
+            self.examples = tuple(self.laid_out(self.first, self._samples.part(slice(i, i + 1))) for i in range(count))
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of the first run's patches."""
-        rows, columns = self.first.model.encoder.grid
-        return rows, columns
+        """Rows and columns of the first run's patches, as they are laid out."""
+        *deep, columns = self.first.model.encoder.grid
+        return deep[-1] if deep else 1, columns * (deep[0] if len(deep) == 2 else 1)
+
+    def laid_out(self, pretrained: Pretrained, images: Prepared, values: Tensor | None = None) -> FloatArray:
+        """One image, or `values` in its place, in [0, 1]: (C, H, W), the middles of a volume's patches side by side.
+
+        Signals stay (C, L).
+        """
+        shown = pretrained.description.normalisation.shown(images.images if values is None else values, images.valid)
+        array = shown[0, list(self._look.channels) or slice(None)].numpy()
+        if array.ndim == 4:
+            depth = pretrained.model.patch_size[0]
+            array = np.stack([side_by_side(channel[depth // 2 :: depth]) for channel in array])
+        return array
 
     def open(self, path: Path) -> Picture:
-        """Opens a file that a user chose: an image, or a .npy array (height, width, channels).
+        """Opens a file that a user chose: an image, or a .npy array (*size, channels).
 
         DataError: no image, damaged, or too many pixels. ConfigError: an array of the wrong type or number of channels.
         """
         context = self.first.context
         item = open_item(path, context, lambda: path.name)
         check_pixels(item.size, context)
-        return self._picture(item.read())
+        return self._picture(*item.read_valid())
 
     def example(self, index: int) -> Picture:
         """One of `examples`."""
         if not 0 <= index < len(self.examples):
             raise DataError(f"there is no example {index}", f"there are {len(self.examples)}")
-        return self._picture(np.moveaxis(self.examples[index], 0, -1))
+        assert self._samples is not None
+        chosen, normalisation = self._samples.part(slice(index, index + 1)), self.first.description.normalisation
+        stored = replace(normalisation, low=None, high=None).shown(chosen.images)[0] * normalisation.one(torch.float32)
+        valid = None if chosen.valid is None else chosen.valid[0, 0].cpu().numpy()
+        return self._picture(np.moveaxis(stored.numpy(), 0, -1), valid)
 
     def draw_mask(self, strategy: str, ratio: float, seed: int) -> tuple[int, ...]:
-        """Draws a mask and returns the sorted indices of the masked patches. Arguments as for `Pretrained.mask`."""
+        """Draws a mask and returns the sorted places of the masked patches. Arguments as for `Pretrained.mask`."""
         mask = self.first.mask(1, strategy=strategy, ratio=ratio, seed=seed)
-        return tuple(sorted(mask.ids_masked[0].tolist()))
+        return tuple(torch.isin(self._places, mask.ids_masked[0]).nonzero().flatten().tolist())
 
     def original(self, picture: Picture) -> FloatArray:
-        """The picture as the first run takes it, (C, H, W) in [0, 1]."""
-        return _to_show(self.first, picture[0])
+        """The picture as the first run takes it, laid out."""
+        return self.laid_out(self.first, picture[0])
 
     def fill(self, picture: Picture, masked: Sequence[int]) -> list[Filled]:
         """Each model's reconstruction of a picture; ConfigError: no patch is masked, or all are.
 
-        `masked` are indices in the first run's grid. A patch of another run is masked if it overlaps one of these.
+        `masked` are places in `grid`. A patch of another run is masked if it overlaps one of these.
         """
         flags = torch.zeros(math.prod(self.grid), dtype=torch.bool)
         if any(not 0 <= index < len(flags) for index in masked):
             raise ConfigError("a patch outside the image is masked", f"number patches from 0 to {len(flags) - 1}")
-        flags[list(masked)] = True
+        flags[self._places[list(masked)]] = True
         mask = mask_from_tokens(flags)
         removed = mask.removed_pixels(self.first.model.patch_size, self.first.model.encoder.input_size)
         return [
@@ -160,13 +188,14 @@ class Session:
 
     def look(self, picture: Picture) -> list[Seen]:
         """Each model's features of the whole picture."""
-        return [self._look(name, run, images) for (name, run), images in zip(self.runs, picture, strict=True)]
+        return [self._see(name, run, images) for (name, run), images in zip(self.runs, picture, strict=True)]
 
     def neighbours(self, picture: Picture, count: int = NUM_NEIGHBOURS) -> list[Neighbour]:
         """The images of the embedded data set whose features are nearest to the picture's, nearest first."""
         assert self.bank is not None
         with self._busy:
-            query = self.first.encode(picture[0], self.bank.about.get("pool", "mean"), self.bank.layer).float()
+            shown, about = picture[0], self.bank.about
+            query = self.first.encode(shown.images, about.get("pool", "mean"), shown.valid, self.bank.layer).float()
         found, cosines = (item[0].tolist() for item in nearest(self._features, query, count))
         classes = self.first.description.classes
         names, labels = self.bank.paths[found].tolist(), self.bank.labels[found].tolist()
@@ -175,53 +204,61 @@ class Session:
             for name, label, cosine in zip(names, labels, cosines, strict=True)
         ]
 
-    def _picture(self, image: npt.NDArray[Any]) -> Picture:
-        return tuple(run.preprocess(image).to(self._device) for _, run in self.runs)
+    def _picture(self, image: npt.NDArray[Any], valid: Valid | None = None) -> Picture:
+        prepared = (run.prepared(image, valid) for _, run in self.runs)
+        return tuple(
+            Prepared(images, None if bool(kept.all()) else kept, ("",)).to(self._device) for images, kept in prepared
+        )
 
-    def _fill(self, name: str, pretrained: Pretrained, images: Tensor, mask: Mask) -> Filled:
+    def _fill(self, name: str, pretrained: Pretrained, picture: Prepared, mask: Mask) -> Filled:
+        images, model, mask = picture.images, pretrained.model, mask.to(picture.images.device)
+        if picture.valid is not None:
+            mask = mask._replace(valid=patchify(picture.valid, model.patch_size))
         with self._busy:
-            result = pretrained.reconstruct(images, mask.to(images.device))
+            result = pretrained.reconstruct(images, mask)
         original, filled, interpolated = (
-            torch.from_numpy(_to_show(pretrained, item))
+            pretrained.description.normalisation.shown(item)[0]
             for item in (images, result.images, interpolate(images, result.removed))
         )
-        pixels = result.removed[0].cpu().expand_as(original)
-        model = pretrained.model
+        pixels = mask._replace(valid=None).removed_pixels(model.patch_size, images.shape[2:])
+        pixels = (pixels if picture.valid is None else pixels & picture.valid)[0].cpu().expand_as(original)
         error = patchify((filled - original)[None], model.patch_size).square().mean(-1).sqrt()[0]
         flags = mask.removed()[0].cpu()
         return Filled(
             name=name,
-            original=original.numpy(),
-            reconstructed=filled.numpy(),
-            error=error.masked_fill(~flags, torch.nan).view(model.encoder.grid).numpy(),
+            original=self.laid_out(pretrained, picture),
+            reconstructed=self.laid_out(pretrained, picture, result.images),
+            error=side_by_side(error.masked_fill(~flags, torch.nan).view(model.encoder.grid).numpy()),
             masked=float(flags.float().mean()),
             mse=float((filled - original).square()[pixels].mean()),
             mse_interpolation=float((interpolated - original).square()[pixels].mean()),
             norm_pix=model.target.norm_pix,
         )
 
-    def _look(self, name: str, pretrained: Pretrained, images: Tensor) -> Seen:
-        model = pretrained.model
+    def _see(self, name: str, pretrained: Pretrained, picture: Prepared) -> Seen:
+        model, images = pretrained.model, picture[:2]
         grid = model.encoder.grid
         with self._busy:
-            colours = patch_colours(content_tokens(model, images)).reshape(*grid, 3)
-            heads = class_attention(model, images)[0] if model.encoder.has_class_token else None
-        return Seen(name, _to_show(pretrained, images), colours, None if heads is None else heads.reshape(-1, *grid))
+            colours = side_by_side(patch_colours(content_tokens(model, *images)).reshape(*grid, 3), 1)
+            heads = class_attention(model, *images)[0] if model.encoder.has_class_token else None
+        maps = None if heads is None else np.stack([side_by_side(head.reshape(grid)) for head in heads])
+        return Seen(name, self.laid_out(pretrained, picture), colours, maps)
 
     def _image_of(self, name: str) -> FloatArray | None:
         """An image by the name that `torchmae embed` gave it; None: it cannot be read."""
         try:
             if Path(name).is_file():
-                return _to_show(self.first, self.first.preprocess(name))
-            if name not in self._places:
+                return self.laid_out(self.first, self.first.prepare(name, limit=1))
+            if name not in self._rows:
                 return None
-            loader, index = self._places[name]
-            return _to_show(self.first, next(iter(loader.eval_batches(np.array([index]), 1))).images)
+            loader, index = self._rows[name]
+            batch = next(iter(loader.eval_batches(np.array([index]), 1)))
+            return self.laid_out(self.first, Prepared(batch.images, batch.valid, (name,)))
         except (DataError, ConfigError, OSError):
             return None
 
     @cached_property
-    def _places(self) -> dict[str, tuple[ImageLoader, int]]:
+    def _rows(self) -> dict[str, tuple[ImageLoader, int]]:
         """Loader and index of each image of the data, by its name."""
         loaders = () if self._data is None else (self._data.train, self._data.val)
         return {
@@ -251,29 +288,26 @@ def open_session(options: AppOptions, say: Callable[[str], None]) -> Session:
             raise
         say(f"no example images: {error.problem}")
         data = None
-    return Session(loaded, runtime.device, data, bank)
+    return Session(loaded, runtime.device, data, bank, options.show)
 
 
-def check_model(name: str, pretrained: Pretrained) -> None:
-    """Raises ConfigError unless the model takes images and has patches."""
-    size = pretrained.description.input_size
-    if len(size) != 2:
-        kind = {1: "signals", 3: "volumes"}[len(size)]
-        raise ConfigError(
-            f"{name} is a model of {kind} ({len(size)} axes) and the page shows images",
-            "use `torchmae reconstruct` and `torchmae visualize`",
-        )
-    require_patches(pretrained.model, f"to look at ({name})")
+def side_by_side(values: npt.NDArray[Any], extra: int = 0) -> npt.NDArray[Any]:
+    """(depth, rows, columns) as (rows, depth * columns); (columns,) as one row; `extra` axes follow."""
+    axes = values.ndim - extra
+    if axes == 3:
+        return values.swapaxes(0, 1).reshape(values.shape[1], -1, *values.shape[3:])
+    return values if axes == 2 else values[None]
 
 
 def check_same_images(first: tuple[str, Pretrained], second: tuple[str, Pretrained]) -> None:
     """Raises ConfigError unless both models take the same crop of the same images."""
     (name, a), (other, b) = ((name, run.description.arguments) for name, run in (first, second))
-    (height, width), (height2, width2) = a["input_size"], b["input_size"]
-    if a["in_chans"] != b["in_chans"] or height * width2 != height2 * width:
+    sizes = a["input_size"], b["input_size"]
+    same = len(sizes[0]) == len(sizes[1]) and len({Fraction(*sides) for sides in zip(*sizes, strict=True)}) == 1
+    if a["in_chans"] != b["in_chans"] or not same:
+        one, two = ("x".join(map(str, size)) for size in sizes)
         raise ConfigError(
-            f"{name} takes images of {height}x{width} pixels and {a['in_chans']} channels, "
-            f"{other} of {height2}x{width2} and {b['in_chans']}",
+            f"{name} takes images of {one} pixels and {a['in_chans']} channels, {other} of {two} and {b['in_chans']}",
             "compare runs with the same channels and proportions",
         )
 
@@ -297,13 +331,8 @@ def check_bank(bank: Features, pretrained: Pretrained) -> None:
         raise ConfigError(f"the features have {features.shape[1]} values an image and this model gives {expected}", fix)
 
 
-def _to_show(pretrained: Pretrained, images: Tensor) -> FloatArray:
-    """Normalised images (1, C, H, W) to values in [0, 1], (C, H, W)."""
-    return pretrained.description.normalisation.shown(images)[0].numpy()
-
-
 def _same_mask(removed: Tensor, name: str, pretrained: Pretrained) -> Mask:
-    """Converts the first run's mask, (1, 1, H, W) bool, to the patches of another run, whose input size may differ."""
+    """Converts the first run's mask, (1, 1, *size) bool, to the patches of another run, whose input size may differ."""
     size = pretrained.description.input_size
     resized = F.interpolate(removed.float(), size=size, mode="nearest")[:, 0] > 0
     try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from contextlib import suppress
 
+from torchmae.words import in_words
+
 LANGUAGES = {"en": "English", "zh": "中文"}
 
 _TEXTS = {  # English, Chinese
@@ -80,8 +82,18 @@ _TEXTS = {  # English, Chinese
     "failed": ("That did not work: {reason}", "操作失败：{reason}"),
 }
 
+_CHINESE = {"signal": ("信号", "采样点"), "volume": ("体数据", "体素"), "clip": ("视频", "像素")}
+
 TEXT = {language: {key: pair[i] for key, pair in _TEXTS.items()} for i, language in enumerate(LANGUAGES)}
 """Texts by language and key; both languages of a text have the same {places}."""
+
+
+def text_for(language: str, kind: str) -> dict[str, str]:
+    """The texts of a page about samples of a kind (`words.kind_of`)."""
+    if language == "zh":
+        sample, point = _CHINESE.get(kind, ("图像", "像素"))
+        return {key: text.replace("图像", sample).replace("像素", point) for key, text in TEXT["zh"].items()}
+    return {key: in_words(text, kind) for key, text in TEXT[language].items()}
 
 
 def preferred(header: str) -> str:

@@ -149,11 +149,11 @@ def torchvision_batches(data: Data, config: PretrainConfig, size: tuple[int, ...
         raise ConfigError(
             f"torchvision cannot be timed on {paths[0]}", "give --data a folder of image files, or leave out --against"
         )
-    bicubic = transforms.InterpolationMode.BICUBIC
+    bicubic, (scale, ratio, flip) = transforms.InterpolationMode.BICUBIC, options.augmentation(2)
     transform = transforms.Compose(
         [
-            transforms.RandomResizedCrop(size, options.crop_scale, options.crop_ratio, bicubic),
-            *([transforms.RandomHorizontalFlip()] if options.flip else []),
+            transforms.RandomResizedCrop(size, scale, ratio, bicubic),
+            *([transforms.RandomHorizontalFlip()] if flip else []),
             transforms.ToTensor(),
             transforms.Normalize(data.normalisation.mean, data.normalisation.std),
         ]

@@ -174,6 +174,8 @@ def suggestion(data: str, found: Inspection, options: ReadOptions) -> str | None
     words = ["torchmae", "pretrain", "--data", data, "--recipe", recipe]
     for name, value in options.changed().items():
         words.append(f"--data.{name}={value if isinstance(value, str) else json.dumps(value)}")
+    if len(next(iter(sizes))) != 2:  # the recipe's crops and flips are for pictures
+        words += ["--data.crop_scale=null", "--data.flip=null"]
     for name, value in shape.items():
         words += [f"--model.{name}", json.dumps(value)]
     return " ".join(quote(word) for word in words)

@@ -16,6 +16,7 @@ from torchmae.config.evaluate import ComputeOptions, EvaluateOptions, RunOrBasel
 from torchmae.errors import ConfigError, Interrupted
 from torchmae.evaluation.suite import Evaluation, evaluate, record_evaluation
 from torchmae.report.metrics import AUROC, TRAINING, Figure, figures_as_text, measure_of
+from torchmae.words import in_words
 
 HEADINGS = {"model": "this model", "random": "untrained", "pixels": "raw pixels"}
 
@@ -61,7 +62,8 @@ def report(evaluation: Evaluation) -> str:
     output = StringIO()
     Console(file=output, width=120, highlight=False).print(table)
     lines = [line.rstrip() for line in output.getvalue().splitlines()]
-    return "\n".join(["", images, *lines, *(f"note: {note}" for note in evaluation.notes)])
+    text = in_words("\n".join([images, *lines]), evaluation.kind)
+    return "\n".join(["", text, *(f"note: {note}" for note in evaluation.notes)])
 
 
 def figure_table(by_subject: Mapping[str, Mapping[str, float]]) -> Table:

@@ -13,6 +13,7 @@ from torchmae.commands import print_json
 from torchmae.config.pretrain import PretrainOptions
 from torchmae.report.table import final_table
 from torchmae.runs import resume_run
+from torchmae.words import in_words
 
 
 def run(options: PretrainOptions, given: Mapping[str, Any]) -> int:
@@ -25,7 +26,7 @@ def run(options: PretrainOptions, given: Mapping[str, Any]) -> int:
         return 0
     print(final_table(result.figures), flush=True)
     for hint in result.hints:
-        print(f"hint: {hint}")
+        print(f"hint: {in_words(hint, result.figures.get('kind', 'image'))}")
     print(f"report: {result.report}")
     print_json(options.json, result.figures)
     return 0

@@ -13,9 +13,14 @@ from torchmae.data.transforms import FULL_SCALE, eval_box, resample
 from torchmae.errors import ConfigError
 from torchmae.nn.mae import require_patches
 from torchmae.nn.masking import Mask, mask_from_pixels
+from torchmae.nn.patches import patchify
 from torchmae.report.pictures import reconstruction_grid
-from torchmae.training.pretrained import Pretrained, load, read_image
+from torchmae.training.pretrained import Pretrained, load, open_images
 from torchmae.training.runtime import open_runtime
+from torchmae.visualize import look_of, triplet
+from torchmae.words import in_words
+
+PER_FOLDER = 8  # images of a folder
 
 
 def run(options: ReconstructOptions) -> int:
@@ -25,17 +30,20 @@ def run(options: ReconstructOptions) -> int:
         print(f"note: {line}")
     device = open_runtime(options.device, "fp32", None).device
     pretrained.model.to(device)
-    images = pretrained.preprocess(*options.images)
+    look = look_of(pretrained.description, options.show)
+    given = pretrained.prepare(*options.images, limit=PER_FOLDER)
+    images, valid, names = given
     if options.mask_file is not None:
         mask = mask_from_image(pretrained, options.mask_file, len(images))
+        mask = mask if valid is None else mask._replace(valid=patchify(valid, pretrained.model.patch_size))
     else:
-        mask = pretrained.mask(len(images), strategy=options.mask.strategy, ratio=options.mask.ratio, seed=options.seed)
+        strategy, ratio = options.mask.strategy, options.mask.ratio
+        mask = pretrained.mask(len(images), strategy=strategy, ratio=ratio, seed=options.seed, valid=valid)
     result = pretrained.reconstruct(images.to(device), mask.to(device))
-    shown = pretrained.description.normalisation.shown
-    original = shown(images)
-    masked = original.masked_fill(result.removed.cpu(), torch.nan)
-    reconstruction_grid(masked, shown(result.images.cpu()), original, options.out, note=result.note)
-    print(f"{options.out}  ({result.note})")
+    versions = triplet(pretrained.description.normalisation, given, result, look)
+    reconstruction_grid(*versions, options.out, note=result.note)
+    of_folders = in_words(f"{len(names)} images; ", look.kind) if len(names) != len(options.images) else ""
+    print(f"{options.out}  ({of_folders}{result.note})")
     return 0
 
 
@@ -51,7 +59,7 @@ def mask_from_image(pretrained: Pretrained, path: Path, count: int) -> Mask:
         raise ConfigError(
             f"this model takes {len(size)} axes and mask_file is an image", "mask patches with --mask.ratio"
         )
-    array = torch.from_numpy(read_image(path, Context(num_channels=1, spatial_dims=2))[0][..., 0])
+    array = torch.from_numpy(open_images(path, Context(num_channels=1, spatial_dims=2)).read(0)[..., 0])
     values = (array.float() / FULL_SCALE[str(array.numpy().dtype)])[None, None]
     resized = resample(values, eval_box(tuple(array.shape), size)[None], size, np.zeros(1, dtype=np.bool_))
     removed = (resized[:, 0] > 0.5).expand(count, *size)

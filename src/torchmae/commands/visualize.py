@@ -13,7 +13,7 @@ from torchmae.report.pictures import save_png
 from torchmae.training.pretrained import load
 from torchmae.training.runtime import open_runtime
 
-# Number of images from the data set if none are given.
+# Number of images from the data set if none are given, and from a folder.
 NUM_EXAMPLES = {"pca": 8, "attention": 4, "neighbours": 4, "ratios": 4}
 
 
@@ -36,15 +36,16 @@ def draw(options: VisualizeOptions) -> Image.Image:
         data = visualize.open_run_data(run, pretrained, runtime, options.data.source, options.data.root)
     if options.kind == "map":
         return visualize.draw_map(pretrained, data, runtime, options.num_images, options.method, options.seed)
+    look = visualize.look_of(pretrained.description, options.show)
     if paths:
-        images, captions = pretrained.preprocess(*paths).to(runtime.device), [path.stem for path in paths]
+        images = pretrained.prepare(*paths, limit=NUM_EXAMPLES[options.kind]).to(runtime.device)
+        images = images._replace(names=tuple(Path(name).stem for name in images.names))
     else:
-        images, labels = visualize.sample(visualize.held_out(data), NUM_EXAMPLES[options.kind])
-        captions = [visualize.name_of(label, data.classes) for label in labels.tolist()]
+        images = visualize.sample(visualize.held_out(data), NUM_EXAMPLES[options.kind], data.classes)
     if options.kind == "neighbours":
-        return visualize.draw_neighbours(pretrained, images, captions, data, runtime, options.num_images)
+        return visualize.draw_neighbours(pretrained, images, look, data, runtime, options.num_images)
     if options.kind == "attention":
-        return visualize.draw_attention(pretrained, images)
+        return visualize.draw_attention(pretrained, images, look)
     if options.kind == "ratios":
-        return visualize.draw_ratios(pretrained, images, seed=options.seed)
-    return visualize.draw_pca(pretrained, images)
+        return visualize.draw_ratios(pretrained, images, look, seed=options.seed)
+    return visualize.draw_pca(pretrained, images, look)

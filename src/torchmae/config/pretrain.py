@@ -59,9 +59,11 @@ class DataConfig(DataOptions, group="data."):
             (val_size training images), the name of a split ("test"), or a path (its training split).
         cache: "memory" keeps decoded images as integers, "device" keeps them in the GPU's memory, "none" reads files
             in workers, "auto" decides by size and `memory_limit`.
-        crop_scale: range of the random crop's area as a share of the image (RandomResizedCrop).
+        crop_scale: range of the random crop's area as a share of the image (RandomResizedCrop); null: [0.2, 1] for
+            images, [0.8, 1] for signals, volumes and clips, whose scale and tempo mean something.
         crop_ratio: range of the crop's aspect ratio, relative to the model's input.
-        flip: mirror left and right half of the time.
+        flip: mirror the last axis half of the time; null: images, except medical ones (DICOM, NIfTI), but no signals,
+            volumes and clips.
         mean: mean of each channel, in [0, 1], to subtract; null: computed from a sample.
         std: standard deviation of each channel to divide by; null: computed from a sample.
         repeats: repeated augmentation: views (crop, flip, mask) per decoded image. The number of views in the run does
@@ -72,9 +74,9 @@ class DataConfig(DataOptions, group="data."):
     source: Place = "digits"
     val: Place = "auto"
     cache: Literal["auto", "memory", "device", "none"] = "auto"
-    crop_scale: tuple[PositiveShare, PositiveShare] = (0.2, 1.0)
+    crop_scale: tuple[PositiveShare, PositiveShare] | None = None
     crop_ratio: tuple[Positive, float] = (0.75, 1.3333)
-    flip: bool = True
+    flip: bool | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[Positive, ...] | None = None
     repeats: Annotated[int, Range(1, 1000)] = 1
@@ -82,7 +84,8 @@ class DataConfig(DataOptions, group="data."):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        within("data.crop_scale", self.crop_scale[0], 0, self.crop_scale[1], open_low=True)
+        if self.crop_scale is not None:
+            within("data.crop_scale", self.crop_scale[0], 0, self.crop_scale[1], open_low=True)
         within("data.crop_ratio", self.crop_ratio[0], 0, self.crop_ratio[1], open_low=True)
         if (self.mean is None) != (self.std is None):
             raise ConfigError("only one of data.mean and data.std is given", "give both, or neither to compute them")
@@ -90,6 +93,12 @@ class DataConfig(DataOptions, group="data."):
             raise ConfigError(
                 f"data.mean has {len(self.mean)} values and data.std {len(self.std)}", "give both one for each channel"
             )
+
+    def augmentation(self, axes: int, form: str = "") -> tuple[tuple[float, float], tuple[float, float], bool]:
+        """`crop_scale`, `crop_ratio` and `flip` for samples with so many spatial axes, of a format by name."""
+        scale = self.crop_scale or ((0.2, 1.0) if axes == 2 else (0.8, 1.0))
+        mirrored = axes == 2 and form not in ("DICOM", "NIfTI")
+        return scale, self.crop_ratio, mirrored if self.flip is None else self.flip
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,9 @@ class VisualizeOptions(ModelOptions):
     """Draws what a trained model learned: patch features as colours, attention, neighbours, a map, mask ratios.
 
     Attributes:
-        images: image files; without any, some of the held-out images.
+        images: files or folders of images; without any, some of the held-out images.
+        show: list of the channels drawn, by name or by number from 1, such as '[nir, red, green]': one as grey, three
+            as red, green and blue (of signals, any number); empty: bands named red, green and blue, else the first.
         kind: pca (patch features as colours), attention (of the class token), neighbours (the training images with
             the nearest features), map (all held-out images on a plane), or ratios (reconstructions at growing mask
             ratios).
@@ -50,6 +52,7 @@ class VisualizeOptions(ModelOptions):
     """
 
     images: Annotated[tuple[Path, ...], POSITIONAL] = ()
+    show: tuple[int | str, ...] = ()
     kind: Literal["pca", "attention", "neighbours", "map", "ratios"] = "pca"
     data: ExampleImages = field(default_factory=ExampleImages)
     out: Annotated[Path, ".png"] = Path("picture.png")
@@ -76,6 +79,7 @@ class AppOptions(TargetOption, DeviceOption):
     Attributes:
         runs: run folders, exported models, or weights of others.
         features: file written by `torchmae embed RUN`, for nearest neighbours.
+        show: the channels drawn, as in `torchmae visualize`.
         data: the data set of example images.
         lang: en or zh; null: the browser's language.
         host: address to listen on; 0.0.0.0 opens the page to the network, without a password.
@@ -85,6 +89,7 @@ class AppOptions(TargetOption, DeviceOption):
 
     runs: Annotated[tuple[Path, ...], POSITIONAL]
     features: Path | None = None
+    show: tuple[int | str, ...] = ()
     data: ExampleImages = field(default_factory=ExampleImages)
     lang: Literal["en", "zh"] | None = None
     host: str = "127.0.0.1"
@@ -110,7 +115,8 @@ class ReconstructOptions(ModelOptions):
     """Masks part of some images and lets a trained model fill it in: masked | reconstructed | original.
 
     Attributes:
-        images: image files.
+        images: whatever `torchmae pretrain --data` takes: files, folders, lists, arrays; of several images in one, 8.
+        show: the channels drawn, as in `torchmae visualize`.
         mask: which patches are masked.
         mask_file: in-painting: an image whose bright part is masked, in place of a random mask.
         out: PNG file to write.
@@ -118,6 +124,7 @@ class ReconstructOptions(ModelOptions):
     """
 
     images: Annotated[tuple[Path, ...], POSITIONAL]
+    show: tuple[int | str, ...] = ()
     mask: MaskOptions = field(default_factory=MaskOptions)
     mask_file: Path | None = None
     out: Annotated[Path, ".png"] = Path("reconstruction.png")

@@ -16,7 +16,7 @@ from torchmae.config import DataConfig
 from torchmae.config.data import DataOptions
 from torchmae.data.apart import Apart, check_apart
 from torchmae.data.arrays import DoesNotFitError, Held, hold
-from torchmae.data.formats import Context, Progress, tracked
+from torchmae.data.formats import Context, Item, Progress, tracked
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import ImageLoader, View, hold_out
 from torchmae.data.reading import (
@@ -53,6 +53,7 @@ class Data:
     fingerprint: str  # of the training images: changes when they do
     notes: tuple[str, ...]  # what was assumed, decided or left out, a short phrase each
     bad: BadFiles  # the images of both sets that could not be read so far
+    example: Item  # a training image, for what its file says of all
 
 
 def open_data(
@@ -81,7 +82,7 @@ def open_data(
         fitted.sources[1] = grid_of_windows(fitted.sources[1], window, progress)
     held = _hold(fitted, config, bad, progress)
     measurable = fitted.sources[0] if held[0] is None or held[0].valid is not None else held[0].source()
-    view = View(input_size, config.crop_scale, config.crop_ratio, config.flip)
+    view = View(input_size, *config.augmentation(len(input_size), fitted.probes[0].example.form))
     views, windows = [view, view], []
     if window is not None:
         views[0] = replace(view, window=window)
@@ -119,6 +120,7 @@ def open_data(
             dict.fromkeys([*all_notes(splits.values()), *apart, *fitted.probes[0].notes, *windows, *measured.notes])
         ),
         bad=bad,
+        example=fitted.probes[0].example,
     )
 
 

@@ -134,6 +134,7 @@ class Probe(NamedTuple):
     sizes: Counter[tuple[int, ...]]  # how many have each spatial size
     kinds: Counter[str]  # how many have each type of values
     notes: tuple[str, ...]  # what was decided about them, a short phrase each
+    example: Item  # one with so many channels
 
 
 def probe(source: Source, sample: int = FEW) -> Probe:
@@ -164,6 +165,7 @@ def probe(source: Source, sample: int = FEW) -> Probe:
         Counter(item.size for item in items),
         Counter(str(item.dtype) for item in items),
         tuple(f"{note}{share}" for note, share in shares.items()),
+        next((item for item in items if item.channels == channels), items[0]),
     )
 
 

@@ -232,15 +232,18 @@ class Normalisation:
         mean, std = (torch.tensor(values, device=images.device) for values in (self.mean, self.std))
         return normalise(images, mean, std, self.one(dtype or images.dtype))
 
-    def shown(self, images: Tensor) -> Tensor:
-        """The model's input, (B, C, *size), on the CPU, with 0 for `low` and 1 for `high`; nothing is clamped."""
+    def shown(self, images: Tensor, valid: Tensor | None = None) -> Tensor:
+        """The model's input, (B, C, *size), on the CPU, with 0 for `low` and 1 for `high`; nothing is clamped.
+
+        A pixel that is not `valid`, (B, 1, *size) bool, becomes infinite: pictures leave it transparent.
+        """
         shape = (1, -1, *(1,) * (images.ndim - 2))
         mean, std = (torch.tensor(values).view(shape) for values in (self.mean, self.std))
         values = images.float().cpu() * std + mean
-        if self.low is None or self.high is None:
-            return values
-        low, high = (torch.tensor(ends).view(shape) for ends in (self.low, self.high))
-        return (values - low) / (high - low)
+        if self.low is not None and self.high is not None:
+            low, high = (torch.tensor(ends).view(shape) for ends in (self.low, self.high))
+            values = (values - low) / (high - low)
+        return values if valid is None else values.masked_fill(~valid.cpu(), torch.inf)
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor, one: float) -> Tensor:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchmae.config.evaluate import EvaluateOptions
+from torchmae.data.loader import Batch
 from torchmae.data.sources import Windows
 from torchmae.errors import ConfigError, DataError
 from torchmae.evaluation.anomaly_data import AnomalyData
@@ -78,7 +79,9 @@ def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
         figures |= runtime.ranks.on_main(lambda: pixel_figures(data, detection, bench.display.preparing))
     if out is None:
         return Result(figures, {})
-    written = runtime.ranks.on_main(lambda: write_files(out, data, detection, every_map=options.anomaly.maps))
+    written = runtime.ranks.on_main(
+        lambda: write_files(out, data, detection, bench.look, every_map=options.anomaly.maps)
+    )
     return Result(figures, {}, (f"{' and '.join(written)} {'are' if len(written) > 1 else 'is'} in {out}",))
 
 
@@ -108,7 +111,7 @@ def detect(bench: Bench, subject: Subject, *, coreset: float = 1.0, rounds: int 
     mine, batches = test.shared(runtime.ranks, f"test images, {subject.name}")
     found: list[dict[str, Tensor]] = []
     for batch in batches:
-        mean, features = features_of(subject, batch.images, runtime)
+        mean, features = features_of(subject, batch, runtime)
         nearest = distance(tokens, features.flatten(0, 1), 1).view(features.shape[:2])
         kept = {"mean": mean, "patch_knn": nearest, "labels": batch.labels}
         if predicts is not None:
@@ -142,11 +145,16 @@ def detect(bench: Bench, subject: Subject, *, coreset: float = 1.0, rounds: int 
     )
 
 
-def features_of(subject: Subject, images: Tensor, runtime: Runtime) -> tuple[Tensor, Tensor]:
-    """The mean feature, (B, D), and those of all patches, (B, L, D)."""
+def features_of(subject: Subject, batch: Batch, runtime: Runtime) -> tuple[Tensor, Tensor]:
+    """The mean feature of the patches with data, (B, D), and those of all patches, (B, L, D)."""
     with runtime.autocast():
-        tokens = subject.patch_tokens(images).float()
-    return tokens.mean(1) if subject.model is not None else subject.encode(images, "mean"), tokens
+        tokens = subject.patch_tokens(batch.images, batch.valid).float()
+    if subject.model is None:
+        return subject.encode(batch.images, "mean"), tokens
+    if batch.valid is None:
+        return tokens.mean(1), tokens
+    counts = patchify(batch.valid, patch_size(subject)).any(-1).sum(1, keepdim=True).clamp(min=1)
+    return tokens.sum(1) / counts, tokens  # the tokens of the others are 0
 
 
 def patch_size(subject: Subject) -> tuple[int, ...]:
@@ -230,10 +238,12 @@ def normal_features(bench: Bench, subject: Subject, share: float, seed: int) -> 
     mine, batches = normal.shared(runtime.ranks, f"normal images, {subject.name}")
     means, tokens, windows = [], [], []
     for batch in batches:
-        mean, features = features_of(subject, batch.images, runtime)
+        mean, features = features_of(subject, batch, runtime)
         per_image = min(max(-(-MAX_TOKENS // len(normal)), 1), features.shape[1])
-        order = uniform(seed, 0, batch.indices, Purpose.SUBSET, features.shape[1]).argsort(axis=1)[:, :per_image]
-        chosen = torch.from_numpy(order).to(features.device).unsqueeze(-1).expand(-1, -1, features.shape[2])
+        noise = torch.from_numpy(uniform(seed, 0, batch.indices, Purpose.SUBSET, features.shape[1])).to(features.device)
+        if batch.valid is not None:  # patches without data come last
+            noise = noise + ~patchify(batch.valid, patch_size(subject)).any(-1)
+        chosen = noise.argsort(dim=1)[:, :per_image].unsqueeze(-1).expand(-1, -1, features.shape[2])
         means.append(mean)
         tokens.append(features.gather(1, chosen))
         windows.append(torch.from_numpy(batch.indices).to(features.device))

@@ -117,9 +117,7 @@ def open_anomaly_data(options: EvaluateOptions, model: ModelInput) -> AnomalyDat
     return opened if len(model.input_size) != 2 else with_masks(opened, tests, context)
 
 
-def divided(
-    source: Source, names: set[str], val_size: int, context: Context
-) -> tuple[Source, Source, set[str], Apart]:
+def divided(source: Source, names: set[str], val_size: int, context: Context) -> tuple[Source, Source, set[str], Apart]:
     """Normal images to learn from, held-out ones together with all others to test, the names of normal, and what the
     normal images of both have in common."""
     names = names or {GOOD} & set(class_list(source))

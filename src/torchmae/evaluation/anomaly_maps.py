@@ -19,6 +19,7 @@ from torchmae.errors import DataError
 from torchmae.evaluation.anomaly_data import AnomalyData
 from torchmae.files import replace_file
 from torchmae.report.feature_pictures import anomaly_picture
+from torchmae.report.panels import Look
 from torchmae.report.pictures import save_png
 
 if TYPE_CHECKING:
@@ -114,8 +115,10 @@ def area(normal: npt.NDArray[np.float64], defects: npt.NDArray[np.float64], limi
 # Files.
 
 
-def write_files(out: Path, data: AnomalyData, detection: Detection, *, every_map: bool = False) -> list[str]:
-    """Writes anomaly_scores.csv, and of 2-D images pictures/anomaly.png with maps of the most unusual.
+def write_files(
+    out: Path, data: AnomalyData, detection: Detection, look: Look, *, every_map: bool = False
+) -> list[str]:
+    """Writes anomaly_scores.csv, and pictures/anomaly.png with maps of the most unusual test images.
 
     With `every_map`, also anomaly_maps/ROW_STEM_NAME.png of every test image, 8-bit. Returns the names.
 
@@ -123,31 +126,29 @@ def write_files(out: Path, data: AnomalyData, detection: Detection, *, every_map
         CheckpointError: they cannot be written.
     """
     write_scores(out / "anomaly_scores.csv", data, detection)
-    if len(data.test.model.input_size) != 2:
-        return ["anomaly_scores.csv"]
     limits = {name: np.percentile(values.numpy(), [1, 99.9]) for name, values in detection.maps.items()}
 
     def shown(name: str, place: int) -> FloatArray:
-        """A map in [0, 1]: 0 is the 1st percentile of the patches of all test images, 1 the 99.9th."""
+        """A flat map in [0, 1]: 0 is the 1st percentile of the patches of all test images, 1 the 99.9th."""
         low, high = limits[name]
-        scaled: FloatArray = ((map_of(detection, name, place).numpy() - low) / max(high - low, 1e-12)).clip(0, 1)
-        return scaled
+        scaled = ((map_of(detection, name, place).numpy() - low) / max(high - low, 1e-12)).clip(0, 1)
+        return Look(look.kind).flat(scaled[None, None])[0, 0]
 
     places = detection.scores["patch_knn"].argsort(descending=True, stable=True)[:PICTURED].tolist()
     pictures, masks, words = [], [], []
     for place in places:
         row = int(detection.rows[place])
         values = torch.from_numpy(data.test.source.read(row)).movedim(-1, 0)[None]
-        pictures.append(data.test.normalisation.shown(data.test.normalisation.apply(values))[0].numpy())
+        pictures.append(look.flat(data.test.normalisation.shown(data.test.normalisation.apply(values)))[0])
         masks.append(data.defect(row, detection.grid.size(row)) if data.masks else None)
         words.append(data.kinds[row] if data.kinds else ("normal", "anomalous")[int(detection.anomalous[place])])
     maps = {name: [shown(name, place) for place in places] for name in detection.maps}
-    save_png(anomaly_picture(pictures, masks, maps, words), out / "pictures" / "anomaly.png")
+    save_png(anomaly_picture(pictures, masks, maps, words, look.kind), out / "pictures" / "anomaly.png")
     if every_map:
         for place, row in enumerate(detection.rows.tolist()):
             for name in detection.maps:
                 stem = f"{row:05d}_{Path(data.test.source.name(row)).stem}_{name}"
-                pixels = np.round(255 * shown(name, place)).astype(np.uint8)
+                pixels = np.round(255 * np.atleast_2d(shown(name, place)).clip(0, 1)).astype(np.uint8)
                 save_png(Image.fromarray(pixels), out / "anomaly_maps" / f"{stem}.png")
     return ["pictures/anomaly.png", *(["anomaly_maps/"] if every_map else []), "anomaly_scores.csv"]
 

@@ -134,7 +134,7 @@ def _encoded(subject: Subject, batches: Iterable[Batch], runtime: Runtime) -> It
     """Tokens and labels; rounded to half precision like tokens in memory, so that both give the same figures."""
     for batch in batches:
         with runtime.autocast():
-            tokens = subject.encode(batch.images, "tokens")
+            tokens = subject.encode(batch.images, "tokens", batch.valid)
         yield tokens.half().float(), batch.labels
 
 

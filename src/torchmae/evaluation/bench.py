@@ -23,6 +23,7 @@ from torchmae.evaluation.sharing import WHOLE, Parts
 from torchmae.evaluation.subject import RANDOM, Subject, encode
 from torchmae.paths import user_path
 from torchmae.random import Purpose, permutation
+from torchmae.report.panels import Look
 from torchmae.training.progress import Display
 from torchmae.training.ranks import open_ranks
 from torchmae.training.runtime import Runtime, callers_state, open_runtime
@@ -49,7 +50,8 @@ class Bench:
 
     Each rank keeps the features of its training images, and of all test images.
 
-    `run` is what the user evaluates: a folder, "random" or "pixels". `mask_ratio` is that of the model's training.
+    `run` is what the user evaluates: a folder, "random" or "pixels". `mask_ratio` is that of the model's training,
+    `look` how its samples are drawn.
     """
 
     data: EvaluationData
@@ -57,6 +59,7 @@ class Bench:
     display: Display
     run: str
     mask_ratio: float = 0.75
+    look: Look = field(default_factory=Look)
     _cache: dict[tuple[str, str], tuple[Tensor, ...]] = field(default_factory=dict)
 
     def probe(

@@ -243,7 +243,7 @@ def compute(
                 rows: list[Array] = []
                 for batch in islice(batches, -(-samples // part.model.batch_size)):
                     with runtime.autocast():
-                        features.append(subject.encode(batch.images, pool).float().cpu().numpy())
+                        features.append(subject.encode(batch.images, pool, batch.valid).float().cpu().numpy())
                     labels.append(batch.labels.cpu().numpy())
                     rows.append(batch.indices)
                 chosen = np.concatenate(rows)

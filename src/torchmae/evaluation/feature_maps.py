@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from importlib import import_module
 from math import prod
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +16,8 @@ from torch import Tensor
 
 from torchmae.errors import ConfigError, one_of
 from torchmae.nn.layers import Attention, Block
-from torchmae.nn.mae import MaskedAutoencoder, require_patches
+from torchmae.nn.mae import MaskedAutoencoder, patches_with_data, require_patches
+from torchmae.nn.patches import patchify
 from torchmae.random import Purpose, permutation
 
 FloatArray = npt.NDArray[np.float32]
@@ -31,20 +34,26 @@ _MAP_DIMS = 50
 def patch_colours(tokens: Tensor) -> FloatArray:
     """Patch features (B, L, D) as colours (B, L, 3) in [0, 1]: the first three principal components (as in DINOv2).
 
+    A patch with NaN for features has NaN for a colour.
+
     All images share the components, so a colour means the same in every image. Each component is scaled to [0, 1]
     between its 1st and 99th percentile, with the sign that makes its largest weight positive: the same features always
     have the same colours. A component that is missing or constant is 0.5.
     """
     batch, length, dim = tokens.shape
     assert batch * length >= 2
-    rows = tokens.detach().cpu().double().reshape(-1, dim)
+    every = tokens.detach().cpu().double().reshape(-1, dim)
+    known = ~every[:, 0].isnan()
+    rows = every[known]
     scores = principal_components(rows, 3)
     low, high = np.percentile(scores, [_CLIPPED, 100 - _CLIPPED], axis=0)
     # A spread at the level of rounding errors counts as none.
     spread = np.where(high - low > 1e-9 * max(float(rows.abs().max()), 1e-30), high - low, np.inf)
     colours = np.full((len(rows), 3), 0.5, dtype=np.float32)
     colours[:, : scores.shape[1]] = ((scores - (low + high) / 2) / spread + 0.5).clip(0, 1)
-    return colours.reshape(batch, length, 3)
+    of_all = np.full((batch * length, 3), np.nan, dtype=np.float32)
+    of_all[known.numpy()] = colours
+    return of_all.reshape(batch, length, 3)
 
 
 def principal_components(rows: Tensor, most: int) -> npt.NDArray[np.float64]:
@@ -60,8 +69,10 @@ def principal_components(rows: Tensor, most: int) -> npt.NDArray[np.float64]:
 
 
 @torch.no_grad()
-def content_tokens(model: MaskedAutoencoder, images: Tensor) -> Tensor:
+def content_tokens(model: MaskedAutoencoder, images: Tensor, valid: Tensor | None = None) -> Tensor:
     """Patch features (B, L, D) of normalised (B, C, *size) images, without the part that depends on position alone.
+
+    `valid` is as in `MaskedAutoencoder.encode`; a patch without data has NaN for features.
 
     Position explains most of the variance of a masked autoencoder's patch features. From each position, this function
     subtracts the mean over 16 cyclic shifts of the images by whole patches: the same content at all positions. One
@@ -71,16 +82,24 @@ def content_tokens(model: MaskedAutoencoder, images: Tensor) -> Tensor:
     grid = model.encoder.grid_of(images)
     axes = tuple(range(2, images.ndim))
     places = permutation(0, 0, prod(grid), Purpose.SUBSET)[:_SHIFTS]
-    mean = torch.zeros((), device=images.device)
+    known = images.new_ones(len(images), 1, *images.shape[2:]).bool() if valid is None else valid
+
+    def shifted(steps: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        shift = [int(step) * patch for step, patch in zip(steps, model.patch_size, strict=True)]
+        rolled = known.roll(shift, axes)
+        tokens = model.encode(images.roll(shift, axes), "tokens", rolled).float()
+        return tokens, patchify(rolled, model.patch_size).any(-1, keepdim=True)
+
+    total, count = torch.zeros((), device=images.device), torch.zeros((), device=images.device)
     for place in places:
-        steps = [int(step) for step in np.unravel_index(place, grid)]
-        shift = [step * patch for step, patch in zip(steps, model.patch_size, strict=True)]
-        mean = mean + model.encode(images.roll(shift, axes), "tokens").float().mean(0) / len(places)
-    return model.encode(images, "tokens").float() - mean
+        tokens, has_data = shifted(np.unravel_index(place, grid))
+        total, count = total + (tokens * has_data).sum(0), count + has_data.sum(0)
+    tokens, has_data = shifted([0] * len(axes))
+    return (tokens - total / count.clamp(min=1)).masked_fill(~has_data, torch.nan)
 
 
 @torch.no_grad()
-def class_attention(model: MaskedAutoencoder, images: Tensor) -> FloatArray:
+def class_attention(model: MaskedAutoencoder, images: Tensor, valid: Tensor | None = None) -> FloatArray:
     """Attention of the class token to each patch in the encoder's last block, (B, heads, L).
 
     The softmax weights of a head sum to less than 1, because the class token itself and registers get some. Arguments
@@ -98,12 +117,22 @@ def class_attention(model: MaskedAutoencoder, images: Tensor) -> FloatArray:
     seen: list[Tensor] = []
     # Fused attention never forms these weights: compute them again from its input.
     hook = block.attn.register_forward_pre_hook(lambda module, args: seen.append(attention_weights(module, *args)))
+    parts = [] if valid is None else list(patches_with_data(valid, model.patch_size))
     try:
-        encoder(images)
+        for rows, ids in parts:
+            encoder(images[rows], ids)
+        if not parts:
+            encoder(images)
     finally:
         hook.remove()
-    weights: FloatArray = seen[0][:, :, 0, encoder.num_prefix_tokens :].float().cpu().numpy()
-    return weights
+    found = [item[:, :, 0, encoder.num_prefix_tokens :].float() for item in seen]
+    weights = found[0]
+    if parts:
+        weights = found[0].new_full((len(images), found[0].shape[1], prod(encoder.grid_of(images))), torch.nan)
+        for values, (rows, ids) in zip(found, parts, strict=True):
+            weights[rows] = weights[rows].scatter(2, ids[:, None].expand_as(values), values)
+    result: FloatArray = weights.cpu().numpy()
+    return result
 
 
 def attention_weights(attention: Attention, x: Tensor) -> Tensor:

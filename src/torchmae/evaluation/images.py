@@ -97,7 +97,7 @@ class ImageSet:
         return ImageLoader(
             self.source,
             hold_if_it_fits(self.source, probe(self.source), limit, self.bad, self.model.progress),
-            view=View(self.model.input_size, augmentation.crop_scale, augmentation.crop_ratio, augmentation.flip),
+            view=View(self.model.input_size, *augmentation.augmentation(len(self.model.input_size))),
             normalisation=self.normalisation,
             device=self.model.device,
             num_workers=reader_processes(self.data.num_workers),

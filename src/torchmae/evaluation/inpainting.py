@@ -8,7 +8,7 @@ from torch import Tensor
 
 RELAXATIONS = 64
 _POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
-_MODE = {1: "linear", 2: "bilinear", 3: "trilinear"}
+LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 def interpolate(images: Tensor, removed: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def _pull_push(values: Tensor, weight: Tensor) -> Tensor:
         pool(values, window, ceil_mode=True, count_include_pad=False),
         pool(weight, window, ceil_mode=True, count_include_pad=False),
     )
-    below = F.interpolate(coarse, size=size, mode=_MODE[len(size)], align_corners=False)
+    below = F.interpolate(coarse, size=size, mode=LINEAR[len(size)], align_corners=False)
     return torch.where(weight > 0, here, below)
 
 

@@ -59,7 +59,7 @@ def finetuned(
     loader = ImageLoader(
         source,
         hold(source, math.inf, images.bad),
-        view=View(size, (1, 1), (1, 1), flip=(run_data(bench.run) or DataConfig()).flip),
+        view=View(size, (1, 1), (1, 1), flip=(run_data(bench.run) or DataConfig()).augmentation(2)[2]),
         normalisation=Normalisation((0.0,) * (channels + 1), (1.0,) * (channels + 1)),
         device=runtime.device,
         num_workers=0,

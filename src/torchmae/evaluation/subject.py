@@ -54,26 +54,27 @@ class Subject:
         return self.model is not None and bool(self.model.patch_size)
 
     @torch.no_grad()
-    def encode(self, images: Tensor, pool: str) -> Tensor:
+    def encode(self, images: Tensor, pool: str, valid: Tensor | None = None) -> Tensor:
         """Features of normalised (B, C, *size) float32 images without a mask: (B, D), or (B, L, D) with "tokens".
 
-        `pool` is one of `pools`, or "tokens" where `has_tokens`; "both" is "mean" followed by "cls". Pixels give all
-        values of an image, averaged down to at most 32 x 32 (1,024 on one axis, 10 x 10 x 10 on three).
+        `pool` is one of `pools`, or "tokens" where `has_tokens`; "both" is "mean" followed by "cls"; `valid` is as in
+        `MaskedAutoencoder.encode`. Pixels give all values of an image, averaged down to at most 32 x 32 (1,024 on one
+        axis, 10 x 10 x 10 on three).
 
         Raises:
             ConfigError: the subject does not have these features.
         """
         if self.model is not None:
-            return self.model.encode(images, pool, self.blocks)
+            return self.model.encode(images, pool, valid, self.blocks)
         if pool != "mean":
             raise ConfigError(f"pool is {pool!r} but pixels have no tokens", "leave --pool out")
         axes = images.ndim - 2
         size = [min(side, _PIXEL_SIDE[axes]) for side in images.shape[2:]]
         return (images if list(images.shape[2:]) == size else _POOL[axes](images, size)).flatten(1)
 
-    def patch_tokens(self, images: Tensor) -> Tensor:
+    def patch_tokens(self, images: Tensor, valid: Tensor | None = None) -> Tensor:
         """(B, L, D), as of `encode` with "tokens"; of pixels, those of each patch."""
-        return patchify(images, self.patch_size) if self.model is None else self.encode(images, "tokens")
+        return patchify(images, self.patch_size) if self.model is None else self.encode(images, "tokens", valid)
 
     def fingerprint(self) -> str:
         """A digest of the weights; empty for pixels."""
@@ -113,7 +114,7 @@ def encode(subject: Subject, batches: Iterable[Batch], runtime: Runtime, pool: s
     encoded = Encoded([], [], [])
     for batch in batches:
         with runtime.autocast():
-            encoded.features.append(subject.encode(batch.images, pool).float())
+            encoded.features.append(subject.encode(batch.images, pool, batch.valid).float())
         encoded.labels.append(batch.labels)
         encoded.rows.append(torch.from_numpy(batch.indices).to(batch.labels.device))
     return encoded

@@ -21,10 +21,12 @@ from torchmae.evaluation.scores import Result, chance_note, majority
 from torchmae.evaluation.subject import PIXELS, RANDOM, Subject, network, pixels, untrained
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.paths import user_path
+from torchmae.report.panels import Look
 from torchmae.training.pretrained import load
 from torchmae.training.progress import Display
 from torchmae.training.ranks import concatenate, ranks_from_environment, share_of_cores
 from torchmae.training.runtime import Runtime, environment
+from torchmae.words import in_words
 
 ALL = "all"
 RECORDS = "evaluations.jsonl"
@@ -39,6 +41,7 @@ class Evaluation:
     data: EvaluationData
     notes: tuple[str, ...]
     record: dict[str, Any]
+    kind: str = "image"  # of the samples, as in `words.kind_of`
 
     def figures(self) -> dict[str, dict[str, float]]:
         """All figures of each subject by name."""
@@ -101,8 +104,10 @@ def evaluate(
         chance = chance_note(own, train, test, bench.data.classes)
         for result in next(iter(results.values())).values():
             result.figures["majority"] = majority(train, test)[1]
-    notes = tuple(dict.fromkeys([*bench.data.notes, *unread, *left_out, *of_methods, *chance]))
-    return Evaluation(results, bench.data, notes, make_record(str(run), bench, subjects, options, results, notes))
+    said, kind = dict.fromkeys([*bench.data.notes, *unread, *left_out, *of_methods, *chance]), bench.look.kind
+    notes = tuple(in_words(note, kind) for note in said)
+    record = make_record(str(run), bench, subjects, options, results, notes)
+    return Evaluation(results, bench.data, notes, record, kind)
 
 
 def record_evaluation(run: str | Path, evaluation: Evaluation) -> Path | None:
@@ -207,7 +212,10 @@ def open_bench(
         subjects = [trained, *(make() for name, make in baselines.items() if name in beside)]
         data = replace(data, notes=(*pretrained.notes, *data.notes))
     ratio = 0.75 if description is None else float(description.mask.get("ratio", 0.75))  # 0.75: unknown
-    return Bench(data, runtime, display, run, ratio), subjects, options
+    look = Look()
+    if description is not None:
+        look = Look.of(description.kind, len(data.normalisation.mean), description.bands or ())
+    return Bench(data, runtime, display, run, ratio, look), subjects, options
 
 
 def check_several(options: EvaluateOptions, methods: Mapping[str, Method]) -> None:

@@ -95,9 +95,9 @@ class Encoder(nn.Module, ABC):
         """
         raise ConfigError(f"this model is a {self.label}, which timm does not have", "use --to safetensors or onnx")
 
-    def at_blocks(self, images: Tensor, blocks: Sequence[int]) -> EncoderOutput:
+    def at_blocks(self, images: Tensor, blocks: Sequence[int], ids_keep: Tensor | None = None) -> EncoderOutput:
         """The outputs of some blocks, by number, concatenated along D; see `MaskedAutoencoder.encode`."""
-        output = self(images, keep_blocks=True)
+        output = self(images, ids_keep, keep_blocks=True)
         depth, final = len(self.blocks), torch.cat([output.prefix, output.patches], dim=1)
         found = [
             final if number == depth - 1 else F.layer_norm(output.blocks[number + 1], final.shape[-1:])

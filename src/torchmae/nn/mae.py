@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any, NamedTuple, cast
 
@@ -13,7 +13,7 @@ from torchmae.errors import ConfigError, one_of, within
 from torchmae.nn.decoder import Decoder
 from torchmae.nn.encoder import Encoder
 from torchmae.nn.masking import evenly_spaced
-from torchmae.nn.patches import unpatchify
+from torchmae.nn.patches import patchify, unpatchify
 from torchmae.nn.targets import Target
 
 POOLS = ("mean", "cls", "both", "tokens")
@@ -121,13 +121,17 @@ class MaskedAutoencoder(nn.Module):
             return mask
         return mask._replace(ids_masked=evenly_spaced(mask.ids_masked, self.predict_ratio))
 
-    def encode(self, images: Tensor, pool: str = "mean", blocks: Sequence[int] | None = None) -> Tensor:
-        """Features of whole images; nothing is ever masked here.
+    def encode(
+        self, images: Tensor, pool: str = "mean", valid: Tensor | None = None, blocks: Sequence[int] | None = None
+    ) -> Tensor:
+        """Features of whole images; nothing is ever masked here, but a patch without data is not read.
 
         Args:
             images: (B, C, *size) float, normalised as in training.
             pool: "mean" of the patch tokens (B, D), the class token "cls" (B, D), "both" of them (B, 2 D), or all patch
                 "tokens" (B, L, D).
+            valid: (B, 1, *size) bool, False where a pixel holds no data; None: all do. The token of a patch without
+                data is 0.
             blocks: numbers of the blocks whose outputs are concatenated along D, each standardised without learned
                 scale and shift, the last one by the encoder's own norm; None: the last one.
 
@@ -139,7 +143,22 @@ class MaskedAutoencoder(nn.Module):
             require_patches(self, "for pool 'tokens'")
         elif pool not in self.pools:
             raise ConfigError(f"pool is {pool!r} but the model has no class token", "use 'mean' or 'tokens'")
-        encoded = self.encoder(images) if blocks is None else self.encoder.at_blocks(images, blocks)
+        parts = [] if valid is None or not self.patch_size else list(patches_with_data(valid, self.patch_size))
+        if parts:
+            found = [self._features(images[rows], pool, blocks, ids) for rows, ids in parts]
+            if pool == "tokens":
+                length = prod(self.encoder.grid_of(images))
+                found = [
+                    tokens.new_zeros(len(tokens), length, tokens.shape[2]).scatter(
+                        1, ids[..., None].expand_as(tokens), tokens
+                    )
+                    for tokens, (_, ids) in zip(found, parts, strict=True)
+                ]
+            return torch.cat(found)[torch.cat([rows for rows, _ in parts]).argsort()]
+        return self._features(images, pool, blocks)
+
+    def _features(self, images: Tensor, pool: str, blocks: Sequence[int] | None, ids: Tensor | None = None) -> Tensor:
+        encoded = self.encoder(images, ids) if blocks is None else self.encoder.at_blocks(images, blocks, ids)
         if pool == "tokens":
             return encoded.patches
         found = {"mean": [encoded.patches.mean(1)], "cls": [encoded.prefix[:, :1].squeeze(1)]}
@@ -158,6 +177,19 @@ class MaskedAutoencoder(nn.Module):
         if number == 0 and hasattr(self.decoder, "pred"):
             return cast(nn.Module, self.decoder.pred)
         return self.get_submodule(f"{self.targets[number].name}_head")
+
+
+def patches_with_data(valid: Tensor, patch_size: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images with equally many patches that hold data: their rows (B,), and the indices (B, K) of these patches.
+
+    `valid` is (N, 1, *size) bool. Nothing where all patches hold data; an image without any has all of its patches.
+    """
+    has_data = patchify(valid, patch_size).any(-1)
+    has_data |= ~has_data.any(1, keepdim=True)
+    counts = has_data.sum(1)
+    for count in [] if bool(has_data.all()) else sorted(set(counts.tolist())):
+        rows = (counts == count).nonzero().flatten()
+        yield rows, has_data[rows].nonzero()[:, 1].view(len(rows), count)
 
 
 def require_patches(model: MaskedAutoencoder, purpose: str) -> None:

@@ -12,6 +12,8 @@ from torchmae.nn.mae import parameter_counts
 from torchmae.publish.exports import Check, Exported, Format
 from torchmae.report.metrics import BASELINES, METRICS
 from torchmae.report.run import Run, duration, load_run, short_count
+from torchmae.training.saved_model import Description
+from torchmae.words import in_words
 
 
 def model_card(run: Path, exported: Exported, written: Format, check: Check, data_licence: str | None) -> str:
@@ -24,21 +26,22 @@ def model_card(run: Path, exported: Exported, written: Format, check: Check, dat
     if isinstance(exported.model, Classifier):
         what, task = "Image classifier", "image-classification"
     data = _data_name(known)
-    description = exported.description
+    description, kind = exported.description, exported.samples
     sections = [
         f"---\nlibrary_name: {written.library}\npipeline_tag: {task}\n"
         "tags:\n- masked-autoencoder\n- self-supervised-learning\n- torchmae\n---\n",
         f"# {what}, trained on {_plain(data)}\n" if data else f"# {what}\n",
-        f"{_summary(exported, written)}\n",
-        f"## Use\n\n`FOLDER` is the folder of this file. Images are {_scaled(exported)}; then the mean "
-        f"({', '.join(f'{value:.4g}' for value in description.mean)}) is subtracted and the result is divided by "
-        f"({', '.join(f'{value:.4g}' for value in description.std)}), for each channel.\n\n"
+        in_words(f"{_summary(exported, written)}\n", kind),
+        "## Use\n\n`FOLDER` is the folder of this file. "
+        + in_words(f"Images are {_scaled(exported)}; then the mean ", kind)
+        + f"({', '.join(f'{value:.4g}' for value in description.mean)}) is subtracted and the result is divided by "
+        f"({', '.join(f'{value:.4g}' for value in description.std)}), for each channel{_bands(exported)}.\n\n"
         f"```python\n{written.usage(exported)}```\n",
         f"## Training\n\n{_training(known, exported, data_licence)}\n",
     ]
     figures = _figures(known)
     if figures:
-        sections.append(f"## Figures\n\n{figures}\n")
+        sections.append(in_words(f"## Figures\n\n{figures}\n", kind))
     if exported.classes:
         listed = "\n".join(f"{i}. {_plain(name)}" for i, name in enumerate(exported.classes))
         sections.append(f"## Classes\n\n{listed}\n")
@@ -56,7 +59,15 @@ def _scaled(exported: Exported) -> str:
     """How stored values become values from 0 to 1."""
     if exported.scale is None or set(exported.scale) == {"uint8"}:
         return "scaled to [0, 1]"
+    if set(exported.scale.values()) == {1.0}:
+        return "taken as they are, in the unit of the training data"
     return " or ".join(f"{kind} divided by {one:g}" for kind, one in exported.scale.items())
+
+
+def _bands(exported: Exported) -> str:
+    """The names of the channels, where known."""
+    bands = exported.description.bands if isinstance(exported.description, Description) else None
+    return f" ({_plain(', '.join(bands))})" if bands else ""
 
 
 def _summary(exported: Exported, written: Format) -> str:
@@ -86,10 +97,11 @@ def _training(known: Run | None, exported: Exported, data_licence: str | None) -
         return f"Nothing is known about the training.\n\n{licence}"
     summary, config = known.summary, known.config
     rows = {
-        "data": f"{_data_name(known)}, {summary.get('num_train', 0):,} images, {summary.get('num_val', 0):,} held out",
+        "data": f"{_data_name(known)}, {summary.get('num_train', 0):,} {exported.samples}s, "
+        f"{summary.get('num_val', 0):,} held out",
         "recipe": config.get("recipe"),
         "weights at the start": _last_part(config.get("init_from")),
-        "steps": f"{summary.get('steps', 0):,} of {config.get('batch_size')} images"
+        "steps": f"{summary.get('steps', 0):,} of {config.get('batch_size')} {exported.samples}s"
         f" ({summary.get('epochs', 0.0):.4g} epochs, {duration(summary.get('seconds', 0.0))})",
         "target": summary.get("target"),
         "hidden": f"{100 * exported.mask_ratio:.0f}% of the patches, {summary.get('mask_strategy')}",

@@ -97,7 +97,12 @@ def open_model(run: str | Path, options: ExportOptions) -> Exported:
         return Exported(classifier, about, options.part, classes=about.classes)
     opened = load(path, target=options.target)
     ratio = float(opened.description.mask.get("ratio", 0.75))
-    return Exported(opened.model, opened.description, options.part, opened.notes, ratio, scale=opened.description.scale)
+    notes, scale = opened.notes, opened.description.scale
+    if scale is not None and len(set(scale.values())) > 1:
+        top = max(scale, key=scale.__getitem__)
+        others = (f"{kind} by {scale[top] / one:g}" for kind, one in scale.items() if one < scale[top])
+        notes = (*notes, f"one scale serves all types: multiply {' and '.join(others)} to get values as of {top}")
+    return Exported(opened.model, opened.description, options.part, notes, ratio, scale=scale)
 
 
 def read_back(folder: Path, to: str, exported: Exported) -> Check:

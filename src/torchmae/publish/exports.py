@@ -18,6 +18,7 @@ from torchmae.nn.encoder import Encoder
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.training.saved_classifier import ClassifierDescription
 from torchmae.training.saved_model import Description
+from torchmae.words import kind_of
 
 PROBE_IMAGES = 3
 TOLERANCE = 1e-4
@@ -45,6 +46,13 @@ class Exported:
     def kind(self) -> str:
         """The encoder's name in `ENCODERS`; "" if it is not there."""
         return next((name for name, kind in ENCODERS.items() if isinstance(self.encoder, kind)), "")
+
+    @property
+    def samples(self) -> str:
+        """What a sample is, as in `words.kind_of`."""
+        if isinstance(self.description, Description):
+            return self.description.kind
+        return kind_of(len(self.encoder.input_size))
 
     @property
     def autoencoder(self) -> MaskedAutoencoder:
@@ -101,7 +109,7 @@ class Holds:
         if self.encoders is not None and exported.kind not in self.encoders:
             return "an encoder of another kind"
         if self.images and len(encoder.patch_size) != 2:
-            return f"inputs of {len(encoder.patch_size)} axes"
+            return f"inputs of {len(encoder.patch_size)} {'axis' if len(encoder.patch_size) == 1 else 'axes'}"
         if self.as_published:
             for what, size in {"images": encoder.input_size, "patches": encoder.patch_size}.items():
                 if size[0] != size[1]:

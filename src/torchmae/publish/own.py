@@ -37,6 +37,5 @@ def usage(exported: Exported) -> str:
             'model, description = load_classifier(Path("FOLDER"))\n'
             f"logits = model(images)  # images: {exported.shape}\n"
         )
-    return (
-        'import torchmae\n\nmodel = torchmae.load("FOLDER")\nfeatures = model.encode(model.preprocess("photo.jpg"))\n'
-    )
+    file = {"signal": "record.wav", "volume": "scan.nii.gz", "clip": "clip.mp4"}.get(exported.samples, "photo.jpg")
+    return f'import torchmae\n\nmodel = torchmae.load("FOLDER")\nfeatures = model.encode(model.preprocess("{file}"))\n'

@@ -84,8 +84,10 @@ def render_comparison(runs: Sequence[Run]) -> str:
         for name in metrics_of(goal)
         for row in _metric_rows(columns, name, not differences + _differ(METRICS[name].settings, configs))
     ]
+    kinds = {run.kind for run in runs}
     return render_page(
         "comparison.html",
+        kind=kinds.pop() if len(kinds) == 1 else "image",
         title=f"{len(runs)} runs compared",
         columns=columns,
         rows=rows,

@@ -24,6 +24,7 @@ from torchmae.report.panels import (
     map_panel,
     sample_panels,
 )
+from torchmae.words import in_words
 
 if TYPE_CHECKING:
     from torchmae.report.panels import Images
@@ -40,8 +41,11 @@ _MARKERS = ("o", "^")
 _LONGEST_NAME = 15
 
 
-def pca_picture(images: Images, colours: FloatArray) -> Image.Image:
-    """Images, (N, C, *size) in [0, 1], beside the colours of their patches, (N, *grid, 3) in [0, 1]."""
+def pca_picture(images: Images, colours: FloatArray, kind: str = "image") -> Image.Image:
+    """Images, (N, C, H, W) in [0, 1], beside the colours of their patches, (N, rows, columns, 3) in [0, 1].
+
+    Here and below, `images` may be signals (N, C, L) too, beside (N, columns, 3); `kind` names them.
+    """
     pairs = [_beside(image, [colour]) for image, colour in zip(as_numpy(images), colours, strict=True)]
     headers = ("image", "features") * len(pairs[:_PAIRS_PER_ROW])
     return draw_table(
@@ -52,19 +56,20 @@ def pca_picture(images: Images, colours: FloatArray) -> Image.Image:
         "features of all patches shown, as red, green and blue; what depends on a patch's place alone is left out. "
         "Patches of the same colour look alike to the model.",
         column_gaps=range(2, len(headers), 2),
+        kind=kind,
     )
 
 
-def attention_picture(images: Images, attention: FloatArray) -> Image.Image:
-    """Images, (N, C, *size) in [0, 1], beside the class token's attention: the mean of the heads, then each head.
+def attention_picture(images: Images, attention: FloatArray, kind: str = "image") -> Image.Image:
+    """Images, (N, C, H, W) in [0, 1], beside the class token's attention: the mean of the heads, then each head.
 
-    `attention` is (N, heads, *grid), 0 or more; each map is drawn from 0 to its own largest value.
+    `attention` is (N, heads, rows, columns), 0 or more; each map is drawn from 0 to its own largest value.
     """
     count = attention.shape[1]
     rows = []
     for image, heads in zip(as_numpy(images), attention, strict=True):
         maps = [heads.mean(0), *heads] if count > 1 else list(heads)
-        rows.append(_beside(image, [heat(values / max(float(values.max()), 1e-12)) for values in maps]))
+        rows.append(_beside(image, [heat(by_largest(values)) for values in maps]))
     return draw_table(
         rows,
         ("image", *(["mean"] if count > 1 else []), *(f"head {i + 1}" for i in range(count))),
@@ -72,13 +77,18 @@ def attention_picture(images: Images, attention: FloatArray) -> Image.Image:
         Description="Beside each image, how much the class token attends to each patch in the last block, for the "
         "mean of its heads and for each head: bright is much, dark little, each map on its own scale.",
         column_gaps=(1,),
+        kind=kind,
     )
 
 
 def neighbours_picture(
-    queries: Images, neighbours: Images, captions: Sequence[Sequence[str]], query_captions: Sequence[str]
+    queries: Images,
+    neighbours: Images,
+    captions: Sequence[Sequence[str]],
+    query_captions: Sequence[str],
+    kind: str = "image",
 ) -> Image.Image:
-    """Images, (N, C, *size) in [0, 1], beside their neighbours in feature space, (N, K, C, *size), nearest first.
+    """Images, (N, C, H, W) in [0, 1], beside their neighbours in feature space, (N, K, C, H, W), nearest first.
 
     `captions` are N times K lines below the neighbours, `query_captions` N lines below the images.
     """
@@ -93,15 +103,21 @@ def neighbours_picture(
         "nearest first, with their cosine similarity.",
         captions=[[one, *others] for one, others in zip(query_captions, captions, strict=True)],
         column_gaps=(1,),
+        kind=kind,
     )
 
 
 def ratios_picture(
-    originals: Images, masked: Sequence[Images], reconstructed: Sequence[Images], ratios: Sequence[float], note: str
+    originals: Images,
+    masked: Sequence[Images],
+    reconstructed: Sequence[Images],
+    ratios: Sequence[float],
+    note: str,
+    kind: str = "image",
 ) -> Image.Image:
     """Images, and at each mask ratio, in (0, 1), the masked images (NaN where masked) and the reconstructions.
 
-    All are (N, C, *size) in [0, 1]. `note` is that of the `Reconstruction`.
+    All are (N, C, H, W) in [0, 1]. `note` is that of the `Reconstruction`.
     """
     versions = [as_numpy(images) for images in (*masked, *reconstructed, originals)]
     rows: list[list[Image.Image | None]] = []
@@ -115,6 +131,7 @@ def ratios_picture(
         Description="For each image, the masked image (blue-grey: masked) at rising mask ratios, and below it the "
         f"reconstruction: visible patches as they were, {note}.",
         column_gaps=(1,),
+        kind=kind,
         row_gaps=range(2, len(rows), 2),
     )
 
@@ -124,17 +141,22 @@ def anomaly_picture(
     masks: Sequence[BoolArray | None],
     maps: Mapping[str, Sequence[FloatArray]],
     truth: Sequence[str],
+    kind: str = "image",
 ) -> Image.Image:
     """Images, (C, H, W) in [0, 1] of any size, beside their masks and anomaly maps by name, (H, W) in [0, 1], on them.
 
-    `truth` are the captions. A column of masks is there where any image has one.
+    `truth` are the captions. A column of masks is there where any image has one. Maps of signals, (L,), stand alone.
     """
     groups = []
-    has_masks = any(mask is not None for mask in masks)
+    has_masks, overlaid = any(mask is not None for mask in masks), images[0].ndim == 3
     for number, (image, mask) in enumerate(zip(images, masks, strict=True)):
+        colours = [heat(values[number], "inferno") for values in maps.values()]
+        if not overlaid:
+            groups.append(_beside(image, colours))
+            continue
         plain = sample_panels([image], 1)[0]
         tints = [None if mask is None else np.where(mask[..., None], 255, 0)] if has_masks else []
-        tints += [255 * heat(values[number], "inferno") for values in maps.values()]
+        tints += [255 * np.nan_to_num(colour, posinf=1) for colour in colours]
         group = [plain, *(plain if tint is None else _mixed(plain, tint) for tint in tints)]
         groups.append([_resized(panel, _MAP_SIDE) for panel in group])
     headers = ("image", *(["mask"] if has_masks else []), *maps)
@@ -143,11 +165,12 @@ def anomaly_picture(
         headers * len(groups[:2]),
         size=_largest(groups),
         Title="The most unusual images",
-        Description="Beside each image, maps of what is unusual in it, drawn over it: bright is unusual. A colour "
-        "means the same in all maps of one kind."
+        Description=f"Beside each image, maps of what is unusual in it{', drawn over it' if overlaid else ''}: bright "
+        "is unusual. A colour means the same in all maps of one kind."
         + (" The mask shows the defects as they were marked." if has_masks else ""),
         captions=_in_rows([[word] + [""] * (len(headers) - 1) for word in truth], 2),
         column_gaps=(len(headers),),
+        kind=kind,
     )
 
 
@@ -178,7 +201,9 @@ def segmentation_picture(
     )
 
 
-def map_picture(points: FloatArray, labels: Labels | None, classes: Sequence[str] | None, method: str) -> Image.Image:
+def map_picture(
+    points: FloatArray, labels: Labels | None, classes: Sequence[str] | None, method: str, kind: str = "image"
+) -> Image.Image:
     """A map of points (N, 2) with the 20 commonest classes in colour and the rest in grey.
 
     `labels` are (N,), -1 where unknown; `classes` are their names; `method` has made the points, such as "t-SNE".
@@ -227,7 +252,7 @@ def map_picture(points: FloatArray, labels: Labels | None, classes: Sequence[str
     if shown:
         extent = "" if len(shown) == len(values) else f", for the {len(shown)} commonest"
         description += f" A point's colour is its class{extent}."
-    picture.info = {"Title": "Map of the features", "Description": description}
+    picture.info = {"Title": "Map of the features", "Description": in_words(description, kind)}
     return picture
 
 
@@ -236,6 +261,12 @@ def class_name(label: int, classes: Sequence[str] | None) -> str:
     name = classes[label] if classes is not None and label < len(classes) else ""
     drawable = name and not name.startswith("_") and all(ord(letter) < 0x250 for letter in name)
     return name if drawable else f"class {label}"
+
+
+def by_largest(values: FloatArray) -> FloatArray:
+    """Values, 0 or more, divided by the largest that is finite."""
+    scaled: FloatArray = values / max(float(values.max(initial=0, where=np.isfinite(values))), 1e-12)
+    return scaled
 
 
 def _panel(image: FloatArray) -> Image.Image:
@@ -250,7 +281,7 @@ def _beside(image: FloatArray, maps: Iterable[FloatArray]) -> list[Image.Image]:
 
 def _mixed(panel: Image.Image, tint: npt.NDArray[Any]) -> Image.Image:
     """A panel under colours, (H, W, 1 or 3) from 0 to 255."""
-    mixed = 0.45 * np.asarray(panel, dtype=np.float32) + 0.55 * tint
+    mixed = 0.45 * np.asarray(panel.convert("RGB"), dtype=np.float32) + 0.55 * tint
     return Image.fromarray(np.round(mixed).astype(np.uint8))
 
 

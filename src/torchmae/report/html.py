@@ -89,6 +89,7 @@ def render(run: Run) -> str:
     evaluations, evaluations_left = latest_evaluations(run.evaluations)
     return render_page(
         "run.html",
+        kind=run.kind,
         run=run,
         title=run.title,
         verdict=judge(figures, run.unit),

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
+from torchmae.words import in_words
+
 # Photographs as PNG would make a page of tens of megabytes; drawn pictures stay far below this limit.
 _MAX_PNG_BYTES = 300_000
 
@@ -31,8 +33,8 @@ class Titled(NamedTuple):
     of: str = ""
 
 
-def render_page(template: str, **values: Any) -> str:
-    """HTML from a template of this package; all `values` are escaped."""
+def render_page(template: str, kind: str = "image", **values: Any) -> str:
+    """HTML from a template of this package, in the words of a kind of samples; all `values` are escaped."""
     environment = Environment(
         autoescape=True,
         trim_blocks=True,
@@ -40,7 +42,7 @@ def render_page(template: str, **values: Any) -> str:
         undefined=StrictUndefined,
         loader=PackageLoader("torchmae.report", ""),
     )
-    return environment.get_template(template).render(**values)
+    return in_words(environment.get_template(template).render(**values), kind)
 
 
 def open_picture(path: Path) -> Image.Image | None:

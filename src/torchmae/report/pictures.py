@@ -14,7 +14,7 @@ from PIL import Image, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from torchmae.files import replace_file
-from torchmae.report.panels import as_numpy, draw_table, panel_scale, sample_panels
+from torchmae.report.panels import Look, as_numpy, draw_table, panel_scale, sample_panels
 
 if TYPE_CHECKING:
     from torchmae.report.panels import Images
@@ -72,14 +72,14 @@ def reconstruction_grid(
     """Draws rows of triplets: masked, reconstructed and original images, RGBA on a transparent background.
 
     One channel is drawn grey, two as the grey of their mean, three as RGB, more as the RGB of the first three. Small
-    images are enlarged by an integer factor, without smoothing. A volume (3 spatial dimensions) is drawn as the middle
-    slice along the first of them, a signal (1 dimension) as a line for each channel, in the range of its original.
+    images are enlarged by an integer factor, without smoothing. A volume (3 spatial dimensions) is drawn as its three
+    middle planes, a signal (1 dimension) as a line for each channel, in the range of its original.
 
     Args:
-        masked: (N, C, *size) with 1 to 3 spatial dimensions, NaN where masked. Images and volumes are clipped to
-            [0, 1]; signals have any scale.
-        reconstructed: likewise, without NaN.
-        original: likewise, without NaN.
+        masked: (N, C, *size) with 1 to 3 spatial dimensions, NaN where masked, infinite where there is no data. Images
+            and volumes are clipped to [0, 1]; signals have any scale.
+        reconstructed: likewise, with nothing masked.
+        original: likewise, with nothing masked.
         path: where to save the picture as PNG; None: nowhere.
         triplets_per_row: None: one, or two for more than four images.
         min_side: minimum of the longer side of a panel, in pixels.
@@ -91,7 +91,8 @@ def reconstruction_grid(
     triplet = [as_numpy(images) for images in (masked, reconstructed, original)]
     shape = triplet[0].shape
     assert all(images.shape == shape for images in triplet) and 3 <= len(shape) <= 5 and shape[0] > 0
-    scale = panel_scale(shape[2:], min_side)
+    triplet = triplet if len(shape) < 5 else [Look("volume").flat(images) for images in triplet]
+    scale = panel_scale(triplet[0].shape[2:], min_side)
     panels = [sample_panels(sample, min_side) for sample in zip(*triplet, strict=True)]
     columns = min(triplets_per_row or (2 if shape[0] > 4 else 1), shape[0])
     width, height = panels[0][0].size

@@ -13,11 +13,10 @@ import yaml
 
 from torchmae.errors import CheckpointError
 from torchmae.report.metrics import final_figures, finite
+from torchmae.words import POINTS, kind_of
 
 Record = Mapping[str, Any]
 
-# Names of the data and of its grid points, by the number of spatial dimensions.
-_KINDS = {1: ("signals", "samples"), 2: ("images", "pixels"), 3: ("volumes", "voxels")}
 _DEVICES = {"cpu": "the CPU", "mps": "an Apple GPU"}
 
 
@@ -95,6 +94,12 @@ class Run:
         )
 
     @property
+    def kind(self) -> str:
+        """What a sample is, as in `words.kind_of`."""
+        kind = self.summary.get("kind")
+        return str(kind) if kind in POINTS else kind_of(len(self._size("input_size")))
+
+    @property
     def unit(self) -> str:
         """What a mask removes: "patches", or "values" for a model without patches."""
         return "values" if self.summary.get("patch_size") == [] else "patches"
@@ -109,7 +114,7 @@ class Run:
         """A sentence on model, data, mask ratio and duration."""
         shape = self._size("input_size")
         patch = self._size("patch_size") if self.unit == "patches" else ()
-        items, points = _KINDS.get(len(shape), _KINDS[2])
+        items, points = f"{self.kind}s", f"{POINTS[self.kind]}s"
         preset = f" ({self._preset})" if self._preset else ""
         num_train = finite(self.summary, "num_train")
         count = f"{num_train:,.0f} {items}" if num_train else f"the {items}"

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from torchmae.report.metrics import BASELINES, METRICS, finite
+from torchmae.words import in_words
 
 
 def final_table(figures: Mapping[str, Any]) -> str:
@@ -33,4 +34,5 @@ def final_table(figures: Mapping[str, Any]) -> str:
     )
     if table.row_count:
         console.print(table)
-    return "\n".join(line.rstrip() for line in output.getvalue().splitlines())
+    text = "\n".join(line.rstrip() for line in output.getvalue().splitlines())
+    return in_words(text, figures.get("kind", "image"))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,16 +15,33 @@ from torch import Tensor
 import torchmae
 from torchmae.config import ReadOptions
 from torchmae.data.formats import Context, Valid, plain_type, stored_type
+from torchmae.data.layouts import open_splits
 from torchmae.data.reading import FAR
-from torchmae.data.sources import FileSource
+from torchmae.data.sources import FileSource, Source, evenly_spaced
 from torchmae.data.transforms import eval_box, resample, resample_valid, window_boxes
-from torchmae.errors import ConfigError, DataError, one_of
+from torchmae.errors import ConfigError, DataError, TorchmaeError, one_of
 from torchmae.interop.reading import is_foreign, read_weights
 from torchmae.interop.weights import build, full_arguments
 from torchmae.nn.mae import MaskedAutoencoder, Reconstruction
 from torchmae.nn.masking import Masker
 from torchmae.paths import user_path
 from torchmae.training.saved_model import Description, load_model
+
+
+class Prepared(NamedTuple):
+    """Images for a model."""
+
+    images: Tensor  # (B, C, *input_size) float32, normalised
+    valid: Tensor | None  # (B, 1, *input_size) bool, False where a pixel holds no data and is 0; None: all do
+    names: tuple[str, ...]  # where each comes from; "" for an array
+
+    def to(self, device: torch.device) -> Prepared:
+        """The same images on another device."""
+        return Prepared(self.images.to(device), None if self.valid is None else self.valid.to(device), self.names)
+
+    def part(self, rows: slice) -> Prepared:
+        """Some of the images."""
+        return Prepared(self.images[rows], None if self.valid is None else self.valid[rows], self.names[rows])
 
 
 class Pretrained:
@@ -55,8 +72,8 @@ class Pretrained:
         For a model that was trained on windows, the window in the middle. A pixel without data is 0, the mean.
 
         Args:
-            *images: image files, or arrays (H, W, C) (or any number of spatial axes, channels last) of uint8, uint16
-                or float.
+            *images: image files, folders, lists or archives of images, or arrays (H, W, C) (or any number of spatial
+                axes, channels last) of uint8, uint16 or float.
 
         Returns:
             (B, C, *input_size) float32.
@@ -65,29 +82,57 @@ class Pretrained:
             DataError: a file cannot be read.
             ConfigError: no images, or an image whose type, channels or axes do not suit the model.
         """
+        return self.prepare(*images).images
+
+    def prepare(self, *images: str | Path | npt.NDArray[Any], limit: int | None = None) -> Prepared:
+        """`preprocess`, with the names of the images and where they hold data.
+
+        Of a folder (or list, or archive) with more than `limit` images, so many, evenly spaced. Errors as there.
+        """
         if not images:
             raise ConfigError("no images were given", "give one or more files or arrays")
+        prepared: list[Tensor] = []
+        maps: list[Tensor] = []
+        names: list[str] = []
+        for given in images:
+            if isinstance(given, np.ndarray):
+                found: Iterable[tuple[str, npt.NDArray[Any], Valid | None]] = [("", given, None)]
+            else:
+                source = open_images(Path(given), self.context)
+                rows = evenly_spaced(len(source), len(source) if limit is None else limit).tolist()
+                found = ((source.name(row), *source.read_valid(row)) for row in rows)
+            for name, array, valid in found:
+                values, kept = self.prepared(array, valid)
+                prepared.append(values)
+                maps.append(kept)
+                names.append(name)
+        has_data = torch.cat(maps)
+        return Prepared(torch.cat(prepared), None if bool(has_data.all()) else has_data, tuple(names))
+
+    def prepared(self, array: npt.NDArray[Any], valid: Valid | None) -> tuple[Tensor, Tensor]:
+        """One image (1, C, *input_size), and where it holds data, (1, 1, *input_size).
+
+        `valid`, (*size), says where the array does; None: where its values are finite.
+        """
         description, size = self.description, self.description.input_size
         channels = description.arguments["in_chans"]
         flip, window, normalised = np.zeros(1, dtype=np.bool_), description.window, description.normalisation.apply
-        prepared = []
-        for image in images:
-            array, valid = (image, None) if isinstance(image, np.ndarray) else read_image(Path(image), self.context)
-            array = self._checked(array)
-            if array.ndim != len(size) + 1 or array.shape[-1] != channels:
-                raise ConfigError(
-                    f"an image has shape {array.shape}",
-                    f"this model takes {len(size)} axes and {channels} channels, last",
-                )
-            pixels, whole = torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 0)))[None], array.shape[:-1]
-            centre = np.full((1, len(size)), 0.5)
-            box = eval_box(whole, size)[None] if window is None else window_boxes(centre, whole, window)
-            if valid is None:
-                prepared.append(normalised(resample(pixels, box, size, flip), pixels.dtype))
-                continue
-            resized, kept = resample_valid(pixels, torch.from_numpy(valid)[None, None], box, size, flip)
-            prepared.append(torch.where(kept, normalised(resized, pixels.dtype), 0.0))
-        return torch.cat(prepared)
+        array = self._checked(array)
+        if valid is None and array.dtype.kind == "f" and not np.isfinite(array).all():
+            valid = np.isfinite(array).all(axis=-1)
+        if array.ndim != len(size) + 1 or array.shape[-1] != channels:
+            raise ConfigError(
+                f"an image has shape {array.shape}",
+                f"this model takes {len(size)} axes and {channels} channels, last",
+            )
+        pixels, whole = torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 0)))[None], array.shape[:-1]
+        centre = np.full((1, len(size)), 0.5)
+        box = eval_box(whole, size)[None] if window is None else window_boxes(centre, whole, window)
+        if valid is None:
+            values = normalised(resample(pixels, box, size, flip), pixels.dtype)
+            return values, torch.ones(1, 1, *size, dtype=torch.bool)
+        resized, kept = resample_valid(pixels, torch.from_numpy(valid)[None, None], box, size, flip)
+        return torch.where(kept, normalised(resized, pixels.dtype), 0.0), kept
 
     def _checked(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The image; ConfigError if the model was trained on another type or scale."""
@@ -110,23 +155,34 @@ class Pretrained:
         return array
 
     @torch.no_grad()
-    def encode(self, images: Tensor, pool: str = "mean", blocks: Sequence[int] | None = None) -> Tensor:
-        """Features of whole images, (B, C, *size) from `preprocess`, as of `MaskedAutoencoder.encode`."""
-        return self.model.encode(images, pool, blocks)
+    def encode(
+        self, images: Tensor, pool: str = "mean", valid: Tensor | None = None, blocks: Sequence[int] | None = None
+    ) -> Tensor:
+        """Features of whole images, (B, C, *size) from `preprocess` or `prepare`, as of `MaskedAutoencoder.encode`."""
+        return self.model.encode(images, pool, valid, blocks)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask: Any) -> Reconstruction:
         """Predicts the masked part of images, (B, C, *size) from `preprocess`."""
         return self.model.reconstruct(images, mask)
 
-    def mask(self, count: int, *, strategy: str | None = None, ratio: float | None = None, seed: int = 0) -> Any:
-        """Masks for `count` images, drawn from `seed`.
+    def mask(
+        self,
+        count: int,
+        *,
+        strategy: str | None = None,
+        ratio: float | None = None,
+        seed: int = 0,
+        valid: Tensor | None = None,
+    ) -> Any:
+        """Masks for `count` images, drawn from `seed`; on the device of `valid`, which is as for `encode`.
 
         `strategy` is a name in `model.encoder.strategies`, `ratio` the masked share in (0, 1); None: as trained.
         """
         given = {"strategy": strategy, "ratio": ratio}
         trained = {name: self.description.mask[name] for name, value in given.items() if value is None}
-        return Masker(self.model.encoder, **{**given, **trained})(seed, 0, np.arange(count))
+        masker = Masker(self.model.encoder, **{**given, **trained})
+        return masker(seed, 0, np.arange(count), "cpu" if valid is None else valid.device, valid)
 
 
 def load(
@@ -170,9 +226,23 @@ def load(
     return Pretrained(*load_model(path, model))
 
 
-def read_image(path: Path, context: Context) -> tuple[npt.NDArray[Any], Valid | None]:
-    """Reads one file: its values (*size, C), and its pixels with data (None: all); DataError if it cannot be read."""
+def open_images(path: Path, context: Context) -> Source:
+    """The image in a file, or those of a folder, list, archive or array, as `torchmae pretrain` finds them there.
+
+    Held-out images come first: those of a test, else a val, else the train split. DataError: they cannot be read.
+    """
+    single = FileSource(Path(), [str(path)], context=context)
+    problem = None
+    if not path.is_dir():
+        try:
+            single.open(0)
+            return single
+        except DataError as error:
+            problem = DataError(f"{path}: {error.problem}", error.fix)
     try:
-        return FileSource(Path(), [str(path)], context=context).read_valid(0)
-    except DataError as error:
-        raise DataError(f"cannot read {error}", "give image files, such as PNG or JPEG") from error
+        splits = open_splits(str(path), replace(context, num_channels=None))
+        source = next(splits[name] for name in ("test", "val", "train") if name in splits)
+        return source.with_channels(context.num_channels or 1)
+    except TorchmaeError as error:
+        reason = problem or error
+        raise DataError(f"cannot read {reason}", "give files or a folder, as for torchmae pretrain --data") from error

@@ -22,6 +22,7 @@ from torchmae.interop.files import check_content
 from torchmae.nn.layers import without_weights
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.training.checkpoint import load_checkpoint
+from torchmae.words import kind_of
 
 FORMAT = 1
 
@@ -42,6 +43,13 @@ class Description:
     scale: dict[str, float] | None = None  # for each stored type of the training images, the value that becomes 1
     reading: dict[str, Any] | None = None  # `ReadOptions` of the training data that differ from the defaults
     window: tuple[int, ...] | None = None  # size of the windows that training images were cut into; None: crops
+    moving: bool = False  # whether the first of three axes is time
+    bands: tuple[str, ...] | None = None  # names of the channels, where the training data has some
+
+    @property
+    def kind(self) -> str:
+        """What a sample is, as in `words.kind_of`."""
+        return kind_of(len(self.input_size), moving=self.moving)
 
     @property
     def normalisation(self) -> Normalisation:
@@ -135,7 +143,7 @@ def read_description(path: Path) -> Description:
         for name in ("input_size", "patch_size", "depths", "dims"):
             if values["arguments"].get(name) is not None:
                 values["arguments"][name] = tuple(values["arguments"][name])
-        for name in ("mean", "std", "classes", "low", "high", "window"):
+        for name in ("mean", "std", "classes", "low", "high", "window", "bands"):
             if values.get(name) is not None:
                 values[name] = tuple(values[name])
         ReadOptions(**(values.get("reading") or {}))
