@@ -49,6 +49,15 @@ def replace_file(
         raise error(f"cannot write {path}: {reason}", "free space, or name another folder") from failure
 
 
+def flush(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def lock_file(path: Path) -> BinaryIO | None:
     """Locks a file, which is made if needed, until the returned file is closed or this process ends.
 

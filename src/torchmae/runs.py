@@ -16,7 +16,7 @@ from torchmae import presets, settings
 from torchmae.building import NOTHING, Own, check_model, check_parallel, pretrain_settings
 from torchmae.config import PretrainConfig
 from torchmae.config.base import make
-from torchmae.data.formats import Context
+from torchmae.data.items import Context
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import one_line_when_a_worker_ends
 from torchmae.data.opening import Data, open_data

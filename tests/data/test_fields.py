@@ -14,7 +14,8 @@ from field_files import clip, scene, slice_file, sound, volume
 
 from torchmae.cli import main
 from torchmae.data import formats
-from torchmae.data.formats import FORMATS, Context, FileItem, Item, open_item
+from torchmae.data.formats import FORMATS, open_item
+from torchmae.data.items import Context, FileItem, Item
 from torchmae.data.layouts import open_splits
 from torchmae.errors import DataError
 

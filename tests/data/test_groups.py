@@ -9,8 +9,8 @@ from PIL import Image
 from torchmae.api import configure
 from torchmae.cli import main
 from torchmae.data.arrays import ArraySource
-from torchmae.data.formats import Context
 from torchmae.data.groups import hold_out_groups, name_groups, proposed_group, shared_groups
+from torchmae.data.items import Context
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import hold_out
 from torchmae.data.opening import HELD_OUT, held_out_images

@@ -18,7 +18,7 @@ from torchmae.commands import print_json
 from torchmae.config import ReadOptions
 from torchmae.config.data import InspectOptions, PackCommand, PackOptions
 from torchmae.data.arrays import sample_axes
-from torchmae.data.formats import Context
+from torchmae.data.items import Context
 from torchmae.data.layouts import open_splits
 from torchmae.data.packing import pack as write_packed
 from torchmae.data.reading import Inspection, SplitFacts, inspect_splits, median_size

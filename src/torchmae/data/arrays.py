@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from torchmae.data.formats import ArrayItem, Context, Image, Item, Progress, prepared, stored_type, tracked
+from torchmae.data.items import ArrayItem, Context, Image, Item, Progress, prepared, stored_type, tracked
 from torchmae.data.reading import BadFiles, first_readable, read_many
 from torchmae.data.sources import Labels, Source, Subset, digest, evenly_spaced
 from torchmae.data.transforms import to_device

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from torchmae.data.formats import CUT_SHORT, Context, FileItem, Image, Item, Region
+from torchmae.data.items import CUT_SHORT, Context, FileItem, Image, Item, Region
 from torchmae.errors import DataError, require
 
 _MISSING = re.compile(r"^data : (\d+) \(should be \d+\)", re.MULTILINE)  # in libsndfile's words on a WAV file

@@ -9,20 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from torchmae.data.formats import (
-    FORMATS,
-    Context,
-    FileItem,
-    Image,
-    Item,
-    Region,
-    check_values,
-    format_of,
-    one_line_errors,
-    opened,
-    regular_file,
-    tracked,
-)
+from torchmae.data.formats import FORMATS, format_of, opened, regular_file
+from torchmae.data.items import Context, FileItem, Image, Item, Region, check_values, one_line_errors, tracked
 from torchmae.data.sources import EncodedSource, FileSource, Source, digest
 from torchmae.errors import DataError, require
 

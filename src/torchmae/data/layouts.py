@@ -26,8 +26,9 @@ from torchmae.data.arrays import (
     stored_splits,
 )
 from torchmae.data.folders import LIST_SUFFIXES, Listing, list_images, picture_splits, shortened, split_named
-from torchmae.data.formats import FORMATS, Context, picture_suffixes
+from torchmae.data.formats import FORMATS, picture_suffixes
 from torchmae.data.groups import name_groups
+from torchmae.data.items import Context
 from torchmae.data.lists import list_splits, matching, pattern_source
 from torchmae.data.remote import Place, expand_url, is_url, last_name, shown
 from torchmae.data.shards import CLASSES_FILE, ShardSource

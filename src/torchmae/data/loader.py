@@ -26,8 +26,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from torchmae.data.arrays import Held
-from torchmae.data.formats import BUILT_IN, FORMATS, Image, Valid, quiet_pillow
+from torchmae.data.formats import BUILT_IN, FORMATS
 from torchmae.data.groups import hold_out_groups
+from torchmae.data.items import Image, Valid, quiet_pillow
 from torchmae.data.reading import BadFiles, first_readable
 from torchmae.data.sources import Labels, Source
 from torchmae.data.transforms import (

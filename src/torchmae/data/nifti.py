@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from torchmae.data.formats import CUT_SHORT, MAX_HEADER, Context, FileItem, Image, Region, check_values, opened
+from torchmae.data.formats import MAX_HEADER, opened
+from torchmae.data.items import CUT_SHORT, Context, FileItem, Image, Region, check_values
 from torchmae.errors import DataError, require
 
 

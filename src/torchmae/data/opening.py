@@ -15,8 +15,8 @@ import torch
 from torchmae.config import DataConfig
 from torchmae.config.data import DataOptions
 from torchmae.data.arrays import GIB, DoesNotFitError, Held, hold
-from torchmae.data.formats import Context, Progress, tracked
 from torchmae.data.groups import shared_groups
+from torchmae.data.items import Context, Progress, tracked
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import ImageLoader, View, hold_out
 from torchmae.data.reading import (

@@ -23,7 +23,8 @@ from PIL import Image as Pillow
 from torchmae.config import PackOptions
 from torchmae.data import jpeg
 from torchmae.data.arrays import map_array
-from torchmae.data.formats import CHANNELS, FORMATS, PACKED_ARRAY, Image, Progress, format_of, tracked
+from torchmae.data.formats import CHANNELS, FORMATS, PACKED_ARRAY, format_of
+from torchmae.data.items import Image, Progress, tracked
 from torchmae.data.reading import BadFiles, map_samples, probe
 from torchmae.data.shards import CLASSES_FILE, INDEX_SUFFIX, build_index, write_index
 from torchmae.data.sources import Source, in_one_list

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from torchmae.data.formats import CUT_SHORT, NOT_FINITE, Image, Item, Progress, Valid, quiet_pillow, tracked
 from torchmae.data.groups import proposed_group
+from torchmae.data.items import CUT_SHORT, NOT_FINITE, Image, Item, Progress, Valid, quiet_pillow, tracked
 from torchmae.data.sources import Source, all_notes, digest, evenly_spaced, in_training_classes
 from torchmae.data.transforms import FULL_SCALE, Normalisation
 from torchmae.errors import DataError

@@ -13,8 +13,8 @@ import numpy as np
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from torchmae.data import formats
-from torchmae.data.formats import CUT_SHORT, ArrayItem, Context, Image, Item
 from torchmae.data.geo import SceneItem
+from torchmae.data.items import CUT_SHORT, ArrayItem, Context, Image, Item, check_values
 from torchmae.errors import ConfigError, DataError, require
 
 # Tags (TIFF 6.0), GDAL's, and what their values mean.
@@ -112,7 +112,7 @@ def _open(file: Any, context: Context) -> Item:
     if len(size) > 3:
         raise DataError(f"its axes are {series.axes}, more than three of space and time", "--data.pages first or all")
     samples = math.prod(length for axis, length in _axes(series) if axis in "SC")
-    formats.check_values(size, samples, series.dtype, context)
+    check_values(size, samples, series.dtype, context)
     frame = series.keyframe
     if max(map(sum, zip(frame.dataoffsets, frame.databytecounts, strict=True)), default=0) > file.filehandle.size:
         raise DataError(f"{CUT_SHORT}: the file ends before its pixels do")

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from torchmae.data.formats import Context, FileItem, Image, Region, check_pixels, opened
+from torchmae.data.formats import opened
+from torchmae.data.items import Context, FileItem, Image, Region, check_pixels
 from torchmae.errors import DataError, require
 
 # FFmpeg's reader of each container. It is named, never guessed: playlists, which lead to other files, stay unread.

@@ -15,7 +15,7 @@ from torchmae.config import DataConfig
 from torchmae.config.data import DataOptions
 from torchmae.config.evaluate import EvaluateOptions
 from torchmae.data.arrays import GIB
-from torchmae.data.formats import Context, Progress
+from torchmae.data.items import Context, Progress
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import Batch, ImageLoader, Indices, View, mixed_subset
 from torchmae.data.opening import HELD_OUT, fit_to_model, grid_of_windows, held_out_images, hold_if_it_fits, window_size

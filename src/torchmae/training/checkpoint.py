@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -110,12 +109,12 @@ def _seal(writing: Path, final: Path) -> None:
     sums = {path.relative_to(writing).as_posix(): _sha256(path) for path in files}
     (writing / "checksums.json").write_text(json.dumps(sums, indent=1), encoding="utf-8")
     for path in writing.rglob("*"):
-        _flush(path)
-    _flush(writing)
+        flush(path)
+    flush(writing)
     if final.exists():  # a damaged checkpoint of the same step, skipped on resume
         shutil.rmtree(final)
     writing.rename(final)
-    _flush(final.parent)
+    flush(final.parent)
 
 
 @contextmanager
@@ -217,11 +216,3 @@ def _steps(folder: Path) -> list[Path]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

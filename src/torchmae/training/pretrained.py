@@ -14,7 +14,7 @@ from torch import Tensor
 
 import torchmae
 from torchmae.config import ReadOptions
-from torchmae.data.formats import Context, Valid, plain_type, stored_type
+from torchmae.data.items import Context, Valid, plain_type, stored_type
 from torchmae.data.reading import FAR
 from torchmae.data.sources import FileSource
 from torchmae.data.transforms import eval_box, resample, resample_valid, window_boxes

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from torchmae.config import PackOptions
-from torchmae.data.formats import FORMATS, Context, Item, open_item
+from torchmae.data.formats import FORMATS, open_item
+from torchmae.data.items import Context, Item
 from torchmae.data.layouts import open_splits
 from torchmae.data.packing import pack
 from torchmae.data.reading import inspect_splits
