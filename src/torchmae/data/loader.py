@@ -39,7 +39,6 @@ from torchmae.data.transforms import (
     crop_boxes,
     eval_box,
     mirror,
-    normalise,
     reduction,
     resample,
     resample_valid,
@@ -471,8 +470,7 @@ class ImageLoader:
 
     def __post_init__(self) -> None:
         self.labels = self.source.labels if self.held is None else self.held.labels
-        self._mean = torch.tensor(self.normalisation.mean, device=self.device)
-        self._std = torch.tensor(self.normalisation.std, device=self.device)
+        self._normalised = self.normalisation.on(self.device)
         self._side: torch.cuda.Stream | None = None
         self._running: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 
@@ -556,7 +554,7 @@ class ImageLoader:
         # Copies to other devices may still be under way when their slot is given back; CUDA's are from pinned copies.
         slots = Slots(workers if self.device.type in ("cpu", "cuda") else 0)
         loader = DataLoader(
-            Reader(self.source, len(self._mean), self.view, slots, self.normalisation.scale),
+            Reader(self.source, len(self.normalisation.mean), self.view, slots, self.normalisation.scale),
             sampler=noted(),
             batch_size=None,  # the reader makes whole batches
             num_workers=workers,
@@ -603,9 +601,7 @@ class ImageLoader:
     def _batch(
         self, images: Tensor, dtype: torch.dtype, labels: Tensor, request: Request, valid: Tensor | None = None
     ) -> Batch:
-        normalised = normalise(images, self._mean, self._std, self.normalisation.one(dtype))
-        if valid is not None:
-            normalised.masked_fill_(~valid, 0)  # the mean of the channel
+        normalised = self._normalised(images, dtype, valid)
         return Batch(normalised, labels, request.indices, request.epoch, valid)
 
 

@@ -336,7 +336,8 @@ def _measure(config: DataConfig, fitted: Fitted, source: Source, progress: Progr
             problem = f"data.{name} has {len(values)} numbers and the images {fitted.channels} channels"
             raise ConfigError(problem, f"give {fitted.channels}, or leave data.mean and data.std out")
     sample = SAMPLE if config.mean is None else FEW
-    measured = measure(source, scale=config.scale, kinds=fitted.probes[0].kinds, sample=sample, progress=progress)
+    kinds, how = fitted.probes[0].kinds, config.normalise
+    measured = measure(source, scale=config.scale, kinds=kinds, sample=sample, normalise=how, progress=progress)
     if config.mean is None or config.std is None:
         return measured
     return measured._replace(normalisation=replace(measured.normalisation, mean=config.mean, std=config.std))

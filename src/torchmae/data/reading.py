@@ -18,7 +18,7 @@ import numpy.typing as npt
 from torchmae.data.groups import proposed_group
 from torchmae.data.items import CUT_SHORT, NOT_FINITE, Image, Item, Progress, Valid, quiet_pillow, tracked
 from torchmae.data.sources import Source, all_notes, digest, evenly_spaced, in_training_classes
-from torchmae.data.transforms import FULL_SCALE, Normalisation
+from torchmae.data.transforms import FULL_SCALE, SMALLEST_STD, Normalisation
 from torchmae.errors import DataError
 from torchmae.threads import num_cores
 
@@ -180,9 +180,10 @@ def measure(
     scale: dict[str, float] | None = None,
     kinds: Iterable[str] = (),
     sample: int = SAMPLE,
+    normalise: str = "dataset",
     progress: Progress | None = None,
 ) -> Measured:
-    """Mean and deviation of each channel of scaled values, the range that is shown, and what is odd about the values.
+    """What data.normalise `normalise` takes from scaled values, the range that is shown, and what is odd about them.
 
     At most `sample` images are read, evenly spaced, and count alike whatever their size, each by its pixels that hold
     data. A channel that never changes gets a deviation of 1. `scale` is data.scale, `kinds` are types known to be
@@ -192,6 +193,7 @@ def measure(
     first: list[npt.NDArray[np.float64]] = []
     second: list[npt.NDArray[np.float64]] = []
     stored: dict[str, list[Image]] = {}  # of each type, (values, C) of each image
+    inputs: list[npt.NDArray[np.float64]] = []  # of "sample": the same values as the model's input
     given = Normalisation((), (), scale=scale)
     empty: list[float] = []  # share of the pixels of each image
     readings = tracked(read_many(source, indices), progress, "measuring mean and deviation", len(indices))
@@ -203,19 +205,29 @@ def measure(
         scaled = values.astype(np.float64) * (1 / given.one(image.dtype))
         first.append(scaled.mean(axis=0))
         second.append(np.square(scaled).mean(axis=0))
-        stored.setdefault(str(image.dtype), []).append(values[evenly_spaced(len(values), _PICKED)])
+        picked = evenly_spaced(len(values), _PICKED)
+        stored.setdefault(str(image.dtype), []).append(values[picked])
+        if normalise == "sample":
+            inputs.append((scaled[picked] - first[-1]) / np.maximum(scaled.std(axis=0), SMALLEST_STD))
     if not first:
         raise DataError(f"none of {len(indices)} images holds data", "data.nodata none takes every value as one")
     mean = np.mean(first, axis=0)
     std = np.sqrt(np.maximum(np.mean(second, axis=0) - mean**2, 0))
-    std[std < 1e-6] = 1.0
     pools = {kind: np.concatenate(parts) for kind, parts in stored.items()}
     odd = {kind: [] if kind == "uint8" else lone_extremes(pool) for kind, pool in pools.items()}
     usual = {kind: pool[~np.isin(pool, np.asarray(odd[kind], pool.dtype)).any(axis=-1)] for kind, pool in pools.items()}
     usual = {kind: values if len(values) else pools[kind] for kind, values in usual.items()}
-    low, high = _shown_range(usual, given)
+    low, high = _shown_range({"float32": np.concatenate(inputs)} if inputs else usual, given)
+    if normalise != "dataset":
+        mean, std = np.zeros_like(mean), np.ones_like(std)
+    elif (limits := Normalisation((), (), low, high, normalise=normalise).limits) is not None:
+        values = np.concatenate([pool.astype(np.float64) / given.one(pool.dtype) for pool in pools.values()])
+        clipped = values.clip(*limits)
+        if (clipped != values).any():  # else mean and deviation of all pixels are exact
+            mean, std = clipped.mean(axis=0), clipped.std(axis=0)
+    std[std < SMALLEST_STD] = 1.0
     used = {kind: given.one(np.dtype(kind)) for kind in (*FULL_SCALE, *(scale or {})) if kind in {*pools, *kinds}}
-    normalisation = Normalisation(tuple(mean.tolist()), tuple(std.tolist()), low, high, used)
+    normalisation = Normalisation(tuple(mean.tolist()), tuple(std.tolist()), low, high, used, normalise)
     share = f"{np.mean(empty):.1%} of the pixels hold no data" if any(empty) else ""
     return Measured(normalisation, (*filter(None, [share]), *_value_notes(pools, odd, used)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,6 +209,7 @@ def mirror(images: Tensor, rows: Tensor) -> Tensor:
     return images
 
 
+SMALLEST_STD = 1e-6  # a channel that never changes has a smaller deviation, of scaled values
 # The stored value of each type that stands for 1, unless data.scale says otherwise.
 FULL_SCALE = {"uint8": 255.0, "uint16": 65535.0, "float32": 1.0}
 
@@ -221,16 +223,44 @@ class Normalisation:
     low: tuple[float, ...] | None = None  # the scaled value that is shown black; None: 0
     high: tuple[float, ...] | None = None  # the scaled value that is shown white; None: 1
     scale: dict[str, float] | None = None  # the value that stands for 1 in each type trained on; others: FULL_SCALE
+    normalise: str | None = None  # data.normalise; None: "dataset" of older runs, whose values are not clipped
 
     def one(self, dtype: torch.dtype | np.dtype[Any]) -> float:
         """The stored value that stands for 1."""
         name = str(dtype).removeprefix("torch.")
         return {**FULL_SCALE, **(self.scale or {})}["float32" if name.startswith("float") else name]
 
-    def apply(self, images: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """`normalise` of stored values, (B, C, *size); `dtype` is the type they were stored in, None: their own."""
-        mean, std = (torch.tensor(values, device=images.device) for values in (self.mean, self.std))
-        return normalise(images, mean, std, self.one(dtype or images.dtype))
+    @property
+    def limits(self) -> tuple[list[float], list[float]] | None:
+        """The scaled values that others are clipped to: the range that is shown, and once its width on either side."""
+        if self.normalise != "dataset" or self.low is None or self.high is None:
+            return None
+        pairs = list(zip(self.low, self.high, strict=True))
+        return [2 * low - high for low, high in pairs], [2 * high - low for low, high in pairs]
+
+    def apply(self, images: Tensor, dtype: torch.dtype | None = None, valid: Tensor | None = None) -> Tensor:
+        """Stored values, (B, C, *size), as the model's input.
+
+        `dtype` is the type they were stored in, None: their own. `valid` is as in `Batch`: other pixels become 0.
+        """
+        return self.on(images.device)(images, dtype, valid)
+
+    def on(self, device: torch.device) -> Normalise:
+        """`apply` on a device, whose numbers are there already."""
+        mean, std = (torch.tensor(values, device=device) for values in (self.mean, self.std))
+        limits = None if self.limits is None else torch.tensor(self.limits, device=device)
+
+        def apply(images: Tensor, dtype: torch.dtype | None = None, valid: Tensor | None = None) -> Tensor:
+            one = self.one(dtype or images.dtype)
+            if limits is not None:
+                low, high = (limits * one).view(2, -1, *(1,) * (images.ndim - 2))
+                images = images.float().clamp(low, high)
+            elif self.normalise == "sample":
+                images = standardised(images.float() * (1 / one), valid) * one
+            normalised = normalise(images, mean, std, one)
+            return normalised if valid is None else normalised.masked_fill_(~valid, 0)
+
+        return apply
 
     def shown(self, images: Tensor) -> Tensor:
         """The model's input, (B, C, *size), on the CPU, with 0 for `low` and 1 for `high`; nothing is clamped."""
@@ -241,6 +271,19 @@ class Normalisation:
             return values
         low, high = (torch.tensor(ends).view(shape) for ends in (self.low, self.high))
         return (values - low) / (high - low)
+
+
+Normalise = Callable[[Tensor, torch.dtype | None, Tensor | None], Tensor]  # as `Normalisation.apply`
+
+
+def standardised(images: Tensor, valid: Tensor | None) -> Tensor:
+    """Images, (B, C, *size), each channel of each with mean 0 and deviation 1 over its pixels with data."""
+    axes = tuple(range(2, images.ndim))
+    weights = torch.ones_like(images[:, :1]) if valid is None else valid.float()
+    count = weights.sum(axes, keepdim=True).clamp(min=1)
+    centred = images - (images * weights).sum(axes, keepdim=True) / count
+    variance = (centred.square() * weights).sum(axes, keepdim=True) / count
+    return centred / variance.sqrt().clamp(min=SMALLEST_STD)
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor, one: float) -> Tensor:

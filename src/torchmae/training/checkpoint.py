@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from torchmae.errors import CheckpointError, reason_of
+from torchmae.files import flush
 from torchmae.training.parallel import is_sharded
 from torchmae.training.ranks import ALONE, Ranks
 

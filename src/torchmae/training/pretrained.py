@@ -86,7 +86,7 @@ class Pretrained:
                 prepared.append(normalised(resample(pixels, box, size, flip), pixels.dtype))
                 continue
             resized, kept = resample_valid(pixels, torch.from_numpy(valid)[None, None], box, size, flip)
-            prepared.append(torch.where(kept, normalised(resized, pixels.dtype), 0.0))
+            prepared.append(normalised(resized, pixels.dtype, kept))
         return torch.cat(prepared)
 
     def _checked(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -42,11 +42,12 @@ class Description:
     scale: dict[str, float] | None = None  # for each stored type of the training images, the value that becomes 1
     reading: dict[str, Any] | None = None  # `ReadOptions` of the training data that differ from the defaults
     window: tuple[int, ...] | None = None  # size of the windows that training images were cut into; None: crops
+    normalise: str | None = None  # as in `Normalisation`
 
     @property
     def normalisation(self) -> Normalisation:
         """The conversion of stored values to the model's input."""
-        return Normalisation(self.mean, self.std, self.low, self.high, self.scale)
+        return Normalisation(self.mean, self.std, self.low, self.high, self.scale, self.normalise)
 
     @property
     def input_size(self) -> tuple[int, ...]:
