@@ -17,7 +17,7 @@ from torchmae.building import NOTHING, Own, check_model, check_parallel, pretrai
 from torchmae.config import PretrainConfig
 from torchmae.config.base import make
 from torchmae.data.items import Context
-from torchmae.data.layouts import open_splits
+from torchmae.data.layouts import open_splits, settled
 from torchmae.data.loader import one_line_when_a_worker_ends
 from torchmae.data.opening import Data, open_data
 from torchmae.data.sources import data_line
@@ -150,8 +150,11 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, own: Own, *, resum
         saved_precision = checkpoint.state["precision"] if checkpoint is not None else "auto"
         precision = saved_precision if config.precision == "auto" else config.precision
         runtime = ranks.together(lambda: open_runtime(config.device, precision, config.threads, ranks))
+        context = Context.of(config.data, spatial_dims=len(arguments["input_size"]), progress=display.preparing)
+        if config.data.spacing == "median" and own.splits is None:
+            spacing = ranks.together(lambda: settled(config.data.source, context).spacing)
+            config = replace(config, data=replace(config.data, spacing=spacing))
         if ranks.world_size > 1 and own.splits is None:  # rank 0 first: what is downloaded or indexed is so once
-            context = Context.of(config.data, spatial_dims=len(arguments["input_size"]), progress=display.preparing)
             ranks.on_main(lambda: len(open_splits(config.data.source, context)))
         begun = run_data(str(folder.path)) if resume else None
         window = config.data.window if begun is None else begun.window  # "auto" means what it meant when the run began

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import warnings
@@ -13,12 +14,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from torchmae.config import ReadOptions
+from torchmae.data.transforms import resample_long
 from torchmae.errors import DataError, nearest, reason_of
 
 Image = npt.NDArray[Any]
-Region = tuple[tuple[int, int], ...]  # first index and length along each spatial axis
+Side = tuple[int, int]
+Region = tuple[Side, ...]  # first index and length along each spatial axis
 Valid = npt.NDArray[np.bool_]  # (*size), False where a pixel holds no data
 Each = TypeVar("Each")
 Progress = Callable[[str, int, int], None]  # takes the name of the work, how much is done, how much there is
@@ -215,7 +219,94 @@ def prepared(item: Item, context: Context) -> Item:
     if nodata == "auto":
         nodata = item.meta.get("nodata", "nan")
     can_have = item.dtype.kind == "f" or not isinstance(nodata, str)
-    return NoDataItem(item, nodata) if can_have else item
+    return at_spacing(NoDataItem(item, nodata) if can_have else item, context)
+
+
+class ResampledItem(Item):
+    """A sample at another spacing: `steps` pixels along each axis become one, antialiased, or the nearest frame."""
+
+    def __init__(self, item: Item, steps: Sequence[float], note: str, *, choose_frames: bool) -> None:
+        size = [max(1, int(length / step + 1e-6)) for length, step in zip(item.size, steps, strict=True)]
+        meta = dict(item.meta)
+        if "spacing" in meta:
+            meta["spacing"] = tuple(have * step for have, step in zip(meta["spacing"], steps, strict=True))
+        meta.update({name: meta[name] / steps[0] for name in ("rate", "fps") if name in meta})
+        super().__init__(tuple(size), item.channels, item.dtype, item.form, item.bands, (*item.notes, note), meta)
+        self._item, self._steps, self._chosen = item, steps, choose_frames
+
+    def read(self, region: Region | None = None, reduction: int = 1) -> Image:  # noqa: ARG002
+        return self.read_valid(region)[0]
+
+    def read_valid(self, region: Region | None = None) -> tuple[Image, Valid | None]:
+        region = region or tuple((0, length) for length in self.size)
+        outer: list[Side] = []  # the region and what its edges depend on, first and last, in these pixels
+        source: list[Side] = []  # the same in the sample's
+        for (start, length), step, here, there in zip(region, self._steps, self.size, self._item.size, strict=True):
+            margin = 0 if step == 1 else math.ceil(2 * max(1, 1 / step)) + 1
+            first, last = max(0, start - margin), min(here, start + length + margin)
+            outer.append((first, last))
+            low = min(there - 1, int(first * step))
+            source.append((low, max(1, min(there, math.ceil(last * step)) - low)))
+        image, valid = self._item.read_valid(tuple(source))
+        if valid is None:
+            return self._stored(self._along(image, region, outer, source)), None
+        share = self._along(valid[..., None], region, outer, source)
+        sums = self._along(np.where(valid[..., None], image, 0), region, outer, source)
+        kept: Valid = share[..., 0] > 0.5
+        return self._stored(np.where(kept[..., None], sums / np.where(share > 0.5, share, 1), 0)), kept
+
+    def _along(self, image: Image, region: Region, outer: Sequence[Side], source: Sequence[Side]) -> Image:
+        """The values of a region, of those of `source`, an axis after the other."""
+        for axis, step in enumerate(self._steps):
+            if step == 1:
+                continue
+            (start, length), (first, last), (low, have) = region[axis], outer[axis], source[axis]
+            if self._chosen and axis == 0:
+                places = ((start + np.arange(length) + 0.5) * step).astype(np.int64) - low
+                image = image[places.clip(0, have - 1)]
+                continue
+            moved = np.moveaxis(image, axis, -1)
+            rows = torch.from_numpy(np.ascontiguousarray(moved, np.float32)).view(1, -1, have)
+            box = np.array([[first * step - low, (last - first) * step]])
+            found = resample_long(rows, box, last - first).view(*moved.shape[:-1], last - first).numpy()
+            image = np.moveaxis(found[..., start - first : start - first + length], -1, axis)
+        return image
+
+    def _stored(self, values: Image) -> Image:
+        if self.dtype.kind == "u":
+            values = np.rint(values).clip(0, np.iinfo(self.dtype).max)
+        return np.ascontiguousarray(values, self.dtype)
+
+
+def at_spacing(item: Item, context: Context) -> Item:
+    """The item at the spacing and with the stride that the context asks for."""
+    clip, wanted = context.clip, context.spacing
+    stride = clip[1] if isinstance(clip, tuple) else 1
+    steps, notes = [1.0] * len(item.size), []
+    if not isinstance(wanted, str):
+        pace = next((name for name in ("rate", "fps") if name in item.meta), None)
+        if "spacing" not in item.meta:
+            raise DataError("does not say its spacing", "leave data.spacing out")
+        if pace is not None and isinstance(wanted, tuple):
+            raise DataError(f"is sampled along time, and data.spacing has {len(wanted)} numbers", "give one")
+        if pace is not None and "fps" not in item.meta and len(steps) > 1:  # a spectrogram of what was resampled
+            return item
+        if pace is not None:
+            steps[0] = item.meta[pace] / wanted
+            notes.append(f"{wanted:g} {'Hz' if pace == 'rate' else 'frames a second'}")
+        else:
+            each = wanted if isinstance(wanted, tuple) else (wanted,) * len(steps)
+            if len(each) != len(steps):
+                raise DataError(f"has {len(steps)} axes and data.spacing {len(each)} numbers", "give one for each")
+            steps = [to / have for to, have in zip(each, item.meta["spacing"], strict=True)]
+            notes.append(f"a spacing of {' x '.join(f'{length:g}' for length in each)}")
+    if stride > 1:
+        steps[0] *= stride
+        notes.append(f"every {stride}th along time")
+    if all(abs(step - 1) < 1e-6 for step in steps):
+        return item
+    choose_frames = len(steps) == 3 and (stride > 1 or "fps" in item.meta)
+    return ResampledItem(item, steps, f"resampled to {', '.join(notes)}", choose_frames=choose_frames)
 
 
 class FileItem(Item):

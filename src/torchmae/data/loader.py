@@ -11,7 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import chain
 from multiprocessing import connection
@@ -34,6 +34,7 @@ from torchmae.data.sources import Labels, Source
 from torchmae.data.transforms import (
     CROP_NUMBERS,
     FULL_SCALE,
+    TRIES,
     Boxes,
     Normalisation,
     crop_boxes,
@@ -119,6 +120,7 @@ class View:
     """How an image becomes the model's input: its spatial size there, and crops and flips as in DataConfig.
 
     With a `window`, in pixels of the image, the crops are windows of that size at random places, in evaluation too.
+    Axes for which it has 0 are cropped as pictures are, in evaluation too.
     """
 
     input_size: tuple[int, ...]
@@ -143,10 +145,10 @@ class Request(NamedTuple):
 def crop_numbers(request: Request, view: View, attempt: int = 0) -> Numbers:
     """The random numbers of each crop: (B, CROP_NUMBERS), a function of (seed, epoch, index).
 
-    In evaluation (B, 0), or with a window those of seed 0. Another `attempt` has other numbers, for crops that hold too
-    little data.
+    In evaluation (B, 0), or with a window of all axes those of seed 0. Another `attempt` has other numbers, for
+    crops that hold too little data.
     """
-    if request.seed is None and view.window is None:
+    if request.seed is None and (view.window is None or 0 in view.window):
         return np.empty((len(request.indices), 0), dtype=np.float32)
     count = CROP_NUMBERS * (attempt + 1)
     return uniform(request.seed or 0, request.epoch, request.indices, Purpose.CROP, count)[:, -CROP_NUMBERS:]
@@ -154,6 +156,15 @@ def crop_numbers(request: Request, view: View, attempt: int = 0) -> Numbers:
 
 def boxes_of(numbers: Numbers, size: npt.ArrayLike, view: View) -> Boxes:
     """Where images of a spatial size, (n,) or (B, n), are cropped; without numbers the centred box of evaluation."""
+    if view.window is not None and 0 in view.window:
+        cut, rest = np.flatnonzero(view.window), np.flatnonzero(np.equal(view.window, 0))
+        sizes = np.broadcast_to(size, (len(numbers), len(view.window)))
+        frames = replace(view, input_size=tuple(view.input_size[axis] for axis in rest), window=None)
+        boxes = np.empty((*sizes.shape, 2), dtype=np.int64)
+        own = numbers[:, TRIES - len(cut) : TRIES]  # of the last tries at a crop, which it hardly ever needs
+        boxes[:, cut] = window_boxes(own, sizes[:, cut], tuple(view.window[axis] for axis in cut))
+        boxes[:, rest] = boxes_of(numbers, sizes[:, rest], frames)
+        return boxes
     if view.window is not None:
         return window_boxes(numbers, size, view.window)
     if numbers.shape[1] == 0:
@@ -528,7 +539,7 @@ class ImageLoader:
                 for row, index in enumerate(request.indices):
                     share_of = partial(held.share, int(index))
                     boxes[row] = redrawn(request.only(slice(row, row + 1)), size, self.view, share_of)
-            if self.view.window is None:
+            if self.view.window is None or 0 in self.view.window:
                 images, valid = held.gather(request.indices)
             else:  # of images that may be much larger
                 images, valid = held.gather(request.indices, boxes)

@@ -86,12 +86,13 @@ def open_data(
     views, windows = [view, view], []
     if window is not None:
         views[0] = replace(view, window=window)
+        views[1] = views[0] if 0 in window else view  # of held-out clips, the frames are cropped
         sizes, boxes = _sizes_and_windows(fitted.sources[0], window, progress)
         measurable = Windows(measurable, sizes, boxes)
         rows = np.repeat(np.arange(len(sizes)), -(-sizes.prod(axis=1) // boxes[..., 1].prod(axis=1)))
         fitted.sources[0] = Subset(fitted.sources[0], rows)
         held[0] = None if held[0] is None else held[0].repeated(rows)
-        sides = "x".join(map(str, window))
+        sides = sides_of(window)
         each = f"{len(fitted.sources[0]):,} of {len(train):,} images an epoch"
         windows = [f"windows of {sides} at their own resolution, {each}: --data.window none for crops of whole images"]
     measured = _measure(config, fitted, measurable, progress)
@@ -233,11 +234,19 @@ def fit_to_model(sources: Sequence[Source], input_size: tuple[int, ...], channel
 
 
 def window_size(options: DataOptions, seen: Probe, input_size: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The size of the windows that images like those seen are cut into, by `options.window`; None: they are not.
+    """The size of the windows that images like those seen are cut into, by `options.window` and `clip`.
 
-    ConfigError: another number of axes than the model takes.
+    None: they are not cut. 0: not along this axis. ConfigError: another number of axes than the model takes.
     """
     asked = options.window
+    if options.clip is not None:
+        if len(input_size) == 2:
+            problem = "data.clip is given, and model.input_size has two numbers, of which none is time"
+            raise ConfigError(problem, "leave it out, or give signals one number and videos three")
+        length = options.clip if isinstance(options.clip, int) else options.clip[0]
+        given = (asked,) * len(input_size) if isinstance(asked, int) else asked
+        rest = given[1:] if isinstance(given, tuple) else (0,) * (len(input_size) - 1)
+        asked = (length, *rest)
     if asked == "none":
         return None
     if asked == "auto":
@@ -250,6 +259,11 @@ def window_size(options: DataOptions, seen: Probe, input_size: tuple[int, ...]) 
         problem = f"data.window has {len(window)} numbers and model.input_size {len(input_size)}"
         raise ConfigError(problem, "give one for each axis, or one for all")
     return window
+
+
+def sides_of(window: tuple[int, ...]) -> str:
+    """The size of a window, for people."""
+    return "x".join(str(length or "all") for length in window)
 
 
 def _sizes_and_windows(

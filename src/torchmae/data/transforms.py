@@ -14,8 +14,8 @@ from torch import Tensor
 
 Boxes = npt.NDArray[np.int64]  # (B, n, 2): start and length in pixels on each of n axes
 
-_TRIES = 10
-CROP_NUMBERS = 2 * _TRIES + 2  # random numbers of a crop: area and aspect of ten tries, and a place on two axes
+TRIES = 10
+CROP_NUMBERS = 2 * TRIES + 2  # random numbers of a crop: area and aspect of ten tries, and a place on two axes
 _LONG = 2**21  # pixels times target pixels of an axis, above which a matrix is not worth its zeros
 _MAX_WEIGHTS = 2**24  # of one axis at a time: 64 MB, and a few times that in passing
 
@@ -47,9 +47,9 @@ def crop_boxes(
         centred = np.stack([np.rint(width / aspect), np.rint(height * aspect)], axis=-1)
         lengths = np.clip(centred, 1, sizes).astype(np.int64)
         low, high = map(math.log, extremes)
-        for i in range(_TRIES if scale[0] < 1 else 0):
+        for i in range(TRIES if scale[0] < 1 else 0):
             area = (height * width)[waiting] * (scale[0] + (scale[1] - scale[0]) * numbers[waiting, i])
-            aspect = np.exp(low + (high - low) * numbers[waiting, _TRIES + i])
+            aspect = np.exp(low + (high - low) * numbers[waiting, TRIES + i])
             tried = np.stack([np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))], axis=-1)
             fits = ((tried >= 1) & (tried <= sizes[waiting])).all(axis=1)
             lengths[waiting[fits]] = tried[fits]
@@ -69,10 +69,13 @@ def window_boxes(u: npt.NDArray[Any], size: npt.ArrayLike, window: tuple[int, ..
     """Windows, (B, n, 2) boxes, at the places that `u`, (B, n or more) in [0, 1), gives by its last columns.
 
     `size` is that of all images, (n,), or of each, (B, n). Of an image that is smaller along an axis, the window is
-    reduced along all.
+    reduced along all, unless a length of `window` is 0, for the whole axis. Without columns, the window in the middle.
     """
     sizes = np.broadcast_to(np.asarray(size), (len(u), len(window)))
-    lengths = np.clip(np.rint(window * np.minimum((sizes / window).min(-1, keepdims=True), 1)), 1, sizes)
+    u = u if u.shape[1] else np.full((len(u), len(window)), 0.5)
+    lengths = np.minimum(np.where(window, window, sizes), sizes)
+    if 0 not in window:
+        lengths = np.clip(np.rint(window * np.minimum((sizes / window).min(-1, keepdims=True), 1)), 1, sizes)
     starts = np.floor(u[:, -len(window) :].astype(np.float64) * (sizes - lengths + 1))
     return np.stack([starts, lengths], axis=-1).astype(np.int64)
 

@@ -15,9 +15,10 @@ from torch import Tensor
 import torchmae
 from torchmae.config import ReadOptions
 from torchmae.data.items import Context, Valid, plain_type, stored_type
+from torchmae.data.loader import View, boxes_of
 from torchmae.data.reading import FAR
 from torchmae.data.sources import FileSource
-from torchmae.data.transforms import eval_box, resample, resample_valid, window_boxes
+from torchmae.data.transforms import resample, resample_valid
 from torchmae.errors import ConfigError, DataError, one_of
 from torchmae.interop.reading import is_foreign, read_weights
 from torchmae.interop.weights import build, full_arguments
@@ -80,8 +81,7 @@ class Pretrained:
                     f"this model takes {len(size)} axes and {channels} channels, last",
                 )
             pixels, whole = torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 0)))[None], array.shape[:-1]
-            centre = np.full((1, len(size)), 0.5)
-            box = eval_box(whole, size)[None] if window is None else window_boxes(centre, whole, window)
+            box = boxes_of(np.empty((1, 0), np.float32), whole, View(size, (1, 1), (1, 1), False, window))
             if valid is None:
                 prepared.append(normalised(resample(pixels, box, size, flip), pixels.dtype))
                 continue
