@@ -136,11 +136,13 @@ def test_a_run_on_clips_is_evaluated_on_clips(tmp_path: Path) -> None:
         model={"input_size": (4, 24, 32), "patch_size": (2, 8, 8)},
         epochs=1,
         batch_size=16,
+        max_tokens=2 * 3 * 4 * 5,  # 5 clips of 24 patches
         out=tmp_path / "run",
         progress="none",
     )
     about = json.loads((run.path / "model.json").read_text())
     assert about["window"] == [4, 0, 0]
+    assert "batch_size: 5\n" in (run.path / "config.yaml").read_text()
     assert about["reading"] == {"spacing": 25.0, "clip": [4, 2]}
     model = torchmae.load(run.path)
     file = tmp_path / "data" / "0.mp4"

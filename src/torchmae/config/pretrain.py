@@ -253,6 +253,8 @@ class PretrainConfig(Settings):
         batch_size: images per optimiser step, over all ranks and micro-batches.
         fit_batch: use the largest batch that fits on the GPU, a power of two images on each, in place of batch_size;
             `--batch auto` for short.
+        max_tokens: largest number of patches in an optimiser step, for which a larger batch_size is lowered; null: no
+            limit.
         start_size: smaller image size in pixels for the start of the run, a multiple of the patch; null: none.
         start_share: share of the steps with `start_size`, in (0, 1).
         accumulate: number of micro-batches per batch and rank, to save memory.
@@ -290,6 +292,7 @@ class PretrainConfig(Settings):
     max_minutes: Annotated[float, Range(0, 1_000_000, open_low=True)] | None = None
     batch_size: Size = 256
     fit_batch: bool = False
+    max_tokens: Count | None = None
     start_size: Count | tuple[Count, ...] | None = None
     start_share: Fraction = 0.5
     accumulate: Count = 1
