@@ -111,7 +111,7 @@ def test_inspect_and_pretrain(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     main(["data", "inspect", str(tmp_path / "tiles")])
     said = capsys.readouterr().out
     assert "--data.group" in said
-    pattern = said.partition("--data.group '")[2].partition("'")[0]
+    pattern = said.partition("'--data.group=")[2].partition("'")[0]
     small = ["--recipe", "digits", "--epochs", "1", "--eval.count", "1", "--out", str(tmp_path / "run")]
     assert main(["pretrain", "--data", str(tmp_path / "tiles"), "--data.group", pattern, *small]) == 0
     assert main(["data", "inspect", str(tmp_path / "tiles"), "--group", pattern]) == 0

@@ -74,6 +74,10 @@ def test_sound_at_another_rate(tmp_path: Path) -> None:
     assert (bands.size, bands.meta["rate"]) == ((20, 98), 8000)
     with pytest.raises(DataError, match="give one"):
         open_item(path, Context(spacing=(1, 2)))
+    with pytest.raises(DataError, match="larger"):
+        open_item(path, Context(spacing=1e6))
+    with pytest.raises(DataError, match="max_megapixels"):
+        open_item(path, Context(spacing=160000, max_megapixels=0.1)).read()
 
 
 def test_frames_are_chosen(tmp_path: Path) -> None:
@@ -121,7 +125,11 @@ def test_clips_are_windows_along_time_of_whole_frames(cache: str) -> None:
             firsts.add(first)
             np.testing.assert_allclose(image[0], VIDEOS[index // 5, first : first + 4, ..., 0], atol=0.01)
     assert len(firsts) > 10 and max(firsts) == 16
-    assert len(opened(VIDEOS, (4, 24, 32), clip=(4, 3), cache=cache).train) == 3 * 2  # of 6 frames
+    strided = opened(VIDEOS, (4, 24, 32), clip=(4, 3), cache=cache)
+    assert len(strided.train) == 3 * 2  # of 6 frames
+    (batch,) = strided.train.train_batches(Plan(6, 6, 0), 0, 1)
+    frames = (batch.images * strided.normalisation.std[0] + strided.normalisation.mean[0])[:, 0, :, 0, 0] * 255
+    assert (frames.diff(dim=1).round() == 3).all()
     with pytest.raises(ConfigError, match="time"):
         opened(VIDEOS[0], (8, 8), clip=4)
 

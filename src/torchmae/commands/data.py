@@ -125,7 +125,8 @@ def _describe_split(split: str, facts: SplitFacts) -> list[str]:
     lines += [f"  seem      {kind_of_data(facts)}"] if facts.sizes else []
     lines += [f"  bands     {_one_line(', '.join(names))}" for names, _ in facts.bands.most_common(1)]
     names = next(iter(facts.bands), ())
-    for i, (low, middle, high) in enumerate(facts.percentiles[:_BANDS]):
+    shown = [] if set(facts.dtypes) == {"uint8"} and len(facts.percentiles) <= 3 else facts.percentiles[:_BANDS]
+    for i, (low, middle, high) in enumerate(shown):
         name = _one_line(names[i]) if i < len(names) else f"channel {i + 1}"
         lines.append(f"  {name:<9} {low:g} to {high:g}, median {middle:g} (1st to 99th percentile)")
     lines += [f"  files say {_one_line(_counts(facts.said))}"] if facts.said else []

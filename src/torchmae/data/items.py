@@ -31,6 +31,7 @@ IF_GENUINE = "raise data.max_megapixels if it is genuine"
 NOT_FINITE = "holds values that are not finite"
 CUT_SHORT = "cut short"  # the reason begins with it where a file ends before its pixels do
 _IGNORE_ALL = ("ignore", None, Warning, None, 0)  # what `warnings.simplefilter("ignore")` puts first
+_FINEST = 32  # pixels that one may become along an axis, at most
 _BYTES_PER_PIXEL = 16  # at the limit of pixels; more pixels may not take more
 
 
@@ -126,6 +127,14 @@ class ArrayItem(Item):
         return np.moveaxis(np.asarray(self._values[(*self._place, *index)]), self._axis, -1)
 
 
+def filled(image: Image, valid: Valid | None) -> Image:
+    """The image with the mean of each channel in place of pixels without data, 0 where there are no others."""
+    if valid is not None:
+        mean = image[valid].mean(axis=0, dtype=np.float64) if valid.any() else np.zeros(image.shape[-1])
+        image[~valid] = mean if image.dtype.kind == "f" else np.rint(mean)
+    return image
+
+
 def _type_notes(dtype: np.dtype[Any]) -> tuple[str, ...]:
     """What becomes of values of a type that is not kept."""
     is_kept = dtype.kind != "i" and dtype.itemsize <= stored_type(dtype).itemsize
@@ -144,11 +153,7 @@ class NoDataItem(Item):
 
     def read(self, region: Region | None = None, reduction: int = 1) -> Image:  # noqa: ARG002
         """As in `Item`; pixels without data have the mean of the others, 0 where there are none."""
-        image, valid = self.read_valid(region)
-        if valid is not None:
-            mean = image[valid].mean(axis=0, dtype=np.float64) if valid.any() else np.zeros(self.channels)
-            image[~valid] = mean if image.dtype.kind == "f" else np.rint(mean)
-        return image
+        return filled(*self.read_valid(region))
 
     def read_valid(self, region: Region | None = None) -> tuple[Image, Valid | None]:
         refused = self._nodata == "none"
@@ -228,20 +233,22 @@ def prepared(item: Item, context: Context) -> Item:
 class ResampledItem(Item):
     """A sample at another spacing: `steps` pixels along each axis become one, antialiased, or the nearest frame."""
 
-    def __init__(self, item: Item, steps: Sequence[float], note: str, *, choose_frames: bool) -> None:
+    def __init__(self, item: Item, steps: Sequence[float], note: str, context: Context) -> None:
         size = [max(1, int(length / step + 1e-6)) for length, step in zip(item.size, steps, strict=True)]
         meta = dict(item.meta)
         if "spacing" in meta:
             meta["spacing"] = tuple(have * step for have, step in zip(meta["spacing"], steps, strict=True))
         meta.update({name: meta[name] / steps[0] for name in ("rate", "fps") if name in meta})
         super().__init__(tuple(size), item.channels, item.dtype, item.form, item.bands, (*item.notes, note), meta)
-        self._item, self._steps, self._chosen = item, steps, choose_frames
+        self._item, self._steps, self._context = item, steps, context
+        self._chosen = len(size) == 3 and (isinstance(context.clip, tuple) or "fps" in meta)
 
     def read(self, region: Region | None = None, reduction: int = 1) -> Image:  # noqa: ARG002
-        return self.read_valid(region)[0]
+        return filled(*self.read_valid(region))
 
     def read_valid(self, region: Region | None = None) -> tuple[Image, Valid | None]:
         region = region or tuple((0, length) for length in self.size)
+        check_values([length for _, length in region], self.channels, self.dtype, self._context)
         outer: list[Side] = []  # the region and what its edges depend on, first and last, in these pixels
         source: list[Side] = []  # the same in the sample's
         for (start, length), step, here, there in zip(region, self._steps, self.size, self._item.size, strict=True):
@@ -308,8 +315,9 @@ def at_spacing(item: Item, context: Context) -> Item:
         notes.append(f"every {stride}th along time")
     if all(abs(step - 1) < 1e-6 for step in steps):
         return item
-    choose_frames = len(steps) == 3 and (stride > 1 or "fps" in item.meta)
-    return ResampledItem(item, steps, f"resampled to {', '.join(notes)}", choose_frames=choose_frames)
+    if not all(1 / _FINEST <= step < math.inf for step in steps):  # a file may state any spacing
+        raise DataError(f"data.spacing is less than a {_FINEST}th of its own", "give a larger data.spacing")
+    return ResampledItem(item, steps, f"resampled to {', '.join(notes)}", context)
 
 
 class FileItem(Item):
