@@ -33,7 +33,7 @@ from torchvision.transforms import functional
 
 from torchmae.data import jpeg
 from torchmae.data import loader as ours_module
-from torchmae.data.formats import Context
+from torchmae.data.items import Context
 from torchmae.data.loader import ImageLoader, Plan, Reader, Request, View, boxes_of, crop_numbers, cut, draw_flips
 from torchmae.data.reading import BadFiles
 from torchmae.data.sources import EncodedSource

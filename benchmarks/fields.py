@@ -18,7 +18,7 @@ from statistics import median
 
 import numpy as np
 
-from torchmae.data.formats import Context, Region
+from torchmae.data.items import Context, Region
 from torchmae.data.sources import FileSource
 
 Window = Callable[[Region], np.ndarray]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import torchmae
 from torchmae.cli import main
-from torchmae.data.formats import ArrayItem
+from torchmae.data.items import ArrayItem
 from torchmae.data.sources import Source
 from torchmae.errors import ConfigError, TorchmaeError
 from torchmae.nn import Mask, MaskedAutoencoder, PixelTarget, SelfDecoder

@@ -14,7 +14,7 @@ from torchmae.config import ModelConfig, PretrainConfig
 from torchmae.config.base import Settings, make, settings_of
 from torchmae.config.evaluate import ComputeOptions, EmbedOptions, EvaluateOptions
 from torchmae.config.pretrain import OWN
-from torchmae.data.formats import Context
+from torchmae.data.items import Context
 from torchmae.data.layouts import open_splits
 from torchmae.data.reading import median_size, probe
 from torchmae.data.sources import Source

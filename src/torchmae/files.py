@@ -67,6 +67,15 @@ def seen_late(path: Path) -> bool:
     return True
 
 
+def flush(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def lock_file(path: Path) -> BinaryIO | None:
     """Locks a file, which is made if needed, until the returned file is closed or this process ends.
 

@@ -14,8 +14,8 @@ from torchmae import presets, settings
 from torchmae.building import NOTHING, Own, check_model, check_parallel, pretrain_settings
 from torchmae.config import PretrainConfig
 from torchmae.config.base import make
-from torchmae.data.formats import Context
-from torchmae.data.layouts import open_splits
+from torchmae.data.items import Context
+from torchmae.data.layouts import open_splits, settled
 from torchmae.data.loader import one_line_when_a_worker_ends
 from torchmae.data.opening import Data, open_data
 from torchmae.data.sources import data_line
@@ -173,8 +173,11 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, own: Own, *, resum
         saved_precision = checkpoint.state["precision"] if checkpoint is not None else "auto"
         precision = saved_precision if config.precision == "auto" else config.precision
         runtime = ranks.together(lambda: open_runtime(config.device, precision, config.threads, ranks))
+        context = Context.of(config.data, spatial_dims=len(arguments["input_size"]), progress=display.preparing)
+        if config.data.spacing == "median" and own.splits is None:
+            spacing = ranks.together(lambda: settled(config.data.source, context).spacing)
+            config = replace(config, data=replace(config.data, spacing=spacing))
         if ranks.world_size > 1 and own.splits is None:  # rank 0 first: what is downloaded or indexed is so once
-            context = Context.of(config.data, spatial_dims=len(arguments["input_size"]), progress=display.preparing)
             ranks.on_main(lambda: len(open_splits(config.data.source, context)))
         begun = run_data(str(folder.path)) if resume else None
         window = config.data.window if begun is None else begun.window  # "auto" means what it meant when the run began
@@ -212,6 +215,10 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, own: Own, *, resum
             batch_size = fit_batch(pretrain_settings(config, model), model, size, len(data.train), runtime)
             config = replace(config, batch_size=batch_size, fit_batch=False)
             display.say(f"the largest batch that fits: {batch_size} images")
+        if config.max_tokens is not None and config.max_tokens < config.batch_size * model.encoder.num_patches:
+            batch_size = max(1, config.max_tokens // model.encoder.num_patches)
+            config = replace(config, batch_size=batch_size)
+            display.say(f"batches of {batch_size} images, of {model.encoder.num_patches:,} patches each: max_tokens")
         place(model, config.parallel, runtime)
         if not resume:
             chosen, line = affordable(

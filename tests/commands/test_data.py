@@ -33,6 +33,7 @@ def test_inspect(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         "  channels  1",
         "  values    uint8, from 0 to 255",
         "  format    PNG",
+        "  seem      grey pictures: 28 x 28",
         "  classes   2, of 3 (bee) to 4 (ant) images",
         "            ant 4, bee 3",
         "  corrupt   1",

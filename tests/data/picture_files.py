@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from torchmae.data.formats import Context, Item, open_item
+from torchmae.data.formats import open_item
+from torchmae.data.items import Context, Item
 
 
 def picture(height: int = 12, width: int = 16, seed: int = 0) -> np.ndarray:

@@ -14,7 +14,8 @@ from field_files import clip, scene, slice_file, sound, volume
 
 from torchmae.cli import main
 from torchmae.data import formats
-from torchmae.data.formats import FORMATS, Context, FileItem, Item, open_item
+from torchmae.data.formats import FORMATS, open_item
+from torchmae.data.items import Context, FileItem, Item
 from torchmae.data.layouts import open_splits
 from torchmae.errors import DataError
 
@@ -153,8 +154,18 @@ def test_compressed_and_odd_files_of_pydicom() -> None:
         if item.channels == 1:
             values = pydicom.pixels.apply_modality_lut(data.pixel_array, data)
             np.testing.assert_array_equal(whole[..., 0], values.astype(np.float32))
-    with pytest.raises(DataError, match="unpack it"):
-        open_item(folder / "image_dfl.dcm", Context())
+
+
+def test_deflated_files_are_unpacked_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pydicom = pytest.importorskip("pydicom")
+    path = Path(pydicom.__file__).parent / "data" / "test_files" / "image_dfl.dcm"
+    np.testing.assert_array_equal(check_parts(path)[1][..., 0], pydicom.dcmread(path).pixel_array)
+    (tmp_path / "a.dcm").write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(DataError, match="cut short"):
+        open_item(tmp_path / "a.dcm", Context())
+    monkeypatch.setattr("torchmae.data.dicom.MAX_BYTES", path.stat().st_size)
+    with pytest.raises(DataError, match="unpacked"):
+        open_item(path, Context())
 
 
 def series(folder: Path, count: int, uid: str, suffix: str = "") -> list[np.ndarray]:

@@ -10,8 +10,8 @@ from PIL import Image
 from torchmae.api import configure
 from torchmae.cli import main
 from torchmae.data.arrays import ArraySource
-from torchmae.data.formats import Context
 from torchmae.data.groups import hold_out_groups, name_groups, proposed_group, shared_groups
+from torchmae.data.items import Context
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import hold_out
 from torchmae.data.opening import HELD_OUT, held_out_images
@@ -130,7 +130,7 @@ def test_inspect_and_pretrain(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     main(["data", "inspect", str(tmp_path / "tiles")])
     said = capsys.readouterr().out
     assert "--data.group" in said
-    pattern = said.partition("--data.group '")[2].partition("'")[0]
+    pattern = said.partition("'--data.group=")[2].partition("'")[0]
     small = ["--recipe", "digits", "--epochs", "1", "--eval.count", "1", "--out", str(tmp_path / "run")]
     assert main(["pretrain", "--data", str(tmp_path / "tiles"), "--data.group", pattern, *small]) == 0
     assert main(["data", "inspect", str(tmp_path / "tiles"), "--group", pattern]) == 0

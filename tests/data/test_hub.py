@@ -8,7 +8,7 @@ import pytest
 from picture_files import picture, rows_of, write_parquet
 from PIL import Image
 
-from torchmae.data.formats import Context
+from torchmae.data.items import Context
 from torchmae.data.layouts import open_splits
 from torchmae.data.tables import HubSource
 from torchmae.errors import ConfigError, DataError

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from picture_files import rows_of, write_parquet
 
-from torchmae.data.formats import Context
+from torchmae.data.items import Context
 from torchmae.data.layouts import folder_splits, list_images, open_splits
 from torchmae.errors import DataError
 

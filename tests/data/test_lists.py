@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from torchmae.data.formats import Context
+from torchmae.data.items import Context
 from torchmae.data.layouts import open_splits
 from torchmae.data.sources import Source
 from torchmae.errors import ConfigError, DataError

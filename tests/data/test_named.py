@@ -9,7 +9,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from torchmae.data import layouts
-from torchmae.data.formats import Context
+from torchmae.data.items import Context
 from torchmae.data.layouts import open_splits
 from torchmae.errors import DataError
 

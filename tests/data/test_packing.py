@@ -14,7 +14,7 @@ from PIL import Image
 from torchmae.config import PackOptions
 from torchmae.data import packing
 from torchmae.data.arrays import ArraySource
-from torchmae.data.formats import Context
+from torchmae.data.items import Context
 from torchmae.data.layouts import folder_splits, open_splits
 from torchmae.data.packing import encode, pack, reduce
 from torchmae.errors import ConfigError, DataError

@@ -13,7 +13,7 @@ import pytest
 from picture_files import picture, rows_of, write_parquet
 
 from torchmae.data import tables
-from torchmae.data.formats import Context
+from torchmae.data.items import Context
 from torchmae.data.tables import ParquetSource
 from torchmae.errors import ConfigError, DataError
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from torchmae.data import reading
 from torchmae.data.arrays import ArraySource, hold
-from torchmae.data.formats import Context
+from torchmae.data.items import Context
 from torchmae.data.layouts import folder_splits
 from torchmae.data.reading import MAX_MISSES, BadFiles, first_readable, measure, probe, read_many
 from torchmae.data.sources import Source

@@ -12,7 +12,7 @@ from picture_files import picture
 from tar_files import png, samples, write_tar
 
 from torchmae.data import shards
-from torchmae.data.formats import Context
+from torchmae.data.items import Context
 from torchmae.data.layouts import open_splits
 from torchmae.data.shards import ShardSource, build_index, open_index, write_index
 from torchmae.errors import DataError

@@ -10,7 +10,7 @@ from picture_files import encoded, picture
 from PIL import Image
 
 from torchmae.data.arrays import ArraySource, FileArray, map_array
-from torchmae.data.formats import Context
+from torchmae.data.items import Context
 from torchmae.data.sources import FileSource, Subset, evenly_spaced
 from torchmae.errors import ConfigError, DataError
 

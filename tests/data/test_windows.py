@@ -13,7 +13,8 @@ import torchmae
 from torchmae.config import DataConfig
 from torchmae.config.data import DataOptions
 from torchmae.data.arrays import ArraySource
-from torchmae.data.formats import FORMATS, ArrayItem, Context, Format, Image, Region
+from torchmae.data.formats import FORMATS, Format
+from torchmae.data.items import ArrayItem, Context, Image, Region
 from torchmae.data.loader import Plan
 from torchmae.data.opening import Data, grid_of_windows, open_data, window_size
 from torchmae.data.reading import probe

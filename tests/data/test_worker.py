@@ -16,7 +16,8 @@ import torch
 from picture_files import encoded, picture
 from PIL import Image
 
-from torchmae.data.formats import FORMATS, ArrayItem, Context, Format
+from torchmae.data.formats import FORMATS, Format
+from torchmae.data.items import ArrayItem, Context
 from torchmae.data.layouts import folder_splits
 from torchmae.data.loader import (
     Reader,

@@ -19,7 +19,7 @@ from tiny import write_run
 from torchmae.config.data import DataOptions
 from torchmae.config.evaluate import ComputeOptions, EvaluateOptions, SegmentationOptions
 from torchmae.config.finetune import FinetuneConfig
-from torchmae.data.formats import Context
+from torchmae.data.items import Context
 from torchmae.errors import ConfigError, DataError, Interrupted
 from torchmae.evaluation import segmentation, segmentation_windows, suite
 from torchmae.evaluation.images import ModelInput

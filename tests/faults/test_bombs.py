@@ -16,7 +16,7 @@ from PIL import Image
 
 from torchmae.data import formats, shards, tables
 from torchmae.data.arrays import npz_splits
-from torchmae.data.formats import Context
+from torchmae.data.items import Context
 from torchmae.data.layouts import open_splits
 from torchmae.data.shards import ShardSource, build_index, write_index
 from torchmae.data.tables import ParquetSource

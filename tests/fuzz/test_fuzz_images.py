@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from torchmae.data.formats import Context, Region, open_item
+from torchmae.data.formats import open_item
+from torchmae.data.items import Context, Region
 from torchmae.data.layouts import open_splits
 from torchmae.errors import DataError
 

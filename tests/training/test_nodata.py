@@ -15,7 +15,7 @@ from torchmae import presets
 from torchmae.building import pretrain_settings
 from torchmae.config import DataConfig, MaskConfig, OptimConfig, PretrainConfig
 from torchmae.data.arrays import ArraySource
-from torchmae.data.formats import Context
+from torchmae.data.items import Context
 from torchmae.data.loader import Batch, Plan
 from torchmae.data.opening import Data, open_data
 from torchmae.data.reading import measure

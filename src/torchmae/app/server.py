@@ -14,7 +14,7 @@ from typing import Any
 
 from torchmae.app.session import Session
 from torchmae.config.visualize import AppOptions
-from torchmae.data.formats import quiet_pillow
+from torchmae.data.items import quiet_pillow
 from torchmae.errors import ConfigError
 
 MAX_UPLOAD = 32 * 2**20

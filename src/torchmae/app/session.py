@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchmae.config.visualize import AppOptions
-from torchmae.data.formats import Valid, check_pixels, open_item
+from torchmae.data.formats import open_item
+from torchmae.data.items import Valid, check_pixels
 from torchmae.data.loader import ImageLoader
 from torchmae.data.opening import Data
 from torchmae.errors import ConfigError, DataError, TorchmaeError

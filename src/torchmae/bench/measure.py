@@ -25,7 +25,7 @@ from torchmae.bench.results import Report, Result
 from torchmae.building import pretrain_settings
 from torchmae.config import PretrainConfig
 from torchmae.config.bench import BenchData, BenchStep, BenchTrain
-from torchmae.data.formats import Progress
+from torchmae.data.items import Progress
 from torchmae.data.loader import Plan, start_worker
 from torchmae.data.opening import Data, open_data
 from torchmae.data.transforms import to_device

@@ -13,7 +13,7 @@ from torchmae.bench.results import Report
 from torchmae.commands import print_json
 from torchmae.config import PretrainConfig
 from torchmae.config.bench import BenchData, BenchStep, BenchTrain, OutputOptions
-from torchmae.data.formats import Progress
+from torchmae.data.items import Progress
 from torchmae.settings import from_recipe
 from torchmae.training.progress import Display
 

@@ -18,10 +18,10 @@ from torchmae.commands import print_json
 from torchmae.config import ReadOptions
 from torchmae.config.data import InspectOptions, PackCommand, PackOptions
 from torchmae.data.arrays import sample_axes
-from torchmae.data.formats import Context
+from torchmae.data.items import Context
 from torchmae.data.layouts import open_splits
 from torchmae.data.packing import pack as write_packed
-from torchmae.data.reading import Inspection, SplitFacts, inspect_splits, median_size
+from torchmae.data.reading import Inspection, SplitFacts, inspect_splits, kind_of_data, median_size
 from torchmae.data.sources import Source, data_line, evenly_spaced
 from torchmae.data.transforms import Normalisation
 from torchmae.errors import DataError, printable
@@ -30,6 +30,7 @@ from torchmae.report.pictures import save_png
 from torchmae.training.progress import Display
 
 _SHOWN = 8  # listed sizes, classes, unreadable files and duplicates
+_BANDS = 16  # listed channels
 _SHEET = 64  # images on a contact sheet
 _PANEL = 128  # pixels of an image on it
 
@@ -46,11 +47,14 @@ def inspect(options: InspectOptions) -> int:
             "duplicates": found.duplicates,
             "leaked": found.leaked,
             "notes": list(found.notes),
+            "kind": kind_of_data(found.splits["train"]) if command else None,
+            "proposals": {name: {"value": value, "why": why} for name, (value, why) in found.proposals.items()},
             "suggestion": command,
         }
         print_json(options.json, record)
     else:
-        print(describe(found), *filter(None, [data_line(found.notes)]), sep="\n")
+        proposed = [f"proposed: --data.{name}={value}  ({why})" for name, (value, why) in found.proposals.items()]
+        print(describe(found), *filter(None, [data_line(found.notes)]), *proposed, sep="\n")
     if command is None:
         raise DataError(f"nothing in {options.data} can be trained on: no image can be read", "see the reasons above")
     if options.sheet is not None:
@@ -118,7 +122,13 @@ def _describe_split(split: str, facts: SplitFacts) -> list[str]:
             f"  values    {_counts(facts.dtypes)}, from {facts.low:g} to {facts.high:g}",
             f"  format    {_counts(facts.formats)}",
         ]
+    lines += [f"  seem      {kind_of_data(facts)}"] if facts.sizes else []
     lines += [f"  bands     {_one_line(', '.join(names))}" for names, _ in facts.bands.most_common(1)]
+    names = next(iter(facts.bands), ())
+    shown = [] if set(facts.dtypes) == {"uint8"} and len(facts.percentiles) <= 3 else facts.percentiles[:_BANDS]
+    for i, (low, middle, high) in enumerate(shown):
+        name = _one_line(names[i]) if i < len(names) else f"channel {i + 1}"
+        lines.append(f"  {name:<9} {low:g} to {high:g}, median {middle:g} (1st to 99th percentile)")
     lines += [f"  files say {_one_line(_counts(facts.said))}"] if facts.said else []
     if facts.classes:
         known = {name: count for name, count in facts.classes.items() if name != "unlabelled"}
@@ -170,12 +180,17 @@ def suggestion(data: str, found: Inspection, options: ReadOptions) -> str | None
     sizes = found.splits["train"].sizes
     if not sizes:
         return None
-    recipe, shape = recommend(median_size(sizes))
+    size, proposals = median_size(sizes), found.proposals
+    recipe, shape = recommend(size)
+    if "clip" in proposals:
+        sides = [min(112, max(16, length // 16 * 16)) for length in size[1:]]
+        shape = {"input_size": [json.loads(proposals["clip"][0])[0], *sides], "patch_size": [2, 16, 16]}
     words = ["torchmae", "pretrain", "--data", data, "--recipe", recipe]
     for name, value in options.changed().items():
         words.append(f"--data.{name}={value if isinstance(value, str) else json.dumps(value)}")
     if len(next(iter(sizes))) != 2:  # the recipe's crops and flips are for pictures
         words += ["--data.crop_scale=null", "--data.flip=null"]
+    words += [f"--data.{name}={value}" for name, (value, _) in proposals.items() if name not in options.changed()]
     for name, value in shape.items():
         words += [f"--model.{name}", json.dumps(value)]
     return " ".join(quote(word) for word in words)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from torchmae.config.visualize import ReconstructOptions
-from torchmae.data.formats import Context
+from torchmae.data.items import Context
 from torchmae.data.transforms import FULL_SCALE, eval_box, resample
 from torchmae.errors import ConfigError
 from torchmae.nn.mae import require_patches

@@ -42,6 +42,11 @@ class ReadOptions(Settings, group="data."):
         group: what belongs together (a patient, a scene, a record, a clip): the name of a column of a list or of an
             array beside the images, or a regular expression on the path with the group in parentheses, such as
             '(case_\\d+)'. Held-out images are of groups of their own; null: each image stands alone.
+        spacing: what one pixel stands for: "native" (what the file says, each its own), "median" (of the training
+            images), or the value to resample to: millimetres (or the file's own unit) for each axis or one for all,
+            hertz for sound, frames a second for video, of which the nearest frames are taken.
+        clip: length of the clips that videos and long records are cut into along time, and its stride: [16, 4] is 16
+            frames, every fourth; frames are cropped as pictures are, unless `window` says more; null: see `window`.
         spectrogram: number of mel bands of the log-mel spectrograms (bands, frames) that sound becomes, with windows of
             25 ms every 10 ms; null: sound stays a waveform.
         scale: for each stored type, the value that becomes 1; null: 255 for uint8, 65535 for uint16, 1 for others.
@@ -56,6 +61,8 @@ class ReadOptions(Settings, group="data."):
     nodata: Literal["auto", "nan", "none"] | float | None = "auto"
     member: str | None = None
     group: str | None = None
+    spacing: Literal["native", "median"] | Positive | tuple[Positive, ...] = "native"
+    clip: Count | tuple[Count, Count] | None = None
     spectrogram: Annotated[int, Range(8, 512)] | None = None
     scale: dict[str, Positive] | None = None
 
@@ -70,7 +77,7 @@ class ReadOptions(Settings, group="data."):
 
     def of_one_file(self) -> dict[str, Any]:
         """The options that change how one file is read, if they differ from their defaults."""
-        names = ("axes", "channels", "pages", "truncated", "max_megapixels", "nodata", "spectrogram")
+        names = {item.name for item in fields(ReadOptions)} - {"root", "member", "group", "scale"}
         return {name: value for name, value in self.changed().items() if name in names}
 
     def __post_init__(self) -> None:
@@ -102,8 +109,9 @@ class DataOptions(ReadOptions):
     Attributes:
         source: a folder, file or name, as for `torchmae pretrain --data`; null: the run's training data.
         window: size in pixels of the windows that images are cut into at their own resolution, for each axis or one for
-            all: random ones in training, an even grid in evaluation; "none": crops of whole images; "auto": windows of
-            the model's input size unless images are 8-bit pictures or most are at most twice as large.
+            all (0: the whole axis): random ones in training, an even grid in evaluation; "none": crops of whole images;
+            "auto": windows of the model's input size unless images are 8-bit pictures or most are at most twice as
+            large.
         val_size: number of training images to hold out if the data has no val split; at most a fifth of them. Every
             command holds out the same images.
         memory_limit: GiB for decoded images, at most half of the memory that this process may use; a larger data set is
@@ -113,7 +121,7 @@ class DataOptions(ReadOptions):
     """
 
     source: Place | None = None
-    window: Literal["auto", "none"] | Count | tuple[Count, ...] = "auto"
+    window: Literal["auto", "none"] | Count | tuple[Annotated[int, Range(0)], ...] = "auto"
     val_size: Count = 2000
     memory_limit: NotNegative = 4.0
     num_workers: Annotated[int, Range(0, 256)] | None = None

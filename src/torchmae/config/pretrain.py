@@ -64,6 +64,9 @@ class DataConfig(DataOptions, group="data."):
         crop_ratio: range of the crop's aspect ratio, relative to the model's input.
         flip: mirror the last axis half of the time; null: images, except medical ones (DICOM, NIfTI), but no signals,
             volumes and clips.
+        normalise: "dataset" (mean and deviation of each channel over the training images; values far beyond the 0.5th
+            and 99.5th percentile are clipped unless they are 8-bit or shares of 1), "sample" (those of each crop or
+            window, which takes away its brightness or amplitude), or "none" (values divided by `scale` alone).
         mean: mean of each channel, in [0, 1], to subtract; null: computed from a sample.
         std: standard deviation of each channel to divide by; null: computed from a sample.
         repeats: repeated augmentation: views (crop, flip, mask) per decoded image. The number of views in the run does
@@ -77,6 +80,7 @@ class DataConfig(DataOptions, group="data."):
     crop_scale: tuple[PositiveShare, PositiveShare] | None = None
     crop_ratio: tuple[Positive, float] = (0.75, 1.3333)
     flip: bool | None = None
+    normalise: Literal["dataset", "sample", "none"] = "dataset"
     mean: tuple[float, ...] | None = None
     std: tuple[Positive, ...] | None = None
     repeats: Annotated[int, Range(1, 1000)] = 1
@@ -89,6 +93,9 @@ class DataConfig(DataOptions, group="data."):
         within("data.crop_ratio", self.crop_ratio[0], 0, self.crop_ratio[1], open_low=True)
         if (self.mean is None) != (self.std is None):
             raise ConfigError("only one of data.mean and data.std is given", "give both, or neither to compute them")
+        if self.mean is not None and self.normalise != "dataset":
+            problem = f"data.mean is given and data.normalise is {self.normalise!r}, which has no use for it"
+            raise ConfigError(problem, "leave one of them out")
         if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
             raise ConfigError(
                 f"data.mean has {len(self.mean)} values and data.std {len(self.std)}", "give both one for each channel"
@@ -256,6 +263,8 @@ class PretrainConfig(Settings):
         batch_size: images per optimiser step, over all ranks and micro-batches.
         fit_batch: use the largest batch that fits on the GPU, a power of two images on each, in place of batch_size;
             `--batch auto` for short.
+        max_tokens: largest number of patches in an optimiser step, for which a larger batch_size is lowered; null: no
+            limit.
         start_size: smaller image size in pixels for the start of the run, a multiple of the patch; null: none.
         start_share: share of the steps with `start_size`, in (0, 1).
         accumulate: number of micro-batches per batch and rank, to save memory.
@@ -294,6 +303,7 @@ class PretrainConfig(Settings):
     max_minutes: Annotated[float, Range(0, 1_000_000, open_low=True)] | None = None
     batch_size: Size = 256
     fit_batch: bool = False
+    max_tokens: Count | None = None
     start_size: Count | tuple[Count, ...] | None = None
     start_share: Fraction = 0.5
     accumulate: Count = 1
@@ -324,6 +334,9 @@ class PretrainConfig(Settings):
                 f"activation_memory_budget is {self.activation_memory_budget:g}, and only a compiled model has one",
                 "add --compile true, or use --checkpoint_activations true",
             )
+        if self.model.teacher is not None and self.data.normalise == "sample":
+            problem = "data.normalise is 'sample', after which model.teacher cannot tell the values of the images"
+            raise ConfigError(problem, "use --data.normalise dataset")
         if self.max_minutes is None and self.epochs % self.data.repeats:
             raise ConfigError(
                 f"{self.epochs} epochs cannot be divided by data.repeats {self.data.repeats}: some images would be "

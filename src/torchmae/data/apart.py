@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from torchmae.data.formats import Image, Progress, tracked
 from torchmae.data.groups import shared_groups
+from torchmae.data.items import Image, Progress, tracked
 from torchmae.data.reading import map_samples
 from torchmae.data.sources import Source, evenly_spaced
 from torchmae.errors import ConfigError, DataError

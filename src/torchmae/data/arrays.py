@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from torchmae.data.formats import ArrayItem, Context, Image, Item, Progress, prepared, stored_type, tracked
+from torchmae.data.items import ArrayItem, Context, Image, Item, Progress, prepared, stored_type, tracked
 from torchmae.data.reading import BadFiles, first_readable, read_many
 from torchmae.data.sources import Labels, Source, Subset, digest, evenly_spaced
 from torchmae.data.transforms import to_device
@@ -172,7 +172,9 @@ class ArraySource(Source):
     def whole(self) -> tuple[Image, npt.NDArray[np.int64] | None] | None:
         array = self.images.array if isinstance(self.images, FileArray) else self.images
         usable = isinstance(array, np.ndarray) and array.dtype in (np.uint8, np.uint16, np.float32)
-        as_stored = self._context.channels is None and isinstance(self._context.nodata, str)
+        context = self._context
+        as_stored = context.channels is None and isinstance(context.nodata, str) and isinstance(context.spacing, str)
+        as_stored = as_stored and not isinstance(context.clip, tuple)
         if not usable or not array.flags.writeable or not as_stored:
             return None
         return (array[..., None] if self._axis is None else np.moveaxis(array, self._axis + 1, -1)), None

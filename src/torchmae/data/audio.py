@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from torchmae.data.formats import CUT_SHORT, Context, FileItem, Image, Item, Region
+from torchmae.data.items import CUT_SHORT, Context, FileItem, Image, Item, Region, at_spacing
 from torchmae.errors import DataError, require
 
 _MISSING = re.compile(r"^data : (\d+) \(should be \d+\)", re.MULTILINE)  # in libsndfile's words on a WAV file
@@ -51,7 +52,7 @@ class SpectrogramItem(FileItem):
     Hann windows of 25 ms every 10 ms, none of them padded unless the recording is shorter than one.
     """
 
-    def __init__(self, sound: SoundItem, bands: int, context: Context) -> None:
+    def __init__(self, sound: Item, bands: int, context: Context) -> None:
         self._sound, rate = sound, sound.meta["rate"]
         self._window, self._hop = np.hanning(max(2, round(_WINDOW_S * rate)) + 1)[:-1], max(1, round(_HOP_S * rate))
         self._length = 2 ** (2 * len(self._window) - 1).bit_length()  # of the transform, filled up with zeros
@@ -87,4 +88,6 @@ def mel_filters(bands: int, length: int, rate: float) -> Image:
 def open_sound(file: bytes | Path, context: Context) -> Item:
     """A waveform, or with `context.spectrogram` its spectrogram."""
     sound = SoundItem(file, context)
-    return sound if context.spectrogram is None else SpectrogramItem(sound, context.spectrogram, context)
+    if context.spectrogram is None:
+        return sound
+    return SpectrogramItem(at_spacing(sound, replace(context, clip=None)), context.spectrogram, context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,24 +10,23 @@ from typing import Any
 
 import numpy as np
 
-from torchmae.data.formats import (
-    FORMATS,
+from torchmae.data.formats import FORMATS, MAX_BYTES, TOO_LARGE, format_of, opened, regular_file
+from torchmae.data.items import (
+    CUT_SHORT,
     Context,
     FileItem,
     Image,
     Item,
     Region,
     check_values,
-    format_of,
     one_line_errors,
-    opened,
-    regular_file,
     tracked,
 )
 from torchmae.data.sources import EncodedSource, FileSource, Source, digest
 from torchmae.errors import DataError, require
 
-_DEFLATED = b"1.2.840.10008.1.2.1.99"  # the transfer syntax that packs the header too, and unpacks to any size
+_DEFLATED = b"1.2.840.10008.1.2.1.99"  # the transfer syntax that packs the header too
+_EXPLICIT = b"1.2.840.10008.1.2.1\0\0\0"  # the same, unpacked
 _FIRST = 2**16  # bytes that hold the name of the transfer syntax
 _LONGEST = 2**20  # bytes of an element of the header that is read
 _GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")  # of files with several frames
@@ -44,17 +44,30 @@ _TAGS = [
 
 
 def read_header(file: bytes | Path) -> Any:
-    """What stands before the pixels, of `_TAGS`; DataError: it is packed, or holds no pixels."""
-    with opened(file) as stream:
-        if _DEFLATED in stream.read(_FIRST):
-            raise DataError("its header is packed (deflated)", "unpack it: gdcmconv --raw OLD NEW")
-        stream.seek(0)
+    """What stands before the pixels, of `_TAGS`; DataError: it holds no pixels."""
+    with opened(unpacked(file)) as stream:
         header = require("pydicom", "medical").dcmread(
             stream, defer_size=_LONGEST, stop_before_pixels=True, force=True, specific_tags=_TAGS
         )
     if not header.get("Rows") or not header.get("Columns"):
         raise DataError("it holds no pixels")
     return header
+
+
+def unpacked(file: bytes | Path) -> bytes | Path:
+    """The file itself, or the content of a deflated one; DataError: it is damaged, or larger than MAX_BYTES."""
+    with opened(file) as stream:
+        start = stream.read(_FIRST)
+        if _DEFLATED not in start[: (end := 144 + int.from_bytes(start[140:144], "little"))]:
+            return file
+        stream.seek(end)
+        inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+        rest = inflate.decompress(stream.read(MAX_BYTES), MAX_BYTES)
+    if inflate.unconsumed_tail:
+        raise DataError(f"{TOO_LARGE} once it is unpacked")
+    if not inflate.eof:
+        raise DataError(f"{CUT_SHORT}: the file ends before its values do")
+    return start[:end].replace(_DEFLATED, _EXPLICIT) + rest
 
 
 def _find(header: Any, keyword: str) -> Any:
@@ -76,7 +89,7 @@ class DicomItem(FileItem):
     """
 
     def __init__(self, file: bytes | Path, context: Context) -> None:
-        self._file = file
+        self._file = file = unpacked(file)
         header = self._header = read_header(file)
         rows, columns, samples = int(header.Rows), int(header.Columns), int(header.get("SamplesPerPixel", 1))
         self._frames = int(header.get("NumberOfFrames") or 1)

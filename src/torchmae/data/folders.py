@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from torchmae.data.formats import FORMATS, Context, missing_extra, regular_file
+from torchmae.data.formats import FORMATS, missing_extra, regular_file
+from torchmae.data.items import Context
 from torchmae.data.sources import FileSource, Source, Strings, ordered_classes
 from torchmae.errors import DataError, printable, reason_of
 

@@ -3,304 +3,47 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import stat
 import struct
-import threading
-import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from PIL import ExifTags
 from PIL import Image as Pillow
 
-from torchmae.config import ReadOptions
 from torchmae.data import jpeg
-from torchmae.errors import DataError, nearest, reason_of
-
-Image = npt.NDArray[Any]
-Region = tuple[tuple[int, int], ...]  # first index and length along each spatial axis
-Valid = npt.NDArray[np.bool_]  # (*size), False where a pixel holds no data
-Each = TypeVar("Each")
-Progress = Callable[[str, int, int], None]  # takes the name of the work, how much is done, how much there is
+from torchmae.data.items import (
+    CUT_SHORT,
+    ArrayItem,
+    Context,
+    Image,
+    Item,
+    Region,
+    WithChannels,
+    check_pixels,
+    one_line_errors,
+    prepared,
+)
+from torchmae.errors import DataError
 
 MAX_BYTES = 512 * 2**20  # of an image file: as many as a hundred million pixels seldom take
 TOO_LARGE = f"the file has more than {MAX_BYTES // 2**20:,} MiB"
-IF_GENUINE = "raise data.max_megapixels if it is genuine"
-NOT_FINITE = "holds values that are not finite"
-CUT_SHORT = "cut short"  # the reason begins with it where a file ends before its pixels do
 PACKED_ARRAY = ".sample.npy"  # the end of the name of an array that is one sample, wherever it lies
 CHANNELS = "channels"  # the one field of a .npy file that was packed: its last axis is channels
 MAX_HEADER = 16 * 2**20  # bytes that may stand before the values of a file
 
-_IGNORE_ALL = ("ignore", None, Warning, None, 0)  # what `warnings.simplefilter("ignore")` puts first
 _NO_IMAGE = "not an image, or cut short before its first pixel"
 _HEAD = 512  # bytes at the start of a file that tell its format
-_BYTES_PER_PIXEL = 16  # at the limit of pixels; more pixels may not take more
 ON_WHITE = "transparency laid on white"
 _JPEG_OVER_LIMIT = 10  # a JPEG may have so many times the limit of pixels: it is read at a fraction of its size
 _PIXELS_PER_BYTE = 200  # of a JPEG, at most: its blocks of 64 pixels take two bits or more
-
-
-def tracked(items: Iterable[Each], progress: Progress | None, what: str, total: int, done: int = 0) -> Iterator[Each]:
-    """The items as they come; `progress` hears after each how many were worked on."""
-    for number, item in enumerate(items, done + 1):
-        yield item
-        if progress is not None:
-            progress(what, number, total)
-
-
-@dataclass(frozen=True)
-class Context(ReadOptions):
-    """All that decides how data is opened, beside where it is. One object, so that no caller forgets a part."""
-
-    num_channels: int | None = None  # that samples are to have; None: what each has
-    spatial_dims: int | None = None  # how many axes of a sample are spatial, 1 to 3; None: as its shape suggests
-    page: int = 0  # the page to read, from 0, of a file with several, unless `pages` asks for a stack
-    progress: Progress | None = None  # told how far opening is; worker processes do not keep it
-
-    @classmethod
-    def of(cls, options: ReadOptions, **given: Any) -> Context:
-        """The context of a command's options; `given` are the fields named above."""
-        return cls(**{item.name: getattr(options, item.name) for item in fields(ReadOptions)}, **given)
-
-    @property
-    def max_pixels(self) -> int:
-        """Largest number of pixels that a picture may have."""
-        return int(self.max_megapixels * 1e6)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "progress": None}
-
-
-@dataclass(eq=False)
-class Item(ABC):
-    """One sample that was opened: its header, and its values when they are asked for."""
-
-    size: tuple[int, ...]  # length of each spatial axis, as `read` gives them
-    channels: int  # values at each place
-    dtype: Any  # of what `read` gives: uint8, uint16 or float32
-    form: str = "array"  # the name of its format, for people
-    bands: tuple[str, ...] = ()  # the name of each channel, where the file says
-    notes: tuple[str, ...] = ()  # what was decided about it, or left out of it, a short phrase each
-    meta: dict[str, Any] = field(default_factory=dict)  # whatever else the file says of itself
-
-    reduces = False  # whether `read` decodes a fraction of the size for less than the whole takes
-
-    def __post_init__(self) -> None:
-        self.size, self.bands, self.notes = tuple(self.size), tuple(self.bands), tuple(self.notes)
-        self.dtype = np.dtype(self.dtype)
-
-    @abstractmethod
-    def read(self, region: Region | None = None, reduction: int = 1) -> Image:
-        """The values of a region (None: all), (*size, channels) of `dtype`, an array of the caller's own.
-
-        `reduction` is 1, 2, 4 or 8, and 1 with a region: where `reduces`, the result has 1/reduction of the size,
-        rounded up, along each axis; elsewhere the full size. DataError: the values cannot be read; damage outside of
-        the region may go unseen.
-        """
-
-    def read_valid(self, region: Region | None = None) -> tuple[Image, Valid | None]:
-        """The values of a region, and which of its pixels hold data (None: all); the other values mean nothing."""
-        return self.read(region), None
-
-
-class ArrayItem(Item):
-    """A sample whose values lie in an array, or can be read as one: mapped, in HDF5, decoded before.
-
-    `values` is anything with `shape`, `dtype` and indexing, of any integers, floats or bool: the sample, or many, of
-    which this is the one at `place`. Without a `channel_axis` the sample has one channel. `facts` are as for `Item`.
-    """
-
-    def __init__(self, values: Any, channel_axis: int | None = -1, *, place: int | None = None, **facts: Any) -> None:
-        shape = list(values.shape) if place is None else list(values.shape[1:])
-        self._axis = None if channel_axis is None else channel_axis % len(shape)
-        channels = 1 if self._axis is None else shape.pop(self._axis)
-        super().__init__(tuple(shape), channels, stored_type(values.dtype), **facts)
-        self.notes += _type_notes(values.dtype)
-        self._values = values
-        self._place = () if place is None else (place,)
-
-    def read(self, region: Region | None = None, reduction: int = 1) -> Image:  # noqa: ARG002
-        """As in `Item`."""
-        part = () if region is None else tuple(slice(start, start + length) for start, length in region)
-        return plain_type(self._take(part))
-
-    def _take(self, part: tuple[slice, ...]) -> Image:
-        """(*size, channels) of a part, in the type that it is stored in."""
-        if self._axis is None:
-            return np.asarray(self._values[(*self._place, *part)])[..., None]
-        index = [*part[: self._axis], slice(None), *part[self._axis :]] if part else []
-        return np.moveaxis(np.asarray(self._values[(*self._place, *index)]), self._axis, -1)
-
-
-def _type_notes(dtype: np.dtype[Any]) -> tuple[str, ...]:
-    """What becomes of values of a type that is not kept."""
-    is_kept = dtype.kind != "i" and dtype.itemsize <= stored_type(dtype).itemsize
-    return () if is_kept else (f"{dtype.name} as float32",)
-
-
-class NoDataItem(Item):
-    """A sample some of whose pixels may hold no data: those with the value `nodata`, or one that is not finite.
-
-    A pixel holds data where all its channels do. `nodata` "none": a value that is not finite makes all unreadable.
-    """
-
-    def __init__(self, item: Item, nodata: float | str) -> None:
-        super().__init__(item.size, item.channels, item.dtype, item.form, item.bands, item.notes, item.meta)
-        self._item, self._nodata = item, nodata
-
-    def read(self, region: Region | None = None, reduction: int = 1) -> Image:  # noqa: ARG002
-        """As in `Item`; pixels without data have the mean of the others, 0 where there are none."""
-        image, valid = self.read_valid(region)
-        if valid is not None:
-            mean = image[valid].mean(axis=0, dtype=np.float64) if valid.any() else np.zeros(self.channels)
-            image[~valid] = mean if image.dtype.kind == "f" else np.rint(mean)
-        return image
-
-    def read_valid(self, region: Region | None = None) -> tuple[Image, Valid | None]:
-        refused = self._nodata == "none"
-        image = self._item.read(None if refused else region)  # whole: a crop does not decide whether it is readable
-        empty: Valid = ~np.isfinite(image)
-        if not isinstance(self._nodata, str):
-            empty |= image == (np.float32(self._nodata) if image.dtype.kind == "f" else self._nodata)
-        if refused and empty.any():
-            raise DataError(NOT_FINITE, "--data.nodata auto takes such pixels for no data")
-        if refused and region is not None:
-            return image[tuple(slice(start, start + length) for start, length in region)], None
-        return image, np.logical_not(empty.any(axis=-1)) if empty.any() else None
-
-
-class ChosenChannels(Item):
-    """Some channels of a sample, in the order given: by name, or by number from 1; else DataError."""
-
-    def __init__(self, item: Item, chosen: Sequence[int | str]) -> None:
-        self._places = [_place_of(channel, item) for channel in chosen]
-        bands = [item.bands[place] for place in self._places if item.bands]
-        super().__init__(item.size, len(chosen), item.dtype, item.form, tuple(bands), item.notes, item.meta)
-        self._item = item
-        self.reduces = item.reduces
-
-    def read(self, region: Region | None = None, reduction: int = 1) -> Image:
-        return np.ascontiguousarray(self._item.read(region, reduction)[..., self._places])
-
-
-class WindowItem(Item):
-    """A region of a sample as one of its own."""
-
-    def __init__(self, item: Item, region: Region) -> None:
-        lengths = tuple(length for _, length in region)
-        super().__init__(lengths, item.channels, item.dtype, item.form, item.bands, item.notes, item.meta)
-        self._item, self._region = item, region
-
-    def read(self, region: Region | None = None, reduction: int = 1) -> Image:  # noqa: ARG002
-        return self._item.read(self._within(region))
-
-    def read_valid(self, region: Region | None = None) -> tuple[Image, Valid | None]:
-        return self._item.read_valid(self._within(region))
-
-    def _within(self, region: Region | None) -> Region:
-        if region is None:
-            return self._region
-        pairs = zip(self._region, region, strict=True)
-        return tuple((first + start, length) for (first, _), (start, length) in pairs)
-
-
-def _place_of(channel: int | str, item: Item) -> int:
-    if str(channel) in item.bands:
-        return item.bands.index(str(channel))
-    if str(channel).isdecimal() and 1 <= int(channel) <= item.channels:
-        return int(channel) - 1
-    near = nearest(str(channel), item.bands)
-    known = f"{', '.join(item.bands)}, or 1 to {item.channels}".removeprefix(", or ")
-    raise DataError(f"has no channel {channel!r}", f"{f'did you mean {near!r}? ' if near else ''}choose from {known}")
-
-
-def prepared(item: Item, context: Context) -> Item:
-    """The item with the channels that the context chooses, and with its pixels set apart that hold no data."""
-    if context.channels is not None:
-        item = ChosenChannels(item, context.channels)
-    nodata: Any = context.nodata
-    if "nodata" in item.meta and nodata in ("auto", "none"):
-        meaning = "means no data" if nodata == "auto" else "is a value here and means no data"
-        item.notes += (f"{float(item.meta['nodata']):g} {meaning}, as the file says",)
-    if nodata == "auto":
-        nodata = item.meta.get("nodata", "nan")
-    can_have = item.dtype.kind == "f" or not isinstance(nodata, str)
-    return NoDataItem(item, nodata) if can_have else item
-
-
-class FileItem(Item):
-    """A sample in a file of which a region is read without the rest; subclasses decode it in `_take`.
-
-    The limits of pixels and bytes hold for what is read at a time, so that a file may be larger. `facts` are as for
-    `Item`. No handle is shared by processes that are forked: each opens its own in `_open`, or for each read.
-    """
-
-    _held: tuple[int, Any] | None = None  # a process, and its handle
-
-    def __init__(self, size: Sequence[int], channels: int, dtype: Any, context: Context, **facts: Any) -> None:
-        super().__init__(tuple(size), channels, stored_type(np.dtype(dtype)), **facts)
-        self.notes += _type_notes(np.dtype(dtype))
-        if 0 in (*self.size, channels):
-            raise DataError("it holds no values")
-        self._context = context
-
-    def _open(self) -> Any:
-        """What `_handle` keeps, where a library's handle is worth keeping."""
-
-    def _handle(self) -> Any:
-        if self._held is None or self._held[0] != os.getpid():
-            self._held = os.getpid(), self._open()
-        return self._held[1]
-
-    @abstractmethod
-    def _take(self, region: Region) -> Image:
-        """(*lengths, channels) of a region, of any type that `plain_type` takes."""
-
-    def read(self, region: Region | None = None, reduction: int = 1) -> Image:  # noqa: ARG002
-        region = region or tuple((0, length) for length in self.size)
-        lengths = tuple(length for _, length in region)
-        check_values(lengths, self.channels, self.dtype, self._context)
-        with one_line_errors():
-            values = self._take(region)
-        if values.shape != (*lengths, self.channels):
-            raise DataError(f"{CUT_SHORT}: the file ends before its values do")
-        return plain_type(values)
-
-
-class WithChannels(Item):
-    """A sample with as many channels as are wanted: grey is repeated, colour becomes grey; else DataError."""
-
-    def __init__(self, item: Item, channels: int) -> None:
-        if {item.channels, channels} != {1, 3}:
-            have = f"{item.channels} ({', '.join(item.bands)})" if item.bands else item.channels
-            raise DataError(f"has {have} channels where {channels} are wanted")
-        super().__init__(item.size, channels, item.dtype, item.form, notes=item.notes, meta=item.meta)
-        self._item = item
-        self.reduces = item.reduces
-
-    def read(self, region: Region | None = None, reduction: int = 1) -> Image:
-        return self._converted(self._item.read(region, reduction))
-
-    def read_valid(self, region: Region | None = None) -> tuple[Image, Valid | None]:
-        image, valid = self._item.read_valid(region)
-        return self._converted(image), valid
-
-    def _converted(self, image: Image) -> Image:
-        if self.channels == 3:
-            return np.repeat(image, 3, axis=-1)
-        grey = image.astype(np.float64) @ (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow
-        return (np.rint(grey) if image.dtype.kind == "u" else grey).astype(image.dtype)[..., None]
 
 
 class Format(NamedTuple):
@@ -400,43 +143,6 @@ def picture_suffixes(dims: int | None = None) -> tuple[str, ...]:
 def missing_extra(suffix: str) -> str | None:
     """What to install for files with this suffix, such as "torchmae[heif]"; None: nothing is missing, or helps."""
     return next((form.missing() for form in FORMATS.values() if suffix.lower() in form.suffixes), None)
-
-
-@contextmanager
-def quiet_pillow() -> Iterator[None]:
-    """Silences Pillow's warnings, whose filters are the process's: no-op in threads; who starts those holds it."""
-    is_main = threading.current_thread() is threading.main_thread()
-    is_quiet = not is_main or warnings.filters[:1] == [_IGNORE_ALL]  # asking is many times faster than changing
-    with nullcontext() if is_quiet else warnings.catch_warnings(action="ignore"):
-        yield
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Whatever goes wrong in reading a file becomes a DataError of one line."""
-    try:
-        with quiet_pillow():
-            yield
-    except DataError:
-        raise
-    except Exception as error:  # decoders raise almost anything on a damaged file
-        reason = reason_of(error)
-        raise DataError(f"{CUT_SHORT}: {reason}" if "truncated" in reason.lower() else reason) from None
-
-
-def check_pixels(size: Sequence[int], context: Context) -> None:
-    """DataError for more pixels than `context.max_pixels`, or none."""
-    if not 0 < np.prod(size, dtype=np.float64) <= context.max_pixels:
-        sides = " x ".join(str(length) for length in reversed(size))
-        raise DataError(f"{sides} is more than {context.max_pixels:,} pixels", IF_GENUINE)
-
-
-def check_values(size: Sequence[int], channels: int, dtype: np.dtype[Any], context: Context) -> None:
-    """As `check_pixels`, and DataError for more bytes than the limit of pixels may take."""
-    check_pixels(size, context)
-    if np.prod(size, dtype=np.float64) * channels * dtype.itemsize > _BYTES_PER_PIXEL * context.max_pixels:
-        most = f"{_BYTES_PER_PIXEL} bytes for each of {context.max_pixels:,} pixels"
-        raise DataError(f"{channels} bands of {dtype.name} take more than {most}", IF_GENUINE)
 
 
 class JpegItem(Item):
@@ -675,22 +381,6 @@ FORMATS: dict[str, Format] = {
     ),
 }
 BUILT_IN = dict(FORMATS)
-
-
-def stored_type(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The type that values of `dtype` are given in: uint8 and uint16 as they are, bool as uint8, all others float32."""
-    if dtype.kind not in "buif":
-        raise DataError(f"holds {dtype}", "save integers or floats")
-    is_small = dtype.kind in "bu" and dtype.itemsize <= 2
-    return np.dtype(f"u{dtype.itemsize}" if is_small else np.float32)
-
-
-def plain_type(image: Image) -> Image:
-    """A contiguous copy in its `stored_type`: bool becomes 0 and 255."""
-    if image.dtype.kind == "b":
-        return np.ascontiguousarray(image).astype(np.uint8) * np.uint8(255)
-    with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold is infinite, and found to be so later
-        return np.array(image, dtype=stored_type(image.dtype), order="C")
 
 
 def _pixels(image: Pillow.Image, channels: int | None) -> Image:

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from torchmae.data.formats import ON_WHITE, Context, FileItem, Image, Region, on_white
+from torchmae.data.formats import ON_WHITE, on_white
+from torchmae.data.items import Context, FileItem, Image, Region
 from torchmae.errors import DataError, require
 
 # GDAL reads no file but the one that is opened: none beside it, such as x.tif.aux.xml or x.tfw.

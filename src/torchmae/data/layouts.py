@@ -6,6 +6,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
 from itertools import takewhile
@@ -26,12 +27,14 @@ from torchmae.data.arrays import (
     stored_splits,
 )
 from torchmae.data.folders import LIST_SUFFIXES, Listing, list_images, picture_splits, shortened, split_named
-from torchmae.data.formats import FORMATS, Context, picture_suffixes
+from torchmae.data.formats import FORMATS, picture_suffixes
 from torchmae.data.groups import name_groups
+from torchmae.data.items import Context
 from torchmae.data.lists import list_splits, matching, pattern_source
+from torchmae.data.reading import FEW
 from torchmae.data.remote import Place, expand_url, is_url, last_name, shown
 from torchmae.data.shards import CLASSES_FILE, ShardSource
-from torchmae.data.sources import FileSource, Source, each_page
+from torchmae.data.sources import FileSource, Source, each_page, evenly_spaced
 from torchmae.data.tables import HUB_PREFIX, ParquetSource, hub_splits
 from torchmae.errors import ConfigError, DataError, reason_of
 from torchmae.paths import user_path
@@ -155,6 +158,7 @@ def open_splits(spec: str, context: Context = Context()) -> dict[str, Source]:
         raise ConfigError("data.source is 'own', an object handed over in Python", "hand it over: source=SOURCE")
     if not spec:
         raise ConfigError("data.source is empty", "give a folder, a file, or a name such as digits")
+    context = settled(spec, context)
     layout = next((layout for layout in LAYOUTS.values() if layout.fits(spec)), None)
     if layout is None:
         raise _unknown(spec, user_path(spec))
@@ -167,6 +171,29 @@ def open_splits(spec: str, context: Context = Context()) -> dict[str, Source]:
         splits = {split: each_page(source, context.progress) for split, source in splits.items()}
     name_groups(splits, context.group)
     return splits
+
+
+def settled(spec: str, context: Context) -> Context:
+    """The context with the numbers that data.spacing "median" means."""
+    if context.spacing != "median":
+        return context
+    native = open_splits(spec, replace(context, spacing="native", clip=None))["train"]
+    return replace(context, spacing=median_spacing(native))
+
+
+def median_spacing(source: Source) -> float | tuple[float, ...]:
+    """The median over samples of what `data.spacing` sets; DataError: none of them says it."""
+    metas = []
+    for index in evenly_spaced(len(source), FEW):
+        with suppress(DataError):
+            metas.append(source.open(int(index)).meta)
+    for pace in ("rate", "fps"):
+        if found := [meta[pace] for meta in metas if pace in meta]:
+            return float(np.median(found))
+    each = [meta["spacing"] for meta in metas if "spacing" in meta]
+    if not each or len(set(map(len, each))) > 1:
+        raise DataError("data.spacing is 'median', and the images do not say their spacing", "leave it out")
+    return tuple(float(f"{length:.6g}") for length in np.median(each, axis=0))
 
 
 class Layout(NamedTuple):

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from torchmae.data.folders import SPLIT_NAMES, Masks
-from torchmae.data.formats import FORMATS, Context, picture_suffixes
+from torchmae.data.formats import FORMATS, picture_suffixes
+from torchmae.data.items import Context
 from torchmae.data.remote import expand_braces
 from torchmae.data.sources import FileSource, Source, Strings, evenly_spaced, from_texts
 from torchmae.errors import DataError, printable

@@ -11,7 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import chain
 from multiprocessing import connection
@@ -26,19 +26,20 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from torchmae.data.arrays import Held
-from torchmae.data.formats import BUILT_IN, FORMATS, Image, Valid, quiet_pillow
+from torchmae.data.formats import BUILT_IN, FORMATS
 from torchmae.data.groups import hold_out_groups
+from torchmae.data.items import Image, Valid, quiet_pillow
 from torchmae.data.reading import BadFiles, first_readable
 from torchmae.data.sources import Labels, Source
 from torchmae.data.transforms import (
     CROP_NUMBERS,
     FULL_SCALE,
+    TRIES,
     Boxes,
     Normalisation,
     crop_boxes,
     eval_box,
     mirror,
-    normalise,
     reduction,
     resample,
     resample_valid,
@@ -120,6 +121,7 @@ class View:
     """How an image becomes the model's input: its spatial size there, and crops and flips as in DataConfig.
 
     With a `window`, in pixels of the image, the crops are windows of that size at random places, in evaluation too.
+    Axes for which it has 0 are cropped as pictures are, in evaluation too.
     """
 
     input_size: tuple[int, ...]
@@ -144,10 +146,10 @@ class Request(NamedTuple):
 def crop_numbers(request: Request, view: View, attempt: int = 0) -> Numbers:
     """The random numbers of each crop: (B, CROP_NUMBERS), a function of (seed, epoch, index).
 
-    In evaluation (B, 0), or with a window those of seed 0. Another `attempt` has other numbers, for crops that hold too
-    little data.
+    In evaluation (B, 0), or with a window of all axes those of seed 0. Another `attempt` has other numbers, for
+    crops that hold too little data.
     """
-    if request.seed is None and view.window is None:
+    if request.seed is None and (view.window is None or 0 in view.window):
         return np.empty((len(request.indices), 0), dtype=np.float32)
     count = CROP_NUMBERS * (attempt + 1)
     return uniform(request.seed or 0, request.epoch, request.indices, Purpose.CROP, count)[:, -CROP_NUMBERS:]
@@ -155,6 +157,15 @@ def crop_numbers(request: Request, view: View, attempt: int = 0) -> Numbers:
 
 def boxes_of(numbers: Numbers, size: npt.ArrayLike, view: View) -> Boxes:
     """Where images of a spatial size, (n,) or (B, n), are cropped; without numbers the centred box of evaluation."""
+    if view.window is not None and 0 in view.window:
+        cut, rest = np.flatnonzero(view.window), np.flatnonzero(np.equal(view.window, 0))
+        sizes = np.broadcast_to(size, (len(numbers), len(view.window)))
+        frames = replace(view, input_size=tuple(view.input_size[axis] for axis in rest), window=None)
+        boxes = np.empty((*sizes.shape, 2), dtype=np.int64)
+        own = numbers[:, TRIES - len(cut) : TRIES]  # of the last tries at a crop, which it hardly ever needs
+        boxes[:, cut] = window_boxes(own, sizes[:, cut], tuple(view.window[axis] for axis in cut))
+        boxes[:, rest] = boxes_of(numbers, sizes[:, rest], frames)
+        return boxes
     if view.window is not None:
         return window_boxes(numbers, size, view.window)
     if numbers.shape[1] == 0:
@@ -490,8 +501,7 @@ class ImageLoader:
 
     def __post_init__(self) -> None:
         self.labels = self.source.labels if self.held is None else self.held.labels
-        self._mean = torch.tensor(self.normalisation.mean, device=self.device)
-        self._std = torch.tensor(self.normalisation.std, device=self.device)
+        self._normalised = self.normalisation.on(self.device)
         self._side: torch.cuda.Stream | None = None
         self._running: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 
@@ -531,7 +541,7 @@ class ImageLoader:
     def note_on_room(self, batch_size: int) -> str:
         """A sentence if batches of bytes are too large for shared memory, else ""."""
         workers = self.num_workers
-        need = batch_size * len(self._mean) * math.prod(self.view.input_size)
+        need = batch_size * len(self.normalisation.mean) * math.prod(self.view.input_size)
         if need <= self.room(workers):
             return ""
         wanted = 2 * PER_WORKER * workers * need >> 20
@@ -565,7 +575,7 @@ class ImageLoader:
                 for row, index in enumerate(request.indices):
                     share_of = partial(held.share, int(index))
                     boxes[row] = redrawn(request.only(slice(row, row + 1)), size, self.view, share_of)
-            if self.view.window is None:
+            if self.view.window is None or 0 in self.view.window:
                 images, valid = held.gather(request.indices)
             else:  # of images that may be much larger
                 images, valid = held.gather(request.indices, boxes)
@@ -591,7 +601,7 @@ class ImageLoader:
         # Copies to other devices may still be under way when their slot is given back; CUDA's are from pinned copies.
         slots = Slots(workers if self.device.type in ("cpu", "cuda") else 0, self.room(workers))
         loader = DataLoader(
-            Reader(self.source, len(self._mean), self.view, slots, self.normalisation.scale),
+            Reader(self.source, len(self.normalisation.mean), self.view, slots, self.normalisation.scale),
             sampler=noted(),
             batch_size=None,  # the reader makes whole batches
             num_workers=workers,
@@ -642,9 +652,7 @@ class ImageLoader:
     def _batch(
         self, images: Tensor, dtype: torch.dtype, labels: Tensor, request: Request, valid: Tensor | None = None
     ) -> Batch:
-        normalised = normalise(images, self._mean, self._std, self.normalisation.one(dtype))
-        if valid is not None:
-            normalised.masked_fill_(~valid, 0)  # the mean of the channel
+        normalised = self._normalised(images, dtype, valid)
         return Batch(normalised, labels, request.indices, request.epoch, valid)
 
 

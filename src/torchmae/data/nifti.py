@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from torchmae.data.formats import CUT_SHORT, MAX_HEADER, Context, FileItem, Image, Region, check_values, opened
+from torchmae.data.formats import MAX_HEADER, opened
+from torchmae.data.items import CUT_SHORT, Context, FileItem, Image, Region, check_values
 from torchmae.errors import DataError, require
 
 
@@ -35,7 +36,8 @@ class VolumeItem(FileItem):
             )  # of each axis: its place, and 1 or -1
             if len(order) != 3 or np.isnan(order).any():
                 raise DataError("its affine matrix gives no orientation")
-            dtype, scale = image.get_data_dtype(), (image.dataobj.slope, image.dataobj.inter)
+            dtype, self._scale = image.get_data_dtype(), (image.dataobj.slope, image.dataobj.inter)
+            self._stored = image.dataobj.dtype, int(image.dataobj.offset)
         self._shape, self._page = shape, None if stacked else context.page
         self._axes = np.argsort(order[:, 0]).tolist()  # of the file, in the order in which they are given
         self._backwards = [bool(order[axis, 1] < 0) for axis in self._axes]
@@ -46,7 +48,7 @@ class VolumeItem(FileItem):
         super().__init__(
             [lengths[place] for place in kept],
             volumes if stacked else 1,
-            np.float32 if scale != (1, 0) else dtype,
+            np.float32 if self._scale != (1, 0) else dtype,
             context,
             form="NIfTI",
             notes=(f"page 1 of {volumes}",) if volumes > 1 and context.pages == "first" else (),
@@ -59,7 +61,7 @@ class VolumeItem(FileItem):
         nibabel = require("nibabel", "medical")
         old, new = nibabel.Nifti1Image, nibabel.Nifti2Image
         with opened(self._file) as raw:
-            is_packed = raw.read(2) == b"\x1f\x8b"
+            self._is_packed = is_packed = raw.read(2) == b"\x1f\x8b"
             raw.seek(0)
             stream: Any = gzip.GzipFile(fileobj=raw) if is_packed else raw
             try:
@@ -90,8 +92,16 @@ class VolumeItem(FileItem):
             index[axis] = slice(start, start + length)
         if self._page is not None:
             index[3:] = [int(i) for i in np.unravel_index(self._page, self._shape[3:], order="F")]
-        with self._image() as image:
-            values = np.asarray(image.dataobj[tuple(index[: len(image.shape)])])
+        if isinstance(self._file, Path) and not self._is_packed:  # nibabel reads each row of a part by itself
+            try:
+                mapped = np.memmap(self._file, self._stored[0], "r", self._stored[1], self._shape, "F")
+            except ValueError:
+                raise DataError(f"{CUT_SHORT}: the file ends before its values do") from None
+            scaled = require("nibabel.volumeutils", "medical").apply_read_scaling
+            values = scaled(np.array(mapped[tuple(index)]), *map(np.asarray, self._scale))
+        else:
+            with self._image() as image:
+                values = np.asarray(image.dataobj[tuple(index[: len(image.shape)])])
         lengths = [part.stop - part.start for part in index[:3]]
         values = values.reshape((*lengths, -1)).transpose(*self._axes, 3)
         values = np.flip(values, tuple(place for place in range(3) if self._backwards[place]))

@@ -16,7 +16,7 @@ from torchmae.config import DataConfig
 from torchmae.config.data import DataOptions
 from torchmae.data.apart import Apart, check_apart
 from torchmae.data.arrays import DoesNotFitError, Held, hold
-from torchmae.data.formats import Context, Item, Progress, tracked
+from torchmae.data.items import Context, Item, Progress, tracked
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import ImageLoader, View, hold_out
 from torchmae.data.reading import (
@@ -86,12 +86,13 @@ def open_data(
     views, windows = [view, view], []
     if window is not None:
         views[0] = replace(view, window=window)
+        views[1] = views[0] if 0 in window else view  # of held-out clips, the frames are cropped
         sizes, boxes = _sizes_and_windows(fitted.sources[0], window, progress)
         measurable = Windows(measurable, sizes, boxes)
         rows = np.repeat(np.arange(len(sizes)), -(-sizes.prod(axis=1) // boxes[..., 1].prod(axis=1)))
         fitted.sources[0] = Subset(fitted.sources[0], rows)
         held[0] = None if held[0] is None else held[0].repeated(rows)
-        sides = "x".join(map(str, window))
+        sides = sides_of(window)
         each = f"{len(fitted.sources[0]):,} of {len(train):,} images an epoch"
         windows = [f"windows of {sides} at their own resolution, {each}: --data.window none for crops of whole images"]
     measured = _measure(config, fitted, measurable, progress)
@@ -204,11 +205,19 @@ def fit_to_model(sources: Sequence[Source], input_size: tuple[int, ...], channel
 
 
 def window_size(options: DataOptions, seen: Probe, input_size: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The size of the windows that images like those seen are cut into, by `options.window`; None: they are not.
+    """The size of the windows that images like those seen are cut into, by `options.window` and `clip`.
 
-    ConfigError: another number of axes than the model takes.
+    None: they are not cut. 0: not along this axis. ConfigError: another number of axes than the model takes.
     """
     asked = options.window
+    if options.clip is not None:
+        if len(input_size) == 2:
+            problem = "data.clip is given, and model.input_size has two numbers, of which none is time"
+            raise ConfigError(problem, "leave it out, or give signals one number and videos three")
+        length = options.clip if isinstance(options.clip, int) else options.clip[0]
+        given = (asked,) * len(input_size) if isinstance(asked, int) else asked
+        rest = given[1:] if isinstance(given, tuple) else (0,) * (len(input_size) - 1)
+        asked = (length, *rest)
     if asked == "none":
         return None
     if asked == "auto":
@@ -221,6 +230,11 @@ def window_size(options: DataOptions, seen: Probe, input_size: tuple[int, ...]) 
         problem = f"data.window has {len(window)} numbers and model.input_size {len(input_size)}"
         raise ConfigError(problem, "give one for each axis, or one for all")
     return window
+
+
+def sides_of(window: tuple[int, ...]) -> str:
+    """The size of a window, for people."""
+    return "x".join(str(length or "all") for length in window)
 
 
 def _sizes_and_windows(
@@ -317,7 +331,8 @@ def _measure(config: DataConfig, fitted: Fitted, source: Source, progress: Progr
             problem = f"data.{name} has {len(values)} numbers and the images {fitted.channels} channels"
             raise ConfigError(problem, f"give {fitted.channels}, or leave data.mean and data.std out")
     sample = SAMPLE if config.mean is None else FEW
-    measured = measure(source, scale=config.scale, kinds=fitted.probes[0].kinds, sample=sample, progress=progress)
+    kinds, how = fitted.probes[0].kinds, config.normalise
+    measured = measure(source, scale=config.scale, kinds=kinds, sample=sample, normalise=how, progress=progress)
     if config.mean is None or config.std is None:
         return measured
     return measured._replace(normalisation=replace(measured.normalisation, mean=config.mean, std=config.std))

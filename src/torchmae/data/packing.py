@@ -23,7 +23,8 @@ from PIL import Image as Pillow
 from torchmae.config import PackOptions
 from torchmae.data import jpeg
 from torchmae.data.arrays import map_array
-from torchmae.data.formats import CHANNELS, FORMATS, PACKED_ARRAY, Image, Progress, format_of, tracked
+from torchmae.data.formats import CHANNELS, FORMATS, PACKED_ARRAY, format_of
+from torchmae.data.items import Image, Progress, tracked
 from torchmae.data.reading import BadFiles, map_samples, probe
 from torchmae.data.shards import CLASSES_FILE, INDEX_SUFFIX, build_index, write_index
 from torchmae.data.sources import Source, in_one_list
@@ -229,7 +230,7 @@ def _content(source: Source, options: PackOptions, index: int) -> bytes | Image 
 
 def _is_plain(raw: bytes, options: PackOptions) -> bool:
     """Whether a file gives the same image without the options for reading."""
-    odd = {"nodata", "pages", "axes", "channels"} & options.changed().keys()
+    odd = {"nodata", "pages", "axes", "channels", "spacing", "clip"} & options.changed().keys()
     return not odd and (options.truncated == "skip" or not raw.startswith(b"\xff\xd8") or jpeg.is_whole(raw))
 
 

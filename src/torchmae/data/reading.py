@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from torchmae.data.formats import CUT_SHORT, NOT_FINITE, Image, Item, Progress, Valid, quiet_pillow, tracked
 from torchmae.data.groups import proposed_group
+from torchmae.data.items import CUT_SHORT, NOT_FINITE, Image, Item, Progress, Valid, quiet_pillow, tracked
 from torchmae.data.sources import Source, all_notes, digest, evenly_spaced, in_training_classes
-from torchmae.data.transforms import FULL_SCALE, Normalisation
+from torchmae.data.transforms import FULL_SCALE, SMALLEST_STD, Normalisation
 from torchmae.errors import DataError
 from torchmae.machine import num_cores
 
@@ -30,6 +30,10 @@ FEW = 64  # samples that are opened to see what a source holds
 SAMPLE = 2000  # images that mean and deviation are measured on, at most
 FAR = 4.0  # floats above are no shares of 1
 
+_SAME_SPACING = 1.05  # how many times as large another spacing may be
+_SAME_CONTRAST = 4.0
+_CLIP, _FRAMES_A_SECOND = 16, 8  # of the clips that are proposed
+_SOUND = 4000  # hertz from which on signals are sound
 _PICKED = 256  # values of each channel that an image adds to the percentiles
 _SHOWN = (0.5, 99.5)  # percentiles that are drawn black and white
 _AT_ONCE = 64  # images under way at a time in threads
@@ -174,6 +178,8 @@ class Measured(NamedTuple):
 
     normalisation: Normalisation  # with the scale of every type among the images
     notes: tuple[str, ...]  # what is odd about the values, a short phrase each, with the option that mends it
+    percentiles: list[tuple[float, ...]]  # the 1st, 50th and 99th of each channel's stored values
+    contrast: float  # how many times the deviation of the 90th percentile of images is that of the 10th
 
 
 def measure(
@@ -182,9 +188,10 @@ def measure(
     scale: dict[str, float] | None = None,
     kinds: Iterable[str] = (),
     sample: int = SAMPLE,
+    normalise: str = "dataset",
     progress: Progress | None = None,
 ) -> Measured:
-    """Mean and deviation of each channel of scaled values, the range that is shown, and what is odd about the values.
+    """What data.normalise `normalise` takes from scaled values, the range that is shown, and what is odd about them.
 
     At most `sample` images are read, evenly spaced, and count alike whatever their size, each by its pixels that hold
     data. A channel that never changes gets a deviation of 1. `scale` is data.scale, `kinds` are types known to be
@@ -194,6 +201,7 @@ def measure(
     first: list[npt.NDArray[np.float64]] = []
     second: list[npt.NDArray[np.float64]] = []
     stored: dict[str, list[Image]] = {}  # of each type, (values, C) of each image
+    inputs: list[npt.NDArray[np.float64]] = []  # of "sample": the same values as the model's input
     given = Normalisation((), (), scale=scale)
     empty: list[float] = []  # share of the pixels of each image
     readings = tracked(read_many(source, indices), progress, "measuring mean and deviation", len(indices))
@@ -205,21 +213,39 @@ def measure(
         scaled = values.astype(np.float64) * (1 / given.one(image.dtype))
         first.append(scaled.mean(axis=0))
         second.append(np.square(scaled).mean(axis=0))
-        stored.setdefault(str(image.dtype), []).append(values[evenly_spaced(len(values), _PICKED)])
+        picked = evenly_spaced(len(values), _PICKED)
+        stored.setdefault(str(image.dtype), []).append(values[picked])
+        if normalise == "sample":
+            inputs.append((scaled[picked] - first[-1]) / np.maximum(scaled.std(axis=0), SMALLEST_STD))
     if not first:
         raise DataError(f"none of {len(indices)} images holds data", "data.nodata none takes every value as one")
     mean = np.mean(first, axis=0)
     std = np.sqrt(np.maximum(np.mean(second, axis=0) - mean**2, 0))
-    std[std < 1e-6] = 1.0
     pools = {kind: np.concatenate(parts) for kind, parts in stored.items()}
     odd = {kind: [] if kind == "uint8" else lone_extremes(pool) for kind, pool in pools.items()}
     usual = {kind: pool[~np.isin(pool, np.asarray(odd[kind], pool.dtype)).any(axis=-1)] for kind, pool in pools.items()}
     usual = {kind: values if len(values) else pools[kind] for kind, values in usual.items()}
-    low, high = _shown_range(usual, given)
+    low, high = _shown_range({"float32": np.concatenate(inputs)} if inputs else usual, given)
+    if normalise != "dataset":
+        mean, std = np.zeros_like(mean), np.ones_like(std)
+    elif (limits := Normalisation((), (), low, high, normalise=normalise).limits) is not None:
+        values = np.concatenate([pool.astype(np.float64) / given.one(pool.dtype) for pool in pools.values()])
+        clipped = values.clip(*limits)
+        if (clipped != values).any():  # else mean and deviation of all pixels are exact
+            mean, std = clipped.mean(axis=0), clipped.std(axis=0)
+    std[std < SMALLEST_STD] = 1.0
     used = {kind: given.one(np.dtype(kind)) for kind in (*FULL_SCALE, *(scale or {})) if kind in {*pools, *kinds}}
-    normalisation = Normalisation(tuple(mean.tolist()), tuple(std.tolist()), low, high, used)
+    normalisation = Normalisation(tuple(mean.tolist()), tuple(std.tolist()), low, high, used, normalise)
     share = f"{np.mean(empty):.1%} of the pixels hold no data" if any(empty) else ""
-    return Measured(normalisation, (*filter(None, [share]), *_value_notes(pools, odd, used)))
+    mixed = np.concatenate([pool.astype(np.float64) for pool in usual.values()])
+    each = np.sqrt(np.maximum(np.array(second) - np.square(first), 0)).mean(axis=1)
+    little, much = np.percentile(each, (10, 90)).tolist()
+    return Measured(
+        normalisation,
+        (*filter(None, [share]), *_value_notes(pools, odd, used)),
+        [tuple(values) for values in np.percentile(mixed, (1, 50, 99), axis=0).T.tolist()],
+        much / little if little > 0 else 1.0,
+    )
 
 
 def lone_extremes(values: Image) -> list[float]:
@@ -282,6 +308,9 @@ class SplitFacts:
     formats: Counter[str] = field(default_factory=Counter)
     bands: Counter[tuple[str, ...]] = field(default_factory=Counter)  # names of channels
     said: Counter[str] = field(default_factory=Counter)  # what the files say of their pixels: spacing, rate, no-data
+    example: dict[str, Any] = field(default_factory=dict)  # `Item.meta` of the first that was read
+    spacings: set[tuple[float, ...]] = field(default_factory=set)  # of one pixel, or sample in seconds
+    percentiles: list[tuple[float, ...]] = field(default_factory=list)  # as of `Measured`, of the training images
     low: float = math.inf  # smallest value of any image
     high: float = -math.inf
     corrupt: list[tuple[str, str]] = field(default_factory=list)  # (name, reason) of those that cannot be read
@@ -309,6 +338,7 @@ class SplitFacts:
             "formats": dict(self.formats.most_common()),
             "bands": [list(names) for names, _ in self.bands.most_common()],
             "said": dict(self.said.most_common()),
+            "percentiles": [list(values) for values in self.percentiles],
             "range": [self.low, self.high] if self.sizes else None,
             "cut_short": self.cut_short,
             "not_finite": self.not_finite,
@@ -325,6 +355,7 @@ class Inspection(NamedTuple):
     leaked: int  # groups that span two splits: a held-out figure on them is worth nothing
     notes: tuple[str, ...]  # what was assumed, decided or left out, a short phrase each
     normalisation: Normalisation | None  # of the training images; None where they cannot be read
+    proposals: dict[str, tuple[str, str]]  # by the name of a setting: a value, and why
 
 
 def inspect_splits(
@@ -348,17 +379,20 @@ def inspect_splits(
             found.dtypes[str(item.dtype)] += 1
             found.formats[item.form] += 1
             found.bands.update([item.bands] if item.bands else [])
+            found.example = found.example or item.meta
+            found.spacings.update([item.meta["spacing"]] if "spacing" in item.meta else [])
             found.said.update(filter(None, [_said(item.meta)]))
             found.low, found.high = min(found.low, low), max(found.high, high)
             places[values].append((split, index))
         done += found.examined
     groups = [group for group in places.values() if len(group) > 1]
-    notes, normalisation = all_notes(splits.values()), None
+    notes, normalisation, contrast = all_notes(splits.values()), None, 1.0
     train = splits["train"]
+    pattern = None
     if train.groups is not None:
         notes.append(f"{len(np.unique(train.groups)):,} groups of training images")
-    elif pattern := proposed_group([train.name(i) for i in range(len(train))], train.labels):
-        notes.append(f"names look like parts of fewer things: --data.group '{pattern}' holds out whole ones")
+    else:
+        pattern = proposed_group([train.name(i) for i in range(len(train))], train.labels)
     for split, source in splits.items():
         if split != "train":
             notes += in_training_classes(source, splits["train"], split)[1]
@@ -366,14 +400,62 @@ def inspect_splits(
         seen = probe(splits["train"])
         measured = measure(splits["train"].with_channels(seen.channels), kinds=seen.kinds, sample=FEW)
         notes += [*seen.notes, *measured.notes]
-        normalisation = measured.normalisation
+        normalisation, contrast = measured.normalisation, measured.contrast
+        facts["train"].percentiles = measured.percentiles
     return Inspection(
         facts,
         [[f"{split}: {splits[split].name(index)}" for split, index in group] for group in groups],
         sum(len({split for split, _ in group}) > 1 for group in groups),
         tuple(notes),
         normalisation,
+        dict(_proposals(facts["train"], contrast, pattern)),
     )
+
+
+def _proposals(facts: SplitFacts, contrast: float, pattern: str | None) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Settings that suit the training images better than the defaults: a value of each, and why."""
+    if pattern is not None:
+        yield "group", (pattern, "names look like parts of fewer things, of which whole ones should be held out")
+    if len(facts.spacings) > 1 and len({len(spacing) for spacing in facts.spacings}) == 1:
+        each = np.array(sorted(facts.spacings))
+        if (each.max(axis=0) > _SAME_SPACING * each.min(axis=0)).any():
+            yield "spacing", ("median", "files differ in spacing or rate, so that one size means different things")
+    if contrast > _SAME_CONTRAST and set(facts.dtypes) != {"uint8"}:
+        why = f"contrast differs {contrast:.0f} times between images: each is scaled by itself"
+        yield "normalise", ("sample", why)
+    flat = [i for i, (low, _, high) in enumerate(facts.percentiles) if low == high]
+    if flat and len(flat) < len(facts.percentiles) > 3:
+        kept = [i + 1 for i in range(len(facts.percentiles)) if i not in flat]
+        yield "channels", (json.dumps(kept), f"channel {', '.join(str(i + 1) for i in flat)} hardly ever changes")
+    fps, frames = facts.example.get("fps"), median_size(facts.sizes)[0] if facts.sizes else 0
+    if fps and frames >= _CLIP:
+        stride = max(1, min(round(fps / _FRAMES_A_SECOND), frames // _CLIP))
+        yield "clip", (json.dumps([_CLIP, stride]), f"clips of {_CLIP * stride / fps:.2g} s, of {frames / fps:.2g} s")
+
+
+def kind_of_data(facts: SplitFacts) -> str:
+    """What the samples seem to be, as one sentence: "signals such as ECG: 12 channels, 5 s at 360 Hz"."""
+    size, channels = median_size(facts.sizes), facts.channels.most_common(1)[0][0]
+    meta, form = facts.example, facts.formats.most_common(1)[0][0]
+    bands = f"{channels} channel{'s' if channels > 1 else ''}"
+    sides = " x ".join(map(str, size))
+    if "rate" in meta and len(size) == 1:
+        what = "sound" if meta["rate"] >= _SOUND else "signals such as ECG"
+        return f"{what}: {bands}, {size[0] / meta['rate']:.3g} s at {meta['rate']:g} Hz"
+    if "fps" in meta:
+        seconds = size[0] / meta["fps"]
+        return f"video: {seconds:.3g} s at {meta['fps']:.3g} frames a second, frames of {size[1]} x {size[2]}"
+    if len(size) != 2:
+        spacing = " x ".join(f"{length:.3g}" for length in meta.get("spacing", ()))
+        what = "signals" if len(size) == 1 else "volumes"
+        return f"{what}: {bands}, {sides}{f', spacing {spacing}' if spacing else ''}"
+    if "crs" in meta:
+        return f"scenes of the earth: {bands}, {sides}, pixels of {meta['spacing'][0]:.3g} in {meta['crs']}"
+    if form in ("DICOM", "NIfTI"):
+        return f"medical slices: {bands}, {sides}"
+    if set(facts.dtypes) == {"uint8"} and channels in (1, 3):
+        return f"{'colour' if channels == 3 else 'grey'} pictures: {sides}"
+    return f"images of measurements: {bands}, {sides}, {facts.dtypes.most_common(1)[0][0]}"
 
 
 def _said(meta: Mapping[str, Any]) -> str:

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from torchmae.data.arrays import unpacked_bytes
-from torchmae.data.formats import MAX_BYTES, TOO_LARGE, Context, picture_suffixes, tracked
+from torchmae.data.formats import MAX_BYTES, TOO_LARGE, picture_suffixes
+from torchmae.data.items import Context, tracked
 from torchmae.data.remote import Place, RemoteBytes, beside, cache_folder, last_name, open_place, place_version, shown
 from torchmae.data.sources import EncodedSource, Labels, Strings, digest, evenly_spaced
 from torchmae.errors import DataError, printable, reason_of

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from torchmae.data.formats import Context, Image, Item, Progress, Valid, WindowItem, open_item, read_file, tracked
+from torchmae.data.formats import open_item, read_file
+from torchmae.data.items import Context, Image, Item, Progress, Valid, WindowItem, tracked
 from torchmae.errors import DataError, printable
 
 if TYPE_CHECKING:

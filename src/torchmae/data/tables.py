@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from torchmae.data.folders import SPLIT_NAMES
-from torchmae.data.formats import Context, Progress, tracked
+from torchmae.data.items import Context, Progress, tracked
 from torchmae.data.remote import Place, cache_folder, cache_limit, last_name, open_place, place_version, shown, trim
 from torchmae.data.sources import EncodedSource, FileSource, Source, Strings, digest
 from torchmae.errors import DataError, reason_of, require

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,8 @@ from torch import Tensor
 
 Boxes = npt.NDArray[np.int64]  # (B, n, 2): start and length in pixels on each of n axes
 
-_TRIES = 10
-CROP_NUMBERS = 2 * _TRIES + 2  # random numbers of a crop: area and aspect of ten tries, and a place on two axes
+TRIES = 10
+CROP_NUMBERS = 2 * TRIES + 2  # random numbers of a crop: area and aspect of ten tries, and a place on two axes
 _LONG = 2**21  # pixels times target pixels of an axis, above which a matrix is not worth its zeros
 _MAX_WEIGHTS = 2**24  # of one axis at a time: 64 MB, and a few times that in passing
 
@@ -46,9 +47,9 @@ def crop_boxes(
         centred = np.stack([np.rint(width / aspect), np.rint(height * aspect)], axis=-1)
         lengths = np.clip(centred, 1, sizes).astype(np.int64)
         low, high = map(math.log, extremes)
-        for i in range(_TRIES if scale[0] < 1 else 0):
+        for i in range(TRIES if scale[0] < 1 else 0):
             area = (height * width)[waiting] * (scale[0] + (scale[1] - scale[0]) * numbers[waiting, i])
-            aspect = np.exp(low + (high - low) * numbers[waiting, _TRIES + i])
+            aspect = np.exp(low + (high - low) * numbers[waiting, TRIES + i])
             tried = np.stack([np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))], axis=-1)
             fits = ((tried >= 1) & (tried <= sizes[waiting])).all(axis=1)
             lengths[waiting[fits]] = tried[fits]
@@ -68,10 +69,13 @@ def window_boxes(u: npt.NDArray[Any], size: npt.ArrayLike, window: tuple[int, ..
     """Windows, (B, n, 2) boxes, at the places that `u`, (B, n or more) in [0, 1), gives by its last columns.
 
     `size` is that of all images, (n,), or of each, (B, n). Of an image that is smaller along an axis, the window is
-    reduced along all.
+    reduced along all, unless a length of `window` is 0, for the whole axis. Without columns, the window in the middle.
     """
     sizes = np.broadcast_to(np.asarray(size), (len(u), len(window)))
-    lengths = np.clip(np.rint(window * np.minimum((sizes / window).min(-1, keepdims=True), 1)), 1, sizes)
+    u = u if u.shape[1] else np.full((len(u), len(window)), 0.5)
+    lengths = np.minimum(np.where(window, window, sizes), sizes)
+    if 0 not in window:
+        lengths = np.clip(np.rint(window * np.minimum((sizes / window).min(-1, keepdims=True), 1)), 1, sizes)
     starts = np.floor(u[:, -len(window) :].astype(np.float64) * (sizes - lengths + 1))
     return np.stack([starts, lengths], axis=-1).astype(np.int64)
 
@@ -208,6 +212,7 @@ def mirror(images: Tensor, rows: Tensor) -> Tensor:
     return images
 
 
+SMALLEST_STD = 1e-6  # a channel that never changes has a smaller deviation, of scaled values
 # The stored value of each type that stands for 1, unless data.scale says otherwise.
 FULL_SCALE = {"uint8": 255.0, "uint16": 65535.0, "float32": 1.0}
 
@@ -221,16 +226,44 @@ class Normalisation:
     low: tuple[float, ...] | None = None  # the scaled value that is shown black; None: 0
     high: tuple[float, ...] | None = None  # the scaled value that is shown white; None: 1
     scale: dict[str, float] | None = None  # the value that stands for 1 in each type trained on; others: FULL_SCALE
+    normalise: str | None = None  # data.normalise; None: "dataset" of older runs, whose values are not clipped
 
     def one(self, dtype: torch.dtype | np.dtype[Any]) -> float:
         """The stored value that stands for 1."""
         name = str(dtype).removeprefix("torch.")
         return {**FULL_SCALE, **(self.scale or {})}["float32" if name.startswith("float") else name]
 
-    def apply(self, images: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """`normalise` of stored values, (B, C, *size); `dtype` is the type they were stored in, None: their own."""
-        mean, std = (torch.tensor(values, device=images.device) for values in (self.mean, self.std))
-        return normalise(images, mean, std, self.one(dtype or images.dtype))
+    @property
+    def limits(self) -> tuple[list[float], list[float]] | None:
+        """The scaled values that others are clipped to: the range that is shown, and once its width on either side."""
+        if self.normalise != "dataset" or self.low is None or self.high is None:
+            return None
+        pairs = list(zip(self.low, self.high, strict=True))
+        return [2 * low - high for low, high in pairs], [2 * high - low for low, high in pairs]
+
+    def apply(self, images: Tensor, dtype: torch.dtype | None = None, valid: Tensor | None = None) -> Tensor:
+        """Stored values, (B, C, *size), as the model's input.
+
+        `dtype` is the type they were stored in, None: their own. `valid` is as in `Batch`: other pixels become 0.
+        """
+        return self.on(images.device)(images, dtype, valid)
+
+    def on(self, device: torch.device) -> Normalise:
+        """`apply` on a device, whose numbers are there already."""
+        mean, std = (torch.tensor(values, device=device) for values in (self.mean, self.std))
+        limits = None if self.limits is None else torch.tensor(self.limits, device=device)
+
+        def apply(images: Tensor, dtype: torch.dtype | None = None, valid: Tensor | None = None) -> Tensor:
+            one = self.one(dtype or images.dtype)
+            if limits is not None:
+                low, high = (limits * one).view(2, -1, *(1,) * (images.ndim - 2))
+                images = images.float().clamp(low, high)
+            elif self.normalise == "sample":
+                images = standardised(images.float() * (1 / one), valid) * one
+            normalised = normalise(images, mean, std, one)
+            return normalised if valid is None else normalised.masked_fill_(~valid, 0)
+
+        return apply
 
     def shown(self, images: Tensor, valid: Tensor | None = None) -> Tensor:
         """The model's input, (B, C, *size), on the CPU, with 0 for `low` and 1 for `high`; nothing is clamped.
@@ -244,6 +277,19 @@ class Normalisation:
             low, high = (torch.tensor(ends).view(shape) for ends in (self.low, self.high))
             values = (values - low) / (high - low)
         return values if valid is None else values.masked_fill(~valid.cpu(), torch.inf)
+
+
+Normalise = Callable[[Tensor, torch.dtype | None, Tensor | None], Tensor]  # as `Normalisation.apply`
+
+
+def standardised(images: Tensor, valid: Tensor | None) -> Tensor:
+    """Images, (B, C, *size), each channel of each with mean 0 and deviation 1 over its pixels with data."""
+    axes = tuple(range(2, images.ndim))
+    weights = torch.ones_like(images[:, :1]) if valid is None else valid.float()
+    count = weights.sum(axes, keepdim=True).clamp(min=1)
+    centred = images - (images * weights).sum(axes, keepdim=True) / count
+    variance = (centred.square() * weights).sum(axes, keepdim=True) / count
+    return centred / variance.sqrt().clamp(min=SMALLEST_STD)
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor, one: float) -> Tensor:

@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from torchmae.config.evaluate import EvaluateOptions
 from torchmae.data.apart import Apart, check_apart
-from torchmae.data.formats import Context, tracked
 from torchmae.data.groups import shared_groups
+from torchmae.data.items import Context, tracked
 from torchmae.data.layouts import open_splits
 from torchmae.data.opening import HELD_OUT, covering_windows, grid_of_windows, held_out_images, window_size
 from torchmae.data.reading import probe

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from torchmae.data.formats import Progress
+from torchmae.data.items import Progress
 from torchmae.errors import DataError
 from torchmae.evaluation.anomaly_data import AnomalyData
 from torchmae.files import replace_file

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from torchmae.config.evaluate import ComputeOptions, EmbedOptions
-from torchmae.data.formats import Progress
+from torchmae.data.items import Progress
 from torchmae.data.sources import Source
 from torchmae.errors import CheckpointError, ConfigError, DataError, reason_of, require
 from torchmae.evaluation.bench import opened

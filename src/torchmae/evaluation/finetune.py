@@ -187,7 +187,9 @@ def finetune(
         if state.step not in done:
             tracker.log("val", state.step, scores.figures)
     mean, std = normalisation.mean, normalisation.std
-    described = ClassifierDescription(arguments, mean, std, train.source.classes, torchmae.__version__)
+    described = ClassifierDescription(
+        arguments, mean, std, train.source.classes, torchmae.__version__, normalise=normalisation.normalise
+    )
     ranks.on_main(lambda: save_classifier(out, task.model.result, described))
     training = {"loss": state.loss, "images": float(len(rows)), "seconds": state.seconds}
     return Result(scores.figures | {f"{NAME}_{name}": value for name, value in training.items()}, scores.details)

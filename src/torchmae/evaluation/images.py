@@ -16,10 +16,18 @@ from torchmae.config import DataConfig
 from torchmae.config.data import DataOptions
 from torchmae.config.evaluate import EvaluateOptions
 from torchmae.data.apart import Twins
-from torchmae.data.formats import Context, Progress
+from torchmae.data.items import Context, Progress
 from torchmae.data.layouts import open_splits
 from torchmae.data.loader import Batch, ImageLoader, Indices, View, mixed_subset
-from torchmae.data.opening import HELD_OUT, fit_to_model, grid_of_windows, held_out_images, hold_if_it_fits, window_size
+from torchmae.data.opening import (
+    HELD_OUT,
+    fit_to_model,
+    grid_of_windows,
+    held_out_images,
+    hold_if_it_fits,
+    sides_of,
+    window_size,
+)
 from torchmae.data.reading import BadFiles, Probe, measure, probe, reader_processes
 from torchmae.data.sources import Source, Subset, all_notes, data_line, in_training_classes
 from torchmae.data.transforms import Normalisation
@@ -93,11 +101,15 @@ class ImageSet:
 
     def augmented(self, augmentation: DataConfig) -> ImageLoader:
         """A loader for training, with the crops and flips of `augmentation` and nothing else of it."""
-        limit = bytes_to_keep(self.data.memory_limit)
+        limit, window = bytes_to_keep(self.data.memory_limit), self.data.window
         return ImageLoader(
             self.source,
             hold_if_it_fits(self.source, probe(self.source), limit, self.bad, self.model.progress),
-            view=View(self.model.input_size, *augmentation.augmentation(len(self.model.input_size))),
+            view=View(
+                self.model.input_size,
+                *augmentation.augmentation(len(self.model.input_size)),
+                window if isinstance(window, tuple) and 0 in window else None,  # of clips, the frames are cropped
+            ),
             normalisation=self.normalisation,
             device=self.model.device,
             num_workers=reader_processes(self.data.num_workers),
@@ -271,12 +283,11 @@ def image_sets(
         sets = [ImageSet(source, data, model, normalisation, bad) for source in fitted.sources]
         resampled = next(filter(None, (_resampled(seen, model.input_size) for seen in fitted.probes)), "")
     else:
+        data = replace(data, window=window)
         grids = [grid_of_windows(source, window, model.progress) for source in fitted.sources]
         sets = [ImageSet(grid, data, model, normalisation, bad, grid.indices) for grid in grids]
-        sides = "x".join(map(str, window))
-        resampled = (
-            f"each image is covered by windows of {sides} at their own resolution, {sum(map(len, grids)):,} in all"
-        )
+        count = f"{sum(map(len, grids)):,} in all"
+        resampled = f"each image is covered by windows of {sides_of(window)} at their own resolution, {count}"
     return sets, tuple(filter(None, [resampled, data_line(said)]))
 
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from torchmae.config.evaluate import EvaluateOptions
-from torchmae.data.formats import Valid
+from torchmae.data.items import Valid
 from torchmae.errors import one_of, require
 from torchmae.evaluation.bench import Bench
 from torchmae.evaluation.images import EVAL_BATCH, fixed_rows

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from torchmae.config.evaluate import EvaluateOptions, SegmentationOptions
-from torchmae.data.formats import Context, check_pixels, one_line_errors, open_pillow, tracked
+from torchmae.data.formats import open_pillow
+from torchmae.data.items import Context, check_pixels, one_line_errors, tracked
 from torchmae.data.loader import Indices
 from torchmae.data.opening import HELD_OUT, held_out_images
 from torchmae.data.reading import map_samples

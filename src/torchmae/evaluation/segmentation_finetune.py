@@ -15,7 +15,7 @@ from torch import Tensor
 from torchmae.config import DataConfig
 from torchmae.config.evaluate import EvaluateOptions
 from torchmae.data.arrays import ArraySource, hold
-from torchmae.data.formats import Context
+from torchmae.data.items import Context
 from torchmae.data.loader import Batch, ImageLoader, Plan, View
 from torchmae.data.transforms import Normalisation
 from torchmae.evaluation.bench import Bench, output_folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from safetensors import SafetensorError
 
 from torchmae.config.export import ExportOptions
 from torchmae.errors import CheckpointError, ConfigError, TorchmaeError, reason_of
-from torchmae.files import locked
+from torchmae.files import flush, locked
 from torchmae.nn import ENCODERS
 from torchmae.paths import user_path
 from torchmae.publish import huggingface, official, onnx, own, timm
@@ -134,22 +133,14 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
             try:
                 yield writing
                 for item in (*writing.iterdir(), writing):
-                    _flush(item)
+                    flush(item)
                 if path.exists():
                     path.rmdir()  # empty
                 writing.rename(path)
-                _flush(path.parent)
+                flush(path.parent)
             finally:
                 shutil.rmtree(writing, ignore_errors=True)
     except BlockingIOError as error:
         raise ConfigError(f"another command is writing {path}", "wait for it, or choose another --out") from error
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {path}: {reason_of(error)}", "free space or mend the folder") from error
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from torchmae.errors import CheckpointError, reason_of
-from torchmae.files import seen_late
+from torchmae.files import flush, seen_late
 from torchmae.training.parallel import is_sharded
 from torchmae.training.ranks import ALONE, Ranks
 
@@ -111,12 +110,12 @@ def _seal(writing: Path, final: Path) -> None:
     sums = {path.relative_to(writing).as_posix(): _sha256(path) for path in files}
     (writing / "checksums.json").write_text(json.dumps(sums, indent=1), encoding="utf-8")
     for path in writing.rglob("*"):
-        _flush(path)
-    _flush(writing)
+        flush(path)
+    flush(writing)
     if final.exists():  # a damaged checkpoint of the same step, skipped on resume
         shutil.rmtree(final)
     writing.rename(final)
-    _flush(final.parent)
+    flush(final.parent)
 
 
 @contextmanager
@@ -220,11 +219,3 @@ def _steps(folder: Path) -> list[Path]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

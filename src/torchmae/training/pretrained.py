@@ -14,11 +14,12 @@ from torch import Tensor
 
 import torchmae
 from torchmae.config import ReadOptions
-from torchmae.data.formats import Context, Valid, plain_type, stored_type
+from torchmae.data.items import Context, Valid, plain_type, stored_type
 from torchmae.data.layouts import open_splits
+from torchmae.data.loader import View, boxes_of
 from torchmae.data.reading import FAR
 from torchmae.data.sources import FileSource, Source, evenly_spaced
-from torchmae.data.transforms import eval_box, resample, resample_valid, window_boxes
+from torchmae.data.transforms import resample, resample_valid
 from torchmae.errors import ConfigError, DataError, TorchmaeError, one_of
 from torchmae.interop.reading import is_foreign, read_weights
 from torchmae.interop.weights import build, full_arguments
@@ -126,13 +127,12 @@ class Pretrained:
                 f"this model takes {len(size)} axes and {channels} channels, last",
             )
         pixels, whole = torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 0)))[None], array.shape[:-1]
-        centre = np.full((1, len(size)), 0.5)
-        box = eval_box(whole, size)[None] if window is None else window_boxes(centre, whole, window)
+        box = boxes_of(np.empty((1, 0), np.float32), whole, View(size, (1, 1), (1, 1), False, window))
         if valid is None:
             values = normalised(resample(pixels, box, size, flip), pixels.dtype)
             return values, torch.ones(1, 1, *size, dtype=torch.bool)
         resized, kept = resample_valid(pixels, torch.from_numpy(valid)[None, None], box, size, flip)
-        return torch.where(kept, normalised(resized, pixels.dtype), 0.0), kept
+        return normalised(resized, pixels.dtype, kept), kept
 
     def _checked(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The image; ConfigError if the model was trained on another type or scale."""

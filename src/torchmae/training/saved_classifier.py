@@ -31,6 +31,7 @@ class ClassifierDescription:
     torchmae: str  # version that wrote it
     kind: str = KIND
     format: int = FORMAT
+    normalise: str | None = None  # as in `Normalisation`
 
 
 def build_classifier(arguments: dict[str, Any]) -> Classifier:

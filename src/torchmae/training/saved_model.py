@@ -45,6 +45,7 @@ class Description:
     window: tuple[int, ...] | None = None  # size of the windows that training images were cut into; None: crops
     moving: bool = False  # whether the first of three axes is time
     bands: tuple[str, ...] | None = None  # names of the channels, where the training data has some
+    normalise: str | None = None  # as in `Normalisation`
 
     @property
     def kind(self) -> str:
@@ -54,7 +55,7 @@ class Description:
     @property
     def normalisation(self) -> Normalisation:
         """The conversion of stored values to the model's input."""
-        return Normalisation(self.mean, self.std, self.low, self.high, self.scale)
+        return Normalisation(self.mean, self.std, self.low, self.high, self.scale, self.normalise)
 
     @property
     def input_size(self) -> tuple[int, ...]:

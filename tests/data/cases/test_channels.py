@@ -11,7 +11,8 @@ import pytest
 import torchmae
 from torchmae.config.data import DataOptions
 from torchmae.data.arrays import ArraySource
-from torchmae.data.formats import FORMATS, ArrayItem, Context, Format, open_item
+from torchmae.data.formats import FORMATS, Format, open_item
+from torchmae.data.items import ArrayItem, Context
 from torchmae.data.layouts import open_splits
 from torchmae.errors import ConfigError, DataError
 

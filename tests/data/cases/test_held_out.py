@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from torchmae.config import DataConfig
-from torchmae.data.formats import Context
+from torchmae.data.items import Context
 from torchmae.data.layouts import open_splits
 from torchmae.data.opening import choose_splits
 from torchmae.errors import ConfigError

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from torchmae.config import PackOptions
-from torchmae.data.formats import FORMATS, Context, Item, open_item
+from torchmae.data.formats import FORMATS, open_item
+from torchmae.data.items import Context, Item
 from torchmae.data.layouts import open_splits
 from torchmae.data.packing import pack
 from torchmae.data.reading import inspect_splits
@@ -295,3 +296,27 @@ def test_pages_that_lead_in_a_circle_are_refused_at_once() -> None:
     page = struct.pack("<H", 1) + tag + first  # the next page is this one
     with pytest.raises(DataError, match="circle"):
         open_item(header + first + page, Context())
+
+
+@pytest.mark.parametrize("axes", ["YX", "YXS", "SYX", "ZYX"])
+@pytest.mark.parametrize("layout", [{"tile": (32, 48)}, {"rowsperstrip": 7, "compression": "zlib"}, {}])
+def test_a_window_of_a_tiff_reads_the_strips_or_tiles_that_hold_it(
+    tmp_path: Path, axes: str, layout: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    lengths = {"Y": 90, "X": 110, "S": 4, "Z": 5}
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 60000, [lengths[axis] for axis in axes]).astype(np.uint16)
+    kind = {"planarconfig": "separate" if axes[0] == "S" else "contig", "photometric": "minisblack"}
+    tifffile.imwrite(tmp_path / "a.tif", values, **layout, **(kind if "S" in axes else {"photometric": "minisblack"}))
+    context = Context(pages="stack" if "Z" in axes else "first")
+    item = open_item(tmp_path / "a.tif", context)
+    whole = np.moveaxis(values, 0, -1) if axes[0] == "S" else values if "S" in axes else values[..., None]
+    np.testing.assert_array_equal(item.read(), whole)
+    read: list[int] = []
+    handle = tifffile.FileHandle.read
+    monkeypatch.setattr(tifffile.FileHandle, "read", lambda self, size=-1: read.append(size) or handle(self, size))
+    region = (*(((2, 1),) if "Z" in axes else ()), (40, 20), (50, 30))
+    part = whole[tuple(slice(start, start + length) for start, length in region)]
+    np.testing.assert_array_equal(item.read(region), part)
+    assert not layout or 0 < sum(read) < values.nbytes / (2 if "Z" not in axes else 8)

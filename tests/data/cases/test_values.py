@@ -13,7 +13,7 @@ from PIL import Image
 import torchmae
 from torchmae.config import DataConfig
 from torchmae.data.arrays import ArraySource
-from torchmae.data.formats import Context
+from torchmae.data.items import Context
 from torchmae.data.layouts import open_splits
 from torchmae.data.opening import open_data
 from torchmae.data.reading import measure, probe
