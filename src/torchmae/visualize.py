@@ -16,7 +16,7 @@ from torchmae.data.opening import Data, open_data
 from torchmae.data.transforms import Normalisation
 from torchmae.errors import ConfigError
 from torchmae.evaluation.diagnostics import Seen, encoding_time
-from torchmae.evaluation.feature_maps import class_attention, content_tokens, embed_2d, patch_colours
+from torchmae.evaluation.feature_maps import SHIFTS, class_attention, content_tokens, embed_2d, patch_colours
 from torchmae.evaluation.images import EVAL_BATCH, run_data
 from torchmae.evaluation.knn import nearest
 from torchmae.evaluation.quality import strategies_of
@@ -76,7 +76,8 @@ def write_pictures(
     image_s = encoding_time(model, loader, runtime)
     num_images = min(REPORT_BANK, max(_FEWEST, int(_MOST_S / 2 / image_s)))
     seen = seen or {}
-    if display is not None and (2 - len(seen)) * num_images * image_s > _NOTICED_S:
+    count = (2 - len(seen)) * num_images + SHIFTS * len(images.images)
+    if display is not None and count * image_s > _NOTICED_S:
         display.say("drawing pictures of the features")
     pictures: dict[str, Image.Image] = {}
     if model.patch_size:

@@ -67,7 +67,7 @@ def test_crops_are_of_the_fine_tuning_and_flips_of_the_run(run: Path, monkeypatc
     command = ["evaluate", str(run), *FINETUNE, "--finetune.crop-scale", "[0.7, 0.9]"]
     assert main([*command, "--out", str(run / "one")]) == 0
     config = (run / "config.yaml").read_text(encoding="utf-8")
-    (run / "config.yaml").write_text(config.replace("flip: true", "flip: false"), encoding="utf-8")
+    (run / "config.yaml").write_text(config.replace("flip: null", "flip: false"), encoding="utf-8")
     assert main([*command, "--out", str(run / "two")]) == 0
     assert [(view.crop_scale, view.flip) for view in views] == [((0.7, 0.9), True), ((0.7, 0.9), False)]
 

@@ -16,7 +16,7 @@ from torchmae.cli import main
 from torchmae.data import apart
 from torchmae.data.apart import check_apart, thumbnails_of
 from torchmae.data.arrays import ArraySource
-from torchmae.data.formats import Context
+from torchmae.data.items import Context
 from torchmae.data.layouts import open_splits
 from torchmae.errors import ConfigError
 

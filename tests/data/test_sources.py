@@ -113,7 +113,7 @@ def test_labels_that_are_none_of_classes_are_left_out_and_said() -> None:
     assert ArraySource(images, np.array([[1], [2], [-1]], np.int8)).labels.tolist() == [1, 2, -1]
     source = ArraySource(images, ["b", "a", ""])
     assert (source.labels.tolist(), source.classes) == ([1, 0, -1], ("a", "b"))
-    for labels in ([1, 2], [0.5, 1.0, 2.0], np.ones((3, 14), np.uint8)):
+    for labels in ([1, 2], [0.5, 1.0, 2.0], np.full((3, 14), 7, np.uint8)):
         source = ArraySource(images, labels, classes=["x"])
         assert (source.labels, source.classes) == (None, None)
         assert "not used" in source.remarks[-1]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pages import DOCS, blocks
+from pages import DOCS, blocks, programs_of_minutes
 from PIL import Image
 
 ENGLISH, CHINESE = DOCS / "dense.md", DOCS / "dense.zh-CN.md"
@@ -33,6 +33,7 @@ def discs(folder: Path, count: int, seed: int) -> None:
         Image.fromarray(ids).save(folder / "masks" / f"{i}.png")
 
 
+@programs_of_minutes
 def test_following_the_page_ends_with_figures_of_both(tmp_path: Path) -> None:
     pytest.importorskip("segmentation_models_pytorch")
     pytest.importorskip("timm")

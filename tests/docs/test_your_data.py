@@ -1,4 +1,4 @@
-"""The page on your own data: its code runs on real images and, when run as it stands, ends where the page says."""
+"""The page on your own data: its code, run as it stands on real images, ends where it says."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from pages import AS_THEY_STAND, DOCS, blocks, trained_less
+from pages import DOCS, blocks, programs_of_minutes
 
 ENGLISH, CHINESE = DOCS / "your-data.md", DOCS / "your-data.zh-CN.md"
 
 
+@programs_of_minutes
 def test_following_the_page_ends_with_a_better_classifier(tmp_path: Path) -> None:
     pytest.importorskip("timm")
-    found = [(language, trained_less(code)) for language, code in blocks(ENGLISH)]
+    found = blocks(ENGLISH)
     printed = ""
     # One thread: the tests of several processes run side by side, and networks this small gain nothing from more.
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
@@ -34,11 +35,10 @@ def test_following_the_page_ends_with_a_better_classifier(tmp_path: Path) -> Non
 
     pretrained, scratch = accuracies(printed)
     said_pretrained, said_scratch = accuracies("".join(code for language, code in found if language == "text"))
-    if AS_THEY_STAND:
-        assert pretrained > 75
-        assert pretrained > scratch + 30
-        assert pretrained == pytest.approx(said_pretrained, abs=8)
-        assert scratch == pytest.approx(said_scratch, abs=15)
+    assert pretrained > 75
+    assert pretrained > scratch + 30
+    assert pretrained == pytest.approx(said_pretrained, abs=8)
+    assert scratch == pytest.approx(said_scratch, abs=15)
 
 
 def test_both_languages_have_the_same_code() -> None:

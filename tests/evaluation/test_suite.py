@@ -100,9 +100,9 @@ def test_images_are_encoded_once_a_subject_and_attentive_is_left_out_where_its_t
     asked: list[tuple[str, str]] = []
     encode = Subject.encode
 
-    def counted(self: Subject, images: torch.Tensor, pool: str) -> torch.Tensor:
-        asked.extend([(self.name, pool)] * len(images))
-        return encode(self, images, pool)
+    def counted(self: Subject, images: torch.Tensor, *how: Any) -> torch.Tensor:
+        asked.extend([(self.name, how[0])] * len(images))
+        return encode(self, images, *how)
 
     monkeypatch.setattr(Subject, "encode", counted)
     options = {"attentive": AttentiveOptions(epochs=1, memory_limit=1e-9)}
@@ -209,7 +209,7 @@ def test_mended_labels_are_other_labels(run: Path, tmp_path: Path) -> None:
 
 def test_no_rank_ends_the_process_that_calls(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
-    def second_rank(_: str) -> Iterator[Ranks]:
+    def second_rank(*_: object) -> Iterator[Ranks]:
         yield Ranks(rank=1)
 
     monkeypatch.setattr(bench, "open_ranks", second_rank)

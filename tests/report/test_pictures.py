@@ -106,7 +106,7 @@ def test_values_outside_zero_to_one_are_clipped() -> None:
 
 
 def test_a_volume_shows_its_three_middle_planes() -> None:
-    grid, layout, original = grid_of((1, 1, 5, 8, 8), min_side=26)  # three planes of 8 columns, with gaps of 1
+    grid, layout, original = grid_of((1, 1, 5, 8, 8), min_side=16)  # three planes of 8 columns, with gaps of 1
     shown = panel(grid, layout, 0, 2)[..., 0]
     volume = as_bytes(original[0, 0])
     for left, plane in ((0, volume[2]), (9, volume[:, 4]), (18, volume[:, :, 4])):

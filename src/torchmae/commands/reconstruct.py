@@ -15,7 +15,7 @@ from torchmae.nn.mae import require_patches
 from torchmae.nn.masking import Mask, mask_from_pixels
 from torchmae.nn.patches import patchify
 from torchmae.report.pictures import reconstruction_grid
-from torchmae.training.pretrained import Pretrained, load, open_images
+from torchmae.training.pretrained import Pretrained, load, open_file
 from torchmae.training.runtime import open_runtime
 from torchmae.visualize import look_of, triplet
 from torchmae.words import in_words
@@ -59,7 +59,7 @@ def mask_from_image(pretrained: Pretrained, path: Path, count: int) -> Mask:
         raise ConfigError(
             f"this model takes {len(size)} axes and mask_file is an image", "mask patches with --mask.ratio"
         )
-    array = torch.from_numpy(open_images(path, Context(num_channels=1, spatial_dims=2)).read(0)[..., 0])
+    array = torch.from_numpy(open_file(path, Context(num_channels=1, spatial_dims=2)).read(0)[..., 0])
     values = (array.float() / FULL_SCALE[str(array.numpy().dtype)])[None, None]
     resized = resample(values, eval_box(tuple(array.shape), size)[None], size, np.zeros(1, dtype=np.bool_))
     removed = (resized[:, 0] > 0.5).expand(count, *size)

@@ -85,7 +85,7 @@ class AttentiveOptions(Settings, group="attentive."):
     """How the attentive probe is built and trained.
 
     Attributes:
-        queries: number of learned queries, a divisor of the width of the tokens.
+        queries: number of learned queries, a divisor of the width of the tokens; null: 8, or the divisor next to it.
         epochs: passes over the training images; null: 30, or more to reach 2,000 steps.
         lr: AdamW's peak learning rate, with a warm-up over a tenth of the steps, then a cosine.
         weight_decay: not applied to biases and norms.
@@ -94,7 +94,7 @@ class AttentiveOptions(Settings, group="attentive."):
             every epoch, and `--method all` leaves this probe out.
     """
 
-    queries: Count = 8
+    queries: Count | None = None
     epochs: Size | None = None
     lr: Rate = 3e-3
     weight_decay: Annotated[float, Range(0, 10)] = 0.05

@@ -130,7 +130,7 @@ class Source(ABC):
         """Sets labels and classes from any form that they are stored in (`read_labels`)."""
         read = ReadLabels(None) if labels is None else read_labels(labels, len(self))
         self.labels, self.tags = read.labels, read.tags
-        is_named = classes is not None and (not read.note or read.tags is not None)
+        is_named = classes is not None and (not read.note if read.tags is None else read.tags.shape[1] == len(classes))
         self.classes = read.classes or (tuple(classes or ()) if is_named else None)
         self.remarks += (read.note,) if read.note else ()
 

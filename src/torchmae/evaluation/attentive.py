@@ -31,6 +31,7 @@ from torchmae.training.task import seeded
 
 _STATISTICS_IMAGES = 500
 _SCHEDULE = OptimConfig(warmup=0.1)
+_QUERIES = 8
 _EPOCHS = 30
 _STEPS = 2000
 
@@ -105,12 +106,13 @@ def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
     data, runtime, settings = bench.data, bench.runtime, options.attentive
     tokens = open_tokens(subject, data.train, runtime, settings.memory_limit)
     mean, std = statistics(tokens, data.train.model.batch_size)
-    if len(mean) % settings.queries:
-        fitting = [count for count in range(1, len(mean) + 1) if len(mean) % count == 0]
-        near = min(fitting, key=lambda count: abs(count - settings.queries))
-        raise ConfigError(f"attentive.queries is {settings.queries} and tokens have {len(mean)} values", f"use {near}")
+    wanted = settings.queries or _QUERIES
+    divisors = [count for count in range(1, len(mean) + 1) if len(mean) % count == 0]
+    queries = min(divisors, key=lambda count: abs(count - wanted))
+    if settings.queries not in (None, queries):
+        raise ConfigError(f"attentive.queries is {wanted} and tokens have {len(mean)} values", f"use {queries}")
     with seeded(options.seed):
-        probe = AttentiveProbe(mean.cpu(), std.cpu(), settings.queries, len(data.classes))
+        probe = AttentiveProbe(mean.cpu(), std.cpu(), queries, len(data.classes))
     probe.to(runtime.device)
     epochs = settings.epochs or epochs_for(tokens.count, settings.batch_size, _EPOCHS, _STEPS)
     for epoch in train_head(probe, tokens, epochs, settings, options.seed):

@@ -26,7 +26,7 @@ EMBEDDINGS = ("tsne", "pca", "umap")
 # Percent of the patches beyond each end of the colour range, so that one outlier does not grey the rest.
 _CLIPPED = 1.0
 # Shifts of an image for the mean at each place; on a finer grid a sample of shifts is enough.
-_SHIFTS = 16
+SHIFTS = 16
 # Principal components for t-SNE and UMAP: more add noise and time.
 _MAP_DIMS = 50
 
@@ -81,7 +81,7 @@ def content_tokens(model: MaskedAutoencoder, images: Tensor, valid: Tensor | Non
     require_patches(model, "to look at")
     grid = model.encoder.grid_of(images)
     axes = tuple(range(2, images.ndim))
-    places = permutation(0, 0, prod(grid), Purpose.SUBSET)[:_SHIFTS]
+    places = permutation(0, 0, prod(grid), Purpose.SUBSET)[:SHIFTS]
     known = images.new_ones(len(images), 1, *images.shape[2:]).bool() if valid is None else valid
 
     def shifted(steps: Sequence[Any]) -> tuple[Tensor, Tensor]:

@@ -101,13 +101,13 @@ class ImageSet:
 
     def augmented(self, augmentation: DataConfig) -> ImageLoader:
         """A loader for training, with the crops and flips of `augmentation` and nothing else of it."""
-        limit, window = bytes_to_keep(self.data.memory_limit), self.data.window
+        limit, window, probed = bytes_to_keep(self.data.memory_limit), self.data.window, probe(self.source)
         return ImageLoader(
             self.source,
-            hold_if_it_fits(self.source, probe(self.source), limit, self.bad, self.model.progress),
+            hold_if_it_fits(self.source, probed, limit, self.bad, self.model.progress),
             view=View(
                 self.model.input_size,
-                *augmentation.augmentation(len(self.model.input_size)),
+                *augmentation.augmentation(len(self.model.input_size), probed.example.form),
                 window if isinstance(window, tuple) and 0 in window else None,  # of clips, the frames are cropped
             ),
             normalisation=self.normalisation,

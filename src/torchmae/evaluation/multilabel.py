@@ -57,7 +57,7 @@ def linear_votes(train: Labelled, test: Labelled, seed: int) -> Tensor:
     """(M, C) log-odds; 0 for a class that all training images are of, or none."""
     scores = test.features.new_zeros(len(test.features), train.labels.shape[1])
     scaled, others = linear.standardise(train.features, test.features)
-    for number, labels in enumerate(train.labels.long().T):
+    for number, labels in enumerate(train.labels.long().T.contiguous()):
         if 0 < int(labels.sum()) < len(labels):
             c = linear.choose_c(Labelled(train.features, labels), 2, seed=seed)
             logits = next(linear.fit(scaled, labels, 2, (c,))).logits(others)

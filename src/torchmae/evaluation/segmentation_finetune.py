@@ -17,6 +17,7 @@ from torchmae.config.evaluate import EvaluateOptions
 from torchmae.data.arrays import ArraySource, hold
 from torchmae.data.items import Context
 from torchmae.data.loader import Batch, ImageLoader, Plan, View
+from torchmae.data.reading import probe
 from torchmae.data.transforms import Normalisation
 from torchmae.evaluation.bench import Bench, output_folder
 from torchmae.evaluation.finetune import check_folder
@@ -56,10 +57,11 @@ def finetuned(
     stored = torch.cat([torch.cat([inputs, labels[:, None].float()], 1) for inputs, labels in batches])
     stored = stored[(stored[:, -1] != IGNORED).flatten(1).any(1)]  # the last channel are the classes
     source = ArraySource(stored.movedim(1, -1).numpy(), title="windows", context=Context(axes="HWC"))
+    *_, flip = (run_data(bench.run) or DataConfig()).augmentation(2, probe(images.source).example.form)
     loader = ImageLoader(
         source,
         hold(source, math.inf, images.bad),
-        view=View(size, (1, 1), (1, 1), flip=(run_data(bench.run) or DataConfig()).augmentation(2)[2]),
+        view=View(size, (1, 1), (1, 1), flip=flip),
         normalisation=Normalisation((0.0,) * (channels + 1), (1.0,) * (channels + 1)),
         device=runtime.device,
         num_workers=0,

@@ -27,15 +27,16 @@ def sincos(embed_dim: int, grid: Sequence[int], num_prefix: int = 0) -> Tensor:
         raise ConfigError(
             f"width {embed_dim} is too small for positions on {len(grid)} axes", f"use {2 * len(grid)} or more"
         )
-    # On the processor, whatever the default device is: the same bits everywhere.
-    omega = _BASE ** -(torch.arange(per_axis, dtype=torch.float64, device="cpu") / per_axis)
-    axes = torch.meshgrid(*(torch.arange(size, dtype=torch.float64, device="cpu") for size in grid), indexing="ij")
+    if torch.get_default_device().type == "meta":  # as of `layers.without_weights`
+        return torch.empty(num_prefix + prod(grid), embed_dim)
+    omega = _BASE ** -(torch.arange(per_axis, dtype=torch.float64) / per_axis)
+    axes = torch.meshgrid(*(torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij")
     parts = []
     for coordinate in reversed(axes):
         angle = coordinate.reshape(-1, 1) * omega
         parts += [angle.sin(), angle.cos()]
     table = torch.cat(parts, dim=1)
-    return F.pad(table, (0, embed_dim - table.shape[1], num_prefix, 0)).float().to(torch.get_default_device())
+    return F.pad(table, (0, embed_dim - table.shape[1], num_prefix, 0)).float()
 
 
 def resample(table: Tensor, old_grid: Sequence[int], new_grid: Sequence[int]) -> Tensor:

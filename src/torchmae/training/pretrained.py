@@ -231,18 +231,28 @@ def open_images(path: Path, context: Context) -> Source:
 
     Held-out images come first: those of a test, else a val, else the train split. DataError: they cannot be read.
     """
-    single = FileSource(Path(), [str(path)], context=context)
     problem = None
     if not path.is_dir():
         try:
-            single.open(0)
-            return single
+            return open_file(path, context)
         except DataError as error:
-            problem = DataError(f"{path}: {error.problem}", error.fix)
+            problem = error
     try:
         splits = open_splits(str(path), replace(context, num_channels=None))
         source = next(splits[name] for name in ("test", "val", "train") if name in splits)
         return source.with_channels(context.num_channels or 1)
     except TorchmaeError as error:
-        reason = problem or error
-        raise DataError(f"cannot read {reason}", "give files or a folder, as for torchmae pretrain --data") from error
+        of_file = problem is not None and path.suffix not in (".txt", ".csv", ".tsv")
+        reason = problem.problem if problem is not None and of_file else f"cannot read {path}: {error.problem}"
+        raise DataError(reason, "give files or a folder, as for torchmae pretrain --data") from error
+
+
+def open_file(path: Path, context: Context) -> Source:
+    """The image in a file; DataError: it cannot be read."""
+    single = FileSource(Path(), [str(path)], context=context)
+    try:
+        single.open(0)
+    except DataError as error:
+        fix = error.fix or "give image files, such as PNG or JPEG"
+        raise DataError(f"cannot read {path}: {error.problem}", fix) from error
+    return single

@@ -1,0 +1,49 @@
+"""Nuclei of cells: the foreground of microscope pictures, with 40 and with all masks (BBBC038, CC0).
+
+    python benchmarks/cases/nuclei.py dsb2018-nuclei
+
+Every fourth picture is for the test. Pre-training sees those of the others, without their masks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from case import Case, main, read_table, write_table
+
+FEW = 40
+
+
+def prepare(data: Path, work: Path) -> None:
+    """Lists: unlabelled.csv; few.csv and all.csv with masks and splits."""
+    rows = sorted(read_table(data / "labels.csv"), key=lambda row: (row["type"], row["image"]))
+    train, test = [row for i, row in enumerate(rows) if i % 4], rows[::4]
+    few = [train[i * len(train) // FEW] for i in range(FEW)]
+    write_table(work / "unlabelled.csv", ("image",), [(data / row["image"],) for row in train])
+    for name, kept in (("few", few), ("all", train)):
+        splits = [*((row, "train") for row in kept), *((row, "test") for row in test)]
+        named = [(data / row["image"], data / row["mask"], split) for row, split in splits]
+        write_table(work / f"{name}.csv", ("image", "mask", "split"), named)
+
+
+def masks(name: str) -> dict[str, object]:
+    return {"data": f"{name}.csv", "method": "segmentation", "segmentation": {"instances": True}}
+
+
+FOREGROUND = "segmentation_miou"
+CASE = Case(
+    "nuclei",
+    prepare,
+    {
+        "data": {"source": "unlabelled.csv", "val": "none", "window": (64, 64)},
+        "recipe": "cifar10-cpu",
+        "model": {"input_size": (64, 64), "patch_size": (8, 8)},
+    },
+    {
+        "40 masks": (masks("few"), {f"mIoU, {FEW} masks, %": FOREGROUND}),
+        "all masks": (masks("all"), {"mIoU, 213 masks, %": FOREGROUND}),
+    },
+)
+
+if __name__ == "__main__":
+    main(CASE, __doc__)
