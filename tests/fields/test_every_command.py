@@ -199,9 +199,7 @@ def test_export(kind: Kind, capsys: pytest.CaptureFixture[str]) -> None:
             assert ("nir" in card) == (kind.name == "bands")
     if kind.word == "image":  # from the stored values to features, by the export's own preprocessing
         transformers = pytest.importorskip("transformers")
-        values = (1000 + 500 * np.arange(5) + 200 * RNG.random((16, 16, 5))).astype(
-            np.float32
-        )  # of which none is clipped
+        values = (1000 + 500 * np.arange(5) + 200 * RNG.random((16, 16, 5))).astype(np.float32)  # none is clipped
         processor = transformers.AutoImageProcessor.from_pretrained(kind.out("hf-vit"))
         inputs = processor(values, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
         theirs = transformers.ViTModel.from_pretrained(kind.out("hf-vit"), add_pooling_layer=False).eval()

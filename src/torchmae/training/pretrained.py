@@ -242,9 +242,9 @@ def open_images(path: Path, context: Context) -> Source:
         source = next(splits[name] for name in ("test", "val", "train") if name in splits)
         return source.with_channels(context.num_channels or 1)
     except TorchmaeError as error:
-        of_file = problem is not None and path.suffix not in (".txt", ".csv", ".tsv")
-        reason = problem.problem if problem is not None and of_file else f"cannot read {path}: {error.problem}"
-        raise DataError(reason, "give files or a folder, as for torchmae pretrain --data") from error
+        if problem is None or path.suffix in (".txt", ".csv", ".tsv"):  # meant as a folder or a list
+            problem = DataError(f"cannot read {path}: {error.problem}")
+        raise DataError(problem.problem, "give files or a folder, as for torchmae pretrain --data") from error
 
 
 def open_file(path: Path, context: Context) -> Source:
