@@ -15,7 +15,7 @@ from PIL import Image
 
 ENGLISH, CHINESE = DOCS / "dense.md", DOCS / "dense.zh-CN.md"
 MOST_LINES = 60
-TINY = "--epochs 1 --batch_size 4 --model.input_size 32 --model.depth 2 --model.embed_dim 24 --model.decoder_depth 1"
+TINY = "--epochs 1 --batch_size 4 --model.input_size 32 --model.depth 4 --model.embed_dim 24 --model.decoder_depth 1"
 
 
 def discs(folder: Path, count: int, seed: int) -> None:
