@@ -6,11 +6,14 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of this process, before torch is loaded, and of those that tests start
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+from torchmae import visualize
 
 # Deadlines would make slow machines fail; derandomised examples make two runs of the suite the same.
 settings.register_profile("torchmae", deadline=None, derandomize=True, max_examples=40)
@@ -26,6 +29,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _threads() -> None:
     # Small tensors gain nothing from threads, and lose much where other work shares the processor.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_pictures_of_features() -> Iterator[None]:
+    # They take seconds at the end of each run, and hundreds of runs nobody looks at; `pictures_of_features` draws them.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torchmae.runs.write_pictures", lambda *_: [])
+        yield
+
+
+@pytest.fixture(scope="module")
+def pictures_of_features() -> Iterator[None]:
+    """Runs end as they do outside the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torchmae.runs.write_pictures", visualize.write_pictures)
+        yield
 
 
 @pytest.fixture(autouse=True)

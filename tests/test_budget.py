@@ -45,6 +45,7 @@ def test_a_tenth_of_the_run_and_a_minute_at_least(data: Data, image_s: float, ru
     assert chosen.linear_train < asked.linear_train
 
 
+@pytest.mark.usefixtures("pictures_of_features")
 def test_a_slow_run_says_and_keeps_what_it_measures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

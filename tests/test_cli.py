@@ -31,7 +31,7 @@ SMALL = (
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory, pictures_of_features: None) -> Path:
     """A finished run on digits."""
     out = tmp_path_factory.mktemp("runs") / "a"
     assert main(["pretrain", "--out", str(out), *SMALL]) == 0

@@ -69,23 +69,13 @@ def test_a_report_has_every_picture(tmp_path: Path) -> None:
     assert all(picture is not None and len(picture.description) > 100 for picture in titled)
 
 
+@pytest.mark.usefixtures("pictures_of_features")
 def test_features_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def again(*_: Any) -> None:
         raise AssertionError("features of the last measurement are at hand")
 
     monkeypatch.setattr(visualize, "extract", again)
-    small = [
-        "--recipe",
-        "digits",
-        "--epochs",
-        "1",
-        "--eval.count",
-        "1",
-        "--eval.knn_train",
-        "300",
-        "--eval.knn_val",
-        "60",
-    ]
+    small = ["--recipe=digits", "--epochs=1", "--eval.count=1"]
     probed = ["--eval.knn_train", "300", "--eval.knn_val", "60", "--threads", "1", "--progress", "none"]
     assert main(["pretrain", *small, *probed, "--out", str(tmp_path / "run")]) == 0
     assert names(sorted((tmp_path / "run" / "pictures").iterdir()))[2:4] == ["neighbours", "map"]

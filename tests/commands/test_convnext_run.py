@@ -107,7 +107,7 @@ def test_export_to_timm_loads_by_its_name_and_strictly(what: str) -> None:
     assert "vision transformer" not in card
 
 
-@pytest.mark.parametrize("options", [["--to=safetensors"], ["--to=onnx"], ["--to=onnx", "--part=reconstruction"]])
+@pytest.mark.parametrize("options", [["--to=safetensors"], ["--to=onnx", "--part=reconstruction"]])
 def test_other_exports(options: list[str]) -> None:
     if "--to=onnx" in options:
         for module in ("onnx", "onnxscript", "onnxruntime"):

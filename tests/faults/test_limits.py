@@ -139,6 +139,7 @@ def open_world() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+FONTS = matplotlib.get_cachedir()  # for MPLCONFIGDIR: without it Matplotlib lists the machine's fonts again, 10 s
 TINY = (
     *("--recipe=digits", "--threads=1", "--epochs=1", "--batch=16", "--progress=plain", "--eval.knn_count=0"),
     *("--model.input_size=[64,64]", "--model.patch_size=32", "--model.depth=1", "--model.embed_dim=16"),
@@ -180,6 +181,7 @@ def run_in(prepare: Callable[[], Any], words: list[str], log: Path) -> None:
     multiprocessing.set_start_method(None, force=True)  # not this process's own, but the platform's
     faulthandler.dump_traceback_later(300, exit=True)  # rather than wait for ever
     os.chdir(log.parent)
+    os.environ["MPLCONFIGDIR"] = FONTS
     prepare()
     sys.exit(main(words))
 
@@ -213,7 +215,7 @@ def test_a_run_in_an_environment(prepare: Callable[[], Any], status: int, said: 
 
 def test_a_plain_locale_without_a_home(open_world: Path) -> None:
     kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "OMP_NUM_THREADS") if name in os.environ}
-    kept["MPLCONFIGDIR"] = matplotlib.get_configdir()  # else Matplotlib lists the machine's fonts again: 10 s
+    kept["MPLCONFIGDIR"] = FONTS
     out = open_world / "größe 1"
     words = ["pretrain", f"--data={open_world / 'images'}", f"--out={out}", *TINY]
     done = subprocess.run(

@@ -112,6 +112,7 @@ def num_colours(path: Path) -> int:
     return len(np.unique(drawn(path).view(np.uint32)))
 
 
+@pytest.mark.usefixtures("pictures_of_features")
 def test_pretrain_and_resume(kind: Kind) -> None:
     weights = (kind.run / "model.safetensors").read_bytes()
     assert main(["pretrain", "--resume", str(kind.run), "--progress", "none"]) == 0
