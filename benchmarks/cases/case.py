@@ -78,7 +78,8 @@ def main(case: Case, doc: str | None) -> None:
     found = {"case": case.name, "minutes": args.minutes, "environment": environment(), "seeds": figures}
     (RESULTS / f"{case.name}.json").write_text(json.dumps(found, indent=1) + "\n")
     for language, page in PAGES.items():
-        page.write_text(render(page.read_text(encoding="utf-8"), case, found, language), encoding="utf-8")
+        if page.exists():
+            page.write_text(render(page.read_text(encoding="utf-8"), case, found, language), encoding="utf-8")
 
 
 def read_table(path: Path) -> list[dict[str, str]]:

@@ -148,6 +148,16 @@ def test_random_needs_a_folder_to_write_to(tmp_path: Path, capsys: pytest.Captur
     assert (tmp_path / "out" / "model.json").exists()
 
 
+def test_without_a_compiler_there_is_no_folder(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    words = ["evaluate", str(run), *FINETUNE, "--finetune.compile", "true", "--device=cpu", f"--out={tmp_path / 'new'}"]
+    assert main(words) == 2
+    assert "apt-get install g++" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -63,12 +63,23 @@ def test_a_column_a_pattern_and_an_array_give_the_same_groups(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("group", "kind", "named"),
-    [("patient", ConfigError, "parentheses"), (r"(case_\d+)", DataError, "0.png"), ("(", ConfigError, "data.group")],
+    [
+        ("patient", ConfigError, "parentheses"),
+        (r"(case_\d+)", DataError, "0.png"),
+        (r"(case_\d+)?", DataError, "0.png"),
+        ("(", ConfigError, "data.group"),
+    ],
 )
 def test_groups_that_cannot_be_had(tmp_path: Path, group: str, kind: type[Exception], named: str) -> None:
     pictures(tmp_path, ["0.png", "1.png"])
     with pytest.raises(kind, match=named):
         open_splits(str(tmp_path), Context.of(configure({"data.source": str(tmp_path), "data.group": group}).data))
+
+
+def test_one_of_several_patterns(tmp_path: Path) -> None:
+    pictures(tmp_path, ["case_1 0.png", "case_1 1.png", "p7.png"])
+    source = open_splits(str(tmp_path), Context(group=r"(case_\d+)|(p\d+)"))["train"]
+    assert source.groups is not None and source.groups.tolist() == ["case_1", "case_1", "p7"]
 
 
 def test_all_of_one_group_cannot_be_held_out(tmp_path: Path) -> None:

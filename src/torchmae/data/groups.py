@@ -34,11 +34,13 @@ def name_groups(splits: Mapping[str, Source], group: str | None) -> None:
         raise ConfigError(f"data.group is {group!r}, and the data has no such column", fix)
     pattern = re.compile(group)
     for source in splits.values():
-        found = [pattern.search(source.name(i)) for i in range(len(source))]
+        matches = [pattern.search(source.name(i)) for i in range(len(source))]
+        # Of alternatives, such as '(case_\d+)|(p\d+)', the one that was found.
+        found = [match and next((part for part in match.groups() if part is not None), None) for match in matches]
         if None in found:
             name = source.name(found.index(None))
-            raise DataError(f"data.group {group!r} does not match {name}", "give a pattern that matches every name")
-        source.groups = np.array([match[1] if match else "" for match in found])
+            raise DataError(f"data.group {group!r} finds no group in {name}", "give a pattern that matches every name")
+        source.groups = np.array(found, dtype=np.str_)
 
 
 def hold_out_groups(groups: npt.NDArray[Any], count: int, seed: int = 0) -> npt.NDArray[np.bool_]:

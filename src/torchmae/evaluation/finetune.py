@@ -31,6 +31,7 @@ from torchmae.evaluation.subject import Subject
 from torchmae.nn.classifier import Classifier
 from torchmae.nn.encoder import Encoder
 from torchmae.nn.mae import MaskedAutoencoder, require_patches
+from torchmae.training.compilation import check_compiler
 from torchmae.training.progress import Display
 from torchmae.training.runtime import Runtime
 from torchmae.training.saved_classifier import ClassifierDescription, build_classifier, save_classifier
@@ -46,7 +47,7 @@ def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
     model, data, config, few = subject.model, bench.data, options.finetune, options.labels_per_class
     out = finetune_folder(bench.run, options)
     arguments = require_encoder(model).arguments
-    bench.runtime.ranks.on_main(lambda: check_folder(out, bool(options.resume)))
+    bench.runtime.ranks.on_main(lambda: check_start(out, bool(options.resume), config, bench.runtime))
     crop_scale = config.for_input(arguments["input_size"], arguments["in_chans"]).crop_scale
     train = data.train.augmented(replace(run_data(bench.run) or DataConfig(), crop_scale=crop_scale))
     folders = [out] if few is None else [out / f"draw-{draw}" for draw in range(options.draws)]
@@ -95,8 +96,10 @@ def finetune_folder(run: str, options: EvaluateOptions) -> Path:
     return folder / "-".join([NAME, *parts, *([f"seed{options.seed}"] if options.seed else [])])
 
 
-def check_folder(out: Path, resume: bool) -> None:
-    """Raises if `out` holds files when a fine-tuning begins, or none when it resumes."""
+def check_start(out: Path, resume: bool, config: FinetuneConfig, runtime: Runtime) -> None:
+    """Raises if `out` holds files when a fine-tuning begins, or none when it resumes, or a compiler is missing."""
+    if config.compile and runtime.device.type == "cpu":
+        check_compiler()
     begun = out.is_dir() and any(not item.name.startswith(".") for item in out.iterdir())
     if begun and not resume:
         raise ConfigError(f"{out} exists already", "go on with --resume, or choose another --out")

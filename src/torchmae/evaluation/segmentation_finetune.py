@@ -20,7 +20,7 @@ from torchmae.data.loader import Batch, ImageLoader, Plan, View
 from torchmae.data.reading import probe
 from torchmae.data.transforms import Normalisation
 from torchmae.evaluation.bench import Bench, output_folder
-from torchmae.evaluation.finetune import check_folder
+from torchmae.evaluation.finetune import check_start
 from torchmae.evaluation.finetune_training import FinetuneTask, trained_in
 from torchmae.evaluation.images import run_data
 from torchmae.evaluation.segmentation_data import IGNORED, SegmentationData
@@ -50,7 +50,7 @@ def finetuned(
     out = output_folder(bench.run, options) / f"segmentation-finetune{suffix}"
     begun = ranks.on_main((out / "finetune.json").exists)
     resume = bool(options.resume) and (begun or not suffix)
-    ranks.on_main(lambda: check_folder(out, resume))
+    ranks.on_main(lambda: check_start(out, resume, config, runtime))
     size, channels = images.model.input_size, len(images.normalisation.mean)
     windows, notes = training_windows(images, 4 * (channels + 1) * math.prod(size), options.segmentation.memory_limit)
     batches = window_batches(images, data.maps, windows)
