@@ -17,6 +17,7 @@ from torch import Tensor
 from torchmae.data.items import Progress
 from torchmae.errors import DataError
 from torchmae.evaluation.anomaly_data import AnomalyData
+from torchmae.evaluation.inpainting import LINEAR
 from torchmae.files import replace_file
 from torchmae.report.feature_pictures import anomaly_picture
 from torchmae.report.panels import Look
@@ -32,7 +33,6 @@ BINS = 2**14
 FPR_LIMIT = 0.3
 """AUPRO is the area up to this false positive rate (Bergmann et al. 2021, section 5.1)."""
 PICTURED = 8
-_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 def map_of(detection: Detection, name: str, place: int) -> Tensor:
@@ -49,7 +49,7 @@ def map_of(detection: Detection, name: str, place: int) -> Tensor:
         lengths = [length for _, length in region]
         patches = detection.maps[name][window][None, None]
         part = tuple(slice(start, start + length) for start, length in region)
-        total[part] += F.interpolate(patches, size=lengths, mode=_MODES[len(lengths)], align_corners=False)[0, 0]
+        total[part] += F.interpolate(patches, size=lengths, mode=LINEAR[len(lengths)], align_corners=False)[0, 0]
         times[part] += 1
     return total / times
 
@@ -135,11 +135,13 @@ def write_files(
         return Look(look.kind).flat(scaled[None, None])[0, 0]
 
     places = detection.scores["patch_knn"].argsort(descending=True, stable=True)[:PICTURED].tolist()
-    pictures, masks, words = [], [], []
+    pictures, masks, words, normalisation = [], [], [], data.test.normalisation
     for place in places:
         row = int(detection.rows[place])
-        values = torch.from_numpy(data.test.source.read(row)).movedim(-1, 0)[None]
-        pictures.append(look.flat(data.test.normalisation.shown(data.test.normalisation.apply(values)))[0])
+        values, known = data.test.source.read_valid(row)
+        valid = None if known is None else torch.from_numpy(known)[None, None]
+        images = normalisation.apply(torch.from_numpy(values).movedim(-1, 0)[None], valid=valid)
+        pictures.append(look.flat(normalisation.shown(images, valid))[0])
         masks.append(data.defect(row, detection.grid.size(row)) if data.masks else None)
         words.append(data.kinds[row] if data.kinds else ("normal", "anomalous")[int(detection.anomalous[place])])
     maps = {name: [shown(name, place) for place in places] for name in detection.maps}
