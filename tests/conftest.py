@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of this process, before torch is loaded, and of those that tests start
 
+import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,15 @@ from torchmae import visualize
 # Deadlines would make slow machines fail; derandomised examples make two runs of the suite the same.
 settings.register_profile("torchmae", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("torchmae")
+
+# What processes of tests load, once for all of a worker: each is forked from a process that has loaded it.
+multiprocessing.set_forkserver_preload(
+    [
+        *("torchmae.api", "torchmae.report.table", "torchmae.training.sharded", "torchmae.evaluation.augment"),
+        *("torch.distributed.fsdp", "torch._dynamo", "torch.utils.tensorboard"),
+        *("sklearn.datasets", "sklearn.linear_model", "matplotlib.figure"),
+    ]
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from picture_files import picture
 from tar_files import png, samples, write_tar
 
-from torchmae.data import shards
+from torchmae.data import formats, shards
 from torchmae.data.items import Context
 from torchmae.data.layouts import open_splits
 from torchmae.data.shards import ShardSource, build_index, open_index, write_index
@@ -60,6 +60,25 @@ def test_other_members_are_passed_over(tmp_path: Path) -> None:
     assert source.labels is None
     assert [source.name(i) for i in range(len(source))] == ["x.tar/../../up.png", f"x.tar/{'a' * 150}.JPG"]
     np.testing.assert_array_equal(source.read(1), picture(seed=1))
+
+
+def test_libraries_are_looked_for_once_and_not_for_each_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[str] = []
+    monkeypatch.setattr(formats, "find_spec", lambda name: searched.append(name) or True)
+    searches = []
+    for count in (3, 40):
+        photographs, tars = tmp_path / f"photographs-{count}", tmp_path / f"tars-{count}"
+        for folder in (photographs, tars):
+            folder.mkdir()
+        write_tar(tars / "a.tar", samples(count))
+        for i in range(count):
+            (photographs / f"{i}.png").write_bytes(png(i))
+        (photographs / "a clip.avi").write_bytes(b"RIFF")  # beside it, the files of each kind are counted
+        for folder in (photographs, tars):
+            assert len(open_splits(str(folder))["train"]) == count
+            searches.append(len(searched))
+            searched.clear()
+    assert searches[:2] == searches[2:]
 
 
 def test_labels_lie_anywhere_in_the_shard(tmp_path: Path) -> None:

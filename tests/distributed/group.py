@@ -13,11 +13,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-# Once for all ranks of all tests, what commands load when they need it.
-PRELOADED = [
-    *("torchmae.api", "torchmae.report.table", "torchmae.training.sharded", "torchmae.evaluation.augment"),
-    *("torch.distributed.fsdp", "torch._dynamo", "sklearn.datasets", "sklearn.linear_model", "matplotlib.figure"),
-]
 TRAINING = Path(__file__).resolve().parents[1] / "training"  # whose small parts serve here too
 
 
@@ -52,7 +47,6 @@ def start(world_size: int, function: Callable[..., Any], *args: Any, logs: Path)
     """Starts `function(*args)` on every rank; what each prints goes to `logs`/RANK.log."""
     logs.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     port = free_port()
     processes = [
         context.Process(target=enter, args=(function, rank, world_size, port, logs / f"{rank}.log", args))

@@ -198,7 +198,7 @@ EVALUATE = ("--device=cpu", "--precision=fp32", "--progress=plain", "--train-ima
 @pytest.mark.parametrize(
     ("world_size", "words"),
     [
-        (2, ["--method=all", "--attentive.epochs=2", "--batch=32"]),
+        (2, ["--method=all", "--pool=mean", "--attentive.epochs=2", "--batch=32"]),
         (2, ["--method=linear", "--labels-per-class=3", "--draws=2"]),
         (2, ["--method=reconstruction", "--reconstruction.images=300"]),
     ],

@@ -70,11 +70,12 @@ def test_a_rank_that_lives_may_take_longer_than_the_timeout(tmp_path: Path) -> N
 def test_ranks_that_never_meet_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     context = multiprocessing.get_context("forkserver")
-    for rank, told in ((0, "rank 0 of 2 waited .* for the others at 127.0.0.1"), (1, "rank 1 of 2 waited")):
-        words = (wait_for_others, rank, 2, free_port(), tmp_path / f"{rank}.log", (3.0,))
-        process = context.Process(target=enter, args=words)
+    words = [(wait_for_others, rank, 2, free_port(), tmp_path / f"{rank}.log", (3.0,)) for rank in range(2)]
+    processes = [context.Process(target=enter, args=args) for args in words]
+    for process in processes:
         process.start()
-        process.join(60)
+    for rank, told in ((0, "rank 0 of 2 waited .* for the others at 127.0.0.1"), (1, "rank 1 of 2 waited")):
+        processes[rank].join(60)
         assert re.match(told, json.loads((tmp_path / f"{rank}.json").read_text()))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from pages import programs_of_minutes
 
 from torchmae import settings
 
@@ -56,6 +57,7 @@ def tutorial_benchmark() -> ModuleType:
     return module
 
 
+@programs_of_minutes
 def test_the_code_of_the_page_prints_what_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()

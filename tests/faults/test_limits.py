@@ -202,7 +202,6 @@ def test_a_run_in_an_environment(prepare: Callable[[], Any], status: int, said: 
     log, data = open_world / f"{name}.log", open_world / "images" / "a list.txt"
     words = ["pretrain", f"--data={data}", f"--out={open_world / name}", *TINY]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torchmae.api", "torchmae.report.table"])
     process = context.Process(target=run_in, args=(prepare, words, log))
     process.start()
     process.join()

@@ -198,6 +198,13 @@ def test_export(kind: Kind, capsys: pytest.CaptureFixture[str]) -> None:
             card = (kind.out(to) / "README.md").read_text()
             assert f"16 {kind.word}s, 4 held out" in card
             assert ("nir" in card) == (kind.name == "bands")
+    if "onnx" in formats:  # signals of 12 channels, and clips
+        session = pytest.importorskip("onnxruntime").InferenceSession(kind.out("onnx") / "model.onnx")
+        loaded = torchmae.load(kind.run)
+        images = torch.randn(5, loaded.model.encoder.in_chans, *loaded.model.encoder.input_size)
+        features, tokens = session.run(None, {"images": images.numpy()})
+        np.testing.assert_allclose(features, loaded.encode(images).numpy(), atol=1e-5)
+        np.testing.assert_allclose(tokens[:, 1:], loaded.encode(images, "tokens").numpy(), atol=1e-5)
     if kind.word == "image":  # from the stored values to features, by the export's own preprocessing
         transformers = pytest.importorskip("transformers")
         values = (1000 + 500 * np.arange(5) + 200 * RNG.random((16, 16, 5))).astype(np.float32)  # none is clipped

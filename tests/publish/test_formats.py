@@ -134,19 +134,6 @@ def test_transformers_of_any_version_load_it(run: Path, tmp_path: Path) -> None:
             break
 
 
-@pytest.mark.parametrize("size", [(16,), (8, 8, 8)], ids=str)
-def test_onnx_of_any_number_of_axes(tmp_path: Path, size: tuple[int, ...]) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
-    run = run_folder(tmp_path / "run", input_size=size, patch_size=(4,) * len(size), decoder="cross")
-    made = export(run, tmp_path / "out", ExportOptions(to="onnx"))
-    session = onnxruntime.InferenceSession(made.path / "model.onnx")
-    images = torch.randn(5, 3, *size)
-    features, tokens = session.run(None, {"images": images.numpy()})
-    ours = torchmae.load(run)
-    np.testing.assert_allclose(features, ours.encode(images).numpy(), atol=1e-5)
-    np.testing.assert_allclose(tokens[:, 1:], ours.encode(images, "tokens").numpy(), atol=1e-5)
-
-
 def test_onnx_of_the_whole_reconstruction(run: Path, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     made = export(run, tmp_path / "out", ExportOptions(to="onnx", part="reconstruction"))

@@ -145,13 +145,13 @@ def test_the_budget_saves_memory_and_changes_nothing() -> None:
 
     _, loss, gradients = kept(None)
     sizes = []
-    for budget in (1.0, 0.4, 0.0):
+    for budget in (1.0, 0.4):
         size, compiled_loss, compiled_gradients = kept(budget)
         sizes.append(size)
         assert torch.allclose(compiled_loss, loss, rtol=1e-5)
         for name, value in gradients.items():
             assert torch.allclose(compiled_gradients[name], value, rtol=1e-4, atol=1e-6), name
-    assert sizes[0] > 1.3 * sizes[1] > 1.3 * 1.3 * sizes[2]
+    assert sizes[0] > 1.3 * sizes[1]
 
 
 @pytest.mark.usefixtures("without_machine_code")

@@ -304,10 +304,11 @@ def _of_one_kind(folder: Path, listing: Listing, context: Context) -> tuple[List
     if not any(suffix.encode() in content for suffix in set(picture_suffixes()) - {*picture_suffixes(2)}):
         return listing, context
     names = [os.fsdecode(name).lower() for name in listing.names]
-    fitting = {dims: sum(name.endswith(picture_suffixes(dims)) for name in names) for dims in (2, 3, 1)}
+    suffixes = {dims: picture_suffixes(dims) for dims in (2, 3, 1)}
+    fitting = {dims: sum(name.endswith(known) for name in names) for dims, known in suffixes.items()}
     dims = context.spatial_dims or max(fitting, key=fitting.__getitem__)
     if 0 < fitting[dims] < len(names):
-        listing = list_images(folder, picture_suffixes(dims))
+        listing = list_images(folder, suffixes[dims])
     return listing, replace(context, spatial_dims=dims)
 
 

@@ -240,6 +240,7 @@ def build_index(shard: Place, size: int) -> ShardIndex:
 def _scan(file: IO[bytes], size: int, name: str) -> ShardIndex:
     names: list[bytes] = []
     rows: list[tuple[int, int]] = []
+    known = picture_suffixes()
     labels_of: dict[bytes, int] = {}  # by the path of the .cls file without its suffix
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for member in archive:
@@ -251,7 +252,7 @@ def _scan(file: IO[bytes], size: int, name: str) -> ShardIndex:
             if member.offset_data + member.size > size:
                 raise DataError(f"{name} is cut short in {member.name}", "copy it again")
             path = member.name.encode("utf-8", "surrogateescape")
-            if member.name.lower().endswith(picture_suffixes()):
+            if member.name.lower().endswith(known):
                 names.append(path)
                 rows.append((member.offset_data, member.size))
             elif path.lower().endswith(b".cls"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,14 +36,13 @@ class Titled(NamedTuple):
 
 def render_page(template: str, kind: str = "image", **values: Any) -> str:
     """HTML from a template of this package, in the words of a kind of samples; all `values` are escaped."""
-    environment = Environment(
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-        loader=PackageLoader("torchmae.report", ""),
-    )
-    return in_words(environment.get_template(template).render(**values), kind)
+    return in_words(_templates().get_template(template).render(**values), kind)
+
+
+@cache  # a template takes tenths of a second to compile
+def _templates() -> Environment:
+    loader = PackageLoader("torchmae.report", "")
+    return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, loader=loader)
 
 
 def open_picture(path: Path) -> Image.Image | None:
@@ -58,7 +58,7 @@ def open_picture(path: Path) -> Image.Image | None:
 def embed(picture: Image.Image) -> Embedded:
     """A picture for a page: PNG, or WebP if the PNG is large."""
     kind, buffer = "png", io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
+    picture.save(buffer, format="PNG")
     if buffer.tell() > _MAX_PNG_BYTES:
         kind, buffer = "webp", io.BytesIO()
         picture.save(buffer, format="WEBP", quality=85)

@@ -174,5 +174,5 @@ def save_png(image: Image.Image, path: Path) -> None:
         if isinstance(value, str):
             notes.add_text(str(key), value)
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True, pnginfo=notes)
+    image.save(buffer, format="PNG", pnginfo=notes)
     replace_file(path, buffer.getvalue())
