@@ -168,6 +168,21 @@ def test_a_compiled_run_is_the_same_run_and_leaves_a_plain_model(tmp_path: Path)
     assert functorch.activation_memory_budget == 1.0
 
 
+@pytest.mark.skipif(not all(map(shutil.which, ("g++", "cc"))), reason="compiles for the processor")
+def test_the_loss_of_a_single_target_keeps_its_gradient() -> None:
+    model = mlp().train()
+    masker = Masker(model.encoder, "elements", 0.5)
+    mask = masker.from_noise(torch.rand(4, masker.noise_count))
+    wanted = model(torch.ones(4, 1, 8, 8), mask)
+    with first_shapes_only(True) as step, step(True):
+        compile_model(model, torch.device("cpu"))
+        output = model(torch.ones(4, 1, 8, 8), mask)
+    assert output.loss.item() == pytest.approx(wanted.loss.item(), rel=1e-5)
+    gradients = [torch.autograd.grad(found.loss, model.parameters()) for found in (output, wanted)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_a_budget_without_compilation() -> None:
     with pytest.raises(ConfigError, match=r"activation_memory_budget is 0\.5, and only a compiled model"):
         PretrainConfig(activation_memory_budget=0.5)

@@ -26,8 +26,9 @@ class MAEOutput(NamedTuple):
         loss: scalar float32, the weighted sum of the targets' losses.
         pred: (B, M, P) predictions of the first target for the masked patches, in the order of `mask.ids_masked`.
         mask: the mask that was given; in training with `predict_ratio`, `ids_masked` names what was predicted.
-        losses: each target's own loss, without gradient, in the order of the model's `targets`; when the model is not
-            in training mode, the first one's alone.
+        losses: each target's own loss, in the order of the model's `targets`; when the model is not in training mode,
+            the first one's alone. Not detached: compiled, one loss of weight 1 and `loss` are the same tensor, and
+            neither would have a gradient.
     """
 
     loss: Tensor
@@ -113,7 +114,7 @@ class MaskedAutoencoder(nn.Module):
             others = enumerate(self.targets[1:], start=1)
             losses += [target.loss(self._head(i)(tokens), images, mask) for i, target in others]
         weighted = [target.weight * loss for target, loss in zip(self.targets, losses, strict=False)]
-        return MAEOutput(cast(Tensor, sum(weighted)), pred, mask, tuple(loss.detach() for loss in losses))
+        return MAEOutput(cast(Tensor, sum(weighted)), pred, mask, tuple(losses))
 
     def predicted(self, mask: Any) -> Any:
         """The mask whose `ids_masked` are those that a forward pass predicts."""

@@ -109,7 +109,7 @@ class PretrainTask(Task):
         """The weighted sum of the targets' losses, then each target's."""
         with self.runtime.autocast():
             output = self.forward(*inputs)
-        return output.loss, *output.losses
+        return output.loss, *(loss.detach() for loss in output.losses)
 
 
 def pretrain(
