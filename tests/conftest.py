@@ -49,6 +49,14 @@ def _no_pictures_of_features() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    # No test outlives a power cut, and thousands of files are flushed, 6 ms each.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def pictures_of_features() -> Iterator[None]:
     """Runs end as they do outside the tests."""

@@ -30,7 +30,12 @@ CASE = Case(
         "recipe": "cifar10-cpu",
         "model": {"input_size": (32, 32), "patch_size": (4, 4)},
     },
-    {"burned": ({"data": "burned.csv", "method": "segmentation"}, {"mIoU of burned areas, %": "segmentation_miou"})},
+    {
+        "burned": (
+            {"data": "burned.csv", "method": "segmentation"},
+            {"burned area, IoU, %": "segmentation_foreground", "mean IoU, %": "segmentation_miou"},
+        )
+    },
 )
 
 if __name__ == "__main__":

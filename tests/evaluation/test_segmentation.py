@@ -198,11 +198,16 @@ def test_figures_are_those_of_torchmetrics() -> None:
     random = np.random.default_rng(0)
     truth, guess = (random.integers(0, 4, (5, 9, 9)) for _ in range(2))
     truth[0, 0], guess[truth == 3] = 255, 3
-    counts = np.zeros((5, 3, 5), dtype=np.int64)  # of five classes, one never there
-    for picture, (right, made) in enumerate(zip(truth, guess, strict=True)):
-        known = right != 255
-        for row, values in enumerate((right[known & (right == made)], right[known], made[known])):
-            counts[picture, row] = np.bincount(values, minlength=5)
+
+    def counted(truth: Any, guess: Any, num_classes: int) -> np.ndarray[Any, Any]:
+        counts = np.zeros((5, 3, num_classes), dtype=np.int64)
+        for picture, (right, made) in enumerate(zip(truth, guess, strict=True)):
+            known = right != 255
+            for row, values in enumerate((right[known & (right == made)], right[known], made[known])):
+                counts[picture, row] = np.bincount(values, minlength=num_classes)
+        return counts
+
+    counts = counted(truth, guess, 5)  # of five classes, one never there
     result = segmentation.figures("x", counts, list("abcde"), seed=3)
     pair = torch.from_numpy(guess), torch.from_numpy(truth)
     for name, kind, options in (
@@ -222,6 +227,10 @@ def test_figures_are_those_of_torchmetrics() -> None:
     ends = [result.figures[f"x_miou_{end}"] for end in ("low", "high")]
     np.testing.assert_allclose(ends, np.quantile(means, [0.025, 0.975]))
     assert "x_miou_low" not in segmentation.figures("x", counts[:1], list("abcde"), seed=3).figures
+    assert "x_foreground" not in result.figures
+    of_two = segmentation.figures("x", counted(truth % 2, guess % 2, 2), list("ab"), seed=3)
+    theirs = classification.BinaryJaccardIndex()(*(values % 2 for values in pair))
+    assert of_two.figures["x_foreground"] == pytest.approx(100 * theirs.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(

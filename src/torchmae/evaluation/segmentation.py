@@ -191,8 +191,9 @@ def figures(name: str, counts: npt.NDArray[np.int64], classes: Sequence[str], se
     Returns:
         figures, in percent: NAME_miou, the mean of the classes' intersection over union, over all pixels of all
         pictures; NAME_miou_low and _high, its 95% interval by bootstrap over pictures (not for a single one);
-        NAME_accuracy, the share of pixels that are right. Classes that neither truth nor guesses have are left out of
-        the mean. details, under NAME: of each class its pixels and its IoU.
+        NAME_foreground, the second class's own, of two; NAME_accuracy, the share of pixels that are right. Classes
+        that neither truth nor guesses have are left out of the mean. details, under NAME: of each class its pixels and
+        its IoU.
 
     Raises:
         DataError: no pixel counts.
@@ -202,6 +203,8 @@ def figures(name: str, counts: npt.NDArray[np.int64], classes: Sequence[str], se
         raise DataError("no pixel of the test masks counts", "give masks with other pixels than segmentation.ignore")
     iou = 100 * iou_of(total)
     found = {f"{name}_miou": float(np.nanmean(iou)), f"{name}_accuracy": float(100 * total[0].sum() / total[1].sum())}
+    if len(classes) == 2 and np.isfinite(iou[1]):
+        found[f"{name}_foreground"] = float(iou[1])
     pictures = counts[counts[:, 1].any(1)]
     if len(pictures) > 1:
         drawn = uniform(seed, 0, np.arange(_RESAMPLES), Purpose.BOOTSTRAP, len(pictures)) * len(pictures)
