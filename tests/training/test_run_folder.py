@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -80,6 +81,9 @@ def test_only_an_empty_folder_of_its_own_is_discarded(tmp_path: Path) -> None:
     (tmp_path / "theirs").mkdir()
     RunFolder.create(tmp_path / "theirs").close()
     assert (tmp_path / "theirs").exists()
+    gone = RunFolder.create(tmp_path / "gone")
+    shutil.rmtree(gone.path)
+    gone.close()
     used = RunFolder.create(tmp_path / "used")
     used.write_text("config.yaml", "")
     used.close()

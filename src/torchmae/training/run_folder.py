@@ -97,7 +97,7 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
-        if self._is_new and [item.name for item in self.path.iterdir()] == [".lock"]:
+        if self._is_new and [item.name for item in self.path.glob("*")] == [".lock"]:  # none where it was deleted
             (self.path / ".lock").unlink()
         if self._is_new:
             with suppress(OSError):  # not empty
