@@ -1,7 +1,8 @@
 """What a case is, and how it is measured: runs of several seeds, each beside its untrained twin and raw values.
 
 A case's program says how its data is divided, how a run is pre-trained, and what is measured. `main` does it, keeps
-every figure in benchmarks/results/cases/NAME.json, and writes the table of docs/cases.md and docs/cases.zh-CN.md.
+every figure in benchmarks/results/cases/NAME.json, and writes the pictures and the tables of
+the pages that have a place for them.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from PIL import Image
 
 import torchmae
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "cases"
-PAGES = {"en": ROOT / "docs" / "cases.md", "zh": ROOT / "docs" / "cases.zh-CN.md"}
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
 HEADERS = {"en": ("pre-trained", "untrained", "raw values"), "zh": ("预训练", "未训练", "原始数值")}
 SUBJECTS = {"model": "", "random": "random.", "pixels": "pixels."}  # and the prefix of their figures
 
@@ -41,12 +43,16 @@ class Case:
         pretrain: options of `torchmae.pretrain`; the seed, the output and the time are added.
         measured: by name, options of `torchmae.evaluate` and the figures of it that are shown, by title; a figure whose
             name ends in "_random" is that of the untrained twin.
+        chinese: titles, for the Chinese pages.
+        picture: of the first run, from its folder; the upper half of it, which the pages show.
     """
 
     name: str
     prepare: Callable[[Path, Path], None]
     pretrain: Mapping[str, Any]
     measured: Mapping[str, tuple[Mapping[str, Any], Mapping[str, str]]] = field(default_factory=dict)
+    chinese: Mapping[str, str] = field(default_factory=dict)
+    picture: str = "pictures/segmentation.png"
 
 
 def main(case: Case, doc: str | None) -> None:
@@ -55,7 +61,7 @@ def main(case: Case, doc: str | None) -> None:
     parser.add_argument("data", type=Path, help="folder of the data set")
     parser.add_argument("--work", type=Path, default=Path("cases") / case.name, help="folder for runs")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=7.5, help="of pre-training, for each seed")  # two cores: 15
+    parser.add_argument("--minutes", type=float, default=5, help="of pre-training, for each seed")
     args = parser.parse_args()
     data = args.data.resolve()
     if not args.work.exists():
@@ -77,9 +83,13 @@ def main(case: Case, doc: str | None) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     found = {"case": case.name, "minutes": args.minutes, "environment": environment(), "seeds": figures}
     (RESULTS / f"{case.name}.json").write_text(json.dumps(found, indent=1) + "\n")
-    for language, page in PAGES.items():
-        if page.exists():
-            page.write_text(render(page.read_text(encoding="utf-8"), case, found, language), encoding="utf-8")
+    with Image.open(Path("run-0") / case.picture) as picture:
+        upper = picture.crop((0, 0, picture.width, round(0.51 * picture.height)))  # of six rows, three
+        upper.save(ROOT / "docs" / "images" / f"case-{case.name}.png", optimize=True)
+    for page in PAGES:
+        text, language = page.read_text(encoding="utf-8"), "zh" if page.name.endswith(".zh-CN.md") else "en"
+        if f"<!-- {case.name} -->" in text:
+            page.write_text(render(text, case, found, language), encoding="utf-8")
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -130,7 +140,8 @@ def render(text: str, case: Case, found: Mapping[str, Any], language: str) -> st
     rows = [f"| | {' | '.join(HEADERS[language])} |", "|---|---|---|---|"]
     for title in dict.fromkeys(title for _, shown in case.measured.values() for title in shown):
         cells = (cell([seed.get(f"{title}.{subject}") for seed in found["seeds"]]) for subject in SUBJECTS)
-        rows.append(f"| {title} | {' | '.join(cells)} |")
+        shown = case.chinese.get(title, title) if language == "zh" else title
+        rows.append(f"| {shown} | {' | '.join(cells)} |")
     start, end = f"<!-- {case.name} -->", f"<!-- /{case.name} -->"
     table = "\n".join(rows)
     return re.sub(f"{start}.*?{end}", lambda _: f"{start}\n{table}\n{end}", text, flags=re.DOTALL)

@@ -35,18 +35,19 @@ def shown(count: int) -> dict[str, str]:
     return {f"{label}, {count} masks, %": figure for label, figure in figures.items()}
 
 
+def in_chinese(count: int) -> list[str]:
+    return [f"{label}，{count} 张掩码，%" for label in ("细胞核 IoU", "平均 IoU")]
+
+
 CASE = Case(
     "nuclei",
     prepare,
-    {
-        "data": {"source": "unlabelled.csv", "val": "none", "window": (64, 64)},
-        "recipe": "cifar10-cpu",
-        "model": {"input_size": (64, 64), "patch_size": (8, 8)},
-    },
+    {"data": {"source": "unlabelled.csv", "val": "none"}, "recipe": "microscopy"},
     {
         "40 masks": (masks("few"), shown(FEW)),
         "all masks": (masks("all"), shown(213)),
     },
+    chinese=dict(zip((*shown(FEW), *shown(213)), (*in_chinese(FEW), *in_chinese(213)), strict=True)),
 )
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ PAGES = {
     "data.md": ("Data", "数据"),
     "recipes.md": ("Recipes", "配置方案"),
     "evaluation.md": ("What did it learn?", "它学到了什么"),
+    "cases.md": ("Real cases", "真实案例"),
     "dense.md": ("Detection and segmentation", "检测与分割"),
     "extending.md": ("Parts of your own", "自己的部件"),
     "weights.md": ("Weights in and out", "权重的导入与导出"),

@@ -110,7 +110,6 @@ def test_a_loss_for_each_target_and_their_weighted_sum() -> None:
     pixels, hog = output.losses
     assert output.loss.item() == pytest.approx((pixels + 3 * hog).item(), rel=1e-6)
     assert pixels.item() == F.mse_loss(output.pred, model.target.hidden_values(images, mask)).item()
-    assert not pixels.requires_grad
     assert [loss.item() for loss in model.eval()(images, mask).losses] == [pytest.approx(pixels.item(), rel=1e-6)]
 
 
