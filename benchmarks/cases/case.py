@@ -1,8 +1,8 @@
 """What a case is, and how it is measured: runs of several seeds, each beside its untrained twin and raw values.
 
 A case's program says how its data is divided, how a run is pre-trained, and what is measured. `main` does it, keeps
-every figure in benchmarks/results/cases/NAME.json, and writes the pictures and the tables of
-the pages that have a place for them.
+every figure in benchmarks/results/cases/NAME.json, and writes the picture and the table of the pages that have a place
+for them.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Case:
         pretrain: options of `torchmae.pretrain`; the seed, the output and the time are added.
         measured: by name, options of `torchmae.evaluate` and the figures of it that are shown, by title; a figure whose
             name ends in "_random" is that of the untrained twin.
-        chinese: titles, for the Chinese pages.
-        picture: of the first run, from its folder; the upper half of it, which the pages show.
+        chinese: parts of titles, and what stands for them in the Chinese pages.
+        picture: file in the first run's folder, whose upper half the pages show; null: none.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Case:
     pretrain: Mapping[str, Any]
     measured: Mapping[str, tuple[Mapping[str, Any], Mapping[str, str]]] = field(default_factory=dict)
     chinese: Mapping[str, str] = field(default_factory=dict)
-    picture: str = "pictures/segmentation.png"
+    picture: str | None = None
 
 
 def main(case: Case, doc: str | None) -> None:
@@ -83,9 +83,10 @@ def main(case: Case, doc: str | None) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     found = {"case": case.name, "minutes": args.minutes, "environment": environment(), "seeds": figures}
     (RESULTS / f"{case.name}.json").write_text(json.dumps(found, indent=1) + "\n")
-    with Image.open(Path("run-0") / case.picture) as picture:
-        upper = picture.crop((0, 0, picture.width, round(0.51 * picture.height)))  # of six rows, three
-        upper.save(ROOT / "docs" / "images" / f"case-{case.name}.png", optimize=True)
+    if case.picture is not None:
+        with Image.open(Path("run-0") / case.picture) as picture:
+            upper = picture.crop((0, 0, picture.width, round(0.51 * picture.height)))  # of six rows, three
+            upper.save(ROOT / "docs" / "images" / f"case-{case.name}.png", optimize=True)
     for page in PAGES:
         text, language = page.read_text(encoding="utf-8"), "zh" if page.name.endswith(".zh-CN.md") else "en"
         if f"<!-- {case.name} -->" in text:
@@ -140,8 +141,9 @@ def render(text: str, case: Case, found: Mapping[str, Any], language: str) -> st
     rows = [f"| | {' | '.join(HEADERS[language])} |", "|---|---|---|---|"]
     for title in dict.fromkeys(title for _, shown in case.measured.values() for title in shown):
         cells = (cell([seed.get(f"{title}.{subject}") for seed in found["seeds"]]) for subject in SUBJECTS)
-        shown = case.chinese.get(title, title) if language == "zh" else title
-        rows.append(f"| {shown} | {' | '.join(cells)} |")
+        for part, translated in case.chinese.items() if language == "zh" else ():
+            title = title.replace(part, translated)
+        rows.append(f"| {title} | {' | '.join(cells)} |")
     start, end = f"<!-- {case.name} -->", f"<!-- /{case.name} -->"
     table = "\n".join(rows)
     return re.sub(f"{start}.*?{end}", lambda _: f"{start}\n{table}\n{end}", text, flags=re.DOTALL)

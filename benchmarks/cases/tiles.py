@@ -54,6 +54,7 @@ CASE = Case(
             },
         )
     },
+    picture="pictures/anomaly.png",
 )
 
 if __name__ == "__main__":

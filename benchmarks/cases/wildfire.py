@@ -36,6 +36,7 @@ CASE = Case(
             {"burned area, IoU, %": "segmentation_foreground", "mean IoU, %": "segmentation_miou"},
         )
     },
+    picture="pictures/segmentation.png",
 )
 
 if __name__ == "__main__":

@@ -97,7 +97,12 @@ def finetune_folder(run: str, options: EvaluateOptions) -> Path:
 
 
 def check_start(out: Path, resume: bool, config: FinetuneConfig, runtime: Runtime) -> None:
-    """Raises if `out` holds files when a fine-tuning begins, or none when it resumes, or a compiler is missing."""
+    """Checks that a fine-tuning can begin or resume, before it writes anything.
+
+    Raises:
+        ConfigError: a compiler is missing, or `out` holds files when a fine-tuning begins.
+        CheckpointError: `out` holds no files when one resumes.
+    """
     if config.compile and runtime.device.type == "cpu":
         check_compiler()
     begun = out.is_dir() and any(not item.name.startswith(".") for item in out.iterdir())
