@@ -140,7 +140,7 @@ def render(text: str, case: Case, found: Mapping[str, Any], language: str) -> st
     """A page with the table of the case between its two marks."""
     rows = [f"| | {' | '.join(HEADERS[language])} |", "|---|---|---|---|"]
     for title in dict.fromkeys(title for _, shown in case.measured.values() for title in shown):
-        cells = (cell([seed.get(f"{title}.{subject}") for seed in found["seeds"]]) for subject in SUBJECTS)
+        cells = [cell([seed.get(f"{title}.{subject}") for seed in found["seeds"]]) for subject in SUBJECTS]
         for part, translated in case.chinese.items() if language == "zh" else ():
             title = title.replace(part, translated)
         rows.append(f"| {title} | {' | '.join(cells)} |")
