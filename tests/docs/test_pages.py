@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from pages import DOCS, FENCE, PAGES, ROOT, blocks
+from PIL import Image
 
 from torchmae import cli, settings
 from torchmae.config.base import settings_of
@@ -66,6 +67,13 @@ def test_commands_and_their_options_exist(page: Path) -> None:
             check_option(option, cli.COMMANDS[name])
         if "--recipe" in words and (name := words[words.index("--recipe") + 1]) != "NAME":
             assert name in settings.recipe_names(), line
+
+
+@pytest.mark.parametrize("path", sorted((DOCS / "images").glob("*.png")), ids=lambda path: path.name)
+def test_pictures_of_the_pages_can_be_read(path: Path) -> None:
+    with Image.open(path) as picture:
+        picture.load()
+        assert min(picture.size) > 100
 
 
 def test_options_named_in_answers_exist() -> None:
