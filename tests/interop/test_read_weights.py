@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_models import exported, mae
 
+from torchmae.cli import main
 from torchmae.errors import CheckpointError, ConfigError
 from torchmae.interop import names
 from torchmae.interop.reading import IMAGENET_MEAN, is_foreign, read_weights
@@ -249,6 +250,29 @@ def test_a_vit_folder_that_transformers_wrote(tmp_path: Path) -> None:
         torch.testing.assert_close(build(weights).encode(images, "tokens"), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("count", [1, 8])
+def test_a_pixio_folder_that_transformers_wrote(tmp_path: Path, count: int, capsys: pytest.CaptureFixture[str]) -> None:
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, "PixioConfig"):
+        pytest.skip("an older transformers has no Pixio")
+    config = transformers.PixioConfig(
+        image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, n_cls_tokens=count
+    )
+    theirs = transformers.PixioModel(config).eval()
+    theirs.save_pretrained(tmp_path / "pixio")
+    weights = read_weights(tmp_path / "pixio")
+    assert (weights.arguments["registers"], weights.notes) == (count - 1, ())
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = theirs(images).last_hidden_state
+        found = build(weights).encoder(images)
+    torch.testing.assert_close(found.prefix, expected[:, :count], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.patches, expected[:, count:], rtol=1e-4, atol=1e-4)
+    # What is written is compared with the model.
+    words = ["export", str(tmp_path / "pixio"), "--to", "timm", "--out", str(tmp_path / "out")]
+    assert main(words) == 0, capsys.readouterr()
+
+
 @pytest.mark.parametrize(
     "arguments",
     [{}, {"class_token": False, "global_pool": "avg"}, {"no_embed_class": True}, {"img_size": (32, 48)}],
@@ -274,7 +298,7 @@ def test_a_folder_that_timm_wrote(tmp_path: Path, arguments: Any) -> None:
         ({"architecture": "resnet50"}, "holds a timm model 'resnet50'; only plain vision transformers"),
         ({"architecture": "vit_base_patch16_224", "model_args": {"qk_norm": True}}, "with qk_norm; only plain"),
         ({"architecture": "vit_base_patch16_224"}, "config.json is damaged: KeyError"),
-        ({"model_type": "dinov2"}, "holds a model dinov2; give a transformers vit"),
+        ({"model_type": "dinov2"}, "holds a model dinov2; give a folder of transformers"),
         ({"model_type": "vit", "hidden_act": "relu"}, "uses 'relu' between layers; torchmae has gelu only"),
         ({}, "holds a model of an unknown kind"),
     ],

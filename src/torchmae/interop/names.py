@@ -107,6 +107,18 @@ def from_huggingface(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return join_attention(named, [])
 
 
+def from_pixio(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """transformers' Pixio parameters in the released layout, with timm's registers.
+
+    Of the class tokens, the first becomes `cls_token` and the others `reg_token`, each with its own position added.
+    """
+    named = from_huggingface({name.removeprefix("pixio."): tensor for name, tensor in weights.items()})
+    tokens, positions = named["cls_token"], named["pos_embed"]
+    placed, count = tokens + positions[:, : tokens.shape[1]], tokens.shape[1]
+    registers = {"reg_token": placed[:, 1:]} if count > 1 else {}
+    return {**named, "cls_token": placed[:, :1], **registers, "pos_embed": positions[:, count:]}
+
+
 def _renamed(name: str, pairs: Sequence[tuple[str, str]]) -> str:
     """A parameter's name in which each pair, in order, replaces whole parts between dots."""
     for old, new in pairs:

@@ -58,7 +58,8 @@ def read_weights(
     """Weights from a file or folder of another library.
 
     It reads .safetensors and .pth files in timm's layout, under any wrapper and prefix, with or without the MAE decoder
-    of the released checkpoints; folders of transformers' ViTMAE and ViT; folders of timm's plain vision transformers.
+    of the released checkpoints; folders of transformers' ViTMAE, ViT and Pixio, and of timm's plain vision
+    transformers.
 
     Args:
         path: the file or folder; FILE#PART names one of several encoders in a file.
@@ -103,7 +104,8 @@ def _read_folder(path: Path) -> tuple[State, Facts, list[str]]:
                 raise CheckpointError(problem, "copy the folder again") from error
     kind_of_model = config.get("model_type", "of an unknown kind")
     raise CheckpointError(
-        f"{path} holds a model {kind_of_model}", "give a transformers vit or vit_mae folder, or one of timm's vit_*"
+        f"{path} holds a model {kind_of_model}",
+        "give a folder of transformers with a vit, vit_mae or pixio, or one of timm's vit_*",
     )
 
 
@@ -164,6 +166,7 @@ IMPORTS = {
     "transformers": Import(
         lambda config: config.get("model_type") in ("vit", "vit_mae"), _transformers_facts, names.from_huggingface
     ),
+    "pixio": Import(lambda config: config.get("model_type") == "pixio", _transformers_facts, names.from_pixio),
 }
 
 
