@@ -53,6 +53,7 @@ def test_the_defaults_of_the_paper() -> None:
     assert DataConfig().augmentation(2) == ((0.2, 1.0), ratio, True)
     assert DataConfig().augmentation(1) == DataConfig().augmentation(3) == ((0.8, 1.0), ratio, False)
     assert DataConfig().augmentation(2, "DICOM") == ((0.2, 1.0), ratio, False)
+    assert DataConfig().augmentation(2, "spectrogram") == ((0.8, 1.0), ratio, False)
     assert DataConfig(crop_scale=(0.5, 1), flip=True).augmentation(1) == ((0.5, 1), ratio, True)
 
 

@@ -1,4 +1,4 @@
-"""Weights & Biases and trackio, without a network: what they wrote is read back."""
+"""Weights & Biases, trackio and SwanLab, without a network: what they wrote is read back."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,11 @@ def in_two_parts(service: str, place: Path, **environment: str) -> str:
     (place / "a").mkdir()
     Image.new("RGB", (6, 4), "red").save(place / "a" / "a.png")
     # No credentials of whoever runs the tests.
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "TRACKIO_", "HF_"))}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("WANDB_", "TRACKIO_", "SWANLAB_", "HF_"))
+    }
     for steps in ("1", "2"), ("2", "3"):
         ran = subprocess.run(
             [sys.executable, "-W", "error", "-c", PART, service, *steps],
@@ -233,3 +238,31 @@ def test_trackio(tmp_path: Path) -> None:
     ]
     pictures = [row["reconstruction"]["file_path"] for row in logs if "reconstruction" in row]
     assert [(tmp_path / "trackio" / "media" / path).is_file() for path in pictures] == [True] * 4
+
+
+@pytest.mark.skipif(find_spec("swanlab") is None, reason="swanlab is not installed")
+def test_swanlab_offline(tmp_path: Path) -> None:
+    from swanlab.proto.swanlab.record.v1.record_pb2 import Record
+    from swanlab.sdk.internal.core_python.store import DataStoreReader
+
+    place = in_two_parts("swanlab", tmp_path, SWANLAB_MODE="offline", SWANLAB_PROJ_NAME="digits")
+    name = json.loads((tmp_path / "a" / "tracking.json").read_text())["id"]
+    files = sorted((tmp_path / "a" / "swanlab").glob(f"run-*-{name}/run-{name}.swanlab"))
+    assert place == f"offline; to upload: swanlab sync {files[-1].parent.relative_to(tmp_path)}"
+    runs, losses, pictures = set(), [], []
+    for file in files:
+        reader = DataStoreReader()
+        reader.open(file)
+        with closing(reader):
+            stored = [Record.FromString(data) for data in reader]
+        for record in stored:
+            if record.HasField("start"):
+                runs.add((record.start.id, record.start.project, record.start.name))
+            elif record.HasField("scalar") and record.scalar.key == "train/loss":
+                losses.append((record.scalar.step, record.scalar.value.number))
+            elif record.HasField("media"):
+                pictures += [(file.parent, item.filename) for item in record.media.value.items]
+        assert "ratio: 0.75" in (file.parent / "files" / "config.yaml").read_text()
+    assert runs == {(name, "digits", "a")}
+    assert losses == [(1, 1.0), (2, 0.5), (2, 0.5), (3, pytest.approx(1 / 3))]
+    assert [len(list(folder.rglob(picture))) for folder, picture in pictures] == [1] * 4

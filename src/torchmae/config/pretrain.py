@@ -44,7 +44,7 @@ Preset = Literal[
 Strategy = Literal["random", "block", "grid", "cells2", "cells4", "elements", "elements_inverted", "own"]
 OWN: Final = "own"
 """The value of a setting whose object was handed over in Python (docs/extending.md)."""
-TRACKERS = ("tensorboard", "wandb", "trackio")
+TRACKERS = ("tensorboard", "wandb", "trackio", "swanlab")
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ class DataConfig(DataOptions, group="data."):
         cache: "memory" keeps decoded images as integers, "device" keeps them in the GPU's memory, "none" reads files
             in workers, "auto" decides by size and `memory_limit`.
         crop_scale: range of the random crop's area as a share of the image (RandomResizedCrop); null: [0.2, 1] for
-            images, [0.8, 1] for signals, volumes and clips, whose scale and tempo mean something.
+            images, [0.8, 1] for signals, spectrograms, volumes and clips, whose scale and tempo mean something.
         crop_ratio: range of the crop's aspect ratio, relative to the model's input.
         flip: mirror the last axis half of the time; null: images, except medical ones (DICOM, NIfTI), but no signals,
-            volumes and clips.
+            spectrograms, volumes and clips.
         normalise: "dataset" (mean and deviation of each channel over the training images; values far beyond the 0.5th
             and 99.5th percentile are clipped unless they are 8-bit or shares of 1), "sample" (those of each crop or
             window, which takes away its brightness or amplitude), or "none" (values divided by `scale` alone).
@@ -103,8 +103,8 @@ class DataConfig(DataOptions, group="data."):
 
     def augmentation(self, axes: int, form: str = "") -> tuple[tuple[float, float], tuple[float, float], bool]:
         """`crop_scale`, `crop_ratio` and `flip` for samples with so many spatial axes, of a format by name."""
-        scale = self.crop_scale or ((0.2, 1.0) if axes == 2 else (0.8, 1.0))
-        mirrored = axes == 2 and form not in ("DICOM", "NIfTI")
+        scale = self.crop_scale or ((0.2, 1.0) if axes == 2 and form != "spectrogram" else (0.8, 1.0))
+        mirrored = axes == 2 and form not in ("DICOM", "NIfTI", "spectrogram")
         return scale, self.crop_ratio, mirrored if self.flip is None else self.flip
 
 
@@ -288,7 +288,7 @@ class PretrainConfig(Settings):
         progress: "auto" (a live line on a terminal, else plain lines), "plain", "epochs" (one line an epoch on
             standard output) or "none".
         trackers: further destinations of figures and pictures: "auto" (TensorBoard if it is installed), "none", or
-            tensorboard, wandb (Weights & Biases) and trackio, separated by commas.
+            tensorboard, wandb (Weights & Biases), trackio and swanlab, separated by commas.
     """
 
     recipe: str = "auto"
@@ -321,7 +321,7 @@ class PretrainConfig(Settings):
     log_every: Count = 10
     checkpoint_minutes: NotNegative = 5.0
     progress: Literal["auto", "plain", "epochs", "none"] = "auto"
-    trackers: Literal["auto", "none", "tensorboard", "wandb", "trackio"] | str = "auto"
+    trackers: Literal["auto", "none", "tensorboard", "wandb", "trackio", "swanlab"] | str = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -61,7 +61,7 @@ class SpectrogramItem(FileItem):
             raise DataError(f"{bands} mel bands are too many for {rate} Hz", "give a smaller data.spectrogram")
         frames = 1 + max(0, sound.size[0] - len(self._window)) // self._hop
         meta = {**sound.meta, "spacing": (1.0, self._hop / rate)}
-        super().__init__((bands, frames), sound.channels, np.float32, context, form=sound.form, meta=meta)
+        super().__init__((bands, frames), sound.channels, np.float32, context, form="spectrogram", meta=meta)
 
     def _take(self, region: Region) -> Image:
         (low, bands), (first, frames) = region

@@ -166,7 +166,40 @@ class Trackio(Service):
             self._trackio.finish()  # `self._run.finish` would run again, and print, when the process ends
 
 
-SERVICES: dict[str, Callable[[RunFolder, Mapping[str, Any]], Service]] = {"wandb": Wandb, "trackio": Trackio}
+class SwanLab(Service):
+    """SwanLab, which is reached from China. Its files lie in RUN/swanlab; SWANLAB_MODE=offline keeps them there.
+
+    A resumed run keeps its page, whose id is the run folder's. The documented SWANLAB_* variables choose project,
+    workspace, name, server and mode; without credentials, nothing is asked for.
+    """
+
+    def __init__(self, folder: RunFolder, config: Mapping[str, Any]) -> None:
+        with redirect_stdout(io.StringIO()):  # standard output is for the command's results
+            import swanlab
+
+            self._picture = swanlab.Image
+            self._run = swanlab.init(
+                project=os.environ.get("SWANLAB_PROJ_NAME") or PROJECT,
+                name=os.environ.get("SWANLAB_EXP_NAME") or folder.path.resolve().name,
+                id=os.environ.get("SWANLAB_RUN_ID") or tracking_id(folder),
+                resume="allow",
+                log_dir=str(folder.path / "swanlab"),
+                config=dict(config),
+                settings=swanlab.Settings(interactive=False, terminal={"proxy_type": "none"}),
+            )
+        online = self._run.mode == "online"  # else reading `url` is an error
+        self.place = self._run.url if online else f"{self._run.mode}; to upload: swanlab sync {self._run.dir}"
+
+    def close(self) -> None:
+        with redirect_stdout(io.StringIO()):
+            self._run.finish()
+
+
+SERVICES: dict[str, Callable[[RunFolder, Mapping[str, Any]], Service]] = {
+    "wandb": Wandb,
+    "trackio": Trackio,
+    "swanlab": SwanLab,
+}
 
 
 class Trackers(Tracker):
