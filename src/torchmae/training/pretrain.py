@@ -170,9 +170,11 @@ def measure_speed(
 ) -> float:
     """Mean seconds of a training step, data included, of PROBE_STEPS steps and `at_least` so many seconds.
 
-    A warm-up goes before. The steps are like those all over the run, whose images and masks may change in size.
+    A warm-up goes before. Of the two halves the faster one counts: another program may have had the machine in the
+    other. The steps are like those all over the run, whose images and masks may change in size.
     """
     ranks, warm_up, done, start = runtime.ranks, PROBE_STEPS // 2, 0, time.perf_counter()
+    ends = [0.0]  # of the steps after the warm-up, in seconds from `start`
     with (
         trial(settings, model, runtime, plan.batch_size) as (task, compiled),
         out_of_memory(task, plan.batch_size),
@@ -186,9 +188,12 @@ def measure_speed(
             if done == warm_up:
                 start = time.perf_counter()
             (elapsed,) = ranks.all_reduce_max(time.perf_counter() - start)
+            if done > warm_up:
+                ends.append(elapsed)
             if done >= warm_up + PROBE_STEPS and elapsed >= at_least:
                 break
-    return elapsed / (done - warm_up)
+    steps, half = len(ends) - 1, (len(ends) - 1) // 2
+    return min(ends[half] / half, (ends[-1] - ends[half]) / (steps - half))
 
 
 def fit_batch(
