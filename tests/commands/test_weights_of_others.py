@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -134,3 +135,48 @@ def test_a_part_of_a_file_whose_size_is_said_is_trained_and_resumed(
     assert load(tmp_path / "a").description.arguments["patch_size"] == (8, 8)
     (tmp_path / "x.pth").unlink()
     assert main(["pretrain", "--resume", str(tmp_path / "a")]) == 0
+
+
+def test_a_network_of_timm_is_evaluated_like_a_run(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    timm = pytest.importorskip("timm")
+    create = timm.create_model
+    small = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, **given: create(name, **{**given, "pretrained": False, **small})
+    )
+    torch.manual_seed(0)
+    name, images = "timm:vit_small_patch14_reg4_dinov2", place / "images"
+    loaded = load(name)
+    assert (loaded.model.encoder.num_prefix_tokens, loaded.model.pools) == (5, ("mean", "cls", "both"))
+    assert loaded.description.mean == pytest.approx((0.485, 0.456, 0.406))
+    batch = loaded.preprocess(images)
+    theirs = loaded.model.encoder.network.forward_features(batch)
+    torch.testing.assert_close(loaded.encode(batch, "cls"), theirs[:, 0])
+    torch.testing.assert_close(loaded.encode(batch), theirs[:, 5:].mean(1))
+    assert (
+        main(["evaluate", name, "--data", str(images), "--pool", "mean", "--json", str(tmp_path / "a.json"), *QUICK])
+        == 0
+    )
+    figures = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["figures"]
+    assert figures.keys() == {"model", "random", "pixels"}
+    assert all("knn20" in of_subject for of_subject in figures.values())
+    anomaly = [
+        "--method",
+        "anomaly",
+        "--normal",
+        str(images / "good"),
+        "--test",
+        str(images),
+        "--out",
+        str(tmp_path / "b"),
+    ]
+    assert main(["evaluate", name, *anomaly, *QUICK]) == 0
+    assert "reconstruction" not in (tmp_path / "b" / "anomaly_scores.csv").read_text(encoding="utf-8")
+    capsys.readouterr()
+    assert main(["reconstruct", name, str(images / "good" / "0.png"), "--out", str(tmp_path / "c.png"), *QUICK]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1, said
+    assert main(["evaluate", "timm:resnet18", "--data", str(images), *QUICK]) == 2
+    assert "timm cannot make 'resnet18'" in capsys.readouterr().err

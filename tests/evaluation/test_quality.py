@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import sys
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,8 @@ def test_ssim_fits_small_images(size: tuple[int, ...], has_ssim: bool) -> None:
 
 @pytest.mark.usefixtures("metrics")
 def test_the_mlp_model_hides_elements() -> None:
-    mlp = untrained(presets.arguments("mlp", input_size=8, in_chans=1, hidden_dim=4), 0, tiny.CPU)
+    arguments = presets.arguments("mlp", input_size=8, in_chans=1, hidden_dim=4)
+    mlp = untrained(partial(presets.construct, arguments), 0, tiny.CPU)
     assert "elements_0.5_psnr" in run(mlp, ratios=(0.5,))
     with pytest.raises(ConfigError, match="strategies is 'grid'"):
         run(mlp, strategies=("grid",))

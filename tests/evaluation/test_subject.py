@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -75,14 +76,14 @@ def test_pixels_are_the_images() -> None:
 
 
 def test_the_mlp_model_has_one_kind_of_features() -> None:
-    subject = untrained(presets.arguments("mlp", hidden_dim=4), 0, tiny.CPU)
+    subject = untrained(partial(presets.construct, presets.arguments("mlp", hidden_dim=4)), 0, tiny.CPU)
     assert subject.pools == ("mean",)
     assert not subject.has_tokens
 
 
 def test_an_untrained_network_is_a_function_of_its_seed_and_leaves_the_generator_alone() -> None:
     before = torch.random.get_rng_state()
-    one, same, other = (untrained(tiny.arguments(), seed, tiny.CPU) for seed in (1, 1, 2))
+    one, same, other = (untrained(partial(presets.construct, tiny.arguments()), seed, tiny.CPU) for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert one.fingerprint() == same.fingerprint() != other.fingerprint()
 

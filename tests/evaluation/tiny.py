@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def arguments(**overrides: Any) -> dict[str, Any]:
 
 def subject(**overrides: Any) -> Subject:
     """An untrained network."""
-    return untrained(arguments(**overrides), seed=0, device=CPU)
+    return untrained(partial(presets.construct, arguments(**overrides)), seed=0, device=CPU)
 
 
 def some(source: Source, count: int) -> Source:

@@ -258,7 +258,8 @@ class RunOrBaseline(JsonOption, RunArgument):
     """The model or baseline, and the output of figures.
 
     Attributes:
-        run: run folder, exported model, weights of others (also as --init-from); or random or pixels, with --preset.
+        run: run folder, exported model, weights of others (also as --init-from), timm:NAME (a vision transformer of
+            timm with its pre-trained weights); or random or pixels, with --preset.
     """
 
 

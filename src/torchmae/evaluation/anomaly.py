@@ -105,7 +105,8 @@ def detect(bench: Bench, subject: Subject, *, coreset: float = 1.0, rounds: int 
         raise ConfigError("this model has no patches to find anomalies by", "use a vit model")
     if subject.model is not None:
         subject.model.eval()
-    predicts = subject.model if subject.name != RANDOM else None
+    masked = subject.name != RANDOM and subject.model is not None and subject.model.encoder.strategies
+    predicts = subject.model if masked else None
     means, tokens = normal_features(bench, subject, coreset, seed)
     test = data.test_windows
     mine, batches = test.shared(runtime.ranks, f"test images, {subject.name}")

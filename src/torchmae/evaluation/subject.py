@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchmae import presets
 from torchmae.config.evaluate import Layer
 from torchmae.data.loader import Batch
 from torchmae.data.sources import digest
@@ -127,20 +125,11 @@ def extract(subject: Subject, batches: Iterable[Batch], runtime: Runtime, pool: 
 
 
 def untrained(
-    arguments: dict[str, Any],
-    seed: int,
-    device: torch.device,
-    own: MaskedAutoencoder | None = None,
-    layer: Layer | None = None,
+    make: Callable[[], MaskedAutoencoder], seed: int, device: torch.device, layer: Layer | None = None
 ) -> Subject:
-    """A network with fresh weights, drawn without a change of torch's generator; or a copy of `own` with its weights.
-
-    `arguments` are those of `presets.construct`; `layer` is as of `blocks_of`.
-    """
-    if own is not None:
-        return network(RANDOM, copy.deepcopy(own), device, layer)
+    """What `make` builds, weights drawn without a change of torch's generator; `layer` is as of `blocks_of`."""
     with seeded(seed):
-        model = presets.construct(arguments)
+        model = make()
     return network(RANDOM, model, device, layer)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -200,8 +202,13 @@ def open_bench(
             # Before hours of encoding.
             check_counts(data.train.source.labels, data.classes, options.labels_per_class)
     arguments = {**arguments, "in_chans": len(data.normalisation.mean)}
+    fresh: Callable[[], MaskedAutoencoder] = partial(presets.construct, arguments)
+    if own is not None:
+        fresh = partial(copy.deepcopy, own)
+    elif pretrained is not None and pretrained.fresh is not None:
+        fresh = pretrained.fresh
     baselines: dict[str, Callable[[], Subject]] = {
-        RANDOM: lambda: untrained(arguments, options.seed, runtime.device, own, options.layer),
+        RANDOM: lambda: untrained(fresh, options.seed, runtime.device, options.layer),
         PIXELS: lambda: pixels(tuple(arguments.get("patch_size", ()))),
     }
     beside = {name for method in methods.values() for name in method.baselines(options)}

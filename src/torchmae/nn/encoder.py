@@ -47,7 +47,7 @@ class Encoder(nn.Module, ABC):
         num_prefix_tokens: tokens before the patches, such as the class token and registers.
         has_class_token: the first prefix token is a class token.
         gives_blocks: `forward` takes `keep_blocks`.
-        strategies: the mask strategies for its input, by name.
+        strategies: the mask strategies for its input, by name; empty: it cannot be masked.
         arguments: keyword arguments that make an encoder of the same shape, without drop_path; "encoder" is a name in
             ENCODERS ("vit" if it is left out). Empty: fine-tuning is not possible.
         embedding: the name of the layer that reads pixels.

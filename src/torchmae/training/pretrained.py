@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 import torchmae
+from torchmae import presets
 from torchmae.config import ReadOptions
 from torchmae.data.items import Context, Valid, plain_type, stored_type
 from torchmae.data.layouts import open_splits
@@ -22,6 +24,7 @@ from torchmae.data.sources import FileSource, Source, evenly_spaced
 from torchmae.data.transforms import resample, resample_valid
 from torchmae.errors import ConfigError, DataError, TorchmaeError, one_of
 from torchmae.interop.reading import is_foreign, read_weights
+from torchmae.interop.timm_networks import TIMM, normalisation_of, timm_model
 from torchmae.interop.weights import build, full_arguments
 from torchmae.nn.mae import MaskedAutoencoder, Reconstruction
 from torchmae.nn.masking import Masker
@@ -52,12 +55,20 @@ class Pretrained:
         model: the network, in eval mode.
         description: its arguments, normalisation and mask.
         notes: one sentence for each part of others' weights that was left out or replaced.
+        fresh: makes the same network with fresh weights, where its arguments do not say how; else None.
     """
 
-    def __init__(self, model: MaskedAutoencoder, description: Description, notes: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        model: MaskedAutoencoder,
+        description: Description,
+        notes: Sequence[str] = (),
+        fresh: Callable[[], MaskedAutoencoder] | None = None,
+    ) -> None:
         self.model = model
         self.description = description
         self.notes = tuple(notes)
+        self.fresh = fresh
 
     @property
     def context(self) -> Context:
@@ -197,8 +208,9 @@ def load(
 
     Args:
         run: a run folder, an exported model, or weights of others: a released MAE checkpoint, a folder of transformers'
-            ViTMAE or ViT, or timm's weights of a plain vision transformer (docs/weights.md). FILE#PART selects one of
-            several encoders in a file.
+            ViTMAE, ViT or Pixio, or timm's weights of a plain vision transformer (docs/weights.md). FILE#PART selects
+            one of several encoders in a file. "timm:NAME" is a vision transformer of timm with its pre-trained weights,
+            for features.
         target: the decoder's training target, "pixels" or "normalised" patches, if others' weights do not store it.
         input_size: image size in pixels along each axis, if others' weights do not store it and images are not square.
             Two numbers for weights of video clips take one frame.
@@ -208,7 +220,7 @@ def load(
     Raises:
         CheckpointError: `run` holds nothing that can be loaded.
         ConfigError: `target` contradicts the weights, or the model's own files give `target`, `input_size` or
-            `num_heads`.
+            `num_heads`; timm cannot make the network.
     """
     path = user_path(run)
     if target is not None:
@@ -223,7 +235,18 @@ def load(
         raise ConfigError(f"target is given and {path} says what it was", "leave --target out")
     if input_size is not None or num_heads is not None:
         raise ConfigError(f"input_size or num_heads is given and {path} says them itself", "leave them out")
+    if str(run).startswith(TIMM):
+        return _from_timm(str(run).removeprefix(TIMM))
     return Pretrained(*load_model(path, model))
+
+
+def _from_timm(name: str) -> Pretrained:
+    """A network of timm; ConfigError: it cannot be made."""
+    model = timm_model(name)
+    mean, std = normalisation_of(model.encoder.network)
+    mask = {"strategy": "random", "ratio": 0.75}  # no reconstruction reads it
+    description = Description(presets.own_arguments(model), mean, std, mask, None, torchmae.__version__)
+    return Pretrained(model, description, fresh=partial(timm_model, name, pretrained=False))
 
 
 def open_images(path: Path, context: Context) -> Source:

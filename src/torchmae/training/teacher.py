@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchmae.errors import ConfigError, reason_of, require
+from torchmae.errors import ConfigError
+from torchmae.interop.timm_networks import TIMM, make_network, normalisation_of
 from torchmae.training.pretrained import load
 
-TIMM = "timm:"
 _MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
@@ -80,29 +80,15 @@ def read_teacher(source: str, grid: Sequence[int]) -> Teacher:
         CheckpointError: `source` holds nothing that can be loaded.
     """
     if source.startswith(TIMM):
-        return _from_timm(source.removeprefix(TIMM), grid)
+        network = make_network(source.removeprefix(TIMM), grid)
+        prefix, patch_size = network.num_prefix_tokens, network.patch_embed.patch_size
+        mean, std = normalisation_of(network)
+        return Teacher(
+            network, lambda x: network.forward_features(x)[:, prefix:], network.num_features, patch_size, mean, std
+        )
     loaded = load(source)
     model, about = loaded.model, loaded.description
     if not model.patch_size:
         raise ConfigError(f"{source} holds a model without patches", "choose a vision transformer as the teacher")
     width = model.encoder.embed_dim
     return Teacher(model, lambda x: model.encode(x, "tokens"), width, model.patch_size, about.mean, about.std)
-
-
-def _from_timm(name: str, grid: Sequence[int]) -> Teacher:
-    timm = require("timm", "timm")
-    try:
-        patch_size = timm.create_model(name, pretrained=False).patch_embed.patch_size
-        size = [patches * length for patches, length in zip(grid, patch_size, strict=True)]
-        network = timm.create_model(name, pretrained=True, num_classes=0, img_size=size)
-    except Exception as error:  # an unknown name, an architecture without patches, no network
-        raise ConfigError(f"timm cannot make teacher {name!r}: {reason_of(error)}", "name a ViT of timm") from error
-    about, prefix = timm.data.resolve_model_data_config(network), network.num_prefix_tokens
-    return Teacher(
-        network,
-        lambda x: network.forward_features(x)[:, prefix:],
-        network.num_features,
-        patch_size,
-        about["mean"],
-        about["std"],
-    )
