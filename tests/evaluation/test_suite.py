@@ -61,6 +61,18 @@ def test_all_stands_beside_an_untrained_network_and_pixels_and_twice_is_the_same
     assert figures["pixels"]["knn20"] > 80
 
 
+def test_some_methods_of_all_stand_beside_the_same(run: Path) -> None:
+    figures = evaluate(run, method="knn, linear", labels_per_class=3, draws=1).figures()
+    assert list(figures) == ["model", "random", "pixels"]
+    assert {name.partition("_")[0] for name in figures["random"]} >= {"knn20", "linear"}
+    assert not any(name.startswith("attentive") for name in figures["model"])
+    for methods, problem in (("knn,finetune", "finetune stands alone"), ("knn,knm", "did you mean 'knn'")):
+        with pytest.raises(ConfigError, match=problem):
+            evaluate(run, method=methods)
+    with pytest.raises(ConfigError, match="labels_per_class does not apply to method 'knn,attentive'"):
+        evaluate(run, method="knn,attentive", labels_per_class=3)
+
+
 def test_random_alone_is_the_baseline_of_the_same_preset() -> None:
     data = DataOptions(source="digits")
     alone = evaluate("random", method="knn", preset="vit_digits", data=data, seed=3)

@@ -181,7 +181,8 @@ class EvaluateOptions(LayerOption, TargetOption):
     Attributes:
         method: knn, linear, attentive, reconstruction, finetune (trains a classifier end to end, minutes to hours),
             segmentation (of pictures with masks) or anomaly (of normal images and others, as in MVTec AD); all: knn,
-            linear and attentive, beside an untrained network and raw pixels.
+            linear and attentive, beside an untrained network and raw pixels; some of these, such as knn,linear: the
+            same with these.
         data: the labelled training images of the probes.
         test_data: the labelled test images: "test" or "val" (a split of the data), "held-out" (some of the training
             images), or a source as for --data; null: the test split, else val, else held-out.
@@ -248,9 +249,19 @@ class EvaluateOptions(LayerOption, TargetOption):
         if self.layer is not None and self.method == "segmentation" and self.segmentation.finetune:
             raise ConfigError("layer is given and segmentation.finetune trains the whole encoder", "leave layer out")
         for name, methods in APPLIES_TO.items():
-            if getattr(self, name) not in (None, False) and self.method not in methods:
+            if getattr(self, name) not in (None, False) and not set(self.methods) <= set(methods):
                 listed = " or ".join(filter(None, [", ".join(methods[:-1]), methods[-1]]))
                 raise ConfigError(f"{name} does not apply to method {self.method!r}", f"use --method {listed}")
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods, or "all", by name."""
+        return tuple(name.strip() for name in self.method.split(","))
+
+    @property
+    def with_baselines(self) -> bool:
+        """Whether an untrained network and raw pixels are measured too, as with "all"."""
+        return self.method == "all" or len(self.methods) > 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -140,7 +140,7 @@ class Method:
 
     def baselines(self, options: EvaluateOptions) -> tuple[str, ...]:
         """The names of what is measured beside the run."""
-        return self.beside if options.method == "all" else self.compared
+        return self.beside if options.with_baselines else self.compared
 
     def suits(self, subject: Subject) -> bool:
         """Whether the method can measure the subject."""

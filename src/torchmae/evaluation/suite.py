@@ -87,7 +87,11 @@ def evaluate(
     Raises:
         TorchmaeError: a run, options or data that do not fit; a ConfigError on all ranks.
     """
-    one_of("method", options.method, (*METHODS, ALL))
+    for name in options.methods:
+        one_of("method", name, (*METHODS, ALL))
+        if len(options.methods) > 1 and (name == ALL or not METHODS[name].beside):
+            joined = ", ".join(other for other, row in METHODS.items() if row.beside)
+            raise ConfigError(f"method is {options.method!r}, and {name} stands alone", f"join some of {joined}")
     with opened(compute, "give the same command again") as (runtime, display):
         ranks = runtime.ranks
         workers = share_of_cores(options.data.num_workers, ranks)
@@ -146,9 +150,9 @@ def append_record(folder: Path, record: Mapping[str, Any]) -> Path:
 
 
 def chosen_methods(options: EvaluateOptions) -> dict[str, Method]:
-    """The method of the options; for "all", the methods with baselines that take all options that are set."""
+    """The methods of the options; for "all", those with baselines that take all options that are set."""
     if options.method != ALL:
-        return {options.method: METHODS[options.method]}
+        return {name: METHODS[name] for name in options.methods}
     given = [takers for name, takers in APPLIES_TO.items() if getattr(options, name) not in (None, False)]
     return {name: row for name, row in METHODS.items() if row.beside and all(name in takers for takers in given)}
 
