@@ -178,10 +178,11 @@ def test_windows_are_put_together_again(made: Path) -> None:
     data = opened(made)
     found = segmentation_windows.read_picture(data.test, 0)
     assert found is not None
-    picture = data.normalisation.apply(*found)[0, 0]
+    picture = data.normalisation.apply(found.values, found.dtype)[0, 0]
     sizes = []
 
-    def segment(windows: torch.Tensor) -> torch.Tensor:
+    def segment(windows: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+        assert valid is None
         sizes.append(tuple(windows.shape))
         return torch.cat([torch.zeros_like(windows), windows], 1)
 
@@ -191,6 +192,32 @@ def test_windows_are_put_together_again(made: Path) -> None:
     assert {size[1:] for size in sizes} == {(1, 8, 8)}
     large = replace(data.test, model=ModelInput((32, 32), 1, None, CPU, 16))  # pictures are enlarged, guesses are not
     assert segmentation_windows.segmented(large, 0, (24, 24), segment, CPU).shape == (24, 24)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("finetune", [False, True])
+def test_pixels_without_data_reach_no_figure(tmp_path: Path, finetune: bool) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    run, random, found = write_run(tmp_path / "run"), np.random.default_rng(0), []
+    pictures = [(random.random((20, 24)) + 2 * (np.arange(24) // 8 % 2)).astype(np.float32) for _ in range(10)]
+    for number, mark in enumerate((np.nan, -9999.0)):
+        place = tmp_path / str(number)
+        for name in ("images", "masks"):
+            (place / name).mkdir(parents=True)
+        for i, values in enumerate(pictures):
+            empty = np.zeros(values.shape, bool)
+            empty[:9, : 5 + i] = True
+            tifffile.imwrite(place / "images" / f"{i}.tif", np.where(empty, mark, values).astype(np.float32))
+            classes = np.where(empty, number, values > 1.5).astype(np.uint8)
+            Image.fromarray(classes).save(place / "masks" / f"{i}.png")
+        data = DataOptions(source=str(place), num_workers=0, nodata="auto" if number == 0 else -9999)
+        config = SegmentationOptions(epochs=5, batch_size=16, finetune=finetune)
+        asked = {"segmentation": config, "finetune": FinetuneConfig(epochs=1, batch_size=8)}
+        settings = EvaluateOptions(method="segmentation", data=data, out=str(tmp_path / f"out{number}"), **asked)
+        compute = ComputeOptions(batch_size=16, precision="fp32", threads=1, device="cpu", progress="none")
+        figures = suite.evaluate(run, settings, compute).figures()["model"]
+        found.append({name: value for name, value in figures.items() if not name.endswith("seconds")})
+        assert (tmp_path / f"out{number}" / "pictures").is_dir()
+    assert found[0] == found[1]
 
 
 def test_figures_are_those_of_torchmetrics() -> None:

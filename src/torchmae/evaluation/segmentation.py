@@ -114,16 +114,17 @@ def frozen(
     size, channels = images.model.input_size, len(images.normalisation.mean)
     patch = subject.patch_size if subject.model is None else subject.model.patch_size
 
-    def tokens_of(inputs: Tensor) -> Tensor:
+    def tokens_of(inputs: Tensor, valid: Tensor | None = None) -> Tensor:
         with runtime.autocast():
-            return subject.patch_tokens(inputs)
+            return subject.patch_tokens(inputs, valid)
 
     one = tokens_of(torch.zeros(1, channels, *size, device=runtime.device))
     windows, notes = training_windows(images, 2 * one.numel() + math.prod(size), config.memory_limit)
     mine = share(np.arange(len(windows)), images.model.batch_size, runtime.ranks)
     tokens, labels, done = [], [], 0
-    for inputs, wanted in window_batches(images, data.maps, [windows[row] for row in mine.rows]):
-        tokens.append(tokens_of(inputs.to(runtime.device)).half().cpu())
+    for inputs, valid, wanted in window_batches(images, data.maps, [windows[row] for row in mine.rows]):
+        valid = None if valid is None else valid.to(runtime.device)
+        tokens.append(tokens_of(inputs.to(runtime.device), valid).half().cpu())
         labels.append(wanted)
         done += len(inputs)
         bench.display.preparing(f"encoding training windows, {subject.name}", done, len(mine.rows))
@@ -134,7 +135,7 @@ def frozen(
     epochs = config.epochs or epochs_for(held.count, config.batch_size, _EPOCHS, _STEPS)
     for epoch in train_head(head, held, epochs, config, options.seed):
         bench.display.preparing(f"linear head on patches, {subject.name}, epochs", epoch, epochs)
-    return lambda inputs: head(tokens_of(inputs).half().float()), NAME, {}, notes
+    return lambda inputs, valid: head(tokens_of(inputs, valid).half().float()), NAME, {}, notes
 
 
 def held_windows(tokens: Tensor, labels: Tensor, device: torch.device) -> Tokens:
@@ -164,7 +165,8 @@ def count_pixels(bench: Bench, data: SegmentationData, name: str, segment: Segme
         guess = segmented(images, index, pairs.sizes[index], segment, runtime.device)
         if guess is not None:
             truth = data.maps.read(pairs.files[index])
-            truth, guess = (values[truth != IGNORED] for values in (truth, guess))
+            counted = (truth != IGNORED) & (guess != IGNORED)
+            truth, guess = truth[counted], guess[counted]
             for row, values in enumerate((truth[truth == guess], truth, guess)):
                 counts[row] = np.bincount(values, minlength=len(data.classes))
         rows.append(torch.from_numpy(counts)[None].to(runtime.device))
@@ -227,8 +229,10 @@ def draw(data: SegmentationData, segment: Segment, bench: Bench, file: Path) -> 
     for index in evenly_spaced(len(pairs), _PICTURED).tolist():
         guess = segmented(images, index, pairs.sizes[index], segment, bench.runtime.device)
         if guess is not None:
-            values = torch.from_numpy(pairs.read(index)).movedim(-1, 0)[None]
-            picture = images.normalisation.shown(images.normalisation.apply(values))
-            shown.append((picture[0].numpy(), data.maps.read(pairs.files[index]), guess))
+            stored, valid = pairs.read_valid(index)
+            values = images.normalisation.apply(torch.from_numpy(stored).movedim(-1, 0)[None])
+            where = None if valid is None else torch.from_numpy(valid)[None, None]
+            picture = images.normalisation.shown(values, where)[0].numpy()
+            shown.append((picture, data.maps.read(pairs.files[index]), guess))
     pictures, truth, guesses = zip(*shown, strict=True)
     save_png(segmentation_picture(pictures, truth, guesses, data.classes), file)

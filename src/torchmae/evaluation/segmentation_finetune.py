@@ -54,7 +54,7 @@ def finetuned(
     size, channels = images.model.input_size, len(images.normalisation.mean)
     windows, notes = training_windows(images, 4 * (channels + 1) * math.prod(size), options.segmentation.memory_limit)
     batches = window_batches(images, data.maps, windows)
-    stored = torch.cat([torch.cat([inputs, labels[:, None].float()], 1) for inputs, labels in batches])
+    stored = torch.cat([torch.cat([inputs, labels[:, None].float()], 1) for inputs, _, labels in batches])
     stored = stored[(stored[:, -1] != IGNORED).flatten(1).any(1)]  # the last channel are the classes
     source = ArraySource(stored.movedim(1, -1).numpy(), title="windows", context=Context(axes="HWC"))
     *_, flip = (run_data(bench.run) or DataConfig()).augmentation(2, probe(images.source).example.form)
@@ -79,7 +79,8 @@ def finetuned(
     notes += (f"{out.name} has the trained weights and is in {out.parent}",)
     took = {"loss": state.loss, "images": float(len(source)), "seconds": state.seconds}
 
-    def segment(inputs: Tensor) -> Tensor:
+    def segment(inputs: Tensor, valid: Tensor | None) -> Tensor:
+        del valid  # a decoder of whole windows; pixels without data are 0, as in training
         with runtime.autocast():
             logits: Tensor = task.model.result(inputs)
         return logits

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchmae.data.items import Valid
 from torchmae.data.loader import mixed_subset
-from torchmae.data.transforms import resample
+from torchmae.data.transforms import resample, resample_valid
 from torchmae.errors import DataError
 from torchmae.evaluation.images import ImageSet
 from torchmae.evaluation.segmentation_data import IGNORED, ClassMap, ClassMaps, Pairs
@@ -22,8 +23,8 @@ from torchmae.machine import bytes_to_keep
 OVERLAP = 0.25  # of windows of a test picture
 _SKIPPED = -100  # the label that PyTorch's cross-entropy leaves out
 
-Segment = Callable[[Tensor], Tensor]
-"""From windows, (B, C, h, w), to logits, (B, K, h, w)."""
+Segment = Callable[[Tensor, Tensor | None], Tensor]
+"""From windows, (B, C, h, w), and where they hold data, (B, 1, h, w), to logits, (B, K, h, w)."""
 
 
 class Window(NamedTuple):
@@ -76,20 +77,35 @@ def training_windows(images: ImageSet, window_bytes: int, memory_limit: float) -
     return [windows[row] for row in chosen], (note,)
 
 
-def read_picture(images: ImageSet, index: int) -> tuple[Tensor, torch.dtype] | None:
-    """A picture, (1, C, H, W) float32 in stored values and the type of these, `enlarged`; None where it is unreadable.
+class Picture(NamedTuple):
+    """A picture, `enlarged`, and which of its pixels hold data; None: all."""
 
-    The set's `bad` takes it then.
-    """
+    values: Tensor  # (1, C, H, W) float32, as stored
+    dtype: torch.dtype  # in which they were stored
+    valid: Tensor | None  # (1, 1, H, W) bool
+    own: Valid | None  # (h, w) bool, in the picture's own size
+
+    def part(self, rows: slice, columns: slice) -> Picture:
+        """A window."""
+        place = (slice(None), slice(None), rows, columns)
+        valid = None if self.valid is None else self.valid[place]
+        return Picture(self.values[place], self.dtype, valid, None)
+
+
+def read_picture(images: ImageSet, index: int) -> Picture | None:
+    """A picture of a set; None where it is unreadable, and the set's `bad` takes it."""
     try:
-        values = images.source.open(index).read()
+        values, own = images.source.open(index).read_valid()
     except DataError as error:
         images.bad.add(images.source.name(index), error.problem)
         return None
     stored = torch.from_numpy(values).movedim(-1, 0)[None]
     box = np.array([[[0, length] for length in stored.shape[2:]]])
-    size = enlarged(stored.shape[2:], images.model.input_size)
-    return resample(stored, box, size, np.array([False])), stored.dtype
+    size, flip = enlarged(stored.shape[2:], images.model.input_size), np.array([False])
+    if own is None:
+        return Picture(resample(stored, box, size, flip), stored.dtype, None, None)
+    resized, valid = resample_valid(stored, torch.from_numpy(own)[None, None], box, size, flip)
+    return Picture(resized.float(), stored.dtype, valid, own)
 
 
 def stretched(classes: ClassMap, size: Sequence[int]) -> ClassMap:
@@ -98,39 +114,49 @@ def stretched(classes: ClassMap, size: Sequence[int]) -> ClassMap:
     return classes[rows][:, columns]
 
 
-def cut_windows(
-    images: ImageSet, maps: ClassMaps, windows: Sequence[Window]
-) -> Iterator[tuple[Tensor, torch.dtype, Tensor]]:
-    """Of each window its stored values, (C, h, w), their type, and its classes, (h, w) uint8.
+def cut_windows(images: ImageSet, maps: ClassMaps, windows: Sequence[Window]) -> Iterator[tuple[Picture, Tensor]]:
+    """Each window, and its classes, (h, w) uint8, `IGNORED` where it holds no data.
 
     Of a picture that cannot be read, zeros that count nowhere. Windows of one picture follow each other.
     """
     pairs, (height, width) = images.source, images.model.input_size
     assert isinstance(pairs, Pairs)
-    blank = torch.zeros(1, len(images.normalisation.mean), height, width)
+    blank = Picture(torch.zeros(1, len(images.normalisation.mean), height, width), torch.float32, None, None)
     last = -1
     for window in windows:
         if window.picture != last:
-            last, found = window.picture, read_picture(images, window.picture)
-            if found is not None:
-                (picture, dtype), size = found, found[0].shape[2:]
-                classes = torch.from_numpy(stretched(maps.read(pairs.files[last]), size))
-        if found is None:
-            yield blank[0], torch.float32, torch.full((height, width), IGNORED, dtype=torch.uint8)
+            last, picture = window.picture, read_picture(images, window.picture)
+            if picture is not None:
+                classes = torch.from_numpy(stretched(maps.read(pairs.files[last]), picture.values.shape[2:]))
+                if picture.valid is not None:
+                    classes = classes.masked_fill(~picture.valid[0, 0], IGNORED)
+        if picture is None:
+            yield blank, torch.full((height, width), IGNORED, dtype=torch.uint8)
             continue
         rows, columns = slice(window.top, window.top + height), slice(window.left, window.left + width)
-        yield picture[0, :, rows, columns], dtype, classes[rows, columns]
+        yield picture.part(rows, columns), classes[rows, columns]
 
 
-def window_batches(images: ImageSet, maps: ClassMaps, windows: Sequence[Window]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Windows as the model's input, (B, C, h, w), and their classes, (B, h, w) uint8."""
-    inputs, labels = [], []
-    for number, (stored, dtype, classes) in enumerate(cut_windows(images, maps, windows), 1):
-        inputs.append(images.normalisation.apply(stored[None], dtype))
+def inputs_of(images: ImageSet, parts: Sequence[Picture]) -> tuple[Tensor, Tensor | None]:
+    """Windows as the model's input, (B, C, h, w), 0 where there is no data, and (B, 1, h, w) where there is."""
+    inputs = torch.cat([images.normalisation.apply(part.values, part.dtype, part.valid) for part in parts])
+    if all(part.valid is None for part in parts):
+        return inputs, None
+    full = torch.ones(1, 1, *inputs.shape[2:], dtype=torch.bool)
+    return inputs, torch.cat([full if part.valid is None else part.valid for part in parts])
+
+
+def window_batches(
+    images: ImageSet, maps: ClassMaps, windows: Sequence[Window]
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    """Windows and where they hold data, as of `inputs_of`, and their classes, (B, h, w) uint8."""
+    parts, labels = [], []
+    for number, (part, classes) in enumerate(cut_windows(images, maps, windows), 1):
+        parts.append(part)
         labels.append(classes)
-        if len(inputs) == images.model.batch_size or number == len(windows):
-            yield torch.cat(inputs), torch.stack(labels)
-            inputs, labels = [], []
+        if len(parts) == images.model.batch_size or number == len(windows):
+            yield *inputs_of(images, parts), torch.stack(labels)
+            parts, labels = [], []
 
 
 @torch.no_grad()
@@ -139,23 +165,25 @@ def segmented(
 ) -> ClassMap | None:
     """The likeliest class of each pixel of a picture, in its own `shape`; None where it cannot be read.
 
-    Logits of windows that overlap are averaged.
+    `IGNORED` where it holds no data. Logits of windows that overlap are averaged.
     """
-    found = read_picture(images, index)
-    if found is None:
+    picture = read_picture(images, index)
+    if picture is None:
         return None
-    picture = images.normalisation.apply(*found)
-    size, (height, width) = picture.shape[2:], images.model.input_size
+    size, (height, width) = picture.values.shape[2:], images.model.input_size
     windows = windows_of(index, shape, images.model.input_size, OVERLAP)
     total, times = None, torch.zeros(size)
     for start in range(0, len(windows), images.model.batch_size):
         part = windows[start : start + images.model.batch_size]
         places = [(slice(w.top, w.top + height), slice(w.left, w.left + width)) for w in part]
-        logits = segment(torch.stack([picture[0][:, *place] for place in places]).to(device)).float().cpu()
+        inputs, valid = inputs_of(images, [picture.part(*place) for place in places])
+        logits = segment(inputs.to(device), None if valid is None else valid.to(device)).float().cpu()
         total = torch.zeros(logits.shape[1], *size) if total is None else total
         for place, values in zip(places, logits, strict=True):
             total[:, *place] += values
             times[place] += 1
     assert total is not None
-    mean = (total / times)[None]
-    return upsample(mean, shape)[0].argmax(0).numpy().astype(np.uint8)
+    found: ClassMap = upsample((total / times)[None], shape)[0].argmax(0).numpy().astype(np.uint8)
+    if picture.own is not None:
+        found[~picture.own] = IGNORED
+    return found

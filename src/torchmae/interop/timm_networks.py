@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchmae.errors import ConfigError, reason_of, require
 from torchmae.interop.weights import AbsentDecoder
@@ -37,7 +37,7 @@ def make_network(name: str, grid: Sequence[int] | None = None, *, pretrained: bo
     return network
 
 
-def normalisation_of(network: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalisation_of(network: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation of the images that a network of timm takes."""
     config: dict[str, Any] = require("timm", "timm").data.resolve_model_data_config(network)
     return tuple(config["mean"]), tuple(config["std"])
@@ -65,7 +65,8 @@ class TimmEncoder(Encoder):
             raise ConfigError("a network of timm takes whole images", "use it for features, not for reconstructions")
         grid = self.grid_of(images)
         tokens: Tensor = self.network.forward_features(images)
-        return EncoderOutput(*tokens.tensor_split((self.num_prefix_tokens,), dim=1), grid)
+        prefix, patches = tokens.tensor_split((self.num_prefix_tokens,), dim=1)
+        return EncoderOutput(prefix, patches, grid)
 
     def flops(self, kept: int) -> tuple[int, int]:  # noqa: ARG002
         """Zeros: they are not known."""

@@ -184,8 +184,8 @@ def segmentation_picture(
     colours = np.array([Image.new("RGB", (1, 1), hue).getpixel((0, 0)) for hue in _HUES], dtype=np.float32)
     rows = []
     for image, *maps in zip(images, truth, guesses, strict=True):
-        plain = sample_panels([image], 1)[0]
-        pixels = np.asarray(plain, dtype=np.float32)
+        plain = sample_panels([image], 1)[0]  # transparent where there is no data, which guesses take for no class
+        pixels = np.asarray(plain.convert("RGB"), dtype=np.float32)
         panels = [plain]
         for found in maps:
             tinted = np.where(found[..., None] == 255, 128, colours[(found.astype(np.int64) - 1) % len(colours)])
