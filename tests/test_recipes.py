@@ -6,6 +6,7 @@ import shlex
 import tarfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from torchmae import presets
-from torchmae.api import configure
+from torchmae.api import configure, recommend
 from torchmae.building import check_model, overrides
 from torchmae.cli import main
 from torchmae.config import DataConfig, MaskConfig, ModelConfig, OptimConfig, PretrainConfig
@@ -64,8 +65,10 @@ def test_the_head_of_every_recipe_says_what_it_is_and_how_to_run_it(name: str) -
         ((224, 224, 3), "images", (224, 224), (16, 16)),
         ((300, 500, 3), "images", (224, 224), (16, 16)),
         ((150, 900, 3), "images", (64, 448), (16, 16)),
-        ((400, 1), "images", (400,), (2,)),
-        ((12, 12, 12, 1), "digits", (12, 12, 12), (2, 2, 2)),
+        ((400, 1), "signals", (400,), (2,)),
+        ((2000, 1), "signals", (1800,), (20,)),
+        ((12, 12, 12, 1), "volumes", (12, 12, 12), (2, 2, 2)),
+        ((16, 64, 65, 1), "volumes", (16, 64, 64), (4, 8, 8)),
     ],
 )
 def test_recipe_and_shape_are_chosen_by_the_images_as_inspect_says(
@@ -87,6 +90,37 @@ def test_recipe_and_shape_are_chosen_by_the_images_as_inspect_says(
     command = shlex.split(json.loads(capsys.readouterr().out)["suggestion"])
     assert command[:2] == ["torchmae", "pretrain"]
     assert configure(read_words([*command[2:], "--progress", "none"], PretrainConfig)) == config
+
+
+@pytest.mark.parametrize(
+    ("size", "meta", "recipe"),
+    [
+        ((30, 240, 320), {"fps": 30}, "video"),
+        ((4000,), {"rate": 8000}, "sound"),
+        ((64, 100), {"rate": 8000}, "sound"),  # a spectrogram
+        ((1800,), {"rate": 360}, "signals"),
+        ((512, 512), {"crs": "EPSG:4326"}, "satellite"),
+    ],
+)
+def test_what_files_say_chooses_a_recipe_with_its_own_shape(
+    size: tuple[int, ...], meta: dict[str, Any], recipe: str
+) -> None:
+    assert recommend(size, meta) == (recipe, {})
+
+
+def test_a_preset_replaces_the_network_of_the_recipe_that_is_chosen_but_not_its_shape(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "signals.npy"
+    np.save(path, np.zeros((3, 1800), dtype=np.float32))
+    monkeypatch.setenv("CXX", "")
+    monkeypatch.setattr("torchmae.training.compilation.COMPILERS", ())
+    given = ["--data", str(path), "--progress", "none", "--model.preset", "vit_small"]
+    config = configure(read_words(given, PretrainConfig))
+    arguments = presets.arguments(config.model.preset, **overrides(config))
+    assert (config.recipe, arguments["input_size"], arguments["patch_size"]) == ("signals", (1800,), (20,))
+    assert arguments["embed_dim"] == presets.PRESETS["vit_small"]["embed_dim"]
+    assert not config.compile  # there is no compiler
 
 
 def test_a_patch_size_that_is_given_is_kept(tmp_path: Path) -> None:

@@ -18,37 +18,42 @@ def prepare(data: Path, work: Path) -> None:
     (work / "test").symlink_to(data / "val")
 
 
-LABELLED = {"data": ".", "test_data": "test"}
+LABELLED = {"data": ".", "test_data": "test", "pool": "mean"}
+PROBES = {**LABELLED, "method": "knn,linear"}
 FEW = {"labels_per_class": 10, "draws": 1}
 
 
-def tuned(init: str, **options: object) -> dict[str, object]:
-    """Options of a fine-tuning, kept in a folder of its own."""
-    own = {"init": init, "epochs": 20 if options else 10}
-    return {**LABELLED, **options, "method": "finetune", "finetune": own, "out": f"{init}-{len(options)}-" + "{seed}"}
+def tuned(init: str) -> dict[str, object]:
+    """Options of a fine-tuning with 10 labels a class, kept in a folder of its own."""
+    own = {"init": init, "epochs": 30, "batch_size": 32}
+    return {
+        "data": ".",
+        "test_data": "test",
+        **FEW,
+        "method": "finetune",
+        "finetune": own,
+        "out": f"{init}-" + "{seed}",
+    }
 
 
 CASE = Case(
     "photos",
     prepare,
+    {"data": {"source": "train", "val": "none"}, "recipe": "photos-64-cpu"},
     {
-        "data": {"source": "train", "val": "none"},
-        "recipe": "cifar10-cpu",
-        "model": {"input_size": (64, 64), "patch_size": (8, 8)},
-    },
-    {
-        "probes": (
-            {**LABELLED, "method": "all"},
-            {"kNN, %": "knn20", "linear probe, %": "linear_mean"},
-        ),
+        "probes": (PROBES, {"kNN, %": "knn20", "linear probe, %": "linear_mean"}),
         "few": (
-            {**LABELLED, **FEW, "method": "all"},
+            {**PROBES, **FEW},
             {"kNN, 10 labels a class, %": "knn20", "linear probe, 10 labels a class, %": "linear_mean"},
         ),
-        "tuned": (tuned("pretrained"), {"fine-tuned, %": "finetune"}),
-        "tuned, untrained": (tuned("random"), {"fine-tuned, %": "finetune_random"}),
-        "few, tuned": (tuned("pretrained", **FEW), {"fine-tuned, 10 labels a class, %": "finetune"}),
-        "few, tuned, untrained": (tuned("random", **FEW), {"fine-tuned, 10 labels a class, %": "finetune_random"}),
+        "tuned": (tuned("pretrained"), {"fine-tuned, 10 labels a class, %": "finetune"}),
+        "tuned, untrained": (tuned("random"), {"fine-tuned, 10 labels a class, %": "finetune_random"}),
+    },
+    chinese={
+        ", 10 labels a class, ": "，每类 10 个标签，",
+        "linear probe": "线性探针",
+        "fine-tuned": "微调",
+        ", %": "，%",
     },
 )
 

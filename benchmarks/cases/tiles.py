@@ -35,9 +35,9 @@ CASE = Case(
     "tiles",
     prepare,
     {
-        "data": {"source": "unlabelled.txt", "val": "none", "window": (64, 64)},
-        "recipe": "cifar10-cpu",
-        "model": {"input_size": (64, 64), "patch_size": (8, 8)},
+        "data": {"source": "unlabelled.txt", "val": "none", "window": (128, 128)},
+        "recipe": "microscopy",
+        "model": {"input_size": (128, 128), "patch_size": (16, 16)},
     },
     {
         "defects": (
@@ -53,6 +53,12 @@ CASE = Case(
                 "AUPRO, %": "anomaly_patch_knn_aupro",
             },
         )
+    },
+    chinese={
+        "image AUROC, mean over patches": "图像 AUROC，图像块平均",
+        "image AUROC, worst patch": "图像 AUROC，最异常的图像块",
+        "pixel AUROC": "像素 AUROC",
+        ", %": "，%",
     },
     picture="pictures/anomaly.png",
 )

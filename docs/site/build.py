@@ -39,6 +39,12 @@ PAGES = {
     "recipes.md": ("Recipes", "配置方案"),
     "evaluation.md": ("What did it learn?", "它学到了什么"),
     "cases.md": ("Real cases", "真实案例"),
+    "fields/satellite.md": ("Satellite", "遥感"),
+    "fields/volumes.md": ("Volumes", "体数据"),
+    "fields/microscopy.md": ("Microscopy", "显微图像"),
+    "fields/signals.md": ("Signals", "信号"),
+    "fields/sound.md": ("Sound", "声音"),
+    "fields/video.md": ("Video", "视频"),
     "dense.md": ("Detection and segmentation", "检测与分割"),
     "extending.md": ("Parts of your own", "自己的部件"),
     "weights.md": ("Weights in and out", "权重的导入与导出"),
@@ -62,7 +68,8 @@ LINK = re.compile(r"(?<=\]\()(?!\w+:)([^)#\s]+)(#[^)\s]*)?(?=\))")
 
 def main(out: Path) -> None:
     """Writes the site to `out`, which is replaced."""
-    unlisted = {page.name.replace(".zh-CN.md", ".md") for page in DOCS.glob("*.md")} - set(PAGES)
+    pages = (page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md"))
+    unlisted = {page.replace(".zh-CN.md", ".md") for page in pages} - set(PAGES)
     if unlisted:
         sys.exit(f"not in the menu: {', '.join(sorted(unlisted))}; add them to PAGES in {Path(__file__).name}")
     with tempfile.TemporaryDirectory() as folder:
@@ -97,18 +104,20 @@ def stage_pages(folder: Path, generated: dict[str, str], chinese: bool) -> None:
         home = ROOT if (ROOT / name).is_file() else DOCS
         original = translated if chinese and translated.is_file() else home / name
         if original.is_file():
-            page.write_text(for_the_site(original.read_text(encoding="utf-8")), encoding="utf-8")
+            text = for_the_site(original.read_text(encoding="utf-8"), nested="/" in name)
+            page.write_text(text, encoding="utf-8")
 
 
-def for_the_site(text: str) -> str:
+def for_the_site(text: str, *, nested: bool) -> str:
     """A page with links as they are within the site, and formulas as MathML, which needs no script.
 
-    The line that links to its other language goes: the menu does that.
+    The line that links to its other language goes: the menu does that. `nested`: the page lies in a folder of docs/.
     """
-    text = re.sub(r"^\[(中文|English)\]\(\S+\)\n\n", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^(?:\*\*(?:Language:|语言：)\*\* .*|\[(?:中文|English)\]\(\S+\))\n\n", "", text, flags=re.MULTILINE)
 
     def target(match: re.Match[str]) -> str:
-        path = match[1].removeprefix("../").removeprefix("docs/").replace(".zh-CN.md", ".md").replace(".ipynb", ".md")
+        path = match[1] if nested else match[1].removeprefix("../")
+        path = path.removeprefix("docs/").replace(".zh-CN.md", ".md").replace(".ipynb", ".md")
         return path.replace("README.md", "index.md") + (match[2] or "")
 
     parts = CODE.split(text)
@@ -161,7 +170,7 @@ def recipes_page() -> str:
     files = [f"## {name}\n\n```yaml\n{settings.recipe_path(name).read_text(encoding='utf-8')}```\n" for name in names]
     head = (
         "# Recipes\n\nA recipe is a named set of settings: `torchmae pretrain --recipe NAME`. Without one, `torchmae "
-        "pretrain` chooses by the size of the images. Options given beside it override it.\n\n"
+        "pretrain` chooses by kind and size of the data. Options given beside it override it.\n\n"
     )
     return head + "\n".join(["| recipe | for |", "|---|---|", *rows, "", *files])
 

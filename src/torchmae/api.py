@@ -16,23 +16,28 @@ from torchmae.config.evaluate import ComputeOptions, EmbedOptions, EvaluateOptio
 from torchmae.config.pretrain import OWN
 from torchmae.data.items import Context
 from torchmae.data.layouts import open_splits
-from torchmae.data.reading import median_size, probe
+from torchmae.data.reading import is_sound, median_size, probe
 from torchmae.data.sources import Source
 from torchmae.errors import ConfigError
 from torchmae.evaluation import suite
 from torchmae.evaluation.embedding import Written, embed_run
 from torchmae.nn import MaskedAutoencoder, Strategy
 from torchmae.runs import Run, resume_run, start
+from torchmae.training.compilation import check_compiler
 from torchmae.training.progress import Display
 from torchmae.training.ranks import open_ranks
+from torchmae.words import kind_of
 
 Data = str | Path | Mapping[str, Any]
 _MAX_PATCHES = 256  # per image, for a suggested patch size; 224 pixels in patches of 16 give 196
 _LARGEST_PATCH = 16  # pixels, suggested for pictures
 
-PROBED = 16  # images, to find the typical size
-# The largest longer side of the images, in pixels, for each recommended recipe.
+PROBED = 16  # images, to find the typical size and kind
+# The recommended recipes: by kind of data, and for images by the largest longer side in pixels.
+RECIPE_FOR_KIND = {"signal": "signals", "volume": "volumes", "clip": "video"}
 RECIPE_FOR_SIDE = ((16, "digits"), (48, "cifar10"), (128, "images-96"), (float("inf"), "images"))
+# Settings of a recipe that a preset given beside it replaces.
+NETWORK = {"embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads"}
 
 
 def pretrain(
@@ -179,8 +184,8 @@ def begin(given: Mapping[str, Any], own: Own = NOTHING) -> Run:
 def configure(given: Mapping[str, Any], splits: Mapping[str, Source] | None = None) -> PretrainConfig:
     """The settings of a run: a recipe's, overridden by the given ones (by dotted name).
 
-    Without a recipe, the size of the images chooses one, and also sizes of input and patches if the recipe's do not
-    suit the images and none are given.
+    Without a recipe, kind and size of the images choose one, and also sizes of input and patches if the recipe's do not
+    suit the images and none are given. A recipe that is chosen so compiles the model only where that is possible.
     """
     if splits is not None:
         given = {**given, "data.source": OWN}
@@ -190,23 +195,27 @@ def configure(given: Mapping[str, Any], splits: Mapping[str, Source] | None = No
     if config.data.source == "digits":
         return settings.from_recipe({**given, "recipe": "digits"})
 
-    def look() -> tuple[int, ...]:
+    def look() -> tuple[str, dict[str, Any]]:
         with closing(Display(config.progress)) as display:
             context = Context.of(config.data, progress=display.preparing)
-            return typical_size((splits or open_splits(config.data.source, context))["train"])
+            seen = probe((splits or open_splits(config.data.source, context))["train"], sample=PROBED)
+            recipe, shape = recommend(median_size(seen.sizes), seen.example.meta)
+            display.say(f"recipe {recipe}, by kind and size of the data; another: --recipe NAME (torchmae recipes)")
+            return recipe, shape
 
     with open_ranks(config.device, config.rank_timeout) as ranks:
-        size = ranks.on_main(look)  # rank 0 alone, so that data is downloaded once
-    recipe, shape = recommend(size)
+        recipe, shape = ranks.on_main(look)  # rank 0 alone, so that data is downloaded once
     sizes = {} if config.init_from is not None else proposed(config.model, shape)
-    if len(size) != 2:  # the recipe's crops and flips are for pictures
-        given = {"data.crop_scale": None, "data.flip": None, **given}
-    shape = {f"model.{name}": length for name, length in sizes.items()}
-    unset = {}
-    if "model.preset" in given:  # the recipe's sizes belong to its own preset
-        names = overrides(config).keys() - presets.arguments(config.model.preset).keys()
-        unset = {f"model.{name}": None for name in names}
-    return settings.from_recipe({**unset, **shape, **given, "recipe": recipe})
+    below: settings.Given = {f"model.{name}": length for name, length in sizes.items()}
+    if "model.preset" in given:  # the recipe's network belongs to its own preset
+        own = presets.arguments(config.model.preset)
+        names = [name for name in overrides(config) if name not in own or name in NETWORK]
+        below = {**{f"model.{name}": None for name in names}, **below}
+    try:
+        check_compiler()
+    except ConfigError:
+        below["compile"] = False
+    return settings.from_recipe({**below, **given, "recipe": recipe})
 
 
 def proposed(model: ModelConfig, shape: dict[str, Any]) -> dict[str, Any]:
@@ -222,25 +231,27 @@ def proposed(model: ModelConfig, shape: dict[str, Any]) -> dict[str, Any]:
     return {"input_size": tuple(max(1, length // p) * p for length, p in zip(size, patch, strict=True))}
 
 
-def typical_size(train: Source) -> tuple[int, ...]:
-    """The median size of a sample of the training images, in pixels."""
-    return median_size(probe(train, sample=PROBED).sizes)
+def recommend(size: tuple[int, ...], meta: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The recommended recipe for images of a median size, in pixels along 1, 2 or 3 axes, with the `meta` of an `Item`.
 
-
-def recommend(size: tuple[int, ...]) -> tuple[str, dict[str, Any]]:
-    """The recommended recipe for images of a size, in pixels along 1, 2 or 3 axes.
-
-    Also returns `input_size` and `patch_size` if the recipe's own input does not suit: for signals and volumes,
-    elongated images, and tiny images that would be reduced.
+    Also returns `input_size` and `patch_size` if the recipe's own input does not suit: for signals and volumes that are
+    smaller, elongated images, and tiny images that would be reduced.
     """
-    recipe = next(name for limit, name in RECIPE_FOR_SIDE if max(size) <= limit)
+    if is_sound(size, meta):
+        return "sound", {}
+    if "crs" in meta:
+        return "satellite", {}
+    by_side = next(name for limit, name in RECIPE_FOR_SIDE if max(size) <= limit)
+    kind = kind_of(len(size), moving="fps" in meta)
+    recipe = RECIPE_FOR_KIND.get(kind, by_side)
     config = settings.from_recipe({"recipe": recipe})
-    own = presets.arguments(config.model.preset, **overrides(config))
-    reduced = recipe == RECIPE_FOR_SIDE[0][1] and max(size) > max(own["input_size"])
-    if len(size) == 2 and max(size) <= 2 * min(size) and not reduced:
-        return recipe, {}
-    input_size, patch_size = suggested_input(size)
-    return recipe, {"input_size": input_size, "patch_size": patch_size}
+    own = presets.arguments(config.model.preset, **overrides(config))["input_size"]
+    if kind == "image":
+        reduced = recipe == RECIPE_FOR_SIDE[0][1] and max(size) > max(own)
+        suits = max(size) <= 2 * min(size) and not reduced
+    else:
+        suits = kind == "clip" or all(length >= least for length, least in zip(size, own, strict=True))
+    return recipe, {} if suits else dict(zip(("input_size", "patch_size"), suggested_input(size), strict=True))
 
 
 def suggested_input(size: Sequence[int]) -> tuple[tuple[int, ...], int]:

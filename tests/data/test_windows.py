@@ -84,6 +84,12 @@ def test_memory_and_workers_give_the_same_windows() -> None:
             assert one.valid is None or one.valid.float().mean((1, 2, 3)).median() > 0.5
 
 
+def test_a_few_large_pictures_are_cut_into_windows() -> None:
+    seen = probe(ArraySource(np.zeros((1, 1000, 1200, 3), np.uint8)))
+    found = [window_size(DataOptions(), seen, (16, 16), count) for count in (1, 63, 64, None)]
+    assert found == [(16, 16), (16, 16), None, None]
+
+
 def test_a_grid_covers_every_pixel() -> None:
     source = grid_of_windows(ArraySource(SCENES, labels=[0, 1, 0, 1, 1]), SIZE, None)
     assert len(source) == 5 * 3 * 4

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from pages import DOCS, ROOT
+from pages import PAGES, ROOT
 
 RESULTS = sorted((ROOT / "benchmarks" / "results" / "cases").glob("*.json"))
 
@@ -25,8 +25,10 @@ def test_the_tables_are_what_was_measured(path: Path, case: ModuleType) -> None:
     measured = importlib.import_module(path.stem).CASE
     assert len(found["seeds"]) == 3
     assert found["environment"].keys() >= {"processor", "cores", "torch"}
-    for language, name in (("en", "cases.md"), ("zh", "cases.zh-CN.md")):
-        text = (DOCS / name).read_text(encoding="utf-8")
+    pages = [page for page in PAGES if f"<!-- {path.stem} -->" in page.read_text(encoding="utf-8")]
+    assert len({page.name.endswith(".zh-CN.md") for page in pages}) == 2
+    for page in pages:
+        text, language = page.read_text(encoding="utf-8"), "zh" if page.name.endswith(".zh-CN.md") else "en"
         assert case.render(text, measured, found, language) == text
         changed = [{key: value + 1 for key, value in seed.items()} for seed in found["seeds"]]
         assert case.render(text, measured, {**found, "seeds": changed}, language) != text

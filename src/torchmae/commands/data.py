@@ -180,17 +180,11 @@ def suggestion(data: str, found: Inspection, options: ReadOptions) -> str | None
     sizes = found.splits["train"].sizes
     if not sizes:
         return None
-    size, proposals = median_size(sizes), found.proposals
-    recipe, shape = recommend(size)
-    if "clip" in proposals:
-        sides = [min(112, max(16, length // 16 * 16)) for length in size[1:]]
-        shape = {"input_size": [json.loads(proposals["clip"][0])[0], *sides], "patch_size": [2, 16, 16]}
+    recipe, shape = recommend(median_size(sizes), found.splits["train"].example)
     words = ["torchmae", "pretrain", "--data", data, "--recipe", recipe]
     for name, value in options.changed().items():
         words.append(f"--data.{name}={value if isinstance(value, str) else json.dumps(value)}")
-    if len(next(iter(sizes))) != 2:  # the recipe's crops and flips are for pictures
-        words += ["--data.crop_scale=null", "--data.flip=null"]
-    words += [f"--data.{name}={value}" for name, (value, _) in proposals.items() if name not in options.changed()]
+    words += [f"--data.{name}={value}" for name, (value, _) in found.proposals.items() if name not in options.changed()]
     for name, value in shape.items():
         words += [f"--model.{name}", json.dumps(value)]
     return " ".join(quote(word) for word in words)

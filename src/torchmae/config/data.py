@@ -110,8 +110,8 @@ class DataOptions(ReadOptions):
         source: a folder, file or name, as for `torchmae pretrain --data`; null: the run's training data.
         window: size in pixels of the windows that images are cut into at their own resolution, for each axis or one for
             all (0: the whole axis): random ones in training, an even grid in evaluation; "none": crops of whole images;
-            "auto": windows of the model's input size unless images are 8-bit pictures or most are at most twice as
-            large.
+            "auto": windows of the model's input size unless most images are at most twice as large, or are 8-bit
+            pictures (64 or more of them, or of less than 1000 pixels a side).
         val_size: number of training images to hold out if the data has no val split; at most a fifth of them. Every
             command holds out the same images.
         memory_limit: GiB for decoded images, at most half of the memory that this process may use; a larger data set is

@@ -37,6 +37,7 @@ from torchmae.errors import ConfigError, DataError
 from torchmae.machine import GIB, bytes_to_keep, memory
 
 HELD_OUT = "held-out"  # some of the training images
+_SCENE, _FEW_SCENES = 1000, 64  # pixels of each side; fewer 8-bit pictures of this size are cut into windows
 _DEVICE_SHARE = 0.1  # of a GPU's free memory that images may take unasked: the model is not there yet
 
 
@@ -77,7 +78,7 @@ def open_data(
     fitted = fit_to_model([train] if val is None else [train, val], input_size, channels)
     fingerprint = fitted.sources[0].fingerprint()
     bad = BadFiles(sum(map(len, fitted.sources)), config.max_bad)
-    window = window_size(config, fitted.probes[0], input_size)
+    window = window_size(config, fitted.probes[0], input_size, len(train))
     if window is not None and val is not None:
         fitted.sources[1] = grid_of_windows(fitted.sources[1], window, progress)
     held = _hold(fitted, config, bad, progress)
@@ -204,9 +205,12 @@ def fit_to_model(sources: Sequence[Source], input_size: tuple[int, ...], channel
     return Fitted([source.with_channels(channels) for source in sources], probes, channels)
 
 
-def window_size(options: DataOptions, seen: Probe, input_size: tuple[int, ...]) -> tuple[int, ...] | None:
+def window_size(
+    options: DataOptions, seen: Probe, input_size: tuple[int, ...], count: int | None = None
+) -> tuple[int, ...] | None:
     """The size of the windows that images like those seen are cut into, by `options.window` and `clip`.
 
+    `count` is the number of training images; None: not few.
     None: they are not cut. 0: not along this axis. ConfigError: another number of axes than the model takes.
     """
     asked = options.window
@@ -223,8 +227,10 @@ def window_size(options: DataOptions, seen: Probe, input_size: tuple[int, ...]) 
     if asked == "auto":
         mostly = seen.kinds.most_common(1)[0][0]
         is_picture = len(input_size) == 2 and mostly == "uint8" and seen.channels in (1, 3)
-        large = np.array(median_size(seen.sizes)) > 2 * np.array(input_size)
-        return input_size if large.any() and not is_picture else None
+        size = median_size(seen.sizes)
+        few_scenes = count is not None and count < _FEW_SCENES and min(size) >= _SCENE
+        large = (np.array(size) > 2 * np.array(input_size)).any()
+        return input_size if large and (few_scenes or not is_picture) else None
     window = (asked,) * len(input_size) if isinstance(asked, int) else tuple(map(int, asked))
     if len(window) != len(input_size):
         problem = f"data.window has {len(window)} numbers and model.input_size {len(input_size)}"

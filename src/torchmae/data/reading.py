@@ -32,7 +32,7 @@ FAR = 4.0  # floats above are no shares of 1
 
 _SAME_SPACING = 1.05  # how many times as large another spacing may be
 _SAME_CONTRAST = 4.0
-_CLIP, _FRAMES_A_SECOND = 16, 8  # of the clips that are proposed
+_CLIP, _FRAMES_A_SECOND = 8, 12  # of the clips that are proposed
 _SOUND = 4000  # hertz from which on signals are sound
 _PICKED = 256  # values of each channel that an image adds to the percentiles
 _SHOWN = (0.5, 99.5)  # percentiles that are drawn black and white
@@ -433,6 +433,11 @@ def _proposals(facts: SplitFacts, contrast: float, pattern: str | None) -> Itera
         yield "clip", (json.dumps([_CLIP, stride]), f"clips of {_CLIP * stride / fps:.2g} s, of {frames / fps:.2g} s")
 
 
+def is_sound(size: tuple[int, ...], meta: Mapping[str, Any]) -> bool:
+    """Whether a sample of a size, with the `meta` of its `Item`, is a recording of sound, or the spectrogram of one."""
+    return "rate" in meta and (len(size) == 2 or meta["rate"] >= _SOUND)
+
+
 def kind_of_data(facts: SplitFacts) -> str:
     """What the samples seem to be, as one sentence: "signals such as ECG: 12 channels, 5 s at 360 Hz"."""
     size, channels = median_size(facts.sizes), facts.channels.most_common(1)[0][0]
@@ -440,7 +445,7 @@ def kind_of_data(facts: SplitFacts) -> str:
     bands = f"{channels} channel{'s' if channels > 1 else ''}"
     sides = " x ".join(map(str, size))
     if "rate" in meta and len(size) == 1:
-        what = "sound" if meta["rate"] >= _SOUND else "signals such as ECG"
+        what = "sound" if is_sound(size, meta) else "signals such as ECG"
         return f"{what}: {bands}, {size[0] / meta['rate']:.3g} s at {meta['rate']:g} Hz"
     if "fps" in meta:
         seconds = size[0] / meta["fps"]
