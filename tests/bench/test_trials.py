@@ -1,0 +1,48 @@
+"""benchmarks/trials.py: its trials are settings that exist, and what is there is not measured again."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import torchmae
+from torchmae.config import PretrainConfig
+from torchmae.config.base import make, settings_of
+from torchmae.settings import collect, recipe_names
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def trials(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.syspath_prepend(BENCHMARKS / "cases")
+    return importlib.import_module("trials")
+
+
+def test_trials_are_settings_of_a_run(trials: ModuleType) -> None:
+    known = settings_of(PretrainConfig)
+    for options in trials.TRIALS.values():
+        make(PretrainConfig, collect(options, known))
+    assert {about.recipe for about in trials.SETS.values()} <= set(recipe_names())
+
+
+def test_a_table_is_made_and_made_again(
+    trials: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trials, "RESULTS", tmp_path / "results")
+    words = ["trials.py", "digits", "digits", "--trials", "bs32", "--epochs", "1", "--seeds", "1"]
+    monkeypatch.setattr("sys.argv", [*words, "--work", str(tmp_path / "work")])
+    trials.main()
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.splitlines() if line.startswith("| `")]
+    assert [row.split("`")[1] for row in rows] == ["bs32"]
+    found = json.loads((tmp_path / "results" / "digits.json").read_text(encoding="utf-8"))
+    assert found["trials"]["bs32"][0].keys() >= {"images_seen", "seconds", "explained_variance", "knn20", "linear_c0.1"}
+    monkeypatch.setattr(torchmae, "pretrain", None)
+    trials.main()
+    assert capsys.readouterr().out == printed
