@@ -39,7 +39,7 @@ class Set(NamedTuple):
 SETS = {
     "cifar10": Set("cifar10", 5000, 10_000),
     "photos": Set("photos-64-cpu", 1000, 9_000),
-    "digits": Set("digits", 300, 1_000),  # to try the program
+    "digits": Set("digits", 300, 100),  # to try the program
 }
 TRIALS: dict[str, dict[str, Any]] = {
     "base": {},

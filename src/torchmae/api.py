@@ -36,8 +36,7 @@ PROBED = 16  # images, to find the typical size and kind
 # The recommended recipes: by kind of data, and for images by the largest longer side in pixels.
 RECIPE_FOR_KIND = {"signal": "signals", "volume": "volumes", "clip": "video"}
 RECIPE_FOR_SIDE = ((16, "digits"), (48, "cifar10"), (128, "images-96"), (float("inf"), "images"))
-# Settings of a recipe that a preset given beside it replaces.
-NETWORK = {"embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads"}
+ENCODER = {"embed_dim", "depth", "num_heads"}  # of a recipe, which a preset given beside it replaces
 
 
 def pretrain(
@@ -199,17 +198,15 @@ def configure(given: Mapping[str, Any], splits: Mapping[str, Source] | None = No
         with closing(Display(config.progress)) as display:
             context = Context.of(config.data, progress=display.preparing)
             seen = probe((splits or open_splits(config.data.source, context))["train"], sample=PROBED)
-            recipe, shape = recommend(median_size(seen.sizes), seen.example.meta)
-            display.say(f"recipe {recipe}, by kind and size of the data; another: --recipe NAME (torchmae recipes)")
-            return recipe, shape
+            return recommend(median_size(seen.sizes), seen.example.meta)
 
     with open_ranks(config.device, config.rank_timeout) as ranks:
         recipe, shape = ranks.on_main(look)  # rank 0 alone, so that data is downloaded once
     sizes = {} if config.init_from is not None else proposed(config.model, shape)
     below: settings.Given = {f"model.{name}": length for name, length in sizes.items()}
-    if "model.preset" in given:  # the recipe's network belongs to its own preset
+    if "model.preset" in given:  # the recipe's encoder belongs to its own preset
         own = presets.arguments(config.model.preset)
-        names = [name for name in overrides(config) if name not in own or name in NETWORK]
+        names = [name for name in overrides(config) if name not in own or name in ENCODER]
         below = {**{f"model.{name}": None for name in names}, **below}
     try:
         check_compiler()

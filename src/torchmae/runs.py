@@ -282,10 +282,10 @@ def _train(
         folder.rewind_metrics(start if checkpoint else -1)
 
     ranks.on_main(begin)
-    several = f", {ranks.world_size} ranks ({config.parallel})" if ranks.world_size > 1 else ""
-    display.say(
-        f"run folder {folder.path}  ({runtime.device}, {runtime.precision}, {runtime.threads} threads{several})"
-    )
+    about = [str(runtime.device), runtime.precision, f"{runtime.threads} threads"]
+    about += [f"{ranks.world_size} ranks ({config.parallel})"] if ranks.world_size > 1 else []
+    about += [f"recipe {config.recipe}"] if config.recipe != "auto" else []
+    display.say(f"run folder {folder.path}  ({', '.join(about)})")
     interruption: Interrupted | None = None
     with open_trackers(config.trackers, folder, display, start) if ranks.is_main else Trackers() as tracker:
         masker = Masker(model.encoder, config.mask.strategy, config.mask.ratio)  # the same masks, whatever the schedule

@@ -148,12 +148,15 @@ def test_a_library_that_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         tracker_names("wandb")
 
 
+NAMES = "tensorboard, wandb, trackio, swanlab"
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("wanb", "trackers is 'wanb'; did you mean 'wandb'? choose from auto, none, tensorboard, wandb, trackio"),
-        ("wandb,auto", "trackers is 'auto'; choose from tensorboard, wandb, trackio"),
-        ("", "trackers is ''; choose from auto, none, tensorboard, wandb, trackio"),
+        ("wanb", f"trackers is 'wanb'; did you mean 'wandb'? choose from auto, none, {NAMES}"),
+        ("wandb,auto", f"trackers is 'auto'; choose from {NAMES}"),
+        ("", f"trackers is ''; choose from auto, none, {NAMES}"),
     ],
 )
 def test_names_that_do_not_exist(given: str, said: str) -> None:
