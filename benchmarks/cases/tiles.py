@@ -22,8 +22,9 @@ TILE = r"num_(\d+)"
 
 def prepare(data: Path, work: Path) -> None:
     """Links to the data, and in unlabelled.txt the pictures without defects that the comparison learns from."""
+    (work / "data").mkdir()  # apart from the runs, whose pictures are no data
     for name in ("images", "masks"):
-        (work / name).symlink_to(data / name)
+        (work / "data" / name).symlink_to(data / name)
     context = Context.of(DataOptions(source=str(data / "images" / "free"), group=TILE))
     source = open_splits(str(data / "images" / "free"), context)["train"]
     kept, _ = hold_out(source, DataOptions().val_size)
@@ -42,7 +43,7 @@ CASE = Case(
     {
         "defects": (
             {
-                "data": {"source": ".", "group": TILE},
+                "data": {"source": "data", "group": TILE},
                 "method": "anomaly",
                 "normal_classes": "free",
             },
