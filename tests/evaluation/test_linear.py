@@ -126,6 +126,25 @@ def test_no_group_lies_in_both_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert linear.choose_c(Labelled(features, labels), 2, Parts(torch.zeros(60).long())) == linear.FIXED_C
 
 
+def test_a_rare_class_is_not_given_up_for_a_stronger_penalty() -> None:
+    """In the held-out group most images look like the rare class, which costs accuracy and not the mean of classes."""
+    torch.manual_seed(0)
+    groups = torch.arange(5).repeat(200)
+    labels = (torch.rand(1000) < 0.1).long()
+    features = torch.randn(1000, 1) + 6 * labels[:, None]
+    held_out = torch.from_numpy(linear._every_fifth(labels, 0, groups.numpy()))
+    assert len(groups[held_out].unique()) == 1
+    shifted = held_out & (labels == 0) & (torch.rand(1000) < 0.4)
+    features[shifted] += 6
+    c = linear.choose_c(Labelled(features, labels), 2, Parts(groups))
+    scaled, val = linear.standardise(features[~held_out], features[held_out])
+    strong, chosen = (next(linear.fit(scaled, labels[~held_out], 2, (value,))) for value in (linear.SWEEP[0], c))
+    right = [classifier.logits(val).argmax(1) == labels[held_out] for classifier in (strong, chosen)]
+    assert right[0].float().mean() > right[1].float().mean()  # by plain accuracy the strong penalty wins
+    rare = labels[held_out] == 1
+    assert right[1][rare].float().mean() > 0.9 > right[0][rare].float().mean()
+
+
 def test_one_image_a_class_leaves_nothing_to_sweep() -> None:
     assert linear.choose_c(Labelled(torch.randn(3, 4), torch.arange(3)), 3) == linear.FIXED_C
 
