@@ -108,6 +108,12 @@ def test_what_files_say_chooses_a_recipe_with_its_own_shape(
     assert recommend(size, meta) == (recipe, {})
 
 
+@pytest.mark.parametrize(("bands", "patch", "height"), [(40, 8, 40), (80, 8, 80), (128, 16, 128), (130, 16, 128)])
+def test_the_input_has_as_many_bands_as_the_spectrograms(bands: int, patch: int, height: int) -> None:
+    shape = {"input_size": (height, 64), "patch_size": patch}
+    assert recommend((bands, 300), {"rate": 16000}) == ("sound", shape)
+
+
 def test_a_preset_replaces_the_network_of_the_recipe_that_is_chosen_but_not_its_shape(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,7 @@ Data = str | Path | Mapping[str, Any]
 _MAX_PATCHES = 256  # per image, for a suggested patch size; 224 pixels in patches of 16 give 196
 _LARGEST_PATCH = 16  # pixels, suggested for pictures
 
+_BANDS = 64  # of the recipe "sound"
 PROBED = 16  # images, to find the typical size and kind
 # The recommended recipes: by kind of data, and for images by the largest longer side in pixels.
 RECIPE_FOR_KIND = {"signal": "signals", "volume": "volumes", "clip": "video"}
@@ -232,10 +233,13 @@ def recommend(size: tuple[int, ...], meta: Mapping[str, Any]) -> tuple[str, dict
     """The recommended recipe for images of a median size, in pixels along 1, 2 or 3 axes, with the `meta` of an `Item`.
 
     Also returns `input_size` and `patch_size` if the recipe's own input does not suit: for signals and volumes that are
-    smaller, elongated images, and tiny images that would be reduced.
+    smaller, spectrograms of another number of bands, elongated images, and tiny images that would be reduced.
     """
     if is_sound(size, meta):
-        return "sound", {}
+        if len(size) == 1 or size[0] == _BANDS:
+            return "sound", {}
+        patch = 8 if size[0] < 2 * _BANDS else 16
+        return "sound", {"input_size": (size[0] // patch * patch, 64), "patch_size": patch}
     if "crs" in meta:
         return "satellite", {}
     by_side = next(name for limit, name in RECIPE_FOR_SIDE if max(size) <= limit)

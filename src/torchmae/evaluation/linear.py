@@ -97,10 +97,10 @@ def choose_c(
 ) -> float:
     """The C whose classifier, fitted on four fifths of the images, classifies the other fifth best.
 
-    Best is the mean of the classes' accuracies: by plain accuracy, a penalty that leaves nothing but the commonest class
-    may win where one class is rare. No group lies in both. On a tie the smallest C; `FIXED_C` where no class has two
-    images, or all are of one group. The search goes from the strongest penalty to the weakest and stops after two fits
-    in a row below the best, because the last fits take by far the longest.
+    Best is the mean of the classes' accuracies: by plain accuracy, a penalty that leaves nothing but the commonest
+    class may win where one class is rare. No group lies in both parts. On a tie the smallest C; `FIXED_C` where no
+    class has two images, or all are of one group. The search goes from the strongest penalty to the weakest and stops
+    after two fits in a row below the best, because the last fits take by far the longest.
     """
     ranks, device = parts.ranks, train.labels.device
     held_out = _every_fifth(ranks.gather_rows(train.labels), seed, parts.all_groups())
