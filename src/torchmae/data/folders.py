@@ -120,10 +120,10 @@ def list_images(folder: Path, suffixes: tuple[str, ...]) -> Listing:
         place = path[len(root) :].strip(b"/")
         found += [place + b"/" + name if place else name for name in files if name not in hidden]
     number_of: dict[str, int] = {}  # the index of each place
-    last = b""
+    last, last_stem = b"", b""
     for entry in sorted(found):
         path, _, name = entry.rpartition(b"/")
-        lower = os.fsdecode(name).lower()
+        lower, stem = os.fsdecode(name).lower(), entry.rpartition(b".")[0]
         if not lower.endswith(suffixes):
             suffix = os.path.splitext(lower)[1]  # noqa: PTH122 (a Path is slow)
             suffix = ".nii.gz" if lower.endswith(".nii.gz") else suffix
@@ -132,10 +132,11 @@ def list_images(folder: Path, suffixes: tuple[str, ...]) -> Listing:
             if suffix not in suffixes:
                 listing.others[suffix] += 1
                 continue
-        if len(last) and entry.rpartition(b".")[0] == last.rpartition(b".")[0]:
+            stem = entry  # what stands behind its last dot is no suffix
+        if stem == last_stem:
             listing.num_twins += 1
             listing.twin = listing.twin or printable(last.rpartition(b"/")[2] + b", ." + name.rpartition(b".")[2])
-        last = entry
+        last, last_stem = entry, stem
         listing.names.add(entry)
         listing.place_of.append(number_of.setdefault(os.fsdecode(path), len(number_of)))
     listing.places = list(number_of)

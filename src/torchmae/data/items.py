@@ -312,7 +312,7 @@ def at_spacing(item: Item, context: Context) -> Item:
             notes.append(f"a spacing of {' x '.join(f'{length:g}' for length in each)}")
     if stride > 1:
         steps[0] *= stride
-        notes.append(f"every {stride}th along time")
+        notes.append(f"one in {stride} along time")
     if all(abs(step - 1) < 1e-6 for step in steps):
         return item
     if not all(1 / _FINEST <= step < math.inf for step in steps):  # a file may state any spacing
