@@ -27,11 +27,7 @@ def prepare(data: Path, work: Path) -> None:
 
 
 BEATS = {"source": "data", "group": r"/(\d+)-"}
-PROBES = {
-    "kNN, mean of the classes, %": "knn20_macro",
-    "linear probe, C = 0.1, mean of the classes, %": "linear_c0.1_macro",
-    "linear probe, C chosen, mean of the classes, %": "linear_mean_macro",
-}
+PROBES = {"kNN, mean of the classes, %": "knn20_macro", "linear probe, mean of the classes, %": "linear_mean_macro"}
 CASE = Case(
     "signals",
     prepare,
@@ -39,12 +35,7 @@ CASE = Case(
     {
         "beats": ({"data": BEATS, "method": "knn,linear", "pool": "mean"}, PROBES),
     },
-    chinese={
-        ", mean of the classes, %": "，各类平均，%",
-        "linear probe": "线性探针",
-        ", C = 0.1": "，C = 0.1",
-        ", C chosen": "，自动选择 C",
-    },
+    chinese={", mean of the classes, %": "，各类平均，%", "linear probe": "线性探针"},
 )
 
 if __name__ == "__main__":
