@@ -24,7 +24,7 @@ OVERLAP = 0.25  # of windows of a test picture
 _SKIPPED = -100  # the label that PyTorch's cross-entropy leaves out
 
 Segment = Callable[[Tensor, Tensor | None], Tensor]
-"""From windows, (B, C, h, w), and where they hold data, (B, 1, h, w), to logits, (B, K, h, w)."""
+"""Windows (B, C, h, w), and where they hold data (B, 1, h, w), None: everywhere, to logits (B, K, h, w)."""
 
 
 class Window(NamedTuple):
@@ -86,14 +86,14 @@ class Picture(NamedTuple):
     own: Valid | None  # (h, w) bool, in the picture's own size
 
     def part(self, rows: slice, columns: slice) -> Picture:
-        """A window."""
+        """A window of the picture, without `own`."""
         place = (slice(None), slice(None), rows, columns)
         valid = None if self.valid is None else self.valid[place]
         return Picture(self.values[place], self.dtype, valid, None)
 
 
 def read_picture(images: ImageSet, index: int) -> Picture | None:
-    """A picture of a set; None where it is unreadable, and the set's `bad` takes it."""
+    """Reads a picture of a set. None: it is unreadable, which the set's `bad` then counts."""
     try:
         values, own = images.source.open(index).read_valid()
     except DataError as error:
@@ -115,7 +115,7 @@ def stretched(classes: ClassMap, size: Sequence[int]) -> ClassMap:
 
 
 def cut_windows(images: ImageSet, maps: ClassMaps, windows: Sequence[Window]) -> Iterator[tuple[Picture, Tensor]]:
-    """Each window, and its classes, (h, w) uint8, `IGNORED` where it holds no data.
+    """Cuts out each window and its classes, (h, w) uint8; a pixel without data has the class `IGNORED`.
 
     Of a picture that cannot be read, zeros that count nowhere. Windows of one picture follow each other.
     """
@@ -149,7 +149,7 @@ def inputs_of(images: ImageSet, parts: Sequence[Picture]) -> tuple[Tensor, Tenso
 def window_batches(
     images: ImageSet, maps: ClassMaps, windows: Sequence[Window]
 ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-    """Windows and where they hold data, as of `inputs_of`, and their classes, (B, h, w) uint8."""
+    """Batches of windows: the input and where it holds data, as of `inputs_of`, and classes, (B, h, w) uint8."""
     parts, labels = [], []
     for number, (part, classes) in enumerate(cut_windows(images, maps, windows), 1):
         parts.append(part)

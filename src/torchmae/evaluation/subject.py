@@ -127,7 +127,7 @@ def extract(subject: Subject, batches: Iterable[Batch], runtime: Runtime, pool: 
 def untrained(
     make: Callable[[], MaskedAutoencoder], seed: int, device: torch.device, layer: Layer | None = None
 ) -> Subject:
-    """What `make` builds, weights drawn without a change of torch's generator; `layer` is as of `blocks_of`."""
+    """The network that `make` builds, with weights from `seed`. torch's generator stays as it is."""
     with seeded(seed):
         model = make()
     return network(RANDOM, model, device, layer)

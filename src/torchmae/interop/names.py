@@ -108,7 +108,7 @@ def from_huggingface(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_pixio(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' Pixio parameters in the released layout, with timm's registers.
+    """Renames the parameters of transformers' Pixio to the released layout.
 
     Of the class tokens, the first becomes `cls_token` and the others `reg_token`, each with its own position added.
     """

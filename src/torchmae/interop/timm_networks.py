@@ -19,11 +19,13 @@ TIMM = "timm:"
 
 
 def make_network(name: str, grid: Sequence[int] | None = None, *, pretrained: bool = True) -> Any:
-    """timm's network, whose `forward_features` gives all tokens, for `grid` patches along each axis (None: its own).
+    """Makes a network of timm, whose `forward_features` gives the tokens of an image.
+
+    `grid` is the number of patches along each axis of the images; None: as many as the network was trained with.
 
     Raises:
-        ConfigError: timm does not know the name, it has no patches, or its weights cannot be had.
-        DependencyError: timm is not installed.
+        ConfigError: timm is not installed or does not know the name, the network has no patches, or its weights cannot
+            be downloaded.
     """
     timm = require("timm", "timm")
     try:
@@ -44,7 +46,7 @@ def normalisation_of(network: Any) -> tuple[tuple[float, ...], tuple[float, ...]
 
 
 class TimmEncoder(Encoder):
-    """A network of timm as an encoder of whole images, without masks."""
+    """A network of timm as an encoder. It encodes whole images alone: it cannot be masked."""
 
     label = "network of timm"
     strategies: Mapping[str, Strategy] = {}
@@ -60,7 +62,7 @@ class TimmEncoder(Encoder):
         self.has_class_token = getattr(network, "cls_token", None) is not None
 
     def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> EncoderOutput:
-        """All patches; ConfigError with `ids_keep`."""
+        """Encodes all patches of images, (B, C, *size). ConfigError: `ids_keep` is given."""
         if ids_keep is not None:
             raise ConfigError("a network of timm takes whole images", "use it for features, not for reconstructions")
         grid = self.grid_of(images)
@@ -74,7 +76,7 @@ class TimmEncoder(Encoder):
 
 
 def timm_model(name: str, *, pretrained: bool = True) -> MaskedAutoencoder:
-    """A network of timm as a model that gives features; errors as of `make_network`."""
+    """Makes a model from a network of timm. It gives features and cannot reconstruct. Errors: as in `make_network`."""
     encoder = TimmEncoder(make_network(name, pretrained=pretrained))
     decoder = AbsentDecoder(f"{name} of timm has no decoder", "use it for features")
     return MaskedAutoencoder(encoder, decoder, []).eval()

@@ -241,7 +241,7 @@ def load(
 
 
 def _from_timm(name: str) -> Pretrained:
-    """A network of timm; ConfigError: it cannot be made."""
+    """Loads a network of timm by name. ConfigError: it cannot be made."""
     model = timm_model(name)
     mean, std = normalisation_of(model.encoder.network)
     mask = {"strategy": "random", "ratio": 0.75}  # no reconstruction reads it

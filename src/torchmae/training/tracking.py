@@ -167,7 +167,7 @@ class Trackio(Service):
 
 
 class SwanLab(Service):
-    """SwanLab, which is reached from China. Its files lie in RUN/swanlab; SWANLAB_MODE=offline keeps them there.
+    """SwanLab, a service in China. Its files lie in RUN/swanlab; SWANLAB_MODE=offline keeps them there.
 
     A resumed run keeps its page, whose id is the run folder's. The documented SWANLAB_* variables choose project,
     workspace, name, server and mode; without credentials, nothing is asked for.
@@ -187,8 +187,9 @@ class SwanLab(Service):
                 config=dict(config),
                 settings=swanlab.Settings(interactive=False, terminal={"proxy_type": "none"}),
             )
-        online = self._run.mode == "online"  # else reading `url` is an error
-        self.place = self._run.url if online else f"{self._run.mode}; to upload: swanlab sync {self._run.dir}"
+        mode = self._run.mode
+        upload = f"; to upload: swanlab sync {self._run.dir}" if mode == "offline" else ""
+        self.place = self._run.url if mode == "online" else f"{mode}{upload}"  # else reading `url` is an error
 
     def close(self) -> None:
         with redirect_stdout(io.StringIO()):
