@@ -11,9 +11,9 @@ CODE = """
 import resource, torch
 from torchmae.training.runtime import callers_state, keep_freed_memory
 
-def faults(values=2**24):
+def faults(values=2**24, times=20):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
+    for _ in range(times):
         torch.empty(values).fill_(0)  # 64 MiB or more, beyond what glibc keeps by itself
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
@@ -22,7 +22,7 @@ with callers_state():
     kept = keep_freed_memory()
     faults()
     tuned = faults()
-print(int(kept), usual, tuned, faults(2**25))  # too large for a hole that the tuned heap may have left
+print(int(kept), usual, tuned, faults(2**26, 5))  # too large for a hole that the tuned heap has left
 """
 
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc's allocator")
@@ -43,7 +43,7 @@ def test_freed_memory_is_used_again_without_asking_the_system() -> None:
     assert kept == 1
     assert usual > 100  # huge pages or not
     assert tuned < usual / 4
-    assert after > usual  # as the caller had it: twice the size, each time from the system
+    assert after > usual / 2  # as the caller had it: as many bytes, each time from the system
 
 
 @glibc
