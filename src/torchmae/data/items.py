@@ -251,8 +251,10 @@ class ResampledItem(Item):
         check_values([length for _, length in region], self.channels, self.dtype, self._context)
         outer: list[Side] = []  # the region and what its edges depend on, first and last, in these pixels
         source: list[Side] = []  # the same in the sample's
-        for (start, length), step, here, there in zip(region, self._steps, self.size, self._item.size, strict=True):
-            margin = 0 if step == 1 else math.ceil(2 * max(1, 1 / step)) + 1
+        for axis, (start, length) in enumerate(region):
+            step, here, there = self._steps[axis], self.size[axis], self._item.size[axis]
+            is_filtered = step != 1 and not (self._chosen and axis == 0)
+            margin = math.ceil(2 * max(1, 1 / step)) + 1 if is_filtered else 0
             first, last = max(0, start - margin), min(here, start + length + margin)
             outer.append((first, last))
             low = min(there - 1, int(first * step))
@@ -283,7 +285,7 @@ class ResampledItem(Item):
         return image
 
     def _stored(self, values: Image) -> Image:
-        if self.dtype.kind == "u":
+        if self.dtype.kind == "u" and values.dtype.kind == "f":
             values = np.rint(values).clip(0, np.iinfo(self.dtype).max)
         return np.ascontiguousarray(values, self.dtype)
 
