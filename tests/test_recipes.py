@@ -58,13 +58,13 @@ def test_the_head_of_every_recipe_says_what_it_is_and_how_to_run_it(name: str) -
         ((8, 8, 1), "digits", (8, 8), (2, 2)),
         ((16, 16, 1), "digits", (16, 16), (2, 2)),
         ((13, 10, 3), "digits", (12, 10), (2, 2)),
-        ((28, 28, 1), "cifar10", (32, 32), (4, 4)),
-        ((32, 28, 3), "cifar10", (32, 32), (4, 4)),
-        ((64, 64, 12), "images-96", (96, 96), (8, 8)),
-        ((96, 96, 3), "images-96", (96, 96), (8, 8)),
-        ((224, 224, 3), "images", (224, 224), (16, 16)),
-        ((300, 500, 3), "images", (224, 224), (16, 16)),
-        ((150, 900, 3), "images", (64, 448), (16, 16)),
+        ((28, 28, 1), "cifar10-cpu", (32, 32), (4, 4)),
+        ((32, 28, 3), "cifar10-cpu", (32, 32), (4, 4)),
+        ((64, 64, 12), "photos-64-cpu", (64, 64), (8, 8)),
+        ((96, 96, 3), "photos-64-cpu", (64, 64), (8, 8)),
+        ((224, 224, 3), "photos-64-cpu", (64, 64), (8, 8)),
+        ((300, 500, 3), "photos-64-cpu", (64, 64), (8, 8)),
+        ((150, 900, 3), "photos-64-cpu", (64, 448), (16, 16)),
         ((400, 1), "signals", (400,), (2,)),
         ((2000, 1), "signals", (1800,), (20,)),
         ((12, 12, 12, 1), "volumes", (12, 12, 12), (2, 2, 2)),
@@ -108,6 +108,12 @@ def test_what_files_say_chooses_a_recipe_with_its_own_shape(
     assert recommend(size, meta) == (recipe, {})
 
 
+@pytest.mark.parametrize(("side", "recipe"), [(16, "digits"), (48, "cifar10"), (128, "images-96"), (500, "images")])
+def test_a_gpu_takes_larger_networks_and_pictures(side: int, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchmae.api.find_device", lambda name: torch.device(name))
+    assert recommend((side, side), {}, "cuda")[0] == recipe
+
+
 @pytest.mark.parametrize(("bands", "patch", "height"), [(40, 8, 40), (80, 8, 80), (128, 16, 128), (130, 16, 128)])
 def test_the_input_has_as_many_bands_as_the_spectrograms(bands: int, patch: int, height: int) -> None:
     shape = {"input_size": (height, 64), "patch_size": patch}
@@ -129,6 +135,20 @@ def test_a_preset_replaces_the_network_of_the_recipe_that_is_chosen_but_not_its_
     assert not config.compile  # there is no compiler
 
 
+@pytest.mark.parametrize(
+    ("words", "size"),
+    [
+        (["--recipe", "video"], (8, 64, 64)),
+        (["--recipe", "video", "--data.clip", "[16, 4]"], (16, 64, 64)),
+        (["--recipe", "video", "--data.clip", "[16, 4]", "--model.input_size", "[8, 32, 32]"], (8, 32, 32)),
+        (["--recipe", "signals", "--data.clip", "400"], (400,)),
+    ],
+)
+def test_the_input_is_as_long_as_the_clips(words: list[str], size: tuple[int, ...]) -> None:
+    config = configure(read_words(words, PretrainConfig))
+    assert presets.arguments(config.model.preset, **overrides(config))["input_size"] == size
+
+
 def test_a_patch_size_that_is_given_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "images.npy"
     np.save(path, np.zeros((3, 16, 16, 1), dtype=np.uint8))
@@ -144,9 +164,9 @@ def test_progress_is_shown_while_the_data_is_opened_for_the_choice(
     with tarfile.open(path, "w") as archive:
         Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
         archive.add(tmp_path / "a.png", "a.png")
-    assert configure(read_words(["--data", str(path)], PretrainConfig)).recipe == "cifar10"
+    assert configure(read_words(["--data", str(path)], PretrainConfig)).recipe == "cifar10-cpu"
     assert "indexing shards: 1 of 1" in capsys.readouterr().err
-    assert configure(read_words(["--data", str(path), "--progress", "none"], PretrainConfig)).recipe == "cifar10"
+    assert configure(read_words(["--data", str(path), "--progress", "none"], PretrainConfig)).recipe == "cifar10-cpu"
     assert capsys.readouterr().err == ""
 
 

@@ -170,7 +170,7 @@ def recipes_page() -> str:
     files = [f"## {name}\n\n```yaml\n{settings.recipe_path(name).read_text(encoding='utf-8')}```\n" for name in names]
     head = (
         "# Recipes\n\nA recipe is a named set of settings: `torchmae pretrain --recipe NAME`. Without one, `torchmae "
-        "pretrain` chooses by kind and size of the data. Options given beside it override it.\n\n"
+        "pretrain` chooses by kind and size of the data and by the device. Options given beside it override it.\n\n"
     )
     return head + "\n".join(["| recipe | for |", "|---|---|", *rows, "", *files])
 

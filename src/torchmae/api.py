@@ -26,6 +26,7 @@ from torchmae.runs import Run, resume_run, start
 from torchmae.training.compilation import check_compiler
 from torchmae.training.progress import Display
 from torchmae.training.ranks import open_ranks
+from torchmae.training.runtime import find_device
 from torchmae.words import kind_of
 
 Data = str | Path | Mapping[str, Any]
@@ -34,9 +35,10 @@ _LARGEST_PATCH = 16  # pixels, suggested for pictures
 
 _BANDS = 64  # of the recipe "sound"
 PROBED = 16  # images, to find the typical size and kind
-# The recommended recipes: by kind of data, and for images by the largest longer side in pixels.
+# The recommended recipes: by kind of data, and for images by the longer side, in pixels up to which a recipe is for.
 RECIPE_FOR_KIND = {"signal": "signals", "volume": "volumes", "clip": "video"}
-RECIPE_FOR_SIDE = ((16, "digits"), (48, "cifar10"), (128, "images-96"), (float("inf"), "images"))
+RECIPE_FOR_SIDE = {16: "digits", 48: "cifar10", 128: "images-96", float("inf"): "images"}
+RECIPE_FOR_SIDE_ON_CPU = {16: "digits", 48: "cifar10-cpu", float("inf"): "photos-64-cpu"}  # what learns in minutes there
 ENCODER = {"embed_dim", "depth", "num_heads"}  # of a recipe, which a preset given beside it replaces
 
 
@@ -184,14 +186,14 @@ def begin(given: Mapping[str, Any], own: Own = NOTHING) -> Run:
 def configure(given: Mapping[str, Any], splits: Mapping[str, Source] | None = None) -> PretrainConfig:
     """The settings of a run: a recipe's, overridden by the given ones (by dotted name).
 
-    Without a recipe, kind and size of the images choose one, and also sizes of input and patches if the recipe's do not
+    Without a recipe, kind and size of the images and the device choose one, and also sizes of input and patches if the recipe's do not
     suit the images and none are given. A recipe that is chosen so compiles the model only where that is possible.
     """
     if splits is not None:
         given = {**given, "data.source": OWN}
     config = settings.from_recipe(given)
     if config.recipe != "auto":
-        return config
+        return settings.from_recipe({**as_long_as_clips(config), **given})
     if config.data.source == "digits":
         return settings.from_recipe({**given, "recipe": "digits"})
 
@@ -199,7 +201,7 @@ def configure(given: Mapping[str, Any], splits: Mapping[str, Source] | None = No
         with closing(Display(config.progress)) as display:
             context = Context.of(config.data, progress=display.preparing)
             seen = probe((splits or open_splits(config.data.source, context))["train"], sample=PROBED)
-            return recommend(median_size(seen.sizes), seen.example.meta)
+            return recommend(median_size(seen.sizes), seen.example.meta, config.device)
 
     with open_ranks(config.device, config.rank_timeout) as ranks:
         recipe, shape = ranks.on_main(look)  # rank 0 alone, so that data is downloaded once
@@ -213,7 +215,16 @@ def configure(given: Mapping[str, Any], splits: Mapping[str, Source] | None = No
         check_compiler()
     except ConfigError:
         below["compile"] = False
+    below = {**as_long_as_clips(settings.from_recipe({**given, "recipe": recipe})), **below}
     return settings.from_recipe({**below, **given, "recipe": recipe})
+
+
+def as_long_as_clips(config: PretrainConfig) -> settings.Given:
+    """The setting of an input as long as the clips of `data.clip`; none for the recipe's own, and for pictures."""
+    clip = config.data.clip
+    length = clip[0] if isinstance(clip, tuple) else clip
+    size = presets.arguments(config.model.preset, **overrides(config))["input_size"]
+    return {} if length in (None, size[0]) or len(size) == 2 else {"model.input_size": (length, *size[1:])}
 
 
 def proposed(model: ModelConfig, shape: dict[str, Any]) -> dict[str, Any]:
@@ -229,10 +240,10 @@ def proposed(model: ModelConfig, shape: dict[str, Any]) -> dict[str, Any]:
     return {"input_size": tuple(max(1, length // p) * p for length, p in zip(size, patch, strict=True))}
 
 
-def recommend(size: tuple[int, ...], meta: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def recommend(size: tuple[int, ...], meta: Mapping[str, Any], device: str = "auto") -> tuple[str, dict[str, Any]]:
     """The recommended recipe for images of a median size, in pixels along 1, 2 or 3 axes, with the `meta` of an `Item`.
 
-    Also returns `input_size` and `patch_size` if the recipe's own input does not suit: for signals and volumes that are
+    `device` is as in `PretrainConfig`: on a processor, a small encoder of small pictures learns most. Also returns `input_size` and `patch_size` if the recipe's own input does not suit: for signals and volumes that are
     smaller, spectrograms of another number of bands, elongated images, and tiny images that would be reduced.
     """
     if is_sound(size, meta):
@@ -242,13 +253,14 @@ def recommend(size: tuple[int, ...], meta: Mapping[str, Any]) -> tuple[str, dict
         return "sound", {"input_size": (size[0] // patch * patch, 64), "patch_size": patch}
     if "crs" in meta:
         return "satellite", {}
-    by_side = next(name for limit, name in RECIPE_FOR_SIDE if max(size) <= limit)
+    sides = RECIPE_FOR_SIDE_ON_CPU if find_device(device).type == "cpu" else RECIPE_FOR_SIDE
+    by_side = next(name for limit, name in sides.items() if max(size) <= limit)
     kind = kind_of(len(size), moving="fps" in meta)
     recipe = RECIPE_FOR_KIND.get(kind, by_side)
     config = settings.from_recipe({"recipe": recipe})
     own = presets.arguments(config.model.preset, **overrides(config))["input_size"]
     if kind == "image":
-        reduced = recipe == RECIPE_FOR_SIDE[0][1] and max(size) > max(own)
+        reduced = recipe == "digits" and max(size) > max(own)
         suits = max(size) <= 2 * min(size) and not reduced
     else:
         suits = kind == "clip" or all(length >= least for length, least in zip(size, own, strict=True))

@@ -41,7 +41,7 @@ def test_inspect(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         "duplicates: none",
         "data: labels from folders (2 classes)",
         f"contact sheet: {sheet}",
-        f"to train on it: torchmae pretrain --data {folder} --recipe cifar10",
+        f"to train on it: torchmae pretrain --data {folder} --recipe cifar10-cpu",
     ]
     with Image.open(sheet) as picture:
         assert picture.size == (3 * 132 - 4, 3 * 132 - 4)
@@ -53,7 +53,7 @@ def test_inspect_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     found = json.loads(capsys.readouterr().out)
     assert found["splits"]["train"]["images"] == 7
     assert found["splits"]["train"]["examined"] == 4
-    assert found["suggestion"].endswith("--recipe cifar10")
+    assert found["suggestion"].endswith("--recipe cifar10-cpu")
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_a_killed_rank_ends_the_others_and_the_group_goes_on(alone: Path, tmp_pa
 def test_one_rank_looks_at_the_data(tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", np.zeros((30, 32, 32, 3), dtype=np.uint8))
     answers = run(2, choose_recipe, "--data", str(tmp_path / "images.npy"), "--device", "cpu", logs=tmp_path)
-    assert answers == [["cifar10", 1], ["cifar10", 0]]
+    assert answers == [["cifar10-cpu", 1], ["cifar10-cpu", 0]]
 
 
 def test_volumes_are_opened_alike_by_all_ranks(tmp_path: Path) -> None:

@@ -73,15 +73,15 @@ def mixed(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "recipe", "size", "channels", "window", "said"),
     [
-        (slices_without_suffix, "images-96", (96, 96), 1, None, "12-bit values in uint16"),
+        (slices_without_suffix, "photos-64-cpu", (64, 64), 1, None, "12-bit values in uint16"),
         (packed_volumes, "volumes", (64, 64, 16), 1, None, ""),
         (tiles_with_no_data, "satellite", (32, 32), 12, (32, 32), "hold no data"),
         (one_scene, "satellite", (32, 32), 4, (32, 32), "windows of 32x32"),
-        (one_picture, "images", (224, 224), 3, (224, 224), "windows of 224x224"),
-        (stacks, "images-96", (96, 96), 5, None, "page 1 of 8"),
+        (one_picture, "photos-64-cpu", (64, 64), 3, (64, 64), "windows of 64x64"),
+        (stacks, "photos-64-cpu", (64, 64), 5, None, "page 1 of 8"),
         (recordings, "sound", (64, 64), 1, (64, 64), "windows of 64x64"),
         (clips, "video", (8, 64, 64), 3, (8, 0, 0), "one in 2 along time"),
-        (mixed, "images-96", (96, 96), 3, None, "6 .mp4, 1 .txt not used"),
+        (mixed, "photos-64-cpu", (64, 64), 3, None, "6 .mp4, 1 .txt not used"),
     ],
 )
 def test_a_folder_and_nothing_else(
