@@ -358,7 +358,8 @@ class FileItem(Item):
             values = self._take(region)
         if values.shape != (*lengths, self.channels):
             raise DataError(f"{CUT_SHORT}: the file ends before its values do")
-        return plain_type(values)
+        is_own = values.base is None and values.dtype == self.dtype and values.flags.c_contiguous
+        return values if is_own else plain_type(values)
 
 
 class WithChannels(Item):
