@@ -26,7 +26,7 @@ from torchmae.data.opening import open_data
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Masker
 from torchmae.training.optim import set_lr
-from torchmae.training.pretrain import PretrainTask
+from torchmae.training.pretrain_task import PretrainTask
 from torchmae.training.runtime import open_runtime, processor
 from torchmae.training.trainer import train_step
 

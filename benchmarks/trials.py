@@ -68,6 +68,14 @@ TRIALS: dict[str, dict[str, Any]] = {
     "rawpix": {"model.norm_pix": False},
     "small24": {"start_size": 24, "start_share": 0.5},
     "repeats2": {"data.repeats": 2},
+    "refine20": {"refine.share": 0.2},
+    "refine33": {"refine.share": 1 / 3},
+    "refine50": {"refine.share": 0.5},
+    "refine90": {"refine.share": 0.9},  # hardly any masked pre-training before
+    "refine-cold": {"refine.share": 1 / 3, "refine.temperature": 0.1},
+    "refine-crops": {"refine.share": 1 / 3, "refine.crop_scale": (0.2, 1.0)},
+    "refine-plain": {"refine.share": 1 / 3, "refine.colour": 0, "refine.grey": 0},
+    "refine-few": {"refine.share": 1 / 3, "refine.masked_share": 0.1},
     # The paper's network and optimiser at this size: what `benchmarks/step.py` sets the recipe beside.
     "paper": {
         "model.depth": 12,

@@ -35,10 +35,15 @@ _LARGEST_PATCH = 16  # pixels, suggested for pictures
 
 _BANDS = 64  # of the recipe "sound"
 PROBED = 16  # images, to find the typical size and kind
-# The recommended recipes: by kind of data, and for images by the longer side, in pixels up to which a recipe is for.
+# The recommended recipes: by kind of data, and for images by the longer side, in pixels up to which a recipe is for;
+# on a processor, those that learn something in minutes.
 RECIPE_FOR_KIND = {"signal": "signals", "volume": "volumes", "clip": "video"}
 RECIPE_FOR_SIDE = {16: "digits", 48: "cifar10", 128: "images-96", float("inf"): "images"}
-RECIPE_FOR_SIDE_ON_CPU = {16: "digits", 48: "cifar10-cpu", float("inf"): "photos-64-cpu"}  # what learns in minutes there
+RECIPE_FOR_SIDE_ON_CPU = {
+    16: "digits",
+    48: "cifar10-cpu",
+    float("inf"): "photos-64-cpu",
+}
 ENCODER = {"embed_dim", "depth", "num_heads"}  # of a recipe, which a preset given beside it replaces
 
 
@@ -186,8 +191,9 @@ def begin(given: Mapping[str, Any], own: Own = NOTHING) -> Run:
 def configure(given: Mapping[str, Any], splits: Mapping[str, Source] | None = None) -> PretrainConfig:
     """The settings of a run: a recipe's, overridden by the given ones (by dotted name).
 
-    Without a recipe, kind and size of the images and the device choose one, and also sizes of input and patches if the recipe's do not
-    suit the images and none are given. A recipe that is chosen so compiles the model only where that is possible.
+    Without a recipe, kind and size of the images and the device choose one, and also sizes of input and patches if the
+    recipe's do not suit the images and none are given. A recipe that is chosen so compiles the model only where that is
+    possible.
     """
     if splits is not None:
         given = {**given, "data.source": OWN}
@@ -243,8 +249,9 @@ def proposed(model: ModelConfig, shape: dict[str, Any]) -> dict[str, Any]:
 def recommend(size: tuple[int, ...], meta: Mapping[str, Any], device: str = "auto") -> tuple[str, dict[str, Any]]:
     """The recommended recipe for images of a median size, in pixels along 1, 2 or 3 axes, with the `meta` of an `Item`.
 
-    `device` is as in `PretrainConfig`: on a processor, a small encoder of small pictures learns most. Also returns `input_size` and `patch_size` if the recipe's own input does not suit: for signals and volumes that are
-    smaller, spectrograms of another number of bands, elongated images, and tiny images that would be reduced.
+    `device` is as in `PretrainConfig`: a processor gets a small encoder of small pictures. Also returns `input_size`
+    and `patch_size` if the recipe's own input does not suit: for signals and volumes that are smaller, spectrograms of
+    another number of bands, elongated images, and tiny images that would be reduced.
     """
     if is_sound(size, meta):
         if len(size) == 1 or size[0] == _BANDS:

@@ -22,7 +22,7 @@ from torchmae.nn.mae import MaskedAutoencoder, require_patches
 from torchmae.nn.masking import Masker, Strategy
 from torchmae.nn.patches import grid_size
 from torchmae.training.parallel import blocks
-from torchmae.training.pretrain import PretrainSettings
+from torchmae.training.pretrain_task import PretrainSettings
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,8 @@ def check_model(config: PretrainConfig, model: MaskedAutoencoder) -> None:
     except ConfigError as error:
         raise ConfigError(f"{error.problem} and the preset {config.model.preset!r}", error.fix) from error
     check_progression(config, model)
+    if config.refine.share:
+        require_patches(model, "whose features refine.share could compare")
     without = f"which is for transformer blocks, and the preset {config.model.preset!r} has none"
     if config.optim.name == "muon" and not blocks(model):
         raise ConfigError(f"optim.name is 'muon', {without}", "use --optim.name adamw")
@@ -109,6 +111,8 @@ def check_parallel(config: PretrainConfig, world_size: int) -> None:
     """ConfigError for settings that several processes cannot follow."""
     if world_size == 1 or config.parallel != "fsdp":
         return
+    if config.refine.share:
+        raise ConfigError("refine.share is for parallel ddp, and parallel is 'fsdp'", "use --parallel ddp")
     if config.optim.name == "muon":
         raise ConfigError(
             "optim.name is 'muon' and parallel is 'fsdp', but Muon needs whole matrices",

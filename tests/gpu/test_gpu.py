@@ -22,7 +22,7 @@ from torchmae.config import DataConfig, OptimConfig, PretrainConfig
 from torchmae.data.loader import Batch, Plan
 from torchmae.data.opening import open_data
 from torchmae.nn.masking import Masker
-from torchmae.training.pretrain import PretrainTask
+from torchmae.training.pretrain_task import PretrainTask
 from torchmae.training.runtime import open_runtime
 from torchmae.training.trainer import train_step
 

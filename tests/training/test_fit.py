@@ -16,7 +16,8 @@ from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.settings import parse
 from torchmae.training import pretrain
 from torchmae.training.parallel import blocks
-from torchmae.training.pretrain import PretrainSettings, PretrainTask, fit_batch
+from torchmae.training.pretrain import fit_batch
+from torchmae.training.pretrain_task import PretrainSettings, PretrainTask
 from torchmae.training.ranks import Ranks
 from torchmae.training.runtime import Runtime
 

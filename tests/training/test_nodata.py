@@ -24,7 +24,7 @@ from torchmae.evaluation.reconstruction import HoldOut
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Masker
 from torchmae.nn.patches import gather, patchify, unpatchify
-from torchmae.training.pretrain import PretrainTask
+from torchmae.training.pretrain_task import PretrainTask
 from torchmae.training.trainer import train_step
 
 RNG = np.random.default_rng(0)

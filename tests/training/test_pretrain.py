@@ -28,7 +28,7 @@ from torchmae.nn.masking import Masker
 from torchmae.training import compilation, pretrain, trainer, window
 from torchmae.training.checkpoint import load_checkpoint
 from torchmae.training.optim import build_optimizers, lr_factor, set_lr
-from torchmae.training.pretrain import PretrainTask
+from torchmae.training.pretrain_task import PretrainTask
 from torchmae.training.progress import Display
 from torchmae.training.ranks import Ranks, one_line_when_lost
 from torchmae.training.runtime import Runtime

@@ -13,7 +13,7 @@ from torchmae.config import MaskConfig, PretrainConfig
 from torchmae.data.loader import Batch
 from torchmae.errors import ConfigError
 from torchmae.nn.masking import Masker
-from torchmae.training.pretrain import PretrainTask
+from torchmae.training.pretrain_task import PretrainTask
 
 
 def config(**values: Any) -> PretrainConfig:

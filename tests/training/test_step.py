@@ -17,7 +17,7 @@ from torchmae.data.loader import Batch, Plan
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Masker
 from torchmae.training.optim import build_optimizers
-from torchmae.training.pretrain import PretrainTask
+from torchmae.training.pretrain_task import PretrainTask
 from torchmae.training.task import seeded
 from torchmae.training.trainer import step_if_finite, train_step
 

@@ -28,7 +28,7 @@ from torchmae.config import PretrainConfig
 from torchmae.errors import ConfigError
 from torchmae.machine import wait_as_usual, wait_briefly
 from torchmae.nn.masking import Masker, num_keep
-from torchmae.training.pretrain import PretrainTask
+from torchmae.training.pretrain_task import PretrainTask
 from torchmae.training.runtime import Runtime, environment, open_runtime
 from torchmae.training.trainer import ran_out_of_memory, train_step
 

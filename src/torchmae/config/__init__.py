@@ -1,7 +1,15 @@
 """Settings: typed dataclasses, one file for each command. No torch here: `torchmae --help` answers at once."""
 
 from torchmae.config.data import DataOptions, PackOptions, ReadOptions
-from torchmae.config.pretrain import DataConfig, EvalConfig, MaskConfig, ModelConfig, OptimConfig, PretrainConfig
+from torchmae.config.pretrain import (
+    DataConfig,
+    EvalConfig,
+    MaskConfig,
+    ModelConfig,
+    OptimConfig,
+    PretrainConfig,
+    RefineConfig,
+)
 
 __all__ = [
     "DataConfig",
@@ -13,4 +21,5 @@ __all__ = [
     "PackOptions",
     "PretrainConfig",
     "ReadOptions",
+    "RefineConfig",
 ]

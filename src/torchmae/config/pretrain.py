@@ -220,6 +220,34 @@ class OptimConfig(Settings, group="optim."):
 
 
 @dataclass(frozen=True)
+class RefineConfig(Settings, group="refine."):
+    """The end of the run: two views of an image learn to be alike, while masked patches are still predicted.
+
+    A contrastive loss after masked pre-training, as in MIM-Refiner (Alkin et al. 2024, arXiv 2402.10093). A projection
+    head (SimCLR) reads mean-pooled patch tokens. The learning rate goes through its schedule once more.
+
+    Attributes:
+        share: share of the run's minutes, or else of its steps, that refines; 0: none.
+        temperature: divides the cosines between views; lower ones weigh the most similar images more.
+        crop_scale: range of a view's area as a share of the training crop.
+        colour: strength of the random changes of brightness, contrast, saturation and channels; 0: none.
+        grey: share of the views whose channels all become their mean.
+        masked_share: share of each batch whose masked patches are predicted too, so that the decoder keeps up.
+    """
+
+    share: Annotated[float, Range(0, 1, open_high=True)] = 0.0
+    temperature: Positive = 0.2
+    crop_scale: tuple[PositiveShare, PositiveShare] = (0.4, 1.0)
+    colour: NotNegative = 1.0
+    grey: Share = 0.2
+    masked_share: PositiveShare = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within("refine.crop_scale", self.crop_scale[0], 0, self.crop_scale[1], open_low=True)
+
+
+@dataclass(frozen=True)
 class EvalConfig(Settings, group="eval."):
     """Measurements during training, on held-out images under one fixed mask.
 
@@ -252,6 +280,7 @@ class PretrainConfig(Settings):
         model: the network.
         mask: which patches are masked.
         optim: the optimiser and its schedule.
+        refine: the end of the run, which compares views.
         eval: measurements during training.
         init_from: weights to start from, which also give the network's shape: a run, an exported model, a released MAE
             checkpoint, or timm's or transformers' weights (FILE#PART selects one of several encoders in a file); null:
@@ -296,6 +325,7 @@ class PretrainConfig(Settings):
     model: ModelConfig = field(default_factory=ModelConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    refine: RefineConfig = field(default_factory=RefineConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     init_from: Place | None = None
     out: Place | None = None

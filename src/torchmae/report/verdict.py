@@ -214,8 +214,8 @@ def data_hint(records: Records) -> str:
     if not waits or (wait := sum(waits) / len(waits)) <= _DATA_WAIT:
         return ""
     return (
-        f"Training waited for data for {percent(wait)} of the time: raise --data.num_workers, keep images of one size in "
-        "memory (--data.cache memory), or make the files smaller."
+        f"Training waited for data for {percent(wait)} of the time: raise --data.num_workers, keep images of one size "
+        "in memory (--data.cache memory), or make the files smaller."
     )
 
 

@@ -22,6 +22,7 @@ from torchmae.interop.files import check_content
 from torchmae.nn.layers import without_weights
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.training.checkpoint import load_checkpoint
+from torchmae.training.refine import autoencoder_of
 from torchmae.words import kind_of
 
 FORMAT = 1
@@ -97,7 +98,7 @@ def load_model(folder: Path, own: MaskedAutoencoder | None = None) -> tuple[Mask
             checkpoint = load_checkpoint(folder / "checkpoints")
             if checkpoint is None:
                 raise CheckpointError(f"{folder} has no weights yet", "let the run save a checkpoint first")
-            weights = checkpoint.model
+            weights = autoencoder_of(checkpoint.model)
         if own is not None:
             model = copy.deepcopy(own)
         else:

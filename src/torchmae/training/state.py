@@ -39,7 +39,15 @@ class State:
     epoch_skipped: int = 0  # number of skipped steps of the current epoch
     lr_scale: float = 1.0  # factor of the learning rate, halved at each roll-back
     loss: float = 0.0  # mean of the last whole epoch
+    first_steps: int | None = None  # of the first of two stages; None: there is one
+    stage: int = 0  # that trains now, from 0
     job: dict[str, Any] = field(default_factory=dict)  # settings, images and seed of a fine-tuning
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The steps of the stage: its first one, and the one after its last, from 0. A schedule lasts for a stage."""
+        boundary = self.total_steps if self.first_steps is None else self.first_steps
+        return (0, boundary) if self.stage == 0 else (boundary, self.total_steps)
 
 
 def save(folder: RunFolder, task: Task, state: State) -> None:

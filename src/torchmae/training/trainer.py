@@ -58,13 +58,13 @@ def train(
     evaluators: Sequence[Evaluator] = (),
     checkpoint: Checkpoint | None = None,
 ) -> State:
-    """Trains a task to the end of its schedule and returns the final state.
+    """Trains a task to the end of its stage and returns the final state.
 
     Order of events within a step: inputs, forward and backward, optimiser, log, evaluators, checkpoint. A checkpoint
     holds everything up to its step, and a resumed run repeats everything after it.
 
     All ranks call this with the same arguments; each computes its part of every batch, whose images `plan` chooses.
-    `state` is the start of a new run; a run resumed from `checkpoint` takes only `data` and `job` from it.
+    `state` is the start of the stage; one resumed from `checkpoint` takes only `data` and `job` from it.
 
     Raises:
         TrainingError: losses or gradients are not finite, even after roll-backs; memory ran out; another rank ended.
@@ -78,6 +78,7 @@ def train(
         restored = restore(checkpoint, task.model, task.optimizers, task.runtime.precision)
         restored.data, restored.job = state.data, state.job
         state = restored
+    first, end = state.span
     due = [(item.due(state.total_steps, plan.steps_per_epoch), item.run) for item in evaluators]
     task.model.train()
     saved_at = time.monotonic()
@@ -99,12 +100,12 @@ def train(
         first_shapes_only(loop.compile) as compiled,
     ):
         for batch in batches_to_come(loader, plan, state, ranks, window):
-            set_lr(task.optimizers, lr_factor(state.step, state.total_steps, loop.optim) * state.lr_scale)
+            set_lr(task.optimizers, lr_factor(state.step - first, end - first, loop.optim) * state.lr_scale)
             num_images = len(plan.indices(state.step)[1])
             log_due = (state.step + 1) % loop.log_every == 0
             before = copy_matrices(task.model) if log_due and not loop.per_epoch else None
             with seeded(step_seed(loop.seed, state.step, ranks), task.runtime.device):  # drop-path, augmentation
-                inputs = task.inputs(batch, state.step, state.total_steps)
+                inputs = task.inputs(batch, state.step - first, end - first)
                 with compiled(num_images == plan.batch_size):
                     step = train_step(task, inputs, num_images)
             state.step += 1
@@ -122,7 +123,7 @@ def train(
             if evaluations:
                 evaluate(evaluations, state, plan, task, tracker)
                 task.model.train()
-            last = state.step == state.total_steps
+            last = state.step == end
             # Read once, since a signal may come at any moment, and shared: all ranks stop at the same step.
             save_due = time.monotonic() - saved_at > loop.checkpoint_minutes * 60
             number, save_agreed = ranks.all_reduce_max(stop.number or 0, save_due)
@@ -132,7 +133,7 @@ def train(
                     continue
                 save(folder, task, state)
                 saved_at = time.monotonic()
-            if stopped_by is not None and not last:
+            if stopped_by is not None and state.step < state.total_steps:
                 raise interrupted(stopped_by, state, task, folder)
             window.restart()
     return state
@@ -197,9 +198,10 @@ def step_if_finite(optimizers: Sequence[Optimizer], loss: Tensor, norm: Tensor) 
 
 def batches_to_come(loader: ImageLoader, plan: Plan, state: State, ranks: Ranks, window: Window) -> Iterator[Batch]:
     """This rank's part of the batches from `state.step` on; follows a roll-back to an earlier step."""
-    while state.step < state.total_steps:
+    _, end = state.span
+    while state.step < end:
         due = state.step
-        parts = loader.train_batches(plan, due, state.total_steps, rank=ranks.rank, world_size=ranks.world_size)
+        parts = loader.train_batches(plan, due, end, rank=ranks.rank, world_size=ranks.world_size)
         for batch in window.timed(parts):
             yield batch
             due += 1

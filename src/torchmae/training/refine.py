@@ -1,0 +1,134 @@
+"""The second stage of pre-training: views of an image learn to be alike, while masked patches are still predicted."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from torchmae.data.loader import Batch, View
+from torchmae.data.transforms import CROP_NUMBERS, crop_boxes, resample, resample_valid
+from torchmae.nn.contrast import Contrast
+from torchmae.nn.mae import MaskedAutoencoder
+from torchmae.nn.patches import patchify
+from torchmae.training.pretrain_task import PretrainSettings, PretrainTask
+from torchmae.training.runtime import Runtime
+from torchmae.training.task import Inputs, seeded
+
+
+class Refined(nn.Module):
+    """A masked autoencoder, and the contrast between views that its encoder reads whole."""
+
+    def __init__(self, model: MaskedAutoencoder, contrast: Contrast) -> None:
+        super().__init__()
+        self.model = model
+        self.contrast = contrast
+
+    def forward(self, images: Tensor, mask: Any, views: Tensor, valid: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The sum of all losses, then each target's, then the contrast's.
+
+        Args:
+            images: (M, C, *size), of which patches are masked.
+            mask: which ones.
+            views: (B, 2, C, *size), two of each image.
+            valid: (B, 2, 1, *size) bool, False where a pixel holds no data; None: all do. A patch without data is
+                read, since all views are read together, and does not count in the mean.
+        """
+        output = self.model(images, mask)
+        views = views.flatten(0, 1)
+        if valid is None:
+            features = self.model.encode(views)
+        else:
+            counts = patchify(valid.flatten(0, 1), self.model.patch_size).any(-1, keepdim=True).float()
+            features = (self.model.encode(views, "tokens") * counts).sum(1) / counts.sum(1).clamp(min=1)
+        contrast = self.contrast(features)
+        return output.loss + contrast, *output.losses, contrast
+
+
+def autoencoder_of(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The masked autoencoder's weights among those of a checkpoint, of either stage."""
+    if all(name.startswith(("model.", "contrast.")) for name in weights):
+        return {name.removeprefix("model."): weight for name, weight in weights.items() if name.startswith("model.")}
+    return weights
+
+
+class RefineTask(PretrainTask):
+    """Goes on with a pre-trained model: `RefineConfig`.
+
+    `view` says how images are cropped and whether they are mirrored.
+    """
+
+    def __init__(
+        self, loop: PretrainSettings, model: MaskedAutoencoder, runtime: Runtime, batch_size: int, *, view: View
+    ) -> None:
+        self._view = view
+        super().__init__(loop, model, runtime, batch_size)
+        self.names = (*self.names, "contrast")
+
+    def wrapped(self, model: MaskedAutoencoder) -> nn.Module:
+        """As `PretrainTask.wrapped`."""
+        with seeded(self.loop.seed):
+            contrast = Contrast(model.encoder.embed_dim, self.loop.refine.temperature)
+        return Refined(model, contrast.to(self.runtime.device))
+
+    def inputs(self, batch: Batch, step: int, total: int) -> Inputs:
+        """Images and their masks, of a part of the batch, and two views of each of its images."""
+        del step
+        images = batch.images
+        few = batch.only(np.arange(math.ceil(self.loop.refine.masked_share * len(images))))
+        masked = super().inputs(few, total - 1, total)
+        return *masked, *self._views(images, batch.valid)
+
+    def _views(self, images: Tensor, valid: Tensor | None) -> Inputs:
+        """(B, 2, C, *size), and where they hold data if some do not."""
+        settings, count, size = self.loop.refine, 2 * len(images), tuple(images.shape[2:])
+        images = images.repeat_interleave(2, 0)
+        boxes = crop_boxes(
+            torch.rand(count, CROP_NUMBERS).numpy(), size, settings.crop_scale, self._view.crop_ratio, size
+        )
+        flip = torch.rand(count).numpy() < 0.5 if self._view.flip else np.zeros(count, dtype=bool)
+        if valid is None:
+            parts = [changed_colours(resample(images, boxes, size, flip), settings.colour, settings.grey)]
+        else:
+            images, valid = resample_valid(images, valid.repeat_interleave(2, 0), boxes, size, flip)
+            images = changed_colours(images, settings.colour, settings.grey)
+            parts = [torch.where(valid, images, 0.0), valid]
+        return tuple(part.view(count // 2, 2, *part.shape[1:]) for part in parts)
+
+    def stand_in(self, inputs: Inputs) -> Inputs:
+        """As `Task.stand_in`."""
+        return *super().stand_in(inputs), *(item.new_ones(1, *item.shape[1:]) for item in inputs[2:])
+
+    def losses(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        """The sum of all losses, then each target's and the contrast's."""
+        with self.runtime.autocast():
+            loss, *each = self.forward(*inputs)
+        return loss, *(item.detach() for item in each)
+
+
+def changed_colours(images: Tensor, strength: float, grey: float) -> Tensor:
+    """Changes each image's brightness, contrast, saturation and the balance of its channels at random.
+
+    It acts on normalised values of any channels and axes, so that no unit matters. Without colour, one channel changes
+    its brightness and contrast alone. Numbers are drawn from torch's generator.
+
+    Args:
+        images: (B, C, *size), normalised.
+        strength: 1 is about what SimCLR does to small photographs; 0 changes nothing.
+        grey: share of the images whose channels all become their mean, in [0, 1].
+    """
+    rest = [1] * (images.ndim - 2)
+
+    def draw(largest: float, channels: int = 1) -> Tensor:
+        numbers = torch.rand(len(images), channels, *rest, device=images.device)
+        return largest * strength * (2 * numbers - 1)
+
+    mean = images.mean(dim=tuple(range(1, images.ndim)), keepdim=True)
+    images = mean + (images - mean) * (1 + draw(0.5)) + draw(0.8)
+    plain = images.mean(dim=1, keepdim=True)
+    is_grey = torch.rand(len(images), 1, *rest, device=images.device) < grey
+    images = plain + (images - plain) * torch.where(is_grey, 0.0, 1 + draw(0.5))
+    return images * (1 + draw(0.1, images.shape[1])) + draw(0.2, images.shape[1])

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import torchmae
+from torchmae.errors import ConfigError, Interrupted
+from torchmae.nn.contrast import Contrast
+from torchmae.training.checkpoint import load_checkpoint
+from torchmae.training.refine import autoencoder_of, changed_colours
+
+RUN: dict[str, Any] = {
+    "recipe": "digits",
+    "epochs": 2,
+    "batch_size": 256,
+    "log_every": 1,
+    "data.val": "none",
+    "progress": "none",
+    "device": "cpu",
+    "precision": "fp32",
+    "threads": 1,
+}
+
+
+def records(run: Path, kind: str) -> list[dict[str, Any]]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
+def test_the_loss_is_that_of_picking_the_other_view() -> None:
+    contrast = Contrast(6, 0.5)
+    features = torch.randn(8, 6)
+    z = F.normalize(contrast.head(features), dim=1)
+    expected = 0.0
+    for i in range(8):
+        others = [j for j in range(8) if j != i]
+        scores = torch.stack([z[i] @ z[j] / 0.5 for j in others]).log_softmax(0)
+        expected -= scores[others.index(i ^ 1)].item() / 8
+    assert contrast(features).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(64, 3, 8, 8), (64, 1, 40), (64, 5, 4, 4, 4)])
+def test_colours_change_and_nothing_else(shape: tuple[int, ...]) -> None:
+    images = torch.randn(shape)
+    torch.testing.assert_close(changed_colours(images, 0, 0), images)
+    changed = changed_colours(images, 1, 0)
+    for one, other in zip(images, changed, strict=True):  # each is a linear map of an image's channels
+        known = torch.stack([*one.flatten(1), torch.ones(one[0].numel())])
+        for channel in other.flatten(1):
+            found = torch.linalg.lstsq(known.T, channel[:, None]).solution
+            torch.testing.assert_close(known.T @ found, channel[:, None], atol=1e-3, rtol=1e-3)
+    grey = changed_colours(images, 0, 1)
+    torch.testing.assert_close(grey, images.mean(1, keepdim=True).expand_as(images))
+
+
+def test_a_run_is_refined_at_its_end_and_resumed_in_either_stage(tmp_path: Path, monkeypatch: Any) -> None:
+    whole = torchmae.pretrain(**RUN, refine={"share": 0.5}, out=tmp_path / "whole")
+    steps = whole.figures["steps"]
+    lines = records(whole.path, "train")
+    assert steps == 2 * math.ceil(1437 / 256)
+    assert [line["step"] for line in lines if "loss_contrast" in line] == [
+        line["step"] for line in lines if line["step"] > steps / 2
+    ]
+    weights = torchmae.load(whole.path).model.state_dict()
+    assert weights.keys() == torchmae.build("vit_digits").state_dict().keys()  # the projection is gone
+    for stop in (steps // 2, steps * 3 // 4):
+        out = tmp_path / str(stop)
+        stopped_at(stop, monkeypatch)
+        with pytest.raises(Interrupted):
+            torchmae.pretrain(**RUN, refine={"share": 0.5}, out=out)
+        monkeypatch.undo()
+        checkpoint = load_checkpoint(out / "checkpoints")
+        assert checkpoint is not None
+        assert checkpoint.state["stage"] == (stop > steps // 2)
+        assert autoencoder_of(checkpoint.model).keys() == weights.keys()
+        (out / "model.safetensors").unlink()
+        assert torchmae.load(out).model.state_dict().keys() == weights.keys()  # of the checkpoint
+        torchmae.pretrain(resume=out)
+        for name, weight in torchmae.load(out).model.state_dict().items():
+            assert torch.equal(weight, weights[name]), name
+
+
+def stopped_at(step: int, monkeypatch: Any) -> None:
+    """Has a signal arrive after a step."""
+    from torchmae.training import trainer
+
+    original = trainer.batches_to_come
+
+    def batches(loader: Any, plan: Any, state: Any, *others: Any) -> Any:
+        for batch in original(loader, plan, state, *others):
+            if state.step + 1 == step:
+                import signal
+
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(trainer, "batches_to_come", batches)
+
+
+def test_views_of_clips_and_of_images_with_holes(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.uniform(0, 1, (40, 16, 16, 2)).astype(np.float32)
+    images[:, :5, :5] = np.nan
+    np.save(tmp_path / "holes.npy", images)
+    np.save(tmp_path / "volumes.npy", rng.uniform(0, 1, (40, 8, 8, 8, 1)).astype(np.float32))
+    for name, size, patch in (("holes", (16, 16), (4, 4)), ("volumes", (8, 8, 8), (4, 4, 4))):
+        run = torchmae.pretrain(
+            tmp_path / f"{name}.npy",
+            **{**RUN, "batch_size": 8},
+            model={"input_size": size, "patch_size": patch},
+            refine={"share": 0.9},
+            accumulate=2,
+            out=tmp_path / name,
+        )
+        contrast = [line["loss_contrast"] for line in records(run.path, "train") if "loss_contrast" in line]
+        assert len(contrast) > 4 and all(map(math.isfinite, contrast))
+
+
+@pytest.mark.parametrize(
+    "given", [{"recipe": "tutorial"}, {"refine": {"share": 1.0}}, {"refine": {"crop_scale": (0.5, 0.2)}}]
+)
+def test_what_cannot_be_refined(given: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        torchmae.pretrain(**{"refine": {"share": 0.5}, "progress": "none", "out": tmp_path / "run", **given})
+    assert not (tmp_path / "run").exists()
