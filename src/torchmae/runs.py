@@ -215,10 +215,11 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, own: Own, *, resum
             batch_size = fit_batch(pretrain_settings(config, model), model, size, len(data.train), runtime)
             config = replace(config, batch_size=batch_size, fit_batch=False)
             display.say(f"the largest batch that fits: {batch_size} images")
-        if config.max_tokens is not None and config.max_tokens < config.batch_size * model.encoder.num_patches:
-            batch_size = max(1, config.max_tokens // model.encoder.num_patches)
+        patches = model.encoder.num_patches * (2 if config.refine.share else 1)  # of an image, or of its two views
+        if config.max_tokens is not None and config.max_tokens < config.batch_size * patches:
+            batch_size = max(1, config.max_tokens // patches)
             config = replace(config, batch_size=batch_size)
-            display.say(f"batches of {batch_size} images, of {model.encoder.num_patches:,} patches each: max_tokens")
+            display.say(f"batches of {batch_size} images, of {patches:,} patches each: max_tokens")
         place(model, config.parallel, runtime)
         if not resume:
             chosen, line = affordable(
