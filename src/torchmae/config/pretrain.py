@@ -224,11 +224,12 @@ class RefineConfig(Settings, group="refine."):
     """The end of the run: two views of an image learn to be alike, while masked patches are still predicted.
 
     A contrastive loss after masked pre-training, as in MIM-Refiner (Alkin et al. 2024, arXiv 2402.10093). A projection
-    head (SimCLR) reads mean-pooled patch tokens. The learning rate goes through its schedule once more.
+    head (SimCLR) reads the mean of a view's visible patch tokens. The learning rate goes through its schedule again.
 
     Attributes:
         share: share of the run's minutes, or else of its steps, that refines; 0: none.
         temperature: divides the cosines between views; lower ones weigh the most similar images more.
+        mask_ratio: masked share of a view's patches, in (0, 1): the encoder reads the others alone.
         crop_scale: range of a view's area as a share of the training crop.
         colour: strength of the random changes of brightness, contrast, saturation and channels; 0: none.
         grey: share of the views whose channels all become their mean.
@@ -236,11 +237,12 @@ class RefineConfig(Settings, group="refine."):
     """
 
     share: Annotated[float, Range(0, 1, open_high=True)] = 0.0
-    temperature: Positive = 0.2
+    temperature: Positive = 0.1
+    mask_ratio: Fraction = 0.5
     crop_scale: tuple[PositiveShare, PositiveShare] = (0.4, 1.0)
     colour: NotNegative = 1.0
     grey: Share = 0.2
-    masked_share: PositiveShare = 0.5
+    masked_share: PositiveShare = 0.25
 
     def __post_init__(self) -> None:
         super().__post_init__()

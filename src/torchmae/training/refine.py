@@ -13,38 +13,32 @@ from torchmae.data.loader import Batch, View
 from torchmae.data.transforms import CROP_NUMBERS, crop_boxes, resample, resample_valid
 from torchmae.nn.contrast import Contrast
 from torchmae.nn.mae import MaskedAutoencoder
-from torchmae.nn.patches import patchify
+from torchmae.nn.masking import Masker
 from torchmae.training.pretrain_task import PretrainSettings, PretrainTask
 from torchmae.training.runtime import Runtime
 from torchmae.training.task import Inputs, seeded
 
 
 class Refined(nn.Module):
-    """A masked autoencoder, and the contrast between views that its encoder reads whole."""
+    """A masked autoencoder, and the contrast between what its encoder makes of two views' visible patches."""
 
     def __init__(self, model: MaskedAutoencoder, contrast: Contrast) -> None:
         super().__init__()
         self.model = model
         self.contrast = contrast
 
-    def forward(self, images: Tensor, mask: Any, views: Tensor, valid: Tensor | None = None) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor, mask: Any, views: Tensor, ids_keep: Tensor) -> tuple[Tensor, ...]:
         """The sum of all losses, then each target's, then the contrast's.
 
         Args:
             images: (M, C, *size), of which patches are masked.
             mask: which ones.
             views: (B, 2, C, *size), two of each image.
-            valid: (B, 2, 1, *size) bool, False where a pixel holds no data; None: all do. A patch without data is
-                read, since all views are read together, and does not count in the mean.
+            ids_keep: (B, 2, K) int64, each view's visible patches.
         """
         output = self.model(images, mask)
-        views = views.flatten(0, 1)
-        if valid is None:
-            features = self.model.encode(views)
-        else:
-            counts = patchify(valid.flatten(0, 1), self.model.patch_size).any(-1, keepdim=True).float()
-            features = (self.model.encode(views, "tokens") * counts).sum(1) / counts.sum(1).clamp(min=1)
-        contrast = self.contrast(features)
+        seen = self.model.encoder(views.flatten(0, 1), ids_keep.flatten(0, 1))
+        contrast = self.contrast(seen.patches.mean(1))
         return output.loss + contrast, *output.losses, contrast
 
 
@@ -65,6 +59,7 @@ class RefineTask(PretrainTask):
         self, loop: PretrainSettings, model: MaskedAutoencoder, runtime: Runtime, batch_size: int, *, view: View
     ) -> None:
         self._view = view
+        self._view_masker = Masker(model.encoder, ratio=loop.refine.mask_ratio)
         super().__init__(loop, model, runtime, batch_size)
         self.names = (*self.names, "contrast")
 
@@ -75,32 +70,32 @@ class RefineTask(PretrainTask):
         return Refined(model, contrast.to(self.runtime.device))
 
     def inputs(self, batch: Batch, step: int, total: int) -> Inputs:
-        """Images and their masks, of a part of the batch, and two views of each of its images."""
+        """Images and their masks, of a part of the batch, and of each of its images two views and their masks."""
         del step
-        images = batch.images
-        few = batch.only(np.arange(math.ceil(self.loop.refine.masked_share * len(images))))
-        masked = super().inputs(few, total - 1, total)
-        return *masked, *self._views(images, batch.valid)
+        few = batch.only(np.arange(math.ceil(self.loop.refine.masked_share * len(batch.images))))
+        return *super().inputs(few, total - 1, total), *self._views(batch)
 
-    def _views(self, images: Tensor, valid: Tensor | None) -> Inputs:
-        """(B, 2, C, *size), and where they hold data if some do not."""
-        settings, count, size = self.loop.refine, 2 * len(images), tuple(images.shape[2:])
-        images = images.repeat_interleave(2, 0)
+    def _views(self, batch: Batch) -> Inputs:
+        """(B, 2, C, *size), and the visible patches of each, (B, 2, K)."""
+        settings, count, size = self.loop.refine, 2 * len(batch.images), tuple(batch.images.shape[2:])
+        images, valid = batch.images.repeat_interleave(2, 0), batch.valid
         boxes = crop_boxes(
             torch.rand(count, CROP_NUMBERS).numpy(), size, settings.crop_scale, self._view.crop_ratio, size
         )
         flip = torch.rand(count).numpy() < 0.5 if self._view.flip else np.zeros(count, dtype=bool)
         if valid is None:
-            parts = [changed_colours(resample(images, boxes, size, flip), settings.colour, settings.grey)]
+            views = changed_colours(resample(images, boxes, size, flip), settings.colour, settings.grey)
         else:
             images, valid = resample_valid(images, valid.repeat_interleave(2, 0), boxes, size, flip)
-            images = changed_colours(images, settings.colour, settings.grey)
-            parts = [torch.where(valid, images, 0.0), valid]
-        return tuple(part.view(count // 2, 2, *part.shape[1:]) for part in parts)
+            views = torch.where(valid, changed_colours(images, settings.colour, settings.grey), 0.0)
+        epochs = 2 * np.repeat(batch.epoch, count if isinstance(batch.epoch, int) else 2) + np.arange(count) % 2
+        masker = self._view_masker.for_images(views)
+        masks = masker(self.loop.seed, epochs, batch.indices.repeat(2), views.device, valid)
+        return tuple(part.view(count // 2, 2, *part.shape[1:]) for part in (views, masks.ids_keep))
 
     def stand_in(self, inputs: Inputs) -> Inputs:
         """As `Task.stand_in`."""
-        return *super().stand_in(inputs), *(item.new_ones(1, *item.shape[1:]) for item in inputs[2:])
+        return *super().stand_in(inputs), *(item.new_zeros(1, *item.shape[1:]) for item in inputs[2:])
 
     def losses(self, inputs: Inputs) -> tuple[Tensor, ...]:
         """The sum of all losses, then each target's and the contrast's."""
@@ -117,7 +112,7 @@ def changed_colours(images: Tensor, strength: float, grey: float) -> Tensor:
 
     Args:
         images: (B, C, *size), normalised.
-        strength: 1 is about what SimCLR does to small photographs; 0 changes nothing.
+        strength: 1 shifts brightness by up to 0.4 standard deviations and changes contrast by up to a quarter; 0: nothing.
         grey: share of the images whose channels all become their mean, in [0, 1].
     """
     rest = [1] * (images.ndim - 2)
@@ -127,8 +122,8 @@ def changed_colours(images: Tensor, strength: float, grey: float) -> Tensor:
         return largest * strength * (2 * numbers - 1)
 
     mean = images.mean(dim=tuple(range(1, images.ndim)), keepdim=True)
-    images = mean + (images - mean) * (1 + draw(0.5)) + draw(0.8)
+    images = mean + (images - mean) * (1 + draw(0.25)) + draw(0.4)
     plain = images.mean(dim=1, keepdim=True)
     is_grey = torch.rand(len(images), 1, *rest, device=images.device) < grey
-    images = plain + (images - plain) * torch.where(is_grey, 0.0, 1 + draw(0.5))
-    return images * (1 + draw(0.1, images.shape[1])) + draw(0.2, images.shape[1])
+    images = plain + (images - plain) * torch.where(is_grey, 0.0, 1 + draw(0.25))
+    return images * (1 + draw(0.05, images.shape[1])) + draw(0.1, images.shape[1])
