@@ -78,6 +78,23 @@ def test_two_ranks_make_one_run(alone: Path, tmp_path: Path, kind: str) -> None:
     assert (out / "model.safetensors").read_bytes() == before
 
 
+def test_two_ranks_refine_together(tmp_path: Path) -> None:
+    words = [
+        *OPTIONS,
+        "--epochs=1",
+        "--data.val=none",
+        "--refine.share=0.5",
+        "--log-every=1",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert run(2, command, *words, logs=tmp_path / "logs") == [0, 0]
+    losses = [line["loss_contrast"] for line in metrics(tmp_path / "run", "train") if "loss_contrast" in line]
+    assert len(losses) == 4
+    assert np.isfinite(losses).all()
+    assert load_model(tmp_path / "run")[0].training is False
+
+
 def test_a_killed_rank_ends_the_others_and_the_group_goes_on(alone: Path, tmp_path: Path) -> None:
     """As `torchrun --max-restarts --rdzv-id` does: all are started again with the same words."""
     out, logs = tmp_path / "run", tmp_path / "logs"

@@ -95,7 +95,11 @@ def test_steps_are_those_of_the_processor(precision: str, rel: float, changes: d
     assert losses(DEVICE, precision, **changes) == pytest.approx(losses("cpu", "fp32", **changes), rel=rel)
 
 
-@pytest.mark.parametrize("options", [{}, {"data": {"cache": "none", "num_workers": 2}}, {"compile": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"data": {"cache": "none", "num_workers": 2}}, {"compile": True}, {"compile": True, "refine": {"share": 0.5}}],
+    ids=str,
+)
 def test_a_run_learns_and_goes_on(tmp_path: Path, options: dict[str, Any]) -> None:
     data = {"source": str(array(tmp_path, np.uint8, (32, 32), 200)), **options.pop("data", {})}
     common = {"model": {"preset": "vit_tiny_32_p4", **TINY}, "eval": {"count": 2, "images": 20}, "batch_size": 32}

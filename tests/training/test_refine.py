@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 
 import torchmae
+from torchmae.building import check_parallel
+from torchmae.config import PretrainConfig
+from torchmae.config.base import make
 from torchmae.errors import ConfigError, Interrupted
 from torchmae.nn.contrast import Contrast
 from torchmae.training.checkpoint import load_checkpoint
@@ -130,3 +133,10 @@ def test_what_cannot_be_refined(given: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         torchmae.pretrain(**{"refine": {"share": 0.5}, "progress": "none", "out": tmp_path / "run", **given})
     assert not (tmp_path / "run").exists()
+
+
+def test_shards_are_not_refined() -> None:
+    config = make(PretrainConfig, {"refine.share": 0.5, "parallel": "fsdp"})
+    check_parallel(config, 1)
+    with pytest.raises(ConfigError, match="fsdp"):
+        check_parallel(config, 2)

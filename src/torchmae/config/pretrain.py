@@ -225,6 +225,7 @@ class RefineConfig(Settings, group="refine."):
 
     A contrastive loss after masked pre-training, as in MIM-Refiner (Alkin et al. 2024, arXiv 2402.10093). A projection
     head (SimCLR) reads the mean of a view's visible patch tokens. The learning rate goes through its schedule again.
+    A view is compared with those of the other images of its micro-batch and rank.
 
     Attributes:
         share: share of the run's minutes, or else of its steps, that refines; 0: none.

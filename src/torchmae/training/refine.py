@@ -112,7 +112,7 @@ def changed_colours(images: Tensor, strength: float, grey: float) -> Tensor:
 
     Args:
         images: (B, C, *size), normalised.
-        strength: 1 shifts brightness by up to 0.4 standard deviations and changes contrast by up to a quarter; 0: nothing.
+        strength: 1 shifts brightness by up to 0.4 standard deviations, and contrast by a quarter; 0: nothing.
         grey: share of the images whose channels all become their mean, in [0, 1].
     """
     rest = [1] * (images.ndim - 2)
