@@ -52,15 +52,19 @@ def test_the_loss_is_that_of_picking_the_other_view() -> None:
 @pytest.mark.parametrize("shape", [(64, 3, 8, 8), (64, 1, 40), (64, 5, 4, 4, 4)])
 def test_colours_change_and_nothing_else(shape: tuple[int, ...]) -> None:
     images = torch.randn(shape)
-    torch.testing.assert_close(changed_colours(images, 0, 0), images)
-    changed = changed_colours(images, 1, 0)
+    offset = torch.rand(shape[1], *[1] * (len(shape) - 2))
+    torch.testing.assert_close(changed_colours(images, offset, 0, 0), images)
+    changed = changed_colours(images, offset, 1, 0)
     for one, other in zip(images, changed, strict=True):  # each is a linear map of an image's channels
         known = torch.stack([*one.flatten(1), torch.ones(one[0].numel())])
         for channel in other.flatten(1):
             found = torch.linalg.lstsq(known.T, channel[:, None]).solution
             torch.testing.assert_close(known.T @ found, channel[:, None], atol=1e-3, rtol=1e-3)
-    grey = changed_colours(images, 0, 1)
-    torch.testing.assert_close(grey, images.mean(1, keepdim=True).expand_as(images))
+    values = images + offset
+    grey = changed_colours(images, offset, 0, 1) + offset
+    torch.testing.assert_close(grey, values.mean(1, keepdim=True).expand_as(values))
+    brighter = changed_colours(images[:, :1] * 0, offset[:1], 1, 0)  # all values alike: brightness alone
+    assert (brighter / offset[:1]).abs().max() < 1.4 * 1.1 - 1
 
 
 def test_a_run_is_refined_at_its_end_and_resumed_in_either_stage(tmp_path: Path, monkeypatch: Any) -> None:

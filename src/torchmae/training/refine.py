@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchmae.data.loader import Batch, View
-from torchmae.data.transforms import CROP_NUMBERS, crop_boxes, resample, resample_valid
+from torchmae.data.transforms import CROP_NUMBERS, Normalisation, crop_boxes, resample, resample_valid
 from torchmae.nn.contrast import Contrast
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Masker
@@ -52,13 +52,22 @@ def autoencoder_of(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 class RefineTask(PretrainTask):
     """Goes on with a pre-trained model: `RefineConfig`.
 
-    `view` says how images are cropped and whether they are mirrored.
+    `view` says how images are cropped and whether they are mirrored, `normalisation` what their values mean.
     """
 
     def __init__(
-        self, loop: PretrainSettings, model: MaskedAutoencoder, runtime: Runtime, batch_size: int, *, view: View
+        self,
+        loop: PretrainSettings,
+        model: MaskedAutoencoder,
+        runtime: Runtime,
+        batch_size: int,
+        *,
+        view: View,
+        normalisation: Normalisation,
     ) -> None:
         self._view = view
+        offset = torch.tensor(normalisation.mean) / torch.tensor(normalisation.std)
+        self._offset = offset.view(-1, *[1] * len(view.input_size)).to(runtime.device)
         self._view_masker = Masker(model.encoder, ratio=loop.refine.mask_ratio)
         super().__init__(loop, model, runtime, batch_size)
         self.names = (*self.names, "contrast")
@@ -84,14 +93,17 @@ class RefineTask(PretrainTask):
         )
         flip = torch.rand(count).numpy() < 0.5 if self._view.flip else np.zeros(count, dtype=bool)
         if valid is None:
-            views = changed_colours(resample(images, boxes, size, flip), settings.colour, settings.grey)
+            views = self._changed(resample(images, boxes, size, flip))
         else:
             images, valid = resample_valid(images, valid.repeat_interleave(2, 0), boxes, size, flip)
-            views = torch.where(valid, changed_colours(images, settings.colour, settings.grey), 0.0)
+            views = torch.where(valid, self._changed(images), 0.0)
         epochs = 2 * np.repeat(batch.epoch, count if isinstance(batch.epoch, int) else 2) + np.arange(count) % 2
         masker = self._view_masker.for_images(views)
         masks = masker(self.loop.seed, epochs, batch.indices.repeat(2), views.device, valid)
         return tuple(part.view(count // 2, 2, *part.shape[1:]) for part in (views, masks.ids_keep))
+
+    def _changed(self, images: Tensor) -> Tensor:
+        return changed_colours(images, self._offset, self.loop.refine.colour, self.loop.refine.grey)
 
     def stand_in(self, inputs: Inputs) -> Inputs:
         """As `Task.stand_in`."""
@@ -104,26 +116,28 @@ class RefineTask(PretrainTask):
         return loss, *(item.detach() for item in each)
 
 
-def changed_colours(images: Tensor, strength: float, grey: float) -> Tensor:
+def changed_colours(images: Tensor, offset: Tensor, strength: float, grey: float) -> Tensor:
     """Changes each image's brightness, contrast, saturation and the balance of its channels at random.
 
-    It acts on normalised values of any channels and axes, so that no unit matters. Without colour, one channel changes
-    its brightness and contrast alone. Numbers are drawn from torch's generator.
+    Images have any number of channels and axes; without colour, brightness and contrast change alone. Numbers are drawn
+    from torch's generator.
 
     Args:
         images: (B, C, *size), normalised.
-        strength: 1 shifts brightness by up to 0.4 standard deviations, and contrast by a quarter; 0: nothing.
+        offset: (C, 1, ...), what makes a multiple of the values before normalisation of them: mean over deviation.
+        strength: 1 changes brightness, contrast and saturation by up to 40% and channels by up to 10%; 0: nothing.
         grey: share of the images whose channels all become their mean, in [0, 1].
     """
     rest = [1] * (images.ndim - 2)
 
-    def draw(largest: float, channels: int = 1) -> Tensor:
+    def factor(largest: float, channels: int = 1) -> Tensor:
         numbers = torch.rand(len(images), channels, *rest, device=images.device)
-        return largest * strength * (2 * numbers - 1)
+        return 1 + largest * strength * (2 * numbers - 1)
 
-    mean = images.mean(dim=tuple(range(1, images.ndim)), keepdim=True)
-    images = mean + (images - mean) * (1 + draw(0.25)) + draw(0.4)
-    plain = images.mean(dim=1, keepdim=True)
+    values = (images + offset) * factor(0.4)
+    mean = values.mean(dim=tuple(range(1, images.ndim)), keepdim=True)
+    values = mean + (values - mean) * factor(0.4)
+    plain = values.mean(dim=1, keepdim=True)
     is_grey = torch.rand(len(images), 1, *rest, device=images.device) < grey
-    images = plain + (images - plain) * torch.where(is_grey, 0.0, 1 + draw(0.25))
-    return images * (1 + draw(0.05, images.shape[1])) + draw(0.1, images.shape[1])
+    values = plain + (values - plain) * torch.where(is_grey, 0.0, factor(0.4))
+    return values * factor(0.1, images.shape[1]) - offset
