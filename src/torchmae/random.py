@@ -33,6 +33,7 @@ class Purpose(IntEnum):
     HOLD_OUT = 4
     SUBSET = 5
     BOOTSTRAP = 6
+    VIEW = 7
 
 
 def philox(counter: npt.NDArray[np.uint64], key: tuple[int, int]) -> npt.NDArray[np.uint64]:

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from torchmae.data.loader import Batch, View
-from torchmae.data.transforms import CROP_NUMBERS, Normalisation, crop_boxes, resample, resample_valid
+from torchmae.data.transforms import CROP_NUMBERS, Normalisation, crop_boxes, resample, resample_valid, to_device
 from torchmae.nn.contrast import Contrast
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Masker
+from torchmae.random import Purpose, uniform
 from torchmae.training.pretrain_task import PretrainSettings, PretrainTask
 from torchmae.training.runtime import Runtime
 from torchmae.training.task import Inputs, seeded
+
+COLOUR_NUMBERS = 4  # random numbers of a view's colours, beside one for each channel
 
 
 class Refined(nn.Module):
@@ -88,22 +91,21 @@ class RefineTask(PretrainTask):
         """(B, 2, C, *size), and the visible patches of each, (B, 2, K)."""
         settings, count, size = self.loop.refine, 2 * len(batch.images), tuple(batch.images.shape[2:])
         images, valid = batch.images.repeat_interleave(2, 0), batch.valid
-        boxes = crop_boxes(
-            torch.rand(count, CROP_NUMBERS).numpy(), size, settings.crop_scale, self._view.crop_ratio, size
-        )
-        flip = torch.rand(count).numpy() < 0.5 if self._view.flip else np.zeros(count, dtype=bool)
-        if valid is None:
-            views = self._changed(resample(images, boxes, size, flip))
-        else:
-            images, valid = resample_valid(images, valid.repeat_interleave(2, 0), boxes, size, flip)
-            views = torch.where(valid, self._changed(images), 0.0)
         epochs = 2 * np.repeat(batch.epoch, count if isinstance(batch.epoch, int) else 2) + np.arange(count) % 2
-        masker = self._view_masker.for_images(views)
-        masks = masker(self.loop.seed, epochs, batch.indices.repeat(2), views.device, valid)
+        drawn = self.loop.seed, epochs, batch.indices.repeat(2)
+        numbers = uniform(*drawn, Purpose.VIEW, CROP_NUMBERS + 1 + COLOUR_NUMBERS + images.shape[1])
+        for_crop, for_flip, for_colours = np.split(numbers, (CROP_NUMBERS, CROP_NUMBERS + 1), axis=1)
+        boxes = crop_boxes(for_crop, size, settings.crop_scale, self._view.crop_ratio, size)
+        flip = (for_flip[:, 0] < 0.5) & self._view.flip
+        if valid is None:
+            views = resample(images, boxes, size, flip)
+        else:
+            views, valid = resample_valid(images, valid.repeat_interleave(2, 0), boxes, size, flip)
+        colours = to_device(torch.from_numpy(for_colours), views.device)
+        views = changed_colours(views, self._offset, colours, settings.colour, settings.grey)
+        views = views if valid is None else torch.where(valid, views, 0.0)
+        masks = self._view_masker.for_images(views)(*drawn, views.device, valid)
         return tuple(part.view(count // 2, 2, *part.shape[1:]) for part in (views, masks.ids_keep))
-
-    def _changed(self, images: Tensor) -> Tensor:
-        return changed_colours(images, self._offset, self.loop.refine.colour, self.loop.refine.grey)
 
     def stand_in(self, inputs: Inputs) -> Inputs:
         """As `Task.stand_in`."""
@@ -116,28 +118,28 @@ class RefineTask(PretrainTask):
         return loss, *(item.detach() for item in each)
 
 
-def changed_colours(images: Tensor, offset: Tensor, strength: float, grey: float) -> Tensor:
-    """Changes each image's brightness, contrast, saturation and the balance of its channels at random.
+def changed_colours(images: Tensor, offset: Tensor, numbers: Tensor, strength: float, grey: float) -> Tensor:
+    """Changes each image's brightness, contrast, saturation and the balance of its channels.
 
-    Images have any number of channels and axes; without colour, brightness and contrast change alone. Numbers are drawn
-    from torch's generator.
+    Images have any number of channels and axes; without colour, brightness and contrast change alone.
 
     Args:
         images: (B, C, *size), normalised.
-        offset: (C, 1, ...), what makes a multiple of the values before normalisation of them: mean over deviation.
+        offset: (C, 1, ...), the mean of each channel over its deviation, as they were normalised by.
+        numbers: (B, COLOUR_NUMBERS + C), uniform in [0, 1).
         strength: 1 changes brightness, contrast and saturation by up to 40% and channels by up to 10%; 0: nothing.
         grey: share of the images whose channels all become their mean, in [0, 1].
     """
-    rest = [1] * (images.ndim - 2)
+    numbers = numbers.unflatten(1, (-1, *[1] * (images.ndim - 2)))  # type: ignore[no-untyped-call]
+    brightness, contrast, saturation, is_grey = numbers[:, :COLOUR_NUMBERS, None].unbind(1)
+    channels = numbers[:, COLOUR_NUMBERS:]
 
-    def factor(largest: float, channels: int = 1) -> Tensor:
-        numbers = torch.rand(len(images), channels, *rest, device=images.device)
-        return 1 + largest * strength * (2 * numbers - 1)
+    def factor(largest: float, drawn: Tensor) -> Tensor:
+        return 1 + largest * strength * (2 * drawn - 1)
 
-    values = (images + offset) * factor(0.4)
+    values = (images + offset) * factor(0.4, brightness)
     mean = values.mean(dim=tuple(range(1, images.ndim)), keepdim=True)
-    values = mean + (values - mean) * factor(0.4)
+    values = mean + (values - mean) * factor(0.4, contrast)
     plain = values.mean(dim=1, keepdim=True)
-    is_grey = torch.rand(len(images), 1, *rest, device=images.device) < grey
-    values = plain + (values - plain) * torch.where(is_grey, 0.0, factor(0.4))
-    return values * factor(0.1, images.shape[1]) - offset
+    values = plain + (values - plain) * torch.where(is_grey < grey, 0.0, factor(0.4, saturation))
+    return values * factor(0.1, channels) - offset
