@@ -234,8 +234,8 @@ def test_the_final_table() -> None:
         ({"depth": 3}, ((48, 200), (8, 8))),
         ({"preset": "vit_tiny", "patch_size": 16}, ((48, 192), (16, 16))),
         ({"patch_size": [16, 32]}, ((48, 192), (16, 32))),
-        ({"preset": "vit_tiny", "input_size": [64, 128]}, ((64, 128), (16, 16))),
-        ({"preset": "mlp"}, ((32, 32), None)),
+        ({"preset": "vit_tiny", "input_size": [64, 128]}, ((64, 128), (8, 8))),
+        ({"preset": "mlp"}, ((64, 64), None)),
     ],
 )
 def test_the_data_proposes_the_sizes_that_are_not_said(place: Path, options: Any, expected: Any) -> None:

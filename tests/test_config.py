@@ -61,7 +61,7 @@ def test_parts_are_configs_of_their_own() -> None:
     config = PretrainConfig(mask=MaskConfig(ratio=0.5))
     assert config.mask.ratio == 0.5
     assert config.optim == OptimConfig()
-    assert sum(is_dataclass(getattr(config, part.name)) for part in fields(config)) == 5
+    assert sum(is_dataclass(getattr(config, part.name)) for part in fields(config)) == 6
 
 
 @pytest.mark.parametrize(

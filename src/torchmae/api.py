@@ -221,16 +221,17 @@ def configure(given: Mapping[str, Any], splits: Mapping[str, Source] | None = No
         check_compiler()
     except ConfigError:
         below["compile"] = False
-    below = {**as_long_as_clips(settings.from_recipe({**given, "recipe": recipe})), **below}
+    below = {**as_long_as_clips(settings.from_recipe({**below, **given, "recipe": recipe})), **below}
     return settings.from_recipe({**below, **given, "recipe": recipe})
 
 
 def as_long_as_clips(config: PretrainConfig) -> settings.Given:
     """The setting of an input as long as the clips of `data.clip`; none for the recipe's own, and for pictures."""
-    clip = config.data.clip
+    if (clip := config.data.clip) is None:
+        return {}
     length = clip[0] if isinstance(clip, tuple) else clip
     size = presets.arguments(config.model.preset, **overrides(config))["input_size"]
-    return {} if length in (None, size[0]) or len(size) == 2 else {"model.input_size": (length, *size[1:])}
+    return {} if len(size) == 2 else {"model.input_size": (length, *size[1:])}
 
 
 def proposed(model: ModelConfig, shape: dict[str, Any]) -> dict[str, Any]:

@@ -153,7 +153,7 @@ def test_evaluate(kind: Kind, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_embed(kind: Kind) -> None:
-    call("embed", kind.run, "--out", kind.out("f.npz"), "--progress", "none")
+    call("embed", kind.run, "--out", kind.out("f.npz"), "--precision", "fp32", "--progress", "none")
     found = read_features(kind.out("f.npz"))
     assert found.features.shape == (COUNT, 16) and np.isfinite(found.features).all()
     loaded = torchmae.load(kind.run)

@@ -25,7 +25,7 @@ from torchmae.data.loader import Batch, Plan
 from torchmae.errors import CheckpointError, Interrupted, TrainingError
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Masker
-from torchmae.training import compilation, pretrain, trainer, window
+from torchmae.training import compilation, pretrain, pretrain_task, trainer, window
 from torchmae.training.checkpoint import load_checkpoint
 from torchmae.training.optim import build_optimizers, lr_factor, set_lr
 from torchmae.training.pretrain_task import PretrainTask
@@ -481,7 +481,7 @@ def test_nothing_that_is_not_finite_is_saved(tmp_path: Path, where: str) -> None
 
     with pytest.MonkeyPatch.context() as patch:
         build = build_optimizers
-        patch.setattr(pretrain, "build_optimizers", lambda *args: held.extend(build(*args)) or held)
+        patch.setattr(pretrain_task, "build_optimizers", lambda *args: held.extend(build(*args)) or held)
         with pytest.raises(TrainingError, match=r"^the weights are not finite after step 9; the last good"):
             train(CONFIG, model, images(10), tmp_path, evaluators=[Evaluator(1, spoil)])
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000000"]

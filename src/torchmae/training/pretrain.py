@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchmae.data.loader import Batch, ImageLoader, Plan, View
-from torchmae.data.transforms import Normalisation
+from torchmae.data.loader import Batch, ImageLoader, Plan
 from torchmae.errors import ConfigError, TrainingError
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.training.checkpoint import Checkpoint
@@ -60,7 +59,7 @@ def pretrain(
     those of `trainer.train`.
     """
     plan = Plan(len(loader), min(batch_size, len(loader)), settings.seed)
-    stages = stages_of(settings, loader.view, loader.normalisation)
+    stages = stages_of(settings, loader)
     total = epochs * plan.steps_per_epoch
     refining = round(settings.refine.share * total)
     steps = [total - refining, refining][: len(stages)]
@@ -80,11 +79,11 @@ def pretrain(
     return state
 
 
-def stages_of(settings: PretrainSettings, view: View, normalisation: Normalisation) -> list[tuple[float, Stage]]:
-    """The stages of a run on such images, each with its share of the run."""
+def stages_of(settings: PretrainSettings, loader: ImageLoader | None) -> list[tuple[float, Stage]]:
+    """The stages of a run on the loader's images (None: on any), each with its share of the run."""
     share = settings.refine.share
     masked: list[tuple[float, Stage]] = [(1 - share, PretrainTask)]
-    return [*masked, (share, partial(RefineTask, view=view, normalisation=normalisation))] if share else masked
+    return [*masked, (share, partial(RefineTask, loader=loader))] if share else masked
 
 
 @contextmanager
@@ -198,8 +197,7 @@ def try_step(settings: PretrainSettings, model: MaskedAutoencoder, shape: tuple[
     copied = copy.deepcopy(model)
     place(copied, settings.parallel, runtime)
     indices = np.arange(shape[0])
-    view, channels = View(shape[2:], (1.0, 1.0), (1.0, 1.0), flip=False), shape[1]
-    (_, last) = stages_of(settings, view, Normalisation((0.0,) * channels, (1.0,) * channels))[-1]
+    (_, last) = stages_of(settings, None)[-1]
     try:
         with trial(settings, copied, runtime, shape[0], last) as (task, compiled), compiled(True):
             images = torch.zeros(shape, device=runtime.device)

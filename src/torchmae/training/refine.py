@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchmae.data.loader import Batch, View
-from torchmae.data.transforms import CROP_NUMBERS, Normalisation, crop_boxes, resample, resample_valid, to_device
+from torchmae.data.loader import Batch, ImageLoader
+from torchmae.data.transforms import CROP_NUMBERS, crop_boxes, resample, resample_valid, to_device
 from torchmae.nn.contrast import Contrast
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Masker
@@ -55,7 +55,7 @@ def autoencoder_of(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 class RefineTask(PretrainTask):
     """Goes on with a pre-trained model: `RefineConfig`.
 
-    `view` says how images are cropped and whether they are mirrored, `normalisation` what their values mean.
+    `loader` says how images are cropped, whether they are mirrored, and how they were normalised; None: not at all.
     """
 
     def __init__(
@@ -65,12 +65,13 @@ class RefineTask(PretrainTask):
         runtime: Runtime,
         batch_size: int,
         *,
-        view: View,
-        normalisation: Normalisation,
+        loader: ImageLoader | None,
     ) -> None:
-        self._view = view
-        offset = torch.tensor(normalisation.mean) / torch.tensor(normalisation.std)
-        self._offset = offset.view(-1, *[1] * len(view.input_size)).to(runtime.device)
+        self._ratio, self._flip, offset = (1.0, 1.0), False, torch.zeros(model.encoder.in_chans)
+        if loader is not None:
+            self._ratio, self._flip = loader.view.crop_ratio, loader.view.flip
+            offset = torch.tensor(loader.normalisation.mean) / torch.tensor(loader.normalisation.std)
+        self._offset = offset.view(-1, *[1] * len(model.patch_size)).to(runtime.device)
         self._view_masker = Masker(model.encoder, ratio=loop.refine.mask_ratio)
         super().__init__(loop, model, runtime, batch_size)
         self.names = (*self.names, "contrast")
@@ -95,8 +96,8 @@ class RefineTask(PretrainTask):
         drawn = self.loop.seed, epochs, batch.indices.repeat(2)
         numbers = uniform(*drawn, Purpose.VIEW, CROP_NUMBERS + 1 + COLOUR_NUMBERS + images.shape[1])
         for_crop, for_flip, for_colours = np.split(numbers, (CROP_NUMBERS, CROP_NUMBERS + 1), axis=1)
-        boxes = crop_boxes(for_crop, size, settings.crop_scale, self._view.crop_ratio, size)
-        flip = (for_flip[:, 0] < 0.5) & self._view.flip
+        boxes = crop_boxes(for_crop, size, settings.crop_scale, self._ratio, size)
+        flip = (for_flip[:, 0] < 0.5) & self._flip
         if valid is None:
             views = resample(images, boxes, size, flip)
         else:
