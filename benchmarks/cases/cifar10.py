@@ -15,14 +15,14 @@ from case import Case, main
 
 def prepare(data: Path, work: Path) -> None:
     """A link to the data set, in any form that torchmae reads."""
-    (work / "cifar10").symlink_to(data)
+    (work / "images").symlink_to(data)  # "cifar10" would be torchvision's set
 
 
 PROTOCOL = {"method": "knn,linear", "test_data": "test", "train_images": 10_000, "test_images": 5_000}
 CASE = Case(
     "cifar10",
     prepare,
-    {"data": {"source": "cifar10", "val_size": 5_000}, "recipe": "cifar10-cpu"},
+    {"data": {"source": "images", "val_size": 5_000}, "recipe": "cifar10-cpu"},
     {
         "test": (
             PROTOCOL,
