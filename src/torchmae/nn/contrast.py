@@ -27,7 +27,7 @@ class Contrast(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """The loss of features (2 B, D), those of an image's two views one after the other: a scalar float32."""
+        """The loss, a scalar float32, of features (2 B, D); rows 2 i and 2 i + 1 are the two views of image i."""
         z = F.normalize(self.head(features).float(), dim=1)
         places = torch.arange(len(z), device=z.device)
         similarity = (z @ z.T / self.temperature).masked_fill(places[:, None] == places, float("-inf"))

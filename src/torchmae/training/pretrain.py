@@ -34,7 +34,7 @@ PROBE_SHARE = 0.02  # of max_minutes, at least, is spent on measuring the speed
 USABLE = 0.9  # of a GPU's memory: fragmentation grows in a long run, and evaluation takes some
 _MANY_STEPS = 1_000_000
 Stage = Callable[[PretrainSettings, MaskedAutoencoder, Runtime, int], PretrainTask]
-"""Makes the task of a stage of the run; the last argument is the number of images of a step on all ranks."""
+"""Builds the task of one stage; the last argument is the global batch size."""
 
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, spread evenly however many there are
 
@@ -80,7 +80,7 @@ def pretrain(
 
 
 def stages_of(settings: PretrainSettings, loader: ImageLoader | None) -> list[tuple[float, Stage]]:
-    """The stages of a run on the loader's images (None: on any), each with its share of the run."""
+    """The stages of a run, each with its share of the run; without a loader, for steps on blank images."""
     share = settings.refine.share
     masked: list[tuple[float, Stage]] = [(1 - share, PretrainTask)]
     return [*masked, (share, partial(RefineTask, loader=loader))] if share else masked
@@ -90,7 +90,7 @@ def stages_of(settings: PretrainSettings, loader: ImageLoader | None) -> list[tu
 def trial(
     settings: PretrainSettings, model: MaskedAutoencoder, runtime: Runtime, batch_size: int, stage: Stage
 ) -> Iterator[tuple[PretrainTask, Callable[[bool], AbstractContextManager[None]]]]:
-    """A task of a stage whose steps leave the weights as they are, and `first_shapes_only`'s context of each step.
+    """Yields a stage's task, whose steps do not change the weights, and `first_shapes_only`'s context of each step.
 
     The learning rate is 0; optimisers, gradients and wrappers are gone afterwards, compiled code stays.
     """

@@ -23,7 +23,7 @@ COLOUR_NUMBERS = 4  # random numbers of a view's colours, beside one for each ch
 
 
 class Refined(nn.Module):
-    """A masked autoencoder, and the contrast between what its encoder makes of two views' visible patches."""
+    """A masked autoencoder with a contrastive loss between two masked views of each image."""
 
     def __init__(self, model: MaskedAutoencoder, contrast: Contrast) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def autoencoder_of(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class RefineTask(PretrainTask):
-    """Goes on with a pre-trained model: `RefineConfig`.
+    """Trains a pre-trained model further, by the settings of `RefineConfig`.
 
     `loader` says how images are cropped, whether they are mirrored, and how they were normalised; None: not at all.
     """
@@ -89,7 +89,7 @@ class RefineTask(PretrainTask):
         return *super().inputs(few, total - 1, total), *self._views(batch)
 
     def _views(self, batch: Batch) -> Inputs:
-        """(B, 2, C, *size), and the visible patches of each, (B, 2, K)."""
+        """Two views of each image, (B, 2, C, *size), and the indices of their visible patches, (B, 2, K)."""
         settings, count, size = self.loop.refine, 2 * len(batch.images), tuple(batch.images.shape[2:])
         images, valid = batch.images.repeat_interleave(2, 0), batch.valid
         epochs = 2 * np.repeat(batch.epoch, count if isinstance(batch.epoch, int) else 2) + np.arange(count) % 2

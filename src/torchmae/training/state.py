@@ -45,7 +45,7 @@ class State:
 
     @property
     def span(self) -> tuple[int, int]:
-        """The steps of the stage: its first one, and the one after its last, from 0. A schedule lasts for a stage."""
+        """First step of the current stage, and last step plus 1. Each stage has its own learning-rate schedule."""
         boundary = self.total_steps if self.first_steps is None else self.first_steps
         return (0, boundary) if self.stage == 0 else (boundary, self.total_steps)
 
