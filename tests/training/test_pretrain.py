@@ -641,3 +641,5 @@ def test_a_checkpoint_of_another_model(tmp_path: Path) -> None:
 def test_state_is_what_a_checkpoint_holds() -> None:
     state = State(3, 9, 1.5, 0.25, "fp32", "abc")
     assert State(**json.loads(json.dumps(asdict(state)))) == state
+    two = replace(state, first_steps=5, second_step=3.0)
+    assert (state.remaining, two.remaining, replace(two, step=6, stage=1).remaining) == (6, 2 + 4 * 3, 3)

@@ -37,16 +37,27 @@ def records(run: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["kind"] == kind]
 
 
-def test_the_loss_is_that_of_picking_the_other_view() -> None:
-    contrast = Contrast(6, 0.5)
+@pytest.mark.parametrize("views", [2, 4])
+def test_the_loss_is_that_of_picking_another_view(views: int) -> None:
+    contrast = Contrast(6, 0.5, views)
     features = torch.randn(8, 6)
     z = F.normalize(contrast.head(features), dim=1)
-    expected = 0.0
+    losses = []
     for i in range(8):
-        others = [j for j in range(8) if j != i]
-        scores = torch.stack([z[i] @ z[j] / 0.5 for j in others]).log_softmax(0)
-        expected -= scores[others.index(i ^ 1)].item() / 8
-    assert contrast(features).item() == pytest.approx(expected, rel=1e-5)
+        image = range(i // views * views, (i // views + 1) * views)
+        for other in image:
+            if other != i:
+                scores = torch.stack([z[i] @ z[j] / 0.5 for j in range(8) if j not in image or j == other])
+                losses.append(torch.logsumexp(scores, 0) - z[i] @ z[other] / 0.5)
+    assert contrast(features).item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+
+
+def test_one_image_has_no_others_and_teaches_nothing() -> None:
+    contrast = Contrast(6, 0.1, 2)
+    loss = contrast(torch.randn(2, 6))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(torch.equal(weight.grad, torch.zeros_like(weight)) for weight in contrast.parameters())
 
 
 @pytest.mark.parametrize("shape", [(64, 3, 8, 8), (64, 1, 40), (64, 5, 4, 4, 4)])
@@ -124,7 +135,7 @@ def test_views_of_clips_and_of_images_with_holes(tmp_path: Path) -> None:
             tmp_path / f"{name}.npy",
             **{**RUN, "batch_size": 8},
             model={"input_size": size, "patch_size": patch},
-            refine={"share": 0.9},
+            refine={"share": 0.9, "views": 3},
             accumulate=2,
             out=tmp_path / name,
         )
@@ -133,7 +144,7 @@ def test_views_of_clips_and_of_images_with_holes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [{"recipe": "tutorial"}, {"refine": {"share": 1.0}}, {"refine": {"crop_scale": (0.5, 0.2)}}]
+    "given", [{"recipe": "tutorial"}, {"refine": {"share": 1.0}}, {"refine": {"crop_scale": (0.5, 0.2)}}, {"refine": {"views": 1}}]
 )
 def test_what_cannot_be_refined(given: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError):

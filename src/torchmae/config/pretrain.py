@@ -221,7 +221,7 @@ class OptimConfig(Settings, group="optim."):
 
 @dataclass(frozen=True)
 class RefineConfig(Settings, group="refine."):
-    """The end of the run: two views of an image learn to be alike, while masked patches are still predicted.
+    """The end of the run: views of an image learn to be alike, while masked patches are still predicted.
 
     A contrastive loss after masked pre-training, as in MIM-Refiner (Alkin et al. 2024, arXiv 2402.10093). A projection
     head (SimCLR) reads the mean of a view's visible patch tokens. The learning rate goes through its schedule again.
@@ -229,6 +229,7 @@ class RefineConfig(Settings, group="refine."):
 
     Attributes:
         share: share of the run's minutes, or else of its steps, that refines; 0: none.
+        views: number of views of each image; a step takes as much more time.
         temperature: divides the cosines between views; lower ones weigh the most similar images more.
         mask_ratio: masked share of a view's patches, in (0, 1): the encoder reads the others alone.
         crop_scale: range of a view's area as a share of the training crop.
@@ -238,6 +239,7 @@ class RefineConfig(Settings, group="refine."):
     """
 
     share: Annotated[float, Range(0, 1, open_high=True)] = 0.0
+    views: Annotated[int, Range(2)] = 2
     temperature: Positive = 0.1
     mask_ratio: Fraction = 0.5
     crop_scale: tuple[PositiveShare, PositiveShare] = (0.4, 1.0)

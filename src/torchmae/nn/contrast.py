@@ -1,4 +1,4 @@
-"""A contrastive loss between two views of each image (SimCLR, Chen et al. 2020, arXiv 2002.05709)."""
+"""A contrastive loss between views of each image (SimCLR, Chen et al. 2020, arXiv 2002.05709)."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 HIDDEN, DIM = 512, 128  # widths of the projection
+NOTHING = -1e4  # a similarity that adds nothing to a sum of exponentials
 
 
 class Contrast(nn.Module):
-    """Tells the other view of an image from the views of all other images: NT-Xent on projected features.
+    """Tells another view of an image from the views of all other images: NT-Xent on projected features.
 
     Args:
         width: of the features, D.
         temperature: divides the cosines; lower ones weigh the most similar images more.
+        views: number of views of each image, V.
     """
 
-    def __init__(self, width: int, temperature: float) -> None:
+    def __init__(self, width: int, temperature: float, views: int) -> None:
         super().__init__()
         self.temperature = temperature
+        self.views = views
         # Statistics of the batch alone: nothing but weights is kept, and evaluation never comes here.
         norm = nn.BatchNorm1d(HIDDEN, track_running_stats=False)
         self.head = nn.Sequential(
@@ -27,8 +30,11 @@ class Contrast(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """The loss, a scalar float32, of features (2 B, D); rows 2 i and 2 i + 1 are the two views of image i."""
+        """The loss, a scalar float32, of features (B V, D), an image's views in successive rows: the mean of all pairs."""
         z = F.normalize(self.head(features).float(), dim=1)
-        places = torch.arange(len(z), device=z.device)
-        similarity = (z @ z.T / self.temperature).masked_fill(places[:, None] == places, float("-inf"))
-        return F.cross_entropy(similarity, places ^ 1)
+        image = torch.arange(len(z), device=z.device) // self.views
+        similarity, same = z @ z.T / self.temperature, image[:, None] == image
+        others = similarity.masked_fill(same, NOTHING).logsumexp(1, keepdim=True)
+        each = F.softplus(others - similarity)  # the cross-entropy of a view among itself and those of other images
+        pairs = same.clone().fill_diagonal_(False)
+        return each.masked_fill(~pairs, 0.0).sum() / pairs.sum()

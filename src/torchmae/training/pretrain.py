@@ -62,15 +62,16 @@ def pretrain(
     stages = stages_of(settings, loader)
     total = epochs * plan.steps_per_epoch
     refining = round(settings.refine.share * total)
-    steps = [total - refining, refining][: len(stages)]
+    steps, times = [total - refining, refining][: len(stages)], [1.0] * len(stages)
     for number, (share, stage) in enumerate(stages if max_minutes is not None and not checkpoint else ()):
         budget = share * (max_minutes or 0) * 60
         seconds = measure_speed(settings, model, loader, plan, runtime, at_least=budget * PROBE_SHARE, stage=stage)
-        steps[number] = max(1, round(budget / seconds))
+        steps[number], times[number] = max(1, round(budget / seconds)), seconds
         what = "steps" if number == 0 else "steps that refine"
         display.say(f"{seconds * 1000:.0f} ms a step: {steps[number]} {what} in {budget / 60:g} minutes")
     first = steps[0] if len(steps) > 1 else None
-    state = State(0, sum(steps), first_steps=first, precision=runtime.precision, data=fingerprint)
+    state = State(0, sum(steps), first_steps=first, second_step=times[-1] / times[0], precision=runtime.precision)
+    state.data = fingerprint
     for number in range(checkpoint.state.get("stage", 0) if checkpoint else 0, len(stages)):
         state.stage = number
         task = stages[number][1](settings, model, runtime, plan.batch_size)

@@ -23,7 +23,7 @@ COLOUR_NUMBERS = 4  # random numbers of a view's colours, beside one for each ch
 
 
 class Refined(nn.Module):
-    """A masked autoencoder with a contrastive loss between two masked views of each image."""
+    """A masked autoencoder with a contrastive loss between masked views of each image."""
 
     def __init__(self, model: MaskedAutoencoder, contrast: Contrast) -> None:
         super().__init__()
@@ -36,8 +36,8 @@ class Refined(nn.Module):
         Args:
             images: (M, C, *size), of which patches are masked.
             mask: which ones.
-            views: (B, 2, C, *size), two of each image.
-            ids_keep: (B, 2, K) int64, each view's visible patches.
+            views: (B, V, C, *size), V of each image.
+            ids_keep: (B, V, K) int64, each view's visible patches.
         """
         output = self.model(images, mask)
         seen = self.model.encoder(views.flatten(0, 1), ids_keep.flatten(0, 1))
@@ -79,21 +79,21 @@ class RefineTask(PretrainTask):
     def wrapped(self, model: MaskedAutoencoder) -> nn.Module:
         """As `PretrainTask.wrapped`."""
         with seeded(self.loop.seed):
-            contrast = Contrast(model.encoder.embed_dim, self.loop.refine.temperature)
+            contrast = Contrast(model.encoder.embed_dim, self.loop.refine.temperature, self.loop.refine.views)
         return Refined(model, contrast.to(self.runtime.device))
 
     def inputs(self, batch: Batch, step: int, total: int) -> Inputs:
-        """Images and their masks, of a part of the batch, and of each of its images two views and their masks."""
+        """Images and their masks, of a part of the batch, and views of each of its images and their masks."""
         del step
         few = batch.only(np.arange(math.ceil(self.loop.refine.masked_share * len(batch.images))))
         return *super().inputs(few, total - 1, total), *self._views(batch)
 
     def _views(self, batch: Batch) -> Inputs:
-        """Two views of each image, (B, 2, C, *size), and the indices of their visible patches, (B, 2, K)."""
-        settings, count, size = self.loop.refine, 2 * len(batch.images), tuple(batch.images.shape[2:])
-        images, valid = batch.images.repeat_interleave(2, 0), batch.valid
-        epochs = 2 * np.repeat(batch.epoch, count if isinstance(batch.epoch, int) else 2) + np.arange(count) % 2
-        drawn = self.loop.seed, epochs, batch.indices.repeat(2)
+        """Views of each image, (B, V, C, *size), and the indices of their visible patches, (B, V, K)."""
+        settings, size, valid = self.loop.refine, tuple(batch.images.shape[2:]), batch.valid
+        images, indices = batch.images.repeat_interleave(settings.views, 0), batch.indices.repeat(settings.views)
+        epochs = np.broadcast_to(batch.epoch, batch.indices.shape).repeat(settings.views) * settings.views
+        drawn = self.loop.seed, epochs + np.arange(len(indices)) % settings.views, indices
         numbers = uniform(*drawn, Purpose.VIEW, CROP_NUMBERS + 1 + COLOUR_NUMBERS + images.shape[1])
         for_crop, for_flip, for_colours = np.split(numbers, (CROP_NUMBERS, CROP_NUMBERS + 1), axis=1)
         boxes = crop_boxes(for_crop, size, settings.crop_scale, self._ratio, size)
@@ -101,12 +101,12 @@ class RefineTask(PretrainTask):
         if valid is None:
             views = resample(images, boxes, size, flip)
         else:
-            views, valid = resample_valid(images, valid.repeat_interleave(2, 0), boxes, size, flip)
+            views, valid = resample_valid(images, valid.repeat_interleave(settings.views, 0), boxes, size, flip)
         colours = to_device(torch.from_numpy(for_colours), views.device)
         views = changed_colours(views, self._offset, colours, settings.colour, settings.grey)
         views = views if valid is None else torch.where(valid, views, 0.0)
         masks = self._view_masker.for_images(views)(*drawn, views.device, valid)
-        return tuple(part.view(count // 2, 2, *part.shape[1:]) for part in (views, masks.ids_keep))
+        return tuple(part.unflatten(0, (-1, settings.views)) for part in (views, masks.ids_keep))
 
     def stand_in(self, inputs: Inputs) -> Inputs:
         """As `Task.stand_in`."""

@@ -41,6 +41,7 @@ class State:
     loss: float = 0.0  # mean of the last whole epoch
     first_steps: int | None = None  # of the first of two stages; None: there is one
     stage: int = 0  # that trains now, from 0
+    second_step: float = 1.0  # time of a step of the second stage over that of the first; 1 also where none was measured
     job: dict[str, Any] = field(default_factory=dict)  # settings, images and seed of a fine-tuning
 
     @property
@@ -48,6 +49,12 @@ class State:
         """First step of the current stage, and last step plus 1. Each stage has its own learning-rate schedule."""
         boundary = self.total_steps if self.first_steps is None else self.first_steps
         return (0, boundary) if self.stage == 0 else (boundary, self.total_steps)
+
+    @property
+    def remaining(self) -> float:
+        """Steps that are left, those of a later stage as so many of the current one as take their time."""
+        end = self.span[1]
+        return end - self.step + (self.total_steps - end) * self.second_step
 
 
 def save(folder: RunFolder, task: Task, state: State) -> None:

@@ -90,7 +90,7 @@ class Window:
         state.seconds += seconds
         speed, wait = sum(self._images) / seconds, self._waited / seconds
         means = [sum(column) / len(taken) for column in zip(*taken, strict=True)] or [math.nan] * len(task.names)
-        remaining = (state.total_steps - state.step) * seconds / len(steps)
+        remaining = state.remaining * seconds / len(steps)
         epoch, epochs = state.step / plan.steps_per_epoch, state.total_steps / plan.steps_per_epoch
         figures = {
             "epoch": epoch,
