@@ -215,7 +215,8 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, own: Own, *, resum
             batch_size = fit_batch(pretrain_settings(config, model), model, size, len(data.train), runtime)
             config = replace(config, batch_size=batch_size, fit_batch=False)
             display.say(f"the largest batch that fits: {batch_size} images")
-        patches = model.encoder.num_patches * (config.refine.views if config.refine.share else 1)  # of an image, or its views
+        views = config.refine.views if config.refine.share else 1
+        patches = model.encoder.num_patches * views  # of an image
         if config.max_tokens is not None and config.max_tokens < config.batch_size * patches:
             batch_size = max(1, config.max_tokens // patches)
             config = replace(config, batch_size=batch_size)

@@ -144,7 +144,13 @@ def test_views_of_clips_and_of_images_with_holes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [{"recipe": "tutorial"}, {"refine": {"share": 1.0}}, {"refine": {"crop_scale": (0.5, 0.2)}}, {"refine": {"views": 1}}]
+    "given",
+    [
+        {"recipe": "tutorial"},
+        {"refine": {"share": 1.0}},
+        {"refine": {"crop_scale": (0.5, 0.2)}},
+        {"refine": {"views": 1}},
+    ],
 )
 def test_what_cannot_be_refined(given: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError):

@@ -30,7 +30,10 @@ class Contrast(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """The loss, a scalar float32, of features (B V, D), an image's views in successive rows: the mean of all pairs."""
+        """The loss, a scalar float32, the mean over all pairs of views of an image.
+
+        `features` are (B V, D), the views of an image in successive rows.
+        """
         z = F.normalize(self.head(features).float(), dim=1)
         image = torch.arange(len(z), device=z.device) // self.views
         similarity, same = z @ z.T / self.temperature, image[:, None] == image

@@ -41,7 +41,7 @@ class State:
     loss: float = 0.0  # mean of the last whole epoch
     first_steps: int | None = None  # of the first of two stages; None: there is one
     stage: int = 0  # that trains now, from 0
-    second_step: float = 1.0  # time of a step of the second stage over that of the first; 1 also where none was measured
+    second_step: float = 1.0  # time of a step of the second stage over one of the first; not measured: 1
     job: dict[str, Any] = field(default_factory=dict)  # settings, images and seed of a fine-tuning
 
     @property
