@@ -2,6 +2,7 @@
 
     python benchmarks/trials.py cifar10 FOLDER [--trials base hog3 ...] [--minutes 2] [--seeds 3]
     python benchmarks/trials.py photos tiny-imagenet-20/train
+    python benchmarks/trials.py cifar10-cpu FOLDER --after RUN --minutes 4  # second stages of one run alone
 
 Each trial is `torchmae pretrain` with the recipe of the data set and the options of its row, on all training images but
 some, and then kNN and the linear probe on those; no test image is read. Seeds come one after the other, so that all
@@ -38,6 +39,7 @@ class Set(NamedTuple):
 
 SETS = {
     "cifar10": Set("cifar10", 5000, 10_000),
+    "cifar10-cpu": Set("cifar10-cpu", 5000, 10_000),
     "photos": Set("photos-64-cpu", 1000, 9_000),
     "digits": Set("digits", 300, 100),  # to try the program
 }
@@ -68,14 +70,21 @@ TRIALS: dict[str, dict[str, Any]] = {
     "rawpix": {"model.norm_pix": False},
     "small24": {"start_size": 24, "start_share": 0.5},
     "repeats2": {"data.repeats": 2},
+    "refine0": {"refine.share": 0},
     "refine20": {"refine.share": 0.2},
     "refine33": {"refine.share": 1 / 3},
     "refine50": {"refine.share": 0.5},
     "refine90": {"refine.share": 0.9},  # hardly any masked pre-training before
-    "refine-cold": {"refine.share": 1 / 3, "refine.temperature": 0.1},
-    "refine-crops": {"refine.share": 1 / 3, "refine.crop_scale": (0.2, 1.0)},
-    "refine-plain": {"refine.share": 1 / 3, "refine.colour": 0, "refine.grey": 0},
-    "refine-few": {"refine.share": 1 / 3, "refine.masked_share": 0.1},
+    # Of a recipe that refines:
+    "views2": {"refine.views": 2, "refine.mask_ratio": 0.5},
+    "views8": {"refine.views": 8, "refine.mask_ratio": 0.875},
+    "lr1": {"refine.lr_ratio": 1},
+    "lr4": {"refine.lr_ratio": 4},
+    "warm": {"refine.temperature": 0.2},
+    "crops": {"refine.crop_scale": (0.2, 1.0)},
+    "plain": {"refine.colour": 0, "refine.grey": 0},
+    "vivid": {"refine.colour": 2},
+    "few": {"refine.masked_share": 0.1},
     # The paper's network and optimiser at this size: what `benchmarks/step.py` sets the recipe beside.
     "paper": {
         "model.depth": 12,
@@ -122,28 +131,34 @@ def main() -> None:
     parser.add_argument("--trials", nargs="*", choices=TRIALS, default=list(TRIALS))
     parser.add_argument("--minutes", type=float, default=2, help="of each training")
     parser.add_argument("--epochs", type=int, help="instead of minutes: as many images for all")
+    parser.add_argument("--after", type=Path, help="a run, from whose weights a second stage alone is trained")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path("trials"), help="folder for the runs")
     args = parser.parse_args()
     about = SETS[args.set]
     length = {"epochs": args.epochs} if args.epochs else {"max_minutes": args.minutes}
+    given: dict[str, Any] = {"recipe": about.recipe, "data.val": "held-out", "data.val_size": about.held_out}
+    given["eval.count"] = 1
+    together = args.set
+    if args.after:
+        given |= {"init_from": str(args.after), "refine.share": 0.999}
+        together += "-after"
     found: dict[str, list[dict[str, float]]] = {name: [] for name in args.trials}
     RESULTS.mkdir(parents=True, exist_ok=True)
     for seed in range(args.seeds):
         for name in args.trials:
-            run = args.work / args.set / f"{name}-{seed}"
+            run = args.work / together / f"{name}-{seed}"
             kept = run / "trial.json"
             if not kept.exists():
                 if run.exists():
                     torchmae.pretrain(resume=run)
                 else:
-                    given = {"recipe": about.recipe, "data.val": "held-out", "data.val_size": about.held_out}
-                    options = {"eval.count": 1, "seed": seed, "out": str(run), **length, **given, **TRIALS[name]}
-                    torchmae.pretrain(args.data, **options)
+                    options = {**given, **length, **TRIALS[name]}
+                    torchmae.pretrain(args.data, **options, seed=seed, out=str(run))
                 kept.write_text(json.dumps(figures_of(run, args.data, about)))
             found[name].append(json.loads(kept.read_text()))
             written = {**length, "recipe": about.recipe, "environment": environment(), "trials": found}
-            (RESULTS / f"{args.set}.json").write_text(json.dumps(written, indent=1) + "\n")
+            (RESULTS / f"{together}.json").write_text(json.dumps(written, indent=1) + "\n")
     print(table(found))
 
 

@@ -43,6 +43,16 @@ def test_a_table_is_made_and_made_again(
     assert [row.split("`")[1] for row in rows] == ["bs32"]
     found = json.loads((tmp_path / "results" / "digits.json").read_text(encoding="utf-8"))
     assert found["trials"]["bs32"][0].keys() >= {"images_seen", "seconds", "explained_variance", "knn20", "linear_c0.1"}
-    monkeypatch.setattr(torchmae, "pretrain", None)
-    trials.main()
+    with monkeypatch.context() as without:
+        without.setattr(torchmae, "pretrain", None)
+        trials.main()
     assert capsys.readouterr().out == printed
+    run = tmp_path / "work" / "digits" / "bs32-0"
+    words[words.index("bs32")] = "views2"
+    monkeypatch.setattr("sys.argv", [*words, "--after", str(run), "--work", str(tmp_path / "work")])
+    trials.main()
+    after = json.loads((tmp_path / "results" / "digits-after.json").read_text(encoding="utf-8"))
+    assert after["trials"].keys() == {"views2"}
+    metrics = (tmp_path / "work" / "digits-after" / "views2-0" / "metrics.jsonl").read_text(encoding="utf-8")
+    trained = [line for line in map(json.loads, metrics.splitlines()) if line["kind"] == "train"]
+    assert trained and all("loss_contrast" in line for line in trained)  # a second stage and nothing before

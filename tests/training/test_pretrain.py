@@ -20,7 +20,7 @@ from small import RUNTIME, Images, images, train, vit
 from torch import Tensor
 
 from torchmae.building import pretrain_settings
-from torchmae.config import ModelConfig, OptimConfig, PretrainConfig
+from torchmae.config import ModelConfig, OptimConfig, PretrainConfig, RefineConfig
 from torchmae.data.loader import Batch, Plan
 from torchmae.errors import CheckpointError, Interrupted, TrainingError
 from torchmae.nn.mae import MaskedAutoencoder
@@ -31,6 +31,7 @@ from torchmae.training.optim import build_optimizers, lr_factor, set_lr
 from torchmae.training.pretrain_task import PretrainTask
 from torchmae.training.progress import Display
 from torchmae.training.ranks import Ranks, one_line_when_lost
+from torchmae.training.refine import RefineTask
 from torchmae.training.runtime import Runtime
 from torchmae.training.state import State, input_range, restore
 from torchmae.training.trainer import Evaluator, out_of_memory, train_step
@@ -250,6 +251,37 @@ def test_minutes_become_steps(tmp_path: Path, clock: Clock, monkeypatch: pytest.
     assert probing == [True] * 16 + [False] * 23  # the first step of the run begins with the same weights
     assert display.said[:1] == ["250 ms a step: 24 steps in 0.1 minutes"]
     assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_second_stage_takes_the_minutes_that_are_left(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[PretrainTask] = []
+    stages_of = pretrain.stages_of
+
+    def step(task: PretrainTask, *args: Any) -> Step:
+        steps.append(task)
+        slower = 1 if len(steps) <= 30 else 1.2  # than when the speed was measured
+        clock.now += slower * (1.0 if isinstance(task, RefineTask) else 0.25)
+        return train_step(task, *args)
+
+    for module in (trainer, pretrain):
+        monkeypatch.setattr(module, "train_step", step)
+    monkeypatch.setattr(pretrain, "stages_of", lambda settings, _: stages_of(settings, None))
+    config = replace(CONFIG, max_minutes=0.2, log_every=1, refine=RefineConfig(share=0.5))
+    display = Recording()
+    state, tracker = train(config, vit(), images(10), tmp_path, display=display)
+    assert [line.split(":")[1].strip() for line in display.said[:2]] == [
+        "24 steps in 0.1 minutes",
+        "6 steps that refine in 0.1 minutes",
+    ]
+    assert (state.first_steps, state.total_steps, state.second_step) == (
+        24,
+        24 + 4,
+        4.0,
+    )  # not 6: 4.8 seconds were left
+    assert state.seconds == pytest.approx(24 * 0.3 + 4 * 1.2)
+    assert len(tracker.of("train")) == 28
 
 
 def test_measuring_takes_a_share_of_the_time_and_changes_nothing(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:

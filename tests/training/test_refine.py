@@ -31,6 +31,8 @@ RUN: dict[str, Any] = {
     "threads": 1,
 }
 
+REFINE = {"share": 0.5, "lr_ratio": 2.0}
+
 
 def records(run: Path, kind: str) -> list[dict[str, Any]]:
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
@@ -81,20 +83,22 @@ def test_colours_change_and_nothing_else(shape: tuple[int, ...]) -> None:
 
 
 def test_a_run_is_refined_at_its_end_and_resumed_in_either_stage(tmp_path: Path, monkeypatch: Any) -> None:
-    whole = torchmae.pretrain(**RUN, refine={"share": 0.5}, out=tmp_path / "whole")
+    whole = torchmae.pretrain(**RUN, refine=REFINE, out=tmp_path / "whole")
     steps = whole.figures["steps"]
     lines = records(whole.path, "train")
     assert steps == 2 * math.ceil(1437 / 256)
     assert [line["step"] for line in lines if "loss_contrast" in line] == [
         line["step"] for line in lines if line["step"] > steps / 2
     ]
+    rates = [line["lr"] for line in lines]
+    assert rates[steps // 2 :] == pytest.approx([2 * rate for rate in rates[: steps // 2]])  # the schedule again
     weights = torchmae.load(whole.path).model.state_dict()
     assert weights.keys() == torchmae.build("vit_digits").state_dict().keys()  # the projection is gone
     for stop in (steps // 2, steps * 3 // 4):
         out = tmp_path / str(stop)
         stopped_at(stop, monkeypatch)
         with pytest.raises(Interrupted):
-            torchmae.pretrain(**RUN, refine={"share": 0.5}, out=out)
+            torchmae.pretrain(**RUN, refine=REFINE, out=out)
         monkeypatch.undo()
         checkpoint = load_checkpoint(out / "checkpoints")
         assert checkpoint is not None

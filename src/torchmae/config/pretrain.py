@@ -230,6 +230,7 @@ class RefineConfig(Settings, group="refine."):
     Attributes:
         share: share of the run's minutes, or else of its steps, that refines; 0: none.
         views: number of views of each image; a step takes as much more time.
+        lr_ratio: peak learning rates of this part over those before it.
         temperature: divides the cosines between views; lower ones weigh the most similar images more.
         mask_ratio: masked share of a view's patches, in (0, 1): the encoder reads the others alone.
         crop_scale: range of a view's area as a share of the training crop.
@@ -240,6 +241,7 @@ class RefineConfig(Settings, group="refine."):
 
     share: Annotated[float, Range(0, 1, open_high=True)] = 0.0
     views: Annotated[int, Range(2)] = 2
+    lr_ratio: Positive = 1.0
     temperature: Positive = 0.1
     mask_ratio: Fraction = 0.5
     crop_scale: tuple[PositiveShare, PositiveShare] = (0.4, 1.0)
@@ -292,8 +294,8 @@ class PretrainConfig(Settings):
             random weights.
         out: the run folder; null: runs/<recipe>-<time>.
         epochs: passes over the training images.
-        max_minutes: minutes of training steps, in place of epochs. The speed of the first steps fixes their number;
-            start-up and validation are not counted.
+        max_minutes: minutes of training steps, in place of epochs. The speed of the first steps fixes their number,
+            and the time that is left that of a second stage; start-up and validation are not counted.
         batch_size: images per optimiser step, over all ranks and micro-batches.
         fit_batch: use the largest batch that fits on the GPU, a power of two images on each, in place of batch_size;
             `--batch auto` for short.

@@ -53,7 +53,9 @@ def pretrain(
     checkpoint: Checkpoint | None = None,
     **others: Any,
 ) -> State:
-    """Trains `model`, which is placed, for `epochs`, or for `max_minutes` at the speed of each stage's first steps.
+    """Trains `model`, which is placed, for `epochs`, or for `max_minutes` at the speed of its first steps.
+
+    A second stage takes what is left of the minutes.
 
     `fingerprint` is that of the training data; `others` are folder, tracker and evaluators. Arguments and errors are
     those of `trainer.train`.
@@ -74,6 +76,10 @@ def pretrain(
     state.data = fingerprint
     for number in range(checkpoint.state.get("stage", 0) if checkpoint else 0, len(stages)):
         state.stage = number
+        if number and max_minutes is not None and not checkpoint:
+            (seconds,) = runtime.ranks.all_reduce_max(state.seconds)
+            left = (max_minutes * 60 - seconds) / (state.second_step * seconds / state.step)
+            state.total_steps = state.step + max(1, round(left))
         task = stages[number][1](settings, model, runtime, plan.batch_size)
         state = train(task, state, loader=loader, plan=plan, display=display, checkpoint=checkpoint, **others)
         checkpoint = None

@@ -75,6 +75,8 @@ class RefineTask(PretrainTask):
         self._view_masker = Masker(model.encoder, ratio=loop.refine.mask_ratio)
         super().__init__(loop, model, runtime, batch_size)
         self.names = (*self.names, "contrast")
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["peak_lr"] *= loop.refine.lr_ratio
 
     def wrapped(self, model: MaskedAutoencoder) -> nn.Module:
         """As `PretrainTask.wrapped`."""
