@@ -57,7 +57,7 @@ TRIALS: dict[str, dict[str, Any]] = {
     "bs64": {"batch_size": 64},
     "bs256": {"batch_size": 256},
     "d128l4": {"model.embed_dim": 128, "model.num_heads": 4, "model.depth": 4},
-    "l4": {"model.depth": 4},
+    "l4": {"model.embed_dim": 192, "model.num_heads": 3, "model.depth": 4},
     "d256": {"model.embed_dim": 256, "model.num_heads": 4},
     "d256r2": {"model.embed_dim": 256, "model.num_heads": 4, "model.mlp_ratio": 2},
     "d256l4": {"model.embed_dim": 256, "model.num_heads": 4, "model.depth": 4},

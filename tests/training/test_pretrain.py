@@ -275,11 +275,8 @@ def test_the_second_stage_takes_the_minutes_that_are_left(
         "24 steps in 0.1 minutes",
         "6 steps that refine in 0.1 minutes",
     ]
-    assert (state.first_steps, state.total_steps, state.second_step) == (
-        24,
-        24 + 4,
-        4.0,
-    )  # not 6: 4.8 seconds were left
+    # Not 6 steps: 4.8 seconds were left.
+    assert (state.first_steps, state.total_steps, state.second_step) == (24, 24 + 4, 4.0)
     assert state.seconds == pytest.approx(24 * 0.3 + 4 * 1.2)
     assert len(tracker.of("train")) == 28
 

@@ -229,7 +229,7 @@ class RefineConfig(Settings, group="refine."):
 
     Attributes:
         share: share of the run's minutes, or else of its steps, that refines; 0: none.
-        views: number of views of each image; a step takes as much more time.
+        views: number of views of each image; the time of a step grows with it.
         lr_ratio: peak learning rates of this part over those before it.
         temperature: divides the cosines between views; lower ones weigh the most similar images more.
         mask_ratio: masked share of a view's patches, in (0, 1): the encoder reads the others alone.
@@ -294,8 +294,8 @@ class PretrainConfig(Settings):
             random weights.
         out: the run folder; null: runs/<recipe>-<time>.
         epochs: passes over the training images.
-        max_minutes: minutes of training steps, in place of epochs. The speed of the first steps fixes their number,
-            and the time that is left that of a second stage; start-up and validation are not counted.
+        max_minutes: minutes of training steps, in place of epochs. The speed of the first steps fixes the number of
+            steps; a second stage takes the minutes that are left. Start-up and validation are not counted.
         batch_size: images per optimiser step, over all ranks and micro-batches.
         fit_batch: use the largest batch that fits on the GPU, a power of two images on each, in place of batch_size;
             `--batch auto` for short.

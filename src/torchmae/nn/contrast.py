@@ -11,7 +11,7 @@ NOTHING = -1e4  # a similarity that adds nothing to a sum of exponentials
 
 
 class Contrast(nn.Module):
-    """Tells another view of an image from the views of all other images: NT-Xent on projected features.
+    """NT-Xent on projected features: a view must find another view of its image among those of all other images.
 
     Args:
         width: of the features, D.

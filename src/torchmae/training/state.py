@@ -52,7 +52,7 @@ class State:
 
     @property
     def remaining(self) -> float:
-        """Steps that are left, those of a later stage as so many of the current one as take their time."""
+        """Remaining time of the run, in steps of the current stage; a step of the next stage counts `second_step`."""
         end = self.span[1]
         return end - self.step + (self.total_steps - end) * self.second_step
 
