@@ -75,7 +75,7 @@ TRIALS: dict[str, dict[str, Any]] = {
     "refine20": {"refine.share": 0.2},
     "refine33": {"refine.share": 1 / 3},
     "refine50": {"refine.share": 0.5},
-    "refine90": {"refine.share": 0.9},  # hardly any masked pre-training before
+    "refine99": {"refine.share": 0.99},  # next to no masked pre-training before
     # Of a recipe that refines:
     "views2": {"refine.views": 2, "refine.mask_ratio": 0.5},
     "views8": {"refine.views": 8, "refine.mask_ratio": 0.875},

@@ -16,7 +16,7 @@ from torchmae.errors import ConfigError
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Masker
 from torchmae.training import compilation
-from torchmae.training.compilation import MAX_WHOLE, check_compiler, compile_model, first_shapes_only, parts
+from torchmae.training.compilation import MAX_WHOLE, check_compiler, compile_model, full_batches_only, parts
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +55,7 @@ def test_only_full_batches_are_compiled(compiled: list[int], sizes: tuple[int, .
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
     compile_model(model, torch.device("cpu"))
     plain = {size: model[1](model[0](torch.ones(size, 3))) for size in (4, 2)}
-    with first_shapes_only(True) as step:
+    with full_batches_only(True) as step:
         for size in sizes:
             with step(size == 4):
                 assert torch.allclose(model(torch.ones(size, 3)), plain[size])
@@ -66,11 +66,21 @@ def test_only_full_batches_are_compiled(compiled: list[int], sizes: tuple[int, .
     assert compiled == [4, 6]
 
 
+def test_each_size_of_images_is_compiled_once(compiled: list[int]) -> None:
+    model = nn.Sequential(nn.Linear(3, 3))
+    compile_model(model, torch.device("cpu"))
+    with full_batches_only(True) as step:
+        for length in (4, 4, 6, 5, 6, 4):
+            with step(length != 5, (length,)):  # a full batch of its size, but for 5
+                model(torch.ones(length, 3))
+    assert compiled == [4, 6]
+
+
 def test_one_run_after_another_is_compiled(compiled: list[int]) -> None:
     sizes = list(range(4, 4 + torch._dynamo.config.recompile_limit + 2))
     for size in sizes:  # PyTorch compiles so many shapes of one function, and says in a warning that it has stopped
         model = nn.Sequential(nn.Linear(3, 3))
-        with first_shapes_only(True) as step:
+        with full_batches_only(True) as step:
             compile_model(model, torch.device("cpu"))
             with step(True):
                 model(torch.ones(size, 3))
@@ -103,7 +113,7 @@ def test_blocks_of_different_drop_rates_share_their_code(monkeypatch: pytest.Mon
     monkeypatch.setattr(compilation, "check_compiler", lambda: None)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda graph, _: codes.append(1) or graph))
     model = vit(depth=5, drop_path=0.4).train()
-    with first_shapes_only(True) as step, step(True):
+    with full_batches_only(True) as step, step(True):
         compile_model(model, torch.device("cpu"), by_block=True)
         for block in model.encoder.blocks:
             block(torch.ones(2, 3, 16))
@@ -133,7 +143,7 @@ def test_the_budget_saves_memory_and_changes_nothing() -> None:
             sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        with first_shapes_only(budget is not None) as step, step(True):
+        with full_batches_only(budget is not None) as step, step(True):
             if budget is not None:
                 compile_model(model, torch.device("cpu"), budget=budget)
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -174,7 +184,7 @@ def test_the_loss_of_a_single_target_keeps_its_gradient() -> None:
     masker = Masker(model.encoder, "elements", 0.5)
     mask = masker.from_noise(torch.rand(4, masker.noise_count))
     wanted = model(torch.ones(4, 1, 8, 8), mask)
-    with first_shapes_only(True) as step, step(True):
+    with full_batches_only(True) as step, step(True):
         compile_model(model, torch.device("cpu"))
         output = model(torch.ones(4, 1, 8, 8), mask)
     assert output.loss.item() == pytest.approx(wanted.loss.item(), rel=1e-5)
@@ -191,5 +201,5 @@ def test_a_budget_without_compilation() -> None:
 
 
 def test_nothing_is_compiled_unless_asked() -> None:
-    with first_shapes_only(False) as step, step(True):
+    with full_batches_only(False) as step, step(True):
         pass

@@ -300,14 +300,17 @@ def test_measuring_takes_a_share_of_the_time_and_changes_nothing(clock: Clock, m
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch hides it, but not from this filter
-def test_measuring_compiles_the_first_shape_only(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("start_size", "count"), [(None, 1), (4, 2)])
+def test_measuring_compiles_full_batches_only(
+    monkeypatch: pytest.MonkeyPatch, start_size: int | None, count: int
+) -> None:
     graphs = []
     monkeypatch.setattr(compilation, "check_compiler", lambda: None)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda graph, _: graphs.append(1) or graph))
-    config = replace(CONFIG, compile=True)
+    config = replace(CONFIG, compile=True, start_size=start_size)
     loader = images(10)  # every third batch has 2 images
     pretrain.measure_speed(pretrain_settings(config, vit()), vit(), loader, Plan(10, 4, 0), RUNTIME, at_least=0)  # type: ignore[arg-type]
-    assert len(graphs) == 1
+    assert len(graphs) == count
     torch.compiler.reset()
 
 

@@ -69,7 +69,6 @@ def test_a_run_sees_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         ({"start_size": 16}, "larger than the input"),
         ({"start_size": 3}, "patch"),
         ({"start_size": (4, 4, 4)}, "2 axes"),
-        ({"start_size": 4, "compile": True}, "--compile false"),
         ({"mask": MaskConfig(final_ratio=0.5), "compile": True}, "--compile false"),
     ],
 )

@@ -302,7 +302,7 @@ class PretrainConfig(Settings):
         max_tokens: largest number of patches in an optimiser step, for which a larger batch_size is lowered; null: no
             limit.
         start_size: smaller image size in pixels for the start of the run, a multiple of the patch; null: none.
-        start_share: share of the steps with `start_size`, in (0, 1).
+        start_share: share of the masked steps with `start_size`, in (0, 1).
         accumulate: number of micro-batches per batch and rank, to save memory.
         seed: seed of weights, order, crops, flips and masks.
         device: auto, cpu, cuda, cuda:1, mps.

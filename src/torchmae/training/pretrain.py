@@ -6,7 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from torchmae.data.loader import Batch, ImageLoader, Plan
 from torchmae.errors import ConfigError, TrainingError
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.training.checkpoint import Checkpoint
-from torchmae.training.compilation import first_shapes_only, plain_at_the_end
+from torchmae.training.compilation import StepContext, full_batches_only, plain_at_the_end
 from torchmae.training.optim import set_lr
 from torchmae.training.parallel import place
 from torchmae.training.pretrain_task import PretrainSettings, PretrainTask
@@ -96,13 +96,13 @@ def stages_of(settings: PretrainSettings, loader: ImageLoader | None) -> list[tu
 @contextmanager
 def trial(
     settings: PretrainSettings, model: MaskedAutoencoder, runtime: Runtime, batch_size: int, stage: Stage
-) -> Iterator[tuple[PretrainTask, Callable[[bool], AbstractContextManager[None]]]]:
-    """Yields a stage's task, whose steps do not change the weights, and `first_shapes_only`'s context of each step.
+) -> Iterator[tuple[PretrainTask, StepContext]]:
+    """Yields a stage's task, whose steps do not change the weights, and `full_batches_only`'s context of each step.
 
     The learning rate is 0; optimisers, gradients and wrappers are gone afterwards, compiled code stays.
     """
     try:
-        with plain_at_the_end(model.train()), first_shapes_only(settings.compile, keep=True) as compiled:
+        with plain_at_the_end(model.train()), full_batches_only(settings.compile, keep=True) as compiled:
             task = stage(settings, model, runtime, batch_size)
             set_lr(task.optimizers, 0.0)
             yield task, compiled
@@ -133,7 +133,7 @@ def measure_speed(
         for batch in loader.train_batches(plan, 0, _MANY_STEPS, rank=ranks.rank, world_size=ranks.world_size):
             inputs = task.inputs(batch, int(done * _GOLDEN_RATIO % 1 * _MANY_STEPS), _MANY_STEPS)
             num_images = len(plan.indices(done)[1])
-            with compiled(num_images == plan.batch_size):
+            with compiled(num_images == plan.batch_size, inputs[0].shape[2:]):
                 train_step(task, inputs, num_images).loss.item()
             done += 1
             if done == warm_up:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torchmae.data.loader import Batch, ImageLoader, Plan
 from torchmae.errors import TrainingError
 from torchmae.training.checkpoint import Checkpoint, load_checkpoint
-from torchmae.training.compilation import first_shapes_only, plain_at_the_end
+from torchmae.training.compilation import full_batches_only, plain_at_the_end
 from torchmae.training.optim import copy_matrices, gradient_norm, lr_factor, set_lr, update_to_weight
 from torchmae.training.parallel import exchanging, whole
 from torchmae.training.progress import Display
@@ -97,7 +97,7 @@ def train(
         stop_signals() as stop,
         out_of_memory(task, plan.batch_size),
         plain_at_the_end(task.model),
-        first_shapes_only(loop.compile) as compiled,
+        full_batches_only(loop.compile) as compiled,
     ):
         for batch in batches_to_come(loader, plan, state, ranks, window):
             set_lr(task.optimizers, lr_factor(state.step - first, end - first, loop.optim) * state.lr_scale)
@@ -106,7 +106,7 @@ def train(
             before = copy_matrices(task.model) if log_due and not loop.per_epoch else None
             with seeded(step_seed(loop.seed, state.step, ranks), task.runtime.device):  # drop-path, augmentation
                 inputs = task.inputs(batch, state.step - first, end - first)
-                with compiled(num_images == plan.batch_size):
+                with compiled(num_images == plan.batch_size, inputs[0].shape[2:]):
                     step = train_step(task, inputs, num_images)
             state.step += 1
             task.after_step()
