@@ -140,12 +140,16 @@ def main() -> None:
     length = {"epochs": args.epochs} if args.epochs else {"max_minutes": args.minutes}
     given: dict[str, Any] = {"recipe": about.recipe, "data.val": "held-out", "data.val_size": about.held_out}
     given["eval.count"] = 1
-    together = args.set
+    together = f"{args.set}-{args.epochs}-epochs" if args.epochs else f"{args.set}-{args.minutes:g}-minutes"
     if args.after:
         given |= {"init_from": str(args.after), "refine.share": 0.999}
         together += "-after"
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in args.trials}
+    written: dict[str, Any] = {**length, "recipe": about.recipe, "environment": environment(), "trials": {}}
     RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{together}.json"
+    if path.exists():  # other trials stay
+        written["trials"] = json.loads(path.read_text(encoding="utf-8"))["trials"]
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in args.trials}
     for seed in range(args.seeds):
         for name in args.trials:
             run = args.work / together / f"{name}-{seed}"
@@ -158,8 +162,8 @@ def main() -> None:
                     torchmae.pretrain(args.data, **options, seed=seed, out=str(run))
                 kept.write_text(json.dumps(figures_of(run, args.data, about)))
             found[name].append(json.loads(kept.read_text()))
-            written = {**length, "recipe": about.recipe, "environment": environment(), "trials": found}
-            (RESULTS / f"{together}.json").write_text(json.dumps(written, indent=1) + "\n")
+            written["trials"] |= {name: seeds for name, seeds in found.items() if seeds}
+            path.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     print(table(found))
 
 

@@ -41,18 +41,21 @@ def test_a_table_is_made_and_made_again(
     printed = capsys.readouterr().out
     rows = [line for line in printed.splitlines() if line.startswith("| `")]
     assert [row.split("`")[1] for row in rows] == ["bs32"]
-    found = json.loads((tmp_path / "results" / "digits.json").read_text(encoding="utf-8"))
+    results = tmp_path / "results" / "digits-1-epochs.json"
+    found = json.loads(results.read_text(encoding="utf-8"))
     assert found["trials"]["bs32"][0].keys() >= {"images_seen", "seconds", "explained_variance", "knn20", "linear_c0.1"}
+    results.write_text(json.dumps({"trials": {"earlier": [{"knn20": 90.0}]}}), encoding="utf-8")
     with monkeypatch.context() as without:
         without.setattr(torchmae, "pretrain", None)
         trials.main()
     assert capsys.readouterr().out == printed
-    run = tmp_path / "work" / "digits" / "bs32-0"
+    assert json.loads(results.read_text(encoding="utf-8"))["trials"].keys() == {"earlier", "bs32"}
+    run = tmp_path / "work" / "digits-1-epochs" / "bs32-0"
     words[words.index("bs32")] = "views2"
     monkeypatch.setattr("sys.argv", [*words, "--after", str(run), "--work", str(tmp_path / "work")])
     trials.main()
-    after = json.loads((tmp_path / "results" / "digits-after.json").read_text(encoding="utf-8"))
+    after = json.loads((tmp_path / "results" / "digits-1-epochs-after.json").read_text(encoding="utf-8"))
     assert after["trials"].keys() == {"views2"}
-    metrics = (tmp_path / "work" / "digits-after" / "views2-0" / "metrics.jsonl").read_text(encoding="utf-8")
+    metrics = (tmp_path / "work" / "digits-1-epochs-after" / "views2-0" / "metrics.jsonl").read_text(encoding="utf-8")
     trained = [line for line in map(json.loads, metrics.splitlines()) if line["kind"] == "train"]
     assert trained and all("loss_contrast" in line for line in trained)  # a second stage and nothing before
