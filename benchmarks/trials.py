@@ -2,12 +2,13 @@
 
     python benchmarks/trials.py cifar10 FOLDER [--trials base hog3 ...] [--minutes 2] [--seeds 3]
     python benchmarks/trials.py photos tiny-imagenet-20/train
-    python benchmarks/trials.py cifar10-cpu FOLDER --after RUN --minutes 4  # second stages of one run alone
+    python benchmarks/trials.py cifar10-cpu FOLDER --after RUN --minutes 4 --trials base views2  # second stages alone
 
 Each trial is `torchmae pretrain` with the recipe of the data set and the options of its row, on all training images but
 some, and then kNN and the linear probe on those; no test image is read. Seeds come one after the other, so that all
-trials have as many wherever it stops. What is there already is not run again. benchmarks/results/trials has every
-figure with hardware and versions, and the table is printed.
+trials have as many wherever it stops. What is there already is not run again. Without --trials all are run, which takes
+hours. With --after, give trials of the second stage ("of a recipe that refines" and `base`): RUN has its network.
+benchmarks/results/trials has every figure, with the hardware and versions of the last call, and the table is printed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """Photographs of 64 pixels, 20 classes of Tiny ImageNet: classification with all labels and with 10 a class.
 
-    python benchmarks/cases/photos.py tiny-imagenet-20
+    python benchmarks/cases/photos.py tiny-imagenet-20 --minutes 15
 
-Pre-training sees the 10,000 training photographs without their labels; 1,000 others are for the test.
+The folder has train/CLASS (500 photographs each) and val/CLASS (50) of African elephant, alp, barn, bison, brown bear, coral
+reef, dragonfly, freight car, jellyfish, king penguin, ladybug, lemon, lighthouse, lion, monarch, mushroom, red panda, school
+bus, sports car and suspension bridge. Pre-training sees the 10,000 training photographs without their labels; 1,000 others are for the test.
 """
 
 from __future__ import annotations
