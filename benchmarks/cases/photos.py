@@ -2,9 +2,10 @@
 
     python benchmarks/cases/photos.py tiny-imagenet-20 --minutes 15
 
-The folder has train/CLASS (500 photographs each) and val/CLASS (50) of African elephant, alp, barn, bison, brown bear, coral
-reef, dragonfly, freight car, jellyfish, king penguin, ladybug, lemon, lighthouse, lion, monarch, mushroom, red panda, school
-bus, sports car and suspension bridge. Pre-training sees the 10,000 training photographs without their labels; 1,000 others are for the test.
+The folder has train/CLASS (500 photographs each) and val/CLASS (50) of African elephant, alp, barn, bison, brown bear,
+coral reef, dragonfly, freight car, jellyfish, king penguin, ladybug, lemon, lighthouse, lion, monarch, mushroom, red
+panda, school bus, sports car and suspension bridge. Pre-training sees the 10,000 training photographs without their
+labels; 1,000 others are for the test.
 """
 
 from __future__ import annotations
