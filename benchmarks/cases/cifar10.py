@@ -2,8 +2,8 @@
 
     python benchmarks/cases/cifar10.py FOLDER --minutes 9.5
 
-FOLDER has a train and a test split with labels. Pre-training sees 45,000 training images without their labels; 10,000 of
-them vote and teach the probe, with labels, and 5,000 test images are classified.
+FOLDER has a train and a test split with labels. Pre-training sees 45,000 training images without their labels; 10,000
+of them vote and teach the probe, with labels, and 5,000 test images are classified.
 """
 
 from __future__ import annotations
