@@ -75,7 +75,9 @@ TRIALS: dict[str, dict[str, Any]] = {
     "refine0": {"refine.share": 0},
     "refine20": {"refine.share": 0.2},
     "refine33": {"refine.share": 1 / 3},
+    "refine40": {"refine.share": 0.4},
     "refine50": {"refine.share": 0.5},
+    "refine95": {"refine.share": 0.95},
     "refine99": {"refine.share": 0.99},  # next to no masked pre-training before
     # Of a recipe that refines:
     "views2": {"refine.views": 2, "refine.mask_ratio": 0.5},
