@@ -165,7 +165,7 @@ def main() -> None:
                     torchmae.pretrain(args.data, **options, seed=seed, out=str(run))
                 kept.write_text(json.dumps(figures_of(run, args.data, about)))
             found[name].append(json.loads(kept.read_text()))
-            written["trials"] |= {name: seeds for name, seeds in found.items() if seeds}
+            written["trials"][name] = found[name]
             path.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     print(table(found))
 

@@ -130,7 +130,10 @@ def check_progression(config: PretrainConfig, model: MaskedAutoencoder) -> None:
         return
     require_patches(model, f"whose number {changes[0]} could change")
     if config.compile and config.mask.final_ratio is not None:
-        raise ConfigError("mask.final_ratio changes shapes all the time, and compile is for few", "use --compile false")
+        raise ConfigError(
+            f"mask.final_ratio is {config.mask.final_ratio:g}: shapes change all along, and compile is for few",
+            "use --compile false",
+        )
     if (size := start_size(config, model)) is not None:
         full = model.encoder.input_size
         if any(small > large for small, large in zip(size, full, strict=True)):

@@ -57,7 +57,7 @@ def test_only_full_batches_are_compiled(compiled: list[int], sizes: tuple[int, .
     plain = {size: model[1](model[0](torch.ones(size, 3))) for size in (4, 2)}
     with full_batches_only(True) as step:
         for size in sizes:
-            with step(size == 4):
+            with step(size == 4, ()):
                 assert torch.allclose(model(torch.ones(size, 3)), plain[size])
         model.eval()
         model(torch.ones(5, 3))
@@ -82,7 +82,7 @@ def test_one_run_after_another_is_compiled(compiled: list[int]) -> None:
         model = nn.Sequential(nn.Linear(3, 3))
         with full_batches_only(True) as step:
             compile_model(model, torch.device("cpu"))
-            with step(True):
+            with step(True, ()):
                 model(torch.ones(size, 3))
     assert compiled == sizes
 
@@ -113,7 +113,7 @@ def test_blocks_of_different_drop_rates_share_their_code(monkeypatch: pytest.Mon
     monkeypatch.setattr(compilation, "check_compiler", lambda: None)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda graph, _: codes.append(1) or graph))
     model = vit(depth=5, drop_path=0.4).train()
-    with full_batches_only(True) as step, step(True):
+    with full_batches_only(True) as step, step(True, ()):
         compile_model(model, torch.device("cpu"), by_block=True)
         for block in model.encoder.blocks:
             block(torch.ones(2, 3, 16))
@@ -143,7 +143,7 @@ def test_the_budget_saves_memory_and_changes_nothing() -> None:
             sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        with full_batches_only(budget is not None) as step, step(True):
+        with full_batches_only(budget is not None) as step, step(True, ()):
             if budget is not None:
                 compile_model(model, torch.device("cpu"), budget=budget)
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -184,7 +184,7 @@ def test_the_loss_of_a_single_target_keeps_its_gradient() -> None:
     masker = Masker(model.encoder, "elements", 0.5)
     mask = masker.from_noise(torch.rand(4, masker.noise_count))
     wanted = model(torch.ones(4, 1, 8, 8), mask)
-    with full_batches_only(True) as step, step(True):
+    with full_batches_only(True) as step, step(True, ()):
         compile_model(model, torch.device("cpu"))
         output = model(torch.ones(4, 1, 8, 8), mask)
     assert output.loss.item() == pytest.approx(wanted.loss.item(), rel=1e-5)
@@ -201,5 +201,5 @@ def test_a_budget_without_compilation() -> None:
 
 
 def test_nothing_is_compiled_unless_asked() -> None:
-    with full_batches_only(False) as step, step(True):
+    with full_batches_only(False) as step, step(True, ()):
         pass

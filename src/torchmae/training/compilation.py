@@ -1,4 +1,4 @@
-"""torch.compile in training: full batches are compiled, other shapes run eagerly."""
+"""torch.compile in training: full batches are compiled, smaller ones run eagerly."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from torchmae.training.runtime import undo_later
 COMPILERS = ("g++", "clang++", "c++")
 MAX_WHOLE = 12  # blocks: two cores compile them in about a minute
 _COMPILING = threading.RLock()
-StepContext = Callable[..., AbstractContextManager[None]]
-"""Makes the context of a step: (whether the batch is full, the images' size = ()) -> context."""
+StepContext = Callable[[bool, tuple[int, ...]], AbstractContextManager[None]]
+"""Gives the context of a training step. Arguments: whether the batch is full; the images' pixels along each axis."""
 
 
 def compile_model(model: nn.Module, device: torch.device, *, budget: float = 1.0, by_block: bool = False) -> None:
@@ -72,22 +72,22 @@ def check_compiler() -> None:
 
 @contextmanager
 def full_batches_only(active: bool, *, keep: bool = False) -> Iterator[StepContext]:
-    """Yields a function that makes the context of a step from whether its batch is full, and from its images' size.
+    """Yields the function that gives the context of each training step.
 
-    The first step with a full batch of a size is compiled. All other shapes run eagerly: an epoch's smaller last batch
-    (even if a resumed run begins with it) and evaluation are too rare to repay a compilation. Without `active`, nothing
-    happens. With `keep`, the compiled code stays for the run that follows. The compiler's stance is the process's: a
-    second thread that enters here waits.
+    A step with a full batch is compiled, once for each size of images. All other shapes run eagerly: an epoch's smaller
+    last batch (even if a resumed run begins with it) and evaluation are too rare to repay a compilation. Without
+    `active`, nothing happens. With `keep`, the compiled code stays for the run that follows. The compiler's stance is
+    the process's: a second thread that enters here waits.
     """
     if not active:
-        yield lambda _full, _size=(): nullcontext()
+        yield lambda _full, _size: nullcontext()
         return
     from torch._functorch import config as functorch
 
     compiled: set[tuple[int, ...]] = set()
 
     @contextmanager
-    def step(full: bool, size: tuple[int, ...] = ()) -> Iterator[None]:
+    def step(full: bool, size: tuple[int, ...]) -> Iterator[None]:
         first = full and size not in compiled
         if first:
             torch.compiler.set_stance("default")

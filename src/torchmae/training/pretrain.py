@@ -97,9 +97,10 @@ def stages_of(settings: PretrainSettings, loader: ImageLoader | None) -> list[tu
 def trial(
     settings: PretrainSettings, model: MaskedAutoencoder, runtime: Runtime, batch_size: int, stage: Stage
 ) -> Iterator[tuple[PretrainTask, StepContext]]:
-    """Yields a stage's task, whose steps do not change the weights, and `full_batches_only`'s context of each step.
+    """Yields a stage's task, and the function that gives the context of each of its steps.
 
-    The learning rate is 0; optimisers, gradients and wrappers are gone afterwards, compiled code stays.
+    The steps do not change the weights, since the learning rate is 0. Optimisers, gradients and wrappers are gone
+    afterwards; compiled code stays.
     """
     try:
         with plain_at_the_end(model.train()), full_batches_only(settings.compile, keep=True) as compiled:
@@ -206,7 +207,7 @@ def try_step(settings: PretrainSettings, model: MaskedAutoencoder, shape: tuple[
     indices = np.arange(shape[0])
     (_, last) = stages_of(settings, None)[-1]
     try:
-        with trial(settings, copied, runtime, shape[0], last) as (task, compiled), compiled(True):
+        with trial(settings, copied, runtime, shape[0], last) as (task, compiled), compiled(True, shape[2:]):
             images = torch.zeros(shape, device=runtime.device)
             train_step(task, task.inputs(Batch(images, torch.full(shape[:1], -1), indices, 0), 0, 1))
     finally:
