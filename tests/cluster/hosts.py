@@ -7,11 +7,12 @@ loses power. Its own mount namespace lets it see other files under the same path
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,10 +66,11 @@ class Host:
         script = "".join(f"mount --bind '{real}' '{seen}' && " for seen, real in mounts.items())
         enter = ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "--mount", "--pid", "--fork"]
         enter += ["--kill-child", "--mount-proc", "sh", "-c", f'{script} hostname {self.name} && exec "$@"', "sh"]
+        own = {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "SLOW_STEPS": str(self.network.slow_steps)}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*enter, *words],
-                env={**os.environ, "OMP_NUM_THREADS": "1", "SLOW_STEPS": str(self.network.slow_steps)},
+                env={**os.environ, **own},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -92,7 +94,7 @@ class Host:
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"{self.name} still runs after {seconds:g} s:\n{self.said()}") from None
+            raise AssertionError(f"{self.name} still runs after {seconds:g} s\n{self.network.stacks()}") from None
 
     def processes(self) -> list[str]:
         return ip("netns", "pids", self.namespace).split()
@@ -119,9 +121,19 @@ class Network:
         """Returns once a condition holds."""
         end = time.monotonic() + seconds
         while not condition():
-            said = "\n".join(f"{host.name}:\n{host.said()}" for host in self.hosts)
-            assert time.monotonic() < end, said
+            assert time.monotonic() < end, self.said()
             time.sleep(0.05)
+
+    def said(self) -> str:
+        return "\n".join(f"{host.name}:\n{host.said()}" for host in self.hosts)
+
+    def stacks(self) -> str:
+        """What each host printed, and where its processes are: ends them, the first process of a host last."""
+        for process in sorted((int(number) for host in self.hosts for number in host.processes()), reverse=True):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGABRT)
+            time.sleep(0.2)
+        return self.said()
 
 
 @contextmanager

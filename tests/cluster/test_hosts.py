@@ -81,7 +81,7 @@ def ended(hosts: Network, *statuses: int, seconds: float = PATIENCE) -> None:
     """Every host has ended with its status, within so many seconds, and has no process left."""
     end = time.monotonic() + seconds
     found = [host.wait(end - time.monotonic()) for host in hosts.hosts]
-    assert found == list(statuses), "\n".join(host.said() for host in hosts.hosts)
+    assert found == list(statuses), hosts.said()
     assert [host.processes() for host in hosts.hosts] == [[]] * len(statuses)
 
 
