@@ -281,6 +281,31 @@ def test_the_second_stage_takes_the_minutes_that_are_left(
     assert len(tracker.of("train")) == 28
 
 
+@pytest.mark.parametrize("factor", [0.4, 1.0, 3.0])
+def test_a_run_ends_on_time_when_the_machine_changes_its_speed(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    measured: list[int] = []
+
+    def step(task: PretrainTask, *args: Any) -> Step:
+        clock.now += 0.25 * (factor if training and clock.now - training[0] > 15 else 1)
+        return train_step(task, *args)
+
+    training: list[float] = []
+    monkeypatch.setattr(trainer, "train_step", step)
+    monkeypatch.setattr(pretrain, "train_step", step)
+    monkeypatch.setattr(trainer, "set_lr", lambda *args: (training or training.append(clock.now)) and set_lr(*args))
+    config = replace(CONFIG, max_minutes=1.0, log_every=2)
+    evaluator = Evaluator(4, lambda step: measured.append(step) or {})  # type: ignore[func-returns-value]
+    state, tracker = train(config, vit(), images(10), tmp_path, evaluators=[evaluator])
+    assert state.seconds == pytest.approx(60, abs=0.25 * factor * config.log_every)
+    assert state.step == state.total_steps == pytest.approx(60 + 45 / 0.25 / factor, abs=2)
+    assert len(measured) == 4
+    assert sorted(set(measured)) == measured
+    assert measured[-1] == state.total_steps
+    assert [line["lr"] for line in tracker.of("train")][-1] < 0.01 * max(line["lr"] for line in tracker.of("train"))
+
+
 def test_measuring_takes_a_share_of_the_time_and_changes_nothing(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     model = vit()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -53,9 +53,10 @@ def pretrain(
     checkpoint: Checkpoint | None = None,
     **others: Any,
 ) -> State:
-    """Trains `model`, which is placed, for `epochs`, or for `max_minutes` at the speed of its first steps.
+    """Trains `model`, which is placed, for `epochs`, or for `max_minutes`.
 
-    A second stage takes what is left of the minutes.
+    The speed of the first steps sets the number of steps of each stage; the last stage takes what is left of the
+    minutes, and corrects its number on the way. A resumed run keeps the number of its checkpoint.
 
     `fingerprint` is that of the training data; `others` are folder, tracker and evaluators. Arguments and errors are
     those of `trainer.train`.
@@ -80,8 +81,11 @@ def pretrain(
             (seconds,) = runtime.ranks.all_reduce_max(state.seconds)
             left = (max_minutes * 60 - seconds) / (state.second_step * seconds / state.step)
             state.total_steps = state.step + max(1, round(left))
+        limit = None if max_minutes is None or number + 1 < len(stages) else max_minutes * 60
         task = stages[number][1](settings, model, runtime, plan.batch_size)
-        state = train(task, state, loader=loader, plan=plan, display=display, checkpoint=checkpoint, **others)
+        state = train(
+            task, state, loader=loader, plan=plan, display=display, checkpoint=checkpoint, limit=limit, **others
+        )
         checkpoint = None
     return state
 

@@ -46,6 +46,25 @@ class Evaluator:
         return frozenset(min(-(-step // unit) * unit, total_steps) for step in steps)
 
 
+@dataclass
+class Deadline:
+    """Ends a run on time: sets its number of steps anew whenever half of the steps or of the time left are used up."""
+
+    limit: float  # of `State.seconds`
+    step: int  # when the number was last set
+    seconds: float  # of training, then
+
+    def steps(self, state: State, ranks: Ranks) -> int:
+        """The number of steps of the whole run; the window is closed."""
+        (seconds,) = ranks.all_reduce_max(state.seconds)
+        due = state.step >= (self.step + state.total_steps) / 2 or seconds >= (self.seconds + self.limit) / 2
+        if not due or state.step <= self.step:  # after a roll-back
+            return state.total_steps
+        pace = (seconds - self.seconds) / (state.step - self.step)
+        self.step, self.seconds = state.step, seconds
+        return state.step + max(1, round((self.limit - seconds) / pace))
+
+
 def train(
     task: Task,
     state: State,
@@ -57,8 +76,11 @@ def train(
     display: Display,
     evaluators: Sequence[Evaluator] = (),
     checkpoint: Checkpoint | None = None,
+    limit: float | None = None,
 ) -> State:
     """Trains a task to the end of its stage and returns the final state.
+
+    `limit` is in seconds of training: the last stage, if it is not resumed, ends then. Its steps follow its speed.
 
     Order of events within a step: inputs, forward and backward, optimiser, log, evaluators, checkpoint. A checkpoint
     holds everything up to its step, and a resumed run repeats everything after it.
@@ -79,7 +101,8 @@ def train(
         restored.data, restored.job = state.data, state.job
         state = restored
     first, end = state.span
-    due = [(item.due(state.total_steps, plan.steps_per_epoch), item.run) for item in evaluators]
+    deadline = Deadline(limit, state.step, state.seconds) if limit is not None and checkpoint is None else None
+    due = [sorted(item.due(state.total_steps, plan.steps_per_epoch)) for item in evaluators]
     task.model.train()
     saved_at = time.monotonic()
     window = Window()
@@ -115,9 +138,15 @@ def train(
                 window.figures = {"grad_norm": step.norm, "update_to_weight": update_to_weight(before, task.model)}
 
             epoch_ends = state.step % plan.steps_per_epoch == 0
-            evaluations = [run for steps, run in due if state.step in steps]
+            evaluations = [item.run for item, steps in zip(evaluators, due, strict=True) if state.step in steps]
             if (log_due or epoch_ends or evaluations) and settle():
                 continue
+            if deadline is not None and log_due and state.step < end:
+                state.total_steps = end = deadline.steps(state, ranks)
+                due = [
+                    later(item.due(end, plan.steps_per_epoch), steps, state.step)
+                    for item, steps in zip(evaluators, due, strict=True)
+                ]
             if epoch_ends:
                 end_epoch(state, plan, task, tracker, display)
             if evaluations:
@@ -137,6 +166,12 @@ def train(
                 raise interrupted(stopped_by, state, task, folder)
             window.restart()
     return state
+
+
+def later(planned: frozenset[int], former: Sequence[int], step: int) -> list[int]:
+    """`planned` with those of `former` that are done by `step` in place of its first; one that is late comes next."""
+    done = [number for number in former if number <= step]
+    return done + [max(number, step + 1) for number in sorted(planned)[len(done) :]]
 
 
 def train_step(task: Task, inputs: Inputs, num_images: int | None = None) -> Step:
@@ -197,15 +232,14 @@ def step_if_finite(optimizers: Sequence[Optimizer], loss: Tensor, norm: Tensor) 
 
 
 def batches_to_come(loader: ImageLoader, plan: Plan, state: State, ranks: Ranks, window: Window) -> Iterator[Batch]:
-    """This rank's part of the batches from `state.step` on; follows a roll-back to an earlier step."""
-    _, end = state.span
-    while state.step < end:
+    """This rank's part of the batches from `state.step` on; follows a roll-back to an earlier step, and a new end."""
+    while state.step < state.span[1]:
         due = state.step
-        parts = loader.train_batches(plan, due, end, rank=ranks.rank, world_size=ranks.world_size)
+        parts = loader.train_batches(plan, due, state.span[1], rank=ranks.rank, world_size=ranks.world_size)
         for batch in window.timed(parts):
             yield batch
             due += 1
-            if state.step != due:
+            if state.step != due or due == state.span[1]:
                 break
 
 
@@ -220,7 +254,7 @@ def roll_back(state: State, task: Task, folder: RunFolder, window: Window, displ
     if checkpoint is None or scale < SMALLEST_LR_SCALE:
         raise diverged(problem, task, folder, images)
     restored = restore(checkpoint, task.model, task.optimizers, state.precision)
-    vars(state).update(vars(restored), lr_scale=scale)
+    vars(state).update(vars(restored), lr_scale=scale, total_steps=state.total_steps)
     if task.runtime.ranks.is_main:
         folder.rewind_metrics(state.step)
     window.forget_skipped()
