@@ -296,7 +296,7 @@ class PretrainConfig(Settings):
         epochs: passes over the training images.
         max_minutes: minutes of training steps, in place of epochs. The speed of the first steps sets the number of
             steps, which is corrected when half of what is left is done; a second stage takes the minutes that
-            are left. A resumed run keeps the number of its checkpoint. Start-up and validation are not counted.
+            are left. A resumed stage keeps the number of its checkpoint. Start-up and validation are not counted.
         batch_size: images per optimiser step, over all ranks and micro-batches.
         fit_batch: use the largest batch that fits on the GPU, a power of two images on each, in place of batch_size;
             `--batch auto` for short.

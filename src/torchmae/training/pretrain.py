@@ -56,7 +56,7 @@ def pretrain(
     """Trains `model`, which is placed, for `epochs`, or for `max_minutes`.
 
     The speed of the first steps sets the number of steps of each stage; the last stage takes what is left of the
-    minutes, and corrects its number on the way. A resumed run keeps the number of its checkpoint.
+    minutes, and corrects its number on the way. A resumed stage keeps the number of its checkpoint.
 
     `fingerprint` is that of the training data; `others` are folder, tracker and evaluators. Arguments and errors are
     those of `trainer.train`.
@@ -77,11 +77,12 @@ def pretrain(
     state.data = fingerprint
     for number in range(checkpoint.state.get("stage", 0) if checkpoint else 0, len(stages)):
         state.stage = number
-        if number and max_minutes is not None and not checkpoint:
+        last = number + 1 == len(stages)
+        limit = max_minutes * 60 if last and max_minutes is not None and not checkpoint else None
+        if number and limit is not None:
             (seconds,) = runtime.ranks.all_reduce_max(state.seconds)
-            left = (max_minutes * 60 - seconds) / (state.second_step * seconds / state.step)
+            left = (limit - seconds) / (state.second_step * seconds / state.step)
             state.total_steps = state.step + max(1, round(left))
-        limit = None if max_minutes is None or number + 1 < len(stages) else max_minutes * 60
         task = stages[number][1](settings, model, runtime, plan.batch_size)
         state = train(
             task, state, loader=loader, plan=plan, display=display, checkpoint=checkpoint, limit=limit, **others

@@ -48,21 +48,25 @@ class Evaluator:
 
 @dataclass
 class Deadline:
-    """Ends a run on time: sets its number of steps anew whenever half of the steps or of the time left are used up."""
+    """Corrects the number of steps of a run so that it ends on time.
 
-    limit: float  # of `State.seconds`
-    step: int  # when the number was last set
-    seconds: float  # of training, then
+    A correction is due when half of the steps, or half of the time, that were left at the last one are used up.
+    """
 
-    def steps(self, state: State, ranks: Ranks) -> int:
-        """The number of steps of the whole run; the window is closed."""
+    limit: float  # seconds of training of the whole run
+    step: int  # of the last correction
+    seconds: float  # of training up to the last correction
+
+    def moves(self, state: State, ranks: Ranks) -> bool:
+        """Corrects `state.total_steps` if that is due, and returns whether it was; `state.seconds` is up to date."""
         (seconds,) = ranks.all_reduce_max(state.seconds)
         due = state.step >= (self.step + state.total_steps) / 2 or seconds >= (self.seconds + self.limit) / 2
-        if not due or state.step <= self.step:  # after a roll-back
-            return state.total_steps
+        if not due or state.step <= self.step:  # a roll-back leads to steps before the last correction
+            return False
         pace = (seconds - self.seconds) / (state.step - self.step)
         self.step, self.seconds = state.step, seconds
-        return state.step + max(1, round((self.limit - seconds) / pace))
+        state.total_steps = state.step + max(1, round((self.limit - seconds) / pace))
+        return True
 
 
 def train(
@@ -80,7 +84,8 @@ def train(
 ) -> State:
     """Trains a task to the end of its stage and returns the final state.
 
-    `limit` is in seconds of training: the last stage, if it is not resumed, ends then. Its steps follow its speed.
+    `limit`, in seconds of training of the whole run, is for the last stage: its number of steps is corrected on the
+    way, so that it ends then.
 
     Order of events within a step: inputs, forward and backward, optimiser, log, evaluators, checkpoint. A checkpoint
     holds everything up to its step, and a resumed run repeats everything after it.
@@ -101,7 +106,7 @@ def train(
         restored.data, restored.job = state.data, state.job
         state = restored
     first, end = state.span
-    deadline = Deadline(limit, state.step, state.seconds) if limit is not None and checkpoint is None else None
+    deadline = None if limit is None else Deadline(limit, state.step, state.seconds)
     due = [sorted(item.due(state.total_steps, plan.steps_per_epoch)) for item in evaluators]
     task.model.train()
     saved_at = time.monotonic()
@@ -141,12 +146,10 @@ def train(
             evaluations = [item.run for item, steps in zip(evaluators, due, strict=True) if state.step in steps]
             if (log_due or epoch_ends or evaluations) and settle():
                 continue
-            if deadline is not None and log_due and state.step < end:
-                state.total_steps = end = deadline.steps(state, ranks)
-                due = [
-                    later(item.due(end, plan.steps_per_epoch), steps, state.step)
-                    for item, steps in zip(evaluators, due, strict=True)
-                ]
+            if deadline is not None and log_due and state.step < end and deadline.moves(state, ranks):
+                end = state.total_steps
+                planned = [item.due(end, plan.steps_per_epoch) for item in evaluators]
+                due = [moved(*steps, state.step) for steps in zip(due, planned, strict=True)]
             if epoch_ends:
                 end_epoch(state, plan, task, tracker, display)
             if evaluations:
@@ -168,8 +171,11 @@ def train(
     return state
 
 
-def later(planned: frozenset[int], former: Sequence[int], step: int) -> list[int]:
-    """`planned` with those of `former` that are done by `step` in place of its first; one that is late comes next."""
+def moved(former: Sequence[int], planned: frozenset[int], step: int) -> list[int]:
+    """The steps of a measurement after a change of plan at `step`: the former ones up to it, then the planned ones.
+
+    As many planned steps are left out as former ones are done; a planned step that has passed becomes the next step.
+    """
     done = [number for number in former if number <= step]
     return done + [max(number, step + 1) for number in sorted(planned)[len(done) :]]
 
@@ -232,7 +238,10 @@ def step_if_finite(optimizers: Sequence[Optimizer], loss: Tensor, norm: Tensor) 
 
 
 def batches_to_come(loader: ImageLoader, plan: Plan, state: State, ranks: Ranks, window: Window) -> Iterator[Batch]:
-    """This rank's part of the batches from `state.step` on; follows a roll-back to an earlier step, and a new end."""
+    """This rank's part of the batches of a stage from `state.step` on.
+
+    After a roll-back they go on from the earlier step; the stage may become longer or shorter on the way.
+    """
     while state.step < state.span[1]:
         due = state.step
         parts = loader.train_batches(plan, due, state.span[1], rank=ranks.rank, world_size=ranks.world_size)
