@@ -79,6 +79,7 @@ TRIALS: dict[str, dict[str, Any]] = {
     "refine50": {"refine.share": 0.5},
     "refine95": {"refine.share": 0.95},
     "refine99": {"refine.share": 0.99},  # next to no masked pre-training before
+    "contrast": {"refine.share": 0.99, "refine.masked_share": 0.001},  # and one image a step beside: views alone
     # Of a recipe that refines:
     "views2": {"refine.views": 2, "refine.mask_ratio": 0.5},
     "views8": {"refine.views": 8, "refine.mask_ratio": 0.875},
