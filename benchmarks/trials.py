@@ -51,7 +51,7 @@ TRIALS: dict[str, dict[str, Any]] = {
     "hog3": {"model.hog_weight": 3},
     "mask60": {"mask.ratio": 0.6},
     "mask85": {"mask.ratio": 0.85},
-    "ratio85": {"mask.final_ratio": 0.85},
+    "ratio85": {"mask.final_ratio": 0.85, "compile": False},
     "cells2": {"mask.strategy": "cells2"},
     "crop2": {"data.crop_scale": (0.2, 1.0)},
     "bs32": {"batch_size": 32},
@@ -71,7 +71,7 @@ TRIALS: dict[str, dict[str, Any]] = {
     "mlr1e-2": {"optim.muon_lr": 1e-2},
     "rawpix": {"model.norm_pix": False},
     "small24": {"start_size": 24, "start_share": 0.5},
-    "repeats2": {"data.repeats": 2},
+    "repeats2": {"data.repeats": 2, "refine.share": 0},
     "refine0": {"refine.share": 0},
     "refine20": {"refine.share": 0.2},
     "refine33": {"refine.share": 1 / 3},
@@ -147,7 +147,7 @@ def main() -> None:
     together = f"{args.set}-{args.epochs}-epochs" if args.epochs else f"{args.set}-{args.minutes:g}-minutes"
     if args.after:
         given |= {"init_from": str(args.after), "refine.share": 0.999}
-        together += "-after"
+        together += f"-after-{args.after.name}"
     written: dict[str, Any] = {**length, "recipe": about.recipe, "environment": environment(), "trials": {}}
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{together}.json"

@@ -120,7 +120,7 @@ def test_the_input_has_as_many_bands_as_the_spectrograms(bands: int, patch: int,
     assert recommend((bands, 300), {"rate": 16000}) == ("sound", shape)
 
 
-def test_a_preset_replaces_the_network_of_the_recipe_that_is_chosen_but_not_its_shape(
+def test_a_preset_replaces_the_encoder_of_the_recipe_that_is_chosen_but_not_its_shape(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "signals.npy"
@@ -142,6 +142,7 @@ def test_a_preset_replaces_the_network_of_the_recipe_that_is_chosen_but_not_its_
         (["--recipe", "video", "--data.clip", "[16, 4]"], (16, 64, 64)),
         (["--recipe", "video", "--data.clip", "[16, 4]", "--model.input_size", "[8, 32, 32]"], (8, 32, 32)),
         (["--recipe", "signals", "--data.clip", "400"], (400,)),
+        (["--recipe", "signals", "--data.clip", "250"], (240,)),  # in whole patches of 20
     ],
 )
 def test_the_input_is_as_long_as_the_clips(words: list[str], size: tuple[int, ...]) -> None:

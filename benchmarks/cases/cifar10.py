@@ -1,6 +1,6 @@
 """CIFAR-10: what ten minutes on two cores of a processor teach.
 
-    python benchmarks/cases/cifar10.py FOLDER --minutes 9.5
+    python benchmarks/cases/cifar10.py FOLDER --minutes 9.9
 
 FOLDER has a train and a test split with labels. Pre-training sees 45,000 training images without their labels; 10,000
 of them vote and teach the probe, with labels, and 5,000 test images are classified.

@@ -226,12 +226,14 @@ def configure(given: Mapping[str, Any], splits: Mapping[str, Source] | None = No
 
 
 def as_long_as_clips(config: PretrainConfig) -> settings.Given:
-    """The setting of an input as long as the clips of `data.clip`; none for the recipe's own, and for pictures."""
+    """The setting of an input as long as the clips of `data.clip`, in whole patches; none for pictures."""
     if (clip := config.data.clip) is None:
         return {}
     length = clip[0] if isinstance(clip, tuple) else clip
-    size = presets.arguments(config.model.preset, **overrides(config))["input_size"]
-    return {} if len(size) == 2 else {"model.input_size": (length, *size[1:])}
+    model = presets.arguments(config.model.preset, **overrides(config))
+    size, patch = model["input_size"], model.get("patch_size", 1)
+    along = patch if isinstance(patch, int) else patch[0]
+    return {} if len(size) == 2 else {"model.input_size": (max(1, length // along) * along, *size[1:])}
 
 
 def proposed(model: ModelConfig, shape: dict[str, Any]) -> dict[str, Any]:

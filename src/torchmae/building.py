@@ -6,6 +6,7 @@ The one place where `PretrainConfig` becomes objects: nothing below takes one.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -100,6 +101,12 @@ def check_model(config: PretrainConfig, model: MaskedAutoencoder) -> None:
     check_progression(config, model)
     if config.refine.share:
         require_patches(model, "whose features refine.share could compare")
+        if config.data.repeats > 1:
+            raise ConfigError(
+                f"data.repeats is {config.data.repeats} and refine.share {config.refine.share:g}, which would tell the "
+                "copies of an image apart",
+                "use --refine.views in place of --data.repeats",
+            )
     without = f"which is for transformer blocks, and the preset {config.model.preset!r} has none"
     if config.optim.name == "muon" and not blocks(model):
         raise ConfigError(f"optim.name is 'muon', {without}", "use --optim.name adamw")
@@ -120,6 +127,21 @@ def check_parallel(config: PretrainConfig, world_size: int) -> None:
         )
     if config.compress_gradients:
         raise ConfigError("compress_gradients is for parallel ddp, and parallel is 'fsdp'", "leave it out")
+
+
+def check_views(config: PretrainConfig, batch_size: int, world_size: int) -> None:
+    """ConfigError where micro-batches are too small to compare views of different images.
+
+    `batch_size` is that of all ranks.
+    """
+    share = batch_size // world_size
+    largest = min(share // 2, math.ceil(config.refine.masked_share * share))  # two images, and one to predict, in each
+    if config.refine.share and config.accumulate > largest:
+        raise ConfigError(
+            f"refine.share compares the images of one part of a batch, and {batch_size} images a step on {world_size} "
+            f"ranks with accumulate {config.accumulate} leave too few in a part",
+            f"use --accumulate {largest}" if largest else "use a larger --batch_size, and --max_tokens if it is given",
+        )
 
 
 def check_progression(config: PretrainConfig, model: MaskedAutoencoder) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torchmae
 from torchmae import presets, settings
-from torchmae.building import NOTHING, Own, check_model, check_parallel, pretrain_settings
+from torchmae.building import NOTHING, Own, check_model, check_parallel, check_views, pretrain_settings
 from torchmae.config import PretrainConfig
 from torchmae.config.base import make
 from torchmae.data.items import Context
@@ -221,6 +221,7 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, own: Own, *, resum
             batch_size = max(1, config.max_tokens // patches)
             config = replace(config, batch_size=batch_size)
             display.say(f"batches of {batch_size} images, of {patches:,} patches each: max_tokens")
+        check_views(config, min(config.batch_size, len(data.train)), ranks.world_size)
         place(model, config.parallel, runtime)
         if not resume:
             chosen, line = affordable(

@@ -164,6 +164,21 @@ def command(*words: str) -> int:
     return main(list(words))
 
 
+def command_by_own_clock(*words: str) -> list[Any]:
+    """The command line on machines whose clocks run at different speeds; the weights that it ended with."""
+    import types
+
+    from torchmae import runs
+    from torchmae.training import window
+
+    speed = 1 + int(os.environ["RANK"]) / 5
+    window.time = types.SimpleNamespace(perf_counter=lambda: time.perf_counter() * speed)  # type: ignore[assignment]
+    trained: list[Any] = []
+    runs.whole_state, original = lambda model: trained.append(original(model)) or trained[0], runs.whole_state  # type: ignore[func-returns-value]
+    status = command(*words)
+    return [status, {name: value.double().sum().item() for name, value in trained[0].items()}]
+
+
 def embed_in_blocks(*words: str) -> int:
     """The command line, with blocks of 100 images, so that there are enough for all."""
     from torchmae.evaluation import embedding

@@ -10,7 +10,7 @@ from small import RUNTIME, vit
 from torch import nn
 
 from torchmae.building import pretrain_settings
-from torchmae.config import PretrainConfig
+from torchmae.config import PretrainConfig, RefineConfig
 from torchmae.errors import ConfigError, TrainingError
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.settings import parse
@@ -19,6 +19,7 @@ from torchmae.training.parallel import blocks
 from torchmae.training.pretrain import fit_batch
 from torchmae.training.pretrain_task import PretrainSettings, PretrainTask
 from torchmae.training.ranks import Ranks
+from torchmae.training.refine import RefineTask
 from torchmae.training.runtime import Runtime
 
 SETTINGS = pretrain_settings(PretrainConfig(), vit())
@@ -70,6 +71,13 @@ def test_a_tried_step_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> 
         assert copies[1]() is None
     finally:
         gc.enable()
+
+
+def test_a_step_of_each_stage_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[type] = []
+    monkeypatch.setattr(pretrain, "train_step", lambda task, inputs: tried.append(type(task)))
+    pretrain.try_step(replace(SETTINGS, refine=RefineConfig(share=0.5)), vit(), (3, 1, 8, 8), RUNTIME)
+    assert tried == [PretrainTask, RefineTask]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a GPU")

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +11,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from small import RUNTIME, vit
 
 import torchmae
-from torchmae.building import check_parallel
+from torchmae.building import check_parallel, check_views, pretrain_settings
 from torchmae.config import PretrainConfig
 from torchmae.config.base import make
+from torchmae.data.loader import Batch
 from torchmae.errors import ConfigError, Interrupted
 from torchmae.nn.contrast import Contrast
 from torchmae.training.checkpoint import load_checkpoint
-from torchmae.training.refine import COLOUR_NUMBERS, autoencoder_of, changed_colours
+from torchmae.training.refine import COLOUR_NUMBERS, RefineTask, autoencoder_of, changed_colours
+from torchmae.training.state import State
 
 RUN: dict[str, Any] = {
     "recipe": "digits",
@@ -96,12 +101,7 @@ def test_a_run_is_refined_at_its_end_and_resumed_in_either_stage(tmp_path: Path,
     assert weights.keys() == torchmae.build("vit_digits").state_dict().keys()  # the projection is gone
     for stop in (steps // 2, steps * 3 // 4):
         out = tmp_path / str(stop)
-        stopped_at(stop, monkeypatch)
-        with pytest.raises(Interrupted):
-            torchmae.pretrain(**RUN, refine=REFINE, out=out)
-        monkeypatch.undo()
-        checkpoint = load_checkpoint(out / "checkpoints")
-        assert checkpoint is not None
+        checkpoint = stopped(lambda state, stop=stop: state.step == stop - 1, monkeypatch, refine=REFINE, out=out)
         assert checkpoint.state["stage"] == (stop > steps // 2)
         assert autoencoder_of(checkpoint.model).keys() == weights.keys()
         (out / "model.safetensors").unlink()
@@ -111,24 +111,62 @@ def test_a_run_is_refined_at_its_end_and_resumed_in_either_stage(tmp_path: Path,
             assert torch.equal(weight, weights[name]), name
 
 
-def stopped_at(step: int, monkeypatch: Any) -> None:
-    """Has a signal arrive after a step."""
+def stopped(due: Callable[[State], bool], monkeypatch: Any, **options: Any) -> Any:
+    """The checkpoint of a run that gets a signal in the first step that is `due`."""
     from torchmae.training import trainer
 
     original = trainer.batches_to_come
 
-    def batches(loader: Any, plan: Any, state: Any, *others: Any) -> Any:
+    def batches(loader: Any, plan: Any, state: State, *others: Any) -> Any:
         for batch in original(loader, plan, state, *others):
-            if state.step + 1 == step:
-                import signal
-
+            if due(state):
                 signal.raise_signal(signal.SIGTERM)
             yield batch
 
-    monkeypatch.setattr(trainer, "batches_to_come", batches)
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(trainer, "batches_to_come", batches)
+        torchmae.pretrain(**RUN, **options)
+    checkpoint = load_checkpoint(options["out"] / "checkpoints")
+    assert checkpoint is not None
+    return checkpoint
 
 
-def test_views_of_clips_and_of_images_with_holes(tmp_path: Path) -> None:
+def test_a_timed_run_that_was_stopped_keeps_its_stage_s_steps_and_divides_what_is_left(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    timed = {"refine": {"share": 0.5}, "max_minutes": 0.02}
+    early, late = tmp_path / "early", tmp_path / "late"
+    checkpoint = stopped(lambda state: state.step == 1, monkeypatch, **timed, out=early)
+    first = checkpoint.state["first_steps"]
+    steps = torchmae.pretrain(resume=early).figures["steps"]
+    assert [line["step"] for line in records(early, "train") if "loss_contrast" in line] == [
+        *range(first + 1, steps + 1)
+    ]
+    assert steps > first
+    checkpoint = stopped(lambda state: state.stage == 1, monkeypatch, **timed, out=late)
+    assert checkpoint.state["step"] == checkpoint.state["first_steps"] + 1
+    assert torchmae.pretrain(resume=late).figures["steps"] == checkpoint.state["total_steps"]
+
+
+def test_views_of_images_with_holes_have_nothing_there_and_show_what_there_is() -> None:
+    settings = make(PretrainConfig, {"refine.share": 0.5, "refine.views": 3, "refine.colour": 0.0, "refine.grey": 0.0})
+    model = vit()
+    task = RefineTask(pretrain_settings(settings, model), model, RUNTIME, 8, loader=None)
+    valid = torch.ones(8, 1, 8, 8, dtype=torch.bool)
+    valid[..., :4] = False
+    batch = Batch(torch.full((8, 1, 8, 8), 5.0) * valid, torch.full((8,), -1), np.arange(8), 0, valid)
+    views, kept = task._views(batch)
+    assert views.shape == (8, 3, 1, 8, 8)
+    there = views != 0
+    torch.testing.assert_close(views[there], torch.full_like(views[there], 5.0))
+    assert 0 < there.sum() < there.numel()
+    patch = model.patch_size[0]
+    full = F.max_pool2d(there.flatten(0, 1).float(), patch).flatten(1)
+    shown = full.gather(1, kept.flatten(0, 1)).sum(1)
+    torch.testing.assert_close(shown, full.sum(1).clamp(max=kept.shape[-1]))
+
+
+def test_volumes_and_images_with_holes_are_refined(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     images = rng.uniform(0, 1, (40, 16, 16, 2)).astype(np.float32)
     images[:, :5, :5] = np.nan
@@ -154,12 +192,24 @@ def test_views_of_clips_and_of_images_with_holes(tmp_path: Path) -> None:
         {"refine": {"share": 1.0}},
         {"refine": {"crop_scale": (0.5, 0.2)}},
         {"refine": {"views": 1}},
+        {"data": {"repeats": 2}},
     ],
 )
 def test_what_cannot_be_refined(given: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         torchmae.pretrain(**{"refine": {"share": 0.5}, "progress": "none", "out": tmp_path / "run", **given})
     assert not (tmp_path / "run").exists()
+
+
+def test_a_part_of_a_batch_has_images_to_compare() -> None:
+    for accumulate, batch_size, ranks, fits in ((1, 2, 1, True), (1, 8, 8, False), (4, 16, 1, True), (5, 16, 1, False)):
+        config = make(PretrainConfig, {"refine.share": 0.5, "accumulate": accumulate})
+        if fits:
+            check_views(config, batch_size, ranks)
+        else:
+            with pytest.raises(ConfigError):
+                check_views(config, batch_size, ranks)
+    check_views(make(PretrainConfig, {"accumulate": 8}), 8, 1)  # without views, one image is enough
 
 
 def test_shards_are_not_refined() -> None:

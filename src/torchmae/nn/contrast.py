@@ -36,7 +36,9 @@ class Contrast(nn.Module):
         """
         z = F.normalize(self.head(features).float(), dim=1)
         image = torch.arange(len(z), device=z.device) // self.views
-        similarity, same = z @ z.T / self.temperature, image[:, None] == image
+        same = image[:, None] == image
+        with torch.autocast(z.device.type, enabled=False):  # bf16 would round similarities to sixteenths
+            similarity = z @ z.T / self.temperature
         others = similarity.masked_fill(same, NOTHING).logsumexp(1, keepdim=True)
         each = F.softplus(others - similarity)  # the cross-entropy of a view among itself and those of other images
         pairs = same.clone().fill_diagonal_(False)

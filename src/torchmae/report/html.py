@@ -183,6 +183,13 @@ def _cell(unit: Unit, value: float | None) -> Figure:
     return Figure(text, bar=bar if unit.is_share else None)
 
 
+def _heading(name: str) -> str:
+    """Of the chart of a loss that training alone has."""
+    if name == "loss_contrast":
+        return "Training loss of the comparison of views"
+    return f"Training loss of the target {name.removeprefix('loss_')}"
+
+
 def _charts(run: Run, figures: Mapping[str, float]) -> list[Chart]:
     """Charts of figures on held-out images, of the training losses of other targets, and of training."""
 
@@ -202,7 +209,7 @@ def _charts(run: Run, figures: Mapping[str, float]) -> list[Chart]:
         held_out[name] = chart(metric.label, Panel(lines, metric.unit, from_zero=metric.unit is not ACCURACY))
     drawn = [
         held_out.pop("loss"),
-        *(chart(f"Training loss of the target {name[5:]}", Panel([trained(name)], LOSS)) for name in others),
+        *(chart(_heading(name), Panel([trained(name)], LOSS)) for name in others),
         *held_out.values(),
     ]
     for heading, names in charts_of_training().items():

@@ -80,8 +80,8 @@ def pretrain(
         last = number + 1 == len(stages)
         limit = max_minutes * 60 if last and max_minutes is not None and not checkpoint else None
         if number and limit is not None:
-            (seconds,) = runtime.ranks.all_reduce_max(state.seconds)
-            left = (limit - seconds) / (state.second_step * seconds / state.step)
+            (state.seconds,) = runtime.ranks.all_reduce_max(state.seconds)  # the same deadline for all ranks
+            left = (limit - state.seconds) / (state.second_step * state.seconds / state.step)
             state.total_steps = state.step + max(1, round(left))
         task = stages[number][1](settings, model, runtime, plan.batch_size)
         state = train(
@@ -199,7 +199,7 @@ def step_fits(settings: PretrainSettings, model: MaskedAutoencoder, shape: tuple
 
 
 def try_step(settings: PretrainSettings, model: MaskedAutoencoder, shape: tuple[int, ...], runtime: Runtime) -> None:
-    """The step of a run that takes the most memory, on images of this shape, with a copy of the model.
+    """The step of each stage that takes the most memory, on images of this shape, with a copy of the model.
 
     With DDP each rank steps alone: it needs as much memory, and one that runs out does not leave others waiting.
     """
@@ -210,11 +210,11 @@ def try_step(settings: PretrainSettings, model: MaskedAutoencoder, shape: tuple[
     copied = copy.deepcopy(model)
     place(copied, settings.parallel, runtime)
     indices = np.arange(shape[0])
-    (_, last) = stages_of(settings, None)[-1]
     try:
-        with trial(settings, copied, runtime, shape[0], last) as (task, compiled), compiled(True, shape[2:]):
-            images = torch.zeros(shape, device=runtime.device)
-            train_step(task, task.inputs(Batch(images, torch.full(shape[:1], -1), indices, 0), 0, 1))
+        for _, stage in stages_of(settings, None):
+            with trial(settings, copied, runtime, shape[0], stage) as (task, compiled), compiled(True, shape[2:]):
+                images = torch.zeros(shape, device=runtime.device)
+                train_step(task, task.inputs(Batch(images, torch.full(shape[:1], -1), indices, 0), 0, 1))
     finally:
         if settings.compile:  # each trial has a shape of its own, and only a few are compiled of one function
             torch.compiler.reset()

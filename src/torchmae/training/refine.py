@@ -58,6 +58,9 @@ class RefineTask(PretrainTask):
     `loader` says how images are cropped, whether they are mirrored, and how they were normalised; None: not at all.
     """
 
+    # A view is compared with those of its micro-batch alone, so smaller ones are other steps.
+    fixes = PretrainTask.fixes._replace(out_of_memory=PretrainTask.fixes.out_of_memory_alone)
+
     def __init__(
         self,
         loop: PretrainSettings,
