@@ -34,7 +34,7 @@ CASE = Case(
         ),
     },
     chinese={
-        "linear probe on class token and mean": "线性探针（类别标记与均值）",
+        "linear probe on class token and mean": "线性探针（类别 token 与均值）",
         "linear probe": "线性探针",
         ", k = 20, ": "，k = 20，",
         ", C = 0.1, ": "，C = 0.1，",

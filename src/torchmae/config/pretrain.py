@@ -62,8 +62,8 @@ class DataConfig(DataOptions, group="data."):
         crop_scale: range of the random crop's area as a share of the image (RandomResizedCrop); null: [0.2, 1] for
             images, [0.8, 1] for signals, spectrograms, volumes and clips, whose scale and tempo mean something.
         crop_ratio: range of the crop's aspect ratio, relative to the model's input.
-        flip: mirror the last axis half of the time; null: images, except medical ones (DICOM, NIfTI), but no signals,
-            spectrograms, volumes and clips.
+        flip: mirror the last axis of half of the samples; null: true for pictures, false for medical ones (DICOM,
+            NIfTI), signals, spectrograms, volumes and clips.
         normalise: "dataset" (mean and deviation of each channel over the training images; values far beyond the 0.5th
             and 99.5th percentile are clipped unless they are 8-bit or shares of 1), "sample" (those of each crop or
             window, which takes away its brightness or amplitude), or "none" (values divided by `scale` alone).
@@ -221,16 +221,16 @@ class OptimConfig(Settings, group="optim."):
 
 @dataclass(frozen=True)
 class RefineConfig(Settings, group="refine."):
-    """The end of the run: views of an image learn to be alike, while masked patches are still predicted.
+    """The second stage of the run: a contrastive loss between views of each image, beside masked patches.
 
-    A contrastive loss after masked pre-training, as in MIM-Refiner (Alkin et al. 2024, arXiv 2402.10093). A projection
+    It comes after masked pre-training, as in MIM-Refiner (Alkin et al. 2024, arXiv 2402.10093). A projection
     head (SimCLR) reads the mean of a view's visible patch tokens. The learning rate goes through its schedule again.
     A view is compared with those of the other images of its micro-batch and rank.
 
     Attributes:
         share: share of the run's minutes, or else of its steps, that refines; 0: none.
         views: number of views of each image; the time of a step grows with it.
-        lr_ratio: peak learning rates of this part over those before it.
+        lr_ratio: factor on the peak learning rates in this stage.
         temperature: divides the cosines between views; lower ones weigh the most similar images more.
         mask_ratio: masked share of a view's patches, in (0, 1): the encoder reads the others alone.
         crop_scale: range of a view's area as a share of the training crop.
@@ -287,7 +287,7 @@ class PretrainConfig(Settings):
         model: the network.
         mask: which patches are masked.
         optim: the optimiser and its schedule.
-        refine: the end of the run, which compares views.
+        refine: the second stage, a contrastive loss between views of each image.
         eval: measurements during training.
         init_from: weights to start from, which also give the network's shape: a run, an exported model, a released MAE
             checkpoint, or timm's or transformers' weights (FILE#PART selects one of several encoders in a file); null:
@@ -295,15 +295,15 @@ class PretrainConfig(Settings):
         out: the run folder; null: runs/<recipe>-<time>.
         epochs: passes over the training images.
         max_minutes: minutes of training steps, in place of epochs. The speed of the first steps sets the number of
-            steps, which is corrected when half of what is left is done; a second stage takes the minutes that
-            are left. A resumed stage keeps the number of its checkpoint. Start-up and validation are not counted.
+            steps. The last stage corrects it each time half of the steps or minutes left are used up, so that the run
+            ends on time. A resumed stage keeps the number of its checkpoint. Start-up and validation are not counted.
         batch_size: images per optimiser step, over all ranks and micro-batches.
         fit_batch: use the largest batch that fits on the GPU, a power of two images on each, in place of batch_size;
             `--batch auto` for short.
         max_tokens: largest number of patches in an optimiser step, for which a larger batch_size is lowered; null: no
             limit.
         start_size: smaller image size in pixels for the start of the run, a multiple of the patch; null: none.
-        start_share: share of the masked steps with `start_size`, in (0, 1).
+        start_share: share of the first stage's steps that have `start_size`, in (0, 1).
         accumulate: number of micro-batches per batch and rank, to save memory.
         seed: seed of weights, order, crops, flips and masks.
         device: auto, cpu, cuda, cuda:1, mps.
