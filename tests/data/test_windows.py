@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ import torchmae
 from torchmae.config import DataConfig
 from torchmae.config.data import DataOptions
 from torchmae.data.arrays import ArraySource
-from torchmae.data.formats import FORMATS, Format
+from torchmae.data.formats import FORMATS, Format, open_item
 from torchmae.data.items import ArrayItem, Context, Image, Region
 from torchmae.data.loader import Plan
 from torchmae.data.opening import Data, grid_of_windows, open_data, window_size
@@ -183,3 +185,41 @@ def test_a_window_is_read_without_the_rest(tmp_path: Path, monkeypatch: pytest.M
     del about["window"]
     (run.path / "model.json").write_text(json.dumps(about))
     assert run_data(str(run.path)).window == "none"  # a run from before there were windows
+
+
+def test_windows_of_one_file_are_read_by_several_threads(tmp_path: Path) -> None:
+    pixels = RNG.integers(0, 60000, (512, 512), dtype=np.uint16)
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(tmp_path / "scene.tif", pixels, rowsperstrip=1)
+    context = Context()
+    item = open_item(tmp_path / "scene.tif", context)
+    regions = [((row, 64), (column, 64)) for row in range(0, 512, 64) for column in range(0, 512, 64)]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(4):
+            for region, found in zip(regions, pool.map(item.read, regions), strict=True):
+                (row, height), (column, width) = region
+                np.testing.assert_array_equal(found[..., 0], pixels[row : row + height, column : column + width])
+
+
+def test_a_photograph_above_the_limit_is_seen_whole(tmp_path: Path) -> None:
+    pixels = np.zeros((1600, 1600, 3), np.uint8)
+    pixels[:, 800:] = 255
+    pixels[800:] //= 2
+    PIL.Image.fromarray(pixels).save(tmp_path / "a.jpg", quality=95)
+    settings = {
+        "source": str(tmp_path),
+        "val": "none",
+        "num_workers": 0,
+        "flip": False,
+        "cache": "none",
+        "window": "none",
+    }
+    seen = []
+    for limit in (100, 1):  # at its own size, and at half of it
+        config = DataConfig(max_megapixels=limit, **settings)
+        data = open_data(config, input_size=(32, 32), channels=3, device=torch.device("cpu"))
+        (batch,) = data.train.eval_batches(np.arange(1), 1)
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in data_of(data))
+        seen.append(batch.images * std + mean)
+    torch.testing.assert_close(seen[0], seen[1], atol=0.05, rtol=0)
+    assert [round(float(seen[1][0, 0, row, column]), 1) for row in (4, 28) for column in (4, 28)] == [0, 1, 0, 0.5]

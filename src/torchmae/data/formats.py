@@ -179,6 +179,7 @@ class JpegItem(Item):
             self._header = None  # Pillow makes colour grey
         size = (height, width) if self._orientation < 5 else (width, height)
         super().__init__(size, 1 if grey or context.num_channels == 1 else 3, np.uint8, form="JPEG", notes=tuple(notes))
+        self.reduces = self._reduction == 1  # the decoder goes to 1/8 at most, and has used up a part of that
 
     def read(self, region: Region | None = None, reduction: int = 1) -> Image:
         with one_line_errors():

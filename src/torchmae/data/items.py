@@ -337,6 +337,7 @@ class FileItem(Item):
         if 0 in (*self.size, channels):
             raise DataError("it holds no values")
         self._context = context
+        self._lock = threading.Lock()  # windows of one image are read by several threads, which share its handle
 
     def _open(self) -> Any:
         """What `_handle` keeps, where a library's handle is worth keeping."""
@@ -354,7 +355,7 @@ class FileItem(Item):
         region = region or tuple((0, length) for length in self.size)
         lengths = tuple(length for _, length in region)
         check_values(lengths, self.channels, self.dtype, self._context)
-        with one_line_errors():
+        with self._lock, one_line_errors():
             values = self._take(region)
         if values.shape != (*lengths, self.channels):
             raise DataError(f"{CUT_SHORT}: the file ends before its values do")

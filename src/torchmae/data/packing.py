@@ -230,7 +230,7 @@ def _content(source: Source, options: PackOptions, index: int) -> bytes | Image 
 
 def _is_plain(raw: bytes, options: PackOptions) -> bool:
     """Whether a file gives the same image without the options for reading."""
-    odd = {"nodata", "pages", "axes", "channels", "spacing", "clip"} & options.changed().keys()
+    odd = {"nodata", "pages", "axes", "channels", "spacing", "clip", "spectrogram"} & options.changed().keys()
     return not odd and (options.truncated == "skip" or not raw.startswith(b"\xff\xd8") or jpeg.is_whole(raw))
 
 

@@ -254,6 +254,9 @@ def open_ranks(
                 yield ranks
             finally:
                 dist.destroy_process_group()
+                # gloo's threads still drop the last tensors, and need the interpreter for it. If it ended before that,
+                # they would abort the process, and torchrun would count a whole run as failed.
+                time.sleep(0.1)
 
 
 def meet(ranks: Ranks) -> tuple[Any, list[str]]:
