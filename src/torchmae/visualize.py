@@ -201,12 +201,15 @@ def open_run_data(run: Path, pretrained: Pretrained, runtime: Runtime, source: s
     config = replace(
         chosen_data,
         root=own.root if root is None else root,
+        normalise="dataset",  # with these two nothing is measured; the model's own way follows
         mean=description.mean,
         std=description.std,
         cache="none",  # only a few images are read
     )
-    channels = description.arguments["in_chans"]
-    return open_data(config, input_size=description.input_size, channels=channels, device=runtime.device)
+    channels, way = description.arguments["in_chans"], description.normalisation
+    data = open_data(config, input_size=description.input_size, channels=channels, device=runtime.device)
+    val = None if data.val is None else replace(data.val, normalisation=way)
+    return replace(data, train=replace(data.train, normalisation=way), val=val, normalisation=way)
 
 
 def held_out(data: Data) -> ImageLoader:

@@ -101,3 +101,13 @@ def test_csv_that_cannot_be_used(tmp_path: Path, text: str, message: str) -> Non
 def test_braces_that_stand_for_too_much() -> None:
     with pytest.raises(ConfigError, match="stands for more than 1,000,000 files"):
         open_splits("x-{0..999999999}.tar")
+
+
+def test_numbers_as_classes_keep_those_of_training(tmp_path: Path) -> None:
+    rows = ("file,label,split", "a,1355868,train", "b,1355900,train", "c,1355868,val", "d,1355870,val")
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    splits = open_splits(str(tmp_path / "list.csv"))
+    for split, expected in (("train", ["1355868", "1355900"]), ("val", ["1355868", "1355870"])):
+        source = splits[split]
+        assert source.classes is not None and source.labels is not None
+        assert [source.classes[label] for label in source.labels] == expected

@@ -16,6 +16,10 @@ from torchmae.data.arrays import ArraySource
 from torchmae.data.items import Context
 from torchmae.data.opening import Data, open_data
 from torchmae.errors import ConfigError
+from torchmae.training.runtime import Runtime
+from torchmae.visualize import open_run_data
+
+RUNTIME = Runtime(torch.device("cpu"), "fp32", 1)
 
 RNG = np.random.default_rng(0)
 SIGNALS = (RNG.normal(3, 2, (20, 64, 2)) * np.linspace(1, 9, 20)[:, None, None]).astype(np.float32)
@@ -87,6 +91,8 @@ def test_a_saved_model_does_the_same(tmp_path: Path, way: str) -> None:
     np.testing.assert_allclose(model.preprocess(*SPIKED).movedim(1, -1), expected, rtol=1e-4, atol=1e-5)
     shown = model.description.normalisation.shown(model.preprocess(*SIGNALS))
     assert -0.6 < float(shown.quantile(0.02)) < float(shown.quantile(0.98)) < 1.6
+    drawn = open_run_data(run.path, model, RUNTIME, None, None)  # for `visualize` and the page
+    np.testing.assert_allclose(batch(drawn), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_settings_that_exclude_each_other() -> None:

@@ -291,3 +291,9 @@ def test_packed_files_that_changed_are_noticed_when_packed_again(folder: Path, t
         os.utime(path, (1, 1))
     with pytest.raises(ConfigError, match="was packed from other data"):
         pack(open_splits(str(tmp_path / "one")), tmp_path / "two", PackOptions(form))
+
+
+def test_groups_are_not_lost_in_silence(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="group"):
+        pack(open_splits(str(folder)), tmp_path / "out", PackOptions(group="(.)"))
+    assert not (tmp_path / "out").exists()

@@ -118,7 +118,7 @@ def list_splits(path: Path, context: Context) -> dict[str, Source]:
     for split in names:
         texts_of = np.frombuffer(labels[split], np.intc)
         own = None if dialect.label is None or numbers is None else numbers[texts_of]
-        known = classes[: len(trained & set(classes))] if classes and split == "train" else classes
+        known = classes[: int(own.max(initial=-1)) + 1] if classes and own is not None and split == "train" else classes
         found[split] = FileSource(root, located[split], own, None if own is None else known, context, remarks)
         if tags is not None:
             found[split].tags, found[split].classes = tags[texts_of], classes

@@ -77,6 +77,11 @@ def pack(splits: Mapping[str, Source], out: Path, options: PackOptions, progress
     Each file is written under a temporary name, read back, compared and renamed. ConfigError: `out` holds something
     else, or the images do not fit the format. DataError: too many unreadable images, or a file that cannot be written.
     """
+    if options.group is not None:
+        raise ConfigError(
+            f"data.group is {options.group!r}, and packed data holds no groups",
+            "pack training and held-out images as splits of their own, which train and val folders are",
+        )
     splits = in_one_list(splits)
     how = {name: value for name, value in asdict(options).items() if name not in ("max_bad", "root", "progress")}
     task = {
