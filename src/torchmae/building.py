@@ -130,7 +130,7 @@ def check_parallel(config: PretrainConfig, world_size: int) -> None:
 
 
 def check_views(config: PretrainConfig, batch_size: int, world_size: int) -> None:
-    """ConfigError where micro-batches are too small to compare views of different images.
+    """Raises ConfigError if a micro-batch has too few images: views are compared with those of other images in it.
 
     `batch_size` is that of all ranks.
     """

@@ -221,7 +221,7 @@ class OptimConfig(Settings, group="optim."):
 
 @dataclass(frozen=True)
 class RefineConfig(Settings, group="refine."):
-    """The second stage of the run: a contrastive loss between views of each image, beside masked patches.
+    """The second stage of the run: a contrastive loss between views, while masked patches are still predicted.
 
     It comes after masked pre-training, as in MIM-Refiner (Alkin et al. 2024, arXiv 2402.10093). A projection
     head (SimCLR) reads the mean of a view's visible patch tokens. The learning rate goes through its schedule again.

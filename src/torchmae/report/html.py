@@ -184,7 +184,7 @@ def _cell(unit: Unit, value: float | None) -> Figure:
 
 
 def _heading(name: str) -> str:
-    """Of the chart of a loss that training alone has."""
+    """The heading of the chart of a loss that is measured in training only."""
     if name == "loss_contrast":
         return "Training loss of the comparison of views"
     return f"Training loss of the target {name.removeprefix('loss_')}"

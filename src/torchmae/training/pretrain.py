@@ -199,7 +199,7 @@ def step_fits(settings: PretrainSettings, model: MaskedAutoencoder, shape: tuple
 
 
 def try_step(settings: PretrainSettings, model: MaskedAutoencoder, shape: tuple[int, ...], runtime: Runtime) -> None:
-    """The step of each stage that takes the most memory, on images of this shape, with a copy of the model.
+    """Tries the largest step of each stage in memory, on images of this shape, with a copy of the model.
 
     With DDP each rank steps alone: it needs as much memory, and one that runs out does not leave others waiting.
     """

@@ -58,7 +58,7 @@ class Deadline:
     seconds: float  # of training up to the last correction
 
     def moves(self, state: State, ranks: Ranks) -> bool:
-        """Corrects `state.total_steps` if that is due, and returns whether it was; `state.seconds` is up to date."""
+        """Corrects `state.total_steps` if that is due; returns whether it was. `state.seconds` must be up to date."""
         (seconds,) = ranks.all_reduce_max(state.seconds)
         due = state.step >= (self.step + state.total_steps) / 2 or seconds >= (self.seconds + self.limit) / 2
         if not due or state.step <= self.step:  # a roll-back leads to steps before the last correction
@@ -172,7 +172,7 @@ def train(
 
 
 def moved(former: Sequence[int], planned: frozenset[int], step: int) -> list[int]:
-    """The steps of a measurement after a change of plan at `step`: the former ones up to it, then the planned ones.
+    """The steps after which a measurement runs: the former ones up to `step`, then those of the new plan.
 
     As many planned steps are left out as former ones are done; a planned step that has passed becomes the next step.
     """
@@ -238,7 +238,7 @@ def step_if_finite(optimizers: Sequence[Optimizer], loss: Tensor, norm: Tensor) 
 
 
 def batches_to_come(loader: ImageLoader, plan: Plan, state: State, ranks: Ranks, window: Window) -> Iterator[Batch]:
-    """This rank's part of the batches of a stage from `state.step` on.
+    """Yields the batches of a stage from `state.step` on, of each the part that this rank computes.
 
     After a roll-back they go on from the earlier step; the stage may become longer or shorter on the way.
     """
