@@ -2,13 +2,12 @@
 
     python benchmarks/trials.py cifar10 FOLDER [--trials base hog3 ...] [--minutes 2] [--seeds 3]
     python benchmarks/trials.py photos tiny-imagenet-20/train
-    python benchmarks/trials.py cifar10-cpu FOLDER --after RUN --minutes 4 --trials base views2  # second stages alone
 
 Each trial is `torchmae pretrain` with the recipe of the data set and the options of its row, on all training images but
 some, and then kNN and the linear probe on those; no test image is read. Seeds come one after the other, so that all
 trials have as many wherever it stops. What is there already is not run again. Without --trials all are run, which takes
-hours. With --after, give trials of the second stage ("of a recipe that refines" and `base`): RUN has its network.
-benchmarks/results/trials has every figure, with the hardware and versions of the last call, and the table is printed.
+hours. benchmarks/results/trials has every figure, with the hardware and versions of the last call, and the table is
+printed.
 """
 
 from __future__ import annotations
@@ -136,7 +135,6 @@ def main() -> None:
     parser.add_argument("--trials", nargs="*", choices=TRIALS, default=list(TRIALS))
     parser.add_argument("--minutes", type=float, default=2, help="of each training")
     parser.add_argument("--epochs", type=int, help="instead of minutes: as many images for all")
-    parser.add_argument("--after", type=Path, help="a run, from whose weights a second stage alone is trained")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path("trials"), help="folder for the runs")
     args = parser.parse_args()
@@ -145,9 +143,6 @@ def main() -> None:
     given: dict[str, Any] = {"recipe": about.recipe, "data.val": "held-out", "data.val_size": about.held_out}
     given["eval.count"] = 1
     together = f"{args.set}-{args.epochs}-epochs" if args.epochs else f"{args.set}-{args.minutes:g}-minutes"
-    if args.after:
-        given |= {"init_from": str(args.after), "refine.share": 0.999}
-        together += f"-after-{args.after.name}"
     written: dict[str, Any] = {**length, "recipe": about.recipe, "environment": environment(), "trials": {}}
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{together}.json"

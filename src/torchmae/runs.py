@@ -179,8 +179,8 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, own: Own, *, resum
             config = replace(config, data=replace(config.data, spacing=spacing))
         if ranks.world_size > 1 and own.splits is None:  # rank 0 first: what is downloaded or indexed is so once
             ranks.on_main(lambda: len(open_splits(config.data.source, context)))
-        begun = run_data(str(folder.path)) if resume else None
-        window = config.data.window if begun is None else begun.window  # "auto" means what it meant when the run began
+        # "auto" means what it meant when the run began.
+        window = run_data(str(folder.path)).window if resume else config.data.window
         data = ranks.together(
             lambda: open_data(
                 replace(config.data, num_workers=share_of_cores(config.data.num_workers, ranks), window=window),

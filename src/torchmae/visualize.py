@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from torchmae.config import DataConfig
 from torchmae.data.loader import ImageLoader, mixed_subset
 from torchmae.data.opening import Data, open_data
 from torchmae.data.transforms import Normalisation
@@ -192,7 +191,7 @@ def open_run_data(run: Path, pretrained: Pretrained, runtime: Runtime, source: s
         ConfigError: no source, and the folder does not name the data of training.
         DataError: data that is missing or cannot be used.
     """
-    own = run_data(str(run)) or DataConfig(source="")
+    own = run_data(str(run))
     if source is None and not own.source:
         raise ConfigError(f"{run} does not say what the model was trained on", "name the images: --data PATH_OR_NAME")
     # Other data need not have the split or path of the run's held-out images.

@@ -51,13 +51,3 @@ def test_a_table_is_made_and_made_again(
         trials.main()
     assert capsys.readouterr().out == printed
     assert json.loads(results.read_text(encoding="utf-8"))["trials"].keys() == {"earlier", "bs32"}
-    run = tmp_path / "work" / "digits-1-epochs" / "bs32-0"
-    words[words.index("bs32")] = "views2"
-    monkeypatch.setattr("sys.argv", [*words, "--after", str(run), "--work", str(tmp_path / "work")])
-    trials.main()
-    together = "digits-1-epochs-after-bs32-0"
-    after = json.loads((tmp_path / "results" / f"{together}.json").read_text(encoding="utf-8"))
-    assert after["trials"].keys() == {"views2"}
-    metrics = (tmp_path / "work" / together / "views2-0" / "metrics.jsonl").read_text(encoding="utf-8")
-    trained = [line for line in map(json.loads, metrics.splitlines()) if line["kind"] == "train"]
-    assert trained and all("loss_contrast" in line for line in trained)  # a second stage and nothing before

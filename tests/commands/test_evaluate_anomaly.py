@@ -13,9 +13,11 @@ from PIL import Image
 from tiny_run import write_run
 
 from torchmae.cli import main
+from torchmae.config import DataConfig, PretrainConfig
 from torchmae.evaluation import anomaly
 from torchmae.report.metrics import measure_of
 from torchmae.report.run import load_run
+from torchmae.settings import to_yaml
 
 ANOMALY = ["--method", "anomaly", "--threads", "1", "--precision", "fp32", "--progress", "none"]
 
@@ -77,6 +79,14 @@ def test_normal_images_need_no_labels_and_may_be_chosen(run: Path) -> None:
         assert load_run(run).evaluations[-1]["data"]["train_images"] == normal
         with (run / "anomaly_scores.csv").open(encoding="utf-8", newline="") as file:
             assert sum(int(row["anomalous"]) for row in csv.DictReader(file)) == anomalous
+
+
+def test_other_images_are_read_as_the_runs(run: Path) -> None:
+    config = PretrainConfig(data=DataConfig(truncated="keep", root="elsewhere"))
+    (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert main(["evaluate", str(run), *ANOMALY, "--normal", "normal", "--test", "test"]) == 0
+    read = load_run(run).evaluations[-1]["options"]["data"]
+    assert (read["truncated"], read["root"], read["source"]) == ("keep", "data", None)
 
 
 def test_the_share_that_is_hidden_is_that_of_training(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,8 @@ from picture_files import decode, encoded, opened, picture
 from PIL import Image
 
 from torchmae.data import jpeg
-from torchmae.data.formats import JpegItem
+from torchmae.data.formats import JpegItem, open_item
+from torchmae.data.items import Context
 from torchmae.data.reading import BadFiles
 from torchmae.data.sources import FileSource
 from torchmae.errors import DataError
@@ -107,6 +108,17 @@ def test_float_tiff_stays_float() -> None:
     values[0, 0] = np.nan
     with pytest.raises(DataError, match="not finite"):
         decode(encoded(Image.fromarray(values), "TIFF"), None, nodata="none")
+
+
+def test_plain_tiffs_name_the_value_of_no_data(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 4, (8, 9), dtype=np.uint8)
+    Image.fromarray(values).save(tmp_path / "a.tif", tiffinfo={42113: "3"})
+    item = open_item(tmp_path / "a.tif", Context(), lambda: "a.tif")
+    assert item.meta["nodata"] == 3
+    valid = item.read_valid()[1]
+    assert valid is not None
+    np.testing.assert_array_equal(valid, values != 3)
+    assert open_item(tmp_path / "a.tif", Context(nodata="nan"), lambda: "a.tif").read_valid()[1] is None
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,28 @@ def test_frames(tmp_path: Path, dims: int) -> None:
         assert len(open_splits(str(tmp_path), Context(pages="all"))["train"]) == 5
 
 
+def test_each_frame_has_its_own_scale(tmp_path: Path) -> None:
+    pydicom = pytest.importorskip("pydicom")
+    frames = RNG.integers(0, 4096, (3, 8, 9)).astype(np.uint16)
+    frames[:, 0, 0] = 7
+    slopes, each = (0.5, 2.0, 1.0), []
+    for slope in slopes:
+        scale, frame = pydicom.Dataset(), pydicom.Dataset()
+        scale.RescaleSlope, scale.RescaleIntercept = slope, -10
+        frame.PixelValueTransformationSequence = [scale]
+        each.append(frame)
+    elements = {"NumberOfFrames": 3, "PerFrameFunctionalGroupsSequence": each, "PixelPaddingValue": 7}
+    path = slice_file(tmp_path / "a.dcm", frames, **elements)
+    _, whole = check_parts(path, spatial_dims=3, nodata="none")
+    wanted = frames * np.array(slopes, np.float32)[:, None, None] - 10
+    wanted[frames == 7] = 7 * slopes[0] - 10  # padding has one value
+    np.testing.assert_array_equal(whole[..., 0], wanted)
+    second = open_splits(str(tmp_path), Context(pages="all", nodata="none"))["train"].read(1)
+    np.testing.assert_array_equal(second[..., 0], wanted[1])
+    valid = open_item(path, Context(spatial_dims=3), lambda: path.name).read_valid()[1]
+    assert valid is not None and (valid == (frames != 7)).all()
+
+
 def test_compressed_and_odd_files_of_pydicom() -> None:
     pydicom = pytest.importorskip("pydicom")
     pytest.importorskip("openjpeg")
@@ -194,6 +216,10 @@ def test_slices_become_volumes_where_the_model_takes_three_axes(tmp_path: Path) 
         np.testing.assert_array_equal(item.read()[..., 0], np.stack(slices))
         np.testing.assert_array_equal(item.read(((1, 2), (3, 4), (0, 5)))[..., 0], np.stack(slices)[1:3, 3:7, :5])
     assert source.with_channels(3).read(0).shape == (5, 8, 10, 3)
+    files = [f"a/IM{number:04},one" for number in range(5)] + [f"b/IM{number:04}.dcm,two" for number in range(4)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,patient", *files]))
+    listed = open_splits(str(tmp_path / "list.csv"), Context(spatial_dims=3, group="patient"))["train"]
+    assert listed.groups is not None and listed.groups.tolist() == ["one", "two"]
 
 
 def test_the_shared_slices(shared_data: Path) -> None:

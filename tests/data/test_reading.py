@@ -12,7 +12,7 @@ from torchmae.data.arrays import ArraySource, hold
 from torchmae.data.items import Context
 from torchmae.data.layouts import folder_splits
 from torchmae.data.reading import MAX_MISSES, BadFiles, first_readable, measure, probe, read_many
-from torchmae.data.sources import Source
+from torchmae.data.sources import Source, Subset
 from torchmae.errors import DataError
 
 
@@ -36,6 +36,14 @@ def test_the_next_one_that_reads_stands_in(three_of_five: Source, tmp_path: Path
     assert read == [0, 2, 2, 3, 0]
     assert [name for name, _ in bad] == [str(tmp_path / "1.png"), str(tmp_path / "4.png")]
     assert bad[0][1] == "the file is empty"
+
+
+def test_windows_of_a_damaged_image_count_once(write_pictures, tmp_path: Path) -> None:
+    write_pictures("0.png", "1.png")[0].write_bytes(b"")
+    source = Subset(folder_splits(tmp_path)["train"], np.repeat([0, 1], 2 * MAX_MISSES))
+    bad: list[tuple[str, str]] = []
+    assert first_readable(source, 3, bad, source.read)[0] == 2 * MAX_MISSES
+    assert bad == [(str(tmp_path / "0.png"), "the file is empty")]
 
 
 def test_a_source_that_went_away_is_not_read_to_its_end(write_pictures, tmp_path: Path) -> None:

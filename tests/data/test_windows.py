@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import torchmae
+from torchmae.commands.reconstruct import mask_from_image
 from torchmae.config import DataConfig
 from torchmae.config.data import DataOptions
 from torchmae.data.arrays import ArraySource
@@ -167,6 +168,10 @@ def test_a_window_is_read_without_the_rest(tmp_path: Path, monkeypatch: pytest.M
     model = torchmae.load(run.path)
     middle = model.preprocess(SCENES[0])
     assert torch.equal(middle, model.preprocess(SCENES[0][12:28, 18:34]))
+    hole = np.zeros((40, 52), np.uint8)
+    hole[16:24, 18:22] = 255  # of the window in the middle, rows 4 to 11 and columns 0 to 3
+    PIL.Image.fromarray(hole).save(tmp_path / "hole.png")
+    assert mask_from_image(model, tmp_path / "hole.png", 1).ids_masked.tolist() == [[4, 8]]
 
     torchmae.embed(run.path, {"num_workers": 0}, out=tmp_path / "x.npz", precision="fp32")
     found = np.load(tmp_path / "x.npz")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import torch
 from PIL import Image
 
 from torchmae.config.data import DataOptions
@@ -148,3 +149,20 @@ def test_data_that_cannot_work(tmp_path: Path) -> None:
         opened(tmp_path / "n", tmp_path / "t", ["cow"])
     with pytest.raises(ConfigError, match="leads to the training images; choose other images to test"):
         opened(tmp_path / "n", tmp_path / "t" / ".." / "n")
+
+
+def test_records_are_cut_into_clips_once(tmp_path: Path) -> None:
+    records = np.random.default_rng(0).integers(0, 255, (24, 12, 8, 8, 1)).astype(np.uint8)
+    for number, record in enumerate(records):
+        path = tmp_path / ("good" if number < 20 else "odd") / f"{number}.npy"
+        path.parent.mkdir(exist_ok=True)
+        np.save(path, record)
+    options = EvaluateOptions(method="anomaly", data=DataOptions(source=str(tmp_path), clip=4, num_workers=0))
+    opened = open_anomaly_data(options, ModelInput((4, 8, 8), 1, tiny.NORMALISATION, tiny.CPU))
+    assert (len(opened.train) + len(opened.test), len(opened.kinds)) == (24, len(opened.test))
+    windows = opened.test_windows
+    assert windows.images is not None
+    assert windows.images.tolist() == [row for row in range(len(opened.test)) for _ in range(3)]
+    batch = next(iter(windows.batches()))
+    row = opened.test.source.read(0)[4:8, ..., 0]  # the second clip of the first record
+    torch.testing.assert_close(batch.images[1, 0], tiny.NORMALISATION.apply(torch.from_numpy(row)[None, None])[0, 0])

@@ -9,7 +9,9 @@ import torch
 from torchvision.transforms import v2
 
 from torchmae.config.finetune import InputSettings
+from torchmae.data.transforms import Normalisation
 from torchmae.errors import ConfigError
+from torchmae.evaluation import augment as module
 from torchmae.evaluation.augment import OPERATIONS, Augment, build_augment
 
 NONE = InputSettings(batch_size=10, crop_scale=(1.0, 1.0), randaugment=0, mixup=0.0, cutmix=0.0)
@@ -17,7 +19,8 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 
 
 def augment_with(channels: int = 3, input_size: tuple[int, ...] = (16, 16), **changes: Any) -> Augment:
-    return build_augment(NONE._replace(**changes), input_size, MEAN[:channels], STD[:channels], 4)
+    normalisation = Normalisation(MEAN[:channels], STD[:channels])
+    return build_augment(NONE._replace(**changes), input_size, normalisation, 4)
 
 
 def batch(channels: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,6 +75,15 @@ def test_randaugment_gives_bytes_normalised_as_before() -> None:
     assert levels.min() > -0.01
     assert levels.max() < 255.01
     torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-3)
+
+
+def test_randaugment_keeps_values_in_the_unit_of_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "OPERATIONS", {"identity": OPERATIONS["identity"]})
+    hounsfield = Normalisation((-500.0,), (300.0,), (-1000.0,), (400.0,), {"float32": 1.0}, "dataset")
+    values = torch.rand(10, 1, 16, 16) * 1400 - 1000
+    augment = build_augment(NONE._replace(randaugment=9), (16, 16), hounsfield, 4)
+    seen, _ = augment(hounsfield.apply(values), torch.zeros(10, dtype=torch.int64))
+    assert (seen * 300 - 500 - values).abs().max() < 0.51 * 1400 / 255  # half a level of a byte
 
 
 def test_randaugment_on_one_channel() -> None:

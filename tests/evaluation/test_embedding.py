@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import tiny
 from PIL import Image
 
+from torchmae.config.data import DataOptions
 from torchmae.data.layouts import open_splits
 from torchmae.errors import CheckpointError, ConfigError, DataError
 from torchmae.evaluation import embedding
@@ -136,6 +138,13 @@ def test_another_embedding_is_not_mixed_in(tmp_path: Path) -> None:
     assert same != bf16
     assert same != embedding._identity(tiny.subject(class_token=False), parts(), "mean", tiny.RUNTIME, 140)
     assert same != embedding._identity(tiny.subject(), parts()[:1], "mean", tiny.RUNTIME, 140)
+    for change in (
+        {"data": DataOptions(num_workers=0, nodata=0.0)},
+        {"data": DataOptions(num_workers=0, window=(4, 4))},
+        {"normalisation": replace(tiny.NORMALISATION, scale={"uint8": 16.0})},
+    ):
+        read_otherwise = [replace(part, **change) for part in parts()]
+        assert same != embedding._identity(tiny.subject(), read_otherwise, "mean", tiny.RUNTIME, 140)
 
 
 def test_two_commands_do_not_write_into_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

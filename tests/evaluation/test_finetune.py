@@ -32,7 +32,7 @@ from torchmae.training.saved_model import Description, write_description
 RUNTIME = Runtime(torch.device("cpu"), "fp32", 1)
 TINY = {"embed_dim": 16, "depth": 2, "num_heads": 2, "decoder_embed_dim": 16, "decoder_depth": 1}
 ARGUMENTS = presets.arguments("vit_digits", in_chans=1, decoder_num_heads=2, **TINY)
-NORMALISATION = Normalisation((0.5,), (0.25,))
+NORMALISATION = Normalisation((0.5,), (0.25,), (0.0,), (1.0,), {"uint8": 255.0}, "dataset")
 # Everything that draws random numbers is on.
 CONFIG = FinetuneConfig(
     epochs=3, batch_size=16, base_lr=0.02, randaugment=5, drop_path=0.2, crop_scale=(0.6, 1.0), checkpoint_minutes=0
@@ -181,15 +181,27 @@ def test_accumulation_takes_the_same_step() -> None:
 # Runs.
 
 
-def test_it_learns_and_leaves_a_classifier_that_gives_the_same_figures(tmp_path: Path) -> None:
-    data = data_of(tmp_path, *bars())
+def test_it_learns_and_leaves_a_classifier_that_gives_the_same_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, sizes = data_of(tmp_path, *bars()), []
+    original = finetune.predict
+
+    def spied(model: Any, batches: Any, runtime: Runtime) -> Any:
+        kept = [*batches]
+        sizes.append([len(batch.labels) for batch in kept])
+        return original(model, kept, runtime)
+
     config = replace(CONFIG, epochs=20, mixup=0.0, cutmix=0.0, randaugment=0)
-    figures = run(data, tmp_path / "out", config)
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "predict", spied)
+        figures = run(data, tmp_path / "out", config, test_batch_size=20)
+    assert sizes == [[20, 20, 5]]
     assert figures["finetune"] > 90
     assert figures["finetune_low"] <= figures["finetune"] <= figures["finetune_high"]
     assert figures["finetune_images"] == 45
     loaded, description = load_classifier(tmp_path / "out")
-    assert (description.mean, description.std) == (NORMALISATION.mean, NORMALISATION.std)
+    assert description.normalisation == NORMALISATION
     assert data.val is not None
     rankings, labels = map(torch.cat, finetune.predict(loaded, data.val.eval_batches(np.arange(45), 10), RUNTIME))
     assert 100 * (rankings[:, 0] == labels).sum().item() / 45 == figures["finetune"]

@@ -15,8 +15,16 @@ from torchmae.config.data import DataOptions
 from torchmae.config.evaluate import EvaluateOptions
 from torchmae.data.layouts import open_splits
 from torchmae.errors import ConfigError, DataError
-from torchmae.evaluation.images import EvaluationData, ModelInput, open_evaluation_data, open_parts
+from torchmae.evaluation.images import (
+    EvaluationData,
+    ModelInput,
+    open_evaluation_data,
+    open_parts,
+    own_data,
+    run_data,
+)
 from torchmae.training.ranks import ALONE
+from torchmae.training.saved_model import read_description, write_description
 
 Save = Callable[..., str]
 
@@ -194,3 +202,16 @@ def test_parts_are_the_splits(save: Save) -> None:
     source = save([0, 1])
     with pytest.raises(ConfigError, match="split is 'test'; choose from train"):
         sizes("test")
+
+
+def test_an_exported_model_says_how_images_are_read(tmp_path: Path) -> None:
+    run = tiny.write_run(tmp_path / "run", source=None)
+    description = read_description(run / "model.json")
+    write_description(run / "model.json", replace(description, reading={"channels": [2]}, window=(8, 8)))
+    own = run_data(str(run))
+    assert (own.source, own.channels, own.window) == ("", (2,), (8, 8))
+    data = own_data(str(run), DataOptions(source="x", group="g", root="r"))
+    assert (data.source, data.channels, data.group, data.root) == ("x", (2,), "g", "r")
+    with pytest.raises(ConfigError, match="data is not given"):
+        own_data(str(run), DataOptions())
+    assert own_data("no/folder", DataOptions(source="x")) == DataOptions(source="x")

@@ -19,6 +19,7 @@ from torchmae.data.layouts import open_splits
 from torchmae.errors import ConfigError, DataError
 from torchmae.evaluation import linear, multilabel, suite
 from torchmae.evaluation.scores import Labelled
+from torchmae.evaluation.sharing import WHOLE, Parts
 
 CLASSES = ("bright", "dark", "left")
 
@@ -83,19 +84,37 @@ def test_votes_by_hand() -> None:
     features, tags = torch.randn(80, 5), (torch.rand(80, 3) < 0.4).to(torch.int8)
     tags[:, 2] = 1  # of all images: nothing to learn
     train, test = Labelled(features[:60], tags[:60]), Labelled(features[60:], tags[60:])
-    votes = multilabel.knn_votes(train, test)
+    votes = multilabel.knn_votes(train, test, WHOLE)
     assert [*votes] == ["knn10", "knn20", "knn100"]
     centred = torch.nn.functional.normalize(train.features - train.features.mean(0), dim=1)
     query = torch.nn.functional.normalize(test.features - train.features.mean(0), dim=1)
     weights, index = ((query @ centred.T - 1) / 0.07).exp().topk(10, dim=1)
     wanted = (weights[..., None] * tags[:60][index].float()).sum(1) / weights.sum(1, keepdim=True)
     torch.testing.assert_close(votes["knn10"], wanted)
-    scores = multilabel.linear_votes(train, test, 0)
+    scores = multilabel.linear_votes(train, test, WHOLE, 0)
     assert not scores[:, 2].any()
     scaled, others = linear.standardise(train.features, test.features)
     c = linear.choose_c(Labelled(train.features, tags[:60, 0].long()), 2)
     theirs = LogisticRegression(C=c).fit(scaled.numpy(), tags[:60, 0].numpy()).decision_function(others.numpy())
     np.testing.assert_allclose(scores[:, 0], theirs, atol=2e-3)
+
+
+def test_c_is_chosen_by_whole_groups(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[Parts] = []
+    original = linear.choose_c
+
+    def spied(train: Labelled, num_classes: int, parts: Parts = WHOLE, **options: Any) -> float:
+        chosen.append(parts)
+        return original(train, num_classes, parts, **options)
+
+    monkeypatch.setattr(linear, "choose_c", spied)
+    source = DataOptions(source=str(made), num_workers=0, group=r"(\d)\d*\.png")
+    compute = ComputeOptions(batch_size=16, precision="fp32", threads=1, device="cpu", progress="none")
+    suite.evaluate(tiny.write_run(tmp_path / "run"), EvaluateOptions(data=source, method="linear"), compute)
+    assert chosen
+    for parts in chosen:
+        assert parts.groups is not None
+        assert (len(parts.groups), len(parts.groups.unique())) == (40, 10)
 
 
 def test_what_can_be_measured_and_what_not(made: Path, tmp_path: Path) -> None:

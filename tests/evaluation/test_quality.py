@@ -11,6 +11,7 @@ import tiny
 
 from torchmae import presets
 from torchmae.config.evaluate import EvaluateOptions, ReconstructionOptions
+from torchmae.data.layouts import open_splits
 from torchmae.errors import ConfigError
 from torchmae.evaluation import quality
 from torchmae.evaluation.subject import Subject, untrained
@@ -43,6 +44,18 @@ def test_a_figure_for_every_strategy_and_ratio() -> None:
     assert figures["grid_0.5_psnr_interpolation"] > figures["grid_0.75_psnr_interpolation"]
     assert run(ratios=(0.5, 0.75)) == figures
     assert run(ratios=(0.5, 0.75), seed=1) != figures
+
+
+@pytest.mark.usefixtures("metrics")
+def test_forward_passes_take_the_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, taken = tiny.subject(), []
+    assert subject.model is not None
+    original = subject.model.reconstruct
+    monkeypatch.setattr(subject.model, "reconstruct", lambda *given: taken.append(len(given[0])) or original(*given))
+    images = tiny.image_set(tiny.some(open_splits("digits")["val"], 12), batch_size=5)
+    options = EvaluateOptions(reconstruction=ReconstructionOptions(ratios=(0.5,), strategies=("random",)))
+    quality.measure(tiny.bench(images, images), subject, options)
+    assert taken == [5, 5, 2]
 
 
 @pytest.mark.usefixtures("metrics")

@@ -272,6 +272,7 @@ def test_figures_are_those_of_torchmetrics() -> None:
         ("alone", {}, "1 of 8 training pictures have no mask, such as .*3.png; put masks/"),
         ("one", {}, "all 8 training masks are of 0 alone; give masks of two classes"),
         ("void", {}, "ids up to 2 and 255 .*; --segmentation.ignore 255"),
+        ("all void", {}, "all masks hold 255 alone .*; give masks with two classes or more"),
         ("soft", {}, "from soft edges or JPEG; --segmentation.threshold 127"),
         ("instances", {}, "ids up to 310 .*; --segmentation.instances true"),
         ("colours", {}, "the masks have .* colours, .*; save one colour a class"),
@@ -296,6 +297,9 @@ def test_wrong_masks_are_one_line(made: Path, change: str, options: dict[str, An
     elif change == "void":
         ids[0] = 255
         Image.fromarray(ids).save(file)
+    elif change == "all void":
+        for i in range(10):
+            Image.fromarray(np.full_like(ids, 255)).save(made / "masks" / f"{i}.png")
     elif change == "instances":
         Image.fromarray(np.arange(576).reshape(24, 24).clip(max=310).astype(np.uint16)).save(file)
     elif change == "colours":
@@ -326,7 +330,12 @@ def test_options_that_cannot_work(made: Path, tmp_path: Path) -> None:
         opened(made, size=(8,))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="out is not given"):
         evaluated("random", made, preset="vit_digits")
-    assert list(evaluated("pixels", made, preset="vit_digits", out=str(tmp_path / "o")).figures()) == ["pixels"]
+    asked: dict[str, Any] = {"preset": "vit_digits", "out": str(tmp_path / "o")}
+    assert list(evaluated("pixels", made, **asked).figures()) == ["pixels"]
+    with pytest.raises(ConfigError, match="'pixels' has no network to train; evaluate a run"):
+        evaluated("pixels", made, **asked, config={"finetune": True})
+    with pytest.raises(ConfigError, match="finetune.init is 'random'"):
+        EvaluateOptions(method="segmentation", finetune=FinetuneConfig(init="random"))
 
 
 def test_fine_tuning_goes_on_where_it_was(made: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from torchmae.publish import timm as timm_format
 from torchmae.publish.export import EXPORTS, export
 from torchmae.publish.exports import Check, compare
 from torchmae.report.metrics import METRICS, Metric, Unit
-from torchmae.training.saved_classifier import load_classifier
+from torchmae.training.saved_classifier import load_classifier, save_classifier
 from torchmae.training.saved_model import Description, write_description, write_weights
 
 
@@ -237,6 +237,19 @@ def test_the_card_says_what_is_known(run: Path, tmp_path: Path) -> None:
     assert "kNN" not in card
     again = export(tmp_path / "out", tmp_path / "second", ExportOptions())
     assert "Nothing is known about the training." in (again.path / "README.md").read_text()
+
+
+def test_the_card_of_a_classifier_says_how_values_are_scaled(fine_tuned: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    model, known = load_classifier(fine_tuned)
+    ends = (0.0, 0.0, 0.0), (0.5, 0.5, 0.5)
+    scaled = replace(known, low=ends[0], high=ends[1], scale={"uint16": 4095.0, "uint8": 255.0}, normalise="dataset")
+    folder.mkdir()
+    save_classifier(folder, model, scaled)
+    assert load_classifier(folder)[1] == scaled
+    card = (export(folder, tmp_path / "out", ExportOptions(to="onnx")).path / "README.md").read_text()
+    assert "uint16 divided by 4095 or uint8 divided by 255; values below (-0.5, -0.5, -0.5) and above (1, 1, 1)" in card
+    assert "multiply uint8 by 16.0588 to get values as of uint16" in card
 
 
 def test_a_figure_from_outside_is_on_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from torchmae.config.visualize import ReconstructOptions
 from torchmae.data.items import Context
-from torchmae.data.transforms import FULL_SCALE, eval_box, resample
+from torchmae.data.transforms import FULL_SCALE, resample
 from torchmae.errors import ConfigError
 from torchmae.nn.mae import require_patches
 from torchmae.nn.masking import Mask, mask_from_pixels
@@ -61,7 +61,7 @@ def mask_from_image(pretrained: Pretrained, path: Path, count: int) -> Mask:
         )
     array = torch.from_numpy(open_file(path, Context(num_channels=1, spatial_dims=2)).read(0)[..., 0])
     values = (array.float() / FULL_SCALE[str(array.numpy().dtype)])[None, None]
-    resized = resample(values, eval_box(tuple(array.shape), size)[None], size, np.zeros(1, dtype=np.bool_))
+    resized = resample(values, pretrained.seen_of(tuple(array.shape)), size, np.zeros(1, dtype=np.bool_))
     removed = (resized[:, 0] > 0.5).expand(count, *size)
     try:
         return mask_from_pixels(removed, pretrained.model.patch_size)

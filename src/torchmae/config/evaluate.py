@@ -248,6 +248,9 @@ class EvaluateOptions(LayerOption, TargetOption):
             raise ConfigError(f"data is {self.data.source!r} and normal {self.normal!r}", "give one of them")
         if self.layer is not None and self.method == "segmentation" and self.segmentation.finetune:
             raise ConfigError("layer is given and segmentation.finetune trains the whole encoder", "leave layer out")
+        if self.method == "segmentation" and self.finetune.init == "random":
+            problem = "finetune.init is 'random', and segmentation is of the run's weights"
+            raise ConfigError(problem, "leave it out: an untrained network is measured beside it")
         for name, methods in APPLIES_TO.items():
             if getattr(self, name) not in (None, False) and not set(self.methods) <= set(methods):
                 listed = " or ".join(filter(None, [", ".join(methods[:-1]), methods[-1]]))

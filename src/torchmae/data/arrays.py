@@ -266,7 +266,8 @@ def named_arrays(
         known = np.asarray(arrays[labels][...]) if labels in arrays else None
         name = f"{title}/{images}".rstrip("/")
         source = splits[split] = ArraySource(arrays[images], known, classes, title=name, context=context)
-        if context.group is not None and (group := images.removesuffix("images") + context.group) in arrays:
+        prefix = images.removesuffix("images") if images.endswith("images") else ""
+        if context.group is not None and (group := prefix + context.group) in arrays:
             source.groups = np.asarray(arrays[group][...]).astype(str)
             if source.groups.shape != (len(source),):
                 problem = f"{title}/{group} has shape {source.groups.shape}"

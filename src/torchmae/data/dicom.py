@@ -70,15 +70,21 @@ def unpacked(file: bytes | Path) -> bytes | Path:
     return start[:end].replace(_DEFLATED, _EXPLICIT) + rest
 
 
-def _find(header: Any, keyword: str) -> Any:
-    """The value of an element; in files with several frames, of the groups that all or the first of them share."""
+def _find(header: Any, keyword: str, frame: int = 0) -> Any:
+    """The value of an element; in files with several frames, of the groups that they share or that one of them has."""
     if (value := header.get(keyword)) is not None:
         return value
-    for frame in (item for group in _GROUPS for item in (header.get(group) or ())[:1]):
-        for element in frame:
+    for items in filter(None, map(header.get, _GROUPS)):
+        for element in items[min(frame, len(items) - 1)]:
             if element.VR == "SQ" and element.value and (value := element.value[0].get(keyword)) is not None:
                 return value
     return None
+
+
+def _line(header: Any, frame: int) -> tuple[float, float]:
+    """Slope and intercept of a frame: PET has others for each."""
+    slope, intercept = _find(header, "RescaleSlope", frame), _find(header, "RescaleIntercept", frame)
+    return float(1 if slope is None else slope), float(intercept or 0)
 
 
 class DicomItem(FileItem):
@@ -98,14 +104,13 @@ class DicomItem(FileItem):
         bits, signed = int(header.get("BitsAllocated", 16)), bool(header.get("PixelRepresentation", 0))
         stored = np.dtype(np.float32) if bits > 32 else np.dtype(f"{'i' if signed else 'u'}{max(1, bits // 8)}")
         check_values((rows, columns), samples, stored, context)
-        slope, intercept = _find(header, "RescaleSlope"), _find(header, "RescaleIntercept")
-        self._line = float(1 if slope is None else slope), float(intercept or 0)
+        self._lines = [_line(header, frame) for frame in range(self._frames)]
         self._table = bool(header.get("ModalityLUTSequence"))
         self._stack = context.spatial_dims == 3
         self._page = context.page
         if not self._stack and self._page >= self._frames:
             raise DataError(f"it has no page {self._page + 1}")
-        is_plain = samples == 3 or is_palette or (self._line == (1, 0) and not self._table)
+        is_plain = samples == 3 or is_palette or (set(self._lines) == {(1, 0)} and not self._table)
         meta: dict[str, Any] = {"pages": 1 if self._stack else self._frames}
         if (padding := header.get("PixelPaddingValue")) is not None and samples == 1 and not is_palette:
             meta["nodata"] = float(self._in_units(np.array(padding).astype(stored)))
@@ -127,26 +132,28 @@ class DicomItem(FileItem):
             meta=meta,
         )
 
-    def _in_units(self, values: Image) -> Image:
-        """Stored values of one channel as physical ones."""
+    def _in_units(self, values: Image, frame: int = 0) -> Image:
+        """Stored values of one channel of a frame as physical ones."""
         if self._photometric == "MONOCHROME1":
             signed, bits = self._header.get("PixelRepresentation", 0), int(self._header.get("BitsStored", 16))
             values = ((-1 if signed else 2**bits - 1) - values.astype(np.int64)).astype(values.dtype)
         if self._table:
             return require("pydicom.pixels", "medical").apply_modality_lut(values, self._header).astype(np.float32)
-        if self._line != (1, 0):
-            return (values.astype(np.float64) * self._line[0] + self._line[1]).astype(np.float32)
+        if set(self._lines) != {(1, 0)}:
+            slope, intercept = self._lines[frame]
+            return (values.astype(np.float64) * slope + intercept).astype(np.float32)
         return values
 
     def _take(self, region: Region) -> Image:
         (first, count), *sides = region if self._stack else ((self._page, 1), *region)
         crop = tuple(slice(start, start + length) for start, length in sides)
-        stored = self._stored(range(first, first + count))
-        frames = np.stack([self._frame(values)[crop].copy() for values in stored])
+        wanted = range(first, first + count)
+        stored = zip(self._stored(wanted), wanted, strict=True)
+        frames = np.stack([self._frame(values, number)[crop].copy() for values, number in stored])
         return frames if self._stack else frames[0]
 
-    def _frame(self, values: Image) -> Image:
-        """(rows, columns, channels) of a frame."""
+    def _frame(self, values: Image, number: int) -> Image:
+        """(rows, columns, channels) of the frame `number`."""
         if self._photometric == "PALETTE COLOR":
             colours = require("pydicom.pixels", "medical").apply_color_lut(values, self._header)
             return (colours >> 8 if colours.dtype == np.uint16 else colours).astype(np.uint8)
@@ -156,7 +163,10 @@ class DicomItem(FileItem):
         if padding is not None and end is not None:
             low, high = sorted((int(padding), int(end)))
             values = np.where((values >= low) & (values <= high), np.array(padding).astype(values.dtype), values)
-        return self._in_units(values)[..., None]
+        units = self._in_units(values, number)
+        if padding is not None and self._lines[number] != self._lines[0]:
+            units[values == padding] = self.meta["nodata"]  # one value for all frames
+        return units[..., None]
 
     def _stored(self, frames: range) -> Iterator[Image]:
         """The values of frames as they are stored, one after the other."""
@@ -214,6 +224,7 @@ class SeriesSource(EncodedSource):
         labels = None if source.labels is None else source.labels[first]
         super().__init__(len(groups), labels, source.classes, source.context)
         self._source, self._groups = source, groups
+        self.groups = None if source.groups is None else source.groups[first]
         self.remarks = (*source.remarks, f"{len(source):,} DICOM files are {len(groups):,} volumes")
 
     def content(self, index: int) -> Path | tuple[Path, ...]:

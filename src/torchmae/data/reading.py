@@ -83,19 +83,27 @@ def first_readable(
 ) -> tuple[int, Result]:
     """The image at `index` or, where it cannot be read, the next one that can; after the last comes the first.
 
-    With its index; `bad` takes (name, reason) of those that cannot be read. DataError: MAX_MISSES of them in a row.
+    With its index; `bad` takes (name, reason) of those that cannot be read. After a window that cannot be read, those
+    of the next image are tried. DataError: MAX_MISSES images in a row.
     """
-    attempts, fix = min(len(source), MAX_MISSES), ""
-    for candidate in range(index, index + attempts):
+    missed: set[str] = set()
+    fix = ""
+    for candidate in range(index, index + len(source)):
         candidate %= len(source)
+        if missed and source.name(candidate) in missed:
+            continue
         try:
             return candidate, read(candidate)
         except DataError as error:
             name = source.name(candidate)
+            missed.add(name)
             bad.append((name, error.problem.removeprefix(f"{name}: ")))
             fix = error.fix
+        if len(missed) == MAX_MISSES:
+            break
     name, reason = bad[-1]
-    raise DataError(f"{attempts} images in a row cannot be read; the last: {name}: {reason}", fix or "check the data")
+    problem = f"{len(missed)} images in a row cannot be read; the last: {name}: {reason}"
+    raise DataError(problem, fix or "check the data")
 
 
 Pixels = tuple[Image, Valid | None]  # (*size, C), and which pixels hold data, None: all

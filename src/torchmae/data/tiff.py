@@ -46,7 +46,11 @@ def open_tiff(file: bytes | Path, context: Context) -> Item:
         raise DataError(f"{CUT_SHORT}: the file ends before its pages do", "--data.pages first")
     if is_plain and not (is_large and find_spec("tifffile") and find_spec("imagecodecs")):
         data = formats.read_file(file) if isinstance(file, Path) else file
-        return formats.loaded_item(formats.open_pillow(data, "TIFF"), context)
+        picture = formats.open_pillow(data, "TIFF")
+        item = formats.loaded_item(picture, context)
+        if picture.mode in ("L", "RGB"):  # else its values are not those that are stored
+            item.meta |= _nodata(getattr(picture, "tag_v2", {}).get(_NODATA))
+        return item
     try:
         require("tifffile", "tiff"), require("imagecodecs", "tiff")
     except ConfigError as error:
@@ -133,8 +137,7 @@ class PagesItem(FileItem):
         self._turn = tag.value if tag is not None and tag.value in range(1, 9) and len(size) == 2 else 1
         meta: dict[str, Any] = {"pages": sum(counts)}
         if (tag := frame.tags.get(_NODATA)) is not None:
-            value = float(str(tag.value).strip("\0 "))
-            meta["nodata"] = "nan" if math.isnan(value) else value
+            meta |= _nodata(tag.value)
         sides = size[::-1] if self._turn >= 5 else size
         super().__init__(sides, like.shape[-1], like.dtype, context, form="TIFF", notes=(*notes, *decided), meta=meta)
 
@@ -178,6 +181,14 @@ class PagesItem(FileItem):
         numbers = np.arange(len(series.pages)).reshape(lengths)[tuple(index)]
         pages = np.stack([_part(series.pages[int(number)], parts["Y"], parts["X"]) for number in numbers.ravel()])
         return pages.reshape(*numbers.shape, *pages.shape[1:])
+
+
+def _nodata(text: object) -> dict[str, Any]:
+    """What GDAL's tag says about pixels without data, for `Item.meta`; None: there is no such tag."""
+    if text is None:
+        return {}
+    value = float(str(text).strip("\0 "))
+    return {"nodata": "nan" if math.isnan(value) else value}
 
 
 def _piece(frame: Any) -> tuple[int, int]:

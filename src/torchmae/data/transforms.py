@@ -241,6 +241,15 @@ class Normalisation:
         pairs = list(zip(self.low, self.high, strict=True))
         return [2 * low - high for low, high in pairs], [2 * high - low for low, high in pairs]
 
+    @property
+    def to_shown(self) -> tuple[Tensor, Tensor]:
+        """(C,) mean and deviation with which the model's input becomes what is shown: 0 is black, 1 is white."""
+        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        if self.low is None or self.high is None:
+            return mean, std
+        low, high = torch.tensor(self.low), torch.tensor(self.high)
+        return (mean - low) / (high - low), std / (high - low)
+
     def apply(self, images: Tensor, dtype: torch.dtype | None = None, valid: Tensor | None = None) -> Tensor:
         """Stored values, (B, C, *size), as the model's input.
 
@@ -271,11 +280,8 @@ class Normalisation:
         A pixel that is not `valid`, (B, 1, *size) bool, becomes infinite: pictures leave it transparent.
         """
         shape = (1, -1, *(1,) * (images.ndim - 2))
-        mean, std = (torch.tensor(values).view(shape) for values in (self.mean, self.std))
+        mean, std = (item.view(shape) for item in self.to_shown)
         values = images.float().cpu() * std + mean
-        if self.low is not None and self.high is not None:
-            low, high = (torch.tensor(ends).view(shape) for ends in (self.low, self.high))
-            values = (values - low) / (high - low)
         return values if valid is None else values.masked_fill(~valid.cpu(), torch.inf)
 
 

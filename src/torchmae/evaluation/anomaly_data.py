@@ -63,7 +63,8 @@ class AnomalyData(EvaluationData):
             grid = covering_windows(source, model.input_size, model.progress)
         else:
             grid = grid_of_windows(source, self.window, model.progress)
-        return replace(images, source=grid, images=grid.indices)
+        data = replace(images.data, window=self.window or "none")
+        return replace(images, source=grid, data=data, images=grid.indices)
 
     def fingerprints(self) -> dict[str, str]:
         """As of `EvaluationData`, with the masks."""
@@ -108,7 +109,8 @@ def open_anomaly_data(options: EvaluateOptions, model: ModelInput) -> AnomalyDat
     marked, kinds = mark_anomalous(tested, names)
     rows = fixed_rows(len(marked), options.test_images)
     pair = fixed_part(known, options.train_images), Subset(marked, rows)
-    sets, said = image_sets(pair, replace(options.data, window="none"), model)
+    whole = replace(options.data, window="none", clip=None)  # windows are cut later
+    sets, said = image_sets(pair, whole, model)
     notes = (*apart.notes, *(note for note in said if note.startswith("data:")))
     data = options.data if options.data.window != "auto" else replace(options.data, window=model.window)
     window = window_size(data, probe(sets[0].source), model.input_size)

@@ -11,7 +11,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from torchmae.config.finetune import InputSettings
-from torchmae.data.transforms import normalise, to_device
+from torchmae.data.transforms import Normalisation, normalise, to_device
 from torchmae.errors import ConfigError
 
 IMAGES_PER_DRAW = 4
@@ -24,9 +24,9 @@ Augment = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def build_augment(
-    settings: InputSettings, input_size: Sequence[int], mean: Sequence[float], std: Sequence[float], num_classes: int
+    settings: InputSettings, input_size: Sequence[int], normalisation: Normalisation, num_classes: int
 ) -> Augment:
-    """A function of (B, C, H, W) images, normalised by `mean` and `std`, and (B,) labels to images and targets.
+    """A function of (B, C, H, W) images, normalised as `normalisation` says, and (B,) labels to images and targets.
 
     RandAugment (Cubuk et al. 2020) draws two operations for every IMAGES_PER_DRAW images; unlike in timm, the strength
     is the same for all images. Then follows mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019) with equal
@@ -42,9 +42,9 @@ def build_augment(
             f"the input has {len(input_size)} spatial dimensions, and randaugment, mixup and cutmix take 2",
             "set all three to 0",
         )
-    if randaugment and len(mean) not in (1, 3):
-        raise ConfigError(f"randaugment takes 1 or 3 channels, the input has {len(mean)}", "set randaugment to 0")
-    distort = _rand_augment(mean, std, randaugment) if randaugment else None
+    if randaugment and (channels := len(normalisation.mean)) not in (1, 3):
+        raise ConfigError(f"randaugment takes 1 or 3 channels, the input has {channels}", "set randaugment to 0")
+    distort = _rand_augment(normalisation, randaugment) if randaugment else None
     given = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
     mixers = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in given if alpha]
     mix = v2.RandomChoice(mixers) if mixers else None
@@ -57,10 +57,13 @@ def build_augment(
     return augment
 
 
-def _rand_augment(mean: Sequence[float], std: Sequence[float], strength: int) -> Callable[[Tensor], Tensor]:
-    """RandAugment of normalised images, by way of bytes, for which its operations are defined."""
-    grey = [round(255 * value) for value in mean]
-    means, deviations = torch.tensor(mean), torch.tensor(std)
+def _rand_augment(normalisation: Normalisation, strength: int) -> Callable[[Tensor], Tensor]:
+    """RandAugment of normalised images, by way of bytes, for which its operations are defined.
+
+    Bytes 0 and 255 stand for the values that pictures show black and white; what lies beyond is clipped.
+    """
+    means, deviations = normalisation.to_shown
+    grey = [min(max(round(255 * value), 0), 255) for value in means.tolist()]
 
     def distort(images: Tensor) -> Tensor:
         shift, scale = means.to(images.device), deviations.to(images.device)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 import torchmae
-from torchmae.config import DataConfig
 from torchmae.config.evaluate import EvaluateOptions
 from torchmae.config.finetune import FinetuneConfig
 from torchmae.data.loader import Batch, ImageLoader
@@ -49,7 +48,7 @@ def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
     arguments = require_encoder(model).arguments
     bench.runtime.ranks.on_main(lambda: check_start(out, bool(options.resume), config, bench.runtime))
     crop_scale = config.for_input(arguments["input_size"], arguments["in_chans"]).crop_scale
-    train = data.train.augmented(replace(run_data(bench.run) or DataConfig(), crop_scale=crop_scale))
+    train = data.train.augmented(replace(run_data(bench.run), crop_scale=crop_scale))
     folders = [out] if few is None else [out / f"draw-{draw}" for draw in range(options.draws)]
     begun = bench.runtime.ranks.on_main(lambda: [(folder / "finetune.json").exists() for folder in folders])
     results = [
@@ -67,6 +66,7 @@ def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
             seed=options.seed,
             resume=bool(options.resume) and (few is None or begun[draw]),
             display=bench.display,
+            test_batch_size=data.test.model.batch_size,
         )
         for draw, folder in enumerate(folders)
     ]
@@ -127,6 +127,7 @@ def finetune(
     seed: int = 0,
     resume: bool = False,
     display: Display,
+    test_batch_size: int = EVAL_BATCH,
 ) -> Result:
     """Trains a classifier on labelled images and measures it on others.
 
@@ -148,6 +149,7 @@ def finetune(
         seed: of the draws, random weights, order, crops, flips and augmentation.
         resume: go on from the newest whole checkpoint in `out`.
         display: shows progress.
+        test_batch_size: images in a forward pass over `test`.
 
     Returns:
         `scores.score` of "finetune" after the last epoch (not the best one), with finetune_loss (mean of the last
@@ -173,13 +175,13 @@ def finetune(
     plan = SubsetPlan(len(rows), min(fitting.batch_size, len(rows)), seed, rows=rows)
     from torchmae.evaluation.augment import build_augment  # loads torchvision
 
-    augment = build_augment(fitting, arguments["input_size"], normalisation.mean, normalisation.std, len(classes))
+    augment = build_augment(fitting, arguments["input_size"], normalisation, len(classes))
     task = FinetuneTask(config, classifier.to(runtime.device), augment, runtime, plan.batch_size, seed)
     measured: list[Result] = []
 
     def scores_now() -> Result:
-        mine = share(np.arange(len(test)), EVAL_BATCH, ranks)
-        found = predict(task.model.result, read_batches(test, mine.rows), runtime)
+        mine = share(np.arange(len(test)), test_batch_size, ranks)
+        found = predict(task.model.result, read_batches(test, mine.rows, test_batch_size), runtime)
         rankings, labels = mine.of_all_images(*found)
         return score(NAME, rankings, labels, classes)
 
@@ -194,9 +196,8 @@ def finetune(
         done = (line["step"] for line in folder.read_metrics() if line["kind"] == "val") if ranks.is_main else ()
         if state.step not in done:
             tracker.log("val", state.step, scores.figures)
-    mean, std = normalisation.mean, normalisation.std
     described = ClassifierDescription(
-        arguments, mean, std, train.source.classes, torchmae.__version__, normalise=normalisation.normalise
+        arguments, classes=train.source.classes, torchmae=torchmae.__version__, **asdict(normalisation)
     )
     ranks.on_main(lambda: save_classifier(out, task.model.result, described))
     training = {"loss": state.loss, "images": float(len(rows)), "seconds": state.seconds}

@@ -232,28 +232,36 @@ def open_evaluation_data(options: EvaluateOptions, model: ModelInput, *, labelle
     return EvaluationData(sets[0], sets[1], classes, (*notes, *said), twins=apart.twins)
 
 
-def run_data(run: str) -> DataConfig | None:
-    """The data of a run's training, with what its `window` "auto" came to mean; None where it is unknown."""
+def run_data(run: str) -> DataConfig:
+    """The data of a run's training, with what its `window` "auto" came to mean.
+
+    Of an exported model only how its images are read, and of others the defaults; `source` is then "".
+    """
     folder = user_path(run)
-    if not (folder / "config.yaml").is_file():
-        return None
-    data = settings.read_config(folder / "config.yaml").data
-    if data.window == "auto" and (folder / "model.json").is_file():
-        data = replace(data, window=read_description(folder / "model.json").window or "none")
+    description = read_description(folder / "model.json") if (folder / "model.json").is_file() else None
+    if (folder / "config.yaml").is_file():
+        data = settings.read_config(folder / "config.yaml").data
+    else:
+        reading = None if description is None else description.reading
+        data = DataConfig(source="", **(reading or {}))
+    if data.window == "auto" and description is not None:
+        data = replace(data, window=description.window or "none")
     return data
 
 
 def own_data(run: str, data: DataOptions) -> DataOptions:
     """The options, with the run's data and its way of reading where they say nothing; ConfigError without any data."""
     own = run_data(run)
-    if own is None and data.source is None:
+    if data.source is not None:
+        return read_alike(data, own)
+    if not own.source:
         raise ConfigError(f"data is not given and {run} does not say which", "add --data PATH_OR_NAME")
-    if own is None:
-        return data
-    same = data.filled_from(own)  # a model sees other data as it saw its own
-    if data.source is None:
-        return replace(data, **same, source=own.source, val_size=own.val_size)
-    return replace(data, **{**same, "root": data.root, "group": data.group})
+    return replace(data, **data.filled_from(own), source=own.source, val_size=own.val_size)
+
+
+def read_alike(data: DataOptions, own: DataConfig) -> DataOptions:
+    """The options of other data than a model's own: it is read as that was, where they say nothing."""
+    return replace(data, **{**data.filled_from(own), "root": data.root, "group": data.group})
 
 
 def image_sets(

@@ -17,8 +17,8 @@ from torchmae.evaluation.scores import Labelled, Result, join
 from torchmae.evaluation.sharing import Parts
 from torchmae.evaluation.subject import Subject
 
-Votes = Callable[[Labelled, Labelled], dict[str, Tensor]]
-"""From training and test features with (N, C) tags to (M, C) scores of the test images, by name."""
+Votes = Callable[[Labelled, Labelled, Parts], dict[str, Tensor]]
+"""From training features with (N, C) tags, test features, the groups of the former, to (M, C) scores by name."""
 
 
 def measure_knn(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
@@ -31,19 +31,21 @@ def measure_linear(bench: Bench, subject: Subject, options: EvaluateOptions) -> 
     """`ranked` of a logistic regression for each class, as of `linear.classify`, for each kind of features."""
 
     def votes(pool: str) -> Votes:
-        return lambda train, test: {f"linear_{pool}": linear_votes(train, test, options.seed)}
+        return lambda train, test, groups: {f"linear_{pool}": linear_votes(train, test, groups, options.seed)}
 
     return join(measured(bench, subject, pool, votes(pool)) for pool in chosen_pools(subject, options, subject.pools))
 
 
 def measured(bench: Bench, subject: Subject, pool: str, votes: Votes) -> Result:
     """`ranked` of the scores that the test images get."""
-    (part, _), (test, _) = (bench.features(subject, split, pool) for split in ("train", "test"))
-    train, classes = Parts(ranks=bench.runtime.ranks).whole(part), bench.data.classes
-    return join(ranked(name, scores, test.labels, classes) for name, scores in votes(train, test).items())
+    (part, rows), (test, _) = (bench.features(subject, split, pool) for split in ("train", "test"))
+    ranks, groups, classes = bench.runtime.ranks, bench.data.train.groups, bench.data.classes
+    train = Parts(ranks=ranks).whole(part)
+    together = Parts(None if groups is None else groups.to(rows.device)[ranks.gather_rows(rows)])
+    return join(ranked(name, scores, test.labels, classes) for name, scores in votes(train, test, together).items())
 
 
-def knn_votes(train: Labelled, test: Labelled) -> dict[str, Tensor]:
+def knn_votes(train: Labelled, test: Labelled, _: Parts) -> dict[str, Tensor]:
     """ "knn<k>" for each number in `knn.KS`: (M, C) in [0, 1]; neighbours weigh as in `knn.classify`."""
     index, cosine = knn.nearest(train.features, test.features, max(knn.KS))
     weights, found = ((cosine - 1) / knn.TEMPERATURE).exp(), {}
@@ -53,13 +55,13 @@ def knn_votes(train: Labelled, test: Labelled) -> dict[str, Tensor]:
     return found
 
 
-def linear_votes(train: Labelled, test: Labelled, seed: int) -> Tensor:
-    """(M, C) log-odds; 0 for a class that all training images are of, or none."""
+def linear_votes(train: Labelled, test: Labelled, groups: Parts, seed: int) -> Tensor:
+    """(M, C) log-odds; 0 for a class that all training images are of, or none. C is chosen by whole groups."""
     scores = test.features.new_zeros(len(test.features), train.labels.shape[1])
     scaled, others = linear.standardise(train.features, test.features)
     for number, labels in enumerate(train.labels.long().T.contiguous()):
         if 0 < int(labels.sum()) < len(labels):
-            c = linear.choose_c(Labelled(train.features, labels), 2, seed=seed)
+            c = linear.choose_c(Labelled(train.features, labels), 2, groups, seed=seed)
             logits = next(linear.fit(scaled, labels, 2, (c,))).logits(others)
             scores[:, number] = logits[:, 1] - logits[:, 0]
     return scores

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,11 +12,10 @@ from torchmae.config.evaluate import EvaluateOptions
 from torchmae.data.items import Valid
 from torchmae.errors import one_of, require
 from torchmae.evaluation.bench import Bench
-from torchmae.evaluation.images import EVAL_BATCH, fixed_rows
+from torchmae.evaluation.images import fixed_rows
 from torchmae.evaluation.inpainting import interpolate
 from torchmae.evaluation.reconstruction import HoldOut
 from torchmae.evaluation.scores import Result
-from torchmae.evaluation.sharing import share
 from torchmae.evaluation.subject import Subject
 from torchmae.nn.mae import MaskedAutoencoder
 from torchmae.nn.masking import Masker
@@ -46,9 +44,8 @@ def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
     metrics = require("skimage.metrics", "eval")
     model, runtime, normalisation = subject.model, bench.runtime, bench.data.normalisation
     chosen = fixed_rows(len(bench.data.test), options.reconstruction.images)
-    mine = share(np.arange(len(chosen)), EVAL_BATCH, runtime.ranks)
-    own = bench.data.test.only(chosen[mine.rows])
-    batches = [replace(batch, indices=mine.rows[batch.indices]) for batch in own.batches(None, EVAL_BATCH)]
+    mine, shared = bench.data.test.only(chosen).shared(runtime.ranks, "reading test images")
+    batches = [*shared]
     known = strategies_of(model)
     figures: dict[str, float] = {}
     notes: dict[str, None] = {}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchmae.config.evaluate import EvaluateOptions
 from torchmae.data.loader import Indices
 from torchmae.data.sources import evenly_spaced
-from torchmae.errors import DataError
+from torchmae.errors import ConfigError, DataError
 from torchmae.evaluation.attentive import Tokens, epochs_for, statistics, train_head
 from torchmae.evaluation.bench import Bench, output_folder
 from torchmae.evaluation.scores import CONFIDENCE, Result
@@ -86,6 +86,9 @@ def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
     out = output_folder(bench.run, options)
     if subject.model is not None:
         require_patches(subject.model, "to segment by")
+    elif options.segmentation.finetune:
+        problem = f"segmentation.finetune is given and {bench.run!r} has no network to train"
+        raise ConfigError(problem, "evaluate a run, or random with --preset")
     train = finetuned if options.segmentation.finetune else frozen
     segment, name, took, notes = train(bench, data, subject, options)
     classes = data.classes

@@ -261,6 +261,8 @@ def _check_ids(known: Sequence[int], counts: Counter[int], example: dict[int, st
         return
     if top < _MANY_IDS:
         return
+    if len(known) == 1:
+        raise DataError(f"all masks hold {top} alone ({example[top]})", "give masks with two classes or more")
     if top == IGNORED and known[-2] < _MANY_IDS:
         raise DataError(
             f"the masks hold ids up to {known[-2]} and {top} ({example[top]}), which often means: not labelled",

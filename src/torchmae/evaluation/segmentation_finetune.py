@@ -12,7 +12,6 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from torchmae.config import DataConfig
 from torchmae.config.evaluate import EvaluateOptions
 from torchmae.data.arrays import ArraySource, hold
 from torchmae.data.items import Context
@@ -57,7 +56,7 @@ def finetuned(
     stored = torch.cat([torch.cat([inputs, labels[:, None].float()], 1) for inputs, _, labels in batches])
     stored = stored[(stored[:, -1] != IGNORED).flatten(1).any(1)]  # the last channel are the classes
     source = ArraySource(stored.movedim(1, -1).numpy(), title="windows", context=Context(axes="HWC"))
-    *_, flip = (run_data(bench.run) or DataConfig()).augmentation(2, probe(images.source).example.form)
+    *_, flip = run_data(bench.run).augmentation(2, probe(images.source).example.form)
     loader = ImageLoader(
         source,
         hold(source, math.inf, images.bad),

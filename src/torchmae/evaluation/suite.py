@@ -17,7 +17,14 @@ from torchmae.config.evaluate import APPLIES_TO, ComputeOptions, EvaluateOptions
 from torchmae.data.sources import Source
 from torchmae.errors import CheckpointError, ConfigError, one_of
 from torchmae.evaluation.bench import Bench, Method, check_counts, opened, output_folder
-from torchmae.evaluation.images import EvaluationData, ModelInput, open_evaluation_data, own_data
+from torchmae.evaluation.images import (
+    EvaluationData,
+    ModelInput,
+    open_evaluation_data,
+    own_data,
+    read_alike,
+    run_data,
+)
 from torchmae.evaluation.methods import METHODS
 from torchmae.evaluation.scores import Result, chance_note, majority
 from torchmae.evaluation.subject import PIXELS, RANDOM, Subject, network, pixels, untrained
@@ -194,8 +201,8 @@ def open_bench(
         "auto" if description is None else description.window or "none",
     )
     opener = next((method.open for method in methods.values() if method.open is not None), None)
-    if options.normal is None:
-        options = replace(options, data=own_data(run, options.data))
+    own_or_other = own_data(run, options.data) if options.normal is None else read_alike(options.data, run_data(run))
+    options = replace(options, data=own_or_other)
     if opener is not None:
         data = opener(options, model)
     else:

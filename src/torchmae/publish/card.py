@@ -57,15 +57,15 @@ def model_card(run: Path, exported: Exported, written: Format, check: Check, dat
 
 def _scaled(exported: Exported) -> str:
     """How stored values become values from 0 to 1."""
-    normalised = getattr(exported.description, "normalisation", None)
-    if normalised is not None and normalised.normalise == "sample":
+    normalised = exported.description.normalisation
+    if normalised.normalise == "sample":
         return "normalised one by one, each channel to mean 0 and deviation 1"
     scaled = "scaled to [0, 1]"
-    if exported.scale is not None and set(exported.scale.values()) == {1.0}:
+    if normalised.scale is not None and set(normalised.scale.values()) == {1.0}:
         scaled = "taken as they are, in the unit of the training data"
-    elif exported.scale is not None and set(exported.scale) != {"uint8"}:
-        scaled = " or ".join(f"{kind} divided by {one:g}" for kind, one in exported.scale.items())
-    if normalised is None or normalised.limits is None:
+    elif normalised.scale is not None and set(normalised.scale) != {"uint8"}:
+        scaled = " or ".join(f"{kind} divided by {one:g}" for kind, one in normalised.scale.items())
+    if normalised.limits is None:
         return scaled
     low, high = (", ".join(f"{value:.4g}" for value in ends) for ends in normalised.limits)
     return f"{scaled}; values below ({low}) and above ({high}) are clipped"

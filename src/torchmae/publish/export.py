@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -92,16 +92,20 @@ def open_model(run: str | Path, options: ExportOptions) -> Exported:
     """Opens a run, a classifier, or weights of another library."""
     path = user_path(run)
     if is_classifier(path):
-        classifier, about = load_classifier(path)
-        return Exported(classifier, about, options.part, classes=about.classes)
+        classifier, known = load_classifier(path)
+        return Exported(classifier, known, options.part, _scale_notes(known.scale), classes=known.classes)
     opened = load(path, target=options.target)
-    ratio = float(opened.description.mask.get("ratio", 0.75))
-    notes, scale = opened.notes, opened.description.scale
-    if scale is not None and len(set(scale.values())) > 1:
-        top = max(scale, key=scale.__getitem__)
-        others = (f"{kind} by {scale[top] / one:g}" for kind, one in scale.items() if one < scale[top])
-        notes = (*notes, f"one scale serves all types: multiply {' and '.join(others)} to get values as of {top}")
-    return Exported(opened.model, opened.description, options.part, notes, ratio, scale=scale)
+    about, ratio = opened.description, float(opened.description.mask.get("ratio", 0.75))
+    return Exported(opened.model, about, options.part, (*opened.notes, *_scale_notes(about.scale)), ratio)
+
+
+def _scale_notes(scale: Mapping[str, float] | None) -> tuple[str, ...]:
+    """A note if the types of the training images were divided by different values."""
+    if scale is None or len(set(scale.values())) == 1:
+        return ()
+    top = max(scale, key=scale.__getitem__)
+    others = " and ".join(f"{kind} by {scale[top] / one:g}" for kind, one in scale.items() if one < scale[top])
+    return (f"one scale serves all types: multiply {others} to get values as of {top}",)
 
 
 def read_back(folder: Path, to: str, exported: Exported) -> Check:

@@ -35,7 +35,6 @@ class Exported:
     notes: tuple[str, ...] = ()  # what was not used or was assumed when the model was read, a sentence each
     mask_ratio: float = 0.75  # in training
     classes: tuple[str, ...] | None = None  # the name of each logit of a classifier, where known
-    scale: Mapping[str, float] | None = None  # the value that means 1, by type of stored values; None: FULL_SCALE
 
     @property
     def encoder(self) -> Encoder:

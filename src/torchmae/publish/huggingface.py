@@ -137,7 +137,7 @@ def _write(folder: Path, exported: Exported, config: dict[str, Any]) -> None:
         "size": {"height": height, "width": width},
         "resample": _BICUBIC,
         "do_rescale": True,
-        "rescale_factor": 1 / max((exported.scale or {"uint8": 255.0}).values()),
+        "rescale_factor": 1 / max((description.scale or {"uint8": 255.0}).values()),
         "do_normalize": True,
         "image_mean": list(description.mean),
         "image_std": list(description.std),

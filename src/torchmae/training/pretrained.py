@@ -21,7 +21,7 @@ from torchmae.data.layouts import open_splits
 from torchmae.data.loader import View, boxes_of
 from torchmae.data.reading import FAR
 from torchmae.data.sources import FileSource, Source, evenly_spaced
-from torchmae.data.transforms import resample, resample_valid
+from torchmae.data.transforms import Boxes, resample, resample_valid
 from torchmae.errors import ConfigError, DataError, TorchmaeError, one_of
 from torchmae.interop.reading import is_foreign, read_weights
 from torchmae.interop.timm_networks import TIMM, normalisation_of, timm_model
@@ -128,7 +128,7 @@ class Pretrained:
         """
         description, size = self.description, self.description.input_size
         channels = description.arguments["in_chans"]
-        flip, window, normalised = np.zeros(1, dtype=np.bool_), description.window, description.normalisation.apply
+        flip, normalised = np.zeros(1, dtype=np.bool_), description.normalisation.apply
         array = self._checked(array)
         if valid is None and array.dtype.kind == "f" and not np.isfinite(array).all():
             valid = np.isfinite(array).all(axis=-1)
@@ -138,12 +138,17 @@ class Pretrained:
                 f"this model takes {len(size)} axes and {channels} channels, last",
             )
         pixels, whole = torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 0)))[None], array.shape[:-1]
-        box = boxes_of(np.empty((1, 0), np.float32), whole, View(size, (1, 1), (1, 1), False, window))
+        box = self.seen_of(whole)
         if valid is None:
             values = normalised(resample(pixels, box, size, flip), pixels.dtype)
             return values, torch.ones(1, 1, *size, dtype=torch.bool)
         resized, kept = resample_valid(pixels, torch.from_numpy(valid)[None, None], box, size, flip)
         return normalised(resized, pixels.dtype, kept), kept
+
+    def seen_of(self, size: tuple[int, ...]) -> Boxes:
+        """(1, n, 2) the part that the model sees of an image of this size: the window in the middle, or the crop."""
+        view = View(self.description.input_size, (1, 1), (1, 1), False, self.description.window)
+        return boxes_of(np.empty((1, 0), np.float32), size, view)
 
     def _checked(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The image; ConfigError if the model was trained on another type or scale."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from torchmae.data.transforms import Normalisation
 from torchmae.errors import CheckpointError, reason_of
 from torchmae.files import replace_file
 from torchmae.interop.files import check_content
@@ -31,7 +32,15 @@ class ClassifierDescription:
     torchmae: str  # version that wrote it
     kind: str = KIND
     format: int = FORMAT
-    normalise: str | None = None  # as in `Normalisation`
+    low: tuple[float, ...] | None = None  # this and the next three as in `Normalisation`
+    high: tuple[float, ...] | None = None
+    scale: dict[str, float] | None = None
+    normalise: str | None = None
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """The conversion of stored values to the classifier's input."""
+        return Normalisation(self.mean, self.std, self.low, self.high, self.scale, self.normalise)
 
 
 def build_classifier(arguments: dict[str, Any]) -> Classifier:
@@ -61,8 +70,8 @@ def load_classifier(folder: Path) -> tuple[Classifier, ClassifierDescription]:
         values = json.loads((folder / "model.json").read_text(encoding="utf-8"))
         if values.get("kind") != KIND or values.get("format") != FORMAT:
             raise CheckpointError(f"{folder} holds no classifier", "give the folder that fine-tuning wrote")
-        for name in ("mean", "std", "classes"):
-            values[name] = None if values[name] is None else tuple(values[name])
+        for name in ("mean", "std", "classes", "low", "high"):
+            values[name] = None if values.get(name) is None else tuple(values[name])
         description = ClassifierDescription(**values)
         check_content(folder / "model.safetensors")
         weights = load_file(folder / "model.safetensors")
