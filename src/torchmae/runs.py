@@ -209,7 +209,7 @@ def _run_on(ranks: Ranks, config: PretrainConfig, path: Path, own: Own, *, resum
         with seeded(config.seed):
             model = own.construct(arguments)
         if teacher is not None:
-            attach(model, teacher.teach(model.patch_size, data.normalisation.mean, data.normalisation.std))
+            attach(model, teacher.teach(model.patch_size, data.normalisation))
         if config.fit_batch:
             size = (data.channels, *arguments["input_size"])
             batch_size = fit_batch(pretrain_settings(config, model), model, size, len(data.train), runtime)

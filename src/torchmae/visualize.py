@@ -194,8 +194,8 @@ def open_run_data(run: Path, pretrained: Pretrained, runtime: Runtime, source: s
     own = run_data(str(run))
     if source is None and not own.source:
         raise ConfigError(f"{run} does not say what the model was trained on", "name the images: --data PATH_OR_NAME")
-    # Other data need not have the split or path of the run's held-out images.
-    chosen_data = own if source is None else replace(own, source=source, val="auto")
+    # Other data need not have the split or path of the run's held-out images, nor its groups.
+    chosen_data = own if source is None else replace(own, source=source, val="auto", group=None)
     description = pretrained.description
     config = replace(
         chosen_data,

@@ -119,6 +119,13 @@ def test_plain_tiffs_name_the_value_of_no_data(tmp_path: Path) -> None:
     assert valid is not None
     np.testing.assert_array_equal(valid, values != 3)
     assert open_item(tmp_path / "a.tif", Context(nodata="nan"), lambda: "a.tif").read_valid()[1] is None
+    colours = np.stack([values, values + 9, values + 99], -1)
+    Image.fromarray(colours).save(tmp_path / "a.tif", tiffinfo={42113: "3"})
+    grey, valid = open_item(tmp_path / "a.tif", Context(num_channels=1), lambda: "a.tif").read_valid()
+    assert grey.shape == (8, 9, 1) and valid is not None
+    np.testing.assert_array_equal(valid, values != 3)  # by the values that are stored
+    Image.fromarray(values).save(tmp_path / "a.tif", tiffinfo={42113: "none"})
+    assert "nodata" not in open_item(tmp_path / "a.tif", Context(), lambda: "a.tif").meta
 
 
 @pytest.mark.parametrize(

@@ -44,12 +44,16 @@ def test_a_column_a_pattern_and_an_array_give_the_same_groups(tmp_path: Path) ->
     (tmp_path / "list.csv").write_text("\n".join(["path,Patient,age", *rows]))
     patients = np.array([name.partition("/")[0] for name in names])
     np.savez(tmp_path / "all.npz", images=np.zeros((40, 8, 8), np.uint8), patient=patients, age=np.arange(40))
-    np.savez(tmp_path / "scans.npz", scans=np.zeros((40, 8, 8), np.uint8), patient=patients)
+    np.savez(tmp_path / "scans.npz", mri_images=np.zeros((40, 8, 8), np.uint8), patient=patients)
+    (tmp_path / "arrays").mkdir()
+    np.save(tmp_path / "arrays" / "images.npy", np.zeros((40, 8, 8), np.uint8))
+    np.save(tmp_path / "arrays" / "patient.npy", patients)
     sources = [
         open_splits(str(tmp_path / "list.csv"), Context(group="patient"))["train"],
         open_splits(str(tmp_path / "scans"), Context(group=r"(patient\d+)"))["train"],
         open_splits(str(tmp_path / "all.npz"), Context(group="patient", spatial_dims=2))["train"],
         open_splits(str(tmp_path / "scans.npz"), Context(group="patient", spatial_dims=2))["train"],
+        open_splits(str(tmp_path / "arrays"), Context(group="patient", spatial_dims=2))["train"],
     ]
     for source in sources:
         by_name = dict(zip([source.name(i).rpartition("scans/")[2] for i in range(40)], source.groups, strict=True))

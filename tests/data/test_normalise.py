@@ -50,6 +50,13 @@ def test_over_the_data_set_outliers_are_clipped() -> None:
     np.testing.assert_allclose(batch(opened(SPIKED))[..., 1], flat[..., 1], atol=1e-4)
 
 
+def test_the_range_that_is_shown_of_samples_is_that_of_the_input() -> None:
+    plain = opened(SIGNALS, normalise="sample").normalisation
+    scaled = opened(SIGNALS, normalise="sample", scale={"float32": 1000}).normalisation
+    assert plain.low is not None and plain.high is not None and scaled.low is not None and scaled.high is not None
+    np.testing.assert_allclose([plain.low, plain.high], [scaled.low, scaled.high], rtol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_pictures_are_never_clipped(dtype: type) -> None:
     pictures = RNG.integers(0, np.iinfo(dtype).max, (9, 8, 8, 3)).astype(dtype)

@@ -152,7 +152,7 @@ def test_data_that_cannot_work(tmp_path: Path) -> None:
 
 
 def test_records_are_cut_into_clips_once(tmp_path: Path) -> None:
-    records = np.random.default_rng(0).integers(0, 255, (24, 12, 8, 8, 1)).astype(np.uint8)
+    records = np.random.default_rng(0).integers(0, 255, (24, 12, 8, 16, 1)).astype(np.uint8)
     for number, record in enumerate(records):
         path = tmp_path / ("good" if number < 20 else "odd") / f"{number}.npy"
         path.parent.mkdir(exist_ok=True)
@@ -162,7 +162,9 @@ def test_records_are_cut_into_clips_once(tmp_path: Path) -> None:
     assert (len(opened.train) + len(opened.test), len(opened.kinds)) == (24, len(opened.test))
     windows = opened.test_windows
     assert windows.images is not None
-    assert windows.images.tolist() == [row for row in range(len(opened.test)) for _ in range(3)]
+    assert windows.images.tolist() == [row for row in range(len(opened.test)) for _ in range(6)]  # left and right
     batch = next(iter(windows.batches()))
-    row = opened.test.source.read(0)[4:8, ..., 0]  # the second clip of the first record
-    torch.testing.assert_close(batch.images[1, 0], tiny.NORMALISATION.apply(torch.from_numpy(row)[None, None])[0, 0])
+    first = opened.test.source.read(0)[..., 0]
+    wanted = [first[time : time + 4, :, left : left + 8] for time in (0, 4, 8) for left in (0, 8)]
+    shown = tiny.NORMALISATION.apply(torch.from_numpy(np.stack(wanted))[:, None])
+    torch.testing.assert_close(batch.images[:6], shown)

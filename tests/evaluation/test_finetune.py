@@ -423,6 +423,9 @@ def test_wrong_folders_and_settings_when_resuming(tmp_path: Path) -> None:
         run(data, tmp_path / "a")
     with pytest.raises(ConfigError, match=r"epochs is 3 and was 1 in .*; resume with the settings it began with"):
         run(data, tmp_path / "a", resume=True)
+    run(data, tmp_path / "read", replace(CONFIG, epochs=1), reading={"nodata": 0.0})
+    with pytest.raises(ConfigError, match="the images are read in another way than before"):
+        run(data, tmp_path / "read", replace(CONFIG, epochs=1), reading={"nodata": 1.0}, resume=True)
     with pytest.raises(ConfigError, match="seed is 1 and was 0 in"):
         run(data, tmp_path / "a", replace(CONFIG, epochs=1), resume=True, seed=1)
     images, labels = bars()

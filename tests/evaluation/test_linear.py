@@ -82,6 +82,12 @@ def test_the_sweep_finds_a_strong_penalty_for_noise_and_a_weak_one_for_a_clear_c
     assert linear.choose_c(Labelled(clear, labels), 2) >= 1.0
 
 
+def test_no_penalty_is_chosen_on_a_part_with_a_single_class() -> None:
+    groups = torch.arange(40) // 5
+    train = Labelled(torch.randn(40, 3), (groups == 3).long())  # one patient is ill, in one of the two parts
+    assert linear.choose_c(train, 2, Parts(groups)) == linear.FIXED_C
+
+
 def test_the_sweep_ends_when_it_only_gets_worse(monkeypatch: pytest.MonkeyPatch) -> None:
     labels = torch.arange(40) % 2
     right_of = {1e-4: 5, 1e-3: 7, 1e-2: 6, 1e-1: 7, 1.0: 6, 10.0: 6, 100.0: 8}

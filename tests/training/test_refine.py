@@ -5,6 +5,7 @@ import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torchmae.building import check_parallel, check_views, pretrain_settings
 from torchmae.config import PretrainConfig
 from torchmae.config.base import make
 from torchmae.data.loader import Batch
+from torchmae.data.transforms import Normalisation
 from torchmae.errors import ConfigError, Interrupted
 from torchmae.nn.contrast import Contrast
 from torchmae.training.checkpoint import load_checkpoint
@@ -146,6 +148,14 @@ def test_a_timed_run_that_was_stopped_keeps_its_stage_s_steps_and_divides_what_i
     checkpoint = stopped(lambda state: state.stage == 1, monkeypatch, **timed, out=late)
     assert checkpoint.state["step"] == checkpoint.state["first_steps"] + 1
     assert torchmae.pretrain(resume=late).figures["steps"] == checkpoint.state["total_steps"]
+
+
+def test_black_is_what_pictures_show_black() -> None:
+    settings = make(PretrainConfig, {"refine.share": 0.5})
+    kelvin = Normalisation((280.0,), (10.0,), (250.0,), (300.0,), {"float32": 1.0}, "dataset")
+    loader: Any = SimpleNamespace(view=SimpleNamespace(crop_ratio=(1.0, 1.0), flip=False), normalisation=kelvin)
+    task = RefineTask(pretrain_settings(settings, vit()), vit(), RUNTIME, 8, loader=loader)
+    assert kelvin.apply(torch.full((1, 1, 1, 1), 250.0)).item() == pytest.approx(-task._offset.item())
 
 
 def test_views_of_images_with_holes_have_nothing_there_and_show_what_there_is() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 import torchmae
 from torchmae.cli import main
+from torchmae.data.transforms import Normalisation
 from torchmae.errors import ConfigError
 from torchmae.training.teacher import Teacher, read_teacher
 
@@ -64,25 +66,38 @@ def test_features_are_those_of_the_teachers_own_preprocessing(taught: tuple[Path
     about = loaded.description
     pixels = torch.rand(3, 1, 8, 8)
     wanted = loaded.encode((pixels - about.mean[0]) / about.std[0], "tokens")
-    teacher = read_teacher(str(taught[0]), (4, 4)).teach((2, 2), (0.2,), (0.7,))
+    student = Normalisation((0.2,), (0.7,))
+    teacher = read_teacher(str(taught[0]), (4, 4)).teach((2, 2), student)
     torch.testing.assert_close(teacher((pixels - 0.2) / 0.7), wanted)
     larger = F.interpolate(pixels, (16, 16), mode="nearest")  # patches of four pixels a side
-    teacher = read_teacher(str(taught[0]), (4, 4)).teach((4, 4), (0.2,), (0.7,))
+    teacher = read_teacher(str(taught[0]), (4, 4)).teach((4, 4), student)
     assert teacher((larger - 0.2) / 0.7).shape == (3, 16, 16)
     with pytest.raises(ConfigError, match="channels"):
-        teacher.teach((2, 2), (0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
+        teacher.teach((2, 2), Normalisation((0.1, 0.2, 0.3), (1.0, 1.0, 1.0)))
+
+
+def test_a_teacher_sees_values_in_their_unit_or_as_they_are_shown(taught: tuple[Path, Path]) -> None:
+    teacher, close = read_teacher(str(taught[0]), (4, 4)), {"rtol": 1e-4, "atol": 1e-4}
+    student = Normalisation((-500.0,), (300.0,), (-1000.0,), (400.0,), {"float32": 1.0}, "dataset")  # Hounsfield units
+    values = torch.rand(2, 1, 8, 8) * 1400 - 1000
+    wanted = teacher.tokens(teacher.normalisation.apply((values + 1000) / 1400))
+    torch.testing.assert_close(teacher.teach((2, 2), student)(student.apply(values)), wanted, **close)
+    teacher.normalisation = replace(student, mean=(-400.0,), low=(-900.0,), high=(300.0,))  # trained on such data too
+    values = values.clamp(-900, 300)
+    wanted = teacher.tokens(teacher.normalisation.apply(values))
+    torch.testing.assert_close(teacher.teach((2, 2), student)(student.apply(values)), wanted, **close)
 
 
 def test_models_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **others: create(name, **others))
     torch.manual_seed(0)
-    teacher = read_teacher("timm:vit_tiny_patch16_224", (4, 4)).teach((2, 2), (0.3,), (0.4,))
+    teacher = read_teacher("timm:vit_tiny_patch16_224", (4, 4)).teach((2, 2), Normalisation((0.3,), (0.4,)))
     assert isinstance(teacher, Teacher)
     assert teacher(torch.randn(2, 1, 8, 8)).shape == (2, 16, 192)  # grey, repeated; 64 pixels a side
     mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
     pixels = torch.rand(1, 3, 64, 64)
-    student = teacher.teach((16, 16), (0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
+    student = teacher.teach((16, 16), Normalisation((0.1, 0.2, 0.3), (1.0, 1.0, 1.0)))
     given = pixels - torch.tensor((0.1, 0.2, 0.3)).view(1, 3, 1, 1)
     assert isinstance(teacher.network, nn.Module)
     wanted = teacher.network.eval().forward_features((pixels - mean) / std)[:, 1:]  # type: ignore[operator]

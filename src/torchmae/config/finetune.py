@@ -52,7 +52,8 @@ class FinetuneConfig(Settings, group="finetune."):
         mixup: parameter of the Beta distribution for blending images; 0: none (0.8).
         cutmix: parameter of the Beta distribution for the area from another image; 0: none (1). A batch gets either
             mixup or cutmix.
-        randaugment: strength of RandAugment's two operations, 0 (none) to 10 (9; small images 3).
+        randaugment: strength of RandAugment's two operations, 0 (none) to 10 (9; small images 3). Values become
+            256 levels between those that pictures show black and white.
         crop_scale: range of the random crop's area as a share of the image ([0.08, 1]; small images [0.6, 1]).
         ema: decay of a moving average of the weights, which is evaluated and saved; null: no average.
         evaluations: number of evaluations on the test images, evenly spaced, the last at the end.

@@ -254,19 +254,20 @@ def named_arrays(
     arrays: Mapping[str, Any], context: Context, title: str, classes: Sequence[str] | None = None
 ) -> dict[str, Source]:
     """The splits of arrays called images and labels, train_images and so on, or of one of any name; DataError: none."""
-    names = {split: (f"{prefix}images", f"{prefix}labels") for prefix, split in PREFIXES if f"{prefix}images" in arrays}
+    prefixes = {split: prefix for prefix, split in PREFIXES if f"{prefix}images" in arrays}
+    names = {split: f"{prefix}images" for split, prefix in prefixes.items()}
     others = [name for name in arrays if not name.endswith("labels") and name != context.group]
     if not names and len(others) == 1:
-        names = {"train": (others[0], "labels")}
+        names, prefixes = {"train": others[0]}, {"train": ""}
     if "train" not in names:
         found = f"{title} holds {', '.join(arrays) or 'no arrays'}"
         raise DataError(found, "it needs an array named images (and may have labels)")
     splits: dict[str, Source] = {}
-    for split, (images, labels) in names.items():
-        known = np.asarray(arrays[labels][...]) if labels in arrays else None
+    for split, images in names.items():
+        prefix = prefixes[split]
+        known = np.asarray(arrays[labels][...]) if (labels := f"{prefix}labels") in arrays else None
         name = f"{title}/{images}".rstrip("/")
         source = splits[split] = ArraySource(arrays[images], known, classes, title=name, context=context)
-        prefix = images.removesuffix("images") if images.endswith("images") else ""
         if context.group is not None and (group := prefix + context.group) in arrays:
             source.groups = np.asarray(arrays[group][...]).astype(str)
             if source.groups.shape != (len(source),):

@@ -82,7 +82,7 @@ def _find(header: Any, keyword: str, frame: int = 0) -> Any:
 
 
 def _line(header: Any, frame: int) -> tuple[float, float]:
-    """Slope and intercept of a frame: PET has others for each."""
+    """Slope and intercept of a frame; in PET each frame has its own."""
     slope, intercept = _find(header, "RescaleSlope", frame), _find(header, "RescaleIntercept", frame)
     return float(1 if slope is None else slope), float(intercept or 0)
 
@@ -104,13 +104,15 @@ class DicomItem(FileItem):
         bits, signed = int(header.get("BitsAllocated", 16)), bool(header.get("PixelRepresentation", 0))
         stored = np.dtype(np.float32) if bits > 32 else np.dtype(f"{'i' if signed else 'u'}{max(1, bits // 8)}")
         check_values((rows, columns), samples, stored, context)
-        self._lines = [_line(header, frame) for frame in range(self._frames)]
+        each = header.get(_GROUPS[1]) or ()  # of the frames, whose number is the file's word alone
+        self._lines = [_line(header, frame) for frame in range(max(1, len(each)))]
+        self._lines = self._lines[:1] if len({*self._lines}) == 1 else self._lines
         self._table = bool(header.get("ModalityLUTSequence"))
         self._stack = context.spatial_dims == 3
         self._page = context.page
         if not self._stack and self._page >= self._frames:
             raise DataError(f"it has no page {self._page + 1}")
-        is_plain = samples == 3 or is_palette or (set(self._lines) == {(1, 0)} and not self._table)
+        is_plain = samples == 3 or is_palette or (self._lines == [(1, 0)] and not self._table)
         meta: dict[str, Any] = {"pages": 1 if self._stack else self._frames}
         if (padding := header.get("PixelPaddingValue")) is not None and samples == 1 and not is_palette:
             meta["nodata"] = float(self._in_units(np.array(padding).astype(stored)))
@@ -139,8 +141,8 @@ class DicomItem(FileItem):
             values = ((-1 if signed else 2**bits - 1) - values.astype(np.int64)).astype(values.dtype)
         if self._table:
             return require("pydicom.pixels", "medical").apply_modality_lut(values, self._header).astype(np.float32)
-        if set(self._lines) != {(1, 0)}:
-            slope, intercept = self._lines[frame]
+        if self._lines != [(1, 0)]:
+            slope, intercept = self._lines[min(frame, len(self._lines) - 1)]
             return (values.astype(np.float64) * slope + intercept).astype(np.float32)
         return values
 
@@ -164,8 +166,8 @@ class DicomItem(FileItem):
             low, high = sorted((int(padding), int(end)))
             values = np.where((values >= low) & (values <= high), np.array(padding).astype(values.dtype), values)
         units = self._in_units(values, number)
-        if padding is not None and self._lines[number] != self._lines[0]:
-            units[values == padding] = self.meta["nodata"]  # one value for all frames
+        if padding is not None and len(self._lines) > 1:
+            units[values == np.array(padding).astype(values.dtype)] = self.meta["nodata"]  # one value for all frames
         return units[..., None]
 
     def _stored(self, frames: range) -> Iterator[Image]:
@@ -225,6 +227,7 @@ class SeriesSource(EncodedSource):
         super().__init__(len(groups), labels, source.classes, source.context)
         self._source, self._groups = source, groups
         self.groups = None if source.groups is None else source.groups[first]
+        self.tags = None if source.tags is None else source.tags[first]
         self.remarks = (*source.remarks, f"{len(source):,} DICOM files are {len(groups):,} volumes")
 
     def content(self, index: int) -> Path | tuple[Path, ...]:

@@ -350,6 +350,7 @@ def _npy_splits(folder: Path, context: Context) -> dict[str, Source]:
     """The splits of a folder of .npy files with the names of an .npz file's arrays, and its classes.txt."""
     names = folder / CLASSES_FILE
     classes = names.read_text(encoding="utf-8", errors="replace").splitlines() if names.is_file() else None
-    files = [f"{prefix}{kind}" for prefix, _ in PREFIXES for kind in ("images", "labels")]
+    kinds = ("images", "labels", *([context.group] if context.group else []))
+    files = [f"{prefix}{kind}" for prefix, _ in PREFIXES for kind in kinds if "/" not in kind]
     arrays = {name: FileArray(folder / f"{name}.npy") for name in files if (folder / f"{name}.npy").is_file()}
     return named_arrays(arrays, context, folder.name, classes)

@@ -266,10 +266,16 @@ def grid_of_windows(source: Source, window: tuple[int, ...], progress: Progress 
     return Windows(source, *_sizes_and_windows(source, window, progress))
 
 
-def covering_windows(source: Source, input_size: tuple[int, ...], progress: Progress | None) -> Windows:
-    """As `grid_of_windows`, each window the largest of the input's proportions that an image holds."""
-    sizes = _sizes(source, input_size, progress)
-    return Windows(source, sizes, eval_box(sizes, input_size))
+def covering_windows(
+    source: Source, input_size: tuple[int, ...], window: tuple[int, ...] | None, progress: Progress | None
+) -> Windows:
+    """As `grid_of_windows`; without `window`, and along axes where it has 0, the largest of the input's proportions."""
+    window = window or (0,) * len(input_size)
+    sizes, free = _sizes(source, input_size, progress), np.equal(window, 0)
+    boxes = window_boxes(np.zeros((len(source), len(window))), sizes, window)
+    if free.any():
+        boxes[:, free] = eval_box(sizes[:, free], tuple(np.array(input_size)[free].tolist()))
+    return Windows(source, sizes, boxes)
 
 
 def _hold(fitted: Fitted, config: DataConfig, bad: BadFiles, progress: Progress | None) -> list[Held | None]:

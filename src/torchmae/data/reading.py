@@ -233,7 +233,8 @@ def measure(
     odd = {kind: [] if kind == "uint8" else lone_extremes(pool) for kind, pool in pools.items()}
     usual = {kind: pool[~np.isin(pool, np.asarray(odd[kind], pool.dtype)).any(axis=-1)] for kind, pool in pools.items()}
     usual = {kind: values if len(values) else pools[kind] for kind, values in usual.items()}
-    low, high = _shown_range({"float32": np.concatenate(inputs)} if inputs else usual, given)
+    as_input = Normalisation((), ())  # of values that are divided already
+    low, high = _shown_range({"float32": np.concatenate(inputs)}, as_input) if inputs else _shown_range(usual, given)
     if normalise != "dataset":
         mean, std = np.zeros_like(mean), np.ones_like(std)
     elif (limits := Normalisation((), (), low, high, normalise=normalise).limits) is not None:

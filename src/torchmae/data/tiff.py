@@ -6,6 +6,7 @@ import io
 import logging
 import math
 import weakref
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -47,9 +48,11 @@ def open_tiff(file: bytes | Path, context: Context) -> Item:
     if is_plain and not (is_large and find_spec("tifffile") and find_spec("imagecodecs")):
         data = formats.read_file(file) if isinstance(file, Path) else file
         picture = formats.open_pillow(data, "TIFF")
-        item = formats.loaded_item(picture, context)
-        if picture.mode in ("L", "RGB"):  # else its values are not those that are stored
-            item.meta |= _nodata(getattr(picture, "tag_v2", {}).get(_NODATA))
+        tags = getattr(picture, "tag_v2", {})
+        # Values that Pillow converts are not those that the tag names.
+        nodata = _nodata(tags.get(_NODATA)) if picture.mode in ("L", "RGB") and tags.get(_PHOTOMETRIC) in (1, 2) else {}
+        item = formats.loaded_item(picture, replace(context, num_channels=None) if nodata else context)
+        item.meta |= nodata
         return item
     try:
         require("tifffile", "tiff"), require("imagecodecs", "tiff")
@@ -136,8 +139,7 @@ class PagesItem(FileItem):
         tag = frame.tags.get(_ORIENTATION)
         self._turn = tag.value if tag is not None and tag.value in range(1, 9) and len(size) == 2 else 1
         meta: dict[str, Any] = {"pages": sum(counts)}
-        if (tag := frame.tags.get(_NODATA)) is not None:
-            meta |= _nodata(tag.value)
+        meta |= _nodata(getattr(frame.tags.get(_NODATA), "value", None))
         sides = size[::-1] if self._turn >= 5 else size
         super().__init__(sides, like.shape[-1], like.dtype, context, form="TIFF", notes=(*notes, *decided), meta=meta)
 
@@ -184,10 +186,11 @@ class PagesItem(FileItem):
 
 
 def _nodata(text: object) -> dict[str, Any]:
-    """What GDAL's tag says about pixels without data, for `Item.meta`; None: there is no such tag."""
-    if text is None:
+    """What GDAL's tag says about pixels without data, for `Item.meta`; {} without the tag, or if it is no number."""
+    try:
+        value = float(str(text).strip("\0 "))
+    except ValueError:
         return {}
-    value = float(str(text).strip("\0 "))
     return {"nodata": "nan" if math.isnan(value) else value}
 
 

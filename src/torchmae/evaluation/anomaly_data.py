@@ -15,7 +15,7 @@ from torchmae.data.apart import Apart, check_apart
 from torchmae.data.groups import shared_groups
 from torchmae.data.items import Context, tracked
 from torchmae.data.layouts import open_splits
-from torchmae.data.opening import HELD_OUT, covering_windows, grid_of_windows, held_out_images, window_size
+from torchmae.data.opening import HELD_OUT, covering_windows, held_out_images, window_size
 from torchmae.data.reading import probe
 from torchmae.data.sources import Source, Subset, digest, relabelled
 from torchmae.errors import ConfigError, DataError
@@ -36,7 +36,8 @@ class AnomalyData(EvaluationData):
         masks: the file of the mask of a test image, by row.
         unscored: rows of test images whose pixels enter no figure, because their masks are missing or unreadable.
         threshold: what is above it in a mask is a defect.
-        window: size of the windows that cover each image at its own resolution; None: the largest that it holds.
+        window: size of the windows that cover each image at its own resolution; None, or 0 along an axis: the largest
+            of the input's proportions.
         content: a digest of the masks; empty without masks.
     """
 
@@ -58,13 +59,8 @@ class AnomalyData(EvaluationData):
         return self._in_windows(self.test)
 
     def _in_windows(self, images: ImageSet) -> ImageSet:
-        source, model = images.source, images.model
-        if self.window is None:
-            grid = covering_windows(source, model.input_size, model.progress)
-        else:
-            grid = grid_of_windows(source, self.window, model.progress)
-        data = replace(images.data, window=self.window or "none")
-        return replace(images, source=grid, data=data, images=grid.indices)
+        grid = covering_windows(images.source, images.model.input_size, self.window, images.model.progress)
+        return replace(images, source=grid, images=grid.indices)
 
     def fingerprints(self) -> dict[str, str]:
         """As of `EvaluationData`, with the masks."""

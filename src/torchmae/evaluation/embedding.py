@@ -12,7 +12,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -299,10 +299,8 @@ def read_features(path: Path) -> Features:
 
 def _identity(subject: Subject, parts: Sequence[ImageSet], pool: str, runtime: Runtime, step: int) -> dict[str, Any]:
     """Everything that decides the content of the blocks."""
-    data, normalisation = parts[0].data, parts[0].normalisation
-    reading = {"window": data.window, **data.of_one_file(), "normalisation": asdict(normalisation)}
     return {
-        "reading": json.loads(json.dumps(reading)),  # as the manifest gives it back
+        "reading": parts[0].reading,
         "weights": subject.fingerprint(),
         "data": [part.source.fingerprint() for part in parts],
         "labels": [part.source.label_fingerprint() for part in parts],

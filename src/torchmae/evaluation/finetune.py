@@ -67,6 +67,8 @@ def measure(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:
             resume=bool(options.resume) and (few is None or begun[draw]),
             display=bench.display,
             test_batch_size=data.test.model.batch_size,
+            groups=data.train.groups,
+            reading=data.train.reading,
         )
         for draw, folder in enumerate(folders)
     ]
@@ -128,6 +130,8 @@ def finetune(
     resume: bool = False,
     display: Display,
     test_batch_size: int = EVAL_BATCH,
+    groups: Tensor | None = None,
+    reading: dict[str, Any] | None = None,
 ) -> Result:
     """Trains a classifier on labelled images and measures it on others.
 
@@ -150,6 +154,8 @@ def finetune(
         resume: go on from the newest whole checkpoint in `out`.
         display: shows progress.
         test_batch_size: images in a forward pass over `test`.
+        groups: (N,) of the images of `train`, as of `ImageSet.groups`; None: each stands alone.
+        reading: as of `ImageSet.reading`, which a training to resume must share.
 
     Returns:
         `scores.score` of "finetune" after the last epoch (not the best one), with finetune_loss (mean of the last
@@ -165,9 +171,9 @@ def finetune(
     rows = np.arange(len(train))
     if labels_per_class is not None:
         assert train.labels is not None
-        rows = draw_images(train.labels, labels_per_class, seed, draw, train.source.groups)
-    about = {"labels_per_class": labels_per_class, "draw": draw, "seed": seed, "data": train.source.fingerprint()}
-    about["labels"] = train.source.label_fingerprint()
+        rows = draw_images(train.labels, labels_per_class, seed, draw, None if groups is None else groups.numpy())
+    about: dict[str, Any] = {"labels_per_class": labels_per_class, "draw": draw, "seed": seed, "reading": reading}
+    about |= {"data": train.source.fingerprint(), "labels": train.source.label_fingerprint()}
     job = {"settings": asdict(config), **about}
     with seeded(step_seed(seed, 0)):
         classifier, arguments = start_classifier(model, len(classes), config)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -115,6 +116,12 @@ class ImageSet:
             num_workers=reader_processes(self.data.num_workers),
             bad=self.bad,
         )
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How the images are read and normalised, as JSON gives it back."""
+        found = {"window": self.data.window, **self.data.of_one_file(), "normalisation": asdict(self.normalisation)}
+        return dict(json.loads(json.dumps(found)))
 
     @property
     def groups(self) -> Tensor | None:
@@ -238,15 +245,12 @@ def run_data(run: str) -> DataConfig:
     Of an exported model only how its images are read, and of others the defaults; `source` is then "".
     """
     folder = user_path(run)
-    description = read_description(folder / "model.json") if (folder / "model.json").is_file() else None
-    if (folder / "config.yaml").is_file():
-        data = settings.read_config(folder / "config.yaml").data
-    else:
-        reading = None if description is None else description.reading
-        data = DataConfig(source="", **(reading or {}))
-    if data.window == "auto" and description is not None:
-        data = replace(data, window=description.window or "none")
-    return data
+    known = settings.read_config(folder / "config.yaml").data if (folder / "config.yaml").is_file() else None
+    if (known is not None and known.window != "auto") or not (folder / "model.json").is_file():
+        return known or DataConfig(source="")
+    description = read_description(folder / "model.json")
+    data = known or DataConfig(source="", **(description.reading or {}))
+    return replace(data, window=description.window or "none")
 
 
 def own_data(run: str, data: DataOptions) -> DataOptions:

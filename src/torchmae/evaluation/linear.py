@@ -99,8 +99,9 @@ def choose_c(
 
     Best is the mean of the classes' accuracies: by plain accuracy, a penalty that leaves nothing but the commonest
     class may win where one class is rare. No group lies in both parts. On a tie the smallest C; `FIXED_C` where no
-    class has two images, or all are of one group. The search goes from the strongest penalty to the weakest and stops
-    after two fits in a row below the best, because the last fits take by far the longest.
+    class has two images, all are of one group, or one of the parts has a single class. The search goes from the
+    strongest penalty to the weakest and stops after two fits in a row below the best, because the last fits take by far
+    the longest.
     """
     ranks, device = parts.ranks, train.labels.device
     held_out = _every_fifth(ranks.gather_rows(train.labels), seed, parts.all_groups())
@@ -110,7 +111,9 @@ def choose_c(
     is_val[parts.of_this_rank(np.flatnonzero(held_out), len(is_val)).to(device)] = True
     labels, val_labels = train.labels[~is_val], train.labels[is_val]
     features, val_features = standardise(train.features[~is_val], train.features[is_val], ranks=ranks)
-    images = ranks.sum(torch.bincount(val_labels, minlength=num_classes))
+    images, learned = (ranks.sum(torch.bincount(each, minlength=num_classes)) for each in (val_labels, labels))
+    if min(int((counts > 0).sum()) for counts in (images, learned)) < 2:
+        return FIXED_C
     scores: list[float] = []
     for classifier in fit(features, labels, num_classes, sweep, ranks):
         right = val_labels[classifier.logits(val_features).argmax(1) == val_labels]

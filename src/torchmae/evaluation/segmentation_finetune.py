@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +72,8 @@ def finetuned(
     plan = Plan(len(source), min(config.batch_size or options.segmentation.batch_size, len(source)), options.seed)
     task = SegmentationTask(config, segmenter, lambda *given: given, runtime, plan.batch_size, options.seed)
     asked = {"settings": asdict(config), "segmentation": asdict(options.segmentation), "seed": options.seed}
-    about = {"data": images.source.fingerprint(), "labels": images.source.label_fingerprint()}
+    about: dict[str, Any] = {"data": images.source.fingerprint(), "labels": images.source.label_fingerprint()}
+    about["reading"] = images.reading
     with trained_in(out, task, loader, plan, asked | about, bench.display, resume=resume) as (state, _, folder):
         ranks.on_main(lambda: write_weights(folder.weights, task.model.result.state_dict()))
     task.model.eval()

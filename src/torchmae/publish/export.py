@@ -101,7 +101,7 @@ def open_model(run: str | Path, options: ExportOptions) -> Exported:
 
 def _scale_notes(scale: Mapping[str, float] | None) -> tuple[str, ...]:
     """A note if the types of the training images were divided by different values."""
-    if scale is None or len(set(scale.values())) == 1:
+    if scale is None or len(set(scale.values())) < 2:
         return ()
     top = max(scale, key=scale.__getitem__)
     others = " and ".join(f"{kind} by {scale[top] / one:g}" for kind, one in scale.items() if one < scale[top])

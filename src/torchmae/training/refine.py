@@ -73,7 +73,8 @@ class RefineTask(PretrainTask):
         self._ratio, self._flip, offset = (1.0, 1.0), False, torch.zeros(model.encoder.in_chans)
         if loader is not None:
             self._ratio, self._flip = loader.view.crop_ratio, loader.view.flip
-            offset = torch.tensor(loader.normalisation.mean) / torch.tensor(loader.normalisation.std)
+            mean, std = loader.normalisation.to_shown
+            offset = mean / std
         self._offset = offset.view(-1, *[1] * len(model.patch_size)).to(runtime.device)
         self._view_masker = Masker(model.encoder, ratio=loop.refine.mask_ratio)
         super().__init__(loop, model, runtime, batch_size)
@@ -131,7 +132,7 @@ def changed_colours(images: Tensor, offset: Tensor, numbers: Tensor, strength: f
 
     Args:
         images: (B, C, *size), normalised.
-        offset: (C, 1, ...), the mean of each channel over its deviation, as they were normalised by.
+        offset: (C, 1, ...), what added to a channel makes black 0.
         numbers: (B, COLOUR_NUMBERS + C), uniform in [0, 1).
         strength: 1 changes brightness, contrast and saturation by up to 40% and channels by up to 10%; 0: nothing.
         grey: share of the images whose channels all become their mean, in [0, 1].

@@ -71,7 +71,8 @@ def load_classifier(folder: Path) -> tuple[Classifier, ClassifierDescription]:
         if values.get("kind") != KIND or values.get("format") != FORMAT:
             raise CheckpointError(f"{folder} holds no classifier", "give the folder that fine-tuning wrote")
         for name in ("mean", "std", "classes", "low", "high"):
-            values[name] = None if values.get(name) is None else tuple(values[name])
+            if values.get(name) is not None:
+                values[name] = tuple(values[name])
         description = ClassifierDescription(**values)
         check_content(folder / "model.safetensors")
         weights = load_file(folder / "model.safetensors")

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchmae.data.transforms import Normalisation
 from torchmae.errors import ConfigError
 from torchmae.interop.timm_networks import TIMM, make_network, normalisation_of
 from torchmae.training.pretrained import load
@@ -20,11 +21,8 @@ class Teacher(nn.Module):
 
     The student's normalisation is replaced by the teacher's, and images are resized so that the teacher has one patch
     for each patch of the student. A grey channel is repeated for a teacher of colour images. `tokens` maps images (B,
-    C, *size) to features (B, L, dim) in row-major order; `mean` and `std` are the teacher's, for each channel.
+    C, *size) to features (B, L, dim) in row-major order; `normalisation` is the teacher's.
     """
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self,
@@ -32,21 +30,23 @@ class Teacher(nn.Module):
         tokens: Callable[[Tensor], Tensor],
         dim: int,
         patch_size: Sequence[int],
-        mean: Sequence[float],
-        std: Sequence[float],
+        normalisation: Normalisation,
     ) -> None:
         super().__init__()
         self.network, self.tokens, self.dim, self.patch_size = network, tokens, dim, tuple(patch_size)
-        self.register_buffer("mean", torch.tensor(mean))
-        self.register_buffer("std", torch.tensor(std))
+        self.normalisation = normalisation
 
-    def teach(self, patch_size: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> Teacher:
+    def teach(self, patch_size: Sequence[int], normalisation: Normalisation) -> Teacher:
         """Adapts the teacher to a student's patch size and normalisation; returns itself.
+
+        Values are the same to both where both were trained in one unit. Otherwise what pictures of the student's data
+        show black and white is black and white to the teacher.
 
         Raises:
             ConfigError: the student has another number of axes or channels.
         """
-        channels, own = len(mean), len(self.mean)
+        theirs = self.normalisation
+        channels, own = len(normalisation.mean), len(theirs.mean)
         if len(patch_size) != len(self.patch_size) or channels not in (own, 1):
             raise ConfigError(
                 f"the teacher takes {len(self.patch_size)} axes and {own} channels, the images have {len(patch_size)} "
@@ -54,8 +54,16 @@ class Teacher(nn.Module):
                 "choose a teacher of such images",
             )
         self._student_patch = tuple(patch_size)
-        self.register_buffer("_gain", torch.tensor(std).expand(own) / self.std)
-        self.register_buffer("_shift", (torch.tensor(mean).expand(own) - self.mean) / self.std)
+        one_unit = theirs.scale is not None and (theirs.scale, theirs.normalise) == (
+            normalisation.scale,
+            normalisation.normalise,
+        )
+        given, wanted = (
+            (torch.tensor(item.mean), torch.tensor(item.std)) if one_unit else item.to_shown
+            for item in (normalisation, theirs)
+        )
+        self.register_buffer("_gain", given[1].expand(own) / wanted[1])
+        self.register_buffer("_shift", (given[0].expand(own) - wanted[0]) / wanted[1])
         return self
 
     def forward(self, images: Tensor) -> Tensor:
@@ -82,13 +90,13 @@ def read_teacher(source: str, grid: Sequence[int]) -> Teacher:
     if source.startswith(TIMM):
         network = make_network(source.removeprefix(TIMM), grid)
         prefix, patch_size = network.num_prefix_tokens, network.patch_embed.patch_size
-        mean, std = normalisation_of(network)
+        normalisation = Normalisation(*normalisation_of(network))
         return Teacher(
-            network, lambda x: network.forward_features(x)[:, prefix:], network.num_features, patch_size, mean, std
+            network, lambda x: network.forward_features(x)[:, prefix:], network.num_features, patch_size, normalisation
         )
     loaded = load(source)
     model, about = loaded.model, loaded.description
     if not model.patch_size:
         raise ConfigError(f"{source} holds a model without patches", "choose a vision transformer as the teacher")
     width = model.encoder.embed_dim
-    return Teacher(model, lambda x: model.encode(x, "tokens"), width, model.patch_size, about.mean, about.std)
+    return Teacher(model, lambda x: model.encode(x, "tokens"), width, model.patch_size, about.normalisation)
