@@ -6,8 +6,8 @@
 Each trial is `torchmae pretrain` with the recipe of the data set and the options of its row, on all training images but
 some, and then kNN and the linear probe on those; no test image is read. Seeds come one after the other, so that all
 trials have as many wherever it stops. What is there already is not run again. Without --trials all are run, which takes
-hours. benchmarks/results/trials has every figure, with the hardware and versions of the last call, and the table is
-printed.
+hours. benchmarks/results/trials has every figure, with the hardware and versions of the last call. The table is
+printed, and written into docs/results.md where that has a place for it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ import torchmae
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "cases"))
-from case import cell, environment  # noqa: E402
+from case import between, cell, environment  # noqa: E402
 
 RESULTS = HERE / "results" / "trials"
+PAGE = HERE.parent / "docs" / "results.md"
 
 
 class Set(NamedTuple):
@@ -118,13 +119,23 @@ def figures_of(run: Path, data: str, about: Set) -> dict[str, float]:
 
 
 def table(found: Mapping[str, list[dict[str, float]]]) -> str:
-    """Mean and deviation over the seeds of each trial, as Markdown."""
-    rows = [f"| trial | seeds | images seen | {' | '.join(COLUMNS.values())} |", "|---|" + "---:|" * (len(COLUMNS) + 2)]
+    """Mean and deviation over the seeds of each trial, with what it changes, as Markdown."""
+    rows = [
+        f"| trial | changed | images seen | {' | '.join(COLUMNS.values())} |",
+        "|---|---|" + "---:|" * (len(COLUMNS) + 1),
+    ]
     for name, seeds in found.items():
         images = mean(seed["images_seen"] for seed in seeds)
         cells = [cell([seed.get(column) for seed in seeds]) for column in COLUMNS]
-        rows.append(f"| `{name}` | {len(seeds)} | {images:,.0f} | {' | '.join(cells)} |")
+        rows.append(f"| `{name}` | {changes(name)} | {images:,.0f} | {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def changes(name: str) -> str:
+    """The options of a trial as they are typed."""
+    options = TRIALS.get(name, {}).items()
+    typed = (f"`--{option} {json.dumps(value, separators=(',', ':'))}`" for option, value in options)
+    return " ".join(typed).replace('"', "") or "nothing"
 
 
 def main() -> None:
@@ -163,6 +174,8 @@ def main() -> None:
             found[name].append(json.loads(kept.read_text()))
             written["trials"][name] = found[name]
             path.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(between(page, f"trials {together}", table(written["trials"])), encoding="utf-8")
     print(table(found))
 
 

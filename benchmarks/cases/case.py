@@ -144,9 +144,13 @@ def render(text: str, case: Case, found: Mapping[str, Any], language: str) -> st
         for part, translated in case.chinese.items() if language == "zh" else ():
             title = title.replace(part, translated)
         rows.append(f"| {title} | {' | '.join(cells)} |")
-    start, end = f"<!-- {case.name} -->", f"<!-- /{case.name} -->"
-    table = "\n".join(rows)
-    return re.sub(f"{start}.*?{end}", lambda _: f"{start}\n{table}\n{end}", text, flags=re.DOTALL)
+    return between(text, case.name, "\n".join(rows))
+
+
+def between(text: str, name: str, table: str) -> str:
+    """A page with the table between the two marks of this name, if it has them."""
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    return re.sub(f"{re.escape(start)}.*?{re.escape(end)}", lambda _: f"{start}\n{table}\n{end}", text, flags=re.DOTALL)
 
 
 def cell(values: list[float | None]) -> str:

@@ -36,18 +36,33 @@ def test_a_table_is_made_and_made_again(
     trials: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(trials, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(trials, "PAGE", tmp_path / "page.md")
+    marks = "<!-- trials digits-1-epochs -->", "<!-- /trials digits-1-epochs -->"
+    trials.PAGE.write_text(f"before\n\n{marks[0]}\nold\n{marks[1]}\n\nafter\n", encoding="utf-8")
     words = ["trials.py", "digits", "digits", "--trials", "bs32", "--epochs", "1", "--seeds", "1"]
     monkeypatch.setattr("sys.argv", [*words, "--work", str(tmp_path / "work")])
     trials.main()
     printed = capsys.readouterr().out
     rows = [line for line in printed.splitlines() if line.startswith("| `")]
-    assert [row.split("`")[1] for row in rows] == ["bs32"]
+    assert [row.split("`")[1::2] for row in rows] == [["bs32", "--batch_size 32"]]
+    assert trials.PAGE.read_text(encoding="utf-8") == f"before\n\n{marks[0]}\n{printed}{marks[1]}\n\nafter\n"
     results = tmp_path / "results" / "digits-1-epochs.json"
     found = json.loads(results.read_text(encoding="utf-8"))
     assert found["trials"]["bs32"][0].keys() >= {"images_seen", "seconds", "explained_variance", "knn20", "linear_c0.1"}
-    results.write_text(json.dumps({"trials": {"earlier": [{"knn20": 90.0}]}}), encoding="utf-8")
+    results.write_text(json.dumps({"trials": {"earlier": [{"images_seen": 5.0, "knn20": 90.0}]}}), encoding="utf-8")
     with monkeypatch.context() as without:
         without.setattr(torchmae, "pretrain", None)
         trials.main()
     assert capsys.readouterr().out == printed
     assert json.loads(results.read_text(encoding="utf-8"))["trials"].keys() == {"earlier", "bs32"}
+
+
+def test_the_tables_of_the_page_are_what_was_measured(trials: ModuleType) -> None:
+    page = trials.PAGE.read_text(encoding="utf-8")
+    files = sorted(trials.RESULTS.glob("*.json"))
+    assert files
+    for path in files:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        assert found["environment"].keys() >= {"processor", "cores", "torch"}
+        assert trials.between(page, f"trials {path.stem}", trials.table(found["trials"])) == page
+        assert trials.between(page, f"trials {path.stem}", "") != page  # it has a place there

@@ -216,10 +216,11 @@ def test_slices_become_volumes_where_the_model_takes_three_axes(tmp_path: Path) 
         np.testing.assert_array_equal(item.read()[..., 0], np.stack(slices))
         np.testing.assert_array_equal(item.read(((1, 2), (3, 4), (0, 5)))[..., 0], np.stack(slices)[1:3, 3:7, :5])
     assert source.with_channels(3).read(0).shape == (5, 8, 10, 3)
-    files = [f"a/IM{number:04},one" for number in range(5)] + [f"b/IM{number:04}.dcm,two" for number in range(4)]
-    (tmp_path / "list.csv").write_text("\n".join(["path,patient", *files]))
+    files = [f"a/IM{number:04},one,x" for number in range(5)] + [f"b/IM{number:04}.dcm,two,x|y" for number in range(4)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,patient,label", *files]))
     listed = open_splits(str(tmp_path / "list.csv"), Context(spatial_dims=3, group="patient"))["train"]
     assert listed.groups is not None and listed.groups.tolist() == ["one", "two"]
+    assert listed.tags is not None and listed.tags.tolist() == [[1, 0], [1, 1]]
 
 
 def test_the_shared_slices(shared_data: Path) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from torchmae.config.data import DataOptions
 from torchmae.config.evaluate import EvaluateOptions
+from torchmae.data.transforms import resample
 from torchmae.errors import ConfigError, DataError
 from torchmae.evaluation.anomaly_data import AnomalyData, open_anomaly_data
 from torchmae.evaluation.images import ImageSet, ModelInput
@@ -152,7 +153,7 @@ def test_data_that_cannot_work(tmp_path: Path) -> None:
 
 
 def test_records_are_cut_into_clips_once(tmp_path: Path) -> None:
-    records = np.random.default_rng(0).integers(0, 255, (24, 12, 8, 16, 1)).astype(np.uint8)
+    records = np.random.default_rng(0).integers(0, 255, (24, 10, 16, 32, 1)).astype(np.uint8)
     for number, record in enumerate(records):
         path = tmp_path / ("good" if number < 20 else "odd") / f"{number}.npy"
         path.parent.mkdir(exist_ok=True)
@@ -165,6 +166,7 @@ def test_records_are_cut_into_clips_once(tmp_path: Path) -> None:
     assert windows.images.tolist() == [row for row in range(len(opened.test)) for _ in range(6)]  # left and right
     batch = next(iter(windows.batches()))
     first = opened.test.source.read(0)[..., 0]
-    wanted = [first[time : time + 4, :, left : left + 8] for time in (0, 4, 8) for left in (0, 8)]
-    shown = tiny.NORMALISATION.apply(torch.from_numpy(np.stack(wanted))[:, None])
-    torch.testing.assert_close(batch.images[:6], shown)
+    wanted = torch.from_numpy(np.stack([first[t : t + 4, :, x : x + 16] for t in (0, 3, 6) for x in (0, 16)]))[:, None]
+    boxes = np.tile([[0, 4], [0, 16], [0, 16]], (6, 1, 1))
+    whole = resample(wanted, boxes, (4, 8, 8), np.zeros(6, np.bool_))
+    torch.testing.assert_close(batch.images[:6], tiny.NORMALISATION.apply(whole, torch.uint8))

@@ -426,6 +426,10 @@ def test_wrong_folders_and_settings_when_resuming(tmp_path: Path) -> None:
     run(data, tmp_path / "read", replace(CONFIG, epochs=1), reading={"nodata": 0.0})
     with pytest.raises(ConfigError, match="the images are read in another way than before"):
         run(data, tmp_path / "read", replace(CONFIG, epochs=1), reading={"nodata": 1.0}, resume=True)
+    few: dict[str, Any] = {"labels_per_class": 2}
+    run(data, tmp_path / "few", replace(CONFIG, epochs=1), **few)
+    with pytest.raises(ConfigError, match="other images are drawn than before"):
+        run(data, tmp_path / "few", replace(CONFIG, epochs=1), **few, groups=torch.arange(45) // 15, resume=True)
     with pytest.raises(ConfigError, match="seed is 1 and was 0 in"):
         run(data, tmp_path / "a", replace(CONFIG, epochs=1), resume=True, seed=1)
     images, labels = bars()

@@ -86,6 +86,12 @@ def test_a_teacher_sees_values_in_their_unit_or_as_they_are_shown(taught: tuple[
     values = values.clamp(-900, 300)
     wanted = teacher.tokens(teacher.normalisation.apply(values))
     torch.testing.assert_close(teacher.teach((2, 2), student)(student.apply(values)), wanted, **close)
+    teacher.normalisation = Normalisation((0.5,), (0.25,), None, None, {"float32": 1.0}, "dataset")  # shares of 1
+    wanted = teacher.tokens(teacher.normalisation.apply((values + 1000) / 1400))
+    torch.testing.assert_close(teacher.teach((2, 2), student)(student.apply(values)), wanted, **close)
+    teacher.normalisation = replace(student, normalise="sample")
+    with pytest.raises(ConfigError, match="the teacher was trained with data.normalise 'sample'"):
+        teacher.teach((2, 2), student)
 
 
 def test_models_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:

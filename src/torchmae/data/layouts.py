@@ -351,6 +351,7 @@ def _npy_splits(folder: Path, context: Context) -> dict[str, Source]:
     names = folder / CLASSES_FILE
     classes = names.read_text(encoding="utf-8", errors="replace").splitlines() if names.is_file() else None
     kinds = ("images", "labels", *([context.group] if context.group else []))
-    files = [f"{prefix}{kind}" for prefix, _ in PREFIXES for kind in kinds if "/" not in kind]
-    arrays = {name: FileArray(folder / f"{name}.npy") for name in files if (folder / f"{name}.npy").is_file()}
+    there = {file.stem for file in folder.glob("*.npy")}
+    files = (f"{prefix}{kind}" for prefix, _ in PREFIXES for kind in kinds)
+    arrays = {name: FileArray(folder / f"{name}.npy") for name in files if name in there}
     return named_arrays(arrays, context, folder.name, classes)

@@ -60,7 +60,8 @@ class AnomalyData(EvaluationData):
 
     def _in_windows(self, images: ImageSet) -> ImageSet:
         grid = covering_windows(images.source, images.model.input_size, self.window, images.model.progress)
-        return replace(images, source=grid, images=grid.indices)
+        data = replace(images.data, window=self.window or "none")
+        return replace(images, source=grid, data=data, images=grid.indices)
 
     def fingerprints(self) -> dict[str, str]:
         """As of `EvaluationData`, with the masks."""

@@ -19,6 +19,7 @@ import torchmae
 from torchmae.config.evaluate import EvaluateOptions
 from torchmae.config.finetune import FinetuneConfig
 from torchmae.data.loader import Batch, ImageLoader
+from torchmae.data.sources import digest
 from torchmae.data.transforms import Normalisation
 from torchmae.errors import CheckpointError, ConfigError
 from torchmae.evaluation.bench import Bench, draw_images, output_folder
@@ -173,6 +174,7 @@ def finetune(
         assert train.labels is not None
         rows = draw_images(train.labels, labels_per_class, seed, draw, None if groups is None else groups.numpy())
     about: dict[str, Any] = {"labels_per_class": labels_per_class, "draw": draw, "seed": seed, "reading": reading}
+    about["rows"] = None if labels_per_class is None else digest(rows.tolist())
     about |= {"data": train.source.fingerprint(), "labels": train.source.label_fingerprint()}
     job = {"settings": asdict(config), **about}
     with seeded(step_seed(seed, 0)):

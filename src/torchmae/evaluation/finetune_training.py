@@ -150,7 +150,9 @@ class FinetuneTask(Task):
             self.model.average.update_parameters(self.model.classifier)
 
 
-MAY_CHANGE = frozenset({"settings", "labels", "reading", "checkpoint_minutes", "compile", "accumulate", "base_lr"})
+MAY_CHANGE = frozenset(
+    {"settings", "labels", "reading", "rows", "checkpoint_minutes", "compile", "accumulate", "base_lr"}
+)
 
 
 def check_same(checkpoint: Checkpoint | None, job: dict[str, Any], out: Path) -> None:
@@ -167,8 +169,9 @@ def check_same(checkpoint: Checkpoint | None, job: dict[str, Any], out: Path) ->
     for name, what in (("data", "images"), ("labels", "labels")):
         if job[name] != before.get(name, job[name]):
             raise DataError(f"the training {what} have changed since the checkpoint", f"bring the same {what} back")
-    if job.get("reading") != before.get("reading", job.get("reading")):
-        raise ConfigError("the images are read in another way than before", "give the same data options again")
+    for name, what in (("reading", "the images are read in another way"), ("rows", "other images are drawn")):
+        if job.get(name) != before.get(name, job.get(name)):
+            raise ConfigError(f"{what} than before the checkpoint", "give the same data options again")
     old, new = ({**item, **item["settings"]} for item in (before, job))
     for name, value in new.items():
         if old.get(name) != value and name not in MAY_CHANGE:

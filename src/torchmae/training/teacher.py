@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-import torch
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ from torchmae.interop.timm_networks import TIMM, make_network, normalisation_of
 from torchmae.training.pretrained import load
 
 _MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
+_RANGE = (("low", 0.0), ("high", 1.0))  # of a `Normalisation` that names none
 
 
 class Teacher(nn.Module):
@@ -39,11 +41,11 @@ class Teacher(nn.Module):
     def teach(self, patch_size: Sequence[int], normalisation: Normalisation) -> Teacher:
         """Adapts the teacher to a student's patch size and normalisation; returns itself.
 
-        Values are the same to both where both were trained in one unit. Otherwise what pictures of the student's data
-        show black and white is black and white to the teacher.
+        Values are the same to both where both were trained in one unit (`_in_one_unit`). Otherwise what pictures of the
+        student's data show black and white is black and white to the teacher.
 
         Raises:
-            ConfigError: the student has another number of axes or channels.
+            ConfigError: the student has another number of axes or channels, or the teacher normalised each sample.
         """
         theirs = self.normalisation
         channels, own = len(normalisation.mean), len(theirs.mean)
@@ -54,14 +56,13 @@ class Teacher(nn.Module):
                 "choose a teacher of such images",
             )
         self._student_patch = tuple(patch_size)
-        one_unit = theirs.scale is not None and (theirs.scale, theirs.normalise) == (
-            normalisation.scale,
-            normalisation.normalise,
-        )
-        given, wanted = (
-            (torch.tensor(item.mean), torch.tensor(item.std)) if one_unit else item.to_shown
-            for item in (normalisation, theirs)
-        )
+        if theirs.normalise == "sample":
+            problem = "the teacher was trained with data.normalise 'sample'"
+            raise ConfigError(problem, "choose a teacher that was trained without it")
+        pair = normalisation, theirs
+        if _in_one_unit(*pair):
+            pair = replace(normalisation, low=None, high=None), replace(theirs, low=None, high=None)
+        given, wanted = (item.to_shown for item in pair)
         self.register_buffer("_gain", given[1].expand(own) / wanted[1])
         self.register_buffer("_shift", (given[0].expand(own) - wanted[0]) / wanted[1])
         return self
@@ -76,6 +77,15 @@ class Teacher(nn.Module):
         if size != list(images.shape[2:]):
             images = F.interpolate(images, size, mode=_MODES[len(size)], align_corners=False, antialias=len(size) == 2)
         return self.tokens(images)
+
+
+def _in_one_unit(student: Normalisation, teacher: Normalisation) -> bool:
+    """Whether the values of both were divided by the same numbers, and lie in ranges that overlap."""
+    if student.scale is None or teacher.scale is None or not student.scale.items() <= teacher.scale.items():
+        return False
+    lows, highs = ([np.array(getattr(item, end) or usual) for item in (student, teacher)] for end, usual in _RANGE)
+    shared, widest = np.minimum(*highs) - np.maximum(*lows), np.maximum(highs[0] - lows[0], highs[1] - lows[1])
+    return bool((shared > 0.1 * widest).all())
 
 
 def read_teacher(source: str, grid: Sequence[int]) -> Teacher:
