@@ -226,7 +226,7 @@ def configure(given: Mapping[str, Any], splits: Mapping[str, Source] | None = No
 
 
 def as_long_as_clips(config: PretrainConfig) -> settings.Given:
-    """Sets the input's length to that of `data.clip`, rounded down to whole patches; no setting for pictures."""
+    """The setting that makes the input as long as `data.clip`, in whole patches; {} without clips and for pictures."""
     if (clip := config.data.clip) is None:
         return {}
     length = clip[0] if isinstance(clip, tuple) else clip

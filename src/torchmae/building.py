@@ -130,7 +130,7 @@ def check_parallel(config: PretrainConfig, world_size: int) -> None:
 
 
 def check_views(config: PretrainConfig, batch_size: int, world_size: int) -> None:
-    """Raises ConfigError if a micro-batch has too few images: views are compared with those of other images in it.
+    """Raises ConfigError if a micro-batch is too small: the loss compares views of different images in it.
 
     `batch_size` is that of all ranks.
     """

@@ -67,7 +67,7 @@ class DataConfig(DataOptions, group="data."):
         normalise: "dataset" (mean and deviation of each channel over the training images; values far beyond the 0.5th
             and 99.5th percentile are clipped unless they are 8-bit or shares of 1), "sample" (those of each crop or
             window, which takes away its brightness or amplitude), or "none" (values divided by `scale` alone).
-        mean: mean of each channel, in [0, 1], to subtract; null: computed from a sample.
+        mean: mean of each channel, of values divided by `scale`, to subtract; null: computed from a sample.
         std: standard deviation of each channel to divide by; null: computed from a sample.
         repeats: repeated augmentation: views (crop, flip, mask) per decoded image. The number of views in the run does
             not change, but batches are less varied. It must divide the number of epochs.

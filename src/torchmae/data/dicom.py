@@ -71,7 +71,7 @@ def unpacked(file: bytes | Path) -> bytes | Path:
 
 
 def _find(header: Any, keyword: str, frame: int = 0) -> Any:
-    """The value of an element; in files with several frames, of the groups that they share or that one of them has."""
+    """The value of an element of the header, else of the groups that all frames share, else of the frame's own."""
     if (value := header.get(keyword)) is not None:
         return value
     for items in filter(None, map(header.get, _GROUPS)):
@@ -135,7 +135,7 @@ class DicomItem(FileItem):
         )
 
     def _in_units(self, values: Image, frame: int = 0) -> Image:
-        """Stored values of one channel of a frame as physical ones."""
+        """Converts stored values of one channel of a frame to the unit of the modality."""
         if self._photometric == "MONOCHROME1":
             signed, bits = self._header.get("PixelRepresentation", 0), int(self._header.get("BitsStored", 16))
             values = ((-1 if signed else 2**bits - 1) - values.astype(np.int64)).astype(values.dtype)

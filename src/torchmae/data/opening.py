@@ -269,7 +269,11 @@ def grid_of_windows(source: Source, window: tuple[int, ...], progress: Progress 
 def covering_windows(
     source: Source, input_size: tuple[int, ...], window: tuple[int, ...] | None, progress: Progress | None
 ) -> Windows:
-    """As `grid_of_windows`; without `window`, and along axes where it has 0, the largest of the input's proportions."""
+    """Windows that cover each image in an even grid, as samples.
+
+    They have the size `window`. Without it, and along axes where it has 0, each is the largest that fits into the image
+    with the input's proportions.
+    """
     window = window or (0,) * len(input_size)
     sizes, free = _sizes(source, input_size, progress), np.equal(window, 0)
     boxes = window_boxes(np.zeros((len(source), len(window))), sizes, window)

@@ -186,7 +186,7 @@ class PagesItem(FileItem):
 
 
 def _nodata(text: object) -> dict[str, Any]:
-    """What GDAL's tag says about pixels without data, for `Item.meta`; {} without the tag, or if it is no number."""
+    """The entry "nodata" of `Item.meta`, from the text of GDAL's tag; {} if there is no tag or it is no number."""
     try:
         value = float(str(text).strip("\0 "))
     except ValueError:

@@ -243,7 +243,7 @@ class Normalisation:
 
     @property
     def to_shown(self) -> tuple[Tensor, Tensor]:
-        """(C,) mean and deviation with which the model's input becomes what is shown: 0 is black, 1 is white."""
+        """Mean and deviation, (C,) each: the input times the deviation plus the mean is 0 for black and 1 for white."""
         mean, std = torch.tensor(self.mean), torch.tensor(self.std)
         if self.low is None or self.high is None:
             return mean, std

@@ -26,7 +26,7 @@ Augment = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 def build_augment(
     settings: InputSettings, input_size: Sequence[int], normalisation: Normalisation, num_classes: int
 ) -> Augment:
-    """A function of (B, C, H, W) images, normalised as `normalisation` says, and (B,) labels to images and targets.
+    """A function that augments a batch: from (B, C, H, W) normalised images and (B,) labels to images and targets.
 
     RandAugment (Cubuk et al. 2020) draws two operations for every IMAGES_PER_DRAW images; unlike in timm, the strength
     is the same for all images. Then follows mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019) with equal
@@ -58,9 +58,9 @@ def build_augment(
 
 
 def _rand_augment(normalisation: Normalisation, strength: int) -> Callable[[Tensor], Tensor]:
-    """RandAugment of normalised images, by way of bytes, for which its operations are defined.
+    """A function that applies RandAugment to normalised images. Its operations work on bytes.
 
-    Bytes 0 and 255 stand for the values that pictures show black and white; what lies beyond is clipped.
+    Bytes 0 and 255 stand for the values that pictures show black and white. Values beyond them are clipped.
     """
     means, deviations = normalisation.to_shown
     grey = [min(max(round(255 * value), 0), 255) for value in means.tolist()]

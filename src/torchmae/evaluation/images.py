@@ -264,7 +264,7 @@ def own_data(run: str, data: DataOptions) -> DataOptions:
 
 
 def read_alike(data: DataOptions, own: DataConfig) -> DataOptions:
-    """The options of other data than a model's own: it is read as that was, where they say nothing."""
+    """Options for data other than the model's own. Where they say nothing, it is read as the model's own data was."""
     return replace(data, **{**data.filled_from(own), "root": data.root, "group": data.group})
 
 

@@ -18,7 +18,7 @@ from torchmae.evaluation.sharing import Parts
 from torchmae.evaluation.subject import Subject
 
 Votes = Callable[[Labelled, Labelled, Parts], dict[str, Tensor]]
-"""From training features with (N, C) tags, test features and the training images' groups to (M, C) scores, by name."""
+"""Maps training features with (N, C) tags, test features and the training images' groups to (M, C) scores by name."""
 
 
 def measure_knn(bench: Bench, subject: Subject, options: EvaluateOptions) -> Result:

@@ -56,7 +56,7 @@ def model_card(run: Path, exported: Exported, written: Format, check: Check, dat
 
 
 def _scaled(exported: Exported) -> str:
-    """How stored values become values from 0 to 1."""
+    """How stored values are scaled before the mean is subtracted."""
     normalised = exported.description.normalisation
     if normalised.normalise == "sample":
         return "normalised one by one, each channel to mean 0 and deviation 1"

@@ -109,7 +109,7 @@ class Holds:
             return "an encoder of another kind"
         if self.images and len(encoder.patch_size) != 2:
             return f"inputs of {len(encoder.patch_size)} {'axis' if len(encoder.patch_size) == 1 else 'axes'}"
-        if self.images and getattr(exported.description, "normalise", None) == "sample":
+        if self.images and exported.description.normalise == "sample":
             return "images that are normalised one by one (data.normalise sample)"
         if self.as_published:
             for what, size in {"images": encoder.input_size, "patches": encoder.patch_size}.items():

@@ -26,7 +26,7 @@ class ClassifierDescription:
     """The content of model.json: how to rebuild a classifier and normalise its images."""
 
     arguments: dict[str, Any]  # of `build_classifier`
-    mean: tuple[float, ...]  # of each channel, subtracted from images in [0, 1]
+    mean: tuple[float, ...]  # of each channel, subtracted from scaled values
     std: tuple[float, ...]  # of each channel, that images are divided by
     classes: tuple[str, ...] | None  # the name of each logit
     torchmae: str  # version that wrote it
@@ -39,7 +39,7 @@ class ClassifierDescription:
 
     @property
     def normalisation(self) -> Normalisation:
-        """The conversion of stored values to the classifier's input."""
+        """How stored values become the classifier's input."""
         return Normalisation(self.mean, self.std, self.low, self.high, self.scale, self.normalise)
 
 

@@ -33,7 +33,7 @@ class Description:
     """The content of model.json: how to rebuild a model, and to read and normalise its images."""
 
     arguments: dict[str, Any]  # of `presets.construct`; for a model handed over in Python `presets.own_arguments`
-    mean: tuple[float, ...]  # of each channel, subtracted from images in [0, 1]
+    mean: tuple[float, ...]  # of each channel, subtracted from scaled values
     std: tuple[float, ...]  # of each channel, that images are divided by
     mask: dict[str, Any]  # strategy and ratio of training
     classes: tuple[str, ...] | None  # names in the training data; the model does not use them

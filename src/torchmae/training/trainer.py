@@ -58,7 +58,7 @@ class Deadline:
     seconds: float  # of training up to the last correction
 
     def moves(self, state: State, ranks: Ranks) -> bool:
-        """Corrects `state.total_steps` if that is due; returns whether it was. `state.seconds` must be up to date."""
+        """Corrects `state.total_steps` by the clock; False: it is too early. `state.seconds` must be up to date."""
         (seconds,) = ranks.all_reduce_max(state.seconds)
         due = state.step >= (self.step + state.total_steps) / 2 or seconds >= (self.seconds + self.limit) / 2
         if not due or state.step <= self.step:  # a roll-back leads to steps before the last correction
@@ -172,7 +172,7 @@ def train(
 
 
 def moved(former: Sequence[int], planned: frozenset[int], step: int) -> list[int]:
-    """The steps after which a measurement runs: the former ones up to `step`, then those of the new plan.
+    """The steps after which a measurement runs once the plan changes at `step`: the past ones stay.
 
     As many planned steps are left out as former ones are done; a planned step that has passed becomes the next step.
     """
